@@ -1,0 +1,111 @@
+"""Programs that qkit starts, and that must not outlive it.
+
+A server is started below a small guard (this file, run as a program) that reads its standard input: when qkit ends for whatever
+reason, `kill -9` included, the pipe closes and the guard ends the server's whole process group. vLLM ignores SIGTERM while it
+starts up and runs its engine in further processes, hence the group and the SIGKILL after a grace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+GRACE_SECONDS = 10.0
+
+
+class Child:
+    """A program in a process group of its own, its output in a log file."""
+
+    def __init__(self, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None):
+        guard = [sys.executable, "-I", str(Path(__file__).resolve()), *argv]
+        with log.open("ab") as sink:
+            self.process = subprocess.Popen(
+                guard,
+                stdin=subprocess.PIPE,
+                stdout=sink,
+                stderr=sink,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+            )
+        self.log = log
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def stop(self) -> int:
+        """End the program and everything it started; returns its exit status."""
+        if self.process.stdin and not self.process.stdin.closed:
+            self.process.stdin.close()
+        return self.process.wait(timeout=2 * GRACE_SECONDS)
+
+    def tail(self, lines: int = 15) -> str:
+        """The end of the log, for an error message."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def die_with_parent() -> None:
+    """Called first thing in a stage's process: end when the `qkit run` that started it ends.
+
+    The parent holds the other end of standard input. On Linux the kernel does it too, at once and even while the interpreter is busy.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                continue
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _guard(argv: Sequence[str]) -> int:
+    """Run `argv` until it ends, or until standard input closes; then leave nothing of the group behind."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)  # ended by the pipe alone
+    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=_default_signals)
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            continue
+        child.terminate()
+        try:
+            child.wait(timeout=GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+
+    threading.Thread(target=watch, daemon=True).start()
+    status = child.wait()
+    _end_group()
+    return status if status >= 0 else 128 - status
+
+
+def _default_signals() -> None:
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_DFL)
+
+
+def _end_group() -> None:
+    """SIGKILL whatever of our process group is left, but not ourselves."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[2]) == os.getpgrp() and int(folder.name) != os.getpid():
+                os.kill(int(folder.name), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    raise SystemExit(_guard(sys.argv[1:]))

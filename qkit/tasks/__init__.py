@@ -1,0 +1,1 @@
+"""One file per kind of task; the file's name is the task's name in a recipe."""
