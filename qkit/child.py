@@ -53,15 +53,15 @@ class Child:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
-def die_with_parent() -> None:
+def die_with_parent(reads_stdin: bool = False) -> None:
     """Called first thing in a stage's process: end when the `qkit run` that started it ends.
 
-    The parent holds the other end of standard input. On Linux the kernel does it too, at once and even while the interpreter is busy.
+    The parent holds the other end of standard input; a stage that reads it itself (`reads_stdin`) sees the end by itself.
+    On Linux the kernel does it too, at once and even while the interpreter is busy.
     """
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    killed_with_parent()
+    if reads_stdin:
+        return
 
     def watch() -> None:
         with contextlib.suppress(OSError):
@@ -70,6 +70,14 @@ def die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def killed_with_parent() -> None:
+    """Have Linux kill this process when its parent dies; also for `preexec_fn`. Elsewhere nothing happens."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def _guard(argv: Sequence[str]) -> int:

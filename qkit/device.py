@@ -57,6 +57,11 @@ class Device:
         return {"": 0} if self.kind == "cuda" else None
 
     @property
+    def onnx_providers(self) -> tuple[str, ...]:
+        """ONNX Runtime's execution providers for this device, the preferred one first."""
+        return ("CUDAExecutionProvider", "CPUExecutionProvider") if self.kind == "cuda" else ("CPUExecutionProvider",)
+
+    @property
     def server_environment(self) -> dict[str, str]:
         """Environment that vLLM needs here."""
         return {} if self.kind == "cuda" else {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -112,7 +117,9 @@ def _cpu_features() -> tuple[str, ...]:
     """The instruction sets that decide how fast bf16 and int8 are here."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
-    return tuple(name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if name in flags)
+    return tuple(
+        name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if name in flags
+    )
 
 
 class PeakMeter:
@@ -128,7 +135,7 @@ class PeakMeter:
         if self.device.kind == "cuda":
             torch = sys.modules.get("torch")
             return int(torch.cuda.max_memory_allocated()) if torch and torch.cuda.is_initialized() else 0
-        return _rss_peak()
+        return max(_rss_peak(), _children_rss_peak())
 
 
 def _reset_rss_peak() -> None:
@@ -151,6 +158,15 @@ def _rss_peak() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _children_rss_peak() -> int:
+    """The largest resident set of any program that this process has started and waited for."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def tree_rss_bytes(pid: int) -> int:

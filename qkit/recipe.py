@@ -192,7 +192,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, train ...), this is {raw!r}")
     origins = {key: f"{path}:{line}" for key, line in _lines(node)}
     for text in overrides:
-        origins.update({key: "--set" for key in _apply(raw, text)})
+        origins.update(dict.fromkeys(_apply(raw, text), "--set"))
     return _validated(raw, origins, str(path))
 
 
@@ -322,7 +322,7 @@ def _apply(raw: dict[str, Any], text: str) -> list[Key]:
 
 def _without(raw: dict[str, Any], locs: Sequence[Key]) -> dict[str, Any]:
     """A copy without the keys that were wrong, so that the rest can still be checked for clashes."""
-    copy = json.loads(json.dumps(raw, default=str))
+    copy: dict[str, Any] = json.loads(json.dumps(raw, default=str))
     for loc in locs:
         where: Any = copy
         for key in loc[:-1]:

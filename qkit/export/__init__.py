@@ -1,1 +1,33 @@
-"""One file per export format; the file's name is the format's name."""
+"""The stage `export`: one file per format here; the file's name is the format's name.
+
+A recipe says `onnx-int4`: the file onnx.py, its variant `int4`. `EXPORT/NAME/` appears whole in RUN/export/.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from qkit.run import Run, need_disk
+
+PROVENANCE = "qkit.json"
+
+
+def run(run: Run, out: Path) -> None:
+    """Make every format that the recipe names."""
+    merged = run.need("merge", "config.json").parent
+    size = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
+    need_disk(out, 3 * size, "export")  # ONNX in fp32 is twice the 16-bit model, and its builder writes before it moves
+    for name in run.progress.track(run.recipe.export.formats, "export", len(run.recipe.export.formats)):
+        run.progress.say(f"export: {name}")
+        kind, _, variant = name.partition("-")
+        exporter: Any = importlib.import_module(f"qkit.export.{kind}")
+        exporter.export(merged, out / name, variant, run.log("export"))
+        _write_provenance(run, out / name, name)
+
+
+def _write_provenance(run: Run, folder: Path, name: str) -> None:
+    note = {"format": name, "made_from": run.outputs("merge"), "recipe_sha256": run.recipe.sha256()}
+    (folder / PROVENANCE).write_text(json.dumps(note, indent=1), encoding="utf-8")

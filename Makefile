@@ -1,0 +1,36 @@
+# Two commands are all a newcomer needs: `make quickstart` and `make test`. Each sets up .venv first, once.
+#   make quickstart VENV=/big/disk/venv    put the environment elsewhere
+#   make test KIND=cpu                     the CPU packages on a machine with a GPU
+#   make test ARGS="-k merge -x"           arguments for pytest
+
+VENV ?= .venv
+PYTHON ?= $(or $(shell [ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || command -v python3 || command -v python),python3)
+RUN := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: help setup quickstart test lint format
+
+help:
+	@echo "make quickstart   set up, then train, merge, export, check and serve a small model"
+	@echo "make test         set up, then run the tests"
+	@echo "make lint         set up, then ruff and mypy"
+	@echo "make format       set up, then let ruff rewrite the code"
+	@echo "make setup        set up only"
+
+setup:
+	@$(PYTHON) -I qkit/bootstrap.py --venv $(VENV) $(if $(KIND),--kind $(KIND))
+
+quickstart: setup
+	@$(VENV)/bin/qkit run recipes/quickstart.yaml
+
+test: setup
+	@$(RUN) -m pytest $(ARGS)
+
+lint: setup
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+	@$(RUN) -m mypy
+
+format: setup
+	@$(RUN) -m ruff check --fix
+	@$(RUN) -m ruff format

@@ -1,0 +1,56 @@
+"""What a run has made that can be opened, and the runtime that opens each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qkit.device import detect
+from qkit.run import Run, read_json
+from qkit.runtime import Runtime, open_runtime
+
+# Which runtime opens a format; a format's name begins with its exporter's (onnx-int4: onnx).
+RUNTIMES = {"merged": "transformers", "onnx": "onnxruntime", "vllm": "vllm"}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder of a run: `merged`, or an export by its format's name."""
+
+    name: str
+    path: Path
+
+    @property
+    def runtime(self) -> str:
+        return RUNTIMES[self.name.partition("-")[0]]
+
+
+def artifacts(run: Run) -> list[Artifact]:
+    """The merged model, then the exports in the recipe's order."""
+    exports = [Artifact(name, run.need("export", name)) for name in run.recipe.export.formats]
+    return [Artifact("merged", run.need("merge", "config.json").parent), *exports]
+
+
+def open_artifact(run: Run, artifact: Artifact, stage: str) -> Runtime:
+    """Open it with its runtime; a server that `qkit run` keeps for this run is used and not started again."""
+    options = {}
+    if artifact.runtime == "vllm":
+        serve = run.recipe.serve.model_copy(update={"port": 0})
+        log = run.log(stage).with_name(f"{stage}-vllm.log")
+        options = {"live": live_server(run), "serve": serve, "log": log, "name": run.root.name}
+    return open_runtime(artifact.runtime, artifact.path, detect(), **options)
+
+
+def live_server(run: Run) -> dict[str, object] | None:
+    """The server that the stage `serve` has up for this run right now, or None."""
+    import httpx
+
+    note = run.root / ".work" / "serve" / "server.json"
+    if not note.exists():
+        return None
+    described: dict[str, object] = read_json(note)
+    try:
+        healthy = httpx.get(f"{described['url']}/health", timeout=5.0).status_code == 200
+    except httpx.TransportError:
+        return None
+    return described if healthy else None

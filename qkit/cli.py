@@ -1,0 +1,422 @@
+"""The verbs. The only file that prints, reads the command line, or exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import click
+import typer
+
+from qkit import __version__
+from qkit.errors import QkitError
+from qkit.progress import Bar, Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qkit.run import Run
+    from qkit.runtimes.vllm import Server
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fine-tune a quantized language model, deploy it, and measure what came of it.",
+    epilog="Start with: qkit run recipes/quickstart.yaml",
+)
+
+Target = Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe (.yaml) or a run directory.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value; repeatable.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="RUN", help="The run directory; default: runs/ and the recipe's name.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors only.")]
+Child = Annotated[bool, typer.Option("--child", hidden=True)]
+
+STAGE_EXAMPLE = "Example: qkit {name} runs/quickstart"
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: qkit doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """What this machine is, what works on it, what is missing and the command that installs it."""
+    from dataclasses import asdict
+
+    from qkit import doctor
+
+    report = doctor.examine()
+    _show(as_json, asdict(report), lambda: doctor.screen(report))
+
+
+@app.command(epilog="Example: qkit plan recipes/llama-3.1-8b-24gb.yaml --memory 24GiB")
+def plan(
+    target: Target,
+    overrides: Set = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="24GiB", help="Plan for a device of this size.")
+    ] = None,
+    card: Annotated[str | None, typer.Option("--card", metavar="rtx-4090", help="Plan for a known card.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Does it fit? Memory, item by item, before anything is loaded."""
+    from qkit import plan as planning
+
+    made = planning.plan(_recipe(target, overrides), device=planning.device_for(card, memory))
+    _show(as_json, planning.to_dict(made), lambda: planning.screen(made))
+
+
+@app.command(epilog="Example: qkit inspect recipes/quickstart.yaml --row 3")
+def inspect(
+    target: Target,
+    overrides: Set = None,
+    row: Annotated[int, typer.Option("--row", help="The row to show token by token.")] = 0,
+    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "train",
+    as_json: Json = False,
+) -> None:
+    """What the model will see: rows, template, token ids, and which tokens carry loss."""
+    from qkit import inspection
+
+    with _errors_only():
+        seen = inspection.inspect(_recipe(target, overrides), split, row)
+    _show(as_json, inspection.to_dict(seen), lambda: inspection.screen(seen))
+
+
+@app.command(epilog="Example: qkit show runs/quickstart --json")
+def show(run: RunFolder, as_json: Json = False) -> None:
+    """What happened in a run, on one screen."""
+    from qkit import pipeline
+    from qkit import show as showing
+    from qkit.run import Run
+
+    opened = Run.open(run)
+    summary = showing.summary(opened, pipeline.statuses(opened))
+    _show(as_json, summary, lambda: showing.screen(summary))
+
+
+# --- doing ------------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: qkit run recipes/quickstart.yaml --out runs/first")
+def run(target: Target, overrides: Set = None, out: Out = None, as_json: Json = False, quiet: Quiet = False) -> None:
+    """All stages in order; does only what is not done yet."""
+    from qkit import pipeline
+    from qkit import show as showing
+
+    opened = _open(target, overrides, out, Progress())
+    begin = time.perf_counter()
+    done = pipeline.run_all(opened, ["--quiet"] if quiet else [])
+    summary = showing.summary(opened, pipeline.statuses(opened))
+    _show(as_json, summary, lambda: showing.screen(summary))
+    if not quiet:
+        what = (
+            f"{', '.join(done)} in {time.perf_counter() - begin:.0f} s"
+            if done
+            else "nothing to do: every stage is done"
+        )
+        _stderr().print(f"{what}\nreport: {opened.folder('report') / 'index.html'}", highlight=False, soft_wrap=True)
+
+
+def _stage_command(name: str, help: str) -> None:
+    """One verb per stage, all alike."""
+
+    def command(
+        target: Target,
+        overrides: Set = None,
+        out: Out = None,
+        as_json: Json = False,
+        quiet: Quiet = False,
+        child: Child = False,
+    ) -> None:
+        _stage(name, target, overrides, out, as_json, quiet, child)
+
+    app.command(name, help=f"Stage: {help}.", epilog=STAGE_EXAMPLE.format(name=name))(command)
+
+
+def _stage(
+    name: str, target: Path, overrides: list[str] | None, out: Path | None, as_json: bool, quiet: bool, child: bool
+) -> None:
+    """Run one stage in this process; what libraries print goes to its log."""
+    from qkit import pipeline
+    from qkit.child import die_with_parent
+
+    if child:
+        die_with_parent(reads_stdin=name == "serve")
+    console, stdout = _stderr(keep=True), os.fdopen(os.dup(1), "w")
+    opened = _open(target, overrides, out, _progress(console, quiet))
+    begin = time.perf_counter()
+    with pipeline.captured(opened, name):
+        _tame_libraries()
+        pipeline.execute(opened, name)
+    if as_json:
+        print(json.dumps(opened.manifest()["stages"][name]), file=stdout, flush=True)
+    elif not quiet:
+        console.print(f"{name}: done in {time.perf_counter() - begin:.1f} s", highlight=False)
+
+
+for _name, _help in (
+    ("data", "read and tokenize the rows; write the ledger"),
+    ("train", "fine-tune the adapter"),
+    ("evaluate", "score the base model and the adapter on held-out rows"),
+    ("merge", "merge the adapter into the base model"),
+    ("export", "export the merged model to ONNX and for vLLM"),
+    ("verify", "compare every artifact with the adapter as trained"),
+    ("bench", "latency, throughput and memory of every runtime"),
+    ("report", "write the run's HTML page and its model card"),
+):
+    _stage_command(_name, _help)
+
+
+@app.command(epilog="Example: qkit serve runs/quickstart --set serve.port=8080")
+def serve(
+    target: Target,
+    overrides: Set = None,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    child: Child = False,
+) -> None:
+    """Serve the run's model through vLLM's OpenAI-compatible server, until Ctrl-C."""
+    from qkit import serve as serving
+
+    if child:
+        return _stage("serve", target, overrides, out, as_json, quiet, child)
+    opened = _open(target, overrides, out, Progress())
+    console = _stderr()
+
+    def ready(server: Server) -> None:
+        _show(
+            as_json,
+            serving.describe(server),
+            lambda: f"serving {server.name} at {server.url}\n\n{serving.curl(server)}\n",
+        )
+        console.print(
+            f"ready after {server.startup_seconds:.0f} s; log: {server.child.log}; Ctrl-C stops it", highlight=False
+        )
+
+    with _stoppable():
+        if not quiet:
+            console.print("starting vLLM ...", highlight=False)
+        serving.serve(opened, ready, _until_it_ends)
+    console.print("stopped", highlight=False)
+    return None
+
+
+def _until_it_ends(server: Server) -> None:
+    """Raises UserError when vLLM ends by itself; Ctrl-C and SIGTERM arrive as KeyboardInterrupt."""
+    from qkit.errors import ServerError
+    from qkit.runtimes.vllm import explain
+
+    while server.child.running():
+        time.sleep(0.2)
+    raise ServerError(f"vLLM ended by itself: {explain(server.child.tail(200))}\nlog: {server.child.log}")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM is treated like Ctrl-C, and either is a clean end."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def _recipe(target: Path, overrides: list[str] | None) -> Any:
+    from qkit.recipe import load
+
+    return load(target / "recipe.yaml" if target.is_dir() else target, overrides or ())
+
+
+def _open(target: Path, overrides: list[str] | None, out: Path | None, progress: Progress) -> Run:
+    """The run of a recipe (made when it is new), or the run directory itself."""
+    from qkit.run import Run
+
+    if target.is_dir():
+        Run.open(target)
+        return Run(target, _recipe(target, overrides), progress)
+    return Run.create(out or Path("runs") / target.stem, _recipe(target, overrides), progress)
+
+
+# --- saying -----------------------------------------------------------------------------------------------------------
+
+
+def _stderr(keep: bool = False) -> Console:
+    """A console on stderr; with `keep` on a copy that still leads to the terminal when fd 2 goes to a log."""
+    from rich.console import Console
+
+    return Console(file=os.fdopen(os.dup(2), "w") if keep else sys.stderr)
+
+
+def _show(as_json: bool, value: Any, screen: Any) -> None:
+    """The result on stdout: as one JSON document, or drawn."""
+    if as_json:
+        print(json.dumps(value, indent=1))
+        return
+    from rich.console import Console
+
+    Console().print(screen(), highlight=False, soft_wrap=isinstance(screen(), str))
+
+
+def _progress(console: Console, quiet: bool) -> Progress:
+    if quiet:
+        return Progress()
+    return _Bars(console) if console.is_terminal else _Lines(console)
+
+
+class _Bars(Progress):
+    """Bars on a terminal."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    @contextmanager
+    def bar(self, name: str, total: float, start: float = 0) -> Iterator[Bar]:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Rich
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        with Rich(*columns, console=self.console, transient=True) as rich:
+            task = rich.add_task(name, total=total, completed=int(start), figures="")
+
+            class Drawn:
+                def advance(self, steps: float = 1, **figures: float) -> None:
+                    rich.update(task, advance=steps, figures=_figures(figures))
+
+            yield Drawn()
+
+
+class _Lines(Progress):
+    """Plain lines where stderr is no terminal: at most one every few seconds."""
+
+    EVERY_SECONDS = 5.0
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, name: str, total: float, start: float = 0) -> Iterator[Bar]:
+        say, every = self.say, self.EVERY_SECONDS
+
+        class Said:
+            done = start
+            begin = last = time.monotonic()
+
+            def advance(self, steps: float = 1, **figures: float) -> None:
+                self.done += steps
+                now = time.monotonic()
+                if now - self.last >= every:
+                    left = (now - self.begin) / (self.done - start) * (total - self.done)
+                    self.last = now
+                    say(f"{name}: {self.done:g}/{total:g}  {_figures(figures)}  {left:.0f} s left")
+
+        yield Said()
+
+
+def _figures(figures: dict[str, float]) -> str:
+    return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+
+
+def _tame_libraries() -> None:
+    """Their own bars would fill the log."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keep libraries' chatter off the terminal while something short runs; what is raised still gets through."""
+    _tame_libraries()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    sys.stderr.flush()
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+# --- ending -----------------------------------------------------------------------------------------------------------
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """Entry point: every error becomes one message and an exit code."""
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except QkitError as error:
+        code = _complain(error)
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("interrupted; the same command goes on from here\n")
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _complain(error: QkitError) -> int:
+    """One message on stderr; with --json the same as a document on stdout."""
+    if str(error):
+        sys.stderr.write(f"error: {error}\n")
+        if "--json" in sys.argv:
+            print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
+    return error.exit_code

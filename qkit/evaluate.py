@@ -1,0 +1,94 @@
+"""The stage `evaluate`: the task's score and the held-out loss of the base model and of the adapter, on the same rows with the same prompts.
+
+evaluate/scores.json         metric, and per artifact: score, interval, rows, held-out loss
+evaluate/predictions.jsonl   every prediction, right or wrong, with its token ids
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from qkit import model, scoring
+from qkit.device import detect
+from qkit.errors import DataError
+from qkit.run import Run, read_json, write_json, write_text
+from qkit.runtime import Runtime, open_runtime
+from qkit.task import open_task
+
+
+def run(run: Run, out: Path) -> None:
+    """Score the base model, then the adapter on it."""
+    held_out = scoring.read_held_out(run.need("data", "test.parquet"))
+    if not held_out.rows:
+        raise DataError("data.test names no rows, so nothing can be evaluated: give it a source")
+    folder, adapter = model.resolve(run.recipe.model), run.need("train", "adapter")
+    scores, predictions = {}, []
+    for name, weights in (("base", None), ("adapter", adapter)):
+        run.progress.say(f"evaluate: {name}")
+        with open_runtime("transformers", folder, detect(), recipe=run.recipe, adapter=weights) as runtime:
+            scores[name], lines = _evaluate(run, name, runtime, held_out)
+        predictions += lines
+    section = run.recipe.evaluate
+    write_json(
+        out / "scores.json",
+        {
+            "metric": open_task(run.recipe.task).METRIC,
+            "confidence": section.confidence,
+            "interval": f"percentile bootstrap over rows, {scoring.RESAMPLES} resamples; exact binomial where all rows agree",
+            "scores": scores,
+            "gain": _gain(run, predictions),
+        },
+    )
+    write_text(out / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
+
+
+def _gain(run: Run, predictions: list[dict[str, object]]) -> dict[str, float]:
+    """What the adapter gained over the base, row by row."""
+    right = {name: [bool(p["correct"]) for p in predictions if p["artifact"] == name] for name in ("base", "adapter")}
+    return scoring.paired_gain(right["base"], right["adapter"], run.recipe.evaluate.confidence, run.recipe.seed)
+
+
+def _evaluate(
+    run: Run, name: str, runtime: Runtime, held_out: scoring.HeldOut
+) -> tuple[dict[str, float], list[dict[str, object]]]:
+    """One artifact's score, and its predictions as lines of predictions.jsonl."""
+    section, task = run.recipe.evaluate, open_task(run.recipe.task)
+    tokenizer = model.load_tokenizer(model.resolve(run.recipe.model), run.recipe.model.trust_remote_code)
+    stop = frozenset(read_json(run.need("data", "tokens.json"))["stop"])
+    completions = _generate(run, name, runtime, held_out, stop)
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    right = scoring.grade(texts, held_out, task, section)
+    with run.progress.bar(f"held-out loss of {name}", len(held_out.rows)) as bar:
+        losses = scoring.heldout_targets(runtime, held_out, bar.advance)
+    lines: list[dict[str, object]] = [
+        {
+            "artifact": name,
+            "row": index,
+            "prompt": held_out.messages[index][-1]["content"],
+            "prediction": texts[index],
+            "token_ids": completions[index],
+            "reference": held_out.answers[index],
+            "correct": right[index],
+        }
+        for index in range(len(texts))
+    ]
+    return asdict(scoring.score(right, losses, section, run.recipe.seed)), lines
+
+
+def _generate(
+    run: Run, name: str, runtime: Runtime, held_out: scoring.HeldOut, stop: frozenset[int]
+) -> list[list[int]]:
+    """Greedy completions of all prompts, a batch at a time, in the rows' order."""
+    section = run.recipe.evaluate
+    order = sorted(range(len(held_out.rows)), key=lambda i: held_out.rows[i].start)
+    completions: list[list[int]] = [[] for _ in order]
+    with run.progress.bar(f"generate with {name}", len(order)) as bar:
+        for begin in range(0, len(order), section.batch_size):
+            batch = order[begin : begin + section.batch_size]
+            texts = runtime.generate([held_out.rows[i].prompt for i in batch], section.max_new_tokens, stop, len(batch))
+            for index, text in zip(batch, texts, strict=True):
+                completions[index] = text
+            bar.advance(len(batch))
+    return completions

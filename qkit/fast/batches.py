@@ -1,0 +1,76 @@
+"""Batches by token budget: rows of like length together, right-padded, with no attention mask.
+
+Under causal attention a real token never sees the padding on its right, so no mask is needed, and SDPA keeps its fast causal path;
+with rows of like length padding is about 1 % of a batch. Reference: TRL's collator, in tests/test_fast.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100  # torch's cross_entropy skips these labels
+LENGTH_STEP = 8  # rows whose lengths differ by less are shuffled among each other
+
+
+class TokenBudgetBatches:
+    """A batch sampler: lists of row indices whose padded size stays within `budget` tokens.
+
+    The order depends on the seed and the epoch alone, so a run that goes on from a checkpoint sees the batches it would have seen.
+    """
+
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int):
+        self.lengths = lengths
+        self.budget = budget
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's loader at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._batches())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches())
+
+    def _batches(self) -> list[list[int]]:
+        """The number of batches is the same in every epoch: it depends on the sorted lengths only."""
+        rng = random.Random(self.seed * 1_000_003 + self.epoch)
+        order = list(range(len(self.lengths)))
+        rng.shuffle(order)
+        order.sort(key=lambda index: self.lengths[index] // LENGTH_STEP)
+        batches = self._cut(order)
+        rng.shuffle(batches)
+        return batches
+
+    def _cut(self, order: Sequence[int]) -> list[list[int]]:
+        batches: list[list[int]] = [[]]
+        for index in order:
+            # The upper end of the length class, so that the cut does not depend on the order within it.
+            padded = (self.lengths[index] // LENGTH_STEP + 1) * LENGTH_STEP
+            if batches[-1] and padded * (len(batches[-1]) + 1) > self.budget:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tensor]:
+    """Rows ({input_ids, start}) as `input_ids`, `labels`, `position_ids` [rows, longest] and `lengths` [rows]; labels only on completions."""
+    import torch
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    longest = int(lengths.max())
+    input_ids = torch.full((len(rows), longest), pad)
+    labels = torch.full((len(rows), longest), IGNORED)
+    for index, row in enumerate(rows):
+        ids = torch.tensor(row["input_ids"])
+        input_ids[index, : len(ids)] = ids
+        labels[index, row["start"] : len(ids)] = ids[row["start"] :]
+    positions = torch.arange(longest).expand(len(rows), longest)
+    return {"input_ids": input_ids, "labels": labels, "position_ids": positions, "lengths": lengths}

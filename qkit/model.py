@@ -1,0 +1,254 @@
+"""The base model: where its files are, its tokenizer, and loading it in 4 bit, in 16 bit, or with an adapter on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit import recipe
+from qkit.errors import MissingArtifact, ModelError
+from qkit.source import HubId, cache_dir, locate, sha256_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qkit.device import Device
+
+log = logging.getLogger(__name__)
+
+ADAPTER_NOTE = "qkit.json"  # in the adapter's folder: which base it was trained on, and how that was quantized
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
+SAMPLED_BYTES = 4096
+
+
+def resolve(model: recipe.Model) -> Path:
+    """A local folder that `from_pretrained` takes, downloaded from the hub or converted from .gguf if need be.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be had.
+    """
+    found = locate(model.source, sha256=model.sha256, kind=ModelError)
+    if isinstance(found, HubId):
+        return _from_hub(found.name, model.revision)
+    if found.suffix == ".gguf":
+        return _from_gguf(found)
+    if not (found / "config.json").is_file():
+        raise ModelError(f"{found}: holds no config.json, so it is not a model folder (nor a .gguf file)")
+    return found
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{name}: could not be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "check the name and the network, `hf auth login` for gated models, or give model.source a local folder"
+        ) from error
+
+
+def _from_gguf(file: Path) -> Path:
+    """The model of a .gguf file as a safetensors folder in bf16, converted once and kept in the cache."""
+    target = cache_dir() / "models" / f"{file.stem}-{sha256_of(file)[:12]}"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as temporary:
+        _convert_gguf(file, Path(temporary) / "model")
+        if not target.exists():  # another process may have been faster
+            (Path(temporary) / "model").rename(target)
+    return target
+
+
+def _convert_gguf(file: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(out)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: it has none, or has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{folder}: this model has no chat template, so nobody can say how its turns are written; "
+            "take its instruct version, or put a chat_template.jinja (ChatML is a common one) into the folder"
+        )
+    return tokenizer
+
+
+def load_base(folder: Path, how: recipe.Recipe, device: Device) -> PreTrainedModel:
+    """The base model as training sees it: in 4 bit when the recipe says so, the rest in bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": how.model.attn_implementation}
+    if how.quantization.load_in_4bit:
+        options["quantization_config"] = quantization_config(how.quantization)
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(folder), device_map=device.device_map, trust_remote_code=how.model.trust_remote_code, **options
+    )
+    loaded.config.use_cache = False
+    return loaded
+
+
+def quantization_config(section: recipe.Quantization) -> Any:
+    """The section as transformers' BitsAndBytesConfig."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**section.model_dump())
+
+
+def load_live(folder: Path, how: recipe.Recipe, device: Device, adapter: Path | None) -> PreTrainedModel:
+    """The model as it was trained: the 4-bit base with the adapter on it, or the base alone; for inference.
+
+    The 4-bit weights are dequantized once: the same numbers that every 4-bit forward would unpack again for each token.
+    """
+    base = load_base(folder, how, device)
+    if how.quantization.load_in_4bit:
+        dequantize(base)
+    if adapter is not None:
+        base = _with_adapter(base, folder, adapter)
+    base.config.use_cache = True
+    return base.eval()
+
+
+def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PeftModel:
+    from peft import PeftModel
+
+    check_adapter(adapter, folder)
+    return PeftModel.from_pretrained(base, str(adapter))
+
+
+def dequantize(model: PreTrainedModel) -> None:
+    """Put an ordinary bf16 Linear in the place of every 4-bit one.
+
+    Must come before the first forward: on a CPU bitsandbytes then repacks the weights, and dequantizing reads the wrong layout.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(torch.bfloat16)
+            plain = torch.nn.Linear(
+                module.in_features, module.out_features, bias=False, device="meta", dtype=torch.bfloat16
+            )
+            plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+            plain.bias = module.bias
+            model.set_submodule(name, plain)
+
+
+def quantized_names(model: PreTrainedModel) -> list[str]:
+    """Names of the weights that are held in 4 bit, as the checkpoint names them."""
+    from bitsandbytes.nn import Linear4bit
+
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+
+
+# --- which base an adapter belongs to -------------------------------------------------------------------------------
+
+
+def write_adapter_note(adapter: Path, folder: Path, how: recipe.Recipe, quantized: list[str]) -> None:
+    """Keep beside an adapter what it was trained on."""
+    note = {
+        "base": how.model.source,
+        "base_fingerprint": fingerprint(folder),
+        "quantization": how.quantization.model_dump(mode="json"),
+        "quantized": quantized,
+    }
+    (adapter / ADAPTER_NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+
+
+def check_adapter(adapter: Path, folder: Path) -> Mapping[str, Any]:
+    """The adapter's note, after seeing that the model in `folder` is the one it was trained on.
+
+    Raises:
+        MissingArtifact: this is no adapter that qkit made.
+        ModelError: it was trained on another model.
+    """
+    note_file = adapter / ADAPTER_NOTE
+    if not note_file.is_file() or not (adapter / "adapter_config.json").is_file():
+        raise MissingArtifact(f"{adapter}: not an adapter made by `qkit train` (it has no {ADAPTER_NOTE})")
+    note: dict[str, Any] = json.loads(note_file.read_text(encoding="utf-8"))
+    if note["base_fingerprint"] != fingerprint(folder):
+        raise ModelError(
+            f"{adapter}: this adapter was trained on {note['base']}, and the weights in {folder} are others; "
+            "on another base it would be accepted and answer worse: give model.source the base it was trained on"
+        )
+    return note
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of the names, shapes and dtypes of all tensors of a model, and of the first and last bytes of each shard."""
+    digest = hashlib.sha256()
+    for shard in shards(folder):
+        header, data = _header(shard)
+        names = {name: [spec["dtype"], spec["shape"]] for name, spec in header.items() if name != "__metadata__"}
+        digest.update(json.dumps(names, sort_keys=True).encode())
+        for sample in _samples(shard, data):
+            digest.update(sample)
+    return digest.hexdigest()
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a model, in order.
+
+    Raises:
+        ModelError: there are none.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: holds no model*.safetensors; save the model with `save_pretrained` once")
+    return files
+
+
+def _header(shard: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and where its data begin."""
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
+
+
+def _samples(shard: Path, begin: int) -> Iterator[bytes]:
+    """64 short pieces spread evenly over a shard's data: enough to tell two sets of weights apart."""
+    end = shard.stat().st_size
+    with shard.open("rb") as file:
+        for index in range(64):
+            file.seek(begin + (end - begin - SAMPLED_BYTES if end - begin > SAMPLED_BYTES else 0) * index // 63)
+            yield file.read(SAMPLED_BYTES)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Everything beside the weights that a model folder needs: tokenizer, template, generation config, remote code."""
+    for file in source.iterdir():
+        weights = file.suffix in {".safetensors", ".bin", ".gguf"} or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name != "README.md":
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,109 @@
+"""The model card: README.md beside the merged weights and the served export, written from what the run measured.
+
+It is no stage and no stage's result: it is rewritten as figures come in, and left out of the hashed outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qkit import show
+from qkit.errors import MissingArtifact
+from qkit.recipe import Recipe, Serve
+from qkit.run import Run, write_text
+from qkit.source import is_hub_id
+
+FILE = "README.md"
+PROVENANCE = ("data", "train", "merge")  # the stages whose files made these weights
+
+
+def write(run: Run) -> None:
+    """Write the card into `merge/`, and into `export/vllm/` where that is.
+
+    Raises:
+        MissingArtifact: there is no merged model, or a file of the run is damaged.
+    """
+    merged = run.folder("merge")
+    if not merged.is_dir():
+        raise MissingArtifact(f"{merged} is missing: `qkit merge {run.root}` makes it")
+    text = render(run)
+    for folder in (merged, run.folder("export") / "vllm"):
+        if folder.is_dir():
+            write_text(folder / FILE, text)
+
+
+def render(run: Run) -> str:
+    """The card's text: YAML front matter, then Markdown."""
+    from importlib import resources
+
+    import jinja2
+
+    figures = show.summary(run)
+    environment = jinja2.Environment(
+        autoescape=False,  # Markdown, not HTML
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(show.TEXTS, cell=_cell)
+    template = environment.from_string(resources.files("qkit").joinpath("modelcard.md.j2").read_text(encoding="utf-8"))
+    return template.render(
+        front=_front(run.recipe),
+        name=run.root.resolve().name,
+        run=run,
+        recipe=run.recipe,
+        figures=figures,
+        show=show,
+        data=show.read(run.folder("data") / "summary.json") or {},
+        messages=json.dumps(_messages(run.recipe), ensure_ascii=False),
+        curl=_curl(run),
+        outputs=list(_outputs(run.manifest())),
+    )
+
+
+def _front(recipe: Recipe) -> str:
+    """YAML front matter as the hub reads it. The license is the base model's to say, so it is left out."""
+    import yaml
+
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if is_hub_id(recipe.model.source):
+        front |= {"base_model": recipe.model.source, "base_model_relation": "finetune"}
+    if known := [source.source for source in recipe.data.train if is_hub_id(source.source)]:
+        front["datasets"] = known
+    front["tags"] = ["qkit", "lora", *(["qlora"] if recipe.quantization.load_in_4bit else []), recipe.task]
+    return yaml.safe_dump(front, sort_keys=False).strip()
+
+
+def _messages(recipe: Recipe) -> list[dict[str, str]]:
+    """A conversation such as the model was trained on, its question left open."""
+    system = [{"role": "system", "content": recipe.data.system}] if recipe.data.system else []
+    return [*system, {"role": "user", "content": "Ask here as the training data does."}]
+
+
+def _curl(run: Run) -> str:
+    """A line that asks the server of `qkit serve`, ready for a shell."""
+    section, server = run.recipe.serve, show.read(run.folder("serve") / "server.json") or {}
+    port = section.port or Serve.model_fields["port"].default  # 0 takes a free one, which no card can know
+    body = {
+        "model": server.get("model", run.root.resolve().name),
+        "messages": _messages(run.recipe),
+        "max_tokens": run.recipe.evaluate.max_new_tokens,
+    }
+    url = f"http://{section.host}:{port}/v1/chat/completions"
+    return f"curl {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+
+
+def _outputs(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The files that led to these weights, and the weights: name and sha256."""
+    for stage in PROVENANCE:
+        for name, output in manifest["stages"].get(stage, {"outputs": {}})["outputs"].items():
+            yield name, output["sha256"]
+
+
+def _cell(text: object) -> str:
+    """Text that stays in its cell of a Markdown table."""
+    return " ".join(str(text).replace("|", "\\|").split())

@@ -1,0 +1,274 @@
+"""The stages in order. `run` starts each one as a process of its own and skips what is done."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from qkit import modelcard, plan
+from qkit.device import PeakMeter, detect
+from qkit.errors import MissingArtifact, QkitError, StageFailed, UserError
+from qkit.recipe import Recipe
+from qkit.run import LOCK_HELD, Run, StageRecord, environment, make_folder, stage_key
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: whose folders it reads, and which sections of the recipe it depends on."""
+
+    name: str
+    needs: tuple[str, ...]
+    sections: tuple[str, ...]
+    resumes: bool = False  # goes on from what a killed attempt left
+
+
+BEFORE_REPORT = ("data", "train", "evaluate", "merge", "export", "serve", "verify", "bench")
+SECTIONS = tuple(name for name in Recipe.model_fields)
+
+STAGES: Mapping[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("data", (), ("task", "model", "data")),
+        Stage("train", ("data",), ("seed", "model", "quantization", "lora", "data", "train"), resumes=True),
+        Stage("evaluate", ("data", "train"), ("task", "model", "quantization", "evaluate")),
+        Stage("merge", ("data", "train"), ("model", "quantization", "merge")),
+        Stage("export", ("merge",), ("export",)),
+        Stage("serve", ("export",), ("serve",)),
+        Stage("verify", ("data", "train", "evaluate", "merge", "export"), ("task", "evaluate", "export", "serve")),
+        Stage("bench", ("data", "merge", "export"), ("bench", "serve")),
+        Stage("report", BEFORE_REPORT, SECTIONS),
+    )
+}
+
+
+CARDED = ("merge", "verify", "bench", "report")  # after these the model card has something new to say
+
+
+def status(run: Run, stage: Stage) -> str:
+    """done, stale (the recipe or an input changed since, or a file is gone), or missing."""
+    entry = run.manifest()["stages"].get(stage.name)
+    if entry is None:
+        return "missing"
+    return "done" if entry["key"] == _key(run, stage) and run.whole(stage.name) else "stale"
+
+
+def statuses(run: Run) -> dict[str, str]:
+    """Status of every stage, in order."""
+    return {name: status(run, stage) for name, stage in STAGES.items()}
+
+
+def _inputs(run: Run, stage: Stage) -> dict[str, str]:
+    return {name: digest for needed in stage.needs for name, digest in run.outputs(needed).items()}
+
+
+def _key(run: Run, stage: Stage) -> str:
+    return stage_key(stage.name, run.recipe, stage.sections, _inputs(run, stage))
+
+
+def execute(run: Run, name: str) -> None:
+    """Run one stage in this process: check its inputs, work, put the result in place, then write the manifest.
+
+    Raises:
+        MissingArtifact: an earlier stage has not been run, or its files were changed since.
+        UserError: what the stage found wrong; earlier results are untouched.
+        StageFailed: anything else.
+    """
+    stage = STAGES[name]
+    with run.locked():
+        run.save_recipe()
+        _check_inputs(run, stage)
+        key, inputs = _key(run, stage), _inputs(run, stage)
+        work = run.work_folder(name, key, stage.resumes)
+        meter = PeakMeter(detect())
+        started, begin = datetime.now(UTC), time.perf_counter()
+        _call(run, name, work)
+        run.commit(name)
+        peak = {
+            "predicted": plan.predicted_peak_bytes(run.recipe, name, detect()),
+            "measured": meter.peak_bytes(),
+            "meter": meter.meter,
+        }
+        record = StageRecord(
+            status="done",
+            key=key,
+            seconds=time.perf_counter() - begin,
+            started_at=started.isoformat(timespec="seconds"),
+            peak_bytes=peak,
+            inputs=inputs,
+            outputs=run.hash_outputs(name),
+        )
+        run.record(name, record, environment(detect().to_dict()))
+        if name in CARDED:
+            modelcard.write(run)
+
+
+def _check_inputs(run: Run, stage: Stage) -> None:
+    for needed in stage.needs:
+        if status(run, STAGES[needed]) != "done":
+            what = "has not been run" if run.manifest()["stages"].get(needed) is None else "is out of date"
+            raise MissingArtifact(
+                f"{run.root}: `{stage.name}` needs the stage `{needed}`, which {what}: "
+                f"`qkit run {run.root}` does all that is missing, `qkit {needed} {run.root}` this one"
+            )
+
+
+def _call(run: Run, name: str, work: Path) -> None:
+    """The stage's own `run`, with foreign errors turned into StageFailed."""
+    try:
+        importlib.import_module(f"qkit.{name}").run(run, work)
+    except QkitError:
+        raise
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        import logging
+
+        logging.getLogger("qkit").exception("stage %s failed", name)
+        raise StageFailed(name, run.root, run.log(name), _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line on a foreign error, with what to do for the ones that have one cause."""
+    text = f"{type(error).__name__}: {error}".strip()
+    if isinstance(error, OSError) and error.errno == 28:
+        return f"no disk space left: {text}; free some, or give --out a folder on another disk"
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        return f"out of memory: {text.splitlines()[0]}; see `qkit plan`"
+    return text[:2000]
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+def run_all(run: Run, options: Sequence[str] = ()) -> list[str]:
+    """Run every stage that is not done, each in a process of its own; returns the names of those that ran.
+
+    Raises:
+        StageFailed, UserError: as the stage's own process reported it.
+    """
+    done = []
+    with run.locked():
+        run.save_recipe()
+        with _Server(run, options) as server:
+            for name in (name for name in STAGES if name not in ("serve", "report")):
+                if status(run, STAGES[name]) == "done":
+                    continue
+                if name in SERVED and detect().server_beside_model:
+                    server.start()
+                _start(run, name, options)
+                done.append(name)
+            if status(run, STAGES["serve"]) != "done":
+                server.start()
+        if server.started:
+            done.append("serve")
+        if status(run, STAGES["report"]) != "done":
+            _start(run, "report", options)
+            done.append("report")
+    return done
+
+
+SERVED = ("verify", "bench")  # these ask a server; one that is up already is used by both
+
+
+class _Server:
+    """`qkit serve` as a child, started when first wanted and stopped, as by Ctrl-C, at the end."""
+
+    def __init__(self, run: Run, options: Sequence[str]):
+        self.run = run
+        self.options = options
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def started(self) -> bool:
+        return self.process is not None
+
+    def __enter__(self) -> _Server:
+        return self
+
+    def start(self) -> None:
+        """Start it unless it is up, and wait until it says that it is ready."""
+        if self.process is not None:
+            return
+        ready = self.run.root / ".work" / "serve" / "server.json"
+        ready.unlink(missing_ok=True)
+        self.process = _process(self.run, "serve", [*self.options, "--until-eof"])
+        while not ready.exists():
+            if self.process.poll() is not None:
+                _raise_for("serve", self.run, self.process.returncode)
+            time.sleep(0.1)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self.process is None or self.process.stdin is None:
+            return
+        self.process.stdin.close()  # the polite way to end a stage: it stops the server and writes its record
+        code = self.process.wait()
+        if code and kind is None:
+            _raise_for("serve", self.run, code)
+
+
+def _start(run: Run, name: str, options: Sequence[str]) -> None:
+    process = _process(run, name, options)
+    try:
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    if code:
+        _raise_for(name, run, code)
+
+
+def _process(run: Run, name: str, options: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A stage's process; it ends when we do, by the pipe on its standard input."""
+    argv = [sys.executable, "-m", "qkit", name, str(run.root), "--child", *options]
+    env = {**os.environ, LOCK_HELD: str(run.root.resolve())}
+    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env)
+
+
+class Reported(UserError):
+    """The stage's process has already said what was wrong; only its exit code is left to hand on."""
+
+    def __init__(self, code: int):
+        super().__init__("")
+        self.exit_code = code
+
+
+def _raise_for(name: str, run: Run, code: int) -> None:
+    if code in (1, 2):
+        raise Reported(code)
+    raise StageFailed(name, run.root, run.log(name), _death(code))
+
+
+def _death(code: int) -> str:
+    if code == -9:
+        return "its process was killed (SIGKILL); on Linux that is most often the system running out of memory: see `qkit plan`"
+    return f"its process ended with status {code}"
+
+
+@contextlib.contextmanager
+def captured(run: Run, name: str) -> Iterator[None]:
+    """Send what libraries print to the stage's log; the command line keeps the terminal for itself."""
+    make_folder(run.root)
+    log = os.open(run.log(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    saved = os.dup(1), os.dup(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, source in zip((1, 2), saved, strict=True):
+            os.dup2(source, target)
+            os.close(source)
+        os.close(log)

@@ -1,0 +1,327 @@
+"""ONNX Runtime, on folders made by onnxruntime-genai's model builder, in this process.
+
+Two things make it quick. The cache is shared: each key and value tensor is input and output of the model at once, so
+that a step writes one position and copies nothing. And the head is applied only where its answer is wanted: as the
+model is opened, its graph gets one input more, `picked`, that selects hidden states before the head; the file stays.
+
+Rows of a batch may differ in length. The builder's attention (GroupQueryAttention) takes a row's length from the sum
+of its attention mask, so rows are padded on the right, and a row's next token overwrites its first padded position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.device import Device, PeakMeter
+from qkit.errors import MissingArtifact, MissingExtra, NotDeployable
+from qkit.run import read_json
+from qkit.runtime import Row, RowScores, Runtime
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Ids = NDArray[np.int64]
+
+BATCH_TOKENS = 256  # right-padded tokens per forward that reads; more is no quicker, and slower in int4
+PICKED = "picked"
+HEADS = ("MatMul", "MatMulNBits", "Gemm")
+DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+
+
+def open(artifact: Path, device: Device, **options: Any) -> Runtime:
+    """A folder with `model.onnx`. Options: `threads` (default: one per physical core).
+
+    Raises:
+        MissingArtifact: it is not such a folder.
+        MissingExtra: onnxruntime is not installed.
+        NotDeployable: the graph is not of the kind that the builder makes for decoders.
+    """
+    _need(artifact)
+    meter = PeakMeter(device)
+    session = _session(artifact, device, options.get("threads", 0))
+    return OnnxRuntime(_Model(session, _head_size(artifact)), meter)
+
+
+def _need(artifact: Path) -> None:
+    if missing := [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]:
+        raise MissingExtra(f"{artifact}: to open it needs {', '.join(missing)}: pip install 'qkit[onnx]'")
+    if gone := [name for name in ("model.onnx", "genai_config.json") if not (artifact / name).is_file()]:
+        raise MissingArtifact(f"{artifact}: not a folder made by qkit's ONNX export; it lacks {', '.join(gone)}")
+
+
+def _head_size(artifact: Path) -> int:
+    """Width of a key: the graph leaves it open, since a quantized cache would have another."""
+    return int(read_json(artifact / "genai_config.json")["model"]["decoder"]["head_size"])
+
+
+class OnnxRuntime(Runtime):
+    """Greedy decoding and scoring with a model that is loaded here."""
+
+    def __init__(self, model: _Model, meter: PeakMeter):
+        self.model = model
+        self.meter = meter
+
+    def steps(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
+    ) -> Iterator[dict[int, int]]:
+        """Prompts are read a few at a time, their first tokens being a step of their own; then all go on together."""
+        if not prompts:
+            return
+        batch = _Batch(self.model, prompts, max_new_tokens)
+        for begin, end in _chunks([len(prompt) for prompt in batch.prompts]):
+            yield batch.read(begin, end)
+        for _ in range(max_new_tokens - 1):
+            batch.drop(stop)
+            if not batch.order:
+                return
+            yield batch.step()
+
+    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
+        for begin, end in _chunks([len(row.input_ids) for row in rows]):
+            yield from _score(self.model, rows[begin:end])
+
+    def memory_bytes(self) -> int:
+        return self.meter.peak_bytes()
+
+    def close(self) -> None:
+        del self.model
+
+
+# --- the session ----------------------------------------------------------------------------------------------------
+
+
+def _session(artifact: Path, device: Device, threads: int) -> Any:
+    """An InferenceSession on the graph with `picked` in it; weights stay in their file next to model.onnx.
+
+    Idle threads sleep instead of spinning: as fast on a machine of one's own, and several times faster beside another
+    busy process.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.resolve()))
+    available = onnxruntime.get_available_providers()
+    providers = [name for name in device.onnx_providers if name in available]
+    return onnxruntime.InferenceSession(_with_picked(artifact / "model.onnx"), options, providers=providers)
+
+
+def _with_picked(file: Path) -> bytes:
+    """The graph of `file` with the input `picked` [n, 2]: row and position of the states that the head is applied to.
+
+    `logits` become [n, vocabulary]. Whatever comes after the head works token by token and does not mind.
+    """
+    import onnx
+
+    model = onnx.load(str(file), load_external_data=False)
+    graph = model.graph
+    head = _head(graph, file)
+    pick = onnx.helper.make_node("GatherND", [head.input[0], PICKED], [f"{PICKED}_states"], name=PICKED)
+    head.input[0] = pick.output[0]
+    graph.node.insert(list(graph.node).index(head), pick)
+    graph.input.append(onnx.helper.make_tensor_value_info(PICKED, onnx.TensorProto.INT64, ["n", 2]))
+    logits = next(output for output in graph.output if output.name == "logits").type.tensor_type
+    logits.shape.dim[0].Clear()
+    del logits.shape.dim[1]
+    del graph.value_info[:]  # shapes between head and logits are not true any more; they are inferred again
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+def _head(graph: Any, file: Path) -> Any:
+    """The matrix product that `logits` come from, perhaps through a scale or a cast."""
+    makers = {name: node for node in graph.node for name in node.output}
+    node = makers.get("logits")
+    while node is not None and node.op_type not in HEADS:
+        node = makers.get(node.input[0])
+    if node is None:
+        raise NotDeployable(f"{file}: its `logits` do not come from a matrix product; was it made by qkit's export?")
+    return node
+
+
+class _Model:
+    """A session with its names: token ids and their places in; logits out."""
+
+    def __init__(self, session: Any, head_size: int):
+        inputs = {node.name: node for node in session.get_inputs()}
+        self.session = session
+        self.head_size = head_size
+        self.caches = [node for name, node in inputs.items() if name.startswith("past_key_values.")]
+        self.takes_positions = "position_ids" in inputs
+        self.logits = next(node for node in session.get_outputs() if node.name == "logits")
+        known = {"input_ids", "attention_mask", "position_ids", PICKED, *(node.name for node in self.caches)}
+        if unknown := sorted(inputs.keys() - known):
+            raise NotDeployable(
+                f"onnxruntime: only decoders with a key-value cache; this model also wants {', '.join(unknown)}"
+            )
+
+    def run(self, binding: Any, ids: Ids, past: Ids, new: Ids, picked: Ids) -> NDArray[Any]:
+        """Logits [n, vocabulary] at `picked` [n, 2], for `ids` [rows, width], right-padded.
+
+        `new` [rows] of them are real, and follow `past` [rows] tokens that `binding`'s cache holds.
+        """
+        import numpy as np
+
+        lengths = past + new
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
+        binding.bind_cpu_input(PICKED, picked)
+        if self.takes_positions:
+            binding.bind_cpu_input("position_ids", past[:, None] + np.arange(ids.shape[1]))
+        logits = np.empty((len(picked), self.logits.shape[-1]), DTYPES[self.logits.type])
+        _bind(binding.bind_output, "logits", logits)
+        self.session.run_with_iobinding(binding)
+        return logits
+
+
+class _Cache:
+    """Keys and values of a batch: arrays [rows, heads, capacity, head size], two a layer, that the model writes to."""
+
+    def __init__(self, model: _Model, rows: int, capacity: int):
+        import numpy as np
+
+        self.session = model.session
+        self.arrays = {
+            node.name: np.zeros((rows, node.shape[1], capacity, model.head_size), DTYPES[node.type])
+            for node in model.caches
+        }
+
+    def binding(self, begin: int, end: int) -> Any:
+        """What the model is run with to work on these rows; good for any number of runs."""
+        binding = self.session.io_binding()
+        for name, array in self.arrays.items():
+            _bind(binding.bind_input, name, array[begin:end])
+            _bind(binding.bind_output, name.replace("past_key_values", "present"), array[begin:end])
+        return binding
+
+    def move(self, source: int, target: int) -> None:
+        """Row `source` takes the place of row `target`."""
+        for array in self.arrays.values():
+            array[target] = array[source]
+
+
+def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
+    """Let the session read or write an array where it is; the caller keeps it alive."""
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+# --- generating -----------------------------------------------------------------------------------------------------
+
+
+class _Batch:
+    """Prompts that are continued together, shortest first.
+
+    `order` holds, for each row that goes on, the index of its prompt. These rows are the first of the cache: when one
+    of them ends, the last takes its place.
+    """
+
+    def __init__(self, model: _Model, prompts: Sequence[Sequence[int]], max_new_tokens: int):
+        import numpy as np
+
+        self.model = model
+        self.order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        self.prompts = [prompts[index] for index in self.order]
+        self.lengths = np.array([len(prompt) for prompt in self.prompts])  # tokens that the cache holds
+        self.tokens = np.zeros(len(prompts), np.int64)  # the newest, which the model has not seen yet
+        self.cache = _Cache(model, len(prompts), int(self.lengths[-1]) + max_new_tokens)
+        self.binding: Any = None
+
+    def read(self, begin: int, end: int) -> dict[int, int]:
+        """Read the prompts of these rows; their first tokens."""
+        import numpy as np
+
+        new = self.lengths[begin:end]
+        last = np.stack([np.arange(len(new)), new - 1], axis=1)
+        ids = _padded(self.prompts[begin:end])
+        logits = self.model.run(self.cache.binding(begin, end), ids, np.zeros_like(new), new, last)
+        self.tokens[begin:end] = logits.argmax(-1)
+        return self._newest(begin, end)
+
+    def step(self) -> dict[int, int]:
+        """One token more for each row."""
+        import numpy as np
+
+        count = len(self.order)
+        self.binding = self.binding or self.cache.binding(0, count)
+        past, one = self.lengths[:count], np.ones(count, np.int64)
+        picked = np.stack([np.arange(count), np.zeros_like(one)], axis=1)
+        logits = self.model.run(self.binding, self.tokens[:count, None], past, one, picked)
+        self.tokens[:count] = logits.argmax(-1)
+        self.lengths[:count] += 1
+        return self._newest(0, count)
+
+    def drop(self, stop: frozenset[int]) -> None:
+        """Take out the rows whose newest token is in `stop`."""
+        ended = [row for row, index in enumerate(self.order) if int(self.tokens[row]) in stop]
+        for row in reversed(ended):
+            last = len(self.order) - 1
+            if row < last:
+                self.cache.move(last, row)
+                self.lengths[row], self.tokens[row] = self.lengths[last], self.tokens[last]
+                self.order[row] = self.order[last]
+            self.order.pop()
+            self.binding = None
+
+    def _newest(self, begin: int, end: int) -> dict[int, int]:
+        return dict(zip(self.order[begin:end], self.tokens[begin:end].tolist(), strict=True))
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Ids:
+    """[rows, longest], padded with 0 on the right."""
+    import numpy as np
+
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+    return ids
+
+
+def _chunks(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Rows in their order, as many at once as fit BATCH_TOKENS when padded: begin and end of each batch."""
+    begin = longest = 0
+    for index, length in enumerate(lengths):
+        longest = max(longest, length)
+        if index > begin and longest * (index + 1 - begin) > BATCH_TOKENS:
+            yield begin, index
+            begin, longest = index, length
+    if len(lengths):
+        yield begin, len(lengths)
+
+
+# --- scoring --------------------------------------------------------------------------------------------------------
+
+
+def _score(model: _Model, rows: Sequence[Row]) -> Iterator[RowScores]:
+    """One forward for these rows, the head applied to the states that their completions are said from."""
+    import numpy as np
+
+    ids = _padded([row.input_ids for row in rows])
+    new = np.array([len(row.input_ids) for row in rows])
+    picked = np.array([(index, place) for index, row in enumerate(rows) for place in _before(row)], np.int64)
+    cache = _Cache(model, len(rows), ids.shape[1])
+    logits = model.run(cache.binding(0, len(rows)), ids, np.zeros_like(new), new, picked.reshape(-1, 2))
+    begin = 0
+    for row in rows:
+        end = begin + len(row.input_ids) - row.start
+        yield _row_scores(logits[begin:end], np.asarray(row.input_ids[row.start :], np.int64))
+        begin = end
+
+
+def _before(row: Row) -> range:
+    """The positions whose states say the completion: each token is said from the one before it."""
+    return range(row.start - 1, len(row.input_ids) - 1)
+
+
+def _row_scores(logits: NDArray[Any], targets: Ids) -> RowScores:
+    """From the logits [T, vocabulary], which are overwritten where they are float32 already."""
+    import numpy as np
+
+    full = logits.astype(np.float32, copy=False)
+    full -= full.max(axis=-1, keepdims=True)
+    full -= np.log(np.exp(full).sum(axis=-1, keepdims=True))
+    return RowScores(targets=full[np.arange(len(targets)), targets], top1=full.argmax(-1), full=full)

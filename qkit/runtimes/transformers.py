@@ -1,0 +1,154 @@
+"""transformers: the base model, the live adapter, or a merged model folder, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.device import Device, PeakMeter, released
+from qkit.runtime import Row, RowScores, Runtime
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from qkit.recipe import Recipe
+
+SCORE_TOKENS = 2048  # right-padded tokens per forward when scoring
+
+
+def open(artifact: Path, device: Device, **options: Any) -> Runtime:
+    """A model folder, in bf16. With `recipe` and `adapter` in options: the live model, quantized as it was trained."""
+    meter = PeakMeter(device)
+    recipe: Recipe | None = options.get("recipe")
+    loaded = _merged(artifact, device) if recipe is None else _live(artifact, recipe, device, options.get("adapter"))
+    return TransformersRuntime(loaded, meter)
+
+
+def _live(folder: Path, recipe: Recipe, device: Device, adapter: Path | None) -> PreTrainedModel:
+    from qkit import model
+
+    return model.load_live(folder, recipe, device, adapter)
+
+
+def _merged(folder: Path, device: Device) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.bfloat16, device_map=device.device_map
+    )
+    return loaded.eval()
+
+
+class TransformersRuntime(Runtime):
+    """Greedy decoding and scoring with a model that is loaded here."""
+
+    def __init__(self, model: PreTrainedModel, meter: PeakMeter):
+        self.model = model
+        self.meter = meter
+
+    def steps(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
+    ) -> Iterator[dict[int, int]]:
+        import torch
+
+        with torch.inference_mode():
+            yield from _decode(self.model, prompts, max_new_tokens, stop)
+
+    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
+        import torch
+
+        for batch in _score_batches(rows):
+            with torch.inference_mode():
+                scores = list(_score(self.model, batch))
+            yield from scores
+
+    def memory_bytes(self) -> int:
+        return self.meter.peak_bytes()
+
+    def close(self) -> None:
+        with released():
+            del self.model
+
+
+def _decode(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
+) -> Iterator[dict[int, int]]:
+    """Left-padded greedy decoding; a row that has ended leaves the batch, so the last long ones do not wait for the rest."""
+    import torch
+    from transformers import DynamicCache
+
+    ids, mask = _left_padded(prompts, model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    alive = list(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        ids = logits.argmax(-1, keepdim=True)
+        tokens = ids[:, 0].tolist()
+        yield dict(zip(alive, tokens, strict=True))
+        going = [index for index, token in enumerate(tokens) if token not in stop]
+        if not going:
+            return
+        if len(going) < len(alive):
+            keep = torch.tensor(going, device=ids.device)
+            cache.batch_select_indices(keep)
+            alive, ids, mask, positions = [alive[i] for i in going], ids[keep], mask[keep], positions[keep]
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        positions = positions[:, -1:] + 1
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ids` and `mask`, [rows, longest]; padded positions hold token 0 and are masked."""
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _score_batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Rows in their order, as many at once as fit SCORE_TOKENS when right-padded."""
+    batch: list[Row] = []
+    for row in rows:
+        longest = max(len(r.input_ids) for r in [*batch, row])
+        if batch and longest * (len(batch) + 1) > SCORE_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _score(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[RowScores]:
+    """One forward, right-padded and without a mask: under causal attention a token does not see what is on its right."""
+    import torch
+
+    longest = max(len(row.input_ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    for index, row in enumerate(rows):
+        wanted = hidden[index, row.start - 1 : len(row.input_ids) - 1]
+        logprobs = base.get_output_embeddings()(wanted).float().log_softmax(-1)
+        targets = torch.tensor(row.input_ids[row.start :], device=logprobs.device)
+        yield RowScores(
+            targets=logprobs.gather(1, targets[:, None])[:, 0].cpu().numpy(),
+            top1=logprobs.argmax(-1).cpu().numpy(),
+            full=logprobs.cpu().numpy(),
+        )

@@ -1,0 +1,137 @@
+"""Scores and distances: the arithmetic that evaluate and verify share. No model is touched here."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.recipe import Evaluate
+from qkit.runtime import Row, RowScores, Runtime
+from qkit.task import Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out rows as the data stage left them."""
+
+    rows: tuple[Row, ...]
+    messages: tuple[list[dict[str, str]], ...]
+    references: tuple[Any, ...]
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Percent right with its bootstrap interval. `heldout_loss`: mean nats per completion token of the reference answers."""
+
+    score: float
+    low: float
+    high: float
+    rows: int
+    heldout_loss: float
+
+
+def read_held_out(file: Path) -> HeldOut:
+    """The rows of a test.parquet."""
+    import pyarrow.parquet
+
+    records = pyarrow.parquet.read_table(file).to_pylist()
+    return HeldOut(
+        rows=tuple(Row(r["input_ids"], r["start"]) for r in records),
+        messages=tuple(json.loads(r["messages"]) for r in records),
+        references=tuple(json.loads(r["reference"]) for r in records),
+        answers=tuple(r["answer"] for r in records),
+    )
+
+
+def grade(texts: Sequence[str], held_out: HeldOut, task: Task, section: Evaluate) -> list[bool]:
+    """Which predictions are right."""
+    pairs = zip(texts, held_out.references, strict=True)
+    return [task.correct(text, reference, section) for text, reference in pairs]
+
+
+def score(right: Sequence[bool], losses: Sequence[NDArray[np.float32]], section: Evaluate, seed: int) -> Score:
+    """Percent right, its percentile bootstrap interval over rows, and the held-out loss."""
+    percent = 100.0 * sum(right) / len(right)
+    low, high = bootstrap(right, section.confidence, seed)
+    return Score(percent, low, high, len(right), mean_loss(losses))
+
+
+def bootstrap(right: Sequence[bool], confidence: float, seed: int) -> tuple[float, float]:
+    """The percentile bootstrap interval of the percentage right, rows drawn with replacement.
+
+    When all rows are right, or all wrong, every resample is the same; the open end is then the exact binomial one.
+    """
+    if len(set(right)) == 1:
+        margin = 100.0 * (1 - ((1 - confidence) / 2) ** (1 / len(right)))
+        return (100.0 - margin, 100.0) if right[0] else (0.0, margin)
+    rng = random.Random(seed)
+    count, hits = len(right), [int(value) for value in right]
+    means = sorted(100.0 * sum(rng.choices(hits, k=count)) / count for _ in range(RESAMPLES))
+    tail = (1 - confidence) / 2
+    return means[int(tail * RESAMPLES)], means[min(int((1 - tail) * RESAMPLES), RESAMPLES - 1)]
+
+
+def paired_gain(before: Sequence[bool], after: Sequence[bool], confidence: float, seed: int) -> dict[str, float]:
+    """Points gained on the same rows, with its interval: rows are resampled as pairs."""
+    rng = random.Random(seed)
+    gains = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
+    means = sorted(100.0 * sum(rng.choices(gains, k=len(gains))) / len(gains) for _ in range(RESAMPLES))
+    tail = int((1 - confidence) / 2 * RESAMPLES)
+    return {"points": 100.0 * sum(gains) / len(gains), "low": means[tail], "high": means[RESAMPLES - 1 - tail]}
+
+
+def mean_loss(targets: Iterable[NDArray[np.float32]]) -> float:
+    """Mean negative log-probability per completion token, in nats."""
+    total, count = 0.0, 0
+    for row in targets:
+        total -= float(row.sum(dtype="float64"))
+        count += len(row)
+    return total / count
+
+
+def heldout_targets(runtime: Runtime, held_out: HeldOut, tick: Callable[[], None]) -> list[NDArray[np.float32]]:
+    """The log-probability of every token of every reference answer."""
+    targets = []
+    for scores in runtime.score(held_out.rows):
+        targets.append(scores.targets)
+        tick()
+    return targets
+
+
+def divergence(live: RowScores, other: RowScores) -> NDArray[np.float32]:
+    """KL(live || other) in nats at each completion token of a row, [T].
+
+    Over the whole vocabulary where `other` has it; else over its top tokens and the rest as one: a lower bound of the true KL.
+    """
+    import numpy as np
+
+    assert live.full is not None
+    if other.full is not None:
+        difference: NDArray[np.float32] = np.sum(np.exp(live.full) * (live.full - other.full), axis=1)
+        return difference
+    assert other.top is not None and other.top_ids is not None
+    kept = np.take_along_axis(live.full, other.top_ids, axis=1)
+    inside = np.sum(np.exp(kept) * (kept - other.top), axis=1)
+    live_rest, other_rest = _rest(kept), _rest(other.top)
+    outside: NDArray[np.float32] = live_rest * (np.log(live_rest) - np.log(other_rest))
+    bound: NDArray[np.float32] = (inside + outside).astype(np.float32)
+    return bound
+
+
+def _rest(top: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probability outside the given tokens, kept above zero against rounding."""
+    import numpy as np
+
+    rest: NDArray[np.float32] = np.maximum(1.0 - np.exp(top).sum(axis=1), 1e-9)
+    return rest

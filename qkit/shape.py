@@ -1,0 +1,333 @@
+"""The shape of a decoder model, from its config.json or the header of its .gguf file: sizes only, and no torch."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkit import recipe
+from qkit.errors import MissingExtra, ModelError
+from qkit.source import HubId, locate
+
+KNOWN_MODELS = Path(__file__).with_name("known_models.json")
+NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder. `exact`: its family is known, so the parameter count is right to the last one."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    attention_bias: bool = False  # on the query, key and value projections
+    output_bias: bool = False  # on the projection out of attention
+    mlp_bias: bool = False
+    fused: bool = False  # one matrix for query, key and value, one for gate and up
+    norms_per_layer: int = 2
+    qk_norm: bool = False
+    exact: bool = True
+
+    @property
+    def attention(self) -> int:
+        """Width of the queries, all heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        """Width of the keys, all heads together."""
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix product of one layer."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a config.json leaves unsaid, because transformers' code for the model type says it."""
+
+    qkv_bias: bool | None = None  # None: as `attention_bias` says, which then counts for the output projection as well
+    mlp_bias: bool = False  # whether `mlp_bias` is looked at
+    fused: bool = False
+    norms_per_layer: int = 2
+    qk_norm: bool = False
+    tied: bool = False  # where `tie_word_embeddings` is absent
+    head_dim: int | None = None  # where `head_dim` is absent; None: hidden / heads
+
+
+FAMILIES = {
+    "llama": Family(mlp_bias=True),
+    "mistral": Family(qkv_bias=False),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True),
+    "phi3": Family(qkv_bias=False, fused=True),
+    "gemma": Family(tied=True, head_dim=256),
+    "gemma2": Family(tied=True, head_dim=256, norms_per_layer=4),
+    "gemma3_text": Family(tied=True, head_dim=256, norms_per_layer=4, qk_norm=True),
+    "smollm3": Family(mlp_bias=True, tied=True),
+}
+
+
+def shape_of(model: recipe.Model) -> Shape:
+    """The shape of a recipe's model: from its folder, its .gguf file, the list of known models, or the hub.
+
+    Raises:
+        ModelError: the model cannot be had, or is of a kind that qkit does not plan.
+    """
+    known = known_models().get(model.source)
+    if known is not None and not Path(model.source).exists():
+        return from_config(known, model.source)
+    found = locate(model.source, sha256=model.sha256, kind=ModelError)
+    if isinstance(found, HubId):
+        return from_config(_hub_config(found.name, model.revision), found.name)
+    if found.suffix == ".gguf":
+        return from_gguf(found)
+    return from_config(_read_config(found / "config.json"), str(found))
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """Hub id -> the part of its config.json that a plan needs, for models that are often used."""
+    groups = json.loads(KNOWN_MODELS.read_text(encoding="utf-8"))
+    return {name: group["config"] for group in groups for name in group["names"]}
+
+
+def from_config(config: Mapping[str, Any], where: str) -> Shape:
+    """The shape that a config.json describes.
+
+    Raises:
+        ModelError: it lacks a size, or describes no plain decoder.
+    """
+    _check_plain(config, where)
+    kind = str(config.get("model_type", "unknown"))
+    family = FAMILIES.get(kind, Family(mlp_bias=True))
+    heads = int(config["num_attention_heads"])
+    bias = bool(config.get("attention_bias", False))
+    return Shape(
+        architecture=kind,
+        layers=int(config["num_hidden_layers"]),
+        hidden=int(config["hidden_size"]),
+        intermediate=int(config["intermediate_size"]),
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or family.head_dim or int(config["hidden_size"]) // heads),
+        vocabulary=int(config["vocab_size"]),
+        tied=bool(config.get("tie_word_embeddings", family.tied)),
+        attention_bias=bias if family.qkv_bias is None else family.qkv_bias,
+        output_bias=bias and family.qkv_bias is None,
+        mlp_bias=family.mlp_bias and bool(config.get("mlp_bias", False)),
+        fused=family.fused,
+        norms_per_layer=family.norms_per_layer,
+        qk_norm=family.qk_norm,
+        exact=kind in FAMILIES,
+    )
+
+
+def _check_plain(config: Mapping[str, Any], where: str) -> None:
+    kind = config.get("model_type", "unknown")
+    experts = next((key for key in EXPERTS if (config.get(key) or 0) > 1), None)
+    if experts:
+        raise ModelError(
+            f"{where}: a mixture of experts ({experts}={config[experts]}); qkit trains dense decoders only"
+        )
+    if missing := [key for key in NEEDED if not isinstance(config.get(key), int)]:
+        raise ModelError(
+            f"{where}: its config.json (model_type {kind!r}) has no {', '.join(missing)}; "
+            "qkit plans text decoders of the Llama kind (Llama, Mistral, Qwen, Phi-3, Gemma, SmolLM)"
+        )
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{file.parent}: holds no config.json, so it is not a model folder (nor a .gguf file)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}; download it again") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file}: is no JSON object; download it again")
+    return config
+
+
+def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
+    """config.json of a hub model, from the hub's cache or the hub."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    except ImportError:
+        raise MissingExtra("reading a model from the hub needs huggingface_hub: pip install 'qkit[train]'") from None
+    try:
+        return _read_config(Path(hf_hub_download(name, "config.json", revision=revision)))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{name}: is gated; accept its licence at https://huggingface.co/{name} and log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{name}: the hub has no such model; check the name, or `hf auth login` if it is private"
+        ) from error
+    except Exception as error:  # the hub's client lets errors of two HTTP libraries through, of no common base
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"{name}: its config.json is not in the hub's cache and could not be fetched ({type(error).__name__}); "
+            f"check the network, `hf download {name}` where there is one, or give model.source a local folder"
+        ) from error
+
+
+# --- what is in it --------------------------------------------------------------------------------------------------
+
+
+def layer_linears(shape: Shape) -> tuple[Linear, ...]:
+    """The linear modules of one layer, by transformers' names; all of them are quantized, the head is not."""
+    bias = shape.attention_bias
+    out = Linear("self_attn.o_proj", shape.attention, shape.hidden, shape.output_bias)
+    down = Linear("mlp.down_proj", shape.intermediate, shape.hidden, shape.mlp_bias)
+    if shape.fused:
+        qkv = Linear("self_attn.qkv_proj", shape.hidden, shape.attention + 2 * shape.kv, bias)
+        return qkv, out, Linear("mlp.gate_up_proj", shape.hidden, 2 * shape.intermediate, shape.mlp_bias), down
+    return (
+        Linear("self_attn.q_proj", shape.hidden, shape.attention, bias),
+        Linear("self_attn.k_proj", shape.hidden, shape.kv, bias),
+        Linear("self_attn.v_proj", shape.hidden, shape.kv, bias),
+        out,
+        Linear("mlp.gate_proj", shape.hidden, shape.intermediate, shape.mlp_bias),
+        Linear("mlp.up_proj", shape.hidden, shape.intermediate, shape.mlp_bias),
+        down,
+    )
+
+
+def other_parameters(shape: Shape) -> int:
+    """Parameters outside the layers' matrices: embeddings, head, norms, biases. They stay in 16 bits."""
+    embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    norms = shape.norms_per_layer * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    biases = sum(linear.outputs for linear in layer_linears(shape) if linear.bias)
+    return embeddings + shape.layers * (norms + biases) + shape.hidden
+
+
+def parameters(shape: Shape) -> int:
+    """All parameters of the model."""
+    return other_parameters(shape) + shape.layers * sum(linear.weights for linear in layer_linears(shape))
+
+
+# --- .gguf ----------------------------------------------------------------------------------------------------------
+
+# Value types of GGUF's metadata: struct letter by type number; 8 is a string, 9 an array.
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+TOKENS = "tokenizer.ggml.tokens"
+
+
+def from_gguf(file: Path) -> Shape:
+    """The shape that a .gguf file's header describes; tensor data are not read.
+
+    Raises:
+        ModelError: it is no GGUF file, is cut off, or lacks a size.
+    """
+    try:
+        metadata, tensors = read_gguf(file)
+        return from_config(_as_config(metadata, tensors), str(file))
+    except (struct.error, KeyError, UnicodeDecodeError, ValueError) as error:
+        raise ModelError(f"{file}: its GGUF header is damaged or cut off ({error!r}); download it again") from None
+
+
+def read_gguf(file: Path) -> tuple[dict[str, Any], set[str]]:
+    """Metadata of a .gguf file (of an array, its length) and the names of its tensors."""
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ModelError(f"{file}: is no GGUF file (it does not begin with GGUF)")
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            version, tensor_count, key_count = struct.unpack_from("<IQQ", data, 4)
+            if version not in (2, 3):
+                raise ModelError(f"{file}: is GGUF version {version}; versions 2 and 3 are read, convert it again")
+            reader = _Reader(data, 24)
+            metadata = {reader.text(): reader.value(reader.scalar("I")) for _ in range(key_count)}
+            return metadata, set(reader.tensor_names(tensor_count))
+
+
+class _Reader:
+    """A walk through a GGUF header, little-endian."""
+
+    def __init__(self, data: mmap.mmap, at: int):
+        self.data = data
+        self.at = at
+
+    def scalar(self, letter: str) -> Any:
+        (value,) = struct.unpack_from(f"<{letter}", self.data, self.at)
+        self.at += struct.calcsize(f"<{letter}")
+        return value
+
+    def text(self) -> str:
+        length = self.scalar("Q")
+        self.at += length
+        return self.data[self.at - length : self.at].decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind == ARRAY:
+            return self._skip_array(self.scalar("I"), self.scalar("Q"))
+        return self.scalar(SCALARS[kind])
+
+    def _skip_array(self, kind: int, count: int) -> int:
+        """Pass over an array; vocabularies hold 10^5 strings, hence the bare loop."""
+        if kind != STRING:
+            self.at += count * struct.calcsize(f"<{SCALARS[kind]}")
+            return count
+        at, unpack, data = self.at, struct.Struct("<Q").unpack_from, self.data
+        for _ in range(count):
+            at += 8 + unpack(data, at)[0]
+        self.at = at
+        return count
+
+    def tensor_names(self, count: int) -> Iterator[str]:
+        for _ in range(count):
+            yield self.text()
+            dimensions = self.scalar("I")
+            self.at += 8 * dimensions + 4 + 8  # sizes, type, offset
+            if self.at > len(self.data):
+                raise ValueError("the list of tensors ends early")
+
+
+def _as_config(metadata: Mapping[str, Any], tensors: set[str]) -> dict[str, Any]:
+    """GGUF's names as those of a config.json. What a family leaves open is read off the tensors' names."""
+    kind = metadata["general.architecture"]
+    found = {
+        "model_type": kind,
+        "hidden_size": metadata.get(f"{kind}.embedding_length"),
+        "intermediate_size": metadata.get(f"{kind}.feed_forward_length"),
+        "num_hidden_layers": metadata.get(f"{kind}.block_count"),
+        "num_attention_heads": metadata.get(f"{kind}.attention.head_count"),
+        "num_key_value_heads": metadata.get(f"{kind}.attention.head_count_kv"),
+        "head_dim": metadata.get(f"{kind}.attention.key_length"),
+        "vocab_size": metadata.get(TOKENS, metadata.get(f"{kind}.vocab_size")),
+        "num_experts": metadata.get(f"{kind}.expert_count"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+    }
+    return {key: value for key, value in found.items() if value is not None}

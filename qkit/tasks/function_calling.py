@@ -1,0 +1,113 @@
+"""Function calling: name one of the offered functions and its arguments, as one JSON object.
+
+Reads the Berkeley Function-Calling Leaderboard's rows (`question`, `function`, and a file of accepted answers joined by id), and scores
+as the leaderboard describes it: right function, every required argument, every value among the accepted ones. Tools are shown as one-line
+signatures, so that a row takes about 100 tokens and not 500.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qkit.recipe import Data, Evaluate
+from qkit.task import Conversation, RowError
+
+METRIC = "exact call match"
+
+# The leaderboard's type names, as Python writes them.
+TYPES = {"string": "str", "integer": "int", "boolean": "bool", "array": "list"}
+OMITTED = ""  # among the accepted values: the argument may be left out
+
+
+def conversation(record: Mapping[str, Any], accepted: Any, section: Data) -> Conversation:
+    """A leaderboard row; the answer holds the first accepted value of every argument that may not be left out."""
+    if "function" not in record or "question" not in record:
+        raise RowError(f"has the columns {', '.join(sorted(record))}; wanted question and function")
+    if accepted is None:
+        raise RowError(f"no accepted answer for id {record.get('id')!r}: give data.*.answers the file that holds it")
+    tools = "\n".join(signature(function) for function in record["function"])
+    asked = "\n".join(turn["content"] for turn in record["question"][0])
+    prompt = (
+        {"role": "system", "content": f"{section.system or 'Call one of these functions.'}\n{tools}"},
+        {"role": "user", "content": asked},
+    )
+    return Conversation(prompt, first_answer(accepted), accepted)
+
+
+def signature(function: Mapping[str, Any]) -> str:
+    """`name(a: int, b: str = null)`, for a function's JSON description."""
+    parameters = function["parameters"]
+    required = set(parameters.get("required", ()))
+    parts = [_parameter(name, spec, name in required) for name, spec in parameters["properties"].items()]
+    return f"{function['name']}({', '.join(parts)})"
+
+
+def _parameter(name: str, spec: Mapping[str, Any], required: bool) -> str:
+    kind = TYPES.get(spec.get("type", "any"), spec.get("type", "any"))
+    if "enum" in spec:
+        kind = "|".join(json.dumps(value) for value in spec["enum"])
+    elif kind == "list" and "items" in spec:
+        inner = spec["items"].get("type", "any")
+        kind = f"list[{TYPES.get(inner, inner)}]"
+    return f"{name}: {kind}" if required else f"{name}: {kind} = {json.dumps(spec.get('default'))}"
+
+
+def first_answer(accepted: Sequence[Mapping[str, Mapping[str, Sequence[Any]]]]) -> str:
+    """The call to learn, as JSON text, from the accepted values."""
+    ((name, arguments),) = accepted[0].items()
+    chosen = {key: _concrete(values[0]) for key, values in arguments.items() if values and OMITTED not in values}
+    return json.dumps({"name": name, "arguments": chosen})
+
+
+def _concrete(value: Any) -> Any:
+    """One accepted value with the lists of alternatives inside its objects resolved to their first."""
+    if isinstance(value, dict):
+        return {key: _concrete(options[0]) for key, options in value.items() if options and OMITTED not in options}
+    return [_concrete(item) for item in value] if isinstance(value, list) else value
+
+
+def correct(prediction: str, reference: Any, section: Evaluate) -> bool:
+    """Whether the prediction is the call, with an accepted value for every argument."""
+    call = parse(prediction)
+    if call is None:
+        return False
+    ((name, accepted),) = reference[0].items()
+    return call[0] == name and _object_matches(call[1], accepted)
+
+
+def parse(text: str) -> tuple[str, Mapping[str, Any]] | None:
+    """(name, arguments) of a call written as JSON, or None when the text is something else."""
+    try:
+        call = json.loads(text)
+        name, arguments = call["name"], call["arguments"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None
+
+
+def _object_matches(given: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]]) -> bool:
+    """Every given value is accepted, and nothing is left out that may not be."""
+    known = all(key in accepted and _matches(value, accepted[key]) for key, value in given.items())
+    return known and all(key in given or not options or OMITTED in options for key, options in accepted.items())
+
+
+def _matches(value: Any, options: Sequence[Any]) -> bool:
+    return any(_equals(value, option) for option in options)
+
+
+def _equals(value: Any, option: Any) -> bool:
+    """One value against one accepted value: text without case and punctuation, integers as floats too, booleans only as booleans."""
+    if isinstance(option, dict):
+        return isinstance(value, dict) and _object_matches(value, option)
+    if isinstance(option, list):
+        return isinstance(value, list) and len(value) == len(option) and all(map(_equals, value, option))
+    if isinstance(option, str) and isinstance(value, str):
+        return _plain(value) == _plain(option)
+    return bool(value == option) and isinstance(value, bool) == isinstance(option, bool)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')

@@ -1,0 +1,126 @@
+"""A tiny real Llama and a byte-level tokenizer with a chat template, built on disk, so that the real `from_pretrained` runs with no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests never see the user's cache, nor the hub."""
+    monkeypatch.setenv("QKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("QKIT_DEVICE", "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2-layer Llama (hidden 64, 4 heads, 2 key-value heads) with random weights in bf16, and its tokenizer."""
+    return build_model(tmp_path_factory.mktemp("models") / "tiny", seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shape with other weights."""
+    return build_model(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+def build_model(folder: Path, seed: int) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = build_tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_tokenizer() -> Any:
+    """One token per byte, and three special ones; ChatML."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|im_start|>"
+    )
+    fast.chat_template = CHATML
+    return fast
+
+
+def chat_rows(count: int) -> list[dict[str, Any]]:
+    """Conversations that a tiny model can learn: repeat the letter."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {letters[i % 26]} {'please ' * (i % 4)}"},
+                {"role": "assistant", "content": letters[i % 26] * 3},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """24 conversations as JSON lines."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(24)), encoding="utf-8")
+    return file
+
+
+def tiny_settings(model: Path, rows: Path) -> dict[str, Any]:
+    """A whole recipe that runs in seconds."""
+    return {
+        "task": "chat",
+        "model": {"source": str(model)},
+        "data": {
+            "train": [{"source": str(rows)}],
+            "test": [{"source": str(rows), "rows": ":4"}],
+            "max_length": 128,
+            "batch_tokens": 256,
+        },
+        "lora": {"r": 4, "lora_alpha": 8},
+        "train": {"max_steps": 4, "learning_rate": 1e-2, "save_steps": 2},
+        "evaluate": {"max_new_tokens": 8},
+        "serve": {"port": 0, "max_model_len": 256, "enforce_eager": True},
+        "bench": {"concurrency": [1, 2], "output_tokens": 4, "repeats": 1},
+    }
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, tiny_model: Path, rows_file: Path) -> Path:
+    """The recipe of `tiny_settings`, as a file."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tiny_settings(tiny_model, rows_file)), encoding="utf-8")
+    return file

@@ -1,0 +1,47 @@
+"""The run in tests/sample_run: a whole run directory with plausible figures, for what only reads one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qkit.recipe import Recipe
+from qkit.run import Run
+
+SAMPLE = Path(__file__).parent / "sample_run"
+# What a run that is half way may lack, one by one.
+FILES = (
+    "run.json",
+    "data/summary.json",
+    "train/metrics.jsonl",
+    "train/memory.json",
+    "evaluate/scores.json",
+    "evaluate/predictions.jsonl",
+    "verify/parity.json",
+    "bench",
+    "serve/server.json",
+)
+
+
+def open_sample(folder: Path, *, without: str | None = None, only_recipe: bool = False) -> Run:
+    """A copy of the sample in `folder`, which may lack one file, or all but the recipe."""
+    root = folder / "sample_run"
+    if only_recipe:
+        root.mkdir()
+        shutil.copy(SAMPLE / "recipe.yaml", root)
+    else:
+        shutil.copytree(SAMPLE, root)
+    if without:
+        gone = root / without
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    return Run(root, Recipe.model_validate(yaml.safe_load((root / "recipe.yaml").read_text(encoding="utf-8"))))
+
+
+def edit(run: Run, file: str, **changes: Any) -> None:
+    """Change top-level keys of a JSON file of the run."""
+    path = run.root / file
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")

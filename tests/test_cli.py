@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qkit.pipeline import STAGES
+
+VERBS = ["doctor", "plan", "inspect", "run", "show", *STAGES]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "qkit", verb, "--help"], capture_output=True, text=True, check=True)
+    assert f"Example: qkit {verb}" in done.stdout
+
+
+def test_version() -> None:
+    from qkit import __version__
+
+    done = subprocess.run([sys.executable, "-m", "qkit", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == __version__
+
+
+def test_plan_and_help_do_not_load_the_world(tmp_path: Path) -> None:
+    """Not a timed test: memory tells whether torch came along, whatever else the machine does."""
+    for arguments in (["--help"], ["plan", "recipes/llama-3.1-8b-24gb.yaml", "--memory", "24GiB"]):
+        code = (
+            "import resource, subprocess, sys\n"
+            f"subprocess.run([sys.executable, '-m', 'qkit', *{arguments!r}], check=True, stdout=subprocess.DEVNULL)\n"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert int(done.stdout) * (1 if sys.platform == "darwin" else 1024) < 120e6
+    assert resource.RUSAGE_CHILDREN is not None
+
+
+def test_plan_refuses_what_does_not_fit() -> None:
+    arguments = [sys.executable, "-m", "qkit", "plan", "recipes/llama-3.1-8b-24gb.yaml", "--memory", "4GiB"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "GiB" in done.stdout

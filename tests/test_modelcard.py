@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from sample import FILES, SAMPLE, open_sample
+
+from qkit import modelcard
+from qkit.errors import MissingArtifact
+from qkit.recipe import Recipe
+from qkit.run import Run
+
+
+def changed(run: Run, **settings: Any) -> Run:
+    """The same run with other settings in its recipe."""
+    dumped = run.recipe.model_dump(mode="json")
+    for section, values in settings.items():
+        dumped[section].update(values)
+    return Run(run.root, Recipe.model_validate(dumped))
+
+
+def front(text: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    return loaded
+
+
+def code(text: str, language: str) -> str:
+    return text.split(f"```{language}\n")[1].partition("```")[0]
+
+
+def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
+    card = front(modelcard.render(open_sample(tmp_path)))
+    assert card["library_name"] == "transformers"
+    assert card["pipeline_tag"] == "text-generation"
+    assert card["base_model"] == "example-org/tiny-llama"
+    assert "license" not in card
+
+
+@pytest.mark.parametrize("source", ["./model", "model.gguf", "pypi:a==1!b/c.gguf", "org/model.gguf"])
+def test_only_a_hub_id_is_named_as_base(tmp_path: Path, source: str) -> None:
+    run = changed(open_sample(tmp_path), model={"source": source})
+    assert "base_model" not in front(modelcard.render(run))
+
+
+def test_a_hub_id_may_hold_dots(tmp_path: Path) -> None:
+    run = changed(open_sample(tmp_path), model={"source": "org/model-2.5-7B"})
+    assert front(modelcard.render(run))["base_model"] == "org/model-2.5-7B"
+
+
+def test_evidence_is_that_of_the_run(tmp_path: Path) -> None:
+    text = modelcard.render(open_sample(tmp_path))
+    assert "**exact call match: 0 → 52 of 100 (95 % interval 42–62)**" in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    int4 = next(row for row in rows if row[0] == "onnx-int4")
+    assert int4 == ["onnx-int4", "47.0", "37–57", "100", "0.1934", "0.0271", "0.4830", "98.0 %", "all tokens"]
+    vllm = next(row for row in rows if row[:3] == ["vllm", "vllm", "8"])
+    assert vllm[3:] == ["402 / 643", "57.1 / 69.7", "2,172 / 2,824", "122.3", "1.42 GiB", "257 MiB"]
+    assert next(row for row in rows if row[0] == "train")[1:] == ["4 min 43 s", "1.52 GiB", "1.70 GiB", "rss"]
+
+
+def test_provenance_names_the_weights(tmp_path: Path) -> None:
+    manifest = json.loads((SAMPLE / "run.json").read_text(encoding="utf-8"))
+    text = modelcard.render(open_sample(tmp_path))
+    wanted = [manifest["recipe_sha256"], manifest["environment"]["git"]]
+    wanted += [
+        o["sha256"] for stage in ("data", "train", "merge") for o in manifest["stages"][stage]["outputs"].values()
+    ]
+    assert not [digest for digest in wanted if digest not in text]
+
+
+def test_tables_are_whole(tmp_path: Path) -> None:
+    """Every table row has as many cells as the row above it."""
+    lines = modelcard.render(open_sample(tmp_path)).splitlines()
+    cells = [len(re.split(r"(?<!\\)\|", line)) if line.startswith("|") else None for line in lines]
+    assert not [b for a, b in pairwise(cells) if a is not None and b is not None and a != b]
+
+
+@pytest.mark.parametrize("system", [None, 'It\'s "one" call\nin JSON | only.'])
+def test_the_commands_can_be_pasted(tmp_path: Path, system: str | None) -> None:
+    run = changed(open_sample(tmp_path), data={"system": system}, serve={"port": 0})
+    text = modelcard.render(run)
+    ast.parse(code(text, "python"))
+    curl = shlex.split(code(text, "sh").split("\n", 1)[1])
+    body = json.loads(curl[-1])
+    assert (curl[0], curl[1]) == ("curl", "http://127.0.0.1:8000/v1/chat/completions")
+    assert body["model"] == "tiny-calls"
+    assert [m["content"] for m in body["messages"] if m["role"] == "system"] == ([system] if system else [])
+
+
+@pytest.mark.parametrize("absent", FILES)
+def test_a_file_may_be_absent(tmp_path: Path, absent: str) -> None:
+    text = modelcard.render(open_sample(tmp_path, without=absent))
+    assert "None" not in text
+
+
+def test_a_new_run_has_a_card_that_claims_nothing(tmp_path: Path) -> None:
+    text = modelcard.render(open_sample(tmp_path, only_recipe=True))
+    assert "Neither scores nor distances have been measured yet." in text
+    assert "Latency and throughput have not been measured yet." in text
+    assert "Nothing is known of its quality yet." in text
+    assert "None" not in text
+
+
+def test_the_card_goes_to_the_merged_model_and_the_served_one(tmp_path: Path) -> None:
+    run = open_sample(tmp_path)
+    with pytest.raises(MissingArtifact, match="qkit merge"):
+        modelcard.write(run)
+    run.folder("merge").mkdir()
+    modelcard.write(run)
+    assert not run.folder("export").exists()
+    (run.folder("export") / "vllm").mkdir(parents=True)
+    modelcard.write(run)
+    cards = [run.folder("merge") / "README.md", run.folder("export") / "vllm" / "README.md"]
+    assert [card.read_text(encoding="utf-8") for card in cards] == [modelcard.render(run)] * 2
+    assert [path.name for path in run.folder("merge").iterdir()] == ["README.md"]

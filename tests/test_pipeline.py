@@ -1,0 +1,209 @@
+"""The whole road on a tiny model, with every real component: NF4, TRL, the merge, ONNX Runtime and a vLLM server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import build_model, chat_rows, tiny_settings
+
+from qkit import pipeline, train
+from qkit.errors import MissingArtifact
+from qkit.recipe import load
+from qkit.run import Run
+
+NOTHING_TO_DO = "nothing to do: every stage is done"
+
+
+def qkit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "qkit", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """`qkit run` on a recipe that takes seconds per stage; returns the run directory."""
+    folder = tmp_path_factory.mktemp("whole")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(24)), encoding="utf-8")
+    settings = tiny_settings(tiny_model, rows)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    done = qkit("run", folder / "tiny.yaml", "--out", folder / "run")
+    logs = "".join(f"\n--- {log.name}\n{log.read_text()[-1500:]}" for log in (folder / "run" / "logs").glob("*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    assert not [line for line in done.stderr.splitlines() if "Traceback" in line]
+    return folder / "run"
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    return json.loads(qkit("show", run, "--json").stdout)
+
+
+def test_every_stage_leaves_its_evidence(finished: Path) -> None:
+    summary = _summary(finished)
+    assert [stage["status"] for stage in summary["stages"].values()] == ["done"] * len(pipeline.STAGES)
+    assert all(stage["peak_bytes"]["measured"] > 50e6 for stage in summary["stages"].values())
+    assert summary["stages"]["train"]["peak_bytes"]["predicted"] > 50e6
+    assert set(summary["scores"]) == {"base", "adapter", "merged", "onnx-fp32", "onnx-int4", "vllm"}
+    assert set(summary["parity"]) == {"merged", "onnx-fp32", "onnx-int4", "vllm"}
+    assert {(b["artifact"], b["concurrency"]) for b in summary["bench"]} == {
+        (artifact, concurrency) for artifact in ("merged", "onnx-fp32", "onnx-int4", "vllm") for concurrency in (1, 2)
+    }
+    assert all(b["output_tokens_per_second"] > 0 and b["ttft_seconds"]["p50"] > 0 for b in summary["bench"])
+
+
+def test_artifacts_are_close_to_the_live_adapter(finished: Path) -> None:
+    parity = _summary(finished)["parity"]
+    assert parity["merged"]["kl_mean"] < 1e-3 and parity["merged"]["top1"] > 0.9
+    assert parity["onnx-fp32"]["kl_mean"] < 1e-3 and parity["onnx-fp32"]["top1"] > 0.9
+    assert parity["vllm"]["kl_mean"] < 1e-2 and parity["vllm"]["top1"] > 0.8
+    raw = json.loads((finished / "verify" / "parity.json").read_text())["parity"]
+    assert raw["vllm"]["prompts_equal"] == 4  # every held-out prompt reaches the server as it was trained on
+
+
+def test_the_report_and_the_model_card_are_there(finished: Path) -> None:
+    page = (finished / "report" / "index.html").read_text()
+    assert "onnx-int4" in page and "http-equiv" in page
+    assert "adapter" in (finished / "merge" / "README.md").read_text()
+
+
+def test_a_second_run_does_nothing(finished: Path) -> None:
+    before = (finished / "run.json").read_bytes()
+    done = qkit("run", finished)
+    assert done.returncode == 0 and NOTHING_TO_DO in done.stderr
+    assert (finished / "run.json").read_bytes() == before
+
+
+def test_what_changed_is_done_again_and_no_more(finished: Path) -> None:
+    run = Run(finished, load(finished / "recipe.yaml", ["bench.output_tokens=5"]))
+    stale = [name for name, status in pipeline.statuses(run).items() if status != "done"]
+    assert stale == ["bench", "report"]
+    run = Run(finished, load(finished / "recipe.yaml", ["train.learning_rate=1e-3"]))
+    assert pipeline.statuses(run)["data"] == "done" and pipeline.statuses(run)["train"] == "stale"
+
+
+def test_no_process_is_left(finished: Path) -> None:
+    mine = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if "vllm.entrypoints" in " ".join(p.info["cmdline"] or []) and str(finished) in " ".join(p.info["cmdline"])
+    ]
+    assert not mine
+
+
+def test_json_is_the_only_thing_on_stdout(finished: Path) -> None:
+    for command in (["show", finished], ["run", finished], ["plan", finished], ["inspect", finished]):
+        done = qkit(*command, "--json")
+        assert done.returncode == 0, done.stderr
+        json.loads(done.stdout)
+
+
+def test_a_server_answers_and_stops_cleanly(finished: Path) -> None:
+    """`qkit serve` as a person uses it: a chat completion through the openai client, then Ctrl-C."""
+    import openai
+
+    command = [sys.executable, "-m", "qkit", "serve", str(finished), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        described = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
+        children = psutil.Process(process.pid).children(recursive=True)
+        client = openai.OpenAI(base_url=f"{described['url']}/v1", api_key="none")
+        answer = client.chat.completions.create(
+            model=described["model"], messages=[{"role": "user", "content": "say a "}], max_tokens=6, temperature=0
+        )
+        assert answer.choices[0].message.content is not None
+        assert answer.usage and answer.usage.completion_tokens <= 6
+        streamed = client.chat.completions.create(
+            model=described["model"], messages=[{"role": "user", "content": "say b "}], max_tokens=4, stream=True
+        )
+        assert [chunk for chunk in streamed if chunk.choices]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=40) == 0
+        assert "stopped" in process.stderr.read()
+    assert len(children) > 1 and not [child for child in children if child.is_running() and child.status() != "zombie"]
+
+
+# --- killed at any moment -----------------------------------------------------------------------------------------------
+
+
+def _run_data(tiny_recipe: Path, root: Path, *overrides: str) -> Run:
+    run = Run.create(root, load(tiny_recipe, overrides))
+    pipeline.execute(run, "data")
+    return run
+
+
+def test_a_killed_training_goes_on_to_the_same_result(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Killed with SIGKILL after a checkpoint; the same command ends with the same adapter, bit for bit, and the same metrics."""
+    settings = ["train.max_steps=40", "train.save_steps=4"]
+    whole = _run_data(tiny_recipe, tmp_path / "whole", *settings)
+    assert qkit("train", whole.root).returncode == 0
+    cut = _run_data(tiny_recipe, tmp_path / "cut", *settings)
+    process = subprocess.Popen([sys.executable, "-m", "qkit", "train", str(cut.root), "--quiet"])
+    checkpoints = cut.root / ".work" / "train" / "checkpoints"
+    while train.last_checkpoint(checkpoints) is None:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not cut.folder("train").exists() and pipeline.statuses(cut)["train"] == "missing"
+    assert qkit("train", cut.root).returncode == 0
+    resumed = [json.loads(line)["loss"] for line in (cut.folder("train") / "metrics.jsonl").read_text().splitlines()]
+    straight = [json.loads(line)["loss"] for line in (whole.folder("train") / "metrics.jsonl").read_text().splitlines()]
+    assert resumed == straight and len(straight) == 40
+    assert (cut.folder("train") / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        whole.folder("train") / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("after_seconds", [0.5, 2.0, 5.0, 9.0])
+def test_a_killed_run_leaves_nothing_half_done(tiny_recipe: Path, tmp_path: Path, after_seconds: float) -> None:
+    """SIGKILL to `qkit run` alone: its stage dies with it, and no folder of a stage is there without its record."""
+    root = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "qkit", "run", str(tiny_recipe), "--out", str(root), "--quiet"])
+    time.sleep(after_seconds)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(children, timeout=10)
+    assert not [child for child in children if child.is_running()]
+    if (root / "recipe.yaml").exists():
+        run = Run.open(root)
+        done = {name for name, status in pipeline.statuses(run).items() if status == "done"}
+        assert all(run.whole(name) for name in done)
+    assert qkit("data", tiny_recipe, "--out", root).returncode == 0  # the lock is free again
+
+
+def test_changed_outputs_are_noticed(tiny_recipe: Path, tmp_path: Path) -> None:
+    run = _run_data(tiny_recipe, tmp_path / "run")
+    assert pipeline.statuses(run)["data"] == "done"
+    os.utime(run.folder("data") / "train.parquet", ns=(1, 1))
+    assert pipeline.statuses(run)["data"] == "stale"
+    with pytest.raises(MissingArtifact, match="out of date"):
+        pipeline.execute(run, "train")
+
+
+def test_an_adapter_for_another_base(tiny_recipe: Path, tmp_path: Path) -> None:
+    """The base model's folder is replaced after training: merging says so, and what was made before stays."""
+    model = tmp_path / "model"
+    build_model(model, seed=0)
+    settings = yaml.safe_load(tiny_recipe.read_text())
+    settings["model"]["source"] = str(model)
+    tiny_recipe.write_text(yaml.safe_dump(settings))
+    run = _run_data(tiny_recipe, tmp_path / "run")
+    assert qkit("train", run.root).returncode == 0
+    shutil.rmtree(model)
+    build_model(model, seed=1)
+    done = qkit("merge", run.root)
+    assert done.returncode == 2 and "was trained on" in done.stderr
+    assert pipeline.statuses(run)["train"] == "done" and not run.folder("merge").exists()

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qkit.errors import RecipeError
+from qkit.recipe import Recipe, load
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+MINIMAL = "task: chat\nmodel: {source: x}\ndata: {}\n"
+
+
+def _write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "r.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
+def test_every_recipe_loads_and_survives_a_round_trip(file: Path, tmp_path: Path) -> None:
+    recipe = load(file)
+    again = load(_write(tmp_path, recipe.to_yaml()))
+    assert again == recipe and again.sha256() == recipe.sha256()
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    file = _write(
+        tmp_path,
+        "task: chatt\nmodel: {source: x}\ndata:\n  batch_tokens: 5\nlora:\n  lora_alfa: 3\ntrain:\n  max_steps: many\n",
+    )
+    with pytest.raises(RecipeError) as caught:
+        load(file, ["train.optimm=adamw_torch"])
+    lines = str(caught.value).splitlines()
+    assert f"{file}:6: unknown key 'lora.lora_alfa', did you mean 'lora_alpha'?" in lines
+    assert any(line.startswith(f"{file}:8: train.max_steps: ") and "'many'" in line for line in lines)
+    assert "--set: unknown key 'train.optimm', did you mean 'optim'?" in lines
+    assert any(line.startswith(f"{file}:4: data.batch_tokens=5 is less than data.max_length") for line in lines)
+    assert f"{file}:1: unknown task 'chatt', did you mean 'chat'?; there are: chat, function_calling" in lines
+    assert len(lines) == 5
+
+
+def test_numbers_written_as_yaml_reads_them(tmp_path: Path) -> None:
+    recipe = load(
+        _write(
+            tmp_path,
+            MINIMAL.replace("{source: x}", "{source: x, revision: 695e0514}") + "train: {learning_rate: 2e-4}\n",
+        ),
+        [],
+    )
+    assert recipe.train.learning_rate == 2e-4
+    assert load(_write(tmp_path, MINIMAL), ["train.learning_rate=1e-5"]).train.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", "a recipe is a mapping"),
+        ("a: [\n", "not YAML"),
+        ("task: chat\n", "'model' is missing"),
+        (
+            MINIMAL + "merge: {base: dequantized}\nquantization: {load_in_4bit: false}\n",
+            "needs quantization.load_in_4bit",
+        ),
+        (MINIMAL + "export: {formats: [tflite]}\n", "unknown format 'tflite'"),
+        (MINIMAL + "export: {formats: [vllm]}\n", "which export.formats does not make"),
+    ],
+)
+def test_what_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load(_write(tmp_path, text))
+
+
+@pytest.mark.parametrize("override", ["train", "=1", "train.=1", "task.x=1", "train.optim=["])
+def test_overrides_that_are_none(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match="--set"):
+        load(_write(tmp_path, MINIMAL), [override])
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load(tmp_path / "none.yaml")
+
+
+def test_the_hash_does_not_depend_on_what_is_left_to_defaults(tmp_path: Path) -> None:
+    plain = load(_write(tmp_path, MINIMAL))
+    spelt = load(_write(tmp_path, MINIMAL + f"seed: {Recipe.model_fields['seed'].default}\n"))
+    assert plain.sha256() == spelt.sha256() != load(_write(tmp_path, MINIMAL), ["seed=7"]).sha256()

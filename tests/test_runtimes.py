@@ -1,0 +1,80 @@
+"""The contract of runtime.py on transformers; each other runtime has a file of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qkit import runtime
+from qkit.device import detect
+from qkit.runtime import Row, Runtime, Timing, generate_from_drafts, open_runtime
+
+PROMPTS = [list(range(3, 3 + n)) for n in (4, 9, 17, 6)]
+STOP = frozenset({2})
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_model: Path) -> Runtime:
+    return open_runtime("transformers", tiny_model, detect())
+
+
+def test_greedy_equals_transformers_generate(opened: Runtime, tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_model), dtype=torch.bfloat16)
+    together = opened.generate(PROMPTS, 12, STOP, batch_size=1)
+    for prompt, completion in zip(PROMPTS, together, strict=True):
+        ids = torch.tensor([prompt])
+        wanted = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=2
+        )
+        assert completion == wanted[0, len(prompt) :].tolist()
+
+
+def test_rows_that_end_leave_the_batch(opened: Runtime) -> None:
+    free = opened.generate(PROMPTS, 12, frozenset(), batch_size=1)
+    stop = frozenset({free[0][2]})
+    steps = list(opened.steps(PROMPTS, 12, stop))
+    assert 0 in steps[2] and all(0 not in step for step in steps[3:])
+
+
+def test_scores_are_the_models_log_probabilities(opened: Runtime, tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_model), dtype=torch.bfloat16)
+    rows = [Row(prompt, len(prompt) // 2) for prompt in PROMPTS]
+    for row, scores in zip(rows, opened.score(rows), strict=True):
+        with torch.inference_mode():
+            wanted = model(torch.tensor([row.input_ids])).logits[0].float().log_softmax(-1)[row.start - 1 : -1]
+        assert scores.full is not None
+        np.testing.assert_allclose(scores.full, wanted.numpy(), atol=0.05)
+        targets = [scores.full[i, t] for i, t in enumerate(row.input_ids[row.start :])]
+        np.testing.assert_array_equal(scores.targets, targets)
+        np.testing.assert_array_equal(scores.top1, scores.full.argmax(1))
+
+
+@pytest.mark.parametrize("spoil", [0, 3, 7])
+def test_drafts_change_nothing(opened: Runtime, spoil: int) -> None:
+    wanted = opened.generate(PROMPTS, 12, STOP, batch_size=1)
+    drafts = [list(tokens) for tokens in wanted]
+    for draft in drafts[:2]:
+        draft[min(spoil, len(draft) - 1)] ^= 1
+    assert generate_from_drafts(opened, PROMPTS, drafts, 12, STOP, batch_size=1) == wanted
+
+
+def test_timings() -> None:
+    timing = Timing([0.5, 0.6, 0.8])
+    assert (timing.ttft_seconds, timing.e2e_seconds) == (0.5, 0.8)
+    assert timing.tpot_seconds == pytest.approx(0.15)
+    assert Timing([0.5]).tpot_seconds == 0
+
+
+def test_timed_counts_every_token(opened: Runtime) -> None:
+    timings = opened.timed(PROMPTS, 5)
+    assert [len(t.token_seconds) for t in timings] == [5] * 4
+    assert all(t.token_seconds == sorted(t.token_seconds) for t in timings)
+
+
+def test_until() -> None:
+    assert runtime._until([5, 2, 7], STOP) == [5, 2]
+    assert runtime._until([5, 7], STOP) == [5, 7]

@@ -1,0 +1,205 @@
+"""Shapes are right to the last parameter: published totals of known models, and the real model and files built here."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkit.errors import ModelError
+from qkit.recipe import Model
+from qkit.shape import Shape, from_config, known_models, layer_linears, parameters, shape_of
+
+# Parameters as the models' safetensors files count them.
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "google/gemma-2-2b": 2_614_341_888,
+    "google/gemma-2-9b": 9_241_705_984,
+}
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+}
+TINY_GGUF = {
+    "general.architecture": "llama",
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 128,
+    "llama.block_count": 2,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+    "llama.rope.freq_base": 10000.0,
+    "tokenizer.ggml.tokens": [f"t{i}" for i in range(300)],
+    "tokenizer.ggml.token_type": [1] * 300,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_models_have_their_published_number_of_parameters(name: str) -> None:
+    shape = shape_of(Model(source=name))
+    assert shape.exact
+    assert parameters(shape) == PUBLISHED[name]
+
+
+def test_every_known_model_is_checked() -> None:
+    groups: dict[str, list[str]] = {}
+    for name, config in known_models().items():
+        groups.setdefault(json.dumps(config, sort_keys=True), []).append(name)
+    unchecked = [names for names in groups.values() if not set(names) & set(PUBLISHED)]
+    assert unchecked == []
+
+
+def test_folder_agrees_with_the_real_model(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    shape = shape_of(Model(source=str(tiny_model)))
+    assert parameters(shape) == AutoModelForCausalLM.from_pretrained(tiny_model).num_parameters()
+    assert (shape.kv, shape.attention, shape.tied) == (32, 64, True)
+
+
+def test_families_differ_in_biases_and_matrices() -> None:
+    names = {kind: layer_linears(from_config({**TINY, "model_type": kind}, "x")) for kind in ("llama", "qwen2", "phi3")}
+    assert [linear.bias for linear in names["llama"]] == [False] * 7
+    assert [linear.bias for linear in names["qwen2"]] == [True, True, True, False, False, False, False]
+    assert [linear.name for linear in names["phi3"]] == [
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+    ]
+
+
+def test_unknown_family_is_planned_and_not_called_exact() -> None:
+    assert not from_config({**TINY, "model_type": "newcomer"}, "x").exact
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_local_experts": 8}, "mixture of experts"),
+        ({"intermediate_size": None}, "has no intermediate_size"),
+    ],
+)
+def test_what_is_no_plain_decoder_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        from_config({**TINY, **change}, "somewhere")
+
+
+def test_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        shape_of(Model(source=str(tmp_path)))
+
+
+def test_damaged_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match="cannot be read"):
+        shape_of(Model(source=str(tmp_path)))
+
+
+def test_hub_model_that_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    with pytest.raises(ModelError, match=r"nobody/nothing: .*not in the hub's cache.*local folder"):
+        shape_of(Model(source="nobody/nothing"))
+
+
+def test_gated_model_says_where_to_log_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def gated(*_: Any, **__: Any) -> str:
+        raise hub.errors.GatedRepoError.__new__(hub.errors.GatedRepoError)
+
+    monkeypatch.setattr(hub, "hf_hub_download", gated)
+    with pytest.raises(ModelError, match=r"is gated; accept its licence .* `hf auth login`"):
+        shape_of(Model(source="nobody/nothing"))
+
+
+# --- .gguf ----------------------------------------------------------------------------------------------------------
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def encoded(value: Any) -> bytes:
+    """A GGUF value with its type before it."""
+    match value:
+        case str():
+            return struct.pack("<I", 8) + text(value)
+        case float():
+            return struct.pack("<If", 6, value)
+        case [str(), *_]:
+            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
+        case list():
+            return struct.pack("<IIQ", 9, 5, len(value)) + struct.pack(f"<{len(value)}i", *value)
+        case _:
+            return struct.pack("<II", 4, value)
+
+
+def gguf(metadata: dict[str, Any], tensors: list[str], version: int = 3) -> bytes:
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
+    pairs = b"".join(text(key) + encoded(value) for key, value in metadata.items())
+    return head + pairs + b"".join(text(name) + struct.pack("<IQQIQ", 2, 64, 64, 0, 0) for name in tensors)
+
+
+def write(folder: Path, content: bytes) -> Model:
+    file = folder / "model.gguf"
+    file.write_bytes(content)
+    return Model(source=str(file))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gguf_header_gives_the_shape_of_its_config(tmp_path: Path, tied: bool) -> None:
+    tensors = ["token_embd.weight", "blk.0.attn_q.weight", *([] if tied else ["output.weight"])]
+    expected = from_config({**TINY, "tie_word_embeddings": tied}, "x")
+    assert shape_of(write(tmp_path, gguf(TINY_GGUF, tensors))) == expected
+
+
+def test_gguf_biases_are_read_off_the_tensors(tmp_path: Path) -> None:
+    shape = shape_of(write(tmp_path, gguf(TINY_GGUF, ["token_embd.weight", "blk.0.attn_q.bias"])))
+    assert shape.attention_bias
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"GGML", "is no GGUF file"),
+        (gguf(TINY_GGUF, ["a"])[:200], "damaged or cut off"),
+        (gguf(TINY_GGUF, ["a"])[:-3], "damaged or cut off"),
+        (gguf(TINY_GGUF, [], version=1), "version 1"),
+        (gguf({"general.architecture": "llama"}, ["a"]), "has no hidden_size"),
+    ],
+)
+def test_broken_gguf_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        shape_of(write(tmp_path, content))
+
+
+def test_shape_is_a_value() -> None:
+    assert from_config(TINY, "x") == from_config(TINY, "y")
+    assert isinstance(from_config(TINY, "x"), Shape)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkit import source
+from qkit.errors import DataError, DoesNotFit, ModelError
+from qkit.source import HubId, locate
+
+TEXT = "pypi:some-data==1.0!some_data/rows.jsonl"
+
+
+@pytest.fixture
+def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """pip finds its wheels here: the real pip, and no index."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "some_data-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("some_data/rows.jsonl", '{"a": 1}\n')
+        archive.writestr("some_data-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: some-data\nVersion: 1.0\n")
+        archive.writestr(
+            "some_data-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("some_data-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("QKIT_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def test_a_file_in_a_package(wheels: Path) -> None:
+    found = locate(TEXT)
+    assert isinstance(found, Path) and found.read_text() == '{"a": 1}\n'
+    next(wheels.iterdir()).unlink()
+    assert locate(TEXT) == found  # from the cache
+
+
+def test_its_sha256_is_checked(wheels: Path) -> None:
+    digest = hashlib.sha256(next(wheels.iterdir()).read_bytes()).hexdigest()
+    locate(TEXT, sha256=digest)
+    with pytest.raises(DataError, match=f"sha256 .* is {digest}, the recipe says {'0' * 64}"):
+        locate(TEXT, sha256="0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pypi:some-data==1.0!some_data/other", "holds no some_data/other"),
+        ("pypi:some-data==1.0!../../x", "leads out of the package"),
+        ("pypi:some-data", "write it as pypi:"),
+        ("pypi:none-such==1.0!x", "pip could not download none-such==1.0"),
+        ("./none.jsonl", "no such file or folder"),
+    ],
+)
+def test_what_is_not_there(wheels: Path, text: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        locate(text, kind=ModelError)
+
+
+def test_no_disk_space(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        return subprocess.CompletedProcess([], 1, "", "ERROR: [Errno 28] No space left on device")
+
+    monkeypatch.setattr(source.subprocess, "run", full)
+    with pytest.raises(DoesNotFit, match="QKIT_CACHE"):
+        locate(TEXT)
+
+
+def test_hub_ids_and_paths(tmp_path: Path) -> None:
+    assert locate("Qwen/Qwen2.5-7B-Instruct") == HubId("Qwen/Qwen2.5-7B-Instruct")
+    assert locate(str(tmp_path)) == tmp_path
