@@ -37,7 +37,7 @@ def open_artifact(run: Run, artifact: Artifact, stage: str) -> Runtime:
     if artifact.runtime == "vllm":
         serve = run.recipe.serve.model_copy(update={"port": 0})
         log = run.log(stage).with_name(f"{stage}-vllm.log")
-        options = {"live": live_server(run), "serve": serve, "log": log, "name": run.root.name}
+        options = {"live": live_server(run), "serve": serve, "log": log, "served_name": run.root.name}
     return open_runtime(artifact.runtime, artifact.path, detect(), **options)
 
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import click
 import typer
 
 from qkit import __version__
@@ -43,6 +42,9 @@ Out = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors only.")]
 Child = Annotated[bool, typer.Option("--child", hidden=True)]
+
+# typer carries a click of its own, or uses the one that is installed: this is UsageError of whichever it is.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 STAGE_EXAMPLE = "Example: qkit {name} runs/quickstart"
 
@@ -157,6 +159,7 @@ def _stage(
     console, stdout = _stderr(keep=True), os.fdopen(os.dup(1), "w")
     opened = _open(target, overrides, out, _progress(console, quiet))
     begin = time.perf_counter()
+    opened.progress.say(f"{name} ...")
     with pipeline.captured(opened, name):
         _tame_libraries()
         pipeline.execute(opened, name)
@@ -403,10 +406,10 @@ def main() -> NoReturn:
         code = 0
     except QkitError as error:
         code = _complain(error)
-    except click.ClickException as error:
+    except USAGE_ERROR as error:
         error.show()
         code = 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted; the same command goes on from here\n")
         code = 130
     sys.stdout.flush()

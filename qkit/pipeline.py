@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qkit import modelcard, plan
+from qkit import modelcard
 from qkit.device import PeakMeter, detect
-from qkit.errors import MissingArtifact, QkitError, StageFailed, UserError
+from qkit.errors import DoesNotFit, MissingArtifact, QkitError, StageFailed, UserError
 from qkit.recipe import Recipe
-from qkit.run import LOCK_HELD, Run, StageRecord, environment, make_folder, stage_key
+from qkit.run import LOCK_HELD, Peak, Run, StageRecord, environment, make_folder, stage_key
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,21 @@ def status(run: Run, stage: Stage) -> str:
 
 
 def statuses(run: Run) -> dict[str, str]:
-    """Status of every stage, in order."""
-    return {name: status(run, stage) for name, stage in STAGES.items()}
+    """Status of every stage of the run's recipe, in order."""
+    return {stage.name: status(run, stage) for stage in stages_of(run.recipe)}
+
+
+def stages_of(recipe: Recipe) -> list[Stage]:
+    """The stages that a recipe has: without a vllm export there is nothing to serve."""
+    return [stage for name, stage in STAGES.items() if name != "serve" or "vllm" in recipe.export.formats]
+
+
+def _needs(run: Run, stage: Stage) -> list[Stage]:
+    return [needed for needed in stages_of(run.recipe) if needed.name in stage.needs]
 
 
 def _inputs(run: Run, stage: Stage) -> dict[str, str]:
-    return {name: digest for needed in stage.needs for name, digest in run.outputs(needed).items()}
+    return {name: digest for needed in _needs(run, stage) for name, digest in run.outputs(needed.name).items()}
 
 
 def _key(run: Run, stage: Stage) -> str:
@@ -89,19 +99,14 @@ def execute(run: Run, name: str) -> None:
         work = run.work_folder(name, key, stage.resumes)
         meter = PeakMeter(detect())
         started, begin = datetime.now(UTC), time.perf_counter()
-        _call(run, name, work)
+        peak = _call(run, name, work) or Peak(meter.peak_bytes(), meter.meter)
         run.commit(name)
-        peak = {
-            "predicted": plan.predicted_peak_bytes(run.recipe, name, detect()),
-            "measured": meter.peak_bytes(),
-            "meter": meter.meter,
-        }
         record = StageRecord(
             status="done",
             key=key,
             seconds=time.perf_counter() - begin,
             started_at=started.isoformat(timespec="seconds"),
-            peak_bytes=peak,
+            peak_bytes=asdict(peak),
             inputs=inputs,
             outputs=run.hash_outputs(name),
         )
@@ -111,25 +116,30 @@ def execute(run: Run, name: str) -> None:
 
 
 def _check_inputs(run: Run, stage: Stage) -> None:
-    for needed in stage.needs:
-        if status(run, STAGES[needed]) != "done":
-            what = "has not been run" if run.manifest()["stages"].get(needed) is None else "is out of date"
+    for needed in _needs(run, stage):
+        found = status(run, needed)
+        if found != "done":
+            what = "has not been run" if found == "missing" else "is out of date"
             raise MissingArtifact(
-                f"{run.root}: `{stage.name}` needs the stage `{needed}`, which {what}: "
-                f"`qkit run {run.root}` does all that is missing, `qkit {needed} {run.root}` this one"
+                f"{run.root}: `{stage.name}` needs the stage `{needed.name}`, which {what}: "
+                f"`qkit run {run.root}` does all that is missing, `qkit {needed.name} {run.root}` this one"
             )
 
 
-def _call(run: Run, name: str, work: Path) -> None:
-    """The stage's own `run`, with foreign errors turned into StageFailed."""
+def _call(run: Run, name: str, work: Path) -> Peak | None:
+    """The stage's own `run`, with foreign errors turned into ours."""
     try:
-        importlib.import_module(f"qkit.{name}").run(run, work)
+        peak: Peak | None = importlib.import_module(f"qkit.{name}").run(run, work)
+        return peak
     except QkitError:
-        raise
-    except KeyboardInterrupt:
         raise
     except Exception as error:
         import logging
+
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise DoesNotFit(
+                f"{name}: no space left on the disk of {run.root}; free some, or give --out another disk"
+            ) from error
 
         logging.getLogger("qkit").exception("stage %s failed", name)
         raise StageFailed(name, run.root, run.log(name), _reason(error)) from error
@@ -138,8 +148,6 @@ def _call(run: Run, name: str, work: Path) -> None:
 def _reason(error: Exception) -> str:
     """One line on a foreign error, with what to do for the ones that have one cause."""
     text = f"{type(error).__name__}: {error}".strip()
-    if isinstance(error, OSError) and error.errno == 28:
-        return f"no disk space left: {text}; free some, or give --out a folder on another disk"
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         return f"out of memory: {text.splitlines()[0]}; see `qkit plan`"
     return text[:2000]
@@ -157,18 +165,16 @@ def run_all(run: Run, options: Sequence[str] = ()) -> list[str]:
     done = []
     with run.locked():
         run.save_recipe()
+        serves = STAGES["serve"] in stages_of(run.recipe)
         with _Server(run, options) as server:
-            for name in (name for name in STAGES if name not in ("serve", "report")):
-                if status(run, STAGES[name]) == "done":
+            for stage in stages_of(run.recipe):
+                if stage.name == "report" or status(run, stage) == "done":
                     continue
-                if name in SERVED and detect().server_beside_model:
+                done.append(stage.name)
+                if stage.name == "serve" or (stage.name in SERVED and serves and detect().server_beside_model):
                     server.start()
-                _start(run, name, options)
-                done.append(name)
-            if status(run, STAGES["serve"]) != "done":
-                server.start()
-        if server.started:
-            done.append("serve")
+                if stage.name != "serve":
+                    _start(run, stage.name, options)
         if status(run, STAGES["report"]) != "done":
             _start(run, "report", options)
             done.append("report")
@@ -199,7 +205,7 @@ class _Server:
             return
         ready = self.run.root / ".work" / "serve" / "server.json"
         ready.unlink(missing_ok=True)
-        self.process = _process(self.run, "serve", [*self.options, "--until-eof"])
+        self.process = _process(self.run, "serve", self.options)
         while not ready.exists():
             if self.process.poll() is not None:
                 _raise_for("serve", self.run, self.process.returncode)

@@ -47,6 +47,15 @@ class StageRecord:
     outputs: Mapping[str, Output] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Peak:
+    """Peak memory of a stage that knows better than the meter of its own process, or that had a plan. Bytes."""
+
+    measured: int
+    meter: str
+    predicted: int | None = None
+
+
 class Run:
     """A run directory. Reading needs no lock; a stage writes under `locked()`."""
 

@@ -121,39 +121,6 @@ class Runtime(ABC):
         return [Timing(s) for s in seconds]
 
 
-def generate_from_drafts(
-    runtime: Runtime,
-    prompts: Sequence[Sequence[int]],
-    drafts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    stop: frozenset[int],
-    batch_size: int = 32,
-) -> list[list[int]]:
-    """Greedy completions, exact, but with another model's completions as drafts: what this model would have said
-    too is checked in one forward pass, and only from the first difference on it is generated."""
-    rows = [Row([*prompt, *draft], len(prompt)) for prompt, draft in zip(prompts, drafts, strict=True)]
-    agreed = [_agreed(draft, scores.top1) for draft, scores in zip(drafts, runtime.score(rows), strict=True)]
-    open_rows = [i for i, text in enumerate(agreed) if text[-1] not in stop and len(text) < max_new_tokens]
-    if open_rows:
-        continued = runtime.generate([[*prompts[i], *agreed[i]] for i in open_rows], max_new_tokens, stop, batch_size)
-        for i, more in zip(open_rows, continued, strict=True):
-            agreed[i] = _until(agreed[i] + more[: max_new_tokens - len(agreed[i])], stop)
-    return agreed
-
-
-def _agreed(draft: Sequence[int], top1: NDArray[np.int64]) -> list[int]:
-    """The draft up to the first token that this model would not have said, and what it would have said there."""
-    for position, (said, would) in enumerate(zip(draft, top1, strict=True)):
-        if said != would:
-            return [*draft[:position], int(would)]
-    return list(draft)
-
-
-def _until(tokens: list[int], stop: frozenset[int]) -> list[int]:
-    ends = [i for i, token in enumerate(tokens) if token in stop]
-    return tokens[: ends[0] + 1] if ends else tokens
-
-
 def open_runtime(name: str, artifact: Path, device: Device, **options: Any) -> Runtime:
     """Open `artifact` with the runtime of that name: `runtimes/NAME.py` is where to read on."""
     opened: Runtime = importlib.import_module(f"qkit.runtimes.{name}").open(artifact, device, **options)

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from qkit.device import detect
-from qkit.run import Run, write_json
+from qkit.run import Peak, Run, write_json
 from qkit.runtimes.vllm import Server
 
 
-def run(run: Run, out: Path) -> None:
-    """Serve for the other stages of `qkit run` until it closes our standard input; then leave the record."""
+def run(run: Run, out: Path) -> Peak:
+    """Serve for the other stages of `qkit run` until it closes our standard input. Returns the server's peak memory."""
     with server(run, port=0) as running:
         write_json(out / "server.json", running.describe())  # from now on verify and bench find it
         while os.read(0, 4096):
             continue
         peak_bytes = running.meter.sample()
-    write_json(out / "server.json", {**running.describe(), "peak_bytes": peak_bytes, "meter": "rss_tree"})
+    return Peak(peak_bytes, "rss_tree")
 
 
 def serve(run: Run, ready: Callable[[Server], None], wait: Callable[[Server], None]) -> None:

@@ -17,7 +17,8 @@ from qkit.device import Device, PeakMeter, detect
 from qkit.errors import MissingArtifact
 from qkit.progress import Bar
 from qkit.recipe import Recipe
-from qkit.run import Run, need_disk, read_json, write_json
+from qkit.run import Peak, Run, need_disk, read_json, write_json
+from qkit.source import cache_dir
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -28,8 +29,8 @@ CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight and two Adam moments
 CHECKPOINTS_AT_ONCE = 2  # the new one is written before the old one goes
 
 
-def run(run: Run, out: Path) -> None:
-    """Train the adapter; goes on from the last checkpoint in `out` when there is one."""
+def run(run: Run, out: Path) -> Peak:
+    """Train the adapter; goes on from the last checkpoint in `out` when there is one. Returns planned and measured peak memory."""
     how, device = run.recipe, detect()
     meter = PeakMeter(device)
     folder = model.resolve(how.model)
@@ -41,11 +42,13 @@ def run(run: Run, out: Path) -> None:
         trainer.add_callback(_recorder(out / "metrics.jsonl", bar, meter, trainer, _step_of(checkpoint)))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _save(trainer, folder, how, out / "adapter")
-    predicted = plan.predicted_items(how, device)
+    predicted = plan.predicted_items(how, device, _most_labelled(trainer))
+    peak = Peak(meter.peak_bytes(), meter.meter, sum(predicted.values()))
     write_json(
         out / "memory.json",
-        {"predicted": predicted, "measured_peak_bytes": meter.peak_bytes(), "meter": meter.meter},
+        {"predicted": predicted, "measured_peak_bytes": peak.measured, "meter": peak.meter},
     )
+    return peak
 
 
 def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrainer:
@@ -53,7 +56,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     from datasets import Dataset
 
     how = run.recipe
-    rows = Dataset.from_parquet(str(run.need("data", "train.parquet")), cache_dir=str(out / "cache"))
+    rows = Dataset.from_parquet(str(run.need("data", "train.parquet")), cache_dir=str(cache_dir() / "datasets"))
     return _trainer_class()(
         model=model.load_base(folder, how, device),
         args=sft_config(how, device, out),
@@ -137,6 +140,13 @@ def _trainer_class() -> Any:
                 return labelled_loss(base, inputs["input_ids"], inputs["labels"], num_items_in_batch)
 
     return Trainer
+
+
+def _most_labelled(trainer: SFTTrainer) -> int:
+    """The most tokens that carry loss in any batch: what the head and the loss have to hold."""
+    rows = trainer.train_dataset
+    labelled = [len(ids) - start for ids, start in zip(rows["input_ids"], rows["start"], strict=True)]
+    return max(sum(labelled[i] for i in batch) for batch in trainer.get_train_dataloader().batch_sampler)
 
 
 def _total_steps(trainer: SFTTrainer) -> int:

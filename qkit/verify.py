@@ -7,7 +7,6 @@ Per completion token of the reference answers: KL(live || artifact) and top-1 ag
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from qkit.artifacts import artifacts, open_artifact
 from qkit.device import detect
 from qkit.errors import ParityFailed
 from qkit.run import Run, need_disk, read_json, write_json
-from qkit.runtime import Row, RowScores, Runtime, generate_from_drafts, open_runtime
+from qkit.runtime import Row, RowScores, Runtime, open_runtime
 from qkit.task import open_task
 
 if TYPE_CHECKING:
@@ -70,18 +69,10 @@ def _recorded(scores: Iterator[RowScores], file: Path) -> Iterator[RowScores]:
 
 
 def _completions(run: Run, runtime: Runtime, held_out: scoring.HeldOut) -> list[list[int]]:
-    """The artifact's greedy completions. The adapter's are the drafts: where the two agree it is checked and not generated again."""
+    """The artifact's own greedy answers to the held-out prompts."""
     section = run.recipe.evaluate
     stop = frozenset(read_json(run.need("data", "tokens.json"))["stop"])
-    prompts = [row.prompt for row in held_out.rows]
-    if hasattr(runtime, "prompt_ids"):  # a server is asked as its users will ask it
-        return runtime.generate(prompts, section.max_new_tokens, stop)
-    return generate_from_drafts(runtime, prompts, _drafts(run), section.max_new_tokens, stop, section.batch_size)
-
-
-def _drafts(run: Run) -> list[list[int]]:
-    lines = run.need("evaluate", "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    return [line["token_ids"] for line in map(json.loads, lines) if line["artifact"] == "adapter"]
+    return runtime.generate([row.prompt for row in held_out.rows], section.max_new_tokens, stop, section.batch_size)
 
 
 def _score(

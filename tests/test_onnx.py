@@ -12,7 +12,7 @@ import pytest
 from qkit.device import detect
 from qkit.errors import MissingArtifact, MissingExtra, NotDeployable
 from qkit.export import onnx as exporter
-from qkit.runtime import Row, Runtime, generate_from_drafts, open_runtime
+from qkit.runtime import Row, Runtime, open_runtime
 from qkit.runtimes import onnxruntime as runtime
 
 pytest.importorskip("onnxruntime_genai")
@@ -151,10 +151,10 @@ def test_int4_is_near_but_not_the_same(exported: dict[str, Path], reference: Any
     assert 1e-3 < max(difference) < 0.6
 
 
-def test_scores_do_not_depend_on_the_batch(opened: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = list(opened.score(ROWS))
+def test_scores_do_not_depend_on_the_batch(fp32: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = list(fp32.score(ROWS))
     monkeypatch.setattr(runtime, "BATCH_TOKENS", 1)
-    for batched, alone in zip(together, opened.score(ROWS), strict=True):
+    for batched, alone in zip(together, fp32.score(ROWS), strict=True):
         np.testing.assert_allclose(batched.full, alone.full, atol=1e-5)
 
 
@@ -199,12 +199,6 @@ def test_decoding_stops_when_all_rows_have_ended(opened: Runtime) -> None:
     steps = list(opened.steps(PROMPTS, 1000, frozenset(first)))
     assert sorted(index for step in steps for index in step) == list(range(len(PROMPTS)))
     assert list(opened.steps([], 5, NEVER)) == []
-
-
-def test_drafts_change_nothing(opened: Runtime) -> None:
-    said = opened.generate(PROMPTS, 10, NEVER)
-    drafts = [said[0], [*said[1][:4], 3, 3], [said[2][0] ^ 1], said[3][:6], said[4], [*said[5][:9], 1]]
-    assert generate_from_drafts(opened, PROMPTS, drafts, 10, NEVER) == said
 
 
 def test_memory_is_that_of_the_process(opened: Runtime) -> None:

@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qkit import runtime
 from qkit.device import detect
-from qkit.runtime import Row, Runtime, Timing, generate_from_drafts, open_runtime
+from qkit.runtime import Row, Runtime, Timing, open_runtime
 
 PROMPTS = [list(range(3, 3 + n)) for n in (4, 9, 17, 6)]
 STOP = frozenset({2})
@@ -53,15 +52,6 @@ def test_scores_are_the_models_log_probabilities(opened: Runtime, tiny_model: Pa
         np.testing.assert_array_equal(scores.top1, scores.full.argmax(1))
 
 
-@pytest.mark.parametrize("spoil", [0, 3, 7])
-def test_drafts_change_nothing(opened: Runtime, spoil: int) -> None:
-    wanted = opened.generate(PROMPTS, 12, STOP, batch_size=1)
-    drafts = [list(tokens) for tokens in wanted]
-    for draft in drafts[:2]:
-        draft[min(spoil, len(draft) - 1)] ^= 1
-    assert generate_from_drafts(opened, PROMPTS, drafts, 12, STOP, batch_size=1) == wanted
-
-
 def test_timings() -> None:
     timing = Timing([0.5, 0.6, 0.8])
     assert (timing.ttft_seconds, timing.e2e_seconds) == (0.5, 0.8)
@@ -73,8 +63,3 @@ def test_timed_counts_every_token(opened: Runtime) -> None:
     timings = opened.timed(PROMPTS, 5)
     assert [len(t.token_seconds) for t in timings] == [5] * 4
     assert all(t.token_seconds == sorted(t.token_seconds) for t in timings)
-
-
-def test_until() -> None:
-    assert runtime._until([5, 2, 7], STOP) == [5, 2]
-    assert runtime._until([5, 7], STOP) == [5, 7]

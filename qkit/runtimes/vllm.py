@@ -181,7 +181,7 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime:
     live: dict[str, Any] | None = options.get("live")
     if live is not None:
         return VllmRuntime(live, None)
-    server = Server(artifact, options.get("name", artifact.name), options["serve"], device, options["log"])
+    server = Server(artifact, options.get("served_name", artifact.name), options["serve"], device, options["log"])
     try:
         server.wait()
     except BaseException:
