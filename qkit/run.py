@@ -22,6 +22,7 @@ from qkit.recipe import Recipe, load
 from qkit.source import sha256_of
 
 MANIFEST_VERSION = 1
+OWN_FILES = {".lock", ".holder", ".work", "logs"}  # what a run that was killed in its first moments leaves
 LOCK_HELD = "QKIT_RUN_LOCK"  # a stage started by `qkit run` works under the lock of its parent
 
 
@@ -78,7 +79,8 @@ class Run:
     @classmethod
     def create(cls, root: Path, recipe: Recipe, progress: Progress | None = None) -> Run:
         """A run directory for `recipe`: a new one, or one that exists and whose finished stages are kept where they still hold."""
-        if root.exists() and any(root.iterdir()) and not (root / "recipe.yaml").exists():
+        foreign = root.exists() and any(path.name not in OWN_FILES for path in root.iterdir())
+        if foreign and not (root / "recipe.yaml").exists():
             raise MissingArtifact(f"{root}: holds other files and is not a run directory; give --out another folder")
         make_folder(root)
         return cls(root, recipe, progress)

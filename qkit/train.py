@@ -57,7 +57,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
 
     how = run.recipe
     rows = Dataset.from_parquet(str(run.need("data", "train.parquet")), cache_dir=str(cache_dir() / "datasets"))
-    return _trainer_class()(
+    return trainer_class()(
         model=model.load_base(folder, how, device),
         args=sft_config(how, device, out),
         train_dataset=rows,
@@ -97,7 +97,7 @@ def lora_config(how: Recipe) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", **fields)
 
 
-def _trainer_class() -> Any:
+def trainer_class() -> Any:
     """SFTTrainer with our batches, and our head where the device says so. A function, to import TRL no sooner than needed."""
     import torch
     from torch.utils.data import DataLoader
@@ -146,7 +146,8 @@ def _most_labelled(trainer: SFTTrainer) -> int:
     """The most tokens that carry loss in any batch: what the head and the loss have to hold."""
     rows = trainer.train_dataset
     labelled = [len(ids) - start for ids, start in zip(rows["input_ids"], rows["start"], strict=True)]
-    return max(sum(labelled[i] for i in batch) for batch in trainer.get_train_dataloader().batch_sampler)
+    batches: list[int] = [sum(labelled[i] for i in batch) for batch in trainer.get_train_dataloader().batch_sampler]
+    return max(batches)
 
 
 def _total_steps(trainer: SFTTrainer) -> int:

@@ -86,7 +86,7 @@ def test_row_without_assistant_turn(rows_file: Path, tiny_recipe: Path, tmp_path
 
 
 def test_stage_before_its_time(tiny_recipe: Path, tmp_path: Path) -> None:
-    refused(qkit("merge", tiny_recipe, "--out", tmp_path / "run"), "needs the stage `train`", "has not been run")
+    refused(qkit("merge", tiny_recipe, "--out", tmp_path / "run"), "needs the stage `data`", "has not been run")
 
 
 def test_not_a_run_directory(tmp_path: Path) -> None:

@@ -42,11 +42,13 @@ def test_equals_pefts_merge_of_the_dequantized_base(tiny_model: Path, tmp_path: 
     merged = _merge(tiny_model, adapter, tmp_path / "merged", Merge(dtype="float32"))
     base = model.load_base(tiny_model, _recipe(tiny_model), detect())
     model.dequantize(base)
-    peft = PeftModel.from_pretrained(base.float(), str(adapter)).merge_and_unload()
+    for parameter in base.parameters():
+        parameter.data = parameter.data.float()
+    peft = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     for name, tensor in peft.state_dict().items():
         if name in merged:
             assert torch.equal(merged[name], tensor), name
-    assert len(merged) == 20  # every tensor of the checkpoint: 2 layers of 9, the embeddings, the last norm
+    assert len(merged) == 21  # every tensor of the checkpoint: 2 layers of 9, the embeddings, the last norm, the head
 
 
 def test_onto_the_16_bit_base(tiny_model: Path, tmp_path: Path) -> None:
@@ -68,7 +70,7 @@ def test_the_merged_model_says_what_the_live_one_says(tiny_model: Path, tmp_path
     with torch.inference_mode():
         p, q, b = (m(ids).logits.float().log_softmax(-1) for m in (live, merged, base))
     near, far = ((p.exp() * (p - other)).sum(-1).mean() for other in (q, b))
-    assert near < 1e-3 < 100 * near < far
+    assert near < 1e-3 and 100 * near < far
 
 
 def test_several_shards_hold_the_same_tensors(tiny_model: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def _summary(run: Path) -> dict[str, Any]:
 def test_every_stage_leaves_its_evidence(finished: Path) -> None:
     summary = _summary(finished)
     assert [stage["status"] for stage in summary["stages"].values()] == ["done"] * len(pipeline.STAGES)
-    assert all(stage["peak_bytes"]["measured"] > 50e6 for stage in summary["stages"].values())
+    assert all(stage["peak_bytes"]["measured"] > 20e6 for stage in summary["stages"].values())
     assert summary["stages"]["train"]["peak_bytes"]["predicted"] > 50e6
     assert set(summary["scores"]) == {"base", "adapter", "merged", "onnx-fp32", "onnx-int4", "vllm"}
     assert set(summary["parity"]) == {"merged", "onnx-fp32", "onnx-int4", "vllm"}

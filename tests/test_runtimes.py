@@ -33,10 +33,12 @@ def test_greedy_equals_transformers_generate(opened: Runtime, tiny_model: Path) 
 
 
 def test_rows_that_end_leave_the_batch(opened: Runtime) -> None:
-    free = opened.generate(PROMPTS, 12, frozenset(), batch_size=1)
+    free = opened.generate(PROMPTS, 12, frozenset(), batch_size=4)
     stop = frozenset({free[0][2]})
+    ends = [(tokens.index(free[0][2]) if free[0][2] in tokens else 11) for tokens in free]
     steps = list(opened.steps(PROMPTS, 12, stop))
-    assert 0 in steps[2] and all(0 not in step for step in steps[3:])
+    assert min(ends) < max(ends) == len(steps) - 1
+    assert all((index in step) == (number <= ends[index]) for number, step in enumerate(steps) for index in range(4))
 
 
 def test_scores_are_the_models_log_probabilities(opened: Runtime, tiny_model: Path) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+POSITIONS_STEP = 32
+
 
 def labelled_loss(
     model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None
@@ -22,10 +24,15 @@ def labelled_loss(
 
     `input_ids`, `labels`: [rows, tokens], right-padded, no mask needed. `items` None: the labels of this batch.
     """
-    from torch.nn.functional import cross_entropy
+    from torch.nn.functional import cross_entropy, pad
 
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    wanted = labels[:, 1:] != IGNORED
-    logits = model.get_output_embeddings()(hidden[:, :-1][wanted])
-    total = cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="sum")
-    return total / (wanted.sum() if items is None else items)
+    rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    targets = labels[rows, places + 1]
+    count = len(targets)
+    filler = -count % POSITIONS_STEP  # positions that are ignored, so that the head sees few distinct shapes
+    logits = model.get_output_embeddings()(hidden[pad(rows, (0, filler)), pad(places, (0, filler))])
+    total = cross_entropy(
+        logits.float(), pad(targets, (0, filler), value=IGNORED), reduction="sum", ignore_index=IGNORED
+    )
+    return total / (count if items is None else items)
