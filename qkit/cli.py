@@ -410,7 +410,8 @@ def main() -> NoReturn:
         error.show()
         code = 2
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interrupted; the same command goes on from here\n")
+        if "--child" not in sys.argv:
+            sys.stderr.write("interrupted; the same command goes on from here\n")
         code = 130
     sys.stdout.flush()
     sys.exit(code)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit import model
 from qkit.errors import DataError, ModelError
+from qkit.progress import Progress
 from qkit.recipe import Recipe
 from qkit.rows import Record, read
 from qkit.run import Run, write_json
@@ -64,7 +65,7 @@ def run(run: Run, out: Path) -> None:
     ledger: list[LedgerRow] = []
     summary: dict[str, Any] = {}
     for split in SPLITS:
-        rows = list(kept(tokenized(how, split, tokenizer), ledger, how.data.max_length, split))
+        rows = list(kept(tokenized(how, split, tokenizer, run.progress), ledger, how.data.max_length, split))
         _save([asdict(row) for row in rows], out / f"{split}.parquet")
         summary[split] = counts(rows)
     if not summary["train"]["rows"]:
@@ -74,12 +75,14 @@ def run(run: Run, out: Path) -> None:
     write_json(out / "tokens.json", special_tokens(tokenizer, how.model.pad_token))
 
 
-def tokenized(how: Recipe, split: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokenized]:
+def tokenized(
+    how: Recipe, split: str, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+) -> Iterator[Tokenized]:
     """Every row of a split as token ids, in the order of its sources."""
     task = open_task(how.task)
-    for source in getattr(how.data, split):
-        for record in read(source):
-            yield tokenize(_conversation(task, record, how), record.place, tokenizer)
+    records = [record for source in getattr(how.data, split) for record in read(source)]
+    for record in (progress or Progress()).track(records, f"tokenize {split}", len(records)):
+        yield tokenize(_conversation(task, record, how), record.place, tokenizer)
 
 
 def _conversation(task: Task, record: Record, how: Recipe) -> Conversation:

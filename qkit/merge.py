@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit import model, recipe
 from qkit.errors import ModelError
+from qkit.progress import Progress
 from qkit.run import Run, need_disk
 
 if TYPE_CHECKING:
@@ -26,13 +27,20 @@ def run(run: Run, out: Path) -> None:
     folder, adapter = model.resolve(run.recipe.model), run.need("train", "adapter")
     need_disk(out, sum(shard.stat().st_size for shard in model.shards(folder)), "merge")
     note = model.check_adapter(adapter, folder)
-    merge(folder, adapter, out, run.recipe.merge, note)
+    merge(folder, adapter, out, run.recipe.merge, note, run.progress)
     model.copy_companions(folder, out)
     _write_config(folder, out, run.recipe.merge.dtype)
     _write_stop_tokens(run, out)
 
 
-def merge(folder: Path, adapter: Path, out: Path, section: recipe.Merge, note: Mapping[str, Any]) -> None:
+def merge(
+    folder: Path,
+    adapter: Path,
+    out: Path,
+    section: recipe.Merge,
+    note: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> None:
     """Write `folder`'s weights with the adapter added; holds a few tensors at a time, whatever the model's size."""
     import torch
     from safetensors.torch import save_file
@@ -42,7 +50,7 @@ def merge(folder: Path, adapter: Path, out: Path, section: recipe.Merge, note: M
     quantized = set(note["quantized"]) if section.base == "dequantized" else set()
     tensors = (
         (name, _merged(name, weight, deltas, name in quantized, note["quantization"]).to(dtype))
-        for name, weight in _weights(folder)
+        for name, weight in (progress or Progress()).track(_weights(folder), "merge", model.count_tensors(folder))
     )
     index: dict[str, str] = {}
     files = []

@@ -230,6 +230,11 @@ def shards(folder: Path) -> list[Path]:
     return files
 
 
+def count_tensors(folder: Path) -> int:
+    """How many tensors a model has."""
+    return sum(name != "__metadata__" for shard in shards(folder) for name in _header(shard)[0])
+
+
 def _header(shard: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file and where its data begin."""
     with shard.open("rb") as file:

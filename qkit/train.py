@@ -33,6 +33,7 @@ def run(run: Run, out: Path) -> Peak:
     """Train the adapter; goes on from the last checkpoint in `out` when there is one. Returns planned and measured peak memory."""
     how, device = run.recipe, detect()
     meter = PeakMeter(device)
+    _warn_of_memory(run, device)
     folder = model.resolve(how.model)
     trainer = build_trainer(run, folder, device, out)
     need_disk(out, _checkpoint_bytes(trainer.model) * CHECKPOINTS_AT_ONCE, "checkpoints")
@@ -49,6 +50,13 @@ def run(run: Run, out: Path) -> Peak:
         {"predicted": predicted, "measured_peak_bytes": peak.measured, "meter": peak.meter},
     )
     return peak
+
+
+def _warn_of_memory(run: Run, device: Device) -> None:
+    """Say it before the model is loaded. Only a warning: activations are a bound, and may turn out smaller."""
+    planned = plan.plan(run.recipe, device=device)
+    if not planned.fits:
+        run.progress.say(f"warning: {plan.refusal(planned)}")
 
 
 def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrainer:
