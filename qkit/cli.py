@@ -229,18 +229,19 @@ def _until_it_ends(server: Server) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM is treated like Ctrl-C, and either is a clean end."""
+    """SIGTERM is treated like Ctrl-C, and either is a clean end; also below a shell that starts its jobs with SIGINT ignored."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except KeyboardInterrupt:
         pass
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,29 +111,55 @@ def test_json_is_the_only_thing_on_stdout(finished: Path) -> None:
         json.loads(done.stdout)
 
 
+@contextmanager
+def served(run: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """`qkit serve` in a process of its own, as below a shell that ignores SIGINT for its jobs, and what it says of itself."""
+    command = [sys.executable, "-m", "qkit", "serve", str(run), "--json"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    try:
+        assert process.stdout
+        lines = []
+        while not lines or lines[-1] not in ("}\n", ""):
+            lines.append(process.stdout.readline())
+        yield process, json.loads("".join(lines))
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_server_answers_and_stops_cleanly(finished: Path) -> None:
-    """`qkit serve` as a person uses it: a chat completion through the openai client, then Ctrl-C."""
+    """As a person uses it: chat completions through the openai client, and the example client, then Ctrl-C."""
     import openai
 
-    command = [sys.executable, "-m", "qkit", "serve", str(finished), "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stderr
-        described = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
+    with served(finished) as (process, described):
         children = psutil.Process(process.pid).children(recursive=True)
         client = openai.OpenAI(base_url=f"{described['url']}/v1", api_key="none")
-        answer = client.chat.completions.create(
-            model=described["model"], messages=[{"role": "user", "content": "say a "}], max_tokens=6, temperature=0
-        )
+        asked = {"model": described["model"], "messages": [{"role": "user", "content": "say a "}], "temperature": 0}
+        answer = client.chat.completions.create(**asked, max_tokens=6)
         assert answer.choices[0].message.content is not None
         assert answer.usage and answer.usage.completion_tokens <= 6
-        streamed = client.chat.completions.create(
-            model=described["model"], messages=[{"role": "user", "content": "say b "}], max_tokens=4, stream=True
-        )
-        assert [chunk for chunk in streamed if chunk.choices]
+        assert [chunk for chunk in client.chat.completions.create(**asked, max_tokens=4, stream=True) if chunk.choices]
+        example = Path(__file__).parent.parent / "serve" / "client.py"
+        command = [sys.executable, str(example), "Hello", "--url", f"{described['url']}/v1", "--max-tokens", "4"]
+        assert subprocess.run(command, capture_output=True, check=True).stdout
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=40) == 0
-        assert "stopped" in process.stderr.read()
+        assert process.stderr and "stopped" in process.stderr.read()
     assert len(children) > 1 and not [child for child in children if child.is_running() and child.status() != "zombie"]
+
+
+def test_a_killed_server_leaves_no_process(finished: Path) -> None:
+    with served(finished) as (process, _):
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        gone, left = psutil.wait_procs(children, timeout=30)
+    assert len(gone) > 1 and not left
 
 
 # --- killed at any moment -----------------------------------------------------------------------------------------------

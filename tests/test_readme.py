@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -53,3 +54,19 @@ def test_every_verb_is_in_it() -> None:
     assert len(verbs) > 10
     for verb in verbs:
         assert f"`{verb}`" in TEXT or f"qkit {verb}" in TEXT, verb
+
+
+def test_its_figures_are_those_of_the_results() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text(encoding="utf-8"))
+    for name, score in results["scores"].items():
+        assert re.search(rf"\| {score['score']:.0f} \| {score['low']:.1f}–{score['high']:.1f} \|", TEXT), name
+    for name, parity in results["parity"].items():
+        assert f"| {parity['kl_mean']:.4f} | {100 * parity['top1']:.1f} % |" in TEXT, name
+    peak = results["stages"]["train"]["peak_bytes"]
+    assert f"planned at {peak['predicted'] / 2**30:.2f} GiB and peaked at {peak['measured'] / 2**30:.2f} GiB" in TEXT
+    faster = json.loads((ROOT / "benchmarks" / "results" / "train_step.json").read_text(encoding="utf-8"))[
+        "times_as_fast"
+    ]
+    words = " ".join(TEXT.split())
+    assert f"{faster['trl-padded']:.1f} times as many tokens per second as TRL with padding" in words
+    assert f"{faster['trl-packed']:.1f} times as many as TRL with packing" in words
