@@ -165,16 +165,18 @@ def run_all(run: Run, options: Sequence[str] = ()) -> list[str]:
     done = []
     with run.locked():
         run.save_recipe()
-        serves = STAGES["serve"] in stages_of(run.recipe)
+        serves, beside = STAGES["serve"] in stages_of(run.recipe), detect().server_beside_model
         with _Server(run, options) as server:
             for stage in stages_of(run.recipe):
                 if stage.name == "report" or status(run, stage) == "done":
                     continue
                 done.append(stage.name)
-                if stage.name == "serve" or (stage.name in SERVED and serves and detect().server_beside_model):
+                if stage.name == "serve" or (stage.name in SERVED and serves and beside):
                     server.start()
                 if stage.name != "serve":
                     _start(run, stage.name, options)
+                elif not beside:
+                    server.stop()
         if status(run, STAGES["report"]) != "done":
             _start(run, "report", options)
             done.append("report")
@@ -185,16 +187,12 @@ SERVED = ("verify", "bench")  # these ask a server; one that is up already is us
 
 
 class _Server:
-    """`qkit serve` as a child, started when first wanted and stopped, as by Ctrl-C, at the end."""
+    """`qkit serve` as a child, started when first wanted; at the end, or by `stop`, it ends the server and writes its record."""
 
     def __init__(self, run: Run, options: Sequence[str]):
         self.run = run
         self.options = options
         self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def started(self) -> bool:
-        return self.process is not None
 
     def __enter__(self) -> _Server:
         return self
@@ -211,13 +209,19 @@ class _Server:
                 _raise_for("serve", self.run, self.process.returncode)
             time.sleep(0.1)
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def stop(self) -> None:
+        """Close its standard input, and wait."""
         if self.process is None or self.process.stdin is None:
             return
-        self.process.stdin.close()  # the polite way to end a stage: it stops the server and writes its record
+        self.process.stdin.close()
         code = self.process.wait()
-        if code and kind is None:
+        self.process = None
+        if code:
             _raise_for("serve", self.run, code)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with contextlib.suppress(*([QkitError] if kind else [])):  # the first error is the one to tell
+            self.stop()
 
 
 def _start(run: Run, name: str, options: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ import yaml
 from conftest import build_model, chat_rows, tiny_settings
 
 from qkit import pipeline, train
+from qkit.device import Device
 from qkit.errors import MissingArtifact
 from qkit.recipe import load
 from qkit.run import Run
@@ -160,6 +161,46 @@ def test_a_killed_server_leaves_no_process(finished: Path) -> None:
         process.kill()
         gone, left = psutil.wait_procs(children, timeout=30)
     assert len(gone) > 1 and not left
+
+
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [
+        ("cpu", ["serve", "verify", "bench", "serve ends", "report"]),
+        (
+            "cuda",
+            ["serve", "serve ends", "verify", "bench", "report"],
+        ),  # a card has no room for a server beside a model
+    ],
+)
+def test_when_the_server_is_up(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, order: list[str]
+) -> None:
+    run = Run.create(tmp_path / "run", load(tiny_recipe))
+    events: list[str] = []
+
+    class Stage:
+        """A stage's process that does nothing; the server's is ready at once."""
+
+        returncode = 0
+
+        def __init__(self, run: Run, name: str, _: object):
+            self.name, self.stdin = name, self
+            events.append(name)
+            if name == "serve":
+                (run.root / ".work" / "serve").mkdir(parents=True)
+                (run.root / ".work" / "serve" / "server.json").touch()
+
+        def close(self) -> None:
+            events.append(f"{self.name} ends")
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(pipeline, "_process", Stage)
+    monkeypatch.setattr(pipeline, "detect", lambda: Device(kind, "a device", 24 << 30, 2))
+    assert pipeline.run_all(run) == list(pipeline.STAGES)
+    assert events[events.index("serve") :] == order
 
 
 # --- killed at any moment -----------------------------------------------------------------------------------------------
