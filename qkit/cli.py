@@ -40,7 +40,7 @@ Out = Annotated[
     Path | None, typer.Option("--out", metavar="RUN", help="The run directory; default: runs/ and the recipe's name.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors only.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result and errors.")]
 Child = Annotated[bool, typer.Option("--child", hidden=True)]
 
 # typer carries a click of its own, or uses the one that is installed: this is UsageError of whichever it is.
@@ -53,7 +53,7 @@ STAGE_EXAMPLE = "Example: qkit {name} runs/quickstart"
 
 
 @app.command(epilog="Example: qkit doctor --json")
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
     """What this machine is, what works on it, what is missing and the command that installs it."""
     from dataclasses import asdict
 
@@ -72,6 +72,7 @@ def plan(
     ] = None,
     card: Annotated[str | None, typer.Option("--card", metavar="rtx-4090", help="Plan for a known card.")] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Does it fit? Memory, item by item, before anything is loaded."""
     from qkit import plan as planning
@@ -87,6 +88,7 @@ def inspect(
     row: Annotated[int, typer.Option("--row", help="The row to show token by token.")] = 0,
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "train",
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """What the model will see: rows, template, token ids, and which tokens carry loss."""
     from qkit import inspection
@@ -97,7 +99,7 @@ def inspect(
 
 
 @app.command(epilog="Example: qkit show runs/quickstart --json")
-def show(run: RunFolder, as_json: Json = False) -> None:
+def show(run: RunFolder, as_json: Json = False, quiet: Quiet = False) -> None:
     """What happened in a run, on one screen."""
     from qkit import pipeline
     from qkit import show as showing
@@ -167,6 +169,11 @@ def _stage(
         print(json.dumps(opened.manifest()["stages"][name]), file=stdout, flush=True)
     elif not quiet:
         console.print(f"{name}: done in {time.perf_counter() - begin:.1f} s", highlight=False)
+    if not (as_json or quiet or child):
+        from qkit import show as showing
+
+        summary = showing.summary(opened, pipeline.statuses(opened))
+        _show(False, summary, lambda: showing.screen(summary))
 
 
 for _name, _help in (

@@ -7,9 +7,11 @@ once. Onto the 16-bit base the result is a model that nobody trained; rounding b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qkit import model, recipe
 from qkit.errors import ModelError
@@ -20,6 +22,18 @@ if TYPE_CHECKING:
     import torch
 
 PREFIX = "base_model.model."
+ALIGNMENT = 8  # bytes; what the safetensors library pads its header to
+TORCH_NAMES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "I64": "int64",
+    "I32": "int32",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def run(run: Run, out: Path) -> None:
@@ -42,33 +56,108 @@ def merge(
     progress: Progress | None = None,
 ) -> None:
     """Write `folder`'s weights with the adapter added; holds a few tensors at a time, whatever the model's size."""
-    import torch
-    from safetensors.torch import save_file
-
-    dtype = getattr(torch, section.dtype)
     deltas = Deltas(adapter)
     quantized = set(note["quantized"]) if section.base == "dequantized" else set()
-    tensors = (
-        (name, _merged(name, weight, deltas, name in quantized, note["quantization"]).to(dtype))
-        for name, weight in (progress or Progress()).track(_weights(folder), "merge", model.count_tensors(folder))
-    )
-    index: dict[str, str] = {}
-    files = []
-    for number, shard in enumerate(_sharded(tensors, section.max_shard_bytes), start=1):
-        files.append(f"model-{number:05d}.safetensors")
-        save_file(shard, out / files[-1], metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, files[-1]))
+
+    def merged(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return _merged(name, weight, deltas, name in quantized, note["quantization"])
+
+    writer = ShardWriter(folder, out, section)
+    for name, weight in (progress or Progress()).track(_weights(folder, writer.order), "merge", len(writer.order)):
+        writer.write(name, merged(name, weight))
     deltas.check_all_used()
-    _name_shards(out, files, index)
+    writer.finish()
 
 
-def _weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(folder: Path, order: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The base's tensors, each read when it is asked for."""
     from safetensors import safe_open
 
-    for shard in model.shards(folder):
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                yield name, file.get_tensor(name)
+    files = {name: shard for shard in model.shards(folder) for name in model.tensor_specs(shard)}
+    with ExitStack() as stack:
+        opened = {shard: stack.enter_context(safe_open(shard, framework="pt")) for shard in set(files.values())}
+        for name in order:
+            yield name, opened[files[name]].get_tensor(name)
+
+
+class ShardWriter:
+    """Writes tensors one by one into safetensors files of at most `max_shard_bytes`.
+
+    The format has its header first: all shapes are the base's, so it is known before the first tensor is.
+    """
+
+    def __init__(self, base: Path, out: Path, section: recipe.Merge):
+        specs = {name: spec for shard in model.shards(base) for name, spec in model.tensor_specs(shard).items()}
+        self.out = out
+        self.dtypes = {name: _kept_dtype(spec["dtype"], section.dtype) for name, spec in specs.items()}
+        self.shapes: dict[str, list[int]] = {name: spec["shape"] for name, spec in specs.items()}
+        self.shards = _grouped({name: self._bytes(name) for name in specs}, section.max_shard_bytes)
+        self.order = [name for names in self.shards for name in names]
+        self.firsts = {names[0]: number for number, names in enumerate(self.shards)}
+        self.file: BinaryIO | None = None
+
+    def _bytes(self, name: str) -> int:
+        return prod(self.shapes[name]) * ITEM_BYTES[self.dtypes[name]]
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """The next tensor of `order`, rounded to its dtype."""
+        import torch
+
+        if name in self.firsts:
+            self._open(self.firsts[name])
+        assert self.file is not None
+        rounded = tensor.to(getattr(torch, TORCH_NAMES[self.dtypes[name]])).contiguous()
+        self.file.write(rounded.reshape(-1).view(torch.uint8).numpy().data)
+
+    def _open(self, number: int) -> None:
+        """Begin a shard: 8 bytes of header length, the header, padded so that the data are aligned."""
+        self.finish_file()
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        begin = 0
+        for name in self.shards[number]:
+            end = begin + self._bytes(name)
+            header[name] = {"dtype": self.dtypes[name], "shape": self.shapes[name], "data_offsets": [begin, end]}
+            begin = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % ALIGNMENT)
+        self.file = (self.out / self._name(number)).open("wb")
+        self.file.write(len(text).to_bytes(8, "little") + text)
+
+    def _name(self, number: int) -> str:
+        """One file is model.safetensors; several are numbered, as from_pretrained expects."""
+        count = len(self.shards)
+        return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+    def finish_file(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def finish(self) -> None:
+        """Close the last shard; where there are several, write their index."""
+        self.finish_file()
+        if len(self.shards) > 1:
+            total = sum(self._bytes(name) for name in self.order)
+            weight_map = {name: self._name(number) for number, names in enumerate(self.shards) for name in names}
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+            (self.out / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _kept_dtype(found: str, wanted: str) -> str:
+    """Floating-point tensors are rounded to the recipe's dtype; others stay what they are."""
+    return SAFETENSORS_NAMES[wanted] if found in SAFETENSORS_NAMES.values() else found
+
+
+def _grouped(sizes: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
+    """Names in order, as many to a group as stay within `limit_bytes`; a larger tensor has a group of its own."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if groups[-1] and held + size > limit_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
 
 
 class Deltas:
@@ -138,33 +227,6 @@ def as_trained(weight: torch.Tensor, quantization: Mapping[str, Any]) -> torch.T
     )
     restored: torch.Tensor = dequantize_4bit(packed, state)
     return restored.reshape(weight.shape)
-
-
-def _sharded(tensors: Iterator[tuple[str, torch.Tensor]], limit_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Groups of tensors of at most `limit_bytes` each; a larger tensor has a shard of its own."""
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > limit_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.contiguous()
-        size += tensor.nbytes
-    yield shard
-
-
-def _name_shards(out: Path, files: list[str], index: dict[str, str]) -> None:
-    """One file is model.safetensors; several are numbered and have an index, as from_pretrained expects."""
-    if len(files) == 1:
-        (out / files[0]).rename(out / "model.safetensors")
-        return
-    names = {file: f"{file.removesuffix('.safetensors')}-of-{len(files):05d}.safetensors" for file in files}
-    for old, new in names.items():
-        (out / old).rename(out / new)
-    total = sum((out / new).stat().st_size for new in names.values())
-    weight_map = {name: names[file] for name, file in index.items()}
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-    (out / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _write_config(folder: Path, out: Path, dtype: str) -> None:

@@ -210,10 +210,9 @@ def fingerprint(folder: Path) -> str:
     """Hash of the names, shapes and dtypes of all tensors of a model, and of the first and last bytes of each shard."""
     digest = hashlib.sha256()
     for shard in shards(folder):
-        header, data = _header(shard)
-        names = {name: [spec["dtype"], spec["shape"]] for name, spec in header.items() if name != "__metadata__"}
+        names = {name: [spec["dtype"], spec["shape"]] for name, spec in tensor_specs(shard).items()}
         digest.update(json.dumps(names, sort_keys=True).encode())
-        for sample in _samples(shard, data):
+        for sample in _samples(shard, _header(shard)[1]):
             digest.update(sample)
     return digest.hexdigest()
 
@@ -230,9 +229,9 @@ def shards(folder: Path) -> list[Path]:
     return files
 
 
-def count_tensors(folder: Path) -> int:
-    """How many tensors a model has."""
-    return sum(name != "__metadata__" for shard in shards(folder) for name in _header(shard)[0])
+def tensor_specs(shard: Path) -> dict[str, Any]:
+    """dtype and shape of every tensor of a safetensors file, by name, from its header alone."""
+    return {name: spec for name, spec in _header(shard)[0].items() if name != "__metadata__"}
 
 
 def _header(shard: Path) -> tuple[dict[str, Any], int]:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qkit import merge, model, recipe
@@ -82,6 +86,29 @@ def test_several_shards_hold_the_same_tensors(tiny_model: Path, tmp_path: Path) 
     model.copy_companions(tiny_model, tmp_path / "many")
     loaded = AutoModelForCausalLM.from_pretrained(str(tmp_path / "many"), dtype=torch.bfloat16)
     assert torch.equal(loaded.state_dict()["model.norm.weight"], one["model.norm.weight"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_a_few_tensors_whatever_the_model(tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Anonymous memory only: the base is mapped from its file, and the system takes those pages back when it wants them."""
+    adapter = _adapter(tiny_model, tmp_path / "adapter")
+    big = shutil.copytree(tiny_model, tmp_path / "big")
+    tensor_bytes = 8 << 20
+    more = {f"model.extra.{i}": torch.zeros(2048, 2048, dtype=torch.bfloat16) for i in range(24)}
+    save_file({**load_file(big / "model.safetensors"), **more}, big / "model.safetensors", {"format": "pt"})
+    held: list[int] = []
+    write = merge.ShardWriter.write
+
+    def measured(self: merge.ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        write(self, name, tensor)
+        held.append(int(re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[0]) << 10)
+
+    monkeypatch.setattr(merge.ShardWriter, "write", measured)
+    (tmp_path / "merged").mkdir()
+    note = json.loads((adapter / model.ADAPTER_NOTE).read_text())
+    merge.merge(big, adapter, tmp_path / "merged", Merge(), note)
+    assert len(held) == 45
+    assert max(held) - held[0] < 6 * tensor_bytes < sum(tensor.nbytes for tensor in more.values()) / 3
 
 
 def test_an_adapter_of_another_base_is_refused(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
