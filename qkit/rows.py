@@ -42,7 +42,7 @@ def read(source: Source) -> Iterator[Record]:
         if last is not None and index >= last:
             return
         if index >= (first or 0):
-            yield Record(source.source, line, value, answers.get(value.get("id")))
+            yield Record(source.source, line, value, answers.get(value.get("id")) if answers else None)
 
 
 def _answers(source: Source) -> dict[Any, Any]:
