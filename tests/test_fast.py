@@ -95,6 +95,27 @@ def test_same_loss_and_gradients_as_trl(
         assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
 
 
+def test_accumulated_steps_are_one_large_step(tiny_model: Path, tmp_path: Path) -> None:
+    """Through `train()` itself: the loss must not be divided, nor multiplied, by the number of accumulated batches."""
+    logged = []
+    for batch_tokens, accumulation in ((10_000, 1), (32, 4)):
+        trainer = trainer_class()(
+            model=_model(tiny_model),
+            args=_settings(tmp_path, max_steps=1, gradient_accumulation_steps=accumulation, logging_steps=1),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=AutoTokenizer.from_pretrained(str(tiny_model)),
+            peft_config=_lora(),
+            pad=0,
+            batch_tokens=batch_tokens,
+            labelled_head=True,
+        )
+        assert len(trainer.get_train_dataloader()) == accumulation
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
+    assert float(logged[1]["loss"]) == pytest.approx(float(logged[0]["loss"]), rel=1e-5)
+    assert float(logged[1]["grad_norm"]) == pytest.approx(float(logged[0]["grad_norm"]), rel=1e-5)
+
+
 def test_padding_on_the_right_is_not_seen(tiny_model: Path) -> None:
     model = _model(tiny_model)
     short, long = ROWS[0], ROWS[4]
