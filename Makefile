@@ -7,6 +7,9 @@ VENV ?= .venv
 PYTHON ?= $(or $(shell [ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || command -v python3 || command -v python),python3)
 RUN := $(VENV)/bin/python
 ARGS ?=
+SYSTEM ?= $(shell uname -s)
+# vLLM has no build for other systems: the quickstart then ends with ONNX Runtime.
+WITHOUT_VLLM := --set export.formats=[onnx-fp32,onnx-int4] --set bench.runtimes=[transformers,onnx-fp32,onnx-int4]
 
 .PHONY: help setup quickstart test lint format
 
@@ -21,7 +24,7 @@ setup:
 	@$(PYTHON) -I qkit/bootstrap.py --venv $(VENV) $(if $(KIND),--kind $(KIND))
 
 quickstart: setup
-	@$(VENV)/bin/qkit run recipes/quickstart.yaml
+	@$(VENV)/bin/qkit run recipes/quickstart.yaml $(if $(filter Linux,$(SYSTEM)),,$(WITHOUT_VLLM))
 
 test: setup
 	@$(RUN) -m pytest $(ARGS)

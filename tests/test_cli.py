@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +43,15 @@ def test_plan_refuses_what_does_not_fit() -> None:
     arguments = [sys.executable, "-m", "qkit", "plan", "recipes/llama-3.1-8b-24gb.yaml", "--memory", "4GiB"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "GiB" in done.stdout
+
+
+@pytest.mark.parametrize(("system", "serves"), [("Linux", True), ("Darwin", False)])
+def test_the_quickstart_of_each_system(system: str, serves: bool) -> None:
+    """What `make quickstart` would run, as far as its recipe: without vLLM there is nothing to serve."""
+    from qkit.pipeline import stages_of
+    from qkit.recipe import load
+
+    done = subprocess.run(["make", "-n", "quickstart", f"SYSTEM={system}"], capture_output=True, text=True, check=True)
+    words = shlex.split(done.stdout.splitlines()[-1])
+    recipe = load(Path(words[2]), [words[i + 1] for i, word in enumerate(words) if word == "--set"])
+    assert ("serve" in {stage.name for stage in stages_of(recipe)}) is serves
