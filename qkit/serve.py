@@ -1,6 +1,6 @@
-"""The stage `serve`: start vLLM's server on the exported model, see that it answers as trained, say where it is, stop it cleanly.
+"""The stage `serve`: start vLLM's server on the exported model, say where it is, stop it cleanly.
 
-serve/server.json   url, argv, start-up seconds, peak memory over all its processes
+serve/server.json   url, argv, start-up seconds. What it answers is checked by `verify`.
 """
 
 from __future__ import annotations
