@@ -24,7 +24,7 @@ setup:
 	@$(PYTHON) -I qkit/bootstrap.py --venv $(VENV) $(if $(KIND),--kind $(KIND))
 
 quickstart: setup
-	@$(VENV)/bin/qkit run recipes/quickstart.yaml $(if $(filter Linux,$(SYSTEM)),,$(WITHOUT_VLLM))
+	@$(VENV)/bin/qkit run recipes/quickstart.yaml$(if $(filter Linux,$(SYSTEM)),, $(WITHOUT_VLLM))
 
 test: setup
 	@$(RUN) -m pytest $(ARGS)
