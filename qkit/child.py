@@ -13,10 +13,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 10.0  # for the program, from SIGTERM to SIGKILL
+TIDY_SECONDS = 3.0  # for what it started, after it has ended
 
 
 class Child:
@@ -107,12 +109,24 @@ def _default_signals() -> None:
 
 
 def _end_group() -> None:
-    """SIGKILL whatever of our process group is left, but not ourselves."""
+    """Wait a little for the rest of our process group, which may be giving shared memory back; then SIGKILL what is left of it."""
+    deadline = time.monotonic() + TIDY_SECONDS
+    while _others() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in _others():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _others() -> list[int]:
+    """The other processes of our group that have not ended."""
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[2]) == os.getpgrp() and int(folder.name) != os.getpid():
-                os.kill(int(folder.name), signal.SIGKILL)
+            state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(group) == os.getpgrp() and int(folder.name) != os.getpid() and state != "Z":
+                found.append(int(folder.name))
+    return found
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ def test_a_server_answers_and_stops_cleanly(finished: Path) -> None:
     """As a person uses it: chat completions through the openai client, and the example client, then Ctrl-C."""
     import openai
 
+    shared = set(Path("/dev/shm").glob("psm_*"))
     with served(finished) as (process, described):
         children = psutil.Process(process.pid).children(recursive=True)
         client = openai.OpenAI(base_url=f"{described['url']}/v1", api_key="none")
@@ -159,6 +160,7 @@ def test_a_server_answers_and_stops_cleanly(finished: Path) -> None:
         assert process.wait(timeout=40) == 0
         assert process.stderr and "stopped" in process.stderr.read()
     assert len(children) > 1 and not living(children, 5)
+    assert set(Path("/dev/shm").glob("psm_*")) <= shared
 
 
 def test_a_killed_server_leaves_no_process(finished: Path) -> None:
