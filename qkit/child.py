@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 GRACE_SECONDS = 10.0  # for the program, from SIGTERM to SIGKILL
@@ -61,7 +61,8 @@ def die_with_parent(reads_stdin: bool = False) -> None:
     The parent holds the other end of standard input; a stage that reads it itself (`reads_stdin`) sees the end by itself.
     On Linux the kernel does it too, at once and even while the interpreter is busy.
     """
-    killed_with_parent()
+    if wish := death_wish():
+        wish()
     if reads_stdin:
         return
 
@@ -74,12 +75,14 @@ def die_with_parent(reads_stdin: bool = False) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def killed_with_parent() -> None:
-    """Have Linux kill this process when its parent dies; also for `preexec_fn`. Elsewhere nothing happens."""
-    if sys.platform == "linux":
-        import ctypes
+def death_wish() -> Callable[[], None] | None:
+    """What has Linux kill the process that calls it when its parent dies; fit for `preexec_fn`. None elsewhere."""
+    if sys.platform != "linux":
+        return None
+    import ctypes
 
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    libc = ctypes.CDLL(None)  # loaded here, because little is safe between fork and exec
+    return lambda: libc.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def _guard(argv: Sequence[str]) -> int:

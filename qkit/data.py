@@ -61,7 +61,7 @@ class LedgerRow:
 def run(run: Run, out: Path) -> None:
     """Read, render and tokenize every split."""
     how = run.recipe
-    tokenizer = model.load_tokenizer(model.resolve(how.model), how.model.trust_remote_code)
+    tokenizer = model.tokenizer_of(how.model)
     ledger: list[LedgerRow] = []
     summary: dict[str, Any] = {}
     for split in SPLITS:

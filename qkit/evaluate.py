@@ -55,9 +55,11 @@ def _evaluate(
 ) -> tuple[dict[str, float], list[dict[str, object]]]:
     """One artifact's score, and its predictions as lines of predictions.jsonl."""
     section, task = run.recipe.evaluate, open_task(run.recipe.task)
-    tokenizer = model.load_tokenizer(model.resolve(run.recipe.model), run.recipe.model.trust_remote_code)
+    tokenizer = model.tokenizer_of(run.recipe.model)
     stop = frozenset(read_json(run.need("data", "tokens.json"))["stop"])
-    completions = _generate(run, name, runtime, held_out, stop)
+    prompts = [row.prompt for row in held_out.rows]
+    with run.progress.bar(f"generate with {name}", len(prompts)) as bar:
+        completions = runtime.generate(prompts, section.max_new_tokens, stop, section.batch_size, bar.advance)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     right = scoring.grade(texts, held_out, task, section)
     with run.progress.bar(f"held-out loss of {name}", len(held_out.rows)) as bar:
@@ -75,20 +77,3 @@ def _evaluate(
         for index in range(len(texts))
     ]
     return asdict(scoring.score(right, losses, section, run.recipe.seed)), lines
-
-
-def _generate(
-    run: Run, name: str, runtime: Runtime, held_out: scoring.HeldOut, stop: frozenset[int]
-) -> list[list[int]]:
-    """Greedy completions of all prompts, a batch at a time, in the rows' order."""
-    section = run.recipe.evaluate
-    order = sorted(range(len(held_out.rows)), key=lambda i: held_out.rows[i].start)
-    completions: list[list[int]] = [[] for _ in order]
-    with run.progress.bar(f"generate with {name}", len(order)) as bar:
-        for begin in range(0, len(order), section.batch_size):
-            batch = order[begin : begin + section.batch_size]
-            texts = runtime.generate([held_out.rows[i].prompt for i in batch], section.max_new_tokens, stop, len(batch))
-            for index, text in zip(batch, texts, strict=True):
-                completions[index] = text
-            bar.advance(len(batch))
-    return completions

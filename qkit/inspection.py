@@ -48,7 +48,7 @@ def inspect(how: Recipe, split: str, row: int) -> Inspection:
     """
     if split not in data.SPLITS:
         raise DataError(f"--split {split}: there are {', '.join(data.SPLITS)}")
-    tokenizer = model.load_tokenizer(model.resolve(how.model), how.model.trust_remote_code)
+    tokenizer = model.tokenizer_of(how.model)
     ledger: list[data.LedgerRow] = []
     rows = list(data.kept(data.tokenized(how, split, tokenizer), ledger, how.data.max_length, split))
     chosen = next(islice(rows, row, None), None) if row >= 0 else None

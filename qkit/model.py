@@ -81,6 +81,11 @@ def _convert_gguf(file: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(out)
 
 
+def tokenizer_of(model: recipe.Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe's model."""
+    return load_tokenizer(resolve(model), model.trust_remote_code)
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,9 +98,17 @@ class Runtime(ABC):
         self.close()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int], batch_size: int = 32
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop: frozenset[int],
+        batch_size: int = 32,
+        advance: Callable[[int], None] = lambda _: None,
     ) -> list[list[int]]:
-        """Greedy completions, stop token included, in the order of `prompts`; prompts of like length share a batch."""
+        """Greedy completions, stop token included, in the order of `prompts`; prompts of like length share a batch.
+
+        `advance` is told after each batch how many prompts it has finished.
+        """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         completions: list[list[int]] = [[] for _ in prompts]
         for begin in range(0, len(order), batch_size):
@@ -108,6 +116,7 @@ class Runtime(ABC):
             for step in self.steps([prompts[i] for i in batch], max_new_tokens, stop):
                 for index, token in step.items():
                     completions[batch[index]].append(token)
+            advance(len(batch))
         return completions
 
     def timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[Timing]:

@@ -32,6 +32,7 @@ def run(run: Run, out: Path) -> None:
     """Compare the merged model and every export with the live adapter; never two models in memory at once."""
     held_out = scoring.read_held_out(run.need("data", "test.parquet"))
     live = _record_live(run, held_out.rows, out / "live.f32")
+    tokenizer = model.tokenizer_of(run.recipe.model)
     parity, scores = {}, {}
     for artifact in run.progress.track(artifacts(run), "verify", 1 + len(run.recipe.export.formats)):
         run.progress.say(f"verify: {artifact.name}")
@@ -40,7 +41,8 @@ def run(run: Run, out: Path) -> None:
             completions = _completions(run, runtime, held_out)
             parity[artifact.name], losses = _parity(live, runtime.score(held_out.rows))
         parity[artifact.name]["prompts_equal"] = contract
-        scores[artifact.name] = _score(run, completions, losses, held_out)
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        scores[artifact.name] = _score(run, texts, losses, held_out)
     (out / "live.f32").unlink()
     write_json(out / "parity.json", {"parity": parity, "scores": scores})
 
@@ -76,11 +78,9 @@ def _completions(run: Run, runtime: Runtime, held_out: scoring.HeldOut) -> list[
 
 
 def _score(
-    run: Run, completions: list[list[int]], losses: list[NDArray[np.float32]], held_out: scoring.HeldOut
+    run: Run, texts: Sequence[str], losses: list[NDArray[np.float32]], held_out: scoring.HeldOut
 ) -> dict[str, float]:
     section = run.recipe.evaluate
-    tokenizer = model.load_tokenizer(model.resolve(run.recipe.model), run.recipe.model.trust_remote_code)
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     right = scoring.grade(texts, held_out, open_task(run.recipe.task), section)
     return asdict(scoring.score(right, losses, section, run.recipe.seed))
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from qkit.child import death_wish
 from qkit.errors import MissingExtra, NotDeployable
 
 # The builder's arguments. Of its int4 settings that stay within about 1.3 times the smallest file, k_quant_mixed is the
@@ -69,21 +69,11 @@ def _build(arguments: Sequence[str], log: Path) -> None:
             stdout=sink,
             stderr=sink,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            preexec_fn=_death_wish(),
+            preexec_fn=death_wish(),
             check=False,
         )
     if done.returncode:
         _raise_for(done.returncode, log.read_bytes()[begin:].decode(errors="replace"))
-
-
-def _death_wish() -> Callable[[], None] | None:
-    """What the builder calls before it starts, so that it ends with us: Linux only; elsewhere it runs on to its end."""
-    if sys.platform != "linux":
-        return None
-    import ctypes
-
-    libc = ctypes.CDLL(None)  # loaded here, because little is safe between fork and exec
-    return lambda: libc.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def _raise_for(status: int, text: str) -> None:

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,12 +211,20 @@ class VllmRuntime(Runtime):
             yield {i: tokens[step] for i, tokens in enumerate(completions) if step < len(tokens)}
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int], batch_size: int = CONCURRENCY
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop: frozenset[int],
+        batch_size: int = CONCURRENCY,
+        advance: Callable[[int], None] = lambda _: None,
     ) -> list[list[int]]:
         extra = {"max_tokens": max_new_tokens, "stop_token_ids": sorted(stop)}
+        completions = []
         with ThreadPoolExecutor(batch_size) as pool:
-            answers = pool.map(lambda prompt: self._complete(prompt, **extra), prompts)
-            return [_with_stop(choice, stop) for choice in answers]
+            for choice in pool.map(lambda prompt: self._complete(prompt, **extra), prompts):
+                completions.append(_with_stop(choice, stop))
+                advance(1)
+        return completions
 
     def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
         """By the log-probabilities of the prompt's tokens: the server's top 20 at each position."""
