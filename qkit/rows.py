@@ -2,128 +2,373 @@
 
 from __future__ import annotations
 
+import csv
+import glob
+import gzip
 import json
+import math
+import re
+import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn, cast
 
 from qkit.errors import DataError
 from qkit.recipe import Source
 from qkit.source import HubId, locate
 
-# Formats that `datasets` reads better than we would; JSON we read ourselves, to name the line that is broken.
-DATASETS_FORMATS = {".csv": "csv", ".parquet": "parquet"}
+# Suffix to loader of `datasets`. The rest we read ourselves: JSON to name the line that is broken, CSV to keep every field the text
+# that it is ("007", "NA"), where type inference would make numbers and nothing of it.
+LOADERS = {".parquet": "parquet", ".txt": "text", ".md": "text"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (*JSON_SUFFIXES, *DELIMITERS, *LOADERS)
+ABOUT = ("README", "LICENSE")  # what a folder says of itself is not a part of its data
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+SHOWN = 60  # characters of a broken line
+WHITE = re.compile(r"[ \t\r\n]*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a source. `line` counts from 1 in a file, from 0 in a hub data set."""
+    """One record of a source. `source` is its file; `line` counts records from 1 (in JSON lines: lines), in a hub data set from 0."""
 
     source: str
     line: int
     value: Mapping[str, Any]
     accepted: Any = None
+    format: str = "auto"
 
     @property
     def place(self) -> str:
         return f"{self.source}:{self.line}"
 
 
-def read(source: Source) -> Iterator[Record]:
-    """The records of a source, joined with its answers, cut to its `rows`.
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A line that cannot be read as a record, and why."""
+
+    source: str
+    line: int
+    reason: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.source}:{self.line}"
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
+
+
+# json.loads takes NaN and Infinity, which nobody else reads, and would build a decoder for every line
+DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
+
+
+def decode(text: str) -> Any:
+    """The value of a JSON text.
 
     Raises:
-        DataError: the source is missing, or a line of it is broken (it is named).
+        ValueError: it is none, or has a number that is not finite.
+        RecursionError: it is nested too deeply.
+    """
+    return DECODER.decode(text)
+
+
+Numbered = Iterator[tuple[int, Mapping[str, Any] | str]]  # line, and the record or why it is none
+
+
+def read(source: Source) -> Iterator[Record | Broken]:
+    """The records of a source in its order, joined with its answers, cut to its `rows`; nothing beyond these is read.
+
+    Raises:
+        DataError: the source is missing or cannot be read at all, or its answers cannot.
     """
     answers = _answers(source)
     first, last = (int(text) if text else None for text in source.rows.split(":"))
-    for index, (line, value) in enumerate(_records(source, source.source)):
-        if last is not None and index >= last:
-            return
-        if index >= (first or 0):
-            yield Record(source.source, line, value, answers.get(value.get("id")) if answers else None)
+    for name, line, value in islice(_located(source, source.source), first or 0, last):
+        if isinstance(value, str):
+            yield Broken(name, line, value)
+        else:
+            accepted = answers.get(str(value["id"])) if answers and value.get("id") is not None else None
+            yield Record(name, line, value, accepted, source.format)
 
 
-def _answers(source: Source) -> dict[Any, Any]:
-    """id -> accepted answers; their field is called ground_truth in the leaderboard's files."""
+def _answers(source: Source) -> dict[str, Any]:
+    """id, as text -> accepted answers; their field is called ground_truth in the leaderboard's files."""
     if source.answers is None:
         return {}
-    return {value.get("id"): value.get("ground_truth") for _, value in _records(source, source.answers)}
+    found = {}
+    for name, line, value in _located(source, source.answers):
+        if isinstance(value, str):
+            raise DataError(f"{name}:{line}: {value}; without its answers data.*.source cannot be used")
+        found[str(value.get("id"))] = value.get("ground_truth")
+    return found
 
 
-def _records(source: Source, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _located(source: Source, text: str) -> Iterator[tuple[str, int, Mapping[str, Any] | str]]:
+    """(file, line, record) of a file, of every file in a folder, or of a hub data set."""
     found = locate(text, sha256=source.sha256)
     if isinstance(found, HubId):
-        yield from enumerate(_from_hub(found.name, source))
-    elif found.is_dir():
-        raise DataError(f"{found}: is a folder; name the file in it")
-    elif found.suffix in DATASETS_FORMATS:
-        yield from enumerate(_from_datasets(DATASETS_FORMATS[found.suffix], found), start=1)
-    else:
-        yield from _from_json(found)
+        for index, row in enumerate(_from_hub(found.name, source)):
+            yield text, index, row
+        return
+    for file in _files(found):
+        name = text if file == found else str(file)
+        for line, value in _from_file(file, name, source):
+            yield name, line, value
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or what a folder holds of known files, by name; hidden ones aside."""
+    if not path.is_dir():
+        return [path]
+    inside = [
+        file
+        for file in sorted(path.rglob("*"))
+        if _suffix(file) in SUFFIXES and file.is_file() and not file.name.startswith((".", *ABOUT))
+    ]
+    if not inside:
+        raise DataError(f"{path}: is a folder with no data in it; it should hold files of {', '.join(SUFFIXES)}")
+    return inside
+
+
+def _suffix(file: Path) -> str:
+    """.jsonl, for rows.jsonl and rows.JSONL.gz."""
+    return Path(file.stem if file.suffix == ".gz" else file.name).suffix.lower()
+
+
+def _from_file(file: Path, name: str, source: Source) -> Numbered:
+    suffix = _suffix(file)
+    try:
+        if suffix in LOADERS:
+            yield from _from_datasets(LOADERS[suffix], file, source)
+        elif suffix in DELIMITERS:
+            yield from _from_csv(file, name, DELIMITERS[suffix])
+        elif suffix in JSON_SUFFIXES:
+            yield from _from_json(file, name, whole=suffix == ".json")
+        else:
+            raise DataError(f"{name}: no format is known by the suffix {suffix!r}; there are {', '.join(SUFFIXES)}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _from_hub(name: str, source: Source) -> Iterator[Mapping[str, Any]]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
 
+    split = source.split or "train"
     try:
-        yield from load_dataset(name, source.name, split=source.split or "train", revision=source.revision)
-    except (DatasetNotFoundError, ConnectionError, ValueError, OSError) as error:
+        yield from load_dataset(name, source.name, split=split, revision=source.revision, streaming=source.streaming)
+    except (DatasetsError, ConnectionError, ValueError, OSError) as error:
         raise DataError(
-            f"{name}: could not be loaded from the hub ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"{name}: could not be loaded from the hub ({type(error).__name__}: {_one_line(error)}); "
             "check its name, configuration and split, and the network, or give data.*.source a local file"
         ) from error
 
 
-def _from_datasets(kind: str, file: Path) -> Iterator[Mapping[str, Any]]:
+def _from_datasets(kind: str, file: Path, source: Source) -> Numbered:
+    """A local file, streamed: nothing of it is copied to a cache, and a slice reads no further than it goes."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+    from datasets.exceptions import DatasetsError
 
+    options = {"sample_by": source.sample_by, "encoding": "utf-8-sig"} if kind == "text" else {}
     try:
-        yield from load_dataset(kind, data_files=str(file), split="train")
-    except (DatasetGenerationError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise DataError(f"{file}: cannot be read as {kind}: {str(cause).splitlines()[0]}") from error
+        rows = load_dataset(kind, data_files=glob.escape(str(file)), split="train", streaming=True, **options)
+        yield from enumerate(rows, start=1)
+    except (DatasetsError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read as {kind}: {_one_line(error.__cause__ or error)}") from error
 
 
-def _from_json(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """JSON lines, or one JSON array."""
-    with file.open(encoding="utf-8-sig") as lines:
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _from_csv(file: Path, name: str, delimiter: str) -> Numbered:
+    """Records after the header; fields stay text."""
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
+    with _opened(file) as raw:
+        lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(raw))
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
-            first = lines.read(1)
-            lines.seek(0)
-            if first == "[":
-                yield from _array(file, lines.read())
-            else:
-                yield from _lines(file, lines)
+            header = next(rows, [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{name}:1: the header names a column twice: {', '.join(header)}")
+            yield from enumerate(_records(rows, header), start=1)
         except UnicodeDecodeError as error:
-            raise DataError(f"{file}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
+            raise DataError(f"{name}:{rows.line_num + 1}: {_not_utf8(error)}; save the file as UTF-8") from None
+        except csv.Error as error:
+            raise DataError(f"{name}: {error} at line {rows.line_num}: a quote is not closed") from None
 
 
-def _lines(file: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield number, _object(f"{file}:{number}", line)
+def _records(rows: Iterator[list[str]], header: list[str]) -> Iterator[Mapping[str, Any] | str]:
+    """Fields by the names in the header; the reader goes on after a line that it cannot take apart."""
+    while True:
+        try:
+            fields = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise
+            yield f"cannot be taken apart: {error}"
+            continue
+        if len(fields) == len(header):
+            yield dict(zip(header, fields, strict=True))
+        elif fields:
+            yield f"has {len(fields)} fields, the header {len(header)}"
 
 
-def _array(file: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _opened(file: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
+
+
+def _from_json(file: Path, name: str, whole: bool) -> Numbered:
+    """JSON lines, one JSON array, or, where `whole`, one object that holds the rows."""
+    with _opened(file) as lines:
+        first, begins = _first_line(lines, name)
+        text = first.strip()
+        if text.startswith(b"[") or (whole and text.startswith(b"{")):
+            rest = lines.read()
+            if rest.strip() and _complete(text):
+                yield from _lines(iter([first, *rest.splitlines(keepends=True)]), begins)
+            else:
+                yield from _document(_decoded(first + rest, name), name, begins)
+        elif first:
+            yield from _lines(_and_then(first, lines), begins)
+
+
+def _first_line(lines: BinaryIO, name: str) -> tuple[bytes, int]:
+    """The first line that is not blank, without its byte order mark, and its number."""
+    number, line = 1, lines.readline()
+    if line.startswith(UTF16):
+        raise DataError(f"{name}: is UTF-16; save the file as UTF-8")
+    line = line.removeprefix(b"\xef\xbb\xbf")
+    while line and not line.strip():
+        number, line = number + 1, lines.readline()
+    return line, number
+
+
+def _and_then(first: bytes, lines: BinaryIO) -> Iterator[bytes]:
+    yield first
+    yield from lines
+
+
+def _complete(line: bytes) -> bool:
+    """Whether a line is a JSON value of its own: the file is JSON lines then, whatever it is called."""
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict):
-            raise DataError(f"{file}: element {number} is not a JSON object: {value!r}")
-        yield number, value
+        decode(line.decode())
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
-def _object(place: str, line: str) -> Mapping[str, Any]:
+def _decoded(raw: bytes, name: str) -> str:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}: {line.strip()[:60]!r}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: is not a JSON object: {line.strip()[:60]!r}")
-    return value
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: {_not_utf8(error)}; save the file as UTF-8") from None
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
+
+
+def _lines(lines: Iterator[bytes], start: int) -> Numbered:
+    for number, raw in enumerate(lines, start=start):
+        if raw.strip():
+            yield number, _object(raw)
+
+
+def _object(raw: bytes) -> Mapping[str, Any] | str:
+    """The record in a line, or why there is none."""
+    try:
+        text = raw.decode()
+        value = decode(text)
+    except UnicodeDecodeError as error:
+        return f"{_not_utf8(error)}: {raw.strip()[:SHOWN]!r}"
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {_why(error)}: {text.strip()[:SHOWN]!r}"
+    return value if isinstance(value, dict) else _no_object(text)
+
+
+def _no_object(text: str) -> str:
+    return f"is not a JSON object: {text.strip()[:SHOWN]!r}"
+
+
+def _why(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _document(text: str, name: str, begins: int) -> Numbered:
+    """The elements of an array, counted from 1, read one by one; or the rows that an object holds."""
+    start = _next(text, 0)
+    if text.startswith("[", start):
+        yield from _elements(text, start + 1, name, begins)
+    else:
+        value, end = _decode_at(text, start, name, begins)
+        _check_end(text, end, name, begins)
+        yield from enumerate(_rows_in(value), start=1)
+
+
+def _rows_in(value: dict[str, Any]) -> list[Any]:
+    """The one list of objects in {"data": [...], "version": 1}; an object that has none, or has turns, is a row itself."""
+    lists = [item for item in value.values() if isinstance(item, list)]
+    if len(lists) != 1 or not lists[0] or not all(isinstance(item, dict) for item in lists[0]):
+        return [value]
+    return [value] if {"role", "from"} & lists[0][0].keys() else lists[0]
+
+
+def _elements(text: str, at: int, name: str, begins: int) -> Numbered:
+    number, end = 0, _next(text, at)
+    closed = text.startswith("]", end)
+    while not closed:
+        number += 1
+        value, end = _decode_at(text, at, name, begins, number)
+        yield number, value if isinstance(value, dict) else _no_object(text[at:end])
+        end = _next(text, end)
+        closed, at = text.startswith("]", end), end + 1
+        if not closed and not text.startswith(",", end):
+            line = _line(text, end, begins)
+            raise DataError(
+                f"{name}:{line}: not JSON: a comma or the end of the array is missing after element {number}"
+            )
+    _check_end(text, end + 1, name, begins)
+
+
+def _decode_at(text: str, at: int, name: str, begins: int, element: int | None = None) -> tuple[Any, int]:
+    """The JSON value that begins at a place of a text, and where it ends."""
+    start = _next(text, at)
+    try:
+        return DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        line = _line(text, error.pos if isinstance(error, json.JSONDecodeError) else start, begins)
+        where = f"in element {element}: " if element else ""
+        raise DataError(f"{name}:{line}: not JSON: {_why(error)}: {where}{text[start : start + SHOWN]!r}") from None
+
+
+def _check_end(text: str, at: int, name: str, begins: int) -> None:
+    end = _next(text, at)
+    if end < len(text):
+        raise DataError(
+            f"{name}:{_line(text, end, begins)}: not JSON: there is more after its end: {text[end : end + SHOWN]!r}"
+        )
+
+
+def _next(text: str, at: int) -> int:
+    """Where white space ends."""
+    return WHITE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+
+
+def _line(text: str, at: int, begins: int) -> int:
+    return begins + text.count("\n", 0, at)

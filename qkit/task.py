@@ -1,7 +1,7 @@
 """What a kind of task must offer; `tasks/NAME.py` is found by its name.
 
-METRIC                      what the score counts, in words
-conversation(record, ...)   a record of a data source as prompt, answer and reference
+METRIC                 what the score counts, in words
+example(record, ...)   a record of a data source as an example to learn from
 correct(prediction, ...)    whether a prediction counts
 """
 
@@ -14,20 +14,46 @@ from typing import Any, Protocol
 
 from qkit.recipe import Data, Evaluate
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # role, content, and what else the chat template knows, such as tool_calls
 
 
 class RowError(ValueError):
-    """A record that cannot be used; the message says why, the caller says where."""
+    """A record that cannot be used. The message says why, the caller says where; `rule` is the key of data.clean it falls under."""
+
+    def __init__(self, message: str, rule: str = "malformed"):
+        super().__init__(message)
+        self.rule = rule
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One example: the turns before the answer, the answer to be learnt, and what predictions are compared with."""
+    """Turns that end with the assistant's. `trained`: by message, True or False where the record decides; else data.loss does.
 
-    prompt: tuple[Message, ...]
-    answer: str
-    reference: Any
+    `reference` is what predictions of the last turn are compared with; None: the turn's own text.
+    """
+
+    messages: tuple[Message, ...]
+    reference: Any = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    trained: tuple[bool | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text, learnt from its first token to its last."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row that somebody else has tokenized: passed through. `labels`: -100 where there is no loss."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+Example = Conversation | Text | Tokens
 
 
 class Task(Protocol):
@@ -35,8 +61,8 @@ class Task(Protocol):
 
     METRIC: str
 
-    def conversation(self, record: Mapping[str, Any], accepted: Any, section: Data) -> Conversation:
-        """A record as a conversation. `accepted` is its entry in the source's answers file, or None.
+    def example(self, record: Mapping[str, Any], accepted: Any, format: str, section: Data) -> Example:
+        """A record as an example. `accepted` is its entry in the source's answers file, or None; `format` the source's, or "auto".
 
         Raises:
             RowError: the record is not of this task's form.

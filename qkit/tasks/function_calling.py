@@ -12,8 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel, Field, ValidationError
+
+from qkit import formats
 from qkit.recipe import Data, Evaluate
-from qkit.task import Conversation, RowError
+from qkit.task import Conversation, Example, RowError
+from qkit.turns import shown
 
 METRIC = "exact call match"
 
@@ -22,19 +26,93 @@ TYPES = {"string": "str", "integer": "int", "boolean": "bool", "array": "list"}
 OMITTED = ""  # among the accepted values: the argument may be left out
 
 
-def conversation(record: Mapping[str, Any], accepted: Any, section: Data) -> Conversation:
+class Turn(BaseModel):
+    """One turn of a question."""
+
+    content: str
+
+
+class Spec(BaseModel):
+    """JSON schema of one parameter, as far as a signature shows it."""
+
+    type: str = "any"
+    enum: list[Any] = []
+    items: Spec | None = None
+
+
+class Parameters(BaseModel):
+    """JSON schema of a function's parameters."""
+
+    properties: dict[str, Spec]
+    required: list[str] = []
+
+
+class Function(BaseModel):
+    """A function on offer."""
+
+    name: str
+    parameters: Parameters
+
+
+class Row(BaseModel):
+    """What a row of the leaderboard must hold; only its first question is read."""
+
+    question: list[list[Turn]] = Field(min_length=1)
+    function: list[Function] = Field(min_length=1)
+    accepted: list[dict[str, dict[str, list[Any]]]] = Field(min_length=1)
+
+
+def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data) -> Example:
     """A leaderboard row; the answer holds the first accepted value of every argument that may not be left out."""
     if "function" not in record or "question" not in record:
-        raise RowError(f"has the columns {', '.join(sorted(record))}; wanted question and function")
+        raise RowError(f"has the columns {formats.listed(record)}; wanted question and function")
     if accepted is None:
-        raise RowError(f"no accepted answer for id {record.get('id')!r}: give data.*.answers the file that holds it")
+        raise RowError(
+            f"no accepted answer for id {shown(record.get('id'))}: give data.*.answers the file that holds it"
+        )
+    try:
+        formats.check_text([record["question"], record["function"]], "the row", section)
+        formats.check_text(accepted, "the accepted answer", section)
+        _check(record, accepted)
+        return formats.checked(_conversation(record, accepted, section), section)
+    except RecursionError:
+        raise RowError("is nested too deeply to be written down") from None
+
+
+def _check(record: Mapping[str, Any], accepted: Any) -> None:
+    """Raise RowError at the first thing that is not as the leaderboard writes it."""
+    try:
+        Row.model_validate({**record, "accepted": accepted})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise RowError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if len(accepted[0]) != 1:
+        raise RowError(f"accepted.0 holds {len(accepted[0])} calls; wanted one")
+    ((name, arguments),) = accepted[0].items()
+    for key, options in arguments.items():
+        _check_options(options, f"accepted.0.{name}.{key}")
+
+
+def _check_options(options: Any, where: str) -> None:
+    """Objects among the accepted values hold lists of accepted values themselves."""
+    if not isinstance(options, list):
+        raise RowError(f"{where}: Input should be a valid list")
+    for option in options:
+        for key, inner in option.items() if isinstance(option, dict) else ():
+            _check_options(inner, f"{where}.{key}")
+        if isinstance(option, list):
+            _check_options(option, where)
+
+
+def _conversation(record: Mapping[str, Any], accepted: Any, section: Data) -> Conversation:
     tools = "\n".join(signature(function) for function in record["function"])
     asked = "\n".join(turn["content"] for turn in record["question"][0])
-    prompt = (
+    messages = (
         {"role": "system", "content": f"{section.system or 'Call one of these functions.'}\n{tools}"},
         {"role": "user", "content": asked},
+        {"role": "assistant", "content": first_answer(accepted)},
     )
-    return Conversation(prompt, first_answer(accepted), accepted)
+    return Conversation(messages, accepted)
 
 
 def signature(function: Mapping[str, Any]) -> str:
@@ -83,7 +161,7 @@ def parse(text: str) -> tuple[str, Mapping[str, Any]] | None:
     try:
         call = json.loads(text)
         name, arguments = call["name"], call["arguments"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return (name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None
 

@@ -1,0 +1,320 @@
+"""The forms in which training data come, and how a record of each becomes an example; "auto" tells them apart by their columns.
+
+messages            messages (role, content; weight or train), tools, system
+sharegpt            conversations (from, value), tools, system
+tokenized           input_ids, labels, attention_mask
+alpaca              instruction, input, output, system, history
+prompt_completion   prompt, completion: each text or a list of turns; tools, system
+text                text
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qkit.recipe import Data
+from qkit.task import Conversation, Example, Message, RowError, Text, Tokens
+from qkit.turns import Turn, listing, plain, printable, shown, string, tools_of, turns_of
+
+SYSTEM = ("system", "developer")
+SURROGATE = re.compile("[\ud800-\udfff]")
+UNUSABLE = re.compile("[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\ufffd]")
+NAMES = {"\x00": "NUL", "\ufffd": "the replacement character"}
+IGNORED = -100
+MAX_ID = 2**31 - 1  # token ids are kept in 32 bits
+
+View = Mapping[str, Any]  # a record by our names
+
+
+@dataclass(frozen=True)
+class Form:
+    """The columns of a format, and what makes an example of them."""
+
+    needs: tuple[str, ...]
+    takes: tuple[str, ...]
+    build: Callable[[View], Example]
+
+
+def recognised(record: Mapping[str, Any], section: Data) -> str:
+    """The name of the format whose columns a record has.
+
+    Raises:
+        RowError: of none.
+    """
+    here = [column for column, value in record.items() if value is not None]
+    for columns in (here, list(record)):
+        for name, form in FORMS.items():
+            if all(_column(need, columns, section) is not None for need in form.needs):
+                return name
+    raise RowError(_not_recognised(record, section))
+
+
+def example(record: Mapping[str, Any], format: str, section: Data, accepted: Any = None) -> Example:
+    """A record of that format ("auto": recognised) as an example, checked by the rules of `data.clean`.
+
+    `accepted` answers become a conversation's `reference`.
+
+    Raises:
+        RowError: it cannot be used, or a rule that is not "keep" is against it.
+    """
+    name = recognised(record, section) if format == "auto" else format
+    try:
+        found = FORMS[name].build(_view(record, name, section))
+        return checked(replace(found, reference=accepted) if isinstance(found, Conversation) else found, section)
+    except RecursionError:
+        raise RowError("is nested too deeply to be written down") from None
+    except RowError as error:
+        if error.rule == "empty" and section.clean.empty == "keep":
+            raise RowError(str(error)) from None  # there is nothing that could be kept
+        raise
+
+
+def checked(found: Example, section: Data) -> Example:
+    """An example that can be learnt from, with `data.system` before a conversation that has no system turn.
+
+    Raises:
+        RowError: nothing is said where something should be, a character cannot be used, or the turns are in no order to learn from.
+    """
+    _check_texts(found, section)
+    if section.clean.empty != "keep":
+        _check_empty(found)
+    if not isinstance(found, Conversation):
+        return found
+    _check_order([message["role"] for message in found.messages])
+    return _with_system(found, section.system) if section.system else found
+
+
+def _column(ours: str, columns: Sequence[str], section: Data) -> str | None:
+    """Their column for our name, if there; a column that is mapped to one of our names is no other's."""
+    if ours in section.columns:
+        return theirs if (theirs := section.columns[ours]) in columns else None
+    taken = any(theirs == ours and name in KNOWN for name, theirs in section.columns.items())
+    return ours if ours in columns and not taken else None
+
+
+def _view(record: Mapping[str, Any], name: str, section: Data) -> View:
+    """The columns of a format, under our names, without those that are null."""
+    form, columns = FORMS[name], list(record)
+    found = {ours: _column(ours, columns, section) for ours in (*form.needs, *form.takes)}
+    for ours, theirs in found.items():
+        if theirs is None and (ours in form.needs or ours in section.columns):
+            raise RowError(_missing(ours, name, columns, section))
+    view = {ours: record[theirs] for ours, theirs in found.items() if theirs is not None}
+    return {ours: value for ours, value in view.items() if value is not None or ours in form.needs}
+
+
+def _missing(ours: str, name: str, columns: Sequence[str], section: Data) -> str:
+    theirs = section.columns.get(ours, ours)
+    mapped = f" (data.columns maps {ours} to it)" if ours in section.columns else f", which format {name} needs"
+    close = difflib.get_close_matches(theirs, list(map(str, columns)), n=1)
+    nearest = f"; did you mean {close[0]!r}?" if close else ""
+    return f"has no column {theirs!r}{mapped}; it has the columns {listed(columns)}{nearest}"
+
+
+def _not_recognised(record: Mapping[str, Any], section: Data) -> str:
+    """What is wrong with the map, where it names columns that are not there; else what would have been right."""
+    columns = list(record)
+    for ours, theirs in section.columns.items():
+        if ours in KNOWN and theirs not in columns:
+            return _missing(ours, "auto", columns, section)
+    wanted = ", or ".join(" and ".join(form.needs) for form in FORMS.values())
+    return (
+        f"has the columns {listed(columns)}; wanted {wanted}: "
+        "map yours with data.columns, such as {prompt: question, completion: answer}"
+    )
+
+
+def listed(columns: Iterable[str]) -> str:
+    """Names of columns, for a message."""
+    return printable(", ".join(sorted(map(str, columns)))) or "(none)"
+
+
+def _messages(view: View) -> Conversation:
+    return _conversation(turns_of(view["messages"], "messages"), view)
+
+
+def _sharegpt(view: View) -> Conversation:
+    return _conversation(turns_of(view["conversations"], "conversations"), view)
+
+
+def _prompt_completion(view: View) -> Conversation:
+    prompt = _text_or_turns(view["prompt"], "prompt", "user")
+    return _conversation([*prompt, *_text_or_turns(view["completion"], "completion", "assistant")], view)
+
+
+def _text_or_turns(value: Any, column: str, role: str) -> list[Turn]:
+    problem = "is neither text nor a list of turns"
+    return [plain(role, value)] if isinstance(value, str) else turns_of(value, column, problem)
+
+
+def _alpaca(view: View) -> Conversation:
+    asked = [string(view.get(column, ""), column) for column in ("instruction", "input")]
+    prompt = plain("user", "\n\n".join(text for text in asked if text.strip()))
+    answer = plain("assistant", string(view["output"], "output"))
+    return _conversation([*_history(view.get("history", [])), prompt, answer], view)
+
+
+def _history(value: Any) -> Iterator[Turn]:
+    """Earlier questions and their answers."""
+    for number, pair in enumerate(listing(value, "history", "is not a list of pairs"), start=1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowError(f"pair {number} of history is no question and answer: {shown(pair)}")
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            yield plain(role, string(said, f"pair {number} of history"))
+
+
+def _text(view: View) -> Text:
+    return Text(string(view["text"], "text"))
+
+
+def _tokenized(view: View) -> Tokens:
+    ids = _ints(view["input_ids"], "input_ids")
+    labels = _ints(view["labels"], "labels") if "labels" in view else ids
+    if len(labels) != len(ids):
+        raise RowError(f"has {len(ids)} input_ids and {len(labels)} labels")
+    if ids and not 0 <= min(ids) <= max(ids) <= MAX_ID:
+        raise RowError(f"has input_ids from {min(ids)} to {max(ids)}; they can be 0 to {MAX_ID}")
+    if "attention_mask" in view:
+        first, last = _unmasked(view["attention_mask"], len(ids))
+        ids, labels = ids[first:last], labels[first:last]
+    if not ids:
+        raise RowError("input_ids is empty", "empty")
+    _check_labels(ids, labels)
+    return Tokens(tuple(ids), tuple(labels))
+
+
+def _check_labels(ids: Sequence[int], labels: Sequence[int]) -> None:
+    for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if label not in (token, IGNORED):
+            raise RowError(f"labels {label} at {place}, where the token is {token}: a label is its token, or {IGNORED}")
+
+
+def _ints(value: Any, column: str) -> list[int]:
+    found = listing(value, column, "is not a list of integers")
+    if not set(map(type, found)) <= {int}:
+        raise RowError(f"{column} is not a list of integers: {shown(found)}")
+    return found
+
+
+def _unmasked(value: Any, count: int) -> tuple[int, int]:
+    """Where the ones of an attention mask begin and end: beyond them is padding."""
+    mask = _ints(value, "attention_mask")
+    ones = mask.count(1)
+    first = mask.index(1) if ones else 0
+    if len(mask) != count or mask[first : first + ones] != [1] * ones or mask.count(0) != count - ones:
+        raise RowError(
+            f"attention_mask has {len(mask)} values for {count} input_ids, or is not ones with zeros before and after them"
+        )
+    return first, first + ones
+
+
+def _conversation(said: Sequence[Turn], view: View) -> Conversation:
+    """Turns with what the record's other columns say: the system turn and the tools."""
+    system = string(view.get("system", ""), "system")
+    turns = [plain("system", system), *said] if system.strip() else said
+    trained = tuple(decided for _, decided in turns)
+    return Conversation(
+        messages=tuple(message for message, _ in turns),
+        tools=tuple(tools_of(view.get("tools", []))),
+        trained=trained if any(decided is not None for decided in trained) else (),
+    )
+
+
+def _check_texts(found: Example, section: Data) -> None:
+    if isinstance(found, Text):
+        check_text(found.text, "text", section)
+    if isinstance(found, Conversation):
+        for number, message in enumerate(found.messages, start=1):
+            # most turns are a role and a content; walking through those too would double the time for a row
+            said = message["content"] if len(message) == 2 else message
+            check_text(said, f"turn {number} ({message['role']})", section)
+        check_text(found.tools, "tools", section)
+        check_text(found.reference, "the accepted answer", section)
+
+
+def check_text(value: Any, where: str, section: Data) -> None:
+    """Look for characters that cannot be learnt in every text of a value, keys of objects included.
+
+    Raises:
+        RowError: there is one, or the value is not what JSON can hold.
+    """
+    keep = section.clean.unicode == "keep"
+    text = value if isinstance(value, str) else "\n".join(_strings(value, where))
+    found = (SURROGATE if keep else UNUSABLE).search(text)
+    if found:
+        sign = found.group()
+        name = NAMES.get(sign) or ("half a surrogate pair" if SURROGATE.match(sign) else "a control character")
+        raise RowError(f"{where} holds U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
+
+
+def _strings(value: Any, where: str) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _strings(pair, where)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item, where)
+    elif not (value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
+        raise RowError(f"{where} holds {shown(value)}, a {type(value).__name__}, which JSON has no way to write")
+
+
+def _check_empty(found: Example) -> None:
+    if isinstance(found, Text) and not found.text.strip():
+        raise RowError("text is empty or only white space", "empty")
+    if isinstance(found, Tokens) and not set(found.labels) - {IGNORED}:
+        raise RowError("has no label that is learnt", "empty")
+    if isinstance(found, Conversation):
+        for number, message in enumerate(found.messages, start=1):
+            if message["role"] in ("user", "assistant") and not _says(message):
+                raise RowError(f"turn {number} ({message['role']}) is empty or only white space", "empty")
+
+
+def _says(message: Message) -> bool:
+    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content", "").strip())
+
+
+def _check_order(roles: Sequence[str]) -> None:
+    problem = _order_problem(roles)
+    if problem:
+        raise RowError(problem, "roles")
+
+
+def _order_problem(roles: Sequence[str]) -> str:
+    """What is wrong with the order of the turns, or nothing."""
+    if roles[-1] != "assistant":
+        return f"has no assistant turn at its end (the last turn is by {roles[-1]!r}): nothing to learn from it"
+    if len(roles) == 1:
+        return "has an assistant turn and nothing before it: there is no prompt"
+    for number, (before, role) in enumerate(zip(["", *roles], roles, strict=False), start=1):
+        if role in SYSTEM and number > 1:
+            return f"has a system turn at place {number}; there can be one, and it comes first"
+        if role == before and role in ("user", "assistant"):
+            return f"has two {role} turns in a row, {number - 1} and {number}"
+        if role == "tool" and before not in ("assistant", "tool"):
+            return f"has a tool turn at place {number}, and no assistant turn before it that calls a tool"
+    return ""
+
+
+def _with_system(found: Conversation, system: str) -> Conversation:
+    if found.messages[0]["role"] in SYSTEM:
+        return found
+    trained = (None, *found.trained) if found.trained else ()
+    return replace(found, messages=({"role": "system", "content": system}, *found.messages), trained=trained)
+
+
+FORMS = {  # in the order in which columns are tried
+    "messages": Form(("messages",), ("tools", "system"), _messages),
+    "sharegpt": Form(("conversations",), ("tools", "system"), _sharegpt),
+    "tokenized": Form(("input_ids",), ("labels", "attention_mask"), _tokenized),
+    "alpaca": Form(("instruction", "output"), ("input", "system", "history"), _alpaca),
+    "prompt_completion": Form(("prompt", "completion"), ("tools", "system"), _prompt_completion),
+    "text": Form(("text",), (), _text),
+}
+KNOWN = {column for form in FORMS.values() for column in (*form.needs, *form.takes)}
