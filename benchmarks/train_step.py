@@ -80,8 +80,8 @@ def _trainer(run: Run, way: str, out: Path) -> Any:
     return SFTTrainer(
         model=model.load_base(model.resolve(run.recipe.model), run.recipe, detect()),
         args=config,
-        train_dataset=Dataset.from_list([_labelled(row) for row in _rows(run)]),
-        processing_class=model.load_tokenizer(model.resolve(run.recipe.model)),
+        train_dataset=Dataset.from_list(_rows(run)),
+        processing_class=model.tokenizer_of(run.recipe.model),
         peft_config=train.lora_config(run.recipe),
     )
 
@@ -99,7 +99,7 @@ def _batches(run: Run, trainer: Any, way: str, count: int) -> list[dict[str, Any
     batches = []
     for indices in chosen[:count]:
         picked = [rows[i] for i in indices]
-        batch = collate(picked, pad) if way == "qkit" else trainer.data_collator([_labelled(r) for r in picked])
+        batch = collate(picked, pad) if way == "qkit" else trainer.data_collator(picked)
         batches.append({**batch, "real": sum(len(r["input_ids"]) for r in picked)})
     return batches
 
@@ -107,14 +107,9 @@ def _batches(run: Run, trainer: Any, way: str, count: int) -> list[dict[str, Any
 def _rows(run: Run) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(run.need("data", "train.parquet"), columns=["input_ids", "start"])
+    table = pyarrow.parquet.read_table(run.need("data", "train.parquet"), columns=["input_ids", "labels"])
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
-
-
-def _labelled(row: dict[str, Any]) -> dict[str, Any]:
-    ids, start = row["input_ids"], row["start"]
-    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
 
 
 def _write(file: Path, run: Run, speeds: dict[str, list[float]], given: argparse.Namespace) -> None:

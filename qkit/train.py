@@ -2,23 +2,33 @@
 
 train/adapter/        adapter_model.safetensors, adapter_config.json, and qkit.json: the base it belongs to
 train/metrics.jsonl   one line per logged step
+train/sums.json       the labels that the loss is made of, from the ledger to the divisor
+train/packing.json    whether packed documents were found to see themselves alone (with data.packing)
+train/losses.parquet  each row's loss before and after (with ledger.losses)
 train/checkpoints/    the last one; a killed run goes on from it
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import model, plan
+from qkit import added_tokens, model, plan, row_losses
 from qkit.device import Device, PeakMeter, detect
-from qkit.errors import MissingArtifact
+from qkit.errors import MissingArtifact, StageFailed
+from qkit.fast.batches import part_sizes
 from qkit.progress import Bar
 from qkit.recipe import Recipe
 from qkit.run import Peak, Run, need_disk, read_json, write_json
 from qkit.source import cache_dir
+from qkit.sums import Sums
+from qkit.trainer import trainer_class
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -26,23 +36,75 @@ if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight and two Adam moments
+COUNTS = "Counts"  # the callback that keeps the sums, as a checkpoint names it
+UNPACKED = 8  # Arrow bytes for a byte of Parquet: ids of two bytes take four, and labels hardly anything in Parquet
 CHECKPOINTS_AT_ONCE = 2  # the new one is written before the old one goes
 
 
 def run(run: Run, out: Path) -> Peak:
-    """Train the adapter; goes on from the last checkpoint in `out` when there is one. Returns planned and measured peak memory."""
+    """Train the adapter; goes on from the last checkpoint in `out` when there is one. Returns planned and measured peak memory.
+
+    Raises:
+        StageFailed: the labels that were trained on are not those of the ledger.
+    """
     how, device = run.recipe, detect()
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
     folder = model.resolve(how.model)
     trainer = build_trainer(run, folder, device, out)
     need_disk(out, _checkpoint_bytes(trainer.model) * CHECKPOINTS_AT_ONCE, "checkpoints")
-    checkpoint = last_checkpoint(out / "checkpoints")
-    steps = _total_steps(trainer)
-    with run.progress.bar("train", steps, start=_step_of(checkpoint)) as bar:
-        trainer.add_callback(_recorder(out / "metrics.jsonl", bar, meter, trainer, _step_of(checkpoint)))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if how.data.packing:
+        _pack_if_isolated(run, trainer, out)
+    if how.ledger.losses:
+        row_losses.write_before(out / "losses.parquet", trainer, run.progress)
+    _train(run, trainer, meter, out)
+    if how.ledger.losses:
+        row_losses.write_after(out / "losses.parquet", trainer, run.progress)
     _save(trainer, folder, how, out / "adapter")
+    return _write_memory(trainer, how, device, meter, out)
+
+
+def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> None:
+    """All steps that are still to be done."""
+    checkpoint = last_checkpoint(out / "checkpoints")
+    done, ledger = _step_of(checkpoint), read_json(run.need("data", "summary.json"))["splits"]["train"]
+    if checkpoint:
+        state = read_json(checkpoint / "trainer_state.json")["stateful_callbacks"]
+        trainer.sums = Sums(**state[COUNTS]["attributes"])
+    trainer.add_callback(_counts(run, trainer, ledger["labelled_tokens"]))
+    with run.progress.bar("train", _total_steps(trainer), start=done) as bar:
+        trainer.add_callback(_recorder(out / "metrics.jsonl", bar, meter, trainer, done))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _write_sums(run, trainer, ledger, out)
+
+
+def _pack_if_isolated(run: Run, trainer: Any, out: Path) -> None:
+    """Train on packs only if this model is seen to keep their documents apart; on batches of rows otherwise."""
+    verdict = trainer.isolation()
+    trainer.packing = verdict.holds
+    write_json(out / "packing.json", {"packing": verdict.holds, **asdict(verdict)})
+    what = "packing" if verdict.holds else "warning: packing is off for this run, rows are trained in batches instead"
+    run.progress.say(f"{what}: each document of a pack sees only itself: {verdict.verdict} ({verdict.reason})")
+
+
+def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) -> None:
+    sums, epochs = trainer.sums, trainer.state.epoch
+    counts = {
+        **{name: ledger[name] for name in ("records", "rows", "dropped")},
+        "epochs": epochs,
+        "ledger_labelled_tokens": ledger["labelled_tokens"],
+        "drawn_labelled_tokens": sums.drawn,
+        "divided_by": sums.divided_by,
+        "in_batches": sums.in_batches,
+    }
+    write_json(out / "sums.json", counts)
+    run.progress.say(
+        f"train: {ledger['labelled_tokens']:,} labelled tokens in the ledger, {epochs:.4g} epochs: {sums.drawn:,} in the rows "
+        f"drawn = {sums.in_batches:,} in the batches = {sums.divided_by:,} that the loss was divided by"
+    )
+
+
+def _write_memory(trainer: Any, how: Recipe, device: Device, meter: PeakMeter, out: Path) -> Peak:
     predicted = plan.predicted_items(how, device, _most_labelled(trainer))
     peak = Peak(meter.peak_bytes(), meter.meter, sum(predicted.values()))
     write_json(
@@ -64,17 +126,27 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     from datasets import Dataset
 
     how = run.recipe
-    rows = Dataset.from_parquet(str(run.need("data", "train.parquet")), cache_dir=str(cache_dir() / "datasets"))
-    return trainer_class()(
-        model=model.load_base(folder, how, device),
+    columns = ["input_ids", "labels", *(("pack", "position") if how.data.packing else ())]
+    file, cache = run.need("data", "train.parquet"), cache_dir() / "datasets"
+    cache.mkdir(parents=True, exist_ok=True)
+    need_disk(cache, file.stat().st_size * UNPACKED, "the training rows, unpacked")
+    rows = Dataset.from_parquet(str(file), columns=columns, cache_dir=str(cache))
+    base, tokenizer = model.load_base(folder, how, device), model.load_tokenizer(folder, how.model)
+    made: SFTTrainer = trainer_class()(
+        model=base,
         args=sft_config(how, device, out),
         train_dataset=rows,
-        processing_class=model.load_tokenizer(folder, how.model.trust_remote_code),
-        peft_config=lora_config(how),
+        processing_class=tokenizer,
+        peft_config=lora_config(how, added_tokens.learnt_rows(base, tokenizer, how.model.add_tokens)),
         pad=read_json(run.need("data", "tokens.json"))["pad"],
         batch_tokens=how.data.batch_tokens,
         labelled_head=device.uses_labelled_head,
+        packing=how.data.packing,
+        micro_batches=how.micro_batches,
     )
+    if how.model.add_tokens:
+        added_tokens.show_head(made.model)
+    return made
 
 
 def sft_config(how: Recipe, device: Device, out: Path) -> SFTConfig:
@@ -95,74 +167,48 @@ def sft_config(how: Recipe, device: Device, out: Path) -> SFTConfig:
     )
 
 
-def lora_config(how: Recipe) -> LoraConfig:
-    """The recipe's lora section as peft's LoraConfig."""
+def lora_config(how: Recipe, learnt_rows: Mapping[str, Sequence[int]] | None = None) -> LoraConfig:
+    """The recipe's lora section as peft's LoraConfig. `learnt_rows`: rows of embedding and head that are learnt as they are, by module."""
     from peft import LoraConfig
 
     fields = how.lora.model_dump()
     if not isinstance(fields["target_modules"], str):
         fields["target_modules"] = list(fields["target_modules"])
-    return LoraConfig(task_type="CAUSAL_LM", **fields)
+    return LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=learnt_rows, **fields)
 
 
-def trainer_class() -> Any:
-    """SFTTrainer with our batches, and our head where the device says so. A function, to import TRL no sooner than needed."""
-    import torch
-    from torch.utils.data import DataLoader
-    from trl import SFTTrainer
-
-    from qkit.fast.batches import TokenBudgetBatches, collate
-    from qkit.fast.head import labelled_loss
-
-    class Trainer(SFTTrainer):
-        def __init__(self, *args: Any, pad: int, batch_tokens: int, labelled_head: bool, **kwargs: Any):
-            self._batch_tokens = batch_tokens
-            self._labelled_head = labelled_head
-            self.real_tokens = 0
-            super().__init__(*args, data_collator=lambda rows: collate(rows, pad), **kwargs)
-            # TRL holds the adapter in bf16, where small optimizer steps round to nothing; autocast computes in bf16 anyway.
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-
-        def get_train_dataloader(self) -> DataLoader[Any]:
-            lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-            batches = TokenBudgetBatches(lengths, self._batch_tokens, self.args.seed)
-            loader: DataLoader[Any] = DataLoader(
-                self.train_dataset,
-                batch_sampler=batches,
-                collate_fn=self.data_collator,
-            )
-            prepared: DataLoader[Any] = self.accelerator.prepare(loader)
-            return prepared
-
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> torch.Tensor:
-            self.real_tokens += int(inputs.pop("lengths").sum())
-            if not self._labelled_head:
-                loss: torch.Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-                return loss
-            with self.accelerator.autocast():
-                base = self.accelerator.unwrap_model(model).get_base_model()
-                return labelled_loss(base, inputs["input_ids"], inputs["labels"], num_items_in_batch)
-
-    return Trainer
+def _most_labelled(trainer: Any) -> int:
+    """The most tokens that carry loss in any pack, or part of a batch: what the head and the loss have to hold."""
+    most = 0
+    for batch in trainer.batches():
+        labelled = iter([trainer.labelled_tokens[row] for row in batch])
+        sizes = [len(batch)] if trainer.packing else part_sizes(len(batch), trainer.micro_batches)
+        most = max(most, *(sum(itertools.islice(labelled, size)) for size in sizes))
+    return most
 
 
-def _most_labelled(trainer: SFTTrainer) -> int:
-    """The most tokens that carry loss in any batch: what the head and the loss have to hold."""
-    rows = trainer.train_dataset
-    labelled = [len(ids) - start for ids, start in zip(rows["input_ids"], rows["start"], strict=True)]
-    batches: list[int] = [sum(labelled[i] for i in batch) for batch in trainer.get_train_dataloader().batch_sampler]
-    return max(batches)
-
-
-def _total_steps(trainer: SFTTrainer) -> int:
+def _total_steps(trainer: Any) -> int:
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)
-    batches = len(trainer.get_train_dataloader())
-    return int(trainer.args.num_train_epochs * max(batches // trainer.args.gradient_accumulation_steps, 1))
+    steps_per_epoch = math.ceil(len(trainer.batches()) / trainer.args.gradient_accumulation_steps)
+    steps: int = math.ceil(trainer.args.num_train_epochs * steps_per_epoch)
+    return steps
+
+
+def _counts(run: Run, trainer: Any, ledger: int) -> Any:
+    """A callback that checks the sums at each step, so that a fault costs a step and not the run, and keeps them in each checkpoint."""
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+
+    class Counts(TrainerCallback, ExportableState):
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": asdict(trainer.sums)}
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if problem := trainer.sums.problem(state.epoch, ledger):
+                raise StageFailed("train", run.root, run.log("train"), problem)
+
+    return Counts()
 
 
 def _recorder(file: Path, bar: Bar, meter: PeakMeter, trainer: SFTTrainer, resumed_at: int) -> Any:

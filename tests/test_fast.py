@@ -9,14 +9,35 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qkit.fast.batches import IGNORED, TokenBudgetBatches, collate
-from qkit.fast.head import labelled_loss
-from qkit.train import trainer_class
+from qkit.fast import head
+from qkit.fast.batches import IGNORED, TokenBudgetBatches, collate, part_sizes
+from qkit.fast.head import labelled_loss, row_losses
+from qkit.fast.packs import packed
+from qkit.trainer import trainer_class
 
-ROWS = [{"input_ids": list(range(3, 3 + n)), "start": n // 2} for n in (9, 14, 14, 21, 30)]
+LENGTHS = (9, 14, 14, 21, 30, 17, 2, 25)
+
+
+def _rows(labelled: Any) -> list[dict[str, Any]]:
+    """Rows of distinct tokens; `labelled` (place, length) says which of them carry loss, the first never does."""
+    rows = []
+    for number, length in enumerate(LENGTHS):
+        ids = [3 + (7 * number + place) % 250 for place in range(length)]
+        rows.append(
+            {"input_ids": ids, "labels": [i if p and labelled(p, length) else IGNORED for p, i in enumerate(ids)]}
+        )
+    return rows
+
+
+LABELS = {
+    "completion": _rows(lambda place, length: place >= length // 2),
+    "all": _rows(lambda place, length: True),
+    "spans": _rows(lambda place, length: place % 7 in (1, 2, 5)),
+}
+ROWS = LABELS["completion"]
 
 
 def _settings(tmp_path: Path, **more: Any) -> SFTConfig:
@@ -27,24 +48,12 @@ def _settings(tmp_path: Path, **more: Any) -> SFTConfig:
         bf16=False,
         report_to=[],
         max_length=None,
-        gradient_checkpointing=False,
+        max_steps=1,
+        max_grad_norm=0,  # gradients as they are
+        logging_steps=1,
         dataset_kwargs={"skip_prepare_dataset": True},
-        **more,
+        **{"gradient_checkpointing": False} | more,
     )
-
-
-def _gradients(trainer: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Summed loss and gradients of one optimizer step over `batches`, as the trainer divides them."""
-    items = torch.tensor(sum(int((b["labels"][:, 1:] != IGNORED).sum()) for b in batches))
-    trainer.model.train()
-    total = 0.0
-    for batch in batches:
-        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
-        loss.backward()
-        total += float(loss.detach())
-    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    trainer.model.zero_grad()
-    return total, gradients
 
 
 def _model(folder: Path) -> Any:
@@ -52,87 +61,191 @@ def _model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
 
 
-def _lora() -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+def _common(tiny_model: Path) -> dict[str, Any]:
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    return {
+        "model": _model(tiny_model),
+        "processing_class": AutoTokenizer.from_pretrained(str(tiny_model)),
+        "peft_config": lora,
+    }
 
 
-@pytest.fixture
-def plain(tiny_model: Path, tmp_path: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    """TRL's own path: its collator with masks, its head over every position, one row at a time."""
-    labelled = [
-        {"input_ids": r["input_ids"], "labels": [IGNORED] * r["start"] + r["input_ids"][r["start"] :]} for r in ROWS
-    ]
-    trainer = SFTTrainer(
-        model=_model(tiny_model),
-        args=_settings(tmp_path),
-        train_dataset=Dataset.from_list(labelled),
-        processing_class=AutoTokenizer.from_pretrained(str(tiny_model)),
-        peft_config=_lora(),
-    )
-    return _gradients(trainer, [trainer.data_collator([row]) for row in labelled])
+def _step(trainer: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the one optimizer step of `train()`."""
+    gradients: dict[str, torch.Tensor] = {}
+
+    class Catch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+
+    trainer.add_callback(Catch())
+    trainer.train()
+    return float(trainer.state.log_history[0]["loss"]), gradients
 
 
-@pytest.mark.parametrize("labelled_head", [True, False])
-@pytest.mark.parametrize("groups", [[[0], [1], [2], [3], [4]], [[0, 1, 2, 3, 4]], [[4, 0], [2, 1, 3]]])
-def test_same_loss_and_gradients_as_trl(
-    plain: Any, tiny_model: Path, tmp_path: Path, groups: list[list[int]], labelled_head: bool
-) -> None:
+# How eight rows can come to one step: (token budget, capacity of a pack or none, batches that are accumulated).
+WAYS = {
+    "1 x 8": (1, None, 8),
+    "8 x 1": (10_000, None, 1),
+    "some": (64, None, 3),
+    "packs": (1, 48, 3),
+    "pack": (1, 200, 1),
+}
+
+
+def _trainer(
+    tiny_model: Path,
+    tmp_path: Path,
+    rows: list[dict[str, Any]],
+    way: str,
+    labelled_head: bool,
+    micro_batches: int = 1,
+    **more: Any,
+) -> Any:
+    budget, capacity, accumulation = WAYS[way]
+    places = packed(LENGTHS, capacity) if capacity else [(0, 0)] * len(rows)
     trainer = trainer_class()(
-        model=_model(tiny_model),
-        args=_settings(tmp_path),
-        train_dataset=Dataset.from_list(ROWS),
-        processing_class=AutoTokenizer.from_pretrained(str(tiny_model)),
-        peft_config=_lora(),
+        args=_settings(tmp_path, gradient_accumulation_steps=accumulation, **more),
+        train_dataset=Dataset.from_list(
+            [{**row, "pack": pack, "position": position} for row, (pack, position) in zip(rows, places, strict=True)]
+        ),
         pad=0,
-        batch_tokens=64,
+        batch_tokens=budget,
         labelled_head=labelled_head,
+        packing=capacity is not None,
+        micro_batches=micro_batches,
+        **_common(tiny_model),
     )
-    loss, gradients = _gradients(trainer, [collate([ROWS[i] for i in group], pad=0) for group in groups])
-    assert loss == pytest.approx(plain[0], rel=1e-5)
-    assert gradients.keys() == plain[1].keys()
-    for name, gradient in gradients.items():
-        wanted = plain[1][name]
-        assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
+    assert len(trainer.get_train_dataloader()) == accumulation
+    return trainer
 
 
-def test_accumulated_steps_are_one_large_step(tiny_model: Path, tmp_path: Path) -> None:
-    """Through `train()` itself: the loss must not be divided, nor multiplied, by the number of accumulated batches."""
-    logged = []
-    for batch_tokens, accumulation in ((10_000, 1), (32, 4)):
-        trainer = trainer_class()(
-            model=_model(tiny_model),
-            args=_settings(tmp_path, max_steps=1, gradient_accumulation_steps=accumulation, logging_steps=1),
-            train_dataset=Dataset.from_list(ROWS),
-            processing_class=AutoTokenizer.from_pretrained(str(tiny_model)),
-            peft_config=_lora(),
-            pad=0,
-            batch_tokens=batch_tokens,
-            labelled_head=True,
+def _assert_same(found: Any, wanted: Any) -> None:
+    assert found[0] == pytest.approx(wanted[0], rel=1e-5)
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in found[1].items():
+        assert (gradient - wanted[1][name]).norm() <= 1e-5 * wanted[1][name].norm(), name
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """TRL's own path for each kind of labels: its collator with masks, its head over every position, one row at a time."""
+    found = {}
+    for kind, rows in LABELS.items():
+        settings = _settings(
+            tmp_path_factory.mktemp("plain"), per_device_train_batch_size=1, gradient_accumulation_steps=len(rows)
         )
-        assert len(trainer.get_train_dataloader()) == accumulation
-        trainer.train()
-        logged.append(trainer.state.log_history[0])
-    assert float(logged[1]["loss"]) == pytest.approx(float(logged[0]["loss"]), rel=1e-5)
-    assert float(logged[1]["grad_norm"]) == pytest.approx(float(logged[0]["grad_norm"]), rel=1e-5)
+        found[kind] = _step(SFTTrainer(args=settings, train_dataset=Dataset.from_list(rows), **_common(tiny_model)))
+    return found
+
+
+@pytest.mark.parametrize("labelled_head", [True, False], ids=["qkit's head", "TRL's head"])
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("way", WAYS)
+def test_same_loss_and_gradients_as_trl(
+    plain: Any, tiny_model: Path, tmp_path: Path, way: str, kind: str, labelled_head: bool
+) -> None:
+    trainer = _trainer(tiny_model, tmp_path, LABELS[kind], way, labelled_head)
+    _assert_same(_step(trainer), plain[kind])
+    labels = sum(label != IGNORED for row in LABELS[kind] for label in row["labels"])
+    assert trainer.sums.drawn == trainer.sums.in_batches == trainer.sums.divided_by == labels
+
+
+@pytest.mark.parametrize("labelled_head", [True, False], ids=["qkit's head", "TRL's head"])
+@pytest.mark.parametrize(("way", "parts"), [("8 x 1", 3), ("8 x 1", 20), ("some", 2)])
+def test_a_batch_in_parts_is_one_batch(
+    plain: Any, tiny_model: Path, tmp_path: Path, way: str, parts: int, labelled_head: bool
+) -> None:
+    trainer = _trainer(tiny_model, tmp_path, ROWS, way, labelled_head, micro_batches=parts)
+    sizes: list[int] = []
+    trainer.model.get_decoder().register_forward_pre_hook(
+        lambda _, args, given: sizes.append(len(given["input_ids"])), with_kwargs=True
+    )
+    _assert_same(_step(trainer), plain["completion"])
+    assert sum(sizes) == len(ROWS) == trainer.state.global_step * len(ROWS)
+    assert len(sizes) == {3: 3, 20: 8, 2: 6}[parts]
+    assert trainer.sums.drawn == trainer.sums.in_batches == trainer.sums.divided_by
+
+
+@pytest.mark.parametrize("labelled_head", [True, False], ids=["qkit's head", "TRL's head"])
+@pytest.mark.parametrize("way", ["8 x 1", "packs"])
+def test_checkpointing_changes_nothing(
+    plain: Any, tiny_model: Path, tmp_path: Path, way: str, labelled_head: bool
+) -> None:
+    trainer = _trainer(tiny_model, tmp_path, ROWS, way, labelled_head, gradient_checkpointing=True)
+    _assert_same(_step(trainer), plain["completion"])
+
+
+@pytest.mark.parametrize("labelled_head", [True, False], ids=["qkit's head", "TRL's head"])
+def test_the_check_of_isolation_goes_the_trainers_own_way(
+    plain: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labelled_head: bool
+) -> None:
+    """It fires when that way leaks, and leaves the step after it as it would have been."""
+    trainer = _trainer(tiny_model, tmp_path, ROWS, "packs", labelled_head)
+    assert trainer.isolation().holds
+    _assert_same(_step(trainer), plain["completion"])
+    right = LlamaModel.forward
+
+    def seeing(self: Any, **given: Any) -> Any:
+        return right(self, **{**given, "attention_mask": torch.ones_like(given["input_ids"])})
+
+    monkeypatch.setattr(LlamaModel, "forward", seeing)
+    assert trainer.isolation().verdict == "does not hold"
 
 
 def test_padding_on_the_right_is_not_seen(tiny_model: Path) -> None:
     model = _model(tiny_model)
     short, long = ROWS[0], ROWS[4]
-    alone = labelled_loss(model, *_pair(collate([short], 0)), items=1)
+    alone = labelled_loss(model, collate([short], 0), items=1)
     with torch.no_grad():
         padded = collate([short, long], 0)
         padded["labels"][1] = IGNORED
-        assert labelled_loss(model, *_pair(padded), items=1) == pytest.approx(float(alone.detach()), rel=1e-5)
+        assert labelled_loss(model, padded, items=1) == pytest.approx(float(alone.detach()), rel=1e-5)
 
 
-def _pair(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    return batch["input_ids"], batch["labels"]
+FAMILIES = {
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+}
 
 
-def test_labels_are_the_completion_only() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_family_does_to_its_logits_is_done(family: str) -> None:
+    """Figures far from the families' own, so that leaving them out would show."""
+    small = {"vocab_size": 280, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = AutoConfig.for_model(family, **small, **heads, initializer_range=0.2, **FAMILIES[family])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    batch = collate(ROWS[4:5], 0)
+    with torch.no_grad():
+        own = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+        assert float(labelled_loss(model, batch, None)) == pytest.approx(float(own), rel=1e-5)
+
+
+def test_losses_of_rows(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They add up to the loss of the batch, whatever part of it the head sees at once."""
+    model, batch = _model(tiny_model), collate(LABELS["spans"], 0)
+    with torch.no_grad():
+        sums = row_losses(model, batch)
+        assert float(sums.sum()) == pytest.approx(float(labelled_loss(model, batch, items=1)), rel=1e-5)
+        for row, found in zip(LABELS["spans"], sums, strict=True):
+            assert float(found) == pytest.approx(float(labelled_loss(model, collate([row], 0), items=1)), rel=1e-5)
+        monkeypatch.setattr(head, "POSITIONS_AT_ONCE", 32)
+        assert torch.allclose(row_losses(model, batch), sums, rtol=1e-6)
+
+
+def test_labels_of_a_batch_are_those_of_its_rows() -> None:
     batch = collate(ROWS[:2], pad=0)
-    assert batch["labels"][0].tolist() == [IGNORED] * 4 + ROWS[0]["input_ids"][4:] + [IGNORED] * 7  # padded to 16
+    assert batch["labels"][0].tolist() == ROWS[0]["labels"] + [IGNORED] * 7  # padded to 16
+    assert batch["input_ids"][1].tolist() == ROWS[1]["input_ids"] + [0] * 2
     assert batch["lengths"].tolist() == [9, 14]
 
 
@@ -144,6 +257,13 @@ def test_batches_keep_the_budget_and_hold_every_row_once() -> None:
     assert all(len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 256 for batch in seen)
     padding = sum(max(lengths[i] for i in b) * len(b) for b in seen) / sum(lengths)
     assert padding < 1.15
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "sizes"), [(8, 3, [3, 3, 2]), (8, 1, [8]), (2, 5, [1, 1]), (1, 1, [1]), (9, 3, [3, 3, 3])]
+)
+def test_parts_of_a_batch(rows: int, parts: int, sizes: list[int]) -> None:
+    assert part_sizes(rows, parts) == sizes
 
 
 def test_batches_depend_on_seed_and_epoch_alone() -> None:

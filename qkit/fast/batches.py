@@ -17,15 +17,12 @@ IGNORED = -100  # torch's cross_entropy skips these labels
 LENGTH_STEP = 16  # rows are padded to a multiple of this, and shuffled among those that are padded alike
 
 
-class TokenBudgetBatches:
-    """A batch sampler: lists of row indices whose padded size stays within `budget` tokens.
-
-    The order depends on the seed and the epoch alone, so a run that goes on from a checkpoint sees the batches it would have seen.
+class SeededBatches:
+    """A batch sampler whose order depends on the seed and the epoch alone: a run that goes on from a checkpoint sees the batches
+    that it would have seen. The number of batches is the same in every epoch.
     """
 
-    def __init__(self, lengths: Sequence[int], budget: int, seed: int):
-        self.lengths = lengths
-        self.budget = budget
+    def __init__(self, seed: int):
         self.seed = seed
         self.epoch = 0
 
@@ -33,15 +30,26 @@ class TokenBudgetBatches:
         """Called by accelerate's loader at the start of each epoch."""
         self.epoch = epoch
 
+    def batches(self, rng: random.Random) -> list[list[int]]:
+        """The batches of one epoch, as lists of row indices."""
+        raise NotImplementedError
+
     def __len__(self) -> int:
-        return len(self._batches())
+        return len(list(iter(self)))
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches())
+        return iter(self.batches(random.Random(self.seed * 1_000_003 + self.epoch)))
 
-    def _batches(self) -> list[list[int]]:
-        """The number of batches is the same in every epoch: it depends on the sorted lengths only."""
-        rng = random.Random(self.seed * 1_000_003 + self.epoch)
+
+class TokenBudgetBatches(SeededBatches):
+    """Batches whose padded size stays within `budget` tokens."""
+
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int):
+        super().__init__(seed)
+        self.lengths = lengths
+        self.budget = budget
+
+    def batches(self, rng: random.Random) -> list[list[int]]:
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
         order.sort(key=lambda index: padded_length(self.lengths[index]))
@@ -63,8 +71,14 @@ def padded_length(length: int) -> int:
     return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
+def part_sizes(rows: int, parts: int) -> list[int]:
+    """Rows of each part when a batch is divided as evenly as can be; no part is empty."""
+    size, larger = divmod(rows, min(parts, rows))
+    return [size + (part < larger) for part in range(min(parts, rows))]
+
+
 def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tensor]:
-    """Rows ({input_ids, start}) as `input_ids`, `labels`, `position_ids` [rows, longest] and `lengths` [rows]; labels only on completions."""
+    """Rows ({input_ids, labels}) as `input_ids`, `labels`, `position_ids` [rows, longest], and `lengths` [rows]."""
     import torch
 
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
@@ -72,8 +86,7 @@ def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tens
     input_ids = torch.full((len(rows), longest), pad)
     labels = torch.full((len(rows), longest), IGNORED)
     for index, row in enumerate(rows):
-        ids = torch.tensor(row["input_ids"])
-        input_ids[index, : len(ids)] = ids
-        labels[index, row["start"] : len(ids)] = ids[row["start"] :]
+        input_ids[index, : lengths[index]] = torch.tensor(row["input_ids"])
+        labels[index, : lengths[index]] = torch.tensor(row["labels"])
     positions = torch.arange(longest).expand(len(rows), longest)
     return {"input_ids": input_ids, "labels": labels, "position_ids": positions, "lengths": lengths}

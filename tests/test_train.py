@@ -1,0 +1,286 @@
+"""The stage `train` on rows that are written here: sums, packing, losses of rows, and going on from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+import yaml
+
+from qkit import train
+from qkit.errors import StageFailed
+from qkit.fast import head
+from qkit.fast.batches import IGNORED, TokenBudgetBatches, collate
+from qkit.fast.packs import packed
+from qkit.progress import Progress
+from qkit.recipe import load
+from qkit.run import Run
+from tests.conftest import tiny_settings
+
+LENGTHS = [10 + (i * 37) % 60 for i in range(21)]
+CAPACITY = 128
+
+
+class Heard(Progress):
+    """Keeps what was said; a bar may stop the run as a signal would."""
+
+    def __init__(self, stop_at: float = float("inf")):
+        self.lines: list[str] = []
+        self.stop_at = stop_at
+        self.steps = 0.0
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    @contextmanager
+    def bar(self, name: str, total: float, start: float = 0) -> Iterator[Any]:
+        self.name = name
+        yield self
+
+    def advance(self, steps: float = 1, **figures: float) -> None:
+        self.steps += steps if self.name == "train" else 0
+        if self.steps >= self.stop_at:
+            raise KeyboardInterrupt
+
+
+def _rows() -> list[dict[str, Any]]:
+    """Two labelled spans in each; ids that rise, so that no token is its neighbour."""
+    rows = []
+    for number, length in enumerate(LENGTHS):
+        ids = [3 + (11 * number + place) % 250 for place in range(length)]
+        labels = [i if length // 3 < p < length // 2 or p > length - 4 else IGNORED for p, i in enumerate(ids)]
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def _labelled() -> int:
+    return sum(label != IGNORED for row in _rows() for label in row["labels"])
+
+
+def _run(
+    root: Path, tiny_model: Path, progress: Progress | None = None, **sections: dict[str, Any]
+) -> tuple[Run, Path]:
+    """A run directory whose `data` is there, and the folder to train in. `sections`: what the recipe says otherwise."""
+    settings = tiny_settings(tiny_model, root / "rows.jsonl")
+    settings["train"] = {"num_train_epochs": 2, "max_steps": -1, "learning_rate": 1e-2}
+    settings["data"]["batch_tokens"] = CAPACITY
+    for name, section in sections.items():
+        settings.setdefault(name, {}).update(section)
+    (root / "data").mkdir(parents=True, exist_ok=True)
+    (root / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    recipe = load(root / "recipe.yaml")
+    _write_data(root / "data", recipe.data.packing)
+    out = root / "train"
+    out.mkdir(exist_ok=True)
+    return Run(root, recipe, progress), out
+
+
+def _write_data(folder: Path, packing: bool) -> None:
+    places: Any = packed(LENGTHS, CAPACITY) if packing else [(None, None)] * len(LENGTHS)
+    rows = _rows()
+    columns = {
+        "input_ids": pa.array([row["input_ids"] for row in rows], pa.list_(pa.int32())),
+        "labels": pa.array([row["labels"] for row in rows], pa.list_(pa.int32())),
+        "pack": pa.array([pack for pack, _ in places], pa.int32()),
+        "position": pa.array([position for _, position in places], pa.int32()),
+        "answer": ["not for training"] * len(rows),
+    }
+    pq.write_table(pa.table(columns), folder / "train.parquet", row_group_size=5)
+    counts = {"records": 25, "rows": len(rows), "dropped": 4, "tokens": sum(LENGTHS), "labelled_tokens": _labelled()}
+    (folder / "summary.json").write_text(json.dumps({"splits": {"train": counts}}), encoding="utf-8")
+    (folder / "tokens.json").write_text(json.dumps({"pad": 0, "stop": [2]}), encoding="utf-8")
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _losses(out: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(out / "losses.parquet").to_pylist()
+    return rows
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 4], ids=["no accumulation", "a last one that is not full"])
+def test_every_label_of_the_ledger_is_trained_on_once_an_epoch(
+    tiny_model: Path, tmp_path: Path, packing: bool, accumulation: int
+) -> None:
+    heard = Heard()
+    run, out = _run(
+        tmp_path, tiny_model, heard, data={"packing": packing}, train={"gradient_accumulation_steps": accumulation}
+    )
+    train.run(run, out)
+    sums = _json(out / "sums.json")
+    assert sums == {
+        "records": 25,
+        "rows": 21,
+        "dropped": 4,
+        "epochs": 2.0,
+        "ledger_labelled_tokens": _labelled(),
+        "drawn_labelled_tokens": 2 * _labelled(),
+        "divided_by": 2 * _labelled(),
+        "in_batches": 2 * _labelled(),
+    }
+    assert any(f"{2 * _labelled():,} that the loss was divided by" in line for line in heard.lines)
+    assert (out / "adapter" / "adapter_model.safetensors").is_file() and _json(out / "memory.json")["predicted"]
+
+
+def test_a_run_that_ends_in_mid_epoch_adds_up(tiny_model: Path, tmp_path: Path) -> None:
+    run, out = _run(tmp_path, tiny_model, train={"max_steps": 3, "gradient_accumulation_steps": 2})
+    train.run(run, out)
+    sums = _json(out / "sums.json")
+    assert 0 < sums["drawn_labelled_tokens"] == sums["in_batches"] == sums["divided_by"] < _labelled()
+    assert 0 < sums["epochs"] < 1
+
+
+def _shifted_labels(rows: Any, pad: int) -> dict[str, torch.Tensor]:
+    batch = collate(rows, pad)
+    return {**batch, "labels": batch["labels"].roll(1, dims=1)}
+
+
+def _shifted_mask(rows: Any, pad: int) -> dict[str, torch.Tensor]:
+    batch = collate(rows, pad)
+    labelled = (batch["labels"] != IGNORED).roll(-1, dims=1)
+    return {**batch, "labels": batch["input_ids"].where(labelled, torch.tensor(IGNORED))}
+
+
+def _cut_short(rows: Any, pad: int) -> dict[str, torch.Tensor]:
+    return collate([{**row, "labels": [*row["labels"][:-1], IGNORED]} for row in rows], pad)
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [(_shifted_labels, "do not add up"), (_shifted_mask, "are not those of the rows"), (_cut_short, "do not add up")],
+)
+def test_labels_that_change_on_their_way_are_seen(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Any, said: str
+) -> None:
+    monkeypatch.setattr("qkit.trainer.collate", broken)
+    run, out = _run(tmp_path, tiny_model)
+    with pytest.raises(StageFailed, match=said):
+        train.run(run, out)
+    assert not (out / "adapter").exists() and not (out / "sums.json").exists()
+
+
+def test_a_wrong_divisor_is_seen(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = transformers.Trainer._get_num_items_in_batch
+    monkeypatch.setattr(transformers.Trainer, "_get_num_items_in_batch", lambda *given: right(*given) + 1)
+    run, out = _run(tmp_path, tiny_model)
+    with pytest.raises(StageFailed, match=r"the loss was divided by \d"):
+        train.run(run, out)
+
+
+def test_an_epoch_that_leaves_rows_out_is_seen(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = TokenBudgetBatches.batches
+    monkeypatch.setattr(TokenBudgetBatches, "batches", lambda self, rng: whole(self, rng)[1:])
+    run, out = _run(tmp_path, tiny_model)
+    with pytest.raises(StageFailed, match=f"1 x {_labelled():,} in the ledger"):
+        train.run(run, out)
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+def test_packs_are_trained_on_when_their_isolation_holds(tiny_model: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    run, out = _run(tmp_path, tiny_model, heard, data={"packing": True})
+    train.run(run, out)
+    found = _json(out / "packing.json")
+    assert found["packing"] and found["verdict"] == "holds" and found["attn_implementation"] == "sdpa"
+    packs = max(pack for pack, _ in packed(LENGTHS, CAPACITY)) + 1
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2 * packs
+    assert heard.lines[0].startswith("packing: ")
+
+
+def test_packs_that_leak_are_not_trained_on(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_cache(model: Any, batch: Any) -> torch.Tensor:
+        states: torch.Tensor = model.get_decoder()(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"][:1], use_cache=True
+        ).last_hidden_state
+        return states
+
+    monkeypatch.setattr(head, "_hidden", with_cache)
+    heard = Heard()
+    run, out = _run(tmp_path, tiny_model, heard, data={"packing": True})
+    train.run(run, out)
+    found = _json(out / "packing.json")
+    assert not found["packing"] and found["verdict"] == "does not hold" and found["difference"] > 1e-3
+    assert "warning: packing is off for this run" in heard.lines[0]
+    batches = len(TokenBudgetBatches(LENGTHS, CAPACITY, seed=run.recipe.seed))
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2 * batches
+    assert _json(out / "sums.json")["drawn_labelled_tokens"] == 2 * _labelled()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_most_labelled_is_that_of_one_batch(tiny_model: Path, tmp_path: Path, packing: bool) -> None:
+    run, out = _run(tmp_path, tiny_model, data={"packing": packing})
+    trainer = train.build_trainer(run, tiny_model, train.detect(), out)
+    batches = [int((batch["labels"] != IGNORED).sum()) for batch in trainer.get_train_dataloader()]
+    assert train._most_labelled(trainer) == max(batches)
+
+
+# --- losses of rows ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_losses_of_rows_before_and_after(tiny_model: Path, tmp_path: Path, packing: bool) -> None:
+    run, out = _run(tmp_path, tiny_model, data={"packing": packing}, ledger={"losses": True})
+    train.run(run, out)
+    rows = _losses(out)
+    assert [row["row"] for row in rows] == list(range(len(LENGTHS)))
+    assert sum(row["loss_after"] < row["loss_before"] for row in rows) == len(rows)
+    trainer = train.build_trainer(run, tiny_model, train.detect(), tmp_path)
+    with torch.no_grad(), trainer.accelerator.autocast():
+        for row, given in zip(rows[:3], _rows(), strict=False):
+            alone = head.labelled_loss(trainer.base_model, collate([given], 0), None)
+            assert row["loss_before"] == pytest.approx(float(alone), rel=2**-6)  # bf16, and another batch
+
+
+def test_losses_leave_the_training_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
+    adapters = []
+    for losses in (False, True):
+        run, out = _run(tmp_path / str(losses), tiny_model, ledger={"losses": losses})
+        train.run(run, out)
+        adapters.append((out / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_run_that_goes_on_ends_in_the_same_sums_losses_and_adapter(
+    tiny_model: Path, tmp_path: Path, packing: bool
+) -> None:
+    settings: dict[str, Any] = {
+        "data": {"packing": packing},
+        "ledger": {"losses": True},
+        "train": {"num_train_epochs": 3, "save_steps": 3, "gradient_accumulation_steps": 2},
+    }
+    run, straight = _run(tmp_path / "straight", tiny_model, **settings)
+    train.run(run, straight)
+    steps = len((straight / "metrics.jsonl").read_text().splitlines())
+    stopped, out = _run(tmp_path / "cut", tiny_model, Heard(stop_at=steps - 2), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(stopped, out)
+    checkpoint = train.last_checkpoint(out / "checkpoints")
+    assert checkpoint is not None and not (out / "sums.json").exists()
+    assert [row["loss_after"] for row in _losses(out)] == [None] * len(LENGTHS)
+    train.run(Run(stopped.root, stopped.recipe), out)
+    assert _json(out / "sums.json") == _json(straight / "sums.json")
+    assert _losses(out) == _losses(straight)
+    name = "adapter/adapter_model.safetensors"
+    assert (out / name).read_bytes() == (straight / name).read_bytes()
