@@ -7,42 +7,33 @@ once. Onto the 16-bit base the result is a model that nobody trained; rounding b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from qkit import model, recipe
 from qkit.errors import ModelError
 from qkit.progress import Progress
 from qkit.run import Run, need_disk
+from qkit.tensor_files import Spec, TensorFile, read, shards, spec_bytes, tensor_specs
 
 if TYPE_CHECKING:
     import torch
 
 PREFIX = "base_model.model."
-ALIGNMENT = 8  # bytes; what the safetensors library pads its header to
-TORCH_NAMES = {
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "F32": "float32",
-    "I64": "int64",
-    "I32": "int32",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+ROWS = ".token_adapter.trainable_tokens_delta"  # the rows of learnt tokens, behind the name of their embedding or head
 SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def run(run: Run, out: Path) -> None:
     """Write the merged model: shards, index, tokenizer, template, generation config."""
     folder, adapter = model.resolve(run.recipe.model), run.need("train", "adapter")
-    need_disk(out, sum(shard.stat().st_size for shard in model.shards(folder)), "merge")
+    need_disk(out, sum(shard.stat().st_size for shard in shards(folder)), "merge")
     note = model.check_adapter(adapter, folder)
     merge(folder, adapter, out, run.recipe.merge, note, run.progress)
     model.copy_companions(folder, out)
+    if run.recipe.model.chat_template or run.recipe.model.add_tokens:
+        model.tokenizer_of(run.recipe.model).save_pretrained(str(out))
     _write_config(folder, out, run.recipe.merge.dtype)
     _write_stop_tokens(run, out)
 
@@ -63,82 +54,56 @@ def merge(
         return _merged(name, weight, deltas, name in quantized, note["quantization"])
 
     writer = ShardWriter(folder, out, section)
-    for name, weight in (progress or Progress()).track(_weights(folder, writer.order), "merge", len(writer.order)):
+    for name, weight in (progress or Progress()).track(read(folder, writer.order), "merge", len(writer.order)):
         writer.write(name, merged(name, weight))
     deltas.check_all_used()
     writer.finish()
 
 
-def _weights(folder: Path, order: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The base's tensors, each read when it is asked for."""
-    from safetensors import safe_open
-
-    files = {name: shard for shard in model.shards(folder) for name in model.tensor_specs(shard)}
-    with ExitStack() as stack:
-        opened = {shard: stack.enter_context(safe_open(shard, framework="pt")) for shard in set(files.values())}
-        for name in order:
-            yield name, opened[files[name]].get_tensor(name)
-
-
 class ShardWriter:
-    """Writes tensors one by one into safetensors files of at most `max_shard_bytes`.
-
-    The format has its header first: all shapes are the base's, so it is known before the first tensor is.
-    """
+    """Writes tensors one by one into safetensors files of at most `max_shard_bytes`; all shapes are the base's."""
 
     def __init__(self, base: Path, out: Path, section: recipe.Merge):
-        specs = {name: spec for shard in model.shards(base) for name, spec in model.tensor_specs(shard).items()}
+        found = {name: spec for shard in shards(base) for name, spec in tensor_specs(shard).items()}
         self.out = out
-        self.dtypes = {name: _kept_dtype(spec["dtype"], section.dtype) for name, spec in specs.items()}
-        self.shapes: dict[str, list[int]] = {name: spec["shape"] for name, spec in specs.items()}
-        self.shards = _grouped({name: self._bytes(name) for name in specs}, section.max_shard_bytes)
+        self.specs: dict[str, Spec] = {
+            name: {"dtype": _kept_dtype(spec["dtype"], section.dtype), "shape": spec["shape"]}
+            for name, spec in found.items()
+        }
+        sizes = {name: spec_bytes(spec) for name, spec in self.specs.items()}
+        self.total_bytes = sum(sizes.values())
+        self.shards = _grouped(sizes, section.max_shard_bytes)
         self.order = [name for names in self.shards for name in names]
         self.firsts = {names[0]: number for number, names in enumerate(self.shards)}
-        self.file: BinaryIO | None = None
-
-    def _bytes(self, name: str) -> int:
-        return prod(self.shapes[name]) * ITEM_BYTES[self.dtypes[name]]
+        self.file: TensorFile | None = None
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """The next tensor of `order`, rounded to its dtype."""
-        import torch
-
         if name in self.firsts:
             self._open(self.firsts[name])
         assert self.file is not None
-        rounded = tensor.to(getattr(torch, TORCH_NAMES[self.dtypes[name]])).contiguous()
-        self.file.write(rounded.reshape(-1).view(torch.uint8).numpy().data)
+        self.file.write(name, tensor)
 
     def _open(self, number: int) -> None:
-        """Begin a shard: 8 bytes of header length, the header, padded so that the data are aligned."""
-        self.finish_file()
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        begin = 0
-        for name in self.shards[number]:
-            end = begin + self._bytes(name)
-            header[name] = {"dtype": self.dtypes[name], "shape": self.shapes[name], "data_offsets": [begin, end]}
-            begin = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % ALIGNMENT)
-        self.file = (self.out / self._name(number)).open("wb")
-        self.file.write(len(text).to_bytes(8, "little") + text)
+        self._finish_file()
+        specs = {name: self.specs[name] for name in self.shards[number]}
+        self.file = TensorFile(self.out / self._name(number), specs)
 
     def _name(self, number: int) -> str:
         """One file is model.safetensors; several are numbered, as from_pretrained expects."""
         count = len(self.shards)
         return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
-    def finish_file(self) -> None:
+    def _finish_file(self) -> None:
         if self.file is not None:
             self.file.close()
 
     def finish(self) -> None:
         """Close the last shard; where there are several, write their index."""
-        self.finish_file()
+        self._finish_file()
         if len(self.shards) > 1:
-            total = sum(self._bytes(name) for name in self.order)
             weight_map = {name: self._name(number) for number, names in enumerate(self.shards) for name in names}
-            text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+            text = json.dumps({"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}, indent=1)
             (self.out / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
@@ -161,7 +126,7 @@ def _grouped(sizes: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
 
 
 class Deltas:
-    """The adapter's low-rank deltas by the name of the weight they belong to."""
+    """What the adapter changes, by the name of the weight: low-rank deltas, and rows of learnt tokens."""
 
     def __init__(self, adapter: Path):
         from peft import LoraConfig
@@ -171,7 +136,8 @@ class Deltas:
         if self.config.use_dora or self.config.modules_to_save:
             raise ModelError(f"{adapter}: adapters with DoRA or modules_to_save are not merged by this version")
         self.pairs = load_file(adapter / "adapter_model.safetensors")
-        self.left = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in self.pairs}
+        self.left = {name.removeprefix(PREFIX).removesuffix(ROWS).partition(".lora_")[0] for name in self.pairs}
+        self.rows = [tensor for name, tensor in self.pairs.items() if name.endswith(ROWS)]
 
     def of(self, weight: str) -> torch.Tensor | None:
         """The delta of a weight in fp32, [out, in], or None when the adapter leaves it alone."""
@@ -183,6 +149,19 @@ class Deltas:
         up = self.pairs[f"{PREFIX}{module}.lora_B.weight"]
         return self._scaling(module) * (up.float() @ down.float())
 
+    def with_rows(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with the rows that were learnt in the place of its own, rounded to its dtype as the live model does."""
+        import torch
+
+        module = name.removesuffix(".weight")
+        learnt: Mapping[str, list[int]] = self.config.trainable_token_indices or {}
+        if module not in learnt:
+            return weight
+        self.left.discard(module)
+        # A head that is tied to the embedding has no rows of its own, and stands in some checkpoints all the same.
+        rows = self.pairs.get(f"{PREFIX}{module}{ROWS}", self.rows[0])
+        return weight.index_copy(0, torch.tensor(learnt[module]), rows.to(weight.dtype))
+
     def _scaling(self, module: str) -> float:
         """lora_alpha / r, or / sqrt(r) for rank-stabilized LoRA, with the patterns of this module."""
         rank = _pattern(self.config.rank_pattern, module, self.config.r)
@@ -190,7 +169,7 @@ class Deltas:
         return float(alpha / rank**0.5 if self.config.use_rslora else alpha / rank)
 
     def check_all_used(self) -> None:
-        """Raises ModelError when the adapter holds a delta for a weight that the base does not have."""
+        """Raises ModelError when the adapter changes a weight that the base does not have."""
         if self.left:
             raise ModelError(
                 f"the adapter changes {sorted(self.left)[0]} and {len(self.left) - 1} more, which the base model does not have"
@@ -206,7 +185,7 @@ def _merged(
 ) -> torch.Tensor:
     """One weight of the merged model, in fp32 when the adapter changes it."""
     delta = deltas.of(name)
-    seen = as_trained(weight, quantization) if quantized else weight
+    seen = as_trained(weight, quantization) if quantized else deltas.with_rows(name, weight)
     return seen if delta is None else seen.float() + delta
 
 

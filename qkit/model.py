@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import recipe
+from qkit import added_tokens, recipe, template
 from qkit.errors import MissingArtifact, ModelError
 from qkit.source import HubId, cache_dir, locate, sha256_of
+from qkit.tensor_files import fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,19 +24,36 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ADAPTER_NOTE = "qkit.json"  # in the adapter's folder: which base it was trained on, and how that was quantized
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
-SAMPLED_BYTES = 4096
+COMPANIONS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")  # what stands beside the weights
 
 
 def resolve(model: recipe.Model) -> Path:
-    """A local folder that `from_pretrained` takes, downloaded from the hub or converted from .gguf if need be.
+    """A local folder that `from_pretrained` takes, downloaded from the hub or converted from .gguf if need be; with model.add_tokens
+    one whose tokenizer and weights have them.
 
     Raises:
-        ModelError: there is no such model, or it cannot be had.
+        ModelError: there is no such model, it cannot be had, or it cannot be given these tokens.
     """
+    folder = _resolved(model, (*COMPANIONS, "*.safetensors"))
+    if not model.add_tokens:
+        return folder
+    target = cache_dir() / "models" / f"tokens-{added_tokens.key(folder, model.add_tokens)[:24]}"
+    return _kept(target, lambda out: added_tokens.prepare(folder, model.add_tokens, model.trust_remote_code, out))
+
+
+def companions(model: recipe.Model) -> Path:
+    """The folder of the model as it comes; from the hub only what stands beside the weights is fetched.
+
+    Raises:
+        ModelError: as `resolve`.
+    """
+    return _resolved(model, COMPANIONS)
+
+
+def _resolved(model: recipe.Model, wanted: Sequence[str]) -> Path:
     found = locate(model.source, sha256=model.sha256, kind=ModelError)
     if isinstance(found, HubId):
-        return _from_hub(found.name, model.revision)
+        return _from_hub(found.name, model.revision, wanted)
     if found.suffix == ".gguf":
         return _from_gguf(found)
     if not (found / "config.json").is_file():
@@ -44,12 +61,12 @@ def resolve(model: recipe.Model) -> Path:
     return found
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{name}: could not be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]}); "
@@ -60,11 +77,16 @@ def _from_hub(name: str, revision: str | None) -> Path:
 def _from_gguf(file: Path) -> Path:
     """The model of a .gguf file as a safetensors folder in bf16, converted once and kept in the cache."""
     target = cache_dir() / "models" / f"{file.stem}-{sha256_of(file)[:12]}"
+    return _kept(target, lambda out: _convert_gguf(file, out))
+
+
+def _kept(target: Path, make: Callable[[Path], None]) -> Path:
+    """The folder `target` of the cache; where there is none, `make` fills a temporary one that takes its name when it is whole."""
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as temporary:
-        _convert_gguf(file, Path(temporary) / "model")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as temporary:
+        make(Path(temporary) / "model")
         if not target.exists():  # another process may have been faster
             (Path(temporary) / "model").rename(target)
     return target
@@ -83,29 +105,43 @@ def _convert_gguf(file: Path, out: Path) -> None:
 
 def tokenizer_of(model: recipe.Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe's model."""
-    return load_tokenizer(resolve(model), model.trust_remote_code)
+    return load_tokenizer(companions(model), model)
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder.
+def load_tokenizer(folder: Path, section: recipe.Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with the tokens and the chat template that the recipe's model section names.
 
     Raises:
-        ModelError: it has none, or has no chat template.
+        ModelError: it has none, has no chat template, or lacks the tokens that the template writes.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{folder}: this model has no chat template, so nobody can say how its turns are written; "
-            "take its instruct version, or put a chat_template.jinja (ChatML is a common one) into the folder"
-        )
+    tokenizer = added_tokens.bare_tokenizer(folder, section.trust_remote_code)
+    own = added_tokens.markers(tokenizer)
+    added_tokens.add(tokenizer, section.add_tokens)
+    template.choose(tokenizer, section.chat_template, folder)
+    if section.chat_template in template.named():
+        added_tokens.begin_as_texts_do(tokenizer)
+    if section.chat_template is not None:
+        added_tokens.check_markers(tokenizer, section.chat_template, own)
     return tokenizer
+
+
+def vocabulary(section: recipe.Model, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many token ids the model has an embedding for, those of model.add_tokens included."""
+    known, rows = len(tokenizer), int(_config(section).get("vocab_size") or 0)
+    return max(rows, known) if section.add_tokens else rows or known
+
+
+def max_positions(section: recipe.Model) -> int | None:
+    """The most tokens that the model's config says it takes."""
+    found = _config(section).get("max_position_embeddings")
+    return int(found) if found else None
+
+
+def _config(section: recipe.Model) -> dict[str, Any]:
+    """The config of the text model; models for several media keep it one level down."""
+    file = companions(section) / "config.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {**found, **found.get("text_config", {})}
 
 
 def load_base(folder: Path, how: recipe.Recipe, device: Device) -> PreTrainedModel:
@@ -148,7 +184,9 @@ def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PeftMod
     from peft import PeftModel
 
     check_adapter(adapter, folder)
-    return PeftModel.from_pretrained(base, str(adapter))
+    live = PeftModel.from_pretrained(base, str(adapter))
+    added_tokens.settle(live)
+    return live
 
 
 def dequantize(model: PreTrainedModel) -> None:
@@ -209,50 +247,6 @@ def check_adapter(adapter: Path, folder: Path) -> Mapping[str, Any]:
             "on another base it would be accepted and answer worse: give model.source the base it was trained on"
         )
     return note
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash of the names, shapes and dtypes of all tensors of a model, and of the first and last bytes of each shard."""
-    digest = hashlib.sha256()
-    for shard in shards(folder):
-        names = {name: [spec["dtype"], spec["shape"]] for name, spec in tensor_specs(shard).items()}
-        digest.update(json.dumps(names, sort_keys=True).encode())
-        for sample in _samples(shard, _header(shard)[1]):
-            digest.update(sample)
-    return digest.hexdigest()
-
-
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a model, in order.
-
-    Raises:
-        ModelError: there are none.
-    """
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder}: holds no model*.safetensors; save the model with `save_pretrained` once")
-    return files
-
-
-def tensor_specs(shard: Path) -> dict[str, Any]:
-    """dtype and shape of every tensor of a safetensors file, by name, from its header alone."""
-    return {name: spec for name, spec in _header(shard)[0].items() if name != "__metadata__"}
-
-
-def _header(shard: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file and where its data begin."""
-    with shard.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)), 8 + length
-
-
-def _samples(shard: Path, begin: int) -> Iterator[bytes]:
-    """64 short pieces spread evenly over a shard's data: enough to tell two sets of weights apart."""
-    end = shard.stat().st_size
-    with shard.open("rb") as file:
-        for index in range(64):
-            file.seek(begin + (end - begin - SAMPLED_BYTES if end - begin > SAMPLED_BYTES else 0) * index // 63)
-            yield file.read(SAMPLED_BYTES)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -1,0 +1,146 @@
+"""The templates that ship with qkit: each must be one that can be learnt from and served."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from qkit import rowchecks, template
+from qkit.recipe import Data
+from qkit.task import Conversation
+from qkit.template import Renderer
+from qkit.tokenization import Row, tokenize
+from tests.conftest import build_tokenizer
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+TURNS = (
+    {"role": "user", "content": "Two and two?"},
+    {"role": "assistant", "content": "Four.\n\nOr 4."},
+    {"role": "user", "content": " And three? "},
+    {"role": "assistant", "content": "Five."},
+)
+TOOLS = tuple(
+    {
+        "type": "function",
+        "function": {"name": name, "description": "<&'é", "parameters": {"type": "object", "properties": {}}},
+    }
+    for name in ("temperature", "wind")
+)
+CALLS = [
+    {"type": "function", "function": {"name": "temperature", "arguments": {"city": 'Bümp"liz', "days": 2}}},
+    {"type": "function", "function": {"name": "wind", "arguments": {}}},
+]
+CALLING = (
+    {"role": "user", "content": "Is it cold in Bern?"},
+    {"role": "assistant", "content": "", "tool_calls": CALLS},
+    {"role": "tool", "content": "-3"},
+    {"role": "tool", "content": "calm"},
+    {"role": "assistant", "content": "Yes, -3 degrees."},
+)
+
+
+def reader(name: str) -> Renderer:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (template.FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    return template.renderer(tokenizer)
+
+
+def rows(of: Renderer, messages: Any, tools: Any = (), loss: str = "assistant") -> list[Row]:
+    [made] = tokenize(of, [Conversation(tuple(messages), tools=tuple(tools))], Data(loss=loss))
+    assert isinstance(made, list), made
+    return made
+
+
+def learnt(of: Renderer, row: Row) -> list[str]:
+    """Each stretch of tokens that carries loss, as text."""
+    return [of.tokenizer.decode(row.input_ids[begin:end]) for begin, end in rowchecks.spans(row.labels)]
+
+
+def test_the_folder_holds_what_the_errors_name() -> None:
+    assert template.named() == ["chatml", "plain"]
+
+
+@pytest.mark.parametrize("name", template.named())
+@pytest.mark.parametrize("system", [(), (SYSTEM,)], ids=["", "system"])
+def test_every_turn_is_learnt_from_its_prompt_to_its_end(name: str, system: tuple[Any, ...]) -> None:
+    of = reader(name)
+    [row] = rows(of, [*system, *TURNS])  # a second row would mean that a turn reads differently further on
+    end = of.tokenizer.convert_ids_to_tokens(of.end)
+    assert end == of.tokenizer.eos_token and learnt(of, row) == [f"Four.\n\nOr 4.{end}", f"Five.{end}"]
+    assert not list(rowchecks.examine(of, rowchecks.facts(of, len(of.tokenizer)), row, "assistant", closely=True))
+
+
+@pytest.mark.parametrize("name", template.named())
+@pytest.mark.parametrize("system", [(), (SYSTEM,)], ids=["", "system"])
+def test_the_prompt_is_a_true_prefix_whatever_is_said_before(name: str, system: tuple[Any, ...]) -> None:
+    of = reader(name)
+    for count in (1, 3):
+        messages = [*system, *TURNS[:count]]
+        prompt, whole = of.render(messages), of.render([*messages, TURNS[count]], answered=True)
+        assert whole.startswith(prompt)
+        prompt_ids, whole_ids = of.encode([prompt, whole])
+        assert whole_ids[: len(prompt_ids)] == prompt_ids
+        assert of.render([*system, *TURNS], answered=True).startswith(of.through_end(whole))
+
+
+def test_chatml_reads_as_chatml() -> None:
+    assert reader("chatml").render([SYSTEM, *TURNS[:2], {"role": "user", "content": None}]) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nTwo and two?<|im_end|>\n"
+        "<|im_start|>assistant\nFour.\n\nOr 4.<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("system", [(), (SYSTEM,)], ids=["", "system"])
+def test_chatml_offers_tools_in_the_hermes_way(system: tuple[Any, ...]) -> None:
+    text = reader("chatml").render([*system, *CALLING], TOOLS, answered=True)
+    first, *turns = text.removesuffix("<|im_end|>\n").split("<|im_end|>\n")
+    assert first.startswith("<|im_start|>system\n" + ("Be brief.\n\n" if system else ""))
+    assert first.count("Be brief.") == len(system) and text.count("<|im_start|>system") == 1
+    offered = re.search(r"<tools>\n(.*)\n</tools>", first, re.DOTALL)
+    assert offered and [json.loads(line) for line in offered[1].split("\n")] == list(TOOLS)
+    assert [turn.split("\n")[0] for turn in turns] == [
+        "<|im_start|>user",
+        "<|im_start|>assistant",
+        "<|im_start|>user",
+        "<|im_start|>assistant",
+    ]
+    assert turns[2] == (
+        "<|im_start|>user\n<tool_response>\n-3\n</tool_response>\n<tool_response>\ncalm\n</tool_response>"
+    )
+
+
+@pytest.mark.parametrize("said", ["", "Let me see."])
+@pytest.mark.parametrize("written", [False, True], ids=["as objects", "as JSON"])
+def test_chatml_writes_calls_that_a_hermes_parser_reads(said: str, written: bool) -> None:
+    of = reader("chatml")
+    calls = [function | {"arguments": json.dumps(function["arguments"])} for function in (c["function"] for c in CALLS)]
+    turn = CALLING[1] | {"content": said, "tool_calls": [{"function": f} for f in calls] if written else CALLS}
+    [row] = rows(of, [CALLING[0], turn], TOOLS, loss="completion")
+    [answer] = learnt(of, row)
+    found = [json.loads(call) for call in re.findall(r"<tool_call>\n(.*?)\n</tool_call>", answer)]
+    assert found == [call["function"] for call in CALLS]
+    assert answer.startswith(f"{said}\n<tool_call>\n" if said else "<tool_call>\n") and answer.endswith("<|im_end|>")
+
+
+def test_chatml_learns_calls_and_answers() -> None:
+    of = reader("chatml")
+    [row] = rows(of, CALLING, TOOLS)
+    calls, answer = learnt(of, row)
+    assert "wind" in calls and answer == "Yes, -3 degrees.<|im_end|>"
+    assert not list(rowchecks.examine(of, rowchecks.facts(of, len(of.tokenizer)), row, "assistant", closely=True))
+
+
+def test_plain_reads_as_words() -> None:
+    assert reader("plain").render([SYSTEM, *TURNS[:3]]) == (
+        "System:\nBe brief.\n\nUser:\nTwo and two?\n\nAssistant:\nFour.\n\nOr 4.<|im_end|>\n\n"
+        "User:\nAnd three?\n\nAssistant:\n"
+    )
+
+
+@pytest.mark.parametrize(("messages", "tools"), [(CALLING[:1], TOOLS), (CALLING[:2], ()), (CALLING[2:4], ())])
+def test_plain_refuses_tools_and_says_which_template_takes_them(messages: Any, tools: Any) -> None:
+    with pytest.raises(template.TemplateRefusal, match="take chatml"):
+        reader("plain").render(messages, tools, answered=True)
