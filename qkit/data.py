@@ -1,215 +1,276 @@
 """The stage `data`: records in, token ids and the ledger out. From here on a row is its token ids; nobody reads the raw text again.
 
-data/train.parquet validation.parquet test.parquet    input_ids, start (where the completion begins), messages, answer, reference, place
+data/train.parquet validation.parquet test.parquet    input_ids, labels, start (where the last completion begins), pack, position, and texts
 data/ledger.parquet                                   what became of every record
-data/summary.json                                     counts per split
+data/summary.json                                     counts per source and split, lengths, the token budget, and every check
 data/tokens.json                                      the tokens that end a turn, and the padding token
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import model
-from qkit.errors import DataError, ModelError
+from qkit import decisions, preconditions, preparation, template
+from qkit.checks import Findings, failures, refusal
+from qkit.decisions import Fate
+from qkit.device import detect
+from qkit.errors import DataError
+from qkit.fast.batches import TokenBudgetBatches, padded_length
+from qkit.fast.packs import packed
+from qkit.preparation import Entry, Sourced, Worker
 from qkit.progress import Progress
 from qkit.recipe import Recipe
-from qkit.rows import Record, read
+from qkit.rows import read
 from qkit.run import Run, write_json
-from qkit.task import Conversation, RowError, Task, open_task
+from qkit.splits import SPLITS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import pyarrow as pa
 
-SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """One row. `input_ids[start:]` is the completion, the end of the turn included; only it carries loss."""
-
-    input_ids: list[int]
-    start: int
-    messages: str
-    answer: str
-    reference: str
-    place: str
-
-    @property
-    def labelled(self) -> int:
-        return len(self.input_ids) - self.start
+CANDIDATES = ".candidates.arrow"
 
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """What became of one record: `status` is kept or dropped, `reason` says why."""
+    """What became of a record, or of one of the rows that it makes (`part`).
+
+    `status`: trained, held_out or dropped; `reason`: why it is dropped. `tokens`: as used, after `truncated_by` were cut off. `row`: its
+    number in the split's parquet file. `pack` and `position`: which pack it is in and where it begins there. Null where it has none.
+    """
 
     split: str
-    place: str
+    source: str
+    line: int
+    part: int
+    format: str
     sha256: str
     tokens: int
     labelled_tokens: int
+    truncated_by: int
     status: str
     reason: str
+    row: int | None = None
+    pack: int | None = None
+    position: int | None = None
 
 
 def run(run: Run, out: Path) -> None:
-    """Read, render and tokenize every split."""
-    how = run.recipe
-    tokenizer = model.tokenizer_of(how.model)
-    ledger: list[LedgerRow] = []
-    summary: dict[str, Any] = {}
-    for split in SPLITS:
-        rows = list(kept(tokenized(how, split, tokenizer, run.progress), ledger, how.data.max_length, split))
-        _save([asdict(row) for row in rows], out / f"{split}.parquet")
-        summary[split] = counts(rows)
-    if not summary["train"]["rows"]:
-        raise DataError(f"no row is left to train on: {_why_none(ledger)}")
-    _save([asdict(row) for row in ledger], out / "ledger.parquet")
-    write_json(out / "summary.json", {**summary, "dropped": sum(row.status == "dropped" for row in ledger)})
-    write_json(out / "tokens.json", special_tokens(tokenizer, how.model.pad_token))
-
-
-def tokenized(
-    how: Recipe, split: str, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
-) -> Iterator[Tokenized]:
-    """Every row of a split as token ids, in the order of its sources."""
-    task = open_task(how.task)
-    records = [record for source in getattr(how.data, split) for record in read(source)]
-    for record in (progress or Progress()).track(records, f"tokenize {split}", len(records)):
-        yield tokenize(_conversation(task, record, how), record.place, tokenizer)
-
-
-def _conversation(task: Task, record: Record, how: Recipe) -> Conversation:
-    try:
-        return task.conversation(record.value, record.accepted, how.data)
-    except RowError as error:
-        raise DataError(f"{record.place}: this row {error}") from None
-
-
-def tokenize(example: Conversation, place: str, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
-    """Render and tokenize a conversation; the prompt's ids are a true prefix of the whole's.
+    """Read, look at and tokenize every row.
 
     Raises:
-        ModelError: the template does not write the answer after the generation prompt, or never ends the turn.
+        DataError: a check failed; all that did are named.
     """
-    prompt = render(tokenizer, example.prompt)
-    whole = render(tokenizer, (*example.prompt, {"role": "assistant", "content": example.answer}), answered=True)
-    if not whole.startswith(prompt):
-        raise ModelError(
-            f"{place}: the chat template writes the answered conversation differently from the prompt it would be asked with, "
-            f"first at {_first_difference(prompt, whole)!r}: training and serving would not see the same text"
-        )
-    prompt_ids = _ids(tokenizer, prompt)
-    completion = _through_turn_end(_ids(tokenizer, whole[len(prompt) :]), tokenizer, place)
-    return Tokenized(
-        input_ids=prompt_ids + completion,
-        start=len(prompt_ids),
-        messages=json.dumps(example.prompt, ensure_ascii=False),
-        answer=example.answer,
-        reference=json.dumps(example.reference, ensure_ascii=False),
-        place=place,
+    summary = prepare(run.recipe, out, run.progress)
+    if failed := failures(summary["checks"]):
+        raise DataError(refusal(failed))
+    run.progress.say(sums(summary))
+
+
+def sums(summary: Mapping[str, Any]) -> str:
+    """In one line: where every training record went."""
+    train = summary["splits"]["train"]
+    return (
+        f"data: {train['records']:,} records = {train['kept']:,} trained + {train['dropped']:,} dropped; "
+        f"{train['rows']:,} rows, {train['tokens']:,} tokens, {train['labelled_tokens']:,} of them carry loss"
     )
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], answered: bool = False) -> str:
-    """Messages as the template writes them, ready for the assistant to go on unless `answered`."""
-    from jinja2 import TemplateError
+def prepare(how: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
+    """Write everything that `data/` holds to `out`; returns summary.json. Checks that fail are in it and raise nothing.
 
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=not answered)
-    except TemplateError as error:
-        raise ModelError(
-            f"the chat template refuses this conversation: {error}: {json.dumps(messages)[:200]}"
-        ) from error
-    return str(text)
+    Raises:
+        DataError, ModelError: a source, or the tokenizer, cannot be read at all.
+    """
+    own = preparation.worker(how)
+    tokens = template.special_tokens(own.reader, how.model.pad_token)
+    entries = list(_candidates(own, out / CANDIDATES, progress))
+    findings = Findings()
+    fates, overlap = decisions.decide(entries, how, findings)
+    ledger = list(_ledger(entries, fates, how))
+    _write_splits(ledger, entries, out)
+    _write_ledger(ledger, out / "ledger.parquet")
+    counts = decisions.split_counts(entries, fates)
+    found = [*findings.checks(how.data), *overlap, *preconditions.checks(own, entries, fates, tokens, counts)]
+    summary = {
+        "sources": decisions.source_counts(entries, fates),
+        "template": _template(own, tokens),
+        "splits": counts,
+        "dropped": decisions.dropped_by_rule(fates),
+        "lengths": decisions.lengths(entries, fates),
+        "budget": _budget(ledger, how),
+        "checks": [asdict(check) for check in found],
+    }
+    _check_sums(summary, ledger)
+    _check_packs(ledger, how.data.batch_tokens)
+    write_json(out / "summary.json", summary)
+    write_json(out / "tokens.json", tokens)
+    return summary
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+def _template(own: Worker, tokens: Mapping[str, Any]) -> dict[str, str]:
+    """Which chat template it is, and the tokens that end a turn and pad."""
+    name = own.reader.tokenizer.convert_ids_to_tokens
+    chosen = own.how.model.chat_template or "the tokenizer's"
+    return {"name": chosen, "end_of_turn": name(tokens["end_of_turn"]), "pad": name(tokens["pad"])}
 
 
-def _through_turn_end(ids: list[int], tokenizer: PreTrainedTokenizerBase, place: str) -> list[int]:
-    """The completion up to the token that ends the turn: what templates write after it (a newline) is never generated."""
-    special = set(tokenizer.all_special_ids)
-    ends = [index for index, token in enumerate(ids) if token in special]
-    if not ends:
-        raise ModelError(
-            f"{place}: the chat template ends the assistant's turn with no special token, so the model could not learn to stop; "
-            "use a template that closes the turn"
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _candidates(own: Worker, file: Path, progress: Progress) -> Iterator[Entry]:
+    """Every record's entries; the rows themselves go to a file as they come."""
+    import pyarrow as pa
+
+    row, record = 0, -1
+    with progress.bar("tokenize", None) as bar, pa.OSFile(str(file), "wb") as sink:
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        with pa.ipc.new_file(sink, preparation.schema(), options=options) as writer:
+            for chunk in preparation.prepared(own, _records(own.how), detect().cores):
+                writer.write_batch(chunk.batch)
+                for entry in chunk.entries:
+                    record += entry.part == 0
+                    entry.record = record
+                    if not entry.rule:
+                        entry.row, row = row, row + 1
+                    yield entry
+                bar.advance(len(chunk.entries))
+
+
+def _records(how: Recipe) -> Iterator[Sourced]:
+    for pool in SPLITS:
+        for number, source in enumerate(getattr(how.data, pool)):
+            for record in read(source):
+                yield Sourced(pool, number, record)
+
+
+# --- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def _ledger(entries: Sequence[Entry], fates: Sequence[Fate], how: Recipe) -> Iterator[LedgerRow]:
+    """One row for each entry, in their order; rows are numbered and packed as they will be trained on."""
+    used = dict.fromkeys(SPLITS, 0)
+    packs = iter(_packs(entries, fates, how))
+    for entry, fate in zip(entries, fates, strict=True):
+        row, pack, position = None, None, None
+        if not fate.rule:
+            row = used[fate.split]
+            used[fate.split] += 1
+            pack, position = next(packs) if fate.split == "train" else (None, None)
+        yield LedgerRow(
+            split=fate.split,
+            source=entry.source,
+            line=entry.line,
+            part=entry.part,
+            format=entry.format,
+            sha256=entry.sha256,
+            tokens=entry.tokens,
+            labelled_tokens=entry.labelled_tokens,
+            truncated_by=entry.truncated_by,
+            status="dropped" if fate.rule else "trained" if fate.split == "train" else "held_out",
+            reason=fate.reason,
+            row=row,
+            pack=pack,
+            position=position,
         )
-    return ids[: ends[-1] + 1]
 
 
-def _first_difference(left: str, right: str) -> str:
-    same = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-    return left[same : same + 30]
+def _packs(entries: Sequence[Entry], fates: Sequence[Fate], how: Recipe) -> Iterator[tuple[int | None, int | None]]:
+    """(pack, position) of each training row, in order."""
+    lengths = [e.tokens for e, f in zip(entries, fates, strict=True) if not f.rule and f.split == "train"]
+    if how.data.packing:
+        yield from packed(lengths, how.data.batch_tokens)
+    else:
+        yield from [(None, None)] * len(lengths)
 
 
-def kept(rows: Iterator[Tokenized], ledger: list[LedgerRow], max_length: int, split: str) -> Iterator[Tokenized]:
-    """The rows that fit, while the ledger takes note of all."""
-    for row in rows:
-        reason = f"{len(row.input_ids)} tokens, max_length {max_length}" if len(row.input_ids) > max_length else ""
-        ledger.append(_ledger_row(row, split, reason))
-        if not reason:
-            yield row
-
-
-def _ledger_row(row: Tokenized, split: str, reason: str) -> LedgerRow:
-    digest = hashlib.sha256((row.messages + row.answer).encode()).hexdigest()
-    status = "dropped" if reason else "kept"
-    return LedgerRow(split, row.place, digest, len(row.input_ids), row.labelled, status, reason)
-
-
-def counts(rows: Sequence[Tokenized]) -> dict[str, int]:
-    """Rows, tokens, and tokens that carry loss."""
+def _budget(ledger: Sequence[LedgerRow], how: Recipe) -> dict[str, int]:
+    """Tokens that one epoch computes: real ones, padding, and those that carry loss."""
+    rows = [row for row in ledger if row.status == "trained"]
+    lengths = [row.tokens for row in rows]
+    if how.data.packing:
+        ends: dict[int, int] = {}
+        for row in rows:
+            assert row.pack is not None and row.position is not None
+            ends[row.pack] = max(ends.get(row.pack, 0), row.position + row.tokens)
+        computed, batches = sum(map(padded_length, ends.values())), len(ends)
+    else:
+        made = list(TokenBudgetBatches(lengths, how.data.batch_tokens, how.seed)) if lengths else []
+        computed = sum(len(batch) * padded_length(max(lengths[i] for i in batch)) for batch in made)
+        batches = len(made)
     return {
-        "rows": len(rows),
-        "tokens": sum(len(row.input_ids) for row in rows),
-        "labelled_tokens": sum(row.labelled for row in rows),
+        "batches": batches,
+        "computed": computed,
+        "real": sum(lengths),
+        "padding": computed - sum(lengths),
+        "labelled": sum(row.labelled_tokens for row in rows),
     }
 
 
-def _why_none(ledger: Sequence[LedgerRow]) -> str:
-    dropped = [row for row in ledger if row.split == "train"]
-    if not dropped:
-        return "data.train names no source, or its rows are empty"
-    return f"all {len(dropped)} were dropped, the first ({dropped[0].place}) for {dropped[0].reason}"
+def _check_sums(summary: Mapping[str, Any], ledger: Sequence[LedgerRow]) -> None:
+    """Every record is accounted for: in = used + dropped, and the ledger's tokens are the splits'."""
+    for split, counts in summary["splits"].items():
+        rows = [row for row in ledger if row.split == split]
+        records = sum(row.part == 0 for row in rows)
+        labelled = sum(row.labelled_tokens for row in rows if row.status != "dropped")
+        assert counts["records"] == counts["kept"] + counts["dropped"] == records, (split, counts, records)
+        assert counts["labelled_tokens"] == labelled, (split, counts, labelled)
 
 
-def _save(rows: list[dict[str, Any]], file: Path) -> None:
-    from datasets import Dataset
-
-    Dataset.from_list(rows).to_parquet(str(file))
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> dict[str, Any]:
-    """`stop` (ids that end a turn), `pad` (an id that is none of them) and `end_of_turn`.
-
-    Raises:
-        ModelError: there is no token to pad with that does not also end a turn.
-    """
-    end = turn_end(tokenizer)
-    stop = sorted({end, tokenizer.eos_token_id} - {None})
-    candidates = [pad_token] if pad_token else [tokenizer.pad_token, tokenizer.unk_token, *tokenizer.all_special_tokens]
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in candidates if token]
-    usable = [token for token in ids if token is not None and token not in stop]
-    if not usable:
-        raise ModelError(
-            f"no padding token: {candidates[0]!r} also ends a turn or is unknown, so the end of an answer would be masked with the "
-            "padding; set model.pad_token to a special token that the template does not use"
-        )
-    return {"stop": stop, "pad": usable[0], "end_of_turn": end}
+def _check_packs(ledger: Sequence[LedgerRow], capacity: int) -> None:
+    """In a pack rows follow each other without a gap, from 0 to at most its capacity: every token is computed once."""
+    ends: dict[int, int] = {}
+    placed = [(row.pack, row.position, row.tokens) for row in ledger if row.pack is not None]
+    for pack, position, tokens in sorted(placed):
+        assert position == ends.get(pack, 0), (pack, position, ends)
+        ends[pack] = position + tokens
+        assert ends[pack] <= capacity, (pack, ends[pack], capacity)
 
 
-def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an assistant's turn, by rendering one."""
-    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-    text = render(tokenizer, turns, answered=True)[len(render(tokenizer, turns[:1])) :]
-    return _through_turn_end(_ids(tokenizer, text), tokenizer, "a test conversation")[-1]
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write_ledger(ledger: Sequence[LedgerRow], file: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = list(LedgerRow.__dataclass_fields__)
+    columns = {name: [getattr(row, name) for row in ledger] for name in names}
+    numbers = {"row": pa.int64(), "pack": pa.int32(), "position": pa.int32()}
+    arrays = [pa.array(columns[name], numbers.get(name)) for name in names]
+    pq.write_table(pa.Table.from_arrays(arrays, names=names), file, compression="zstd")
+
+
+def _write_splits(ledger: Sequence[LedgerRow], entries: Sequence[Entry], out: Path) -> None:
+    """The rows of each split, batch by batch, out of the file of all candidates."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    by_candidate = [fate for fate, entry in zip(ledger, entries, strict=True) if entry.row >= 0]
+    packs = [pa.field("pack", pa.int32()), pa.field("position", pa.int32())]
+    schema = pa.schema([*preparation.schema(), *packs])
+    writers = {split: pq.ParquetWriter(out / f"{split}.parquet", schema, compression="zstd") for split in SPLITS}
+    with pa.memory_map(str(out / CANDIDATES)) as source, pa.ipc.open_file(source) as candidates:
+        begin = 0
+        for number in range(candidates.num_record_batches):
+            batch = candidates.get_batch(number)
+            fates = by_candidate[begin : begin + batch.num_rows]
+            begin += batch.num_rows
+            for split, writer in writers.items():
+                if (chosen := _chosen(batch, fates, split, schema)).num_rows:
+                    writer.write_batch(chosen)
+    for writer in writers.values():
+        writer.close()
+    (out / CANDIDATES).unlink()
+
+
+def _chosen(batch: pa.RecordBatch, fates: Sequence[LedgerRow], split: str, schema: pa.Schema) -> pa.RecordBatch:
+    """The rows of a batch that a split uses, with their packs."""
+    import pyarrow as pa
+
+    rows = [i for i, fate in enumerate(fates) if fate.split == split and fate.status != "dropped"]
+    taken = batch.take(pa.array(rows, pa.int64()))
+    packs = [pa.array([getattr(fates[i], name) for i in rows], pa.int32()) for name in ("pack", "position")]
+    return pa.RecordBatch.from_arrays([*taken.columns, *packs], schema=schema)

@@ -66,3 +66,9 @@ class StageFailed(QkitError):
         self.run = run
         self.log = log
         self.reason = reason
+
+
+class OutOfMemory(StageFailed):
+    """A stage ran out of the device's memory: less of it may be asked for, and the stage run again."""
+
+    exit_code = 3

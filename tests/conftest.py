@@ -106,7 +106,7 @@ def tiny_settings(model: Path, rows: Path) -> dict[str, Any]:
         "task": "chat",
         "model": {"source": str(model)},
         "data": {
-            "train": [{"source": str(rows)}],
+            "train": [{"source": str(rows), "rows": "4:"}],
             "test": [{"source": str(rows), "rows": ":4"}],
             "max_length": 128,
             "batch_tokens": 256,

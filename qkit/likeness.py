@@ -1,0 +1,75 @@
+"""Rows that are the same, or nearly: digests of what is said, and MinHash signatures for what is said in other words.
+
+Case, white space and Unicode's ways of writing one character do not count. Signatures and their index are rensa's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from typing import Any
+
+PERMUTATIONS = 128  # the estimate of a Jaccard similarity then has a standard error of 0.035 at 0.8
+BANDS = (
+    16  # of 8 values each: pairs at 0.8 are found with a probability of 95 %, at 0.6 of 24 % (and are then sorted out)
+)
+CROWD = 256  # rows that many others look like are not indexed again: comparing would become quadratic, and one of them is enough to be found
+NEAR = 0.8  # Jaccard similarity of word triples from which two rows count as nearly the same
+WORD = re.compile(r"\w{1,8}")  # long runs are cut, since some scripts write no spaces
+SEED = 42
+
+
+def normalized(text: str) -> str:
+    """Text without its case, white space and composition."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def digest(text: str) -> str:
+    """sha256 of a text, in hexadecimal; what UTF-8 cannot hold is escaped."""
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def signature(text: str) -> Any:
+    """rensa's MinHash of a text's word triples."""
+    import rensa
+
+    made = rensa.RMinHash(num_perm=PERMUTATIONS, seed=SEED)
+    made.update(shingles(text))
+    return made
+
+
+def shingles(text: str) -> list[str]:
+    """Word triples; a shorter text is one shingle."""
+    words = WORD.findall(normalized(text))
+    return [" ".join(words[i : i + 3]) for i in range(max(len(words) - 2, 1))]
+
+
+class Index:
+    """Signatures that were seen, each by a number."""
+
+    def __init__(self) -> None:
+        import rensa
+
+        self._lsh = rensa.RMinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS, num_bands=BANDS)
+        self._signatures: dict[int, Any] = {}
+
+    def nearest(self, made: Any) -> int | None:
+        """The number of the most similar signature, if it counts as nearly the same."""
+        found = [(self._signatures[number].jaccard(made), -number) for number in self._lsh.query(made)]
+        similarity, number = max(found, default=(0.0, 0))
+        return -number if similarity >= NEAR else None
+
+    def add(self, number: int, made: Any) -> int | None:
+        """Remember a signature unless one is nearly the same; then that one's number is returned."""
+        alike = self._lsh.query(made)
+        if (found := self.nearest(made)) is not None:
+            return found
+        if len(alike) <= CROWD:
+            self.insert(number, made)
+        return None
+
+    def insert(self, number: int, made: Any) -> None:
+        """Remember a signature, whatever it is like."""
+        self._lsh.insert(number, made)
+        self._signatures[number] = made

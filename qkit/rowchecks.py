@@ -1,0 +1,223 @@
+"""What is looked at in every row once it is tokenized. Each check reads the finished row, not the code that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qkit.template import ASKED, Renderer, TemplateRefusal, compact
+from qkit.tokenization import IGNORED, Row
+
+PROBE = "qkit_probe_1729"
+PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": PROBE, "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
+PROBE_CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "call00000", "type": "function", "function": {"name": PROBE, "arguments": {"x": PROBE}}}],
+}
+
+Found = Iterator[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What template, tokenizer and model were seen to do. `openings`: special tokens that begin a turn; `vocabulary`: its size."""
+
+    writes_system: bool
+    writes_tools: bool
+    writes_calls: bool
+    expects_bos: bool
+    bos: int | None
+    stops: frozenset[int]
+    openings: frozenset[int]
+    vocabulary: int
+
+
+def facts(reader: Renderer, vocabulary: int) -> Facts:
+    """Probe a template with marked conversations. `vocabulary`: rows of the model's embedding."""
+    tokenizer = reader.tokenizer
+    plain: list[int] = tokenizer("a")["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    user = reader.encode([reader.render((ASKED,), answered=True)])[0]
+    stops = frozenset({reader.end, eos} - {None})
+    return Facts(
+        writes_system=_writes(reader, [{"role": "system", "content": PROBE}, ASKED]),
+        writes_tools=_writes(reader, [ASKED], [PROBE_TOOL]),
+        writes_calls=_writes(reader, [ASKED, PROBE_CALL]),
+        expects_bos=bos is not None and plain[:1] == [bos],
+        bos=bos,
+        stops=stops,
+        openings=(frozenset(user) & reader.special) - stops,
+        vocabulary=vocabulary,
+    )
+
+
+def _writes(reader: Renderer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> bool:
+    try:
+        return PROBE in reader.render(messages, tools, answered=True)
+    except TemplateRefusal:
+        return False
+
+
+def examine(reader: Renderer, seen: Facts, row: Row, loss: str, closely: bool) -> Found:
+    """Everything that is found in a row: (check, words). `closely`: also what takes the time of decoding it."""
+    yield from row.findings
+    yield from _labels(row)
+    yield from _bos(seen, row)
+    yield from _vocabulary(seen, row)
+    if row.text:
+        yield from _conversation(reader, seen, row, loss, closely)
+    elif row.start > 1 or IGNORED in row.labels[1:]:
+        yield from _foreign(seen, row)
+
+
+def _conversation(reader: Renderer, seen: Facts, row: Row, loss: str, closely: bool) -> Found:
+    said = list(_said(reader, seen, row))
+    said = list(_said(reader, seen, row))
+    yield from said
+    legible = {"content", "special_text"}.isdisjoint(name for name, _ in said)
+    cut = any(name == "answer_cut" for name, _ in row.findings)
+    if not cut and not _ends_learnt(seen, row):
+        yield (
+            "turn_end",
+            f"ends with {reader.tokenizer.decode(row.input_ids[-2:])!r}, which ends no turn or carries no loss",
+        )
+    if loss == "all":
+        if IGNORED in row.labels[1:]:
+            yield "mask", f"has {row.labels[1:].count(IGNORED)} tokens without loss, data.loss is all"
+        return
+    yield from _headers(seen, row)
+    if closely and legible and not cut:
+        yield from _mask(reader, row)
+
+
+def _labels(row: Row) -> Found:
+    for place, (token, label) in enumerate(zip(row.input_ids, row.labels, strict=True)):
+        if label not in (token, IGNORED):
+            yield "mask", f"learns {label} at its token {place}, which is {token}"
+            return
+
+
+def _bos(seen: Facts, row: Row) -> Found:
+    if seen.bos is None:
+        return
+    first = list(row.input_ids[:2])
+    if first == [seen.bos, seen.bos]:
+        yield "bos", "begins with it twice"
+    elif seen.expects_bos and first[:1] != [seen.bos] and row.whole_tokens == len(row.input_ids):
+        yield "bos", "begins without it"
+
+
+def _vocabulary(seen: Facts, row: Row) -> Found:
+    largest, least = max(row.input_ids), min(row.input_ids)
+    if largest >= seen.vocabulary or least < 0:
+        worst = largest if largest >= seen.vocabulary else least
+        yield "vocabulary", f"has the id {worst}; the model has 0 to {seen.vocabulary - 1}"
+
+
+def _ends_learnt(seen: Facts, row: Row) -> bool:
+    """Whether every stretch of learnt tokens is closed by a token that ends a turn."""
+    labels = row.labels
+    last = [
+        i for i in range(1, len(labels)) if labels[i] != IGNORED and (i + 1 == len(labels) or labels[i + 1] == IGNORED)
+    ]
+    return all(labels[i] in seen.stops for i in last)
+
+
+def _headers(seen: Facts, row: Row) -> Found:
+    if not seen.openings.isdisjoint(row.labels):
+        yield "headers", "carries loss where a turn begins"
+
+
+def _foreign(seen: Facts, row: Row) -> Found:
+    """Tokens from elsewhere: an end of turn right after learnt tokens that is masked itself, and turns of others that are learnt."""
+    ids, labels = row.input_ids, row.labels
+    for i in range(1, len(ids)):
+        if labels[i] == IGNORED and labels[i - 1] != IGNORED and ids[i] in seen.stops and ids[i - 1] not in seen.stops:
+            yield "turn_end", f"its token {i} ends the turn and is masked"
+            break
+    yield from _headers(seen, row)
+
+
+# --- what is said, and whether it is still there ------------------------------------------------------------------------
+
+
+def _said(reader: Renderer, seen: Facts, row: Row) -> Found:
+    dense: Callable[[], str] = _once(lambda: _dense(row.text))
+    for number, message in enumerate([*row.messages, row.reply], start=1):
+        yield from _message(reader, seen, row, number, message, dense)
+    if row.tools and not seen.writes_tools:
+        yield "tools", f"offers {len(row.tools)} tools"
+
+
+def _message(
+    reader: Renderer, seen: Facts, row: Row, number: int, message: Mapping[str, Any], dense: Callable[[], str]
+) -> Found:
+    role, content = message["role"], message.get("content") or ""
+    if role in ("system", "developer") and not seen.writes_system and content.strip():
+        yield "system", f"its system turn {content.strip()[:40]!r}"
+    elif _lost(content, row, dense):
+        earlier = role == "assistant" and message is not row.reply
+        name = "prefix_stable" if earlier else "content"
+        yield name, f"its turn {number} ({role}): {content.strip()[:40]!r}"
+    if message.get("tool_calls") and not seen.writes_calls:
+        yield "tool_calls", f"its turn {number}"
+    written = content if len(message) == 2 else compact(message)  # thinking and calls are read as well
+    if mark := reader.marks.search(written):
+        yield "special_text", f"{mark.group()!r} in turn {number} ({role})"
+
+
+def _lost(content: str, row: Row, dense: Callable[[], str]) -> bool:
+    return content.strip() not in row.text and _dense(content) not in dense()
+
+
+def _dense(text: str) -> str:
+    """Text without white space, which templates trim and add."""
+    return "".join(text.split())
+
+
+def _once(make: Callable[[], str]) -> Callable[[], str]:
+    kept: list[str] = []
+
+    def get() -> str:
+        if not kept:
+            kept.append(make())
+        return kept[0]
+
+    return get
+
+
+# --- the mask, read back ------------------------------------------------------------------------------------------------
+
+
+def spans(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Stretches of tokens that carry loss: (first, one past the last)."""
+    found, begin = [], None
+    for index, label in enumerate([*labels, IGNORED]):
+        if label != IGNORED and begin is None:
+            begin = index
+        elif label == IGNORED and begin is not None:
+            found.append((begin, index))
+            begin = None
+    return found
+
+
+def _mask(reader: Renderer, row: Row) -> Found:
+    """The learnt tokens, decoded: as many stretches as turns; the last one is the answer and the end of its turn."""
+    stretches = spans(row.labels)
+    if len(stretches) != len(row.turns):
+        yield "mask", f"{len(stretches)} stretches carry loss for {len(row.turns)} turns"
+        return
+    if stretches and stretches[-1][0] != row.start:
+        yield "mask", f"learns from token {stretches[-1][0]} on; its answer begins at {row.start}"
+        return
+    said = [*(row.messages[turn].get("content") or "" for turn in row.turns[:-1]), row.answer]
+    for (begin, end), content in zip(stretches, said, strict=True):
+        learnt = _dense(reader.tokenizer.decode(row.input_ids[begin:end]))
+        if _dense(content) not in learnt or not learnt.endswith(_dense(reader.ending)):
+            yield "mask", f"learns {learnt[:40]!r} where {content.strip()[:40]!r} was said"
+            return

@@ -1,0 +1,147 @@
+"""`qkit inspect`: one screen, one document, one page, single rows; from a recipe, from a run, and for a set-up that is not ours."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from qkit import data, inspection, inspection_page, inspection_screen, pipeline
+from qkit.errors import DataError
+from qkit.progress import Progress
+from qkit.recipe import load
+from qkit.run import Run
+
+
+def qkit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "qkit", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def seen(tiny_recipe: Path) -> inspection.Inspection:
+    return inspection.inspect(load(tiny_recipe), Progress())
+
+
+def test_the_document(tiny_recipe: Path) -> None:
+    done = qkit("inspect", tiny_recipe, "--json", "--row", 2)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {check["status"] for check in found["checks"]} <= {"pass", "skipped"}
+    assert all({"name", "status", "message", "rows", "remedy"} <= set(check) for check in found["checks"])
+    assert found["counts"] == {"records": 24, "kept": 24, "dropped": 0, "by_rule": {}}
+    assert found["splits"]["train"]["rows"] == 20
+    assert found["tokens"]["real"] + found["tokens"]["padding"] == found["tokens"]["computed"]
+    assert sum(found["loss_mask"]) == 4 and len(found["input_ids"]) == len(found["texts"]) == len(found["loss_mask"])
+    learnt = "".join(text for text, mask in zip(found["texts"], found["loss_mask"], strict=True) if mask)
+    assert learnt == "ggg<|im_end|>"
+
+
+def test_the_screen_names_what_is_wrong_with_its_row_and_remedy(rows_file: Path, tiny_recipe: Path) -> None:
+    with rows_file.open("a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
+    done = qkit("inspect", tiny_recipe)
+    assert done.returncode == 2
+    words = " ".join(done.stdout.split())
+    assert "fail roles" in words and "rows.jsonl:25" in words and "data.clean.roles=drop" in words
+    assert "train 21 20 1 20" in words
+    assert qkit("inspect", tiny_recipe, "--set", "data.clean.roles=drop").returncode == 0
+
+
+def test_a_second_look_reads_nothing_again(tiny_recipe: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = load(tiny_recipe)
+    first = inspection.inspect(how, Progress())
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "prepare", lambda *_: pytest.fail("nothing has changed"))
+        assert inspection.inspect(how, Progress()) == first
+    with rows_file.open("a") as file:
+        file.write(
+            json.dumps({"messages": [{"role": "user", "content": "say z"}, {"role": "assistant", "content": "z"}]})
+            + "\n"
+        )
+    assert inspection.inspect(how, Progress()).summary["splits"]["train"]["rows"] == 21
+
+
+def test_a_run_is_shown_from_its_own_folder(tiny_recipe: Path, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", load(tiny_recipe))
+    pipeline.execute(run, "data")
+    found = inspection.of_run(run)
+    assert found.folder == run.folder("data") and inspection.losses(run) is None
+    assert json.loads(qkit("inspect", run.root, "--json").stdout)["splits"] == found.summary["splits"]
+
+
+def test_losses_name_the_rows(tiny_recipe: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    run = Run.create(tmp_path / "run", load(tiny_recipe))
+    pipeline.execute(run, "data")
+    run.folder("train").mkdir()
+    table = pa.table({"row": [0, 1, 2], "loss_before": [3.0, 0.1, 2.0], "loss_after": [1.0, 0.1, 2.5]})
+    pq.write_table(table, run.folder("train") / "losses.parquet")
+    found = inspection.losses(run)
+    assert found is not None
+    assert [row["row"] for row in found["did_not_learn"]] == [2, 1, 0]
+    assert [row["row"] for row in found["suspiciously_low"]] == [1, 2, 0]
+    assert found["did_not_learn"][0]["place"].endswith("rows.jsonl:7")
+    assert "did not learn" in qkit("inspect", run.root).stdout
+
+
+def test_somebody_elses_set_up(tiny_model: Path, rows_file: Path) -> None:
+    done = qkit("inspect", "--model", tiny_model, "--data", rows_file, "--format", "messages", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["splits"]["train"]["rows"] == 24
+    assert [check["name"] for check in found["checks"] if check["status"] == "warn"] == ["held_out"]
+    assert qkit("inspect", "--model", tiny_model).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("split", "row", "words"), [("train", 99, "has 20 rows"), ("train", -1, "has 20 rows"), ("dev", 0, "there are")]
+)
+def test_rows_that_are_not_there(seen: inspection.Inspection, split: str, row: int, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        inspection.row(seen, split, row)
+
+
+def test_characters_split_over_tokens_are_read_together(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
+    ids = tokenizer("é🙂a", add_special_tokens=False)["input_ids"]
+    assert list(inspection.token_texts(tokenizer, ids)) == ["é", "", "🙂", "", "", "", "a"]
+    assert list(inspection.token_texts(tokenizer, ids[:3])) == ["é", "", "�"]
+
+
+def test_a_row_does_not_steer_the_terminal() -> None:
+    assert inspection_screen.plain("a\x1b[2Jb\x00") == "a␛[2Jb␀"
+
+
+def test_the_histogram_counts_every_row() -> None:
+    lengths = [[10, 5, 20], [55, 3, 9], [200, 2, 8]]
+    lines = list(inspection_screen.histogram(lengths, 100))
+    assert "p50 10" in lines[0] and "p99 200" in lines[0] and "longest 200" in lines[0]
+    assert sum(int(re.search(r"(\d+) \(", line)[1]) for line in lines[1:]) == 10  # type: ignore[index]
+
+
+def test_the_page_holds_every_row_and_no_row_can_end_its_script(
+    tiny_recipe: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    evil = "</script><script>alert(1)</script>"
+    with rows_file.open("a") as file:
+        file.write(
+            json.dumps({"messages": [{"role": "user", "content": evil}, {"role": "assistant", "content": "z"}]}) + "\n"
+        )
+    seen = inspection.inspect(load(tiny_recipe), Progress())
+    inspection_page.write(seen, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<script>") == page.count("</script>") == 1
+    rows: dict[str, Any] = json.loads(re.search(r"const rows = (.*);", page)[1])  # type: ignore[index]
+    assert len(rows["train"]) == 21 and len(rows["test"]) == 4
+    assert evil in "".join(text for _, text in rows["train"][-1]["segments"])
+    assert not re.search(r"(src|href)=", page)

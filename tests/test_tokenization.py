@@ -1,0 +1,329 @@
+"""Rows and their ledger: splits, mixes, lengths, conversations of several rows, and what is written."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_traps.models import FAMILIES, Tiny, build, tokenizer_of
+from data_traps.prepared import Prepared, lines, prepare, prepare_rows, recipe
+from data_traps.table import GOOD, HELD_OUT, SEVERAL, THINKING, TOOL, asked, calls, talk, tokens
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qkit import device, preparation, splits
+from qkit.recipe import Split
+from qkit.tokenization import IGNORED, Row, pieces
+
+SEED = 42
+HALVES = Split(train=0.5, validation=0.2, test=0.3)
+KEYS = [f"group {number}" for number in range(2000)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(Tiny(), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(FAMILIES["qwen3"], tmp_path_factory.mktemp("qwen3"))
+
+
+def texts(rows: Sequence[Any], learnt: bool = False) -> list[str]:
+    """Rows as text, or only what carries loss in them."""
+    tokenizer = tokenizer_of(Tiny())
+    chosen = [
+        [t for t, label in zip(r["input_ids"], r["labels"], strict=True) if not learnt or label != IGNORED]
+        for r in rows
+    ]
+    return [tokenizer.decode(ids) for ids in chosen]
+
+
+# --- splits and mixes ---------------------------------------------------------------------------------------------------
+
+
+def split_of(keys: Sequence[str], labels: Sequence[str | None] | None = None, seed: int = SEED) -> dict[str, str]:
+    return dict(zip(keys, splits.assigned(keys, labels or [None] * len(keys), HALVES, seed), strict=True))
+
+
+def test_adding_rows_moves_no_other() -> None:
+    few, all_of_them = split_of(KEYS[500:1000]), split_of(random.Random(0).sample(KEYS, len(KEYS)))
+    assert few.items() <= all_of_them.items()
+
+
+def test_the_fractions_hold_and_seeds_differ() -> None:
+    one, other = split_of(KEYS), split_of(KEYS, seed=SEED + 1)
+    shares = Counter(one.values())
+    for name in splits.SPLITS:
+        wanted = getattr(HALVES, name) * len(KEYS)
+        assert (
+            abs(shares[name] - wanted) < 5 * (wanted * (1 - getattr(HALVES, name))) ** 0.5
+        )  # of a binomial's deviation
+    same = sum(one[key] == other[key] for key in KEYS) / len(KEYS)
+    assert abs(same - (0.5**2 + 0.2**2 + 0.3**2)) < 0.06
+
+
+def test_a_group_stays_together() -> None:
+    groups = [f"group {row % 30}" for row in range(300)]
+    drawn = splits.assigned(groups, [None] * 300, HALVES, SEED)
+    assert len(set(zip(groups, drawn, strict=True))) == 30
+
+
+@pytest.mark.parametrize("sizes", [(10, 100, 1000), (7, 13, 1)])
+def test_every_split_has_its_share_of_every_label(sizes: Sequence[int]) -> None:
+    """To within one group, whereas a hash alone gives or takes the square root."""
+    labels = [f"label {number}" for number, size in enumerate(sizes) for _ in range(size)]
+    drawn = splits.assigned(KEYS[: len(labels)], labels, HALVES, SEED)
+    counted = Counter(zip(labels, drawn, strict=True))
+    for label, size in Counter(labels).items():
+        for name in splits.SPLITS:
+            assert abs(counted[label, name] - getattr(HALVES, name) * size) <= 1
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 2**32))
+def test_with_labels_no_more_rows_cross_a_cut_than_were_added(before: int, added: int, seed: int) -> None:
+    few = split_of(KEYS[:before], ["one"] * before, seed)
+    more = split_of(KEYS[: before + added], ["one"] * (before + added), seed)
+    for beyond in ({"train"}, {"train", "validation"}):
+        assert sum((few[key] in beyond) != (more[key] in beyond) for key in few) <= added
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "taken"),
+    [
+        ((100, 100), {0: 3.0, 1: 1.0}, (100, 33)),
+        ((10, 100), {0: 1.0, 1: 1.0}, (10, 10)),
+        ((10, 100), {1: 4.0}, (10, 40)),
+        ((100, 50, 20), {0: 0.5, 1: 0.3, 2: 0.2}, (50, 30, 20)),
+    ],
+)
+def test_a_mix_has_the_proportions_of_its_weights(
+    sizes: Sequence[int], weights: dict[int, float], taken: Sequence[int]
+) -> None:
+    sources = [source for source, size in enumerate(sizes) for _ in range(size)]
+    chosen = splits.mixed(sources, KEYS[: len(sources)], weights, SEED)
+    counted = Counter(source for source, here in zip(sources, chosen, strict=True) if here)
+    assert tuple(counted[source] for source in range(len(sizes))) == taken
+
+
+@pytest.fixture(scope="module")
+def divided(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, list[dict[str, Any]]]:
+    """Sixty rows of two labels, two of each question, divided by `data.split`."""
+    rows = [asked(f"Question {i // 2}?", f"Answer {i}.", label="ab"[i % 20 == 0]) for i in range(60)]
+    settings = ["data.split={train: 0.6, validation: 0.2, test: 0.2}"]
+    return prepare_rows(model, tmp_path_factory.mktemp("divided"), rows, (), settings), rows
+
+
+def test_rows_are_divided_and_their_questions_kept_together(divided: tuple[Prepared, list[dict[str, Any]]]) -> None:
+    made, rows = divided
+    assert {name: counts["records"] for name, counts in made.summary["splits"].items()} == {
+        "train": 36,
+        "validation": 12,
+        "test": 12,
+    }
+    question = {row["line"]: rows[row["line"] - 1]["messages"][0]["content"] for row in made.ledger}
+    assert len({(question[row["line"]], row["split"]) for row in made.ledger}) == 30
+    assert made.suspicious == {}
+
+
+def test_two_files_are_mixed_and_the_rest_is_in_the_ledger(model: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(asked(f"Is {name} {i}?", f"It is {i}.") for i in range(20)))
+    how = recipe(model, {"train": [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]})
+    one, two = how.data.train
+    mixed = how.data.model_copy(update={"train": (one, two.model_copy(update={"weight": 0.25}))})
+    made = prepare(how.model_copy(update={"data": mixed}), tmp_path / "data")
+    kept = Counter(Path(row["source"]).stem for row in made.ledger if row["status"] == "trained")
+    assert kept == {"one": 20, "two": 5}
+    assert made.summary["dropped"] == {"mix": 15}
+
+
+def test_training_rows_that_are_held_out_are_dropped_if_wanted(model: Path, tmp_path: Path) -> None:
+    again = asked(HELD_OUT[0]["messages"][0]["content"].upper(), "Saturn, it is said.")
+    made = prepare_rows(model, tmp_path, [*GOOD, again], HELD_OUT, ["data.clean.overlap=drop"])
+    assert made.suspicious == {}
+    [dropped] = [row for row in made.ledger if row["status"] == "dropped"]
+    assert dropped["line"] == len(GOOD) + 1
+    assert dropped["reason"].startswith("has the prompt of the held-out") and dropped["reason"].endswith("test.jsonl:1")
+
+
+# --- lengths ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 200), st.integers(2, 64))
+def test_pieces_learn_every_token_once(length: int, most: int) -> None:
+    ids = list(range(length))
+    made = list(pieces(Row(ids, [IGNORED, *ids[1:]], start=1), most))
+    assert [label for piece in made for label in piece.labels if label != IGNORED] == ids[1:]
+    for piece in made:
+        assert len(piece.input_ids) == len(piece.labels) <= most and piece.labels[0] == IGNORED
+        assert piece.input_ids[1:] == piece.labels[1:]
+
+
+def test_a_long_text_is_several_parts_in_the_ledger(model: Path, tmp_path: Path) -> None:
+    text = "It was a dark and stormy night; the rain fell in torrents. " * 5
+    made = prepare_rows(model, tmp_path, [{"text": text}], HELD_OUT, ["data.max_length=128", "data.too_long=split"])
+    assert [row["part"] for row in made.ledger if row["split"] == "train"] == [0, 1, 2]
+    assert "".join(texts(made.rows(), learnt=True)) == text[1:] + "<|im_end|>"
+    assert made.summary["splits"]["train"]["records"] == 1 and made.summary["splits"]["train"]["rows"] == 3
+
+
+def test_a_cut_prompt_keeps_its_system_turn_and_loses_the_oldest(model: Path, tmp_path: Path) -> None:
+    made = prepare_rows(model, tmp_path, [SEVERAL], HELD_OUT, ["data.max_length=192", "data.too_long=truncate_prompt"])
+    [text] = texts(made.rows())
+    assert "Be kind." in text and "long story" not in text
+    assert text.endswith("A short one, then?<|im_end|>\n<|im_start|>assistant\nOnce there was a fox.<|im_end|>")
+    [row] = [row for row in made.ledger if row["split"] == "train"]
+    whole = prepare_rows(model, tmp_path / "whole", [SEVERAL], HELD_OUT)
+    assert row["tokens"] + row["truncated_by"] == len(whole.rows()[0]["input_ids"])
+
+
+def test_a_cut_answer_keeps_its_beginning(model: Path, tmp_path: Path) -> None:
+    rows = [asked("Tell me!", "once " * 50)]
+    made = prepare_rows(model, tmp_path, rows, HELD_OUT, ["data.max_length=128", "data.too_long=truncate_completion"])
+    [row] = made.rows()
+    assert len(row["input_ids"]) == 128 and texts([row], learnt=True)[0].startswith("once once")
+
+
+# --- conversations ------------------------------------------------------------------------------------------------------
+
+ANSWERS = talk(
+    ("user", "a?"),
+    ("assistant", "First."),
+    ("user", "b?"),
+    ("assistant", "Second."),
+    ("user", "c?"),
+    ("assistant", "Third."),
+)
+
+
+@pytest.mark.parametrize(
+    ("loss", "marks", "learnt"),
+    [
+        ("completion", (None, None, None), "Third."),
+        ("assistant", (None, None, None), "First.|Second.|Third."),
+        ("completion", (1, None, None), "First.|Third."),
+        ("assistant", (None, 0, None), "First.|Third."),
+        ("assistant", (1, 0, 0), "First."),
+        ("completion", (0, 1, 0), "Second."),
+    ],
+)
+def test_a_record_may_say_which_turns_are_learnt(
+    loss: str, marks: Sequence[int | None], learnt: str, model: Path, tmp_path: Path
+) -> None:
+    turns = [dict(turn) for turn in ANSWERS["messages"]]
+    for turn, mark in zip(turns[1::2], marks, strict=True):
+        turn["weight"] = mark
+    made = prepare_rows(model, tmp_path, [{"messages": turns}], HELD_OUT, [f"data.loss={loss}"])
+    assert made.suspicious == {}
+    assert texts(made.rows(), learnt=True) == ["".join(f"{text}<|im_end|>" for text in learnt.split("|"))]
+
+
+def test_each_unstable_turn_has_a_row_with_its_own_prompt(thinking: Path, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(FAMILIES["qwen3"])
+    made = prepare_rows(thinking, tmp_path, [*GOOD, THINKING], HELD_OUT, ["data.loss=assistant"])
+    ends = [row for row in made.rows() if row["place"].endswith(f":{len(GOOD) + 1}")]
+    assert len(ends) == 2
+    for row, last in zip(ends, (3, 1), strict=True):
+        prompt = tokenizer.apply_chat_template(
+            THINKING["messages"][:last], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        assert row["input_ids"][: row["start"]] == prompt
+        assert "<think>" in texts([row], learnt=True)[0]
+    assert [row["part"] for row in made.ledger if row["line"] == len(GOOD) + 1 and row["split"] == "train"] == [0, 1]
+
+
+def test_held_out_conversations_are_scored_on_their_last_turn(thinking: Path, tmp_path: Path) -> None:
+    made = prepare_rows(thinking, tmp_path, GOOD, [THINKING], ["data.loss=assistant"])
+    fates = [(row["part"], row["status"]) for row in made.ledger if row["split"] == "test"]
+    assert fates == [(0, "held_out"), (1, "dropped")]
+    assert made.summary["dropped"] == {"earlier_turn": 1}
+
+
+@pytest.mark.parametrize("family", ["mistral", "deepseek", "qwen3", "llama3", "chatml"])
+def test_an_answer_that_only_calls_is_learnt_as_the_template_writes_it(family: str, tmp_path: Path) -> None:
+    """The special tokens of the call are the template's, not text that spells them."""
+    row = {"messages": [{"role": "user", "content": "Look!"}, calls("look")], "tools": [TOOL]}
+    made = prepare_rows(build(FAMILIES[family], tmp_path / "model"), tmp_path / "made", [*GOOD, row], HELD_OUT)
+    assert made.suspicious == {}
+    assert "look" in made.rows()[-1]["answer"]
+
+
+# --- what is written ----------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    **dict.fromkeys(("input_ids", "labels"), "list<element: int32>"),
+    **dict.fromkeys(("messages", "tools", "answer", "reference", "place"), "string"),
+    **dict.fromkeys(("start", "pack", "position"), "int32"),
+}
+
+
+@pytest.fixture(scope="module")
+def mixed_formats() -> list[Any]:
+    """Rows of every format, some of which are dropped."""
+    return [
+        *GOOD,
+        {"prompt": "Now?", "completion": "Later."},
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]},
+        {"text": "A text of its own. " * 12},
+        tokens(Tiny(), ("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n", False), ("y<|im_end|>", True)),
+        GOOD[1],
+        asked("Nothing?", " "),
+        asked("A long one? " * 40, "No."),
+        b"{broken",
+    ]
+
+
+def test_the_ledger_accounts_for_every_record_and_token(model: Path, mixed_formats: list[Any], tmp_path: Path) -> None:
+    settings = ["data.max_length=256", "data.packing=true", "data.clean.malformed=drop"]
+    made = prepare_rows(model, tmp_path, mixed_formats, HELD_OUT, settings)
+    train = made.summary["splits"]["train"]
+    assert (train["records"], train["kept"], train["dropped"]) == (len(mixed_formats), 11, 4)
+    assert made.summary["dropped"] == {"duplicate": 1, "empty": 1, "length": 1, "malformed": 1}
+    for split in ("train", "test"):
+        rows, ledger = (
+            made.rows(split),
+            [row for row in made.ledger if row["split"] == split and row["status"] != "dropped"],
+        )
+        assert [row["row"] for row in ledger] == list(range(len(rows)))
+        assert [f"{row['source']}:{row['line']}" for row in ledger] == [row["place"] for row in rows]
+        assert [row["tokens"] for row in ledger] == [len(row["input_ids"]) for row in rows]
+        assert [row["labelled_tokens"] for row in ledger] == [
+            sum(label != IGNORED for label in row["labels"]) for row in rows
+        ]
+        assert [(row["pack"], row["position"]) for row in ledger] == [(row["pack"], row["position"]) for row in rows]
+    assert all(row["reason"] for row in made.ledger if row["status"] == "dropped")
+    assert made.summary["budget"]["real"] == train["tokens"] == sum(len(row["input_ids"]) for row in made.rows())
+    assert made.summary["budget"]["labelled"] == train["labelled_tokens"]
+
+
+def test_the_columns_of_a_split(model: Path, mixed_formats: list[Any], tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    made = prepare_rows(model, tmp_path, mixed_formats, (), ["data.max_length=256", "data.clean.malformed=drop"])
+    for split in splits.SPLITS:
+        schema = pq.read_schema(made.folder / f"{split}.parquet")
+        assert {field.name: str(field.type) for field in schema} == COLUMNS
+    assert not list(made.folder.glob(".*"))
+
+
+def test_several_processes_give_what_one_gives(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [*(asked(f"What is {i} and {i}?", f"It is {2 * i}.") for i in range(40)), asked("", "x"), *GOOD]
+    monkeypatch.setattr(preparation, "CHUNK", 8)
+
+    def written(cores: int, alone: int) -> list[Any]:
+        found = replace(device.detect(), cores=cores)
+        monkeypatch.setattr("qkit.data.detect", lambda: found)
+        monkeypatch.setattr(preparation, "ALONE", alone)
+        made = prepare(recipe(model, {"train": [tmp_path / "train.jsonl"]}), tmp_path / f"with-{cores}")
+        return [made.rows(), made.ledger, made.summary]
+
+    (tmp_path / "train.jsonl").write_bytes(lines(rows))
+    assert written(cores=2, alone=0) == written(cores=1, alone=100)
