@@ -49,6 +49,7 @@ CARDS = {
         _card("t4", "T4", 14.5, 300, None),  # data sheet; tensor cores for fp16 only (65 TFLOP/s)
         _card("a10g", "A10G", 21.9, 600, 70),  # data sheet
         _card("l4", "L4", 21.9, 300, 121),  # data sheet, half of the figure with sparsity
+        _card("rtx-a6000", "RTX A6000", 47.4, 768, 154.8),  # Ampere GA102 architecture paper
         _card("l40s", "L40S", 44.3, 864, 362),  # data sheet
         _card("a100-40gb", "A100 40GB", 39.3, 1555, 312),  # data sheet
         _card("a100-80gb", "A100 80GB", 79.1, 1935, 312),  # data sheet, PCIe (SXM: 2,039 GB/s)

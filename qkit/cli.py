@@ -65,37 +65,106 @@ def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
 
 @app.command(epilog="Example: qkit plan recipes/llama-3.1-8b-24gb.yaml --memory 24GiB")
 def plan(
-    target: Target,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE_OR_RUN]", help="A recipe (.yaml) or a run directory.")
+    ] = None,
     overrides: Set = None,
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="24GiB", help="Plan for a device of this size.")
     ] = None,
     card: Annotated[str | None, typer.Option("--card", metavar="rtx-4090", help="Plan for a known card.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="M", help="In place of a recipe: config.json, its folder, or a name."),
+    ] = None,
+    quantization: Annotated[str | None, typer.Option("--quantization", metavar="nf4", help="Of --model.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of --model's adapter.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Rows at once, with --model.")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens of a row, with --model.")] = None,
+    solve: Annotated[
+        str | None,
+        typer.Option("--solve", metavar="WHAT", help="The most that fits: max_length, batch, rank; or card."),
+    ] = None,
+    explain: Annotated[
+        str | None, typer.Option("--explain", metavar="LINE", help="The formula of a line, with its numbers.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Does it fit? Memory, item by item, before anything is loaded."""
+    """Does it fit? Memory, line by line, and time, before anything is loaded."""
     from qkit import plan as planning
+    from qkit import plan_screen, plan_sheet
 
-    made = planning.plan(_recipe(target, overrides), device=planning.device_for(card, memory))
-    _show(as_json, planning.to_dict(made), lambda: planning.screen(made))
+    how = _planned(target, overrides, plan_sheet.Options(model or "", quantization, rank, batch, length))
+    device, ask = planning.device_for(card, memory), planning.question(solve)
+    found = plan_sheet.sheet(how, device, plan_sheet.lengths_of(target), ask)
+    if explain:
+        items = plan_sheet.explain(found, explain)
+        _show(as_json, [item.to_dict() for item in items], lambda: plan_screen.explanation(items))
+        return
+    _show(as_json, plan_sheet.to_dict(found), lambda: plan_screen.screen(found))
+
+
+def _planned(target: Path | None, overrides: list[str] | None, options: Any) -> Any:
+    """The recipe of a file or a run, or the one that --model and its companions describe."""
+    from qkit.errors import RecipeError
+    from qkit.plan_sheet import recipe_for
+
+    if bool(options.model) == (target is not None):
+        raise RecipeError("name a recipe or a run directory, or --model; one of the two")
+    return recipe_for(options, overrides or ()) if target is None else _recipe(target, overrides)
 
 
 @app.command(epilog="Example: qkit inspect recipes/quickstart.yaml --row 3")
 def inspect(
-    target: Target,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE_OR_RUN]", help="A recipe (.yaml) or a run directory.")
+    ] = None,
     overrides: Set = None,
-    row: Annotated[int, typer.Option("--row", help="The row to show token by token.")] = 0,
-    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "train",
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="M", help="In place of a recipe: the model, for its tokenizer.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="F", help="In place of a recipe: the data set.")] = None,
+    format: Annotated[str, typer.Option("--format", help="Of --data, when its columns do not tell.")] = "auto",
+    row: Annotated[int | None, typer.Option("--row", help="Show this row token by token.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Of --row: train, validation or test.")] = "train",
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it all to a page as well.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """What the model will see: rows, template, token ids, and which tokens carry loss."""
-    from qkit import inspection
+    """What will be learnt, row by row and token by token, and what is likely wrong. Exits with 2 when a check fails."""
+    from qkit import inspection, inspection_page, inspection_screen
+    from qkit.checks import failures
 
+    console = _stderr(keep=True)
     with _errors_only():
-        seen = inspection.inspect(_recipe(target, overrides), split, row)
-    _show(as_json, inspection.to_dict(seen), lambda: inspection.screen(seen))
+        seen, losses = _inspected(target, overrides, (model, data, format), _progress(console, quiet))
+        view = inspection.row(seen, split, row) if row is not None else None
+        if html:
+            inspection_page.write(seen, html)
+    shown = inspection_screen.row_screen(view) if view else inspection_screen.screen(seen, losses)
+    _show(as_json, inspection_screen.to_dict(seen, view, losses), lambda: shown)
+    if failures(seen.summary["checks"]):
+        raise typer.Exit(2)
+
+
+def _inspected(
+    target: Path | None, overrides: list[str] | None, foreign: tuple[str | None, str | None, str], progress: Progress
+) -> Any:
+    """The inspection of a recipe, of a run, or of a model and a data set; and the losses that a run has kept."""
+    from qkit import inspection
+    from qkit.errors import RecipeError
+    from qkit.run import Run
+
+    model, data, format = foreign
+    if target is None:
+        if not (model and data):
+            raise RecipeError("name a recipe or a run directory, or both --model and --data")
+        return inspection.inspect(inspection.recipe_for(model, data, format, overrides or ()), progress), None
+    if target.is_dir() and not overrides and (target / "data" / "summary.json").is_file():
+        opened = Run.open(target)
+        return inspection.of_run(opened), inspection.losses(opened)
+    return inspection.inspect(_recipe(target, overrides), progress), None
 
 
 @app.command(epilog="Example: qkit show runs/quickstart --json")
@@ -114,12 +183,23 @@ def show(run: RunFolder, as_json: Json = False, quiet: Quiet = False) -> None:
 
 
 @app.command(epilog="Example: qkit run recipes/quickstart.yaml --out runs/first")
-def run(target: Target, overrides: Set = None, out: Out = None, as_json: Json = False, quiet: Quiet = False) -> None:
+def run(
+    target: Target,
+    overrides: Set = None,
+    out: Out = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Change the recipe until training fits, as `qkit plan` advises.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """All stages in order; does only what is not done yet."""
-    from qkit import pipeline
+    from qkit import fitting, pipeline
     from qkit import show as showing
 
-    opened = _open(target, overrides, out, Progress())
+    opened = _open(target, overrides, out, _progress(_stderr(), quiet) if fit else Progress())
+    if fit:
+        opened = fitting.fitted(opened)
     begin = time.perf_counter()
     done = pipeline.run_all(opened, ["--quiet"] if quiet else [])
     summary = showing.summary(opened, pipeline.statuses(opened))
@@ -306,7 +386,7 @@ class _Bars(Progress):
         self.console.print(text, highlight=False)
 
     @contextmanager
-    def bar(self, name: str, total: float, start: float = 0) -> Iterator[Bar]:
+    def bar(self, name: str, total: float | None, start: float = 0) -> Iterator[Bar]:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Rich
 
@@ -339,7 +419,7 @@ class _Lines(Progress):
         self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def bar(self, name: str, total: float, start: float = 0) -> Iterator[Bar]:
+    def bar(self, name: str, total: float | None, start: float = 0) -> Iterator[Bar]:
         say, every = self.say, self.EVERY_SECONDS
 
         class Said:
@@ -350,11 +430,19 @@ class _Lines(Progress):
                 self.done += steps
                 now = time.monotonic()
                 if now - self.last >= every:
-                    left = (now - self.begin) / (self.done - start) * (total - self.done)
                     self.last = now
-                    say(f"{name}: {self.done:g}/{total:g}  {_figures(figures)}  {left:.0f} s left")
+                    say(
+                        f"{name}: {_progress_words(self.done - start, start, total, now - self.begin)}  {_figures(figures)}"
+                    )
 
         yield Said()
+
+
+def _progress_words(steps: float, start: float, total: float | None, seconds: float) -> str:
+    """How far it is, and how long it will take where that can be known."""
+    if total is None:
+        return f"{start + steps:,.0f}"
+    return f"{start + steps:g}/{total:g}  {seconds / steps * (total - start - steps):.0f} s left"
 
 
 def _figures(figures: dict[str, float]) -> str:
@@ -410,8 +498,7 @@ def _options(
 def main() -> NoReturn:
     """Entry point: every error becomes one message and an exit code."""
     try:
-        app(standalone_mode=False)
-        code = 0
+        code = app(standalone_mode=False) or 0
     except QkitError as error:
         code = _complain(error)
     except USAGE_ERROR as error:

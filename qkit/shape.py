@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,28 @@ class Shape:
     attention_bias: bool = False  # on the query, key and value projections
     output_bias: bool = False  # on the projection out of attention
     mlp_bias: bool = False
+    head_bias: bool = False
+    norm_bias: bool = False
     fused: bool = False  # one matrix for query, key and value, one for gate and up
     norms_per_layer: int = 2
+    norm_offset: bool = False  # norms multiply by 1 + weight, which is made anew, in fp32, at each use
     qk_norm: bool = False
+    softcap: bool = False  # attention scores are bounded, which is one more tensor of them where they are kept at all
+    final_softcap: bool = False  # and so are the logits
+    rotary_sets: int = 1  # kinds of attention that have rotary frequencies of their own
+    window: int | None = None  # tokens that the layers in `windowed` look back on
+    windowed: int = 0
+    experts: int = 0
+    active_experts: int = 0
+    expert_width: int = 0
+    shared_width: int = 0  # of the expert that every token passes
+    sparse: tuple[int, ...] = ()  # the layers that have experts in the place of the gated MLP
+    positions: int | None = None  # the longest row that the model was made for
     exact: bool = True
+
+    def __hash__(self) -> int:
+        """Shapes are keys of caches: hashing a few sizes tells them apart well enough."""
+        return hash((self.architecture, self.layers, self.hidden, self.intermediate, self.vocabulary))
 
     @property
     def attention(self) -> int:
@@ -49,6 +68,11 @@ class Shape:
     def kv(self) -> int:
         """Width of the keys, all heads together."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def dense(self) -> int:
+        """How many layers have a gated MLP of the model's own width."""
+        return self.layers - len(self.sparse)
 
 
 @dataclass(frozen=True)
@@ -71,56 +95,93 @@ class Family:
 
     qkv_bias: bool | None = None  # None: as `attention_bias` says, which then counts for the output projection as well
     mlp_bias: bool = False  # whether `mlp_bias` is looked at
+    norm_bias: bool = False
     fused: bool = False
     norms_per_layer: int = 2
+    norm_offset: bool = False
     qk_norm: bool = False
     tied: bool = False  # where `tie_word_embeddings` is absent
     head_dim: int | None = None  # where `head_dim` is absent; None: hidden / heads
+    experts: bool = False
+    softcaps: bool = False  # where the config.json is silent about them
+    rotary_sets: int = 1
 
+
+GEMMA = Family(tied=True, head_dim=256, norm_offset=True)
 
 FAMILIES = {
     "llama": Family(mlp_bias=True),
     "mistral": Family(qkv_bias=False),
+    "mixtral": Family(qkv_bias=False, experts=True),
     "qwen2": Family(qkv_bias=True),
+    "qwen2_moe": Family(qkv_bias=True, experts=True),
     "qwen3": Family(qk_norm=True),
+    "qwen3_moe": Family(qk_norm=True, experts=True),
     "phi3": Family(qkv_bias=False, fused=True),
-    "gemma": Family(tied=True, head_dim=256),
-    "gemma2": Family(tied=True, head_dim=256, norms_per_layer=4),
-    "gemma3_text": Family(tied=True, head_dim=256, norms_per_layer=4, qk_norm=True),
+    "phimoe": Family(norm_bias=True, experts=True),
+    "gemma": GEMMA,
+    "gemma2": replace(GEMMA, norms_per_layer=4, softcaps=True),
+    "gemma3_text": replace(GEMMA, norms_per_layer=4, qk_norm=True, rotary_sets=2),
     "smollm3": Family(mlp_bias=True, tied=True),
 }
 
 
 def shape_of(model: recipe.Model) -> Shape:
-    """The shape of a recipe's model: from its folder, its .gguf file, the list of known models, or the hub.
+    """The shape of a recipe's model: from its folder, its config.json or .gguf file, the list of known models, or the hub.
 
     Raises:
         ModelError: the model cannot be had, or is of a kind that qkit does not plan.
     """
     known = known_models().get(model.source)
     if known is not None and not Path(model.source).exists():
-        return from_config(known, model.source)
+        return _known_shape(model.source)
     found = locate(model.source, sha256=model.sha256, kind=ModelError)
     if isinstance(found, HubId):
         return from_config(_hub_config(found.name, model.revision), found.name)
-    if found.suffix == ".gguf":
-        return from_gguf(found)
-    return from_config(_read_config(found / "config.json"), str(found))
+    file = found / "config.json" if found.is_dir() else found
+    try:
+        changed_ns = file.stat().st_mtime_ns
+    except FileNotFoundError:
+        raise ModelError(f"{found}: holds no config.json, so it is not a model folder (nor a .gguf file)") from None
+    return _file_shape(file, changed_ns)
 
 
-def known_models() -> dict[str, dict[str, Any]]:
+@functools.cache
+def _known_shape(name: str) -> Shape:
+    return from_config(known_models()[name], name)
+
+
+@functools.lru_cache(maxsize=64)
+def _file_shape(file: Path, _changed_ns: int) -> Shape:
+    """A file is read again when it has changed."""
+    return from_gguf(file) if file.suffix == ".gguf" else from_config(_read_config(file), str(file.parent))
+
+
+@functools.cache
+def known_models() -> Mapping[str, Mapping[str, Any]]:
     """Hub id -> the part of its config.json that a plan needs, for models that are often used."""
     groups = json.loads(KNOWN_MODELS.read_text(encoding="utf-8"))
     return {name: group["config"] for group in groups for name in group["names"]}
 
 
+def source_of(text: str) -> str:
+    """What --model names, as a recipe's model.source: a known model may be called by its name without the owner."""
+    if text in known_models() or Path(text).exists():
+        return text
+    return next((name for name in known_models() if name.rpartition("/")[2].lower() == text.lower()), text)
+
+
 def from_config(config: Mapping[str, Any], where: str) -> Shape:
-    """The shape that a config.json describes.
+    """The shape that a config.json describes; of a model that sees images as well, the part that reads text.
 
     Raises:
-        ModelError: it lacks a size, or describes no plain decoder.
+        ModelError: it lacks a size.
     """
-    _check_plain(config, where)
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        kind = f"{config.get('model_type')}_text"
+        return replace(from_config({"model_type": kind, **text}, where), exact=False)
+    _check_sizes(config, where)
     kind = str(config.get("model_type", "unknown"))
     family = FAMILIES.get(kind, Family(mlp_bias=True))
     heads = int(config["num_attention_heads"])
@@ -135,37 +196,66 @@ def from_config(config: Mapping[str, Any], where: str) -> Shape:
         head_dim=int(config.get("head_dim") or family.head_dim or int(config["hidden_size"]) // heads),
         vocabulary=int(config["vocab_size"]),
         tied=bool(config.get("tie_word_embeddings", family.tied)),
-        attention_bias=bias if family.qkv_bias is None else family.qkv_bias,
+        attention_bias=bias if family.qkv_bias is None else bool(config.get("qkv_bias", family.qkv_bias)),
         output_bias=bias and family.qkv_bias is None,
         mlp_bias=family.mlp_bias and bool(config.get("mlp_bias", False)),
+        head_bias=bool(config.get("lm_head_bias", False)),
+        norm_bias=family.norm_bias,
         fused=family.fused,
         norms_per_layer=family.norms_per_layer,
+        norm_offset=family.norm_offset,
         qk_norm=family.qk_norm,
-        exact=kind in FAMILIES,
+        softcap=bool(config.get("attn_logit_softcapping", family.softcaps)),
+        final_softcap=bool(config.get("final_logit_softcapping", family.softcaps)),
+        rotary_sets=family.rotary_sets,
+        positions=config.get("max_position_embeddings"),
+        exact=kind in FAMILIES and (family.experts or not _experts(config)),
+        **_windows(config),
+        **_expert_sizes(config),
     )
 
 
-def _check_plain(config: Mapping[str, Any], where: str) -> None:
-    kind = config.get("model_type", "unknown")
-    experts = next((key for key in EXPERTS if (config.get(key) or 0) > 1), None)
-    if experts:
-        raise ModelError(
-            f"{where}: a mixture of experts ({experts}={config[experts]}); qkit trains dense decoders only"
-        )
+def _check_sizes(config: Mapping[str, Any], where: str) -> None:
     if missing := [key for key in NEEDED if not isinstance(config.get(key), int)]:
         raise ModelError(
-            f"{where}: its config.json (model_type {kind!r}) has no {', '.join(missing)}; "
+            f"{where}: its config.json (model_type {config.get('model_type', 'unknown')!r}) has no {', '.join(missing)}; "
             "qkit plans text decoders of the Llama kind (Llama, Mistral, Qwen, Phi-3, Gemma, SmolLM)"
         )
+
+
+def _experts(config: Mapping[str, Any]) -> int:
+    return next((int(config[key]) for key in EXPERTS if (config.get(key) or 0) > 1), 0)
+
+
+def _expert_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What only a mixture of experts has: which layers have experts, how many, how wide."""
+    count = _experts(config)
+    if not count:
+        return {}
+    every, dense = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or ()
+    layers = range(int(config["num_hidden_layers"]))
+    return {
+        "experts": count,
+        "active_experts": int(config.get("num_experts_per_tok") or 2),
+        "expert_width": int(config.get("moe_intermediate_size") or config["intermediate_size"]),
+        "shared_width": int(config.get("shared_expert_intermediate_size") or 0),
+        "sparse": tuple(layer for layer in layers if (layer + 1) % every == 0 and layer not in dense),
+    }
+
+
+def _windows(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sliding window and how many layers have one: as `layer_types` lists them, else all of them."""
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return {}
+    layers = int(config["num_hidden_layers"])
+    kinds: list[str] = config.get("layer_types") or ["sliding_attention"] * layers
+    return {"window": int(window), "windowed": sum(kind == "sliding_attention" for kind in kinds)}
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{file.parent}: holds no config.json, so it is not a model folder (nor a .gguf file)"
-        ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read: {error}; download it again") from None
     if not isinstance(config, dict):
@@ -202,36 +292,84 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
 # --- what is in it --------------------------------------------------------------------------------------------------
 
 
-def layer_linears(shape: Shape) -> tuple[Linear, ...]:
-    """The linear modules of one layer, by transformers' names; all of them are quantized, the head is not."""
+@functools.cache
+def layer_linears(shape: Shape, sparse: bool = False) -> tuple[Linear, ...]:
+    """The linear modules of one layer, by transformers' names; all of them are quantized, the head is not.
+
+    `sparse`: of a layer with experts. These are tensors of three dimensions and no linear modules.
+    """
     bias = shape.attention_bias
     out = Linear("self_attn.o_proj", shape.attention, shape.hidden, shape.output_bias)
-    down = Linear("mlp.down_proj", shape.intermediate, shape.hidden, shape.mlp_bias)
     if shape.fused:
         qkv = Linear("self_attn.qkv_proj", shape.hidden, shape.attention + 2 * shape.kv, bias)
-        return qkv, out, Linear("mlp.gate_up_proj", shape.hidden, 2 * shape.intermediate, shape.mlp_bias), down
-    return (
+        gate_up = Linear("mlp.gate_up_proj", shape.hidden, 2 * shape.intermediate, shape.mlp_bias)
+        return qkv, out, gate_up, Linear("mlp.down_proj", shape.intermediate, shape.hidden, shape.mlp_bias)
+    attention = (
         Linear("self_attn.q_proj", shape.hidden, shape.attention, bias),
         Linear("self_attn.k_proj", shape.hidden, shape.kv, bias),
         Linear("self_attn.v_proj", shape.hidden, shape.kv, bias),
         out,
-        Linear("mlp.gate_proj", shape.hidden, shape.intermediate, shape.mlp_bias),
-        Linear("mlp.up_proj", shape.hidden, shape.intermediate, shape.mlp_bias),
-        down,
+    )
+    if not sparse:
+        return attention + _gated("mlp", shape.hidden, shape.intermediate, shape.mlp_bias)
+    if not shape.shared_width:
+        return attention
+    shared = _gated("mlp.shared_expert", shape.hidden, shape.shared_width, False)
+    return (*attention, *shared, Linear("mlp.shared_expert_gate", shape.hidden, 1))
+
+
+def _gated(name: str, hidden: int, width: int, bias: bool) -> tuple[Linear, ...]:
+    return (
+        Linear(f"{name}.gate_proj", hidden, width, bias),
+        Linear(f"{name}.up_proj", hidden, width, bias),
+        Linear(f"{name}.down_proj", width, hidden, bias),
     )
 
 
+@functools.cache
+def linears(shape: Shape) -> tuple[tuple[Linear, int], ...]:
+    """Every linear module of the layers, and how many layers have it."""
+    dense = tuple((linear, shape.dense) for linear in layer_linears(shape) if shape.dense)
+    if not shape.sparse:
+        return dense
+    return dense + tuple((linear, len(shape.sparse)) for linear in layer_linears(shape, sparse=True))
+
+
+def expert_parameters(shape: Shape) -> int:
+    """Parameters of all experts and of what routes tokens to them."""
+    each = 3 * shape.hidden * shape.expert_width + shape.hidden
+    return len(shape.sparse) * shape.experts * each
+
+
+def embedding_parameters(shape: Shape) -> int:
+    """Parameters of the embeddings and, where it is another matrix, of the head."""
+    matrices = 1 if shape.tied else 2
+    return shape.vocabulary * (shape.hidden * matrices + shape.head_bias)
+
+
+def vector_parameters(shape: Shape) -> int:
+    """Parameters of the norms and biases of the layers, and of the last norm."""
+    norm = shape.hidden * (1 + shape.norm_bias)
+    norms = shape.norms_per_layer * norm + (2 * shape.head_dim if shape.qk_norm else 0)
+    biases = sum(linear.outputs * count for linear, count in linears(shape) if linear.bias)
+    return shape.layers * norms + biases + norm
+
+
+@functools.cache
 def other_parameters(shape: Shape) -> int:
-    """Parameters outside the layers' matrices: embeddings, head, norms, biases. They stay in 16 bits."""
-    embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
-    norms = shape.norms_per_layer * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
-    biases = sum(linear.outputs for linear in layer_linears(shape) if linear.bias)
-    return embeddings + shape.layers * (norms + biases) + shape.hidden
+    """Parameters outside the layers' matrices: embeddings, head, norms, biases, experts. They stay in 16 bits."""
+    return embedding_parameters(shape) + vector_parameters(shape) + expert_parameters(shape)
+
+
+@functools.cache
+def linear_parameters(shape: Shape) -> int:
+    """Parameters of the layers' linear modules, biases left out."""
+    return sum(linear.weights * count for linear, count in linears(shape))
 
 
 def parameters(shape: Shape) -> int:
     """All parameters of the model."""
-    return other_parameters(shape) + shape.layers * sum(linear.weights for linear in layer_linears(shape))
+    return other_parameters(shape) + linear_parameters(shape)
 
 
 # --- .gguf ----------------------------------------------------------------------------------------------------------

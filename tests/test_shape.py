@@ -11,7 +11,17 @@ import pytest
 
 from qkit.errors import ModelError
 from qkit.recipe import Model
-from qkit.shape import Shape, from_config, known_models, layer_linears, parameters, shape_of
+from qkit.shape import (
+    FAMILIES,
+    Shape,
+    from_config,
+    known_models,
+    layer_linears,
+    linears,
+    parameters,
+    shape_of,
+    source_of,
+)
 
 # Parameters as the models' safetensors files count them.
 PUBLISHED = {
@@ -32,6 +42,19 @@ PUBLISHED = {
     "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
     "google/gemma-2-2b": 2_614_341_888,
     "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-3-1b-it": 999_885_952,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "microsoft/phi-4": 14_659_507_200,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
 }
 TINY = {
     "model_type": "llama",
@@ -79,6 +102,66 @@ def test_folder_agrees_with_the_real_model(tiny_model: Path) -> None:
     assert (shape.kv, shape.attention, shape.tied) == (32, 64, model.config.tie_word_embeddings)
 
 
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+        {"model_type": "mistral", "head_dim": 32, "sliding_window": 16},
+        {"model_type": "mixtral", "num_local_experts": 4},
+        {"model_type": "qwen2", "tie_word_embeddings": True},
+        {"model_type": "qwen2_moe", "num_experts": 4, "shared_expert_intermediate_size": 48, **EXPERTS},
+        {"model_type": "qwen3", "head_dim": 32},
+        {"model_type": "qwen3_moe", "num_experts": 4, "decoder_sparse_step": 2, **EXPERTS},
+        {"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": [0], **EXPERTS},
+        {"model_type": "phi3"},
+        {"model_type": "phimoe", "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
+        {"model_type": "gemma", "head_dim": 32},
+        {"model_type": "gemma2", "head_dim": 32},
+        {"model_type": "gemma3_text", "head_dim": 32},
+        {"model_type": "smollm3"},
+    ],
+    ids=lambda change: " ".join(map(str, change.values())),
+)
+def test_every_family_has_as_many_parameters_as_its_class_in_transformers(change: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
+    config = AutoConfig.for_model(**{**TINY, **special, "tie_word_embeddings": False, **change})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shape = from_config(config.to_dict(), "x")
+    assert shape.exact
+    assert parameters(shape) == model.num_parameters()
+    kinds = {
+        name.split(".", 3)[3] for name, m in model.named_modules() if type(m) is torch.nn.Linear and ".layers." in name
+    }
+    assert kinds == {linear.name for linear, _ in linears(shape)}
+
+
+def test_families_are_all_checked_against_transformers() -> None:
+    checked = test_every_family_has_as_many_parameters_as_its_class_in_transformers.pytestmark[0].args[1]
+    assert {change["model_type"] for change in checked} == set(FAMILIES)
+
+
+def test_model_that_sees_images_is_planned_by_its_text_part_and_not_called_exact() -> None:
+    shape = from_config({"model_type": "gemma3", "text_config": {**TINY, "model_type": "gemma3_text"}}, "x")
+    assert (shape.architecture, shape.exact) == ("gemma3_text", False)
+
+
+def test_known_model_is_found_by_its_name_alone() -> None:
+    assert source_of("qwen3-8b") == "Qwen/Qwen3-8B"
+    assert source_of("nobody/nothing") == "nobody/nothing"
+
+
+def test_config_file_itself_is_a_source(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
+    assert shape_of(Model(source=str(tmp_path / "config.json"))) == shape_of(Model(source=str(tmp_path)))
+
+
 def test_families_differ_in_biases_and_matrices() -> None:
     names = {kind: layer_linears(from_config({**TINY, "model_type": kind}, "x")) for kind in ("llama", "qwen2", "phi3")}
     assert [linear.bias for linear in names["llama"]] == [False] * 7
@@ -95,16 +178,14 @@ def test_unknown_family_is_planned_and_not_called_exact() -> None:
     assert not from_config({**TINY, "model_type": "newcomer"}, "x").exact
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"num_local_experts": 8}, "mixture of experts"),
-        ({"intermediate_size": None}, "has no intermediate_size"),
-    ],
-)
-def test_what_is_no_plain_decoder_is_refused(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ModelError, match=said):
-        from_config({**TINY, **change}, "somewhere")
+def test_unknown_experts_are_planned_and_not_called_exact() -> None:
+    shape = from_config({**TINY, "num_local_experts": 8}, "x")
+    assert (len(shape.sparse), shape.exact) == (2, False)
+
+
+def test_config_that_lacks_a_size_is_refused() -> None:
+    with pytest.raises(ModelError, match="has no intermediate_size"):
+        from_config({**TINY, "intermediate_size": None}, "somewhere")
 
 
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,158 @@
+"""All that `qkit plan` answers, gathered: the plan of training, the other stages, the time, the rows, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qkit import memory, plan, recipe, roofline
+from qkit.device import Device, detect
+from qkit.errors import RecipeError
+from qkit.plan import Anchor, LengthTable, Plan, Question, Solved
+from qkit.recipe import Recipe
+from qkit.remedies import Remedy
+from qkit.roofline import Pace
+from qkit.run import read_json
+from qkit.shape import parameters, shape_of, source_of
+from qkit.weights import MemoryItem
+
+CONVERSATIONS = (1024, 4096, 16384)  # tokens; how many of each a server holds is said
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A plan and what belongs to it. `made`: the higher of load and train. `conversations`: (tokens, how many at once)."""
+
+    made: Plan
+    exact: bool
+    parameters: int
+    stages: tuple[Plan, ...]
+    conversations: tuple[tuple[int, int], ...]
+    pace: Pace
+    lengths: LengthTable | None
+    alternatives: tuple[Remedy, ...]
+    anchors: tuple[Anchor, ...]
+    solved: Solved | None
+
+
+def sheet(
+    how: Recipe, device: Device | None = None, lengths: Sequence[Sequence[int]] = (), ask: Question | None = None
+) -> Sheet:
+    """Everything about a recipe on a device, by default this machine's. `lengths`: of the training rows, where they are known.
+
+    Raises:
+        ModelError: the model's shape cannot be had.
+    """
+    device = device or detect()
+    shape, labelled = shape_of(how.model), plan.labelled_of(lengths, how)
+    stages = plan.stages(how, device, labelled)
+    made = max(stages[:2], key=lambda stage: stage.peak_bytes)
+    serve = stages[-1]
+    rows = roofline.kept(lengths, how.data.max_length) if lengths else None
+    return Sheet(
+        made=made,
+        exact=shape.exact,
+        parameters=parameters(shape),
+        stages=stages,
+        conversations=tuple(
+            (length, memory.conversations(serve.items, serve.device_bytes, shape, length)) for length in CONVERSATIONS
+        ),
+        pace=roofline.pace(how, shape, device, rows),
+        lengths=plan.length_table(lengths, how, device) if lengths else None,
+        alternatives=() if made.fits else plan.alternatives(how, made, device, labelled),
+        anchors=plan.anchors(how, device),
+        solved=plan.solve(how, ask, device=device) if ask else None,
+    )
+
+
+def to_dict(found: Sheet) -> dict[str, Any]:
+    """The sheet as a JSON document: the plan's own keys on top."""
+    entry = {
+        **plan.to_dict(found.made),
+        "exact": found.exact,
+        "parameters": found.parameters,
+        "stages": [
+            {key: getattr(stage, key) for key in ("stage", "peak_bytes", "device_bytes", "fits")}
+            for stage in found.stages
+        ],
+        "conversations": [{"tokens": length, "at_once": count} for length, count in found.conversations],
+        "time_seconds": found.pace.seconds,
+        "time": asdict(found.pace),
+        "lengths": asdict(found.lengths) if found.lengths else None,
+        "alternatives": [asdict(remedy) for remedy in found.alternatives],
+        "anchors": [asdict(anchor) for anchor in found.anchors],
+    }
+    if found.solved:
+        answer = found.solved
+        entry["solved"] = answer.value
+        entry["solution"] = {
+            "question": answer.question,
+            "set": answer.set,
+            "plan": plan.to_dict(answer.plan) if answer.plan else None,
+        }
+    return entry
+
+
+def explain(found: Sheet, line: str) -> tuple[MemoryItem, ...]:
+    """The items called `line`, with their parts, of every stage that has one: training's first.
+
+    Raises:
+        RecipeError: no stage has such a line.
+    """
+    order = [found.made, *(stage for stage in found.stages if stage.stage != found.made.stage)]
+    chosen = next((item for made in order for item in made.items if item.name == line), None)
+    if chosen is None:
+        names = dict.fromkeys(item.name for made in order for item in made.items)
+        raise RecipeError(f"--explain {line}: the plan has no such line; it has {', '.join(names)}")
+    return chosen, *chosen.parts
+
+
+QUANTIZATIONS = ("nf4-double", "nf4", "fp4-double", "fp4", "bf16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What stands in the place of a recipe on the command line. None: as a recipe would have it by default."""
+
+    model: str
+    quantization: str | None = None
+    rank: int | None = None
+    batch: int | None = None
+    length: int | None = None
+
+
+def recipe_for(options: Options, overrides: Sequence[str]) -> Recipe:
+    """The recipe that `--model` and its companions describe: `batch` rows of `length` tokens.
+
+    Raises:
+        RecipeError: the quantization is not known, or a value or an override is wrong.
+    """
+    raw: dict[str, Any] = {"task": "chat", "model": {"source": source_of(options.model)}, "data": {}}
+    if options.quantization:
+        raw |= _quantized(options.quantization)
+    if options.rank is not None:
+        raw["lora"] = {"r": options.rank}
+    length = options.length or recipe.Data().max_length
+    raw["data"] = {"max_length": length, "batch_tokens": (options.batch or 1) * length}
+    return recipe.from_dict(raw, overrides, "the command line")
+
+
+def _quantized(name: str) -> dict[str, Any]:
+    if name not in QUANTIZATIONS:
+        raise RecipeError(f"--quantization {name}: there are {', '.join(QUANTIZATIONS)}")
+    if name == "bf16":
+        return {"quantization": {"load_in_4bit": False}, "merge": {"base": "16bit"}}
+    kind, _, double = name.partition("-")
+    return {"quantization": {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": bool(double)}}
+
+
+def lengths_of(target: Path | None) -> list[list[int]]:
+    """Lengths of the training rows that the data stage has written: in the run directory, or in that of the recipe's name."""
+    if target is None:
+        return []
+    root = target if target.is_dir() else Path("runs") / target.stem
+    file = root / "data" / "summary.json"
+    found: list[list[int]] = read_json(file).get("lengths", []) if file.is_file() else []
+    return found

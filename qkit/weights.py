@@ -1,0 +1,223 @@
+"""Bytes with a known layout: the base model as it is quantized, the adapter, its optimizer's state. Exact, from the shapes alone."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from qkit.errors import ModelError
+from qkit.recipe import Recipe
+from qkit.shape import (
+    Linear,
+    Shape,
+    embedding_parameters,
+    expert_parameters,
+    layer_linears,
+    linears,
+    vector_parameters,
+)
+
+GIB = 2**30
+MIB = 2**20
+
+BLOCK = 64  # bitsandbytes: weights that share one absmax
+NESTED_BLOCK = 256  # double quantization: absmax values that share one absmax of their own
+CODE_BYTES = 16 * 4  # per matrix: the 16 values of NF4 or FP4 in fp32
+NESTED_CODE_BYTES = 256 * 4  # once: the 256 values of the 8-bit absmax in fp32
+OFFSET_BYTES = 4  # per matrix, double quantization: the mean that was taken off the absmax
+
+BASE_BYTES = 2  # whatever is not quantized is loaded in bf16
+ADAPTER_BYTES = 4  # the adapter is trained in fp32
+
+# Values that an optimizer keeps per trained parameter: in fp32, or, for matrices of 4,096 values and more, in 8 bit
+# with one fp32 absmax for each 256.
+MOMENTS = {"adamw": 2, "adam": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "sgd": 0, "adagrad": 1}
+SMALLEST_8BIT = 4096
+STATE_BLOCK = 256
+STEP_BYTES = 4  # torch's own Adam counts its steps in an fp32 tensor for each matrix
+
+
+@dataclass(frozen=True)
+class MemoryItem:
+    """A part of the peak, `parts` what it is made of. `exact`: to the byte; else a bound or an estimate, as `formula` says."""
+
+    name: str
+    bytes: int
+    exact: bool
+    formula: str
+    parts: tuple[MemoryItem, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantized_bytes(weights: int, double_quant: bool) -> int:
+    """Bytes of one 4-bit matrix as bitsandbytes stores it: packed values, absmax, code table."""
+    packed = -(-weights // 2)
+    blocks = -(-weights // BLOCK)
+    if not double_quant:
+        return packed + 4 * blocks + CODE_BYTES
+    return packed + blocks + 4 * -(-blocks // NESTED_BLOCK) + CODE_BYTES + OFFSET_BYTES
+
+
+def weight_bytes(recipe: Recipe, shape: Shape) -> int:
+    """Bytes of the base model as training holds it: every linear of the layers in 4 bit, the rest in bf16."""
+    quantization = recipe.quantization
+    return base_weights(shape, quantization.load_in_4bit, quantization.bnb_4bit_use_double_quant).bytes
+
+
+@functools.lru_cache(maxsize=256)
+def base_weights(shape: Shape, four_bit: bool, nested: bool) -> MemoryItem:
+    """The base model, by kind of layer."""
+    attention = [entry for entry in linears(shape) if entry[0].name.startswith("self_attn")]
+    mlp = [entry for entry in linears(shape) if not entry[0].name.startswith("self_attn")]
+    matrices = [_matrices(name, of, four_bit, nested) for name, of in (("attention", attention), ("mlp", mlp)) if of]
+    head = "embeddings (tied with the head)" if shape.tied else "embeddings and head"
+    plain = [(head, embedding_parameters(shape)), ("norms and biases", vector_parameters(shape))]
+    if shape.sparse:
+        plain.append(("experts", expert_parameters(shape)))
+    parts = [
+        *matrices,
+        *(_plain(name, count, shape.exact) for name, count in plain),
+        _tables(shape, four_bit and nested),
+    ]
+    how = (
+        "sum of its parts; bitsandbytes quantizes linear modules, and no other tensor"
+        if four_bit
+        else "sum of its parts"
+    )
+    return MemoryItem("weights", sum(part.bytes for part in parts), shape.exact, how, tuple(parts))
+
+
+def _matrices(name: str, of: Sequence[tuple[Linear, int]], four_bit: bool, nested: bool) -> MemoryItem:
+    count = sum(linear.weights * layers for linear, layers in of)
+    if not four_bit:
+        return _plain(name, count, True)
+    size = sum(quantized_bytes(linear.weights, nested) * layers for linear, layers in of)
+    absmax = f"1 byte of absmax and 1/{NESTED_BLOCK} of 4" if nested else "4 bytes of absmax"
+    modules = sum(layers for _, layers in of)
+    table = CODE_BYTES + (OFFSET_BYTES if nested else 0)
+    how = f"{count:,} weights x (1/2 byte + {absmax} for each {BLOCK}) + {modules:,} matrices x {table} bytes of tables"
+    return MemoryItem(name, size, True, how)
+
+
+def _plain(name: str, count: int, exact: bool) -> MemoryItem:
+    return MemoryItem(name, count * BASE_BYTES, exact, f"{count:,} parameters x {BASE_BYTES} bytes")
+
+
+def _tables(shape: Shape, nested: bool) -> MemoryItem:
+    """Rotary frequencies are kept twice in fp32, one set for each kind of attention that has its own."""
+    rotary = shape.rotary_sets * 2 * (shape.head_dim // 2) * 4
+    table = NESTED_CODE_BYTES if nested else 0
+    how = f"rotary frequencies {rotary} bytes" + (f" + one table of 256 absmax values {table} bytes" if nested else "")
+    return MemoryItem("tables", rotary + table, shape.exact, how)
+
+
+def adapted(recipe: Recipe, shape: Shape) -> tuple[Linear, ...]:
+    """The modules that get an adapter, as peft reads `target_modules`; one entry per module of the model.
+
+    Raises:
+        ModelError: nothing is named so.
+    """
+    return _adapted(recipe.lora.target_modules, shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _adapted(targets: str | tuple[str, ...], shape: Shape) -> tuple[Linear, ...]:
+    sparse = frozenset(shape.sparse)
+    modules = [
+        replace(linear, name=f"model.layers.{layer}.{linear.name}")
+        for layer in range(shape.layers)
+        for linear in layer_linears(shape, layer in sparse)
+    ]
+    if targets == "all-linear":
+        return tuple(modules)
+    modules.append(Linear("lm_head", shape.hidden, shape.vocabulary))
+    modules.append(Linear("model.embed_tokens", shape.vocabulary, shape.hidden))
+    if isinstance(targets, str):
+        chosen = [module for module in modules if re.fullmatch(targets, module.name)]
+    else:
+        chosen = [module for module in modules if any(f".{module.name}".endswith(f".{target}") for target in targets)]
+    if not chosen:
+        names = ", ".join(linear.name.rpartition(".")[2] for linear in layer_linears(shape))
+        raise ModelError(f"lora.target_modules={targets!r} names no module of this model; it has {names}")
+    return tuple(chosen)
+
+
+def adapted_inputs(recipe: Recipe, shape: Shape) -> tuple[int, int]:
+    """Widths of the inputs of the modules with an adapter, added up: each its own, and those that are one tensor once.
+
+    Query, key and value read one tensor, gate and up another; the projection out of attention reads what attention keeps anyway.
+    """
+    return _adapted_inputs(recipe.lora.target_modules, shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _adapted_inputs(targets: str | tuple[str, ...], shape: Shape) -> tuple[int, int]:
+    modules = [module for module in _adapted(targets, shape) if ".layers." in module.name]
+    read = {(m.name.rpartition(".")[0], m.inputs) for m in modules if not m.name.endswith(".o_proj")}
+    return sum(module.inputs for module in modules), sum(width for _, width in read)
+
+
+def adapter_sizes(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
+    """Trained parameters, matrix by matrix: A is r x inputs, B is outputs x r."""
+    return _adapter_sizes(recipe.lora.target_modules, recipe.lora.r, shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _adapter_sizes(targets: str | tuple[str, ...], rank: int, shape: Shape) -> tuple[int, ...]:
+    return tuple(rank * width for module in _adapted(targets, shape) for width in (module.inputs, module.outputs))
+
+
+@functools.lru_cache(maxsize=256)
+def optimizer_bytes(optim: str, sizes: tuple[int, ...]) -> int:
+    """State that an optimizer of this name keeps for matrices of these sizes (an unknown one is taken for Adam)."""
+    name = optim.removeprefix("paged_")
+    moments = MOMENTS.get(name.partition("_")[0], 2)
+    if not name.endswith("8bit"):
+        steps = STEP_BYTES * len(sizes) if name.startswith("adamw_torch") else 0
+        return moments * 4 * sum(sizes) + steps
+    return sum(moments * (n + 4 * -(-n // STATE_BLOCK) if n >= SMALLEST_8BIT else 4 * n) for n in sizes)
+
+
+def optimizer_item(how: Recipe, shape: Shape) -> MemoryItem:
+    """The optimizer's state, and no less than any smaller rank has: at 4,096 values a matrix goes over from fp32 to 8 bit."""
+    optim, targets, sizes = how.train.optim, how.lora.target_modules, adapter_sizes(how, shape)
+    exactly = optimizer_bytes(optim, sizes)
+    earlier = [rank for rank in _last_in_fp32(how, shape) if rank < how.lora.r]
+    size = max([exactly, *(optimizer_bytes(optim, _adapter_sizes(targets, rank, shape)) for rank in earlier)])
+    exact = shape.exact and "adamw" in optim and size == exactly
+    return MemoryItem("optimizer", size, exact, _optimizer_how(optim, sum(sizes)))
+
+
+def _optimizer_how(optim: str, trained: int) -> str:
+    name = optim.removeprefix("paged_")
+    moments = MOMENTS.get(name.partition("_")[0], 2)
+    width = f"1 byte + 4 for each {STATE_BLOCK}" if name.endswith("8bit") else "4 bytes"
+    paged = "; in managed memory, which may leave the card" if optim.startswith("paged_") else ""
+    return f"{optim}: {trained:,} parameters x {moments} moments x {width}{paged}"
+
+
+def _last_in_fp32(how: Recipe, shape: Shape) -> frozenset[int]:
+    """For each width, the highest rank at which its matrices are too small for 8 bit; 0 where there is none, or no need."""
+    if not how.train.optim.endswith("8bit"):
+        return frozenset({0})
+    return _last_ranks(how.lora.target_modules, shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _last_ranks(targets: str | tuple[str, ...], shape: Shape) -> frozenset[int]:
+    widths = {width for module in _adapted(targets, shape) for width in (module.inputs, module.outputs)}
+    return frozenset((SMALLEST_8BIT - 1) // width for width in widths)
+
+
+def gib(count: int) -> str:
+    """Bytes for a message."""
+    return f"{count / GIB:.1f} GiB"
+
+
+def mib(count: int) -> str:
+    return f"{count / MIB:,.1f} MiB"

@@ -1,0 +1,85 @@
+"""`--fit`: the recipe is changed until training fits, and once more each time that memory runs out all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qkit import fitting, plan
+from qkit.device import Device
+from qkit.errors import DoesNotFit, OutOfMemory
+from qkit.plan import GIB, MIB
+from qkit.recipe import Recipe
+from qkit.run import Run
+
+
+def small_device(budget_bytes: int) -> Device:
+    return Device("cuda", "Some GPU", budget_bytes, 1)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    recipe = Recipe.model_validate(
+        {
+            "task": "chat",
+            "model": {"source": "HuggingFaceTB/SmolLM2-135M"},
+            "data": {"batch_tokens": 16384, "max_length": 1024},
+        }
+    )
+    return Run(tmp_path, recipe)
+
+
+def test_recipe_that_fits_is_left_alone(run: Run) -> None:
+    assert fitting.fitted(run, small_device(100 * GIB)) is run
+
+
+def test_recipe_is_changed_until_it_fits(run: Run) -> None:
+    device = small_device(4 * GIB)
+    assert not plan.plan(run.recipe, device=device).fits
+    fitted = fitting.fitted(run, device).recipe
+    assert plan.plan(fitted, device=device).fits
+    assert fitted.data == run.recipe.data
+    assert fitted.lora == run.recipe.lora
+
+
+def test_what_can_never_fit_is_refused_before_anything_is_done(run: Run) -> None:
+    with pytest.raises(DoesNotFit, match="Even so it needs"):
+        fitting.fitted(run, small_device(500 * MIB))
+
+
+def test_out_of_memory_goes_on_with_the_next_change_until_it_holds(run: Run) -> None:
+    device, tried, rekeyed = small_device(100 * GIB), [], []
+    true_need_bytes = 2500 * MIB  # the plan sees 100 GiB, and the card really has this
+
+    def attempt(given: Run) -> None:
+        tried.append(given.recipe)
+        if plan.plan(given.recipe, device=device).peak_bytes > true_need_bytes:
+            raise OutOfMemory("train", given.root, given.log("train"), "CUDA out of memory")
+
+    last = fitting.train(run, attempt, lambda given: rekeyed.append(given.recipe), device)
+    assert len(tried) > 2
+    assert last.recipe == tried[-1]
+    assert rekeyed == tried[1:]
+    peaks = [plan.plan(recipe, device=device).peak_bytes for recipe in tried]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_a_restart_changes_neither_the_rows_nor_the_adapter(run: Run) -> None:
+    device, recipe = small_device(GIB), run.recipe
+    while (remedy := fitting.next_remedy(recipe, device)) is not None:
+        recipe = plan.apply(recipe, [remedy])
+    assert recipe.micro_batches == 16
+    assert recipe.train.gradient_checkpointing
+    kept = ("data", "lora", "quantization", "seed")
+    assert [getattr(recipe, name) for name in kept] == [getattr(run.recipe, name) for name in kept]
+    assert recipe.train.optim == run.recipe.train.optim
+    assert recipe.train.gradient_accumulation_steps == run.recipe.train.gradient_accumulation_steps
+
+
+def test_when_nothing_is_left_to_change_the_error_gets_through(run: Run) -> None:
+    def attempt(given: Run) -> None:
+        raise OutOfMemory("train", given.root, given.log("train"), "CUDA out of memory")
+
+    with pytest.raises(OutOfMemory, match="CUDA out of memory"):
+        fitting.train(run, attempt, lambda _: None, small_device(GIB))

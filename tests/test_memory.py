@@ -1,0 +1,169 @@
+"""What autograd keeps of a layer, counted on real models by its own hooks, against the formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qkit import memory, step, weights
+from qkit.device import Device
+from qkit.recipe import Recipe
+from qkit.shape import Shape, from_config
+
+CPU = Device("cpu", "Some CPU", 2**34, 2)
+GPU = Device("cuda", "Some GPU", 2**34, 2)
+CONFIG = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 97,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+RANK, TOKENS = 8, 64
+
+
+def recipe(attention: str = "sdpa", dropout: float = 0.0, **sections: Any) -> Recipe:
+    raw = {
+        "task": "chat",
+        "model": {"source": "x", "attn_implementation": attention},
+        "lora": {"r": RANK, "lora_dropout": dropout},
+        "data": {"max_length": TOKENS, "batch_tokens": TOKENS},
+    }
+    return Recipe.model_validate({**raw, **sections})
+
+
+def model(kind: str, layers: int, how: Recipe) -> Any:
+    """A model of the family with frozen bf16 weights and an fp32 adapter, as training has it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, num_hidden_layers=layers, **CONFIG)
+    base = AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16, attn_implementation=how.model.attn_implementation
+    )
+    targets = how.lora.target_modules if isinstance(how.lora.target_modules, str) else list(how.lora.target_modules)
+    section = LoraConfig(r=RANK, lora_dropout=how.lora.lora_dropout, target_modules=targets, task_type="CAUSAL_LM")
+    return get_peft_model(base, section).train()
+
+
+def kept_bytes(made: Any, positions: torch.Tensor | None = None) -> int:
+    """Bytes of distinct storages that a forward pass keeps for the backward pass, the model's own left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*made.parameters(), *made.buffers()]}
+    found: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(2, 97, (1, TOKENS))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        made.get_base_model().get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+def shape(kind: str, layers: int) -> Shape:
+    return from_config({"model_type": kind, "num_hidden_layers": layers, **CONFIG}, "x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "dropout"),
+    [
+        *(
+            (kind, "sdpa", 0.0)
+            for kind in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
+        ),
+        ("smollm3", "sdpa", 0.0),
+        ("llama", "eager", 0.0),
+        ("gemma2", "eager", 0.0),
+        ("llama", "sdpa", 0.1),
+    ],
+)
+def test_a_layer_keeps_what_the_formula_says_to_the_byte(kind: str, attention: str, dropout: float) -> None:
+    how = recipe(attention, dropout)
+    torch.manual_seed(0)
+    counted = (kept_bytes(model(kind, 4, how)) - kept_bytes(model(kind, 2, how))) / 2
+    four = shape(kind, 4)
+    copies = step.AUTOCAST_BYTES * sum(weights.adapter_sizes(how, four)) / 4
+    asked = step.step_of(how, four, CPU, None)
+    assert counted == TOKENS * sum(step.kept_terms(asked).values()) + step._offset_bytes(four) + copies
+
+
+@pytest.mark.parametrize(
+    "targets", [("q_proj", "v_proj"), ("o_proj",), ("gate_proj", "down_proj"), ("k_proj", "up_proj")]
+)
+def test_inputs_are_kept_for_adapters_only(targets: tuple[str, ...]) -> None:
+    how = recipe(lora={"r": RANK, "target_modules": targets})
+    counted = (kept_bytes(model("llama", 4, how)) - kept_bytes(model("llama", 2, how))) / 2
+    four = shape("llama", 4)
+    copies = step.AUTOCAST_BYTES * sum(weights.adapter_sizes(how, four)) / 4
+    assert counted == TOKENS * sum(step.kept_terms(step.step_of(how, four, CPU, None)).values()) + copies
+
+
+def test_a_layer_of_a_pack_keeps_its_mask_and_repeated_keys() -> None:
+    how = recipe(data={"max_length": TOKENS, "batch_tokens": TOKENS, "packing": True})
+    positions = (torch.arange(TOKENS) % 16)[None]
+    counted = (kept_bytes(model("llama", 4, how), positions) - kept_bytes(model("llama", 2, how), positions)) / 2
+    four = shape("llama", 4)
+    copies = step.AUTOCAST_BYTES * sum(weights.adapter_sizes(how, four)) / 4
+    assert counted == TOKENS * sum(step.kept_terms(step.step_of(how, four, CPU, None)).values()) + copies
+
+
+def test_adapters_share_their_inputs_on_a_gpu() -> None:
+    terms = [step.kept_terms(step.step_of(recipe(), shape("llama", 2), device, None)) for device in (CPU, GPU)]
+    assert terms[0].pop("adapters' inputs") == 2 * (5 * 128 + 128 + 320)
+    assert terms[1].pop("adapters' inputs") == 2 * (2 * 128 + 320)
+    assert terms[0] == terms[1]
+
+
+def test_weights_by_kind_of_layer_sum_to_the_line() -> None:
+    for device in (CPU, GPU):
+        item = memory.train_items(recipe(), shape("qwen3", 3), device, None)[0]
+        assert item.name == "weights"
+        assert item.bytes == sum(part.bytes for part in item.parts)
+
+
+def test_experts_stay_in_16_bits() -> None:
+    config = {**CONFIG, "model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4}
+    parts = {part.name: part for part in memory.train_items(recipe(), from_config(config, "x"), CPU, None)[0].parts}
+    assert parts["experts"].bytes == 2 * 2 * 4 * (3 * 128 * 320 + 128)
+    assert "mlp" not in parts
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
+    tokens = 4096
+    data = {"max_length": tokens, "batch_tokens": tokens}
+    how = recipe(train={"gradient_checkpointing": True}, data=data)
+    few, many = (
+        {item.name: item.bytes for item in memory.train_items(how, shape("llama", layers), GPU, 1)}
+        for layers in (8, 16)
+    )
+    assert many["activations"] - few["activations"] == 8 * tokens * 128 * 2
+
+
+def test_windows_bound_the_cache() -> None:
+    config = {**CONFIG, "model_type": "mistral", "num_hidden_layers": 4, "sliding_window": 100}
+    windowed = from_config(config, "x")
+    assert memory.kv_bytes(windowed, 1000) == memory.kv_bytes(windowed, 100)
+    half = from_config({**config, "layer_types": ["sliding_attention", "full_attention"] * 2}, "x")
+    assert memory.kv_bytes(half, 1000) == (2 * 1000 + 2 * 100) * 2 * 2 * 64
+
+
+def test_conversations_fill_what_a_server_has_left() -> None:
+    how = recipe(serve={"max_model_len": 1000})
+    items = memory.serve_items(how, shape("llama", 2), GPU)
+    taken = sum(item.bytes for item in items if item.name != "kv_cache")
+    each = memory.kv_bytes(shape("llama", 2), 500)
+    assert memory.conversations(items, taken + 7 * each + 1, shape("llama", 2), 500) == 7
+    assert memory.conversations(items, taken - 1, shape("llama", 2), 500) == 0
+
+
+@pytest.mark.parametrize(("block_mib", "share_mib"), [(28, 28), (8, 10), (11, 12), (0.5, 0.5), (3, 20 / 6)])
+def test_blocks_leave_ends_of_their_segments(block_mib: float, share_mib: float) -> None:
+    assert step._segment_bytes(int(block_mib * weights.MIB)) == int(share_mib * weights.MIB)
