@@ -11,10 +11,11 @@ SYSTEM ?= $(shell uname -s)
 # vLLM has no build for other systems: the quickstart then ends with ONNX Runtime.
 WITHOUT_VLLM := --set export.formats=[onnx-fp32,onnx-int4] --set bench.runtimes=[transformers,onnx-fp32,onnx-int4]
 
-.PHONY: help setup quickstart test lint format
+.PHONY: help setup quickstart demo-7b test lint format
 
 help:
 	@echo "make quickstart   set up, then train, merge, export, check and serve a small model"
+	@echo "make demo-7b      set up, then fine-tune a 7B's shape in 4 bit for two steps: needs 8 GiB and no card"
 	@echo "make test         set up, then run the tests"
 	@echo "make lint         set up, then ruff and mypy"
 	@echo "make format       set up, then let ruff rewrite the code"
@@ -25,6 +26,10 @@ setup:
 
 quickstart: setup
 	@$(VENV)/bin/qkit run recipes/quickstart.yaml$(if $(filter Linux,$(SYSTEM)),, $(WITHOUT_VLLM))
+
+# Memory and time do not depend on what the weights are: they are random, and nothing is downloaded.
+demo-7b: setup
+	@$(RUN) benchmarks/demo_7b.py $(ARGS)
 
 test: setup
 	@$(RUN) -m pytest $(ARGS)

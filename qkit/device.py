@@ -47,6 +47,11 @@ class Device:
         return self.kind == "cpu"
 
     @property
+    def gives_back(self) -> bool:
+        """Whether tensors live in the C library's heap, where training does well to hand freed pages back."""
+        return self.kind == "cpu"
+
+    @property
     def trainer_arguments(self) -> dict[str, Any]:
         """What SFTConfig must be told about the device."""
         return {"use_cpu": self.kind == "cpu", "bf16": True, "dataloader_pin_memory": self.kind == "cuda"}
@@ -130,12 +135,29 @@ class PeakMeter:
         self.meter = device.meter
         if device.kind == "cpu":
             _reset_rss_peak()
+        elif torch := _cuda():
+            torch.cuda.reset_peak_memory_stats()
 
     def peak_bytes(self) -> int:
         if self.device.kind == "cuda":
-            torch = sys.modules.get("torch")
-            return int(torch.cuda.max_memory_allocated()) if torch and torch.cuda.is_initialized() else 0
+            return self.readings()["cuda_allocated"]
         return max(_rss_peak(), _children_rss_peak())
+
+    def readings(self) -> dict[str, int]:
+        """Every peak that this device keeps, by meter: what was allocated and what the allocator had reserved, or RSS."""
+        if self.device.kind == "cpu":
+            return {"rss": self.peak_bytes()}
+        torch = _cuda()
+        return {
+            "cuda_allocated": int(torch.cuda.max_memory_allocated()) if torch else 0,
+            "cuda_reserved": int(torch.cuda.max_memory_reserved()) if torch else 0,
+        }
+
+
+def _cuda() -> Any:
+    """torch, if this process has used CUDA; nothing is imported or initialized to find out."""
+    torch = sys.modules.get("torch")
+    return torch if torch and torch.cuda.is_initialized() else None
 
 
 def _reset_rss_peak() -> None:
@@ -178,6 +200,14 @@ def tree_rss_bytes(pid: int) -> int:
         return sum(p.memory_info().rss for p in [root, *root.children(recursive=True)] if p.is_running())
     except psutil.NoSuchProcess:
         return 0
+
+
+def give_back_freed() -> None:
+    """Hand the pages that lie freed in the heap back to the system, where the C library can (glibc); takes some 10 ms."""
+    import ctypes
+
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 @contextmanager
