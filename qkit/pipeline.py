@@ -37,8 +37,8 @@ SECTIONS = tuple(name for name in Recipe.model_fields)
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("data", (), ("task", "model", "data")),
-        Stage("train", ("data",), ("seed", "model", "quantization", "lora", "data", "train"), resumes=True),
+        Stage("data", (), ("task", "seed", "model", "data")),
+        Stage("train", ("data",), ("seed", "model", "quantization", "lora", "data", "ledger", "train"), resumes=True),
         Stage("evaluate", ("data", "train"), ("task", "model", "quantization", "evaluate")),
         Stage("merge", ("data", "train"), ("model", "quantization", "merge")),
         Stage("export", ("merge",), ("export",)),
