@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from qkit import plan, plan_screen
+from qkit.device import detect
+from qkit.errors import ModelError
 from qkit.inspection import Inspection, RowView
 
 if TYPE_CHECKING:
@@ -58,6 +62,8 @@ def screen(seen: Inspection, losses: Mapping[str, Sequence[Mapping[str, Any]]] |
         Text(_template(seen)),
         Text(_budget(seen.summary["budget"])),
         *map(Text, histogram(seen.summary["lengths"], seen.how.data.max_length)),
+        Text(),
+        *_choices(seen),
         Text(),
         _checks(seen.summary["checks"]),
         *_suspects(seen.summary["checks"]),
@@ -121,22 +127,19 @@ def histogram(lengths: Sequence[Sequence[int]], max_length: int) -> Iterator[str
     bins = [
         sum(rows for tokens, rows, _ in lengths if tokens // width == index) for index in range(longest // width + 1)
     ]
-    shares = "  ".join(f"p{share} {percentile(lengths, share / 100):,}" for share in (50, 90, 99))
+    shares = "  ".join(f"p{share} {plan.percentile(lengths, share / 100):,}" for share in (50, 90, 99))
     yield f"tokens a row: {shares}  longest {longest:,}  (max_length {max_length:,})"
     for index, rows in enumerate(bins):
         bar = "█" * -(-rows * BAR // max(bins)) if rows else ""
         yield f"{index * width:>7,} {bar:<{BAR}} {rows:,} ({rows / total:.0%})"
 
 
-def percentile(lengths: Sequence[Sequence[int]], share: float) -> int:
-    """The length that `share` of the rows do not go beyond."""
-    wanted = share * sum(rows for _, rows, _ in lengths)
-    counted = 0
-    for tokens, rows, _ in lengths:
-        counted += rows
-        if counted >= wanted:
-            return tokens
-    return 0
+def _choices(seen: Inspection) -> Iterator[Table]:
+    """What each choice of data.max_length keeps and costs; nothing where the model's shape is not known."""
+    lengths = seen.summary["lengths"]
+    with suppress(ModelError):
+        if lengths:
+            yield plan_screen.choices(plan.length_table(lengths, seen.how, detect()))
 
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:

@@ -38,7 +38,12 @@ STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("data", (), ("task", "seed", "model", "data")),
-        Stage("train", ("data",), ("seed", "model", "quantization", "lora", "data", "ledger", "train"), resumes=True),
+        Stage(
+            "train",
+            ("data",),
+            ("seed", "model", "quantization", "lora", "data", "ledger", "train", "micro_batches"),
+            resumes=True,
+        ),
         Stage("evaluate", ("data", "train"), ("task", "model", "quantization", "evaluate")),
         Stage("merge", ("data", "train"), ("model", "quantization", "merge")),
         Stage("export", ("merge",), ("export",)),

@@ -31,7 +31,7 @@ def screen(found: Sheet) -> RenderableType:
         _stages(found),
     ]
     if found.lengths:
-        drawn += [Text(), Text(_percentiles(found.lengths)), _choices(found.lengths)]
+        drawn += [Text(), Text(_percentiles(found.lengths)), choices(found.lengths)]
     return Group(*drawn, *map(Text, after))
 
 
@@ -154,7 +154,8 @@ def _percentiles(lengths: LengthTable) -> str:
     return "training rows in tokens: " + ", ".join(f"{name} {tokens:,}" for name, tokens in lengths.percentiles.items())
 
 
-def _choices(lengths: LengthTable) -> Table:
+def choices(lengths: LengthTable) -> Table:
+    """What each choice of data.max_length keeps of the rows, and what it needs."""
     table = _grid(("max_length", True), ("rows", True), ("tokens with loss", True), ("GiB", True), ("time", True))
     for choice in lengths.choices:
         table.add_row(

@@ -125,6 +125,8 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     """The trainer on the run's tokenized rows, with the model loaded as the recipe says."""
     from datasets import Dataset
 
+    from qkit.fast.heap import give_back_between_layers
+
     how = run.recipe
     columns = ["input_ids", "labels", *(("pack", "position") if how.data.packing else ())]
     file, cache = run.need("data", "train.parquet"), cache_dir() / "datasets"
@@ -146,6 +148,8 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     )
     if how.model.add_tokens:
         added_tokens.show_head(made.model)
+    if device.gives_back:
+        give_back_between_layers(made.base_model)
     return made
 
 
