@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qkit.device import detect
+from qkit.export._job import exporter
 from qkit.run import Run, read_json
 from qkit.runtime import Runtime, open_runtime
 
-# Which runtime opens a format; a format's name begins with its exporter's (onnx-int4: onnx).
-RUNTIMES = {"merged": "transformers", "onnx": "onnxruntime", "vllm": "vllm"}
+MERGED = "merged"
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Artifact:
 
     @property
     def runtime(self) -> str:
-        return RUNTIMES[self.name.partition("-")[0]]
+        return "transformers" if self.name == MERGED else exporter(self.name).RUNTIME
 
 
 def artifacts(run: Run) -> list[Artifact]:
     """The merged model, then the exports in the recipe's order."""
     exports = [Artifact(name, run.need("export", name)) for name in run.recipe.export.formats]
-    return [Artifact("merged", run.need("merge", "config.json").parent), *exports]
+    return [Artifact(MERGED, run.need("merge", "config.json").parent), *exports]
 
 
 def open_artifact(run: Run, artifact: Artifact, stage: str) -> Runtime:

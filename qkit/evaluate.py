@@ -76,4 +76,4 @@ def _evaluate(
         }
         for index in range(len(texts))
     ]
-    return asdict(scoring.score(right, losses, section, run.recipe.seed)), lines
+    return asdict(scoring.score(right, scoring.mean_loss(losses), section, run.recipe.seed)), lines

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -366,10 +367,20 @@ def _unknown_names(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     """Tasks are files in tasks/, formats files in export/ (before the dash): the folder is the registry."""
     if recipe.task not in (tasks := names("tasks")):
         yield ("task",), f"unknown task {recipe.task!r}{_nearest(recipe.task, tasks)}; there are: {', '.join(tasks)}"
-    exporters = names("export")
+    formats = list(format_names())
     for name in recipe.export.formats:
-        if name.partition("-")[0] not in exporters:
-            yield ("export", "formats"), f"unknown format {name!r}; there are: {', '.join(exporters)}"
+        if name not in formats:
+            yield (
+                ("export", "formats"),
+                f"unknown format {name!r}{_nearest(name, formats)}; there are: {', '.join(formats)}",
+            )
+
+
+def format_names() -> Iterator[str]:
+    """Every format that an exporter makes: its name, and its variant after a dash."""
+    for kind in names("export"):
+        exporter: Any = importlib.import_module(f"qkit.export.{kind}")
+        yield from ("-".join(filter(None, (kind, variant))) for variant in exporter.VARIANTS)
 
 
 def names(folder: str) -> list[str]:

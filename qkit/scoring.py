@@ -62,11 +62,11 @@ def grade(texts: Sequence[str], held_out: HeldOut, task: Task, section: Evaluate
     return [task.correct(text, reference, section) for text, reference in pairs]
 
 
-def score(right: Sequence[bool], losses: Sequence[NDArray[np.float32]], section: Evaluate, seed: int) -> Score:
-    """Percent right, its percentile bootstrap interval over rows, and the held-out loss."""
+def score(right: Sequence[bool], heldout_loss: float, section: Evaluate, seed: int) -> Score:
+    """Percent right, its percentile bootstrap interval over rows, beside the held-out loss."""
     percent = 100.0 * sum(right) / len(right)
     low, high = bootstrap(right, section.confidence, seed)
-    return Score(percent, low, high, len(right), mean_loss(losses))
+    return Score(percent, low, high, len(right), heldout_loss)
 
 
 def bootstrap(right: Sequence[bool], confidence: float, seed: int) -> tuple[float, float]:

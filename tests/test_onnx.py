@@ -12,6 +12,8 @@ import pytest
 from qkit.device import detect
 from qkit.errors import MissingArtifact, MissingExtra, NotDeployable
 from qkit.export import onnx as exporter
+from qkit.export._job import Job
+from qkit.recipe import Recipe
 from qkit.runtime import Row, Runtime, open_runtime
 from qkit.runtimes import onnxruntime as runtime
 
@@ -46,12 +48,18 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _job(merged: Path, log: Path) -> Job:
+    """All that this exporter reads of a job."""
+    recipe = Recipe.model_validate({"task": "chat", "model": {"source": "none"}, "data": {}})
+    return Job(merged, merged, merged, merged, recipe, log)
+
+
 @pytest.fixture(scope="session")
 def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The model in each variant."""
     root = tmp_path_factory.mktemp("onnx")
     for variant in exporter.VARIANTS:
-        exporter.export(model, root / variant, variant, root / "export.log")
+        exporter.export(_job(model, root / "export.log"), root / variant, variant)
     return {variant: root / variant for variant in exporter.VARIANTS}
 
 
@@ -108,13 +116,13 @@ def test_the_tokenizer_is_the_same(exported: dict[str, Path], model: Path) -> No
 @pytest.mark.parametrize("variant", ["", "int3"])
 def test_an_unknown_variant_names_the_known_ones(tmp_path: Path, variant: str) -> None:
     with pytest.raises(NotDeployable, match="onnx-fp32, onnx-int4"):
-        exporter.export(tmp_path, tmp_path / "out", variant, tmp_path / "log")
+        exporter.export(_job(tmp_path, tmp_path / "log"), tmp_path / "out", variant)
 
 
 def test_a_missing_builder_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'qkit\[onnx\]'"):
-        exporter.export(tmp_path, tmp_path / "out", "fp32", tmp_path / "log")
+        exporter.export(_job(tmp_path, tmp_path / "log"), tmp_path / "out", "fp32")
 
 
 def test_an_architecture_the_builder_does_not_know(tmp_path: Path) -> None:
@@ -127,7 +135,7 @@ def test_a_failed_build_shows_the_end_of_its_log(tmp_path: Path) -> None:
     log = tmp_path / "export.log"
     log.write_text("of an earlier format\n")
     with pytest.raises(RuntimeError, match="status 1") as caught:
-        exporter.export(tmp_path / "nothing", tmp_path / "out", "fp32", log)
+        exporter.export(_job(tmp_path / "nothing", log), tmp_path / "out", "fp32")
     assert "earlier format" not in str(caught.value)
     assert str(caught.value).splitlines()[-1] == log.read_text().splitlines()[-1]
 

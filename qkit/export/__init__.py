@@ -5,11 +5,11 @@ A recipe says `onnx-int4`: the file onnx.py, its variant `int4`. `EXPORT/NAME/` 
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from typing import Any
 
+from qkit import model
+from qkit.export._job import Job, exporter, split
 from qkit.run import Run, need_disk
 
 PROVENANCE = "qkit.json"
@@ -22,10 +22,20 @@ def run(run: Run, out: Path) -> None:
     need_disk(out, 3 * size, "export")  # ONNX in fp32 is twice the 16-bit model, and its builder writes before it moves
     for name in run.progress.track(run.recipe.export.formats, "export", len(run.recipe.export.formats)):
         run.progress.say(f"export: {name}")
-        kind, _, variant = name.partition("-")
-        exporter: Any = importlib.import_module(f"qkit.export.{kind}")
-        exporter.export(merged, out / name, variant, run.log("export"))
+        exporter(name).export(job(run), out / name, split(name)[1])
         _write_provenance(run, out / name, name)
+
+
+def job(run: Run) -> Job:
+    """What the exporters of a run work from."""
+    return Job(
+        merged=run.need("merge", "config.json").parent,
+        base=model.resolve(run.recipe.model),
+        adapter=run.need("train", "adapter"),
+        rows=run.need("data", "train.parquet"),
+        recipe=run.recipe,
+        log=run.log("export"),
+    )
 
 
 def _write_provenance(run: Run, folder: Path, name: str) -> None:

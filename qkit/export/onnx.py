@@ -13,24 +13,30 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from qkit.child import death_wish
 from qkit.errors import MissingExtra, NotDeployable
+from qkit.export._job import Job
+from qkit.recipe import Recipe
 
 # The builder's arguments. Of its int4 settings that stay within about 1.3 times the smallest file, k_quant_mixed is the
 # nearest to the model it is made from: the head, and the layers that suffer most, keep 8 bits.
-VARIANTS: Mapping[str, Sequence[str]] = {
+ARGUMENTS: Mapping[str, Sequence[str]] = {
     "fp32": ("-p", "fp32"),
     "int4": ("-p", "int4", "--extra_options", "algo_config=k_quant_mixed"),
 }
+VARIANTS = {"fp32": "as exact as the merged model", "int4": "k-quants, the widest layers in 8 bit"}
+QUANTIZED = frozenset({"int4"})
+RUNTIME = "onnxruntime"
 NEEDS = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
 TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")  # what a model folder holds beside its weights
 REFUSAL = "NotImplementedError: "  # how the builder says that it does not know an architecture
 TAIL_LINES = 15
 
 
-def export(model: Path, out: Path, variant: str, log: Path) -> None:
-    """Make the ONNX folder `out` from the model folder `model`; the builder's output is appended to `log`.
+def export(job: Job, out: Path, variant: str) -> None:
+    """Make the ONNX folder `out` from the merged model; the builder's output is appended to the job's log.
 
     Raises:
         NotDeployable: there is no such variant, or the builder does not know the architecture.
@@ -40,17 +46,22 @@ def export(model: Path, out: Path, variant: str, log: Path) -> None:
     arguments = _arguments(variant)
     _need_builder()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as cache:
-        _build(["-m", str(model), "-o", str(out), "-e", "cpu", "-c", cache, *arguments], log)
-    for file in _texts(model):
+        _build(["-m", str(job.merged), "-o", str(out), "-e", "cpu", "-c", cache, *arguments], job.log)
+    for file in _texts(job.merged):
         if not (out / file.name).exists():
             shutil.copyfile(file, out / file.name)
 
 
+def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
+    """Only the builder knows, and it says so when it is asked."""
+    return None
+
+
 def _arguments(variant: str) -> Sequence[str]:
-    if variant not in VARIANTS:
+    if variant not in ARGUMENTS:
         known = ", ".join(f"onnx-{name}" for name in VARIANTS)
         raise NotDeployable(f"export format {'-'.join(filter(None, ('onnx', variant)))}: there is {known}")
-    return VARIANTS[variant]
+    return ARGUMENTS[variant]
 
 
 def _need_builder() -> None:

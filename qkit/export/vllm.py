@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qkit.errors import NotDeployable
+from qkit.export._job import Job
+from qkit.recipe import Recipe
 
-VARIANTS = ("",)
+VARIANTS = {"": "the merged model in 16 bit"}
+QUANTIZED: frozenset[str] = frozenset()
+RUNTIME = "vllm"
 
 
-def export(model: Path, out: Path, variant: str, log: Path) -> None:
+def export(job: Job, out: Path, variant: str) -> None:
     """Make `out` from the merged model.
 
     Raises:
@@ -20,9 +26,14 @@ def export(model: Path, out: Path, variant: str, log: Path) -> None:
     if variant not in VARIANTS:
         raise NotDeployable(f"export format vllm-{variant}: there is only `vllm`, the merged model in 16 bit")
     out.mkdir(parents=True)
-    for file in model.iterdir():
+    for file in job.merged.iterdir():
         if file.is_file():
             _link(file, out / file.name)
+
+
+def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
+    """Nothing is known against a merged model."""
+    return None
 
 
 def _link(source: Path, target: Path) -> None:
