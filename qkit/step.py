@@ -45,7 +45,6 @@ class Overhead:
         bool  # peft casts each adapter's input to fp32 unless CUDA's autocast is on, and CPU's autocast casts it back
     )
     update_copies: int  # temporaries of the adapter's size that torch's own Adam makes in an update
-    offloads: bool  # whether there is a host to move activations to
     segments: bool  # whether memory is taken in segments, whose ends stay unused
     held_back: float = (
         0.0  # bytes of the heap that stay between blocks in use, per byte of activations, dropped ones included
@@ -61,7 +60,6 @@ OVERHEADS = {
         vllm_how="estimate: vLLM, its activations and CUDA graphs",
         copies=False,
         update_copies=1,  # the square roots of all second moments at once
-        offloads=True,
         segments=True,
         unmetered=frozenset({"context", "allocator"}),
     ),
@@ -75,7 +73,6 @@ OVERHEADS = {
         vllm_how="measured: vLLM over its two processes",
         copies=True,
         update_copies=0,  # one matrix after the other
-        offloads=False,
         segments=False,
         # Fitted: 0 to 0.08 at 42 points from 15M to 1.5B, 0.2 at one of 7B; with 0.05 none of them is 5 % off.
         held_back=0.05,
@@ -135,7 +132,7 @@ def step_of(how: Recipe, shape: Shape, device: Device, labelled: int | None) -> 
         rank=how.lora.r,
         dropout=how.lora.lora_dropout > 0,
         checkpointing=how.train.gradient_checkpointing,
-        offloading=how.train.activation_offloading and overhead.offloads,
+        offloading=how.train.activation_offloading and device.offloads,
         eager=eager,
         packed=how.data.packing and not how.model.attn_implementation.startswith("flash"),
         four_bit=how.quantization.load_in_4bit,
