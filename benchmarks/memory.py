@@ -55,11 +55,18 @@ def _sweep(file: Path, chosen: list[dict[str, Any]], given: argparse.Namespace) 
             measured = _in_own_process(point, given.gpu)
             if measured is None:
                 continue
-            results[point["name"]] = {**point, **measured}
+            results[point["name"]] = {**point, **measured, **_where_and_when()}
         if point["name"] in results:
             results[point["name"]] |= planned(results[point["name"]])
             _say(results[point["name"]])
             _write(file, list(results.values()))
+
+
+def _where_and_when() -> dict[str, str]:
+    """What a measurement depends on: points are measured on different machines, on different days."""
+    from qkit.device import detect
+
+    return {"hardware": detect().name, "date": dt.date.today().isoformat()}
 
 
 def _in_own_process(point: dict[str, Any], gpu: bool) -> dict[str, Any] | None:
@@ -196,7 +203,8 @@ def _write(file: Path, points: list[dict[str, Any]]) -> None:
     result = {
         "what": "peak memory of training: planned, read off the meter, and of the tensors alive, by line",
         "command": f"python benchmarks/memory.py{' --gpu' if 'gpu' in file.name else ''}",
-        "date": dt.date.today().isoformat(),
+        "measured_on": sorted({point["hardware"] for point in points}),
+        "planned_on": dt.date.today().isoformat(),
         "median_error": median(map(abs, errors)),
         "worst_over": max(errors),
         "worst_under": min(errors),

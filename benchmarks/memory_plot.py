@@ -82,7 +82,8 @@ def _mark(scale: _Scale, measured: float, planned: float, checkpointed: bool) ->
 
 def _words(points: Sequence[dict[str, Any]]) -> Any:
     title = f"Peak memory of training, {len(points)} points: planned (up) against measured (across), GiB"
-    foot = "filled: all activations kept; rings: checkpointed; band: 10 %"
+    machines = ", ".join(sorted({point["hardware"] for point in points}))
+    foot = f"filled: all activations kept; rings: checkpointed; band: 10 %; measured on: {machines}"
     return tag(
         "g",
         tag("text", title, class_="title", x=LEFT, y=28),

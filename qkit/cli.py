@@ -196,12 +196,14 @@ def run(
     """All stages in order; does only what is not done yet."""
     from qkit import fitting, pipeline
     from qkit import show as showing
+    from qkit.run import Run
 
     opened = _open(target, overrides, out, _progress(_stderr(), quiet) if fit else Progress())
     if fit:
         opened = fitting.fitted(opened)
     begin = time.perf_counter()
-    done = pipeline.run_all(opened, ["--quiet"] if quiet else [])
+    done = pipeline.run_all(opened, ["--quiet"] if quiet else [], fit)
+    opened = Run.open(opened.root)  # with the recipe that held
     summary = showing.summary(opened, pipeline.statuses(opened))
     _show(as_json, summary, lambda: showing.screen(summary))
     if not quiet:

@@ -52,6 +52,11 @@ class Device:
         return self.kind == "cpu"
 
     @property
+    def offloads(self) -> bool:
+        """Whether activations can wait somewhere else for the backward pass."""
+        return self.kind == "cuda"
+
+    @property
     def trainer_arguments(self) -> dict[str, Any]:
         """What SFTConfig must be told about the device."""
         return {"use_cpu": self.kind == "cpu", "bf16": True, "dataloader_pin_memory": self.kind == "cuda"}
@@ -200,6 +205,14 @@ def tree_rss_bytes(pid: int) -> int:
         return sum(p.memory_info().rss for p in [root, *root.children(recursive=True)] if p.is_running())
     except psutil.NoSuchProcess:
         return 0
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory left: CUDA's own, torch's on the CPU, Python's, the system's."""
+    if isinstance(error, MemoryError | ImportError):  # of a library there may be no room for among the static ones
+        return isinstance(error, MemoryError)
+    text = str(error).lower()
+    return any(words in text for words in ("out of memory", "allocate memory", "bad_alloc", "alloc_failed"))
 
 
 def give_back_freed() -> None:

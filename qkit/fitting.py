@@ -6,14 +6,15 @@ shape of the adapter as they are is changed then: the same rows in the same orde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from qkit import plan
 from qkit.device import Device, detect
-from qkit.errors import DoesNotFit, OutOfMemory
-from qkit.recipe import Recipe
+from qkit.errors import DoesNotFit, ModelError, OutOfMemory, RecipeError
+from qkit.recipe import Recipe, load
 from qkit.remedies import Remedy
 from qkit.run import Run
+from qkit.weights import gib
 
 RESUMABLE = ("micro_batches", "train.gradient_checkpointing", "train.activation_offloading")
 
@@ -21,9 +22,12 @@ RESUMABLE = ("micro_batches", "train.gradient_checkpointing", "train.activation_
 def fitted(run: Run, device: Device | None = None) -> Run:
     """The run with its recipe changed so that training fits the device, by the shortest list that does it.
 
+    What an earlier `--fit` of the same run had to change as well, since its training ran out of memory, stays changed.
+
     Raises:
         DoesNotFit: nothing that can be changed is enough.
     """
+    run = Run(run.root, _as_it_held(run), run.progress)
     made = plan.plan(run.recipe, device=device)
     if made.fits:
         return run
@@ -32,7 +36,26 @@ def fitted(run: Run, device: Device | None = None) -> Run:
         raise DoesNotFit(f"{run.root}: training {plan.refusal(made)}")
     for remedy in made.remedies:
         run.progress.say(f"fit: {_said(remedy)}")
-    return Run(run.root, plan.apply(run.recipe, made.remedies), run.progress)
+    changed = Run(run.root, plan.apply(run.recipe, made.remedies), run.progress)
+    return Run(run.root, _as_it_held(changed), run.progress)
+
+
+def _as_it_held(run: Run) -> Recipe:
+    """The recipe, with what the one in the run directory has changed for memory, if that is all that tells them apart."""
+    file = run.root / "recipe.yaml"
+    if not file.is_file():
+        return run.recipe
+    wanted, held = run.recipe, load(file)
+    train = {
+        key: getattr(wanted.train, key) or getattr(held.train, key)
+        for key in ("gradient_checkpointing", "activation_offloading")
+    }
+    both = {
+        "micro_batches": max(wanted.micro_batches, held.micro_batches),
+        "train": wanted.train.model_copy(update=train),
+    }
+    merged = wanted.model_copy(update=both)
+    return merged if merged == held else wanted
 
 
 def train(run: Run, attempt: Callable[[Run], None], rekey: Callable[[Run], None], device: Device | None = None) -> Run:
@@ -53,7 +76,8 @@ def train(run: Run, attempt: Callable[[Run], None], rekey: Callable[[Run], None]
             remedy = next_remedy(run.recipe, device or detect())
             if remedy is None:
                 raise
-            run.progress.say(f"train: {error.reason}; going on from the last checkpoint with {_said(remedy)}")
+            why = error.reason.partition(";")[0]
+            run.progress.say(f"train: {why}; going on from the last checkpoint with {_said(remedy)}")
             run = Run(run.root, plan.apply(run.recipe, [remedy]), run.progress)
             rekey(run)
 
@@ -69,4 +93,52 @@ def _resumable(remedy: Remedy) -> bool:
 
 
 def _said(remedy: Remedy) -> str:
-    return f"{' '.join(remedy.set)} (-{remedy.saves_bytes / 2**30:.1f} GiB; {remedy.price})"
+    return f"{' '.join(remedy.set)} (-{gib(remedy.saves_bytes)}; {remedy.price})"
+
+
+def check(recipe: Recipe, device: Device) -> None:
+    """See that the device can do what the recipe saves memory with.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    if recipe.train.activation_offloading and not device.offloads:
+        raise RecipeError(
+            "train.activation_offloading=true moves activations from a card to the host's memory; training on a CPU has them there "
+            "already. Set train.activation_offloading=false; train.gradient_checkpointing=true is what saves memory here"
+        )
+
+
+# --- the message ------------------------------------------------------------------------------------------------------
+
+
+def shortage(
+    recipe: Recipe, stage: str, device: Device, planned: Mapping[str, int] = {}, measured: Mapping[str, int] = {}
+) -> str:
+    """For the message of a stage that ran out of memory: which line was over its plan, by how much, and what to change next.
+
+    `planned`, `measured`: bytes by line, as far as they can be told apart.
+    """
+    try:
+        made = plan.plan(recipe, device=device, stage=stage)
+    except ModelError:  # a model whose shape is not known has no plan
+        return "take a smaller batch, model or length"
+    total = f"the plan was {gib(made.peak_bytes)} of the {gib(made.device_bytes)} on {made.device}"
+    text = f"{total}; {over(planned, measured)}" if measured else total
+    if stage == "train" and (remedy := next_remedy(recipe, device)):
+        return f"{text}; try {_set(remedy)}, or `qkit run --fit`, which does it and goes on from the last checkpoint"
+    remedy = next(iter(plan.alternatives(recipe, made, device)), None)
+    return f"{text}; " + (f"try {_set(remedy)}" if remedy else "take a smaller model or a larger device")
+
+
+def over(planned: Mapping[str, int], measured: Mapping[str, int]) -> str:
+    """Which line was over its plan, and by how much. Bytes by line; lines that only one of them has are left out."""
+    excess = {name: measured[name] - planned[name] for name in planned if name in measured}
+    worst = max(excess, key=lambda name: excess[name], default=None)
+    if worst is None or excess[worst] <= 0:
+        return "no line was above its plan"
+    return f"{worst} took {gib(measured[worst])}, {gib(excess[worst])} more than the {gib(planned[worst])} planned"
+
+
+def _set(remedy: Remedy) -> str:
+    return f"{' '.join(f'--set {text}' for text in remedy.set)} (-{gib(remedy.saves_bytes)})"

@@ -55,10 +55,15 @@ def _moving_items(moment: Moment, step: Step) -> tuple[MemoryItem, ...]:
     copies = f"bf16 copies of the adapter {mib(moment.copies)}"
     matrix = f"the largest matrix dequantized {mib(moment.dequantized)}"
     update = f"the update's square roots {mib(moment.update)}"
-    space = moment.copies + moment.dequantized + moment.update
-    said = [
-        text for text, size in ((copies, moment.copies), (matrix, moment.dequantized), (update, moment.update)) if size
-    ]
+    rows = f"embedding or head with learnt rows put in, and their gradients {mib(moment.matrices)}"
+    space = moment.copies + moment.dequantized + moment.update + moment.matrices
+    every = (
+        (copies, moment.copies),
+        (matrix, moment.dequantized),
+        (update, moment.update),
+        (rows, moment.matrices),
+    )
+    said = [text for text, size in every if size]
     return (
         MemoryItem("activations", moment.kept, False, kept, parts),
         MemoryItem("logits", moment.logits, False, at_head),

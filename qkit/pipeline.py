@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qkit import modelcard
-from qkit.device import PeakMeter, detect
-from qkit.errors import DoesNotFit, MissingArtifact, QkitError, StageFailed, UserError
+from qkit import fitting, modelcard
+from qkit.device import PeakMeter, detect, out_of_memory
+from qkit.errors import DoesNotFit, MissingArtifact, OutOfMemory, QkitError, StageFailed, UserError
 from qkit.recipe import Recipe
 from qkit.run import LOCK_HELD, Peak, Run, StageRecord, environment, make_folder, stage_key
 
@@ -55,6 +55,7 @@ STAGES: Mapping[str, Stage] = {
 }
 
 
+KILLED = -9  # SIGKILL, as a process's status
 CARDED = ("merge", "verify", "bench", "report")  # after these the model card has something new to say
 
 
@@ -94,6 +95,7 @@ def execute(run: Run, name: str) -> None:
     Raises:
         MissingArtifact: an earlier stage has not been run, or its files were changed since.
         UserError: what the stage found wrong; earlier results are untouched.
+        OutOfMemory: it ran out of memory; what a stage that resumes has done so far is kept.
         StageFailed: anything else.
     """
     stage = STAGES[name]
@@ -147,27 +149,26 @@ def _call(run: Run, name: str, work: Path) -> Peak | None:
             ) from error
 
         logging.getLogger("qkit").exception("stage %s failed", name)
-        raise StageFailed(name, run.root, run.log(name), _reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    """One line on a foreign error, with what to do for the ones that have one cause."""
-    text = f"{type(error).__name__}: {error}".strip()
-    if isinstance(error, MemoryError) or "out of memory" in text.lower():
-        return f"out of memory: {text.splitlines()[0]}; see `qkit plan`"
-    return text[:2000]
+        text = f"{type(error).__name__}: {error}".strip()
+        if out_of_memory(error):
+            reason = f"out of memory: {text.splitlines()[0]}; {fitting.shortage(run.recipe, name, detect())}"
+            raise OutOfMemory(name, run.root, run.log(name), reason) from error
+        raise StageFailed(name, run.root, run.log(name), text[:2000]) from error
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
-def run_all(run: Run, options: Sequence[str] = ()) -> list[str]:
+def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[str]:
     """Run every stage that is not done, each in a process of its own; returns the names of those that ran.
+
+    `fit`: a training that runs out of memory goes on from its last checkpoint with a recipe that needs less, which is then the run's.
 
     Raises:
         StageFailed, UserError: as the stage's own process reported it.
     """
     done = []
+    fitting.check(run.recipe, detect())
     with run.locked():
         run.save_recipe()
         serves, beside = STAGES["serve"] in stages_of(run.recipe), detect().server_beside_model
@@ -178,7 +179,9 @@ def run_all(run: Run, options: Sequence[str] = ()) -> list[str]:
                 done.append(stage.name)
                 if stage.name == "serve" or (stage.name in SERVED and serves and beside):
                     server.start()
-                if stage.name != "serve":
+                if stage.name == "train" and fit:
+                    run = fitting.train(run, lambda given: _start(given, "train", options), _rekey)
+                elif stage.name != "serve":
                     _start(run, stage.name, options)
                 elif not beside:
                     server.stop()
@@ -241,6 +244,12 @@ def _start(run: Run, name: str, options: Sequence[str]) -> None:
         _raise_for(name, run, code)
 
 
+def _rekey(run: Run) -> None:
+    """Make the changed recipe the run's, and the checkpoints that are there its own."""
+    run.save_recipe()
+    run.rekey("train", _key(run, STAGES["train"]))
+
+
 def _process(run: Run, name: str, options: Sequence[str]) -> subprocess.Popen[bytes]:
     """A stage's process; it ends when we do, by the pipe on its standard input."""
     argv = [sys.executable, "-m", "qkit", name, str(run.root), "--child", *options]
@@ -256,15 +265,27 @@ class Reported(UserError):
         self.exit_code = code
 
 
+class ReportedShortage(OutOfMemory):
+    """The stage's process has already said what memory it lacked."""
+
+    def __str__(self) -> str:
+        return ""
+
+
 def _raise_for(name: str, run: Run, code: int) -> None:
     if code in (1, 2):
         raise Reported(code)
+    if code == OutOfMemory.exit_code:
+        raise ReportedShortage(name, run.root, run.log(name), "out of memory")
+    if code == KILLED and name == "train":
+        reason = f"{_death(code)}; {fitting.shortage(run.recipe, name, detect())}"
+        raise OutOfMemory(name, run.root, run.log(name), reason)
     raise StageFailed(name, run.root, run.log(name), _death(code))
 
 
 def _death(code: int) -> str:
-    if code == -9:
-        return "its process was killed (SIGKILL); on Linux that is most often the system running out of memory: see `qkit plan`"
+    if code == KILLED:
+        return "its process was killed (SIGKILL); on Linux that is most often the system running out of memory"
     return f"its process ended with status {code}"
 
 

@@ -401,21 +401,6 @@ def refusal(made: Plan) -> str:
     return text
 
 
-def over(planned: Mapping[str, int], measured: Mapping[str, int], remedy: Remedy | None = None) -> str:
-    """Which line was over its plan, by how much, and what to change next: for the message of a stage that ran out of memory.
-
-    Args:
-        planned, measured: bytes by name of line; lines that only one of them has are left out.
-    """
-    excess = {name: measured[name] - planned[name] for name in planned if name in measured}
-    worst = max(excess, key=lambda name: excess[name], default=None)
-    if worst is None or excess[worst] <= 0:
-        text = "no line was above its plan"
-    else:
-        text = f"{worst} took {gib(measured[worst])}, {gib(excess[worst])} more than the {gib(planned[worst])} planned"
-    return f"{text}; try {' '.join(remedy.set)} (-{gib(remedy.saves_bytes)})" if remedy else text
-
-
 __all__ = [
     "GIB",
     "MIB",
@@ -434,7 +419,6 @@ __all__ = [
     "layer_bytes_per_token",
     "length_table",
     "optimizer_bytes",
-    "over",
     "plan",
     "predicted_items",
     "quantized_bytes",

@@ -92,7 +92,8 @@ def _stages(found: Sheet) -> Table:
 def _notes(found: Sheet) -> Iterator[str]:
     yield ""
     if not found.exact:
-        yield "This model's family is not known: its parameters, and all that follows from them, are an estimate."
+        why = "its family is not known, or tokens are added that may find spare rows"
+        yield f"This model's parameters, and all that follows from them, are an estimate: {why}."
     counts = ", ".join(f"{count:,} of {length:,} tokens" for length, count in found.conversations)
     yield f"{found.parameters:,} parameters. A server holds at once, in conversations: {counts}."
     yield _pace(found.pace)

@@ -13,7 +13,6 @@ from qkit.device import Device
 from qkit.recipe import Recipe
 from qkit.roofline import time_factor
 from qkit.shape import Shape
-from qkit.step import OVERHEADS
 from qkit.weights import MIB
 
 WORTH_SAYING = 16 * MIB  # what saves less is not worth a line
@@ -143,15 +142,14 @@ def _changes(recipe: Recipe, stage: str, device: Device) -> Iterator[_Change]:
 
 def _harmless(recipe: Recipe, device: Device) -> Iterator[_Change]:
     """At a constant effective batch, in the order of what they cost in time."""
-    offloads = OVERHEADS[device.meter].offloads
-    if offloads and not recipe.train.optim.endswith("8bit"):
+    if device.offloads and not recipe.train.optim.endswith("8bit"):
         yield _Change("optimizer state in 8 bit, nearly the same", (("train.optim=paged_adamw_8bit",),))
     if recipe.quantization.load_in_4bit and not recipe.quantization.bnb_4bit_use_double_quant:
         yield _Change("a little rounding of the absmax", (("quantization.bnb_4bit_use_double_quant=true",),))
     yield from _smaller_batch(recipe)
     if not recipe.train.gradient_checkpointing:
         yield _Change("each layer is computed twice", (("train.gradient_checkpointing=true",),))
-    if offloads and not recipe.train.activation_offloading:
+    if device.offloads and not recipe.train.activation_offloading:
         yield _Change("activations travel to the host and back", (("train.activation_offloading=true",),))
 
 

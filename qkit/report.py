@@ -165,6 +165,8 @@ def _memory(run: Run, figures: Summary) -> dict[str, Any]:
     measured = recorded.get("measured_peak_bytes", peak["measured"])
     return {
         "items": items,
+        "alive": recorded.get("measured") or {},
+        "step": recorded.get("step"),
         "planned": planned,
         "measured": measured,
         "meter": recorded.get("meter", peak["meter"]),

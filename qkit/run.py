@@ -37,24 +37,25 @@ class Output:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What the manifest says of one stage. `peak_bytes` holds `predicted`, `measured` (bytes or null) and `meter`."""
+    """What the manifest says of one stage. `peak_bytes` holds `predicted`, `measured` (bytes or null), `meter`, and both by `lines`."""
 
     status: str
     key: str
     seconds: float
     started_at: str
-    peak_bytes: Mapping[str, int | str | None]
+    peak_bytes: Mapping[str, Any]
     inputs: Mapping[str, str]
     outputs: Mapping[str, Output] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Peak memory of a stage that knows better than the meter of its own process, or that had a plan. Bytes."""
+    """Peak memory of a stage that knows better than the meter of its own process, or that had a plan. Bytes, also by line."""
 
     measured: int
     meter: str
     predicted: int | None = None
+    lines: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
 
 
 class Run:
@@ -155,6 +156,12 @@ class Run:
         make_folder(work)
         note.write_text(key)
         return work
+
+    def rekey(self, stage: str, key: str) -> None:
+        """Let what a killed attempt left count as work on another key."""
+        note = self.root / ".work" / stage / ".key"
+        if note.exists():
+            write_text(note, key)
 
     def commit(self, stage: str) -> None:
         """Put the finished work folder in the place of the stage's folder."""

@@ -127,11 +127,20 @@ FAMILIES = {
 
 
 def shape_of(model: recipe.Model) -> Shape:
-    """The shape of a recipe's model: from its folder, its config.json or .gguf file, the list of known models, or the hub.
+    """The shape of a recipe's model, with the tokens that are added to it.
+
+    Spare rows of the vocabulary may take them; how many there are only the tokenizer tells, so each is counted as a row more.
 
     Raises:
         ModelError: the model cannot be had, or is of a kind that qkit does not plan.
     """
+    bare = _bare_shape(model)
+    added = len(set(model.add_tokens))
+    return replace(bare, vocabulary=bare.vocabulary + added, exact=False) if added else bare
+
+
+def _bare_shape(model: recipe.Model) -> Shape:
+    """From the model's folder, its config.json or .gguf file, the list of known models, or the hub."""
     known = known_models().get(model.source)
     if known is not None and not Path(model.source).exists():
         return _known_shape(model.source)

@@ -96,7 +96,10 @@ def _stage(name: str, entry: Mapping[str, Any] | None, statuses: Mapping[str, st
     return {
         "status": statuses.get(name, recorded["status"]),
         "seconds": recorded["seconds"],
-        "peak_bytes": {key: recorded["peak_bytes"].get(key) for key in ("predicted", "measured", "meter")},
+        "peak_bytes": {
+            **{key: recorded["peak_bytes"].get(key) for key in ("predicted", "measured", "meter")},
+            "lines": recorded["peak_bytes"].get("lines") or {},
+        },
     }
 
 

@@ -45,7 +45,6 @@ class Overhead:
         bool  # peft casts each adapter's input to fp32 unless CUDA's autocast is on, and CPU's autocast casts it back
     )
     update_copies: int  # temporaries of the adapter's size that torch's own Adam makes in an update
-    offloads: bool  # whether there is a host to move activations to
     segments: bool  # whether memory is taken in segments, whose ends stay unused
     held_back: float = (
         0.0  # bytes of the heap that stay between blocks in use, per byte of activations, dropped ones included
@@ -61,7 +60,6 @@ OVERHEADS = {
         vllm_how="estimate: vLLM, its activations and CUDA graphs",
         copies=False,
         update_copies=1,  # the square roots of all second moments at once
-        offloads=True,
         segments=True,
         unmetered=frozenset({"context", "allocator"}),
     ),
@@ -75,7 +73,6 @@ OVERHEADS = {
         vllm_how="measured: vLLM over its two processes",
         copies=True,
         update_copies=0,  # one matrix after the other
-        offloads=False,
         segments=False,
         # Fitted: 0 to 0.08 at 42 points from 15M to 1.5B, 0.2 at one of 7B; with 0.05 none of them is 5 % off.
         held_back=0.05,
@@ -102,6 +99,7 @@ class Step:
     eager: bool
     packed: bool
     four_bit: bool
+    learns_rows: bool  # of embedding and head, for added tokens
     accumulated: bool  # gradients of earlier micro-batches are there already
     labelled_head: bool
     overhead: Overhead
@@ -135,10 +133,11 @@ def step_of(how: Recipe, shape: Shape, device: Device, labelled: int | None) -> 
         rank=how.lora.r,
         dropout=how.lora.lora_dropout > 0,
         checkpointing=how.train.gradient_checkpointing,
-        offloading=how.train.activation_offloading and overhead.offloads,
+        offloading=how.train.activation_offloading and device.offloads,
         eager=eager,
         packed=how.data.packing and not how.model.attn_implementation.startswith("flash"),
         four_bit=how.quantization.load_in_4bit,
+        learns_rows=bool(how.model.add_tokens),
         accumulated=how.train.gradient_accumulation_steps * how.micro_batches > 1,
         labelled_head=device.uses_labelled_head,
         overhead=overhead,
@@ -216,6 +215,7 @@ class Moment(NamedTuple):
     copies: int
     dequantized: int
     update: int = 0
+    matrices: int = 0  # embedding or head with learnt rows put in, and the gradient of the whole
 
     @property
     def kept(self) -> int:
@@ -224,7 +224,7 @@ class Moment(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return self.gradients + self.kept + self.logits + self.copies + self.dequantized + self.update
+        return self.gradients + self.kept + self.logits + self.copies + self.dequantized + self.update + self.matrices
 
 
 def _layers(step: Step, count: int) -> tuple[Part, ...]:
@@ -277,15 +277,21 @@ def moments(step: Step, largest: int, optim: str) -> tuple[Moment, ...]:
     early = gradients if step.accumulated else 0
     first = (*one, Part("layers' inputs", 1, step.tokens, BASE_BYTES * shape.hidden), backward)
     update = step.overhead.update_copies * gradients if optim.startswith("adamw_torch") else 0
+    matrix = shape.vocabulary * shape.hidden * BASE_BYTES if step.learns_rows else 0
     if step.checkpointing:  # what a layer keeps is dropped, and made again in its backward pass
         again, now = tuple(part._replace(name=f"{part.name}, again") for part in one), of_a_layer
         last = (*kept, *again, backward)
     else:
         last = (*kept, backward)
+    held = 0 if step.checkpointing else copies
     return (
-        Moment(early, kept, logits_part(step).bytes, 0 if step.checkpointing else copies, 0),
+        Moment(early, kept, logits_part(step).bytes, held, 0, matrices=matrix),
+        Moment(early, kept, step.with_loss * BASE_BYTES * shape.vocabulary, held, 0, matrices=2 * matrix)
+        if matrix
+        else Moment(0, (), 0, 0, 0),
         Moment(early, last, 0, now, largest),
         Moment(gradients, first, 0, of_a_layer, largest),
+        Moment(gradients, (first[-2],), 0, 0, 0, matrices=matrix),
         Moment(gradients, (), 0, 0, 0, update),
     )
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import TrainerCallback
 
-LINES = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "batch")
+STANDING = ("weights", "adapter", "gradients", "optimizer")
+LINES = (*STANDING, "activations", "logits", "workspace", "batch")
 COPIES = ("aten::_to_copy", "aten::clone")
 KEEPS_ITS_MASK = "aten::native_dropout"  # of booleans, for the backward pass
 
@@ -93,11 +94,7 @@ def watching(
     """
     first = next(model.parameters(), None)
     alive = TensorsAlive("cpu" if first is None else first.device.type)
-    alive.mark(frozen_tensors(model), "weights")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    alive.mark(trained, "adapter")
-    alive.mark((p.grad for p in trained if p.grad is not None), "gradients")
-    alive.mark(_state_of(optimizer), "optimizer")
+    trained = _mark_standing(alive, model, optimizer)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: alive.mark([p.grad], "gradients")) for p in trained]
     try:
         with _mode(alive, vocabulary):
@@ -106,6 +103,26 @@ def watching(
         for hook in hooks:
             hook.remove()
         alive.mark(_state_of(optimizer), "optimizer")
+
+
+def standing(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
+    """Bytes by line of what stays from step to step, as it is now."""
+    first = next(model.parameters(), None)
+    alive = TensorsAlive("cpu" if first is None else first.device.type)
+    _mark_standing(alive, model, optimizer)
+    return {line: size for line, size in alive.items().items() if line in STANDING}
+
+
+def _mark_standing(
+    alive: TensorsAlive, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None
+) -> list[torch.nn.Parameter]:
+    """Log the tensors of model and optimizer; returns the parameters that are trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    alive.mark(frozen_tensors(model), "weights")
+    alive.mark(trained, "adapter")
+    alive.mark((p.grad for p in trained if p.grad is not None), "gradients")
+    alive.mark(_state_of(optimizer), "optimizer")
+    return trained
 
 
 def frozen_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -161,7 +178,7 @@ def _mode(alive: TensorsAlive, vocabulary: int | None) -> Any:
     return Mode()
 
 
-def step_watcher(step: int = 1) -> TrainerCallback:
+def step_watcher(step: int = 1) -> Any:
     """A trainer callback that watches optimizer step number `step` (from 0) whole; its `alive` is None until then.
 
     From step 1 on the optimizer has its state, so that is the first one that shows the peak of a run.
@@ -170,17 +187,26 @@ def step_watcher(step: int = 1) -> TrainerCallback:
 
     class Watcher(TrainerCallback):
         alive: TensorsAlive | None = None
+        seconds = 0.0  # that the step took while it was watched
 
         def __init__(self) -> None:
+            self.step = step
             self._open = contextlib.ExitStack()
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             if state.global_step == step:
                 model, optimizer = given["model"], given["optimizer"]
                 vocabulary = model.get_output_embeddings().weight.shape[0]
+                self._begin = time.perf_counter()
                 self.alive = self._open.enter_context(watching(model, optimizer, vocabulary))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == step + 1:
+                self.seconds = time.perf_counter() - self._begin
+            self.close()
+
+        def close(self) -> None:
+            """Stop watching, also where an error has ended the step."""
             self._open.close()
 
     return Watcher()

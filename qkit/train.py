@@ -5,11 +5,13 @@ train/metrics.jsonl   one line per logged step
 train/sums.json       the labels that the loss is made of, from the ledger to the divisor
 train/packing.json    whether packed documents were found to see themselves alone (with data.packing)
 train/losses.parquet  each row's loss before and after (with ledger.losses)
+train/memory.json     memory planned and measured, by line
 train/checkpoints/    the last one; a killed run goes on from it
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -19,13 +21,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, model, plan, row_losses
-from qkit.device import Device, PeakMeter, detect
-from qkit.errors import MissingArtifact, StageFailed
+from qkit import added_tokens, fitting, memory_seen, model, plan, roofline, row_losses, tensors_alive
+from qkit.device import Device, PeakMeter, detect, out_of_memory
+from qkit.errors import MissingArtifact, ModelError, OutOfMemory, StageFailed
 from qkit.fast.batches import part_sizes
 from qkit.progress import Bar
 from qkit.recipe import Recipe
 from qkit.run import Peak, Run, need_disk, read_json, write_json
+from qkit.shape import shape_of
 from qkit.source import cache_dir
 from qkit.sums import Sums
 from qkit.trainer import trainer_class
@@ -48,6 +51,7 @@ def run(run: Run, out: Path) -> Peak:
         StageFailed: the labels that were trained on are not those of the ledger.
     """
     how, device = run.recipe, detect()
+    fitting.check(how, device)
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
     folder = model.resolve(how.model)
@@ -57,15 +61,17 @@ def run(run: Run, out: Path) -> Peak:
         _pack_if_isolated(run, trainer, out)
     if how.ledger.losses:
         row_losses.write_before(out / "losses.parquet", trainer, run.progress)
-    _train(run, trainer, meter, out)
+    watcher = _train(run, trainer, meter, out)
     if how.ledger.losses:
         row_losses.write_after(out / "losses.parquet", trainer, run.progress)
     _save(trainer, folder, how, out / "adapter")
-    return _write_memory(trainer, how, device, meter, out)
+    memory = memory_seen.seen(how, device, meter, watcher, _most_labelled(trainer))
+    write_json(out / "memory.json", memory.to_dict())
+    return memory.peak()
 
 
-def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> None:
-    """All steps that are still to be done."""
+def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
+    """All steps that are still to be done; returns the watcher of the second of them."""
     checkpoint = last_checkpoint(out / "checkpoints")
     done, ledger = _step_of(checkpoint), read_json(run.need("data", "summary.json"))["splits"]["train"]
     if checkpoint:
@@ -74,8 +80,45 @@ def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> None:
     trainer.add_callback(_counts(run, trainer, ledger["labelled_tokens"]))
     with run.progress.bar("train", _total_steps(trainer), start=done) as bar:
         trainer.add_callback(_recorder(out / "metrics.jsonl", bar, meter, trainer, done))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        watcher = _watched(run, trainer, meter, checkpoint)
     _write_sums(run, trainer, ledger, out)
+    return watcher
+
+
+def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) -> Any:
+    """Train from a checkpoint or from the start with all tensors of the second step watched; how fast it went is remembered.
+
+    Raises:
+        OutOfMemory: with what was over the plan.
+    """
+    watcher = tensors_alive.step_watcher(_step_of(checkpoint) + 1)
+    trainer.add_callback(watcher)
+    begin = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        why = memory_seen.shortage(run.recipe, meter.device, meter, trainer, _most_labelled(trainer))
+        raise OutOfMemory("train", run.root, run.log("train"), f"out of memory: {_first_line(error)}; {why}") from error
+    finally:
+        watcher.close()
+    _remember(run, trainer, meter.device, time.perf_counter() - begin - watcher.seconds, _step_of(checkpoint))
+    return watcher
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _remember(run: Run, trainer: Any, device: Device, seconds: float, done: int) -> None:
+    """Keep the speed of all steps but the watched one, for plans to come."""
+    steps, rows = trainer.state.global_step - done, read_json(run.need("data", "summary.json"))["splits"]["train"]
+    with contextlib.suppress(ModelError):  # no plan is made for a model of unknown shape
+        if steps > 1:
+            speed = trainer.real_tokens * (steps - 1) / steps / seconds
+            share = rows["labelled_tokens"] / rows["tokens"]
+            roofline.remember(run.recipe, shape_of(run.recipe.model), device, speed, share)
 
 
 def _pack_if_isolated(run: Run, trainer: Any, out: Path) -> None:
@@ -102,16 +145,6 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
         f"train: {ledger['labelled_tokens']:,} labelled tokens in the ledger, {epochs:.4g} epochs: {sums.drawn:,} in the rows "
         f"drawn = {sums.in_batches:,} in the batches = {sums.divided_by:,} that the loss was divided by"
     )
-
-
-def _write_memory(trainer: Any, how: Recipe, device: Device, meter: PeakMeter, out: Path) -> Peak:
-    predicted = plan.predicted_items(how, device, _most_labelled(trainer))
-    peak = Peak(meter.peak_bytes(), meter.meter, sum(predicted.values()))
-    write_json(
-        out / "memory.json",
-        {"predicted": predicted, "measured_peak_bytes": peak.measured, "meter": peak.meter},
-    )
-    return peak
 
 
 def _warn_of_memory(run: Run, device: Device) -> None:

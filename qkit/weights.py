@@ -163,8 +163,14 @@ def _adapted_inputs(targets: str | tuple[str, ...], shape: Shape) -> tuple[int, 
 
 
 def adapter_sizes(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
-    """Trained parameters, matrix by matrix: A is r x inputs, B is outputs x r."""
-    return _adapter_sizes(recipe.lora.target_modules, recipe.lora.r, shape)
+    """Trained parameters, matrix by matrix: A is r x inputs, B is outputs x r; then the rows of added tokens."""
+    return _adapter_sizes(recipe.lora.target_modules, recipe.lora.r, shape) + learnt_rows(recipe, shape)
+
+
+def learnt_rows(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
+    """Parameters of the added tokens' rows, which are learnt as they are: of the embedding, and of a head that is another matrix."""
+    rows = len(set(recipe.model.add_tokens))
+    return (rows * shape.hidden,) * (1 if shape.tied else 2) if rows else ()
 
 
 @functools.lru_cache(maxsize=256)
@@ -188,7 +194,8 @@ def optimizer_item(how: Recipe, shape: Shape) -> MemoryItem:
     optim, targets, sizes = how.train.optim, how.lora.target_modules, adapter_sizes(how, shape)
     exactly = optimizer_bytes(optim, sizes)
     earlier = [rank for rank in _last_in_fp32(how, shape) if rank < how.lora.r]
-    size = max([exactly, *(optimizer_bytes(optim, _adapter_sizes(targets, rank, shape)) for rank in earlier)])
+    rows = learnt_rows(how, shape)
+    size = max([exactly, *(optimizer_bytes(optim, _adapter_sizes(targets, rank, shape) + rows) for rank in earlier)])
     exact = shape.exact and "adamw" in optim and size == exactly
     return MemoryItem("optimizer", size, exact, _optimizer_how(optim, sum(sizes)))
 

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import chat_rows
 
-from qkit import device, pipeline
+from qkit import device, pipeline, plan
+from qkit.errors import OutOfMemory
 from qkit.recipe import load
 from qkit.run import Run
 
@@ -42,3 +44,38 @@ def test_memory_given_back_is_free(tiny_model: Path) -> None:
     with open_runtime("transformers", tiny_model, device.detect()) as runtime:
         assert runtime.memory_bytes() > 0
     assert torch.cuda.memory_allocated() < 1 << 20
+
+
+def test_a_card_with_little_memory_is_trained_on_all_the_same(tiny_recipe: Path, tmp_path: Path) -> None:
+    """The process may have so small a part of the card that whole batches do not fit; in parts they do."""
+    import torch
+
+    from qkit import fitting
+
+    many = "".join(json.dumps(row) + "\n" for row in chat_rows(1024))
+    (tmp_path / "many.jsonl").write_text(many, encoding="utf-8")
+    source = json.dumps([{"source": str(tmp_path / "many.jsonl")}])
+    more = [f"data.train={source}", "data.clean.duplicate=keep", "data.max_overlap=1.0", "data.batch_tokens=65536"]
+    run = Run.create(tmp_path / "run", load(tiny_recipe, [*more, "data.max_length=64", "train.max_steps=2"]))
+    pipeline.execute(run, "data")
+    card = device.detect()
+    planned = plan.plan(run.recipe, device=card)
+    halved = plan.plan(plan.apply(run.recipe, [plan.Remedy(("micro_batches=8",), 0, "")]), device=card)
+    context = next(item.bytes for item in planned.items if item.name == "context")
+    budget = (planned.peak_bytes + halved.peak_bytes) // 2 - context
+    torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.get_device_properties(0).total_memory)
+    tried: list[int] = []
+
+    def attempt(given: Run) -> None:
+        tried.append(given.recipe.micro_batches)
+        torch.cuda.empty_cache()
+        pipeline.execute(given, "train")
+
+    try:
+        with pytest.raises(OutOfMemory, match=r"more than the|no line was above"):
+            attempt(run)
+        last = fitting.train(run, attempt, pipeline._rekey)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert last.recipe.micro_batches > 1 and tried[0] == 1
+    assert pipeline.status(last, pipeline.STAGES["train"]) == "done"

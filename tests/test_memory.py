@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from qkit import memory, step, weights
+from qkit import cards, memory, step, weights
 from qkit.device import Device
-from qkit.recipe import Recipe
-from qkit.shape import Shape, from_config
+from qkit.recipe import Recipe, from_dict
+from qkit.shape import Shape, from_config, shape_of
 
 CPU = Device("cpu", "Some CPU", 2**34, 2)
 GPU = Device("cuda", "Some GPU", 2**34, 2)
@@ -167,3 +167,20 @@ def test_conversations_fill_what_a_server_has_left() -> None:
 @pytest.mark.parametrize(("block_mib", "share_mib"), [(28, 28), (8, 10), (11, 12), (0.5, 0.5), (3, 20 / 6)])
 def test_blocks_leave_ends_of_their_segments(block_mib: float, share_mib: float) -> None:
     assert step._segment_bytes(int(block_mib * weights.MIB)) == int(share_mib * weights.MIB)
+
+
+def test_rows_of_added_tokens_are_trained_like_an_adapter() -> None:
+    """Each is a row of the embedding, and of a head that is another matrix; both matrices are copied whole to put them in."""
+    bare = from_dict({"task": "chat", "model": {"source": "meta-llama/Llama-3.1-8B"}, "data": {}}, (), "here")
+    more = bare.model_copy(update={"model": bare.model.model_copy(update={"add_tokens": ("<a>", "<b>")})})
+    shapes = [shape_of(how.model) for how in (bare, more)]
+    assert shapes[1].vocabulary == shapes[0].vocabulary + 2
+    before, after = (
+        {item.name: item.bytes for item in memory.train_items(how, of, cards.device("rtx-4090"), 64)}
+        for how, of in zip((bare, more), shapes, strict=True)
+    )
+    parameters = 2 * 2 * 4096
+    assert after["adapter"] - before["adapter"] == 4 * parameters
+    assert after["optimizer"] - before["optimizer"] == 8 * parameters + 2 * 4  # moments, and torch's counters
+    assert after["weights"] - before["weights"] == 2 * parameters
+    assert after["workspace"] >= 2 * shapes[1].vocabulary * 4096

@@ -343,16 +343,6 @@ def test_published_lines_stand_beside_ours_and_differences_have_a_reason() -> No
     assert plan.anchors(recipe(SMALL), RTX_4090) == ()
 
 
-# --- when memory ran out all the same -------------------------------------------------------------------------------
-
-
-def test_the_line_that_was_over_is_named_with_its_excess_and_the_remedy() -> None:
-    remedy = plan.Remedy(("micro_batches=2",), GIB, "smaller matrix products")
-    text = plan.over({"weights": GIB, "logits": GIB}, {"weights": GIB, "logits": 3 * GIB, "other": 9 * GIB}, remedy)
-    assert text == "logits took 3.0 GiB, 2.0 GiB more than the 1.0 GiB planned; try micro_batches=2 (-1.0 GiB)"
-    assert plan.over({"weights": GIB}, {"weights": GIB}) == "no line was above its plan"
-
-
 # --- saying it ------------------------------------------------------------------------------------------------------
 
 

@@ -173,6 +173,15 @@ def test_memory_is_compared_with_its_plan(tmp_path: Path) -> None:
     assert "weights 1.00 GiB; logits 1.00 GiB; planned 2.00 GiB; measured 3.00 GiB" in html
 
 
+def test_planned_lines_are_beside_the_tensors_that_were_alive(tmp_path: Path) -> None:
+    run = open_sample(tmp_path)
+    edit(run, "train/memory.json", predicted={"weights": 2**30, "process": 2**29}, measured={"weights": 2**29}, step=2)
+    seen = page(run)
+    assert seen.row("memory", "weights")[1:] == ["1.00 GiB", "512 MiB"]
+    assert seen.row("memory", "process")[1:] == ["512 MiB", show.ABSENT]
+    assert "the peak of step 2" in seen.text
+
+
 def test_the_plan_of_the_manifest_serves_where_there_are_no_items(tmp_path: Path) -> None:
     html = report.page(open_sample(tmp_path, without="train/memory.json"))
     assert "planned 1.52 GiB; measured 1.70 GiB" in html
