@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,14 @@ SCORE_TOKENS = 2048  # right-padded tokens per forward when scoring
 
 
 def open(artifact: Path, device: Device, **options: Any) -> Runtime:
-    """A model folder, in bf16. With `recipe` and `adapter` in options: the live model, quantized as it was trained."""
+    """A model folder, in bf16 or in `dtype` of options. With `recipe` and `adapter` in options: the live model, quantized as it was trained."""
     meter = PeakMeter(device)
     recipe: Recipe | None = options.get("recipe")
-    loaded = _merged(artifact, device) if recipe is None else _live(artifact, recipe, device, options.get("adapter"))
+    loaded = (
+        _merged(artifact, device, options)
+        if recipe is None
+        else _live(artifact, recipe, device, options.get("adapter"))
+    )
     return TransformersRuntime(loaded, meter)
 
 
@@ -32,12 +36,13 @@ def _live(folder: Path, recipe: Recipe, device: Device, adapter: Path | None) ->
     return model.load_live(folder, recipe, device, adapter)
 
 
-def _merged(folder: Path, device: Device) -> PreTrainedModel:
+def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    dtype = getattr(torch, options.get("dtype", "bfloat16"))
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.bfloat16, device_map=device.device_map
+        str(folder), dtype=dtype, device_map=device.device_map
     )
     return loaded.eval()
 
