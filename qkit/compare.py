@@ -254,8 +254,9 @@ def compare(a: Side, b: Side, asked: Questions, progress: Progress) -> Compariso
 
 def _answers(which: Side, runtime: Runtime, asked: Questions) -> list[list[int]]:
     """Greedy answers; those of a live adapter to its run's own rows are there since it was evaluated."""
-    if which.is_live and which.run is not None and asked.own_of is not None and asked.own_of.root == which.run.root:
-        return [line["token_ids"] for line in gates.live_answers(which.run)]
+    own = which.run if which.is_live and asked.own_of is which.run else None
+    if own is not None and (own.folder("evaluate") / "predictions.jsonl").is_file():
+        return [line["token_ids"] for line in gates.live_answers(own)]
     section, prompts = asked.section, [row.prompt for row in asked.held_out.rows]
     return runtime.generate(prompts, section.max_new_tokens, asked.stop, section.batch_size)
 

@@ -19,6 +19,7 @@ from qkit.errors import ModelError, ParityFailed, ServerError
 from qkit.export._job import split
 from qkit.run import Run, read_json
 from qkit.scoring import HeldOut
+from qkit.tensor_files import read, shards, tensor_specs
 
 if TYPE_CHECKING:
     import httpx
@@ -96,6 +97,7 @@ def _checks(run: Run, server: _Asked, held_out: HeldOut, rows: int) -> Iterator[
     yield _stop(run, server, held_out)
     yield _length(run, server, held_out)
     yield _dtype(run, served)
+    yield _head(served)
     yield _sampling(served)
     yield _tools(server, held_out, rows)
 
@@ -179,6 +181,22 @@ def _dtype(run: Run, served: Path | None) -> Check:
     wanted = DTYPES.get(split(note.get("format", ""))[1], run.recipe.merge.dtype)
     said = f"its config says {found}, the run made {wanted}"
     return Check(name, OK if found == wanted else DIFFERS, said)
+
+
+def _head(served: Path | None) -> Check:
+    """A config that ties the head to the embedding beside weights that hold another head: vLLM takes the one, transformers the other."""
+    name = "tied head"
+    if served is None or not any(served.glob("model*.safetensors")):
+        return Check(name, NOT_CHECKED, "no safetensors on this machine")
+    if not _read(served / "config.json").get("tie_word_embeddings"):
+        return Check(name, OK, "the head is not tied to the embedding")
+    names = [found for shard in shards(served) for found in tensor_specs(shard)]
+    pair = [found for found in names if found.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    held = [tensor for _, tensor in read(served, pair)]
+    if len(held) > 1 and not held[0].equal(held[1]):
+        said = f"config.json ties the head to the embedding, and {pair[0]} and {pair[1]} differ: runtimes will not agree on the head"
+        return Check(name, DIFFERS, f"{said}; set tie_word_embeddings to false")
+    return Check(name, OK, "one matrix is embedding and head")
 
 
 def _sampling(served: Path | None) -> Check:

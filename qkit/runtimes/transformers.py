@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.device import Device, PeakMeter, released
+from qkit.errors import ModelError
 from qkit.runtime import Row, RowScores, Runtime
 
 if TYPE_CHECKING:
@@ -37,13 +38,32 @@ def _live(folder: Path, recipe: Recipe, device: Device, adapter: Path | None) ->
 
 
 def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrainedModel:
+    """Loaded as it is; what transformers would make up with random numbers is an error.
+
+    Raises:
+        ModelError: weights are damaged, missing, of another shape, or more than the model has.
+    """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, options.get("dtype", "bfloat16"))
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, device_map=device.device_map
-    )
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, device_map=device.device_map, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise ModelError(f"{folder}: its weights are damaged ({error}); make the folder again") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ModelError(
+            f"{folder}: its weights have other shapes than its config.json says; make the folder again"
+        ) from None
+    for what in ("missing_keys", "unexpected_keys"):
+        if names := sorted(name for name in report[what] if name.endswith(".weight")):
+            words = {"missing_keys": "lacks", "unexpected_keys": "has, and its config.json knows nothing of,"}[what]
+            raise ModelError(f"{folder}: {words} {names[0]} and {len(names) - 1} more weights; make the folder again")
     return loaded.eval()
 
 
