@@ -85,7 +85,7 @@ def judge(
     found = [Breach("lost", measured.kl_base, measured.kl_base_live)] if measured.lost else []
     for key in ("kl_mean", "kl_p99"):
         limit, figure = getattr(gate, key), getattr(measured, key)
-        if limit is not None and figure > limit:
+        if limit is not None and not figure <= limit:  # a NaN is beyond any
             found.append(Breach(key, figure, limit))
     if exactness and gate.top1 is not None and exactness.top1 < gate.top1:
         found.append(Breach("top1", exactness.top1, gate.top1))

@@ -13,15 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import chat_rows, tiny_settings
 from safetensors.torch import load_file, save_file
 
 from qkit import compare, contract, gates, layers, live, parity, pipeline, verify
 from qkit.device import detect
 from qkit.errors import MissingArtifact, ModelError, ParityFailed
 from qkit.progress import Progress
-from qkit.recipe import load
 from qkit.run import Run
 from qkit.runtime import open_runtime
 from qkit.scoring import HeldOut, read_held_out
@@ -43,22 +40,9 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Trained:
-    """With a system turn in every row, and a learning rate at which the fine-tune shows."""
-    folder = tmp_path_factory.mktemp("breaks")
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(24)), encoding="utf-8")
-    settings = tiny_settings(tiny_model, rows)
-    settings["data"]["system"] = "Be brief."
-    settings["train"] = {"max_steps": 20, "learning_rate": 2e-2}
-    settings["export"] = {"formats": []}
-    settings["bench"]["runtimes"] = ["transformers"]
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    run = Run.create(folder / "run", load(folder / "tiny.yaml"))
-    for stage in ("data", "train", "evaluate", "merge"):
-        pipeline.execute(run, stage)
-    held_out = read_held_out(run.need("data", "test.parquet"))
-    return Trained(run, held_out, live.recorded(run, held_out.rows))
+def trained(trained_run: Run) -> Trained:
+    held_out = read_held_out(trained_run.need("data", "test.parquet"))
+    return Trained(trained_run, held_out, live.recorded(trained_run, held_out.rows))
 
 
 def tensors(change: Callable[[Tensors, Trained], Any]) -> Callable[[Path, Trained], None]:
