@@ -136,6 +136,10 @@ def side(text: str) -> Side:
         return Side(text, exporter(note["format"]).RUNTIME, path, format=note["format"], run=_maker(path))
     if (path / "config.json").is_file():
         return Side(text, "transformers", path, run=_maker(path))
+    if (path / "adapter_config.json").is_file():
+        raise MissingArtifact(
+            f"{text}: an adapter alone answers nothing; the run directory that it is in stands for it"
+        )
     raise MissingArtifact(
         f"{text}: neither a run directory, a model folder, an export, nor the http:// address of a server"
     )
@@ -144,7 +148,7 @@ def side(text: str) -> Side:
 def _maker(path: Path) -> Run | None:
     """The run that a stage's folder is in: RUN/merge or RUN/export/NAME."""
     for root in (path.resolve().parent, path.resolve().parent.parent):
-        if (root / "recipe.yaml").is_file():
+        if (root / "recipe.yaml").is_file() and (root / "run.json").is_file():
             return Run.open(root)
     return None
 

@@ -312,7 +312,11 @@ class _Server:
 
         self.url = url
         self.client = httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), timeout=REQUEST_SECONDS)
-        self.described = self._described(model)
+        try:
+            self.described = self._described(model)
+        except BaseException:
+            self.client.close()
+            raise
         self.model = str(self.described["id"])
         self.max_model_len: int | None = self.described.get("max_model_len")
 

@@ -67,7 +67,9 @@ def test_what_an_export_says_it_is_opens_it(trained_run: Run, tmp_path: Path) ->
     assert compare.side("http://127.0.0.1:8000/v1").url == "http://127.0.0.1:8000"
 
 
-def test_what_cannot_be_compared_says_so(tiny_model: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_says_so(tiny_model: Path, trained_run: Run, tmp_path: Path) -> None:
+    with pytest.raises(MissingArtifact, match="the run directory that it is in stands for it"):
+        compare.side(str(trained_run.folder("train") / "adapter"))
     with pytest.raises(MissingArtifact, match="neither a run directory, a model folder, an export"):
         compare.side(str(tmp_path))
     model = compare.side(str(tiny_model))

@@ -118,7 +118,7 @@ def trained_otherwise(served: Served, folder: Path, *settings: str) -> Run:
 
 def another_template(served: Served, folder: Path) -> Run:
     file = folder / "other.jinja"
-    file.write_text(TEMPLATE.replace("<|im_start|>{{ message", "{{ message"), encoding="utf-8")
+    file.write_text(TEMPLATE.replace("system\n", "tools\n"), encoding="utf-8")
     run = trained_otherwise(served, folder, f"model.chat_template={file}")
     pipeline.execute(run, "data")
     return run
@@ -156,7 +156,7 @@ def calls_written_otherwise(served: Served, folder: Path) -> Run:
 @pytest.mark.parametrize(
     ("how", "name", "said"),
     [
-        (another_template, "prompt tokens", r"row 0: it makes \d+ prompt tokens where training saw .* it writes '<\|im_start"),
+        (another_template, "prompt tokens", r"row 0: it makes \d+ prompt tokens where training saw .*'tools.* it writes 'system"),
         (another_stop_token, "stop tokens", "talks on after token 9"),
         (longer_rows, "length", "takes 512 tokens, the longest row of training has 700: raise serve.max_model_len"),
         (another_dtype, "dtype", "config says bfloat16, the run made float16"),
