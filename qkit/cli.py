@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from qkit import __version__
-from qkit.errors import QkitError
+from qkit.errors import ParityFailed, QkitError
 from qkit.progress import Bar, Progress
 
 if TYPE_CHECKING:
@@ -202,7 +202,13 @@ def run(
     if fit:
         opened = fitting.fitted(opened)
     begin = time.perf_counter()
-    done = pipeline.run_all(opened, ["--quiet"] if quiet else [], fit)
+    try:
+        done = pipeline.run_all(opened, ["--quiet"] if quiet else [], fit)
+    except ParityFailed:
+        if not as_json:  # the error is the one document then
+            summary = showing.summary(opened, pipeline.statuses(opened))
+            _show(False, summary, lambda: showing.screen(summary))
+        raise
     opened = Run.open(opened.root)  # with the recipe that held
     summary = showing.summary(opened, pipeline.statuses(opened))
     _show(as_json, summary, lambda: showing.screen(summary))
@@ -235,7 +241,7 @@ def _stage(
     name: str, target: Path, overrides: list[str] | None, out: Path | None, as_json: bool, quiet: bool, child: bool
 ) -> None:
     """Run one stage in this process; what libraries print goes to its log."""
-    from qkit import pipeline
+    from qkit import gates, pipeline
     from qkit.child import die_with_parent
 
     if child:
@@ -247,15 +253,17 @@ def _stage(
     with pipeline.captured(opened, name):
         _tame_libraries()
         pipeline.execute(opened, name)
-    if as_json:
-        print(json.dumps(opened.manifest()["stages"][name]), file=stdout, flush=True)
-    elif not quiet:
+    if not (as_json or quiet):
         console.print(f"{name}: done in {time.perf_counter() - begin:.1f} s", highlight=False)
     if not (as_json or quiet or child):
         from qkit import show as showing
 
         summary = showing.summary(opened, pipeline.statuses(opened))
         _show(False, summary, lambda: showing.screen(summary))
+    if name == "verify" and not child:  # `qkit run` goes on to the report, and then says what failed
+        gates.check(opened)
+    if as_json:
+        print(json.dumps(opened.manifest()["stages"][name]), file=stdout, flush=True)
 
 
 for _name, _help in (
@@ -264,11 +272,86 @@ for _name, _help in (
     ("evaluate", "score the base model and the adapter on held-out rows"),
     ("merge", "merge the adapter into the base model"),
     ("export", "export the merged model to ONNX and for vLLM"),
-    ("verify", "compare every artifact with the adapter as trained"),
     ("bench", "latency, throughput and memory of every runtime"),
     ("report", "write the run's HTML page and its model card"),
 ):
     _stage_command(_name, _help)
+
+
+@app.command(epilog="Example: qkit verify runs/quickstart runs/quickstart/export/onnx-int4 --max-kl 0.1")
+def verify(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE_OR_RUN | A B",
+            help="A recipe or a run: the stage. Two of: a run (its live adapter), a model folder, an export, a server's http:// address.",
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="ROWS", help="Compare A and B on these: JSON lines, or RUN/data/test.parquet."),
+    ] = None,
+    where: Annotated[bool, typer.Option("--where", help="Name the first layer at which A and B part.")] = False,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", metavar="NATS", help="Exit with 2 when the mean KL of A and B is above.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server", metavar="URL", help="Check that a running server does with RUN's rows what training did."
+        ),
+    ] = None,
+    overrides: Set = None,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    child: Child = False,
+) -> None:
+    """Stage: compare every artifact with the adapter as trained. Or compare any two artifacts, or a running server with a run."""
+    from qkit.errors import RecipeError
+
+    if len(targets) > 2 or (len(targets) == 2 and server):
+        raise RecipeError("name a run, or two artifacts to compare, or a run and its --server")
+    if server:
+        _check_server(Path(targets[0]), server, as_json)
+    elif len(targets) == 1:
+        _stage("verify", Path(targets[0]), overrides, out, as_json, quiet, child)
+    else:
+        _compare(targets[0], targets[1], data, where, max_kl, as_json, quiet)
+
+
+def _check_server(run: Path, url: str, as_json: bool) -> None:
+    """Exit code 2 when the server differs."""
+    from dataclasses import asdict
+
+    from qkit import contract
+    from qkit.run import Run
+
+    found = contract.check(Run.open(run), url)
+    _show(as_json, asdict(found), lambda: contract.screen(found))
+    if found.broken:
+        raise typer.Exit(2)
+
+
+def _compare(a: str, b: str, data: Path | None, where: bool, max_kl: float | None, as_json: bool, quiet: bool) -> None:
+    from qkit import compare, layers
+
+    console = _stderr(keep=True)
+    progress = _progress(console, quiet)
+    one, other = compare.side(a), compare.side(b)
+    if where:
+        layers.need_torch(one, other)
+    with _errors_only():
+        asked = compare.questions(one, other, data, progress)
+        found = compare.compare(one, other, asked, progress)
+        parted = layers.walk(one, other, asked.held_out.rows, progress) if where else None
+    shown = {**found.to_dict(), **({"where": parted.to_dict()} if parted else {})}
+    if not (as_json and max_kl is not None and not found.kl_mean <= max_kl):
+        _show(as_json, shown, lambda: compare.screen(found, one, other))
+        if parted and not as_json:
+            _show(False, shown, lambda: layers.screen(parted))
+    if max_kl is not None:
+        found.enforce(max_kl)
 
 
 @app.command(epilog="Example: qkit serve runs/quickstart --set serve.port=8080")

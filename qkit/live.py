@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def recorded(run: Run, rows: Sequence[Row]) -> Live:
         make_folder(folder)
         _record(run, rows, folder)
     counts = read_json(folder / DONE)
-    return Live(*(tuple(_read(folder / name, rows[: counts[name]])) for name in ("live", "base")))
+    return Live(*(tuple(read(folder / name, rows[: counts[name]])) for name in ("live", "base")))
 
 
 def forget(run: Run) -> None:
@@ -64,13 +64,13 @@ def _record(run: Run, rows: Sequence[Row], folder: Path) -> None:
     need_disk(folder, LIVE_BYTES, "measuring against the live adapter")
     run.progress.say("the live adapter's log-probabilities on the held-out rows")
     with open_runtime("transformers", base, detect(), recipe=run.recipe, adapter=adapter) as runtime:
-        counts = {"live": _write(runtime.score(rows), folder / "live")}
+        counts = {"live": write(runtime.score(rows), folder / "live")}
     with open_runtime("transformers", base, detect(), recipe=run.recipe, adapter=None) as runtime:
-        counts["base"] = _write(runtime.score(rows[: min(BASE_ROWS, counts["live"])]), folder / "base")
+        counts["base"] = write(runtime.score(rows[: min(BASE_ROWS, counts["live"])]), folder / "base")
     write_json(folder / DONE, counts)
 
 
-def _write(scores: Iterator[RowScores], file: Path) -> int:
+def write(scores: Iterable[RowScores], file: Path) -> int:
     """Write full log-probabilities one row after the other; how many rows did fit LIVE_BYTES."""
     written = count = 0
     with file.open("wb") as sink:
@@ -84,7 +84,7 @@ def _write(scores: Iterator[RowScores], file: Path) -> int:
     return count
 
 
-def _read(file: Path, rows: Sequence[Row]) -> Iterator[RowScores]:
+def read(file: Path, rows: Sequence[Row]) -> Iterator[RowScores]:
     """The rows' scores, mapped from the file."""
     import numpy as np
 

@@ -56,11 +56,11 @@ def measure(live: Live, others: Iterable[RowScores]) -> Parity:
     to_live, to_base, agreements, targets, differences, over = [], [], [], [], [], ""
     for index, other in enumerate(others):
         targets.append(other.targets)
-        over = "all tokens" if other.top is None else f"the server's top {other.top.shape[1]} and the rest as one"
         if index < len(live.scores):
+            over = scoring.over(live.scores[index], other)
             to_live.append(scoring.divergence(live.scores[index], other))
             agreements.append(live.scores[index].top1 == other.top1)
-            differences.append(_largest_difference(live.scores[index], other))
+            differences.append(largest_difference(live.scores[index], other))
         if index < len(live.base):
             to_base.append(scoring.divergence(live.base[index], other))
     kl = np.concatenate(to_live)
@@ -87,7 +87,8 @@ def _mean(rows: Sequence[NDArray[np.float32]]) -> float | None:
     return float(np.concatenate(rows).mean()) if rows else None
 
 
-def _largest_difference(live: RowScores, other: RowScores) -> float | None:
+def largest_difference(live: RowScores, other: RowScores) -> float | None:
+    """Of any log-probability of a row; None where only the top ones are known."""
     import numpy as np
 
     return None if live.full is None or other.full is None else float(np.abs(live.full - other.full).max())

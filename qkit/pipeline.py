@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qkit import fitting, modelcard
+from qkit import fitting, gates, modelcard
 from qkit.device import PeakMeter, detect, out_of_memory
 from qkit.errors import DoesNotFit, MissingArtifact, OutOfMemory, QkitError, StageFailed, UserError
 from qkit.recipe import Recipe
@@ -48,7 +48,11 @@ STAGES: Mapping[str, Stage] = {
         Stage("merge", ("data", "train"), ("model", "quantization", "merge")),
         Stage("export", ("merge",), ("export",)),
         Stage("serve", ("export",), ("serve",)),
-        Stage("verify", ("data", "train", "evaluate", "merge", "export"), ("task", "evaluate", "export", "serve")),
+        Stage(
+            "verify",
+            ("data", "train", "evaluate", "merge", "export"),
+            ("task", "evaluate", "export", "verify", "serve"),
+        ),
         Stage("bench", ("data", "merge", "export"), ("bench", "serve")),
         Stage("report", BEFORE_REPORT, SECTIONS),
     )
@@ -166,6 +170,7 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
 
     Raises:
         StageFailed, UserError: as the stage's own process reported it.
+        ParityFailed: every stage is done, and an artifact failed its gate.
     """
     done = []
     fitting.check(run.recipe, detect())
@@ -188,6 +193,7 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
         if status(run, STAGES["report"]) != "done":
             _start(run, "report", options)
             done.append("report")
+    gates.check(run)
     return done
 
 

@@ -191,7 +191,7 @@ def _dropped(entry: Entry, error: RowError) -> Entry:
 
 # --- Arrow ------------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("input_ids", "labels", "start", "messages", "tools", "answer", "reference", "place")
+COLUMNS = ("input_ids", "labels", "start", "messages", "tools", "answer", "calls", "reference", "place")
 
 
 def schema() -> pa.Schema:
@@ -208,6 +208,7 @@ def _append(columns: dict[str, list[Any]], row: Row, example: Example, place: st
     values = (
         *(row.input_ids, row.labels, row.start),
         *(compact(list(row.messages)), compact(list(row.tools)), row.answer),
+        compact(list(row.reply.get("tool_calls", ()))),
         *(compact(row.answer if reference is None else reference), place),
     )
     for name, value in zip(COLUMNS, values, strict=True):

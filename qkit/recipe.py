@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from qkit.errors import RecipeError
 
 Positive = Annotated[int, Field(gt=0)]
+Limit = Annotated[float, Field(ge=0)] | None
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -193,6 +194,22 @@ class Export(Section):
     formats: tuple[str, ...] = ("onnx-fp32", "onnx-int4", "vllm")
 
 
+class Gate(Section):
+    """How far an artifact may be from the live adapter; null: as far as gates.py lets its kind. `.inf` lets anything pass."""
+
+    kl_mean: Limit = Field(None, description="nats per completion token")
+    kl_p99: Limit = Field(None, description="nats, 99th percentile over completion tokens")
+    top1: Fraction | None = Field(None, description="of an fp32 artifact: the least share of equal top tokens")
+    max_difference: Limit = Field(None, description="of an fp32 artifact: of any log-probability, in nats")
+    score: bool | None = Field(None, description="whether a score that is worse by more than chance fails")
+
+
+class Verify(Section):
+    """What each artifact's measured distance is held against."""
+
+    gates: dict[str, Gate] = Field(default_factory=dict, description="format -> the limits that differ from its kind's")
+
+
 class Serve(Section):
     """vLLM's server; the names are those of its command line."""
 
@@ -230,6 +247,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     merge: Merge = Merge()
     export: Export = Export()
+    verify: Verify = Verify()
     serve: Serve = Serve()
     bench: Bench = Bench()
 
@@ -374,6 +392,13 @@ def _unknown_names(recipe: Recipe) -> Iterator[tuple[Key, str]]:
                 ("export", "formats"),
                 f"unknown format {name!r}{_nearest(name, formats)}; there are: {', '.join(formats)}",
             )
+    gated = ["merged", *formats]
+    for name in recipe.verify.gates:
+        if name not in gated:
+            yield (
+                ("verify", "gates", name),
+                f"verify.gates: unknown format {name!r}{_nearest(name, gated)}; there are: {', '.join(gated)}",
+            )
 
 
 def format_names() -> Iterator[str]:
@@ -406,7 +431,7 @@ def _fields(loc: Key) -> Iterator[str]:
     """The valid keys at a place in the recipe."""
     section: Any = Recipe
     for key in loc:
-        if isinstance(key, int):
+        if isinstance(key, int) or key not in section.model_fields:  # a place in a list, or a name of the user's own
             continue
         annotation = section.model_fields[key].annotation
         args = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]

@@ -139,6 +139,13 @@ class Run:
         entry = self.manifest()["stages"].get(stage)
         return entry is not None and all(_same(self.root / name, output) for name, output in entry["outputs"].items())
 
+    def changed(self, stage: str) -> list[str]:
+        """Files of a stage that are not as they were written, by their content; relative to the run directory."""
+        made = self.outputs(stage).items()
+        return [
+            name for name, digest in made if not (self.root / name).is_file() or sha256_of(self.root / name) != digest
+        ]
+
     def hash_outputs(self, stage: str) -> dict[str, Output]:
         """Hash what a stage made; not checkpoints, which are only for going on, nor the model card, which later stages add to."""
         files = sorted(p for p in self.folder(stage).rglob("*") if p.is_file())

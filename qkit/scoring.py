@@ -22,13 +22,14 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out rows as the data stage left them."""
+    """The held-out rows as the data stage left them. `calls`: the tool calls of each answer."""
 
     rows: tuple[Row, ...]
     messages: tuple[list[dict[str, Any]], ...]
     tools: tuple[list[dict[str, Any]], ...]
     references: tuple[Any, ...]
     answers: tuple[str, ...]
+    calls: tuple[list[dict[str, Any]], ...]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def read_held_out(file: Path) -> HeldOut:
         tools=tuple(json.loads(r["tools"]) for r in records),
         references=tuple(json.loads(r["reference"]) for r in records),
         answers=tuple(r["answer"] for r in records),
+        calls=tuple(json.loads(r.get("calls") or "[]") for r in records),
     )
 
 
@@ -114,26 +116,49 @@ def heldout_targets(runtime: Runtime, held_out: HeldOut, tick: Callable[[], None
 def divergence(live: RowScores, other: RowScores) -> NDArray[np.float32]:
     """KL(live || other) in nats at each completion token of a row, [T].
 
-    Over the whole vocabulary where `other` has it; else over its top tokens and the rest as one: a lower bound of the true KL.
+    Over the whole vocabulary where both have it; else over the tokens that both show and the rest as one: a lower bound of the true KL.
     """
     import numpy as np
 
-    assert live.full is not None
-    if other.full is not None:
+    if live.full is not None and other.full is not None:
         difference: NDArray[np.float32] = np.sum(np.exp(live.full) * (live.full - other.full), axis=1)
         return difference
-    assert other.top is not None and other.top_ids is not None
-    kept = np.take_along_axis(live.full, other.top_ids, axis=1)
-    inside = np.sum(np.exp(kept) * (kept - other.top), axis=1)
-    live_rest, other_rest = _rest(kept), _rest(other.top)
-    outside: NDArray[np.float32] = live_rest * (np.log(live_rest) - np.log(other_rest))
-    bound: NDArray[np.float32] = (inside + outside).astype(np.float32)
+    ours, theirs, shared = _shared(live, other)
+    with np.errstate(invalid="ignore"):
+        inside = np.where(shared, np.exp(ours) * (ours - theirs), 0.0).sum(axis=1)
+    our_rest, their_rest = _rest(ours, shared), _rest(theirs, shared)
+    bound: NDArray[np.float32] = (inside + our_rest * (np.log(our_rest) - np.log(their_rest))).astype(np.float32)
     return bound
 
 
-def _rest(top: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probability outside the given tokens, kept above zero against rounding."""
+def over(live: RowScores, other: RowScores) -> str:
+    """What `divergence` sums over, in words."""
+    tops = [scores.top.shape[1] for scores in (live, other) if scores.full is None and scores.top is not None]
+    if not tops:
+        return "all tokens"
+    both = "both servers'" if len(tops) > 1 else "the server's"
+    return f"{both} top {min(tops)} and the rest as one: a lower bound"
+
+
+def _shared(live: RowScores, other: RowScores) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Log-probabilities of both, [T, k], and which of them are of a token that both show."""
     import numpy as np
 
-    rest: NDArray[np.float32] = np.maximum(1.0 - np.exp(top).sum(axis=1), 1e-9)
+    shown = other if live.full is not None else live
+    assert shown.top is not None and shown.top_ids is not None
+    hidden = live if live.full is not None else other
+    if hidden.full is not None:
+        found, shared = np.take_along_axis(hidden.full, shown.top_ids, axis=1), np.isfinite(shown.top)
+    else:
+        assert hidden.top is not None and hidden.top_ids is not None
+        same = shown.top_ids[:, :, None] == hidden.top_ids[:, None, :]
+        found, shared = np.take_along_axis(hidden.top, same.argmax(axis=2), axis=1), same.any(axis=2)
+    return (found, shown.top, shared) if hidden is live else (shown.top, found, shared)
+
+
+def _rest(known: NDArray[Any], shared: NDArray[Any]) -> NDArray[np.float32]:
+    """Probability outside the tokens that both show, kept above zero against rounding."""
+    import numpy as np
+
+    rest: NDArray[np.float32] = np.maximum(1.0 - np.where(shared, np.exp(known), 0.0).sum(axis=1), 1e-9)
     return rest

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qkit import gates
 from qkit.device import detect
 from qkit.run import Peak, Run, write_json
 from qkit.runtimes.vllm import Server
@@ -28,6 +29,7 @@ def run(run: Run, out: Path) -> Peak:
 
 def serve(run: Run, ready: Callable[[Server], None], wait: Callable[[Server], None]) -> None:
     """Serve for a person: call `ready` when it answers, then `wait`, then stop it."""
+    gates.check_served(run, "vllm")
     with server(run, port=run.recipe.serve.port) as running:
         ready(running)
         wait(running)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 SCORE_KEYS = ("score", "low", "high", "rows", "heldout_loss")
-PARITY_KEYS = ("kl_mean", "kl_p99", "top1", "status", "tokens", "over")
+PARITY_KEYS = ("kl_mean", "kl_p99", "top1", "status", "failed", "tokens", "over")
 LATENCY_KEYS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
 LOAD_KEYS = ("runtime", "artifact", "concurrency")
 THROUGHPUT_KEYS = ("output_tokens_per_second", "output_tokens_per_second_range")
@@ -145,6 +145,14 @@ def verdict(figures: Summary) -> str:
     return "The intervals of base model and adapter overlap: the difference may be chance."
 
 
+def refused(figures: Summary) -> list[tuple[str, str]]:
+    """(artifact, why) for every limit that one did not keep."""
+    from qkit.gates import Breach
+
+    marked = ((name, breach) for name, parity in figures["parity"].items() for breach in parity["failed"] or ())
+    return [(name, Breach(**breach).words) for name, breach in marked]
+
+
 def farthest(figures: Summary) -> str | None:
     """The artifact with the largest mean distance to the live adapter."""
     distances = {name: p["kl_mean"] for name, p in figures["parity"].items() if p["kl_mean"] is not None}
@@ -246,6 +254,7 @@ def screen(figures: Summary) -> RenderableType:
     beside = Table.grid(padding=(0, 3, 0, 0))
     beside.add_row(_stages_table(figures), *([_quality_table(figures)] if quality(figures) else []))
     parts: list[RenderableType] = [Text(headline(figures), style="bold"), Text(), beside]
+    parts += [Text(f"{name} failed its gate: {why}", style=STYLES["failed"]) for name, why in refused(figures)]
     if figures["bench"]:
         parts += [Text(), _bench_table(figures)]
     return Group(*parts)
@@ -267,8 +276,9 @@ def _quality_table(figures: Summary) -> Table:
     """Score and distance to the trained model, one line for each artifact."""
     table = _table("artifact", "score", "interval", "KL", "top-1")
     for name, score, parity in quality(figures):
-        scored = _cells(name, fixed(score["score"]), interval_text(score))
-        table.add_row(*scored, *_cells(kl_text(parity["kl_mean"]), fixed(_times(parity["top1"], 100))))
+        style = STYLES["failed"] if parity["status"] == "failed" else ""
+        scored = (name, fixed(score["score"]), interval_text(score))
+        table.add_row(*_cells(*scored, kl_text(parity["kl_mean"]), fixed(_times(parity["top1"], 100)), style=style))
     return table
 
 

@@ -1,44 +1,138 @@
-"""The stage `verify`: each artifact against the live adapter on the held-out rows.
+"""The stage `verify`: each artifact against the live adapter on the held-out rows, and against its gate.
 
-Per completion token of the reference answers: KL(live || artifact) and top-1 agreement; and the task's score. Measured, not yet judged.
+Per completion token of the reference answers: KL(live || artifact) and top-1 agreement; and the task's score. An artifact that fails its gate
+fails no measurement: it is kept with a mark, and whoever asks for the artifact is told (`gates.check`).
 
-    verify/parity.json   parity and scores by artifact
+    verify/parity.json   parity, gate and scores by artifact
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit import live, model, parity, scoring
-from qkit.artifacts import artifacts, open_artifact
-from qkit.errors import ParityFailed
+from qkit import contract, gates, live, model, parity, scoring
+from qkit.artifacts import MERGED, Artifact, artifacts, open_artifact
+from qkit.device import detect
+from qkit.errors import MissingArtifact, ParityFailed
+from qkit.parity import Parity
 from qkit.run import Run, read_json, write_json
-from qkit.runtime import Runtime
+from qkit.runtime import Row, RowScores, Runtime, open_runtime
 from qkit.task import open_task
 
-CONTRACT_ROWS = 8
+EXACT_ROWS = 32  # what a graph changes it changes in every row
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was seen of an artifact. `right`: which of its answers count."""
+
+    parity: Parity
+    right: tuple[bool, ...]
+    exactness: gates.Exactness | None = None
+    contract: tuple[contract.Check, ...] = ()
 
 
 def run(run: Run, out: Path) -> None:
-    """Compare the merged model and every export with the live adapter; never two models in memory at once."""
+    """Compare the merged model and every export with the live adapter; never two models in memory at once.
+
+    Raises:
+        MissingArtifact: an artifact's file is not the one that its stage wrote.
+    """
+    _check_hashes(run)
     held_out = scoring.read_held_out(run.need("data", "test.parquet"))
-    reference = live.recorded(run, held_out.rows)
-    tokenizer = model.tokenizer_of(run.recipe.model)
     distances, scores = {}, {}
     for artifact in run.progress.track(artifacts(run), "verify", 1 + len(run.recipe.export.formats)):
         run.progress.say(f"verify: {artifact.name}")
-        with open_artifact(run, artifact, "verify") as runtime:
-            contract = _check_contract(runtime, held_out) if hasattr(runtime, "prompt_ids") else None
-            completions = _completions(run, runtime, held_out)
-            measured = parity.measure(reference, runtime.score(held_out.rows))
-        distances[artifact.name] = {**measured.to_dict(), "status": "measured", "prompts_equal": contract}
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        scores[artifact.name] = _score(run, texts, measured.heldout_loss, held_out)
+        try:
+            measured = known(run, artifact) or _measure(run, artifact, held_out)
+        except ParityFailed:  # its log-probabilities are none
+            distances[artifact.name] = _entry(gates.FAILED, [gates.Breach("numbers")])
+            continue
+        distances[artifact.name] = _judged(run, artifact.name, measured)
+        score = scoring.score(measured.right, measured.parity.heldout_loss, run.recipe.evaluate, run.recipe.seed)
+        scores[artifact.name] = asdict(score)
     live.forget(run)
     write_json(out / "parity.json", {"parity": distances, "scores": scores})
+
+
+def _check_hashes(run: Run) -> None:
+    for stage in ("merge", "export"):
+        if changed := run.changed(stage):
+            raise MissingArtifact(
+                f"{run.root / changed[0]}: not the file that the stage `{stage}` wrote (its sha256 is another): damaged, or from another run; "
+                f"delete {run.folder(stage)} and `qkit {stage} {run.root}` makes it again"
+            )
+
+
+def known(run: Run, artifact: Artifact) -> Measured | None:
+    """What the merge stage has measured of the merged model already, when it chose it among candidates."""
+    file = run.folder("merge") / "candidates.json"
+    if artifact.name != MERGED or not file.is_file():
+        return None
+    chosen = read_json(file).get("chosen_measured")
+    return chosen and Measured(Parity(**chosen["parity"]), tuple(chosen["right"]))
+
+
+def _measure(run: Run, artifact: Artifact, held_out: scoring.HeldOut) -> Measured:
+    """Open it once, ask all, close it."""
+    reference = live.recorded(run, held_out.rows)
+    with _made_from(run, artifact, held_out.rows[:EXACT_ROWS]) as source:
+        exact = _Exact(source)
+        with open_artifact(run, artifact, "verify") as runtime:
+            checks = _contract(run, artifact, runtime)
+            completions = _completions(run, runtime, held_out)
+            measured = parity.measure(reference, exact.seen(runtime.score(held_out.rows)))
+    texts = model.tokenizer_of(run.recipe.model).batch_decode(completions, skip_special_tokens=True)
+    right = scoring.grade(texts, held_out, open_task(run.recipe.task), run.recipe.evaluate)
+    return Measured(measured, tuple(right), exact.found(), checks)
+
+
+def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[contract.Check, ...]:
+    """What the server does with conversations; of a folder that is no server's, what it would do. A folder of one file is not asked."""
+    if served := getattr(runtime, "live", None):
+        return contract.check(run, served["url"], served["model"]).checks
+    return contract.check_folder(run, artifact.path).checks if (artifact.path / "config.json").is_file() else ()
+
+
+@contextmanager
+def _made_from(run: Run, artifact: Artifact, rows: Sequence[Row]) -> Iterator[tuple[RowScores, ...]]:
+    """What the merged model says of these rows in fp32, on disk for as long as it is wanted; nothing for what is not held to it."""
+    if not gates.is_exact(artifact.name):
+        yield ()
+        return
+    merged = run.need("merge", "config.json").parent
+    with tempfile.TemporaryDirectory(dir=run.root / ".work") as folder:
+        file = Path(folder) / "merged"
+        with open_runtime("transformers", merged, detect(), dtype="float32") as runtime:
+            count = live.write(runtime.score(rows), file)
+        yield tuple(live.read(file, rows[:count]))
+
+
+class _Exact:
+    """Compares scores with those of the model they should equal, as they pass by."""
+
+    def __init__(self, source: Sequence[RowScores]):
+        self.source = source
+        self.agreements: list[float] = []
+        self.differences: list[float] = []
+
+    def seen(self, scores: Iterable[RowScores]) -> Iterator[RowScores]:
+        for index, row in enumerate(scores):
+            if index < len(self.source):
+                wanted = self.source[index]
+                self.agreements += (wanted.top1 == row.top1).tolist()
+                self.differences.append(parity.largest_difference(wanted, row) or 0.0)
+            yield row
+
+    def found(self) -> gates.Exactness | None:
+        if not self.agreements:
+            return None
+        return gates.Exactness(sum(self.agreements) / len(self.agreements), max(self.differences))
 
 
 def _completions(run: Run, runtime: Runtime, held_out: scoring.HeldOut) -> list[list[int]]:
@@ -48,23 +142,21 @@ def _completions(run: Run, runtime: Runtime, held_out: scoring.HeldOut) -> list[
     return runtime.generate([row.prompt for row in held_out.rows], section.max_new_tokens, stop, section.batch_size)
 
 
-def _score(run: Run, texts: Sequence[str], heldout_loss: float, held_out: scoring.HeldOut) -> dict[str, float]:
-    section = run.recipe.evaluate
-    right = scoring.grade(texts, held_out, open_task(run.recipe.task), section)
-    return asdict(scoring.score(right, heldout_loss, section, run.recipe.seed))
+def _judged(run: Run, name: str, measured: Measured) -> dict[str, Any]:
+    """The artifact's entry in parity.json."""
+    gate, gain = gates.gate_of(name, run.recipe), gates.gain_over_live(run, measured.right)
+    failed = gates.judge(gate, measured.parity, gain, measured.exactness)
+    broken = [check for check in measured.contract if check.status == contract.DIFFERS]
+    failed += [gates.Breach("contract", detail=f"{check.name}: {check.detail}") for check in broken]
+    return {
+        **_entry(gates.FAILED if failed else gates.PASSED, failed),
+        **measured.parity.to_dict(),
+        "gate": gate.model_dump(exclude_none=True),
+        "gain": gain,
+        "made_from": measured.exactness and asdict(measured.exactness),
+        "contract": [asdict(check) for check in measured.contract],
+    }
 
 
-def _check_contract(runtime: Any, held_out: scoring.HeldOut) -> int:
-    """How many of the first rows the server renders to exactly the prompt ids that were trained on.
-
-    Raises:
-        ParityFailed: one that it renders to others.
-    """
-    for index, row in enumerate(held_out.rows[:CONTRACT_ROWS]):
-        served = runtime.prompt_ids(held_out.messages[index], held_out.tools[index])
-        if served != list(row.prompt):
-            raise ParityFailed(
-                f"held-out row {index}: the server's chat template makes {len(served)} prompt tokens where training saw {row.start}: "
-                "the template or the tokenizer changed on the way to the server"
-            )
-    return min(CONTRACT_ROWS, len(held_out.rows))
+def _entry(status: str, failed: Sequence[gates.Breach]) -> dict[str, Any]:
+    return {"status": status, "failed": [asdict(breach) for breach in failed]}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+
+if TYPE_CHECKING:
+    from qkit.run import Run
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -114,6 +117,8 @@ def tiny_settings(model: Path, rows: Path) -> dict[str, Any]:
         "lora": {"r": 4, "lora_alpha": 8},
         "train": {"max_steps": 4, "learning_rate": 1e-2, "save_steps": 2},
         "evaluate": {"max_new_tokens": 8},
+        # Random weights as large as these magnify every rounding: no measure of a format.
+        "verify": {"gates": {"vllm": {"kl_mean": 0.01}, "onnx-int4": {"kl_mean": 0.5}}},
         "serve": {"port": 0, "max_model_len": 256, "enforce_eager": True},
         "bench": {"concurrency": [1, 2], "output_tokens": 4, "repeats": 1},
     }
@@ -125,3 +130,25 @@ def tiny_recipe(tmp_path: Path, tiny_model: Path, rows_file: Path) -> Path:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(tiny_settings(tiny_model, rows_file)), encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Run:
+    """A tiny run through `merge`, with a system turn in every row and a learning rate at which the fine-tune shows. Not to be changed."""
+    from qkit import pipeline
+    from qkit.recipe import load
+    from qkit.run import Run
+
+    folder = tmp_path_factory.mktemp("trained")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(24)), encoding="utf-8")
+    settings = tiny_settings(tiny_model, rows)
+    settings["data"]["system"] = "Be brief."
+    settings["train"] = {"max_steps": 20, "learning_rate": 2e-2}
+    settings["export"] = {"formats": []}
+    settings["bench"]["runtimes"] = ["transformers"]
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    run = Run.create(folder / "run", load(folder / "tiny.yaml"))
+    for stage in ("data", "train", "evaluate", "merge"):
+        pipeline.execute(run, stage)
+    return run

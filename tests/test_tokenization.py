@@ -259,7 +259,7 @@ def test_an_answer_that_only_calls_is_learnt_as_the_template_writes_it(family: s
 
 COLUMNS = {
     **dict.fromkeys(("input_ids", "labels"), "list<element: int32>"),
-    **dict.fromkeys(("messages", "tools", "answer", "reference", "place"), "string"),
+    **dict.fromkeys(("messages", "tools", "answer", "calls", "reference", "place"), "string"),
     **dict.fromkeys(("start", "pack", "position"), "int32"),
 }
 

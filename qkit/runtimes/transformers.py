@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.device import Device, PeakMeter, released
+from qkit.errors import ModelError
 from qkit.runtime import Row, RowScores, Runtime
 
 if TYPE_CHECKING:
@@ -19,10 +20,14 @@ SCORE_TOKENS = 2048  # right-padded tokens per forward when scoring
 
 
 def open(artifact: Path, device: Device, **options: Any) -> Runtime:
-    """A model folder, in bf16. With `recipe` and `adapter` in options: the live model, quantized as it was trained."""
+    """A model folder, in bf16 or in `dtype` of options. With `recipe` and `adapter` in options: the live model, quantized as it was trained."""
     meter = PeakMeter(device)
     recipe: Recipe | None = options.get("recipe")
-    loaded = _merged(artifact, device) if recipe is None else _live(artifact, recipe, device, options.get("adapter"))
+    loaded = (
+        _merged(artifact, device, options)
+        if recipe is None
+        else _live(artifact, recipe, device, options.get("adapter"))
+    )
     return TransformersRuntime(loaded, meter)
 
 
@@ -32,13 +37,33 @@ def _live(folder: Path, recipe: Recipe, device: Device, adapter: Path | None) ->
     return model.load_live(folder, recipe, device, adapter)
 
 
-def _merged(folder: Path, device: Device) -> PreTrainedModel:
+def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrainedModel:
+    """Loaded as it is; what transformers would make up with random numbers is an error.
+
+    Raises:
+        ModelError: weights are damaged, missing, of another shape, or more than the model has.
+    """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.bfloat16, device_map=device.device_map
-    )
+    dtype = getattr(torch, options.get("dtype", "bfloat16"))
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, device_map=device.device_map, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise ModelError(f"{folder}: its weights are damaged ({error}); make the folder again") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ModelError(
+            f"{folder}: its weights have other shapes than its config.json says; make the folder again"
+        ) from None
+    for what in ("missing_keys", "unexpected_keys"):
+        if names := sorted(name for name in report[what] if name.endswith(".weight")):
+            words = {"missing_keys": "lacks", "unexpected_keys": "has, and its config.json knows nothing of,"}[what]
+            raise ModelError(f"{folder}: {words} {names[0]} and {len(names) - 1} more weights; make the folder again")
     return loaded.eval()
 
 

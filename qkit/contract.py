@@ -1,0 +1,408 @@
+"""The serve contract: a running server makes of a conversation what training made of it, token by token, and stops where it stopped.
+
+What counts is what the server does. So it is asked, over HTTP: for the ids of a prompt, for what ends an answer, for its longest context. Only
+what no request can show (dtype, default sampling) is read from the folder that it says it serves, when that is on this machine.
+
+A folder that no server has loaded yet is asked the same: by its own tokenizer, template and generation config.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qkit import scoring
+from qkit.errors import ModelError, ParityFailed, ServerError
+from qkit.export._job import split
+from qkit.run import Run, read_json
+from qkit.scoring import HeldOut
+from qkit.tensor_files import read, shards, tensor_specs
+
+if TYPE_CHECKING:
+    import httpx
+
+OK, DIFFERS, NOTED, NOT_CHECKED = "ok", "differs", "noted", "not checked"
+ROWS = 8
+FORCED = 100.0  # added to the logit of a token that shall be said: the most that OpenAI's logit_bias takes
+# What vLLM takes from generation_config.json for requests that do not name it, and its own value where that does not either.
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+REQUEST_SECONDS = 60.0
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by a format's variant
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that training and server must agree on. `status`: ok, differs, noted (worth knowing, no fault) or not checked."""
+
+    name: str
+    status: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What was found of the model `model` that the server at `url` offers; or that lies in the folder `url`."""
+
+    url: str
+    model: str
+    checks: tuple[Check, ...]
+
+    @property
+    def broken(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.status == DIFFERS)
+
+    def enforce(self) -> None:
+        """Raises ParityFailed when anything differs."""
+        if self.broken:
+            said = "\n".join(f"{check.name}: {check.detail}" for check in self.broken)
+            raise ParityFailed(f"{self.url} does not do with {self.model} what training did\n{said}")
+
+
+def check(run: Run, url: str, model: str | None = None, rows: int = ROWS) -> Contract:
+    """Compare a running OpenAI-compatible server with what the run was trained on, on `rows` of its held-out conversations.
+
+    `model`: the name it is served under; default: the only one there is.
+
+    Raises:
+        ServerError: no server answers there, or it does not know the model.
+    """
+    held_out = scoring.read_held_out(run.need("data", "test.parquet"))
+    with _Server(url, model) as server:
+        return Contract(url, server.model, tuple(_checks(run, server, held_out, rows)))
+
+
+def check_folder(run: Run, folder: Path, rows: int = ROWS) -> Contract:
+    """The same of a model folder: what any program will do that loads its tokenizer, template and generation config."""
+    held_out = scoring.read_held_out(run.need("data", "test.parquet"))
+    return Contract(str(folder), folder.name, tuple(_checks(run, _Folder(folder), held_out, rows)))
+
+
+def offered(url: str) -> dict[str, Any]:
+    """What a server says of the model it serves: `id`, and where it says so `root` and `max_model_len`.
+
+    Raises:
+        ServerError: no server answers there.
+    """
+    with _Server(url, None) as server:
+        return server.described
+
+
+def _checks(run: Run, server: _Asked, held_out: HeldOut, rows: int) -> Iterator[Check]:
+    numbers = _spread([n for n, messages in enumerate(held_out.messages) if messages], rows)
+    served = server.folder()
+    yield _prompts(run, server, held_out, numbers)
+    yield _stop(run, server, held_out)
+    yield _length(run, server, held_out)
+    yield _dtype(run, served)
+    yield _head(served)
+    yield _sampling(served)
+    yield _tools(server, held_out, rows)
+
+
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    """At most `count` of them, from all over."""
+    return [numbers[i * len(numbers) // count] for i in range(count)] if len(numbers) > count else list(numbers)
+
+
+# --- the checks -----------------------------------------------------------------------------------------------------
+
+
+def _prompts(run: Run, server: _Asked, held_out: HeldOut, numbers: Sequence[int]) -> Check:
+    """Whether each conversation becomes the token ids that training saw up to the answer."""
+    name = "prompt tokens"
+    if not numbers:
+        return Check(name, NOT_CHECKED, "the held-out rows are plain text: there are no turns to write")
+    for number in numbers:
+        answer = server.prompt_ids(held_out.messages[number], held_out.tools[number])
+        if answer is None:
+            return Check(name, NOT_CHECKED, "the server has no /tokenize that takes messages")
+        if isinstance(answer, str):
+            return Check(name, DIFFERS, f"held-out row {number}: refused: {answer}")
+        if answer != list(held_out.rows[number].prompt):
+            return Check(name, DIFFERS, _parting(run, number, held_out.rows[number].prompt, answer))
+    tools = sum(bool(held_out.tools[number]) for number in numbers)
+    return Check(name, OK, f"{len(numbers)} held-out conversations, {tools} with tools: the ids that training saw")
+
+
+def _parting(run: Run, number: int, trained: Sequence[int], served: Sequence[int]) -> str:
+    """Where two prompts part, in words and in tokens."""
+    from qkit.model import tokenizer_of
+
+    pairs = zip(trained, served, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(trained), len(served)))
+    tokenizer = tokenizer_of(run.recipe.model)
+    seen, made = (tokenizer.decode(list(ids[place : place + 12])) for ids in (trained, served))
+    return (
+        f"held-out row {number}: it makes {len(served)} prompt tokens where training saw {len(trained)}; from token {place} on "
+        f"training saw {seen!r}, it writes {made!r}: the template or the tokenizer changed on the way"
+    )
+
+
+def _stop(run: Run, server: _Asked, held_out: HeldOut) -> Check:
+    """Whether an answer ends with the tokens that ended it in training: each is made the likeliest by far, and must be the last."""
+    name = "stop tokens"
+    trained: list[int] = read_json(run.need("data", "tokens.json"))["stop"]
+    talks_on = [token for token in trained if not server.stops_at(held_out.rows[0].prompt, token)]
+    if talks_on:
+        return Check(
+            name,
+            DIFFERS,
+            f"the server talks on after token {talks_on[0]}, which ended every answer in training: "
+            "eos_token_id in the served generation_config.json must name it",
+        )
+    return Check(name, OK, f"an answer ends at {', '.join(map(str, trained))}, as in training")
+
+
+def _length(run: Run, server: _Asked, held_out: HeldOut) -> Check:
+    name = "length"
+    if server.max_model_len is None:
+        return Check(name, NOT_CHECKED, "it does not say how long a context it takes")
+    trained = [length for length, *_ in read_json(run.need("data", "summary.json")).get("lengths", ())]
+    longest = max(
+        min(max(trained, default=0), run.recipe.data.max_length), *(len(row.input_ids) for row in held_out.rows)
+    )
+    said = f"it takes {server.max_model_len} tokens, the longest row of training has {longest}"
+    if server.max_model_len < longest:
+        return Check(name, DIFFERS, f"{said}: raise serve.max_model_len")
+    return Check(name, OK, said)
+
+
+def _dtype(run: Run, served: Path | None) -> Check:
+    name = "dtype"
+    if served is None:
+        return Check(name, NOT_CHECKED, "the server does not say where on this machine its model is")
+    if not any(served.glob("*.safetensors")):
+        return Check(name, NOT_CHECKED, "its weights are not safetensors")
+    config, note = _read(served / "config.json"), _read(served / "qkit.json")
+    found = config.get("dtype", config.get("torch_dtype"))
+    wanted = DTYPES.get(split(note.get("format", ""))[1], run.recipe.merge.dtype)
+    said = f"its config says {found}, the run made {wanted}"
+    return Check(name, OK if found == wanted else DIFFERS, said)
+
+
+def _head(served: Path | None) -> Check:
+    """A config that ties the head to the embedding beside weights that hold another head: vLLM takes the one, transformers the other."""
+    name = "tied head"
+    if served is None or not any(served.glob("model*.safetensors")):
+        return Check(name, NOT_CHECKED, "no safetensors on this machine")
+    if not _read(served / "config.json").get("tie_word_embeddings"):
+        return Check(name, OK, "the head is not tied to the embedding")
+    names = [found for shard in shards(served) for found in tensor_specs(shard)]
+    pair = [found for found in names if found.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    held = [tensor for _, tensor in read(served, pair)]
+    if len(held) > 1 and not held[0].equal(held[1]):
+        said = f"config.json ties the head to the embedding, and {pair[0]} and {pair[1]} differ: runtimes will not agree on the head"
+        return Check(name, DIFFERS, f"{said}; set tie_word_embeddings to false")
+    return Check(name, OK, "one matrix is embedding and head")
+
+
+def _sampling(served: Path | None) -> Check:
+    """Evaluation was greedy. What a request gets that names no temperature is the server's choice, so it is said."""
+    name = "default sampling"
+    if served is None:
+        return Check(name, NOT_CHECKED, "the server does not say where on this machine its model is")
+    own = _read(served / "generation_config.json")
+    found = {key: own[key] for key in SAMPLING if own.get(key) is not None}
+    values = {**SAMPLING, **found}
+    lasting = {key: value for key, value in found.items() if key == "repetition_penalty" and value != 1}
+    if values["temperature"] == 0 and not lasting:
+        return Check(name, OK, "greedy, as in evaluation")
+    said = ", ".join(
+        f"{key} {value:g}" for key, value in values.items() if value != SAMPLING[key] or key == "temperature"
+    )
+    more = ", repetition_penalty=1" if lasting else ""
+    return Check(name, NOTED, f"a request that names none gets {said}; evaluation was greedy: send temperature=0{more}")
+
+
+def _tools(server: _Asked, held_out: HeldOut, rows: int) -> Check:
+    """Whether the server's parser reads the calls back from the text that training taught: the server is made to say just that text."""
+    name = "tool calls"
+    numbers = _spread([n for n, calls in enumerate(held_out.calls) if calls and held_out.tools[n]], rows)
+    if not numbers:
+        return Check(name, NOT_CHECKED, "no held-out answer holds tool calls")
+    for number in numbers:
+        answer = server.said(held_out.messages[number], held_out.tools[number], held_out.answers[number])
+        if isinstance(answer, str):
+            return Check(name, NOT_CHECKED, f"the server parses no tool calls: {answer}")
+        wanted = [_named(call) for call in held_out.calls[number]]
+        if (parsed := [_named(call) for call in answer.get("tool_calls") or ()]) != wanted:
+            return Check(
+                name,
+                DIFFERS,
+                f"held-out row {number}: from {held_out.answers[number]!r} the server's parser reads {parsed or 'no call'}, "
+                f"the row holds {wanted}: another --tool-call-parser fits this template",
+            )
+    return Check(name, OK, f"{len(numbers)} trained answers: the server's parser returns the calls that the rows hold")
+
+
+def _named(call: Mapping[str, Any]) -> tuple[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments") or {}
+    return function["name"], json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(file) if file.is_file() else {}
+    return found
+
+
+# --- who is asked ---------------------------------------------------------------------------------------------------
+
+
+class _Asked(Protocol):
+    """What the checks ask of a server, or of a folder in its place."""
+
+    max_model_len: int | None
+
+    def folder(self) -> Path | None:
+        """The model folder that it serves, when it is on this machine."""
+
+    def prompt_ids(self, messages: Sequence[Any], tools: Sequence[Any]) -> list[int] | str | None:
+        """The ids that it makes of a conversation; why it refuses; None if it cannot be asked."""
+
+    def stops_at(self, prompt: Sequence[int], token: int) -> bool:
+        """Whether saying this token ends an answer."""
+
+    def said(self, messages: Sequence[Any], tools: Sequence[Any], text: str) -> dict[str, Any] | str:
+        """Its message when it can say nothing but `text`; or why it does not take tools."""
+
+
+class _Folder:
+    """What a program will do that loads a folder as it is."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        config = _read(path / "config.json")
+        self.max_model_len: int | None = config.get("max_position_embeddings")
+        self.refusal = "" if (path / "tokenizer_config.json").is_file() else "it holds no tokenizer"
+        self.tokenizer: Any = None
+
+    def folder(self) -> Path:
+        return self.path
+
+    def prompt_ids(self, messages: Sequence[Any], tools: Sequence[Any]) -> list[int] | str | None:
+        from qkit import model, recipe, template
+
+        try:
+            self.tokenizer = self.tokenizer or model.load_tokenizer(self.path, recipe.Model(source=str(self.path)))
+            text = template.render(self.tokenizer, messages, tools, answered=False)
+        except (ModelError, template.TemplateRefusal, OSError, ValueError) as error:
+            return self.refusal or str(error)[:300]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def stops_at(self, prompt: Sequence[int], token: int) -> bool:
+        """The generation config decides; without one transformers and vLLM take the config's."""
+        own, config = _read(self.path / "generation_config.json"), _read(self.path / "config.json")
+        named = own.get("eos_token_id", config.get("eos_token_id"))
+        return token in (named if isinstance(named, list) else [named])
+
+    def said(self, messages: Sequence[Any], tools: Sequence[Any], text: str) -> dict[str, Any] | str:
+        return "only a server does"
+
+
+class _Server:
+    """What a running server says when asked."""
+
+    def __init__(self, url: str, model: str | None):
+        import httpx
+
+        self.url = url
+        self.client = httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), timeout=REQUEST_SECONDS)
+        try:
+            self.described = self._described(model)
+        except BaseException:
+            self.client.close()
+            raise
+        self.model = str(self.described["id"])
+        self.max_model_len: int | None = self.described.get("max_model_len")
+
+    def __enter__(self) -> _Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+    def _described(self, model: str | None) -> dict[str, Any]:
+        """The entry of /v1/models."""
+        models = self._ask("GET", "/v1/models").json()["data"]
+        offered = [entry for entry in models if model in (None, entry["id"])]
+        if not offered:
+            names = ", ".join(entry["id"] for entry in models)
+            raise ServerError(f"the server at {self.url} does not serve {model}; it offers {names}")
+        return {**models[0], **offered[0]}
+
+    def _ask(self, method: str, path: str, body: Any = None, refusable: bool = False) -> httpx.Response:
+        import httpx
+
+        try:
+            answer = self.client.request(method, path, json=body)
+        except httpx.TransportError as error:
+            raise ServerError(
+                f"no server answers at {self.url} ({type(error).__name__}); start one with `qkit serve`"
+            ) from None
+        if answer.status_code != 200 and not refusable:
+            raise ServerError(f"the server at {self.url} answered {answer.status_code} to {path}: {answer.text[:300]}")
+        return answer
+
+    def folder(self) -> Path | None:
+        folder = Path(self.described.get("root") or "")
+        return folder if (folder / "config.json").is_file() else None
+
+    def prompt_ids(self, messages: Sequence[Any], tools: Sequence[Any]) -> list[int] | str | None:
+        body = {"model": self.model, "messages": _as_request(messages), "add_generation_prompt": True}
+        answer = self._ask("POST", "/tokenize", {**body, **({"tools": list(tools)} if tools else {})}, refusable=True)
+        if answer.status_code in (404, 405):
+            return None
+        if answer.status_code != 200:
+            return answer.text[:300]
+        tokens: list[int] = answer.json()["tokens"]
+        return tokens
+
+    def stops_at(self, prompt: Sequence[int], token: int) -> bool:
+        body = {"model": self.model, "prompt": list(prompt), "max_tokens": 3, "temperature": 0.0}
+        choice = self._ask("POST", "/v1/completions", {**body, "logit_bias": {str(token): FORCED}}).json()["choices"][0]
+        return bool(choice["finish_reason"] == "stop")
+
+    def said(self, messages: Sequence[Any], tools: Sequence[Any], text: str) -> dict[str, Any] | str:
+        body = {
+            "model": self.model,
+            "messages": _as_request(messages),
+            "tools": list(tools),
+            "tool_choice": "auto",
+            "temperature": 0.0,
+            "structured_outputs": {"choice": [text]},
+        }
+        answer = self._ask("POST", "/v1/chat/completions", body, refusable=True)
+        if answer.status_code != 200:
+            return answer.text[:300]
+        message: dict[str, Any] = answer.json()["choices"][0]["message"]
+        return message
+
+
+def _as_request(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Turns as OpenAI's API has them: a call's arguments are text there."""
+    return [{**turn, **({"tool_calls": _calls(turn)} if turn.get("tool_calls") else {})} for turn in messages]
+
+
+def _calls(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
+    made = []
+    for number, call in enumerate(turn["tool_calls"]):
+        function = call["function"]
+        arguments = function["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        made.append({"id": f"call_{number}", **call, "function": {**function, "arguments": text}})
+    return made
+
+
+# --- on a screen ----------------------------------------------------------------------------------------------------
+
+
+def screen(found: Contract) -> str:
+    """One line for each check."""
+    width = max(len(check.name) for check in found.checks)
+    lines = [f"{check.name:<{width}}  {check.status}: {check.detail}" for check in found.checks]
+    return "\n".join([f"{found.url} serves {found.model}", *lines])

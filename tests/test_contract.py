@@ -1,0 +1,217 @@
+"""The serve contract against a real vLLM server: one server, and runs that were trained otherwise than it serves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import tiny_settings
+from test_pipeline import qkit
+
+from qkit import compare, contract, pipeline
+from qkit.device import detect
+from qkit.errors import ParityFailed, ServerError
+from qkit.progress import Progress
+from qkit.recipe import Serve, load
+from qkit.run import Run, read_json, write_json
+from qkit.runtimes import vllm
+
+PARSER = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+# Tools in the first turn, and calls as Hermes and Qwen write them.
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] or '' }}"
+    "{% for call in message['tool_calls'] or [] %}<tool_call>\n"
+    "{\"name\": \"{{ call['function']['name'] }}\", \"arguments\": {{ call['function']['arguments'] | tojson }}}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add two numbers.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a"]},
+    },
+}  # fmt: skip
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """Every other one calls a tool; one has called before."""
+    for i in range(8):
+        call = {"type": "function", "function": {"name": "add", "arguments": {"a": i, "b": 2 * i}}}
+        turns = [
+            {"role": "user", "content": f"add {i} and {2 * i}"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        if i == 4:
+            again = [{"role": "tool", "content": "12"}, {"role": "user", "content": "again"}, turns[-1]]
+            yield {"messages": [*turns, *again], "tools": [TOOL]}
+        elif i % 2 == 0:
+            yield {"messages": turns, "tools": [TOOL]}
+        else:
+            yield {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": str(i)}]}
+
+
+@dataclass(frozen=True)
+class Served:
+    run: Run
+    url: str
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Served]:
+    """A run whose rows call tools, and vLLM on its merged model with a parser for such calls."""
+    folder = tmp_path_factory.mktemp("contract")
+    model = shutil.copytree(tiny_model, folder / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    settings = tiny_settings(model, folder / "rows.jsonl")
+    settings["data"] |= {
+        "train": [{"source": str(folder / "rows.jsonl")}],
+        "test": [{"source": str(folder / "rows.jsonl")}],
+    }
+    settings["data"] |= {"max_overlap": 1, "max_length": 512, "batch_tokens": 512}
+    settings |= {"train": {"max_steps": 1}, "export": {"formats": []}, "bench": {"runtimes": ["transformers"]}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    run = Run.create(folder / "run", load(folder / "tiny.yaml"))
+    for stage in ("data", "train", "merge"):
+        pipeline.execute(run, stage)
+    with pytest.MonkeyPatch.context() as patch:
+        plain = vllm.argv
+        patch.setattr(vllm, "argv", lambda *given: [*plain(*given), *PARSER])
+        section = Serve(port=0, max_model_len=512, enforce_eager=True)
+        server = vllm.Server(run.folder("merge"), "tiny", section, detect(), folder / "vllm.log")
+    try:
+        server.wait()
+        yield Served(run, server.url)
+    finally:
+        server.stop()
+
+
+def by_name(found: contract.Contract) -> dict[str, contract.Check]:
+    return {check.name: check for check in found.checks}
+
+
+def test_a_server_that_keeps_the_contract(served: Served) -> None:
+    found = contract.check(served.run, served.url)
+    found.enforce()
+    checks = by_name(found)
+    assert {name: check.status for name, check in checks.items()} == {
+        **dict.fromkeys(("prompt tokens", "stop tokens", "length", "dtype", "tied head", "tool calls"), "ok"),
+        "default sampling": "noted",
+    }
+    assert checks["prompt tokens"].detail.startswith("8 held-out conversations, 4 with tools")
+    assert checks["tool calls"].detail.startswith("4 trained answers")
+
+
+def trained_otherwise(served: Served, folder: Path, *settings: str) -> Run:
+    """The run with other settings and all that its stages left."""
+    root = shutil.copytree(served.run.root, folder / "run")
+    return Run(root, load(root / "recipe.yaml", settings))
+
+
+def another_template(served: Served, folder: Path) -> Run:
+    file = folder / "other.jinja"
+    file.write_text(TEMPLATE.replace("system\n", "tools\n"), encoding="utf-8")
+    run = trained_otherwise(served, folder, f"model.chat_template={file}")
+    pipeline.execute(run, "data")
+    return run
+
+
+def another_stop_token(served: Served, folder: Path) -> Run:
+    run = trained_otherwise(served, folder)
+    write_json(run.folder("data") / "tokens.json", {**read_json(run.folder("data") / "tokens.json"), "stop": [2, 9]})
+    return run
+
+
+def longer_rows(served: Served, folder: Path) -> Run:
+    run = trained_otherwise(served, folder, "data.max_length=2048", "data.batch_tokens=2048")
+    write_json(run.folder("data") / "summary.json", {"lengths": [[40, 7, 80], [700, 1, 9]]})
+    return run
+
+
+def another_dtype(served: Served, folder: Path) -> Run:
+    return trained_otherwise(served, folder, "merge.dtype=float16")
+
+
+def calls_written_otherwise(served: Served, folder: Path) -> Run:
+    """Calls that the server's parser does not know for what they are."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    run = trained_otherwise(served, folder)
+    file = run.folder("data") / "test.parquet"
+    found = pq.read_table(file)
+    answers = pa.array([text.replace("tool_call>", "function>") for text in found["answer"].to_pylist()])
+    pq.write_table(found.set_column(found.schema.get_field_index("answer"), "answer", answers), file)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "said"),
+    [
+        (another_template, "prompt tokens", r"row 0: it makes \d+ prompt tokens where training saw .*'tools.* it writes 'system"),
+        (another_stop_token, "stop tokens", "talks on after token 9"),
+        (longer_rows, "length", "takes 512 tokens, the longest row of training has 700: raise serve.max_model_len"),
+        (another_dtype, "dtype", "config says bfloat16, the run made float16"),
+        (calls_written_otherwise, "tool calls", "parser reads no call, the row holds .*'add', {'a': 0, 'b': 0}"),
+    ],
+)  # fmt: skip
+def test_a_server_that_differs(how: Any, name: str, said: str, served: Served, tmp_path: Path) -> None:
+    found = contract.check(how(served, tmp_path), served.url, "tiny")
+    assert [check.name for check in found.broken] == [name]
+    with pytest.raises(ParityFailed, match=rf"does not do with tiny what training did\n{name}: .*{said}"):
+        found.enforce()
+    assert f"{name}" in contract.screen(found) and "differs" in contract.screen(found)
+
+
+@pytest.mark.parametrize(
+    ("config", "status", "said"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, "noted", "temperature 0.6, top_p 0.9; evaluation was greedy"),
+        ({"temperature": 0, "repetition_penalty": 1.1}, "noted", "temperature=0, repetition_penalty=1"),
+        ({"temperature": 0}, "ok", "greedy"),
+    ],
+)
+def test_what_a_request_gets_that_names_no_temperature(
+    config: dict[str, float], status: str, said: str, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "generation_config.json", config)
+    found = contract._sampling(tmp_path)
+    assert found.status == status and said in found.detail
+
+
+def test_no_server_and_no_such_model(served: Served) -> None:
+    with pytest.raises(ServerError, match=r"does not serve other; it offers tiny"):
+        contract.check(served.run, served.url, "other")
+    with pytest.raises(ServerError, match=r"no server answers at http://127\.0\.0\.1:9"):
+        contract.check(served.run, "http://127.0.0.1:9")
+
+
+def test_the_command(served: Served, tmp_path: Path) -> None:
+    """Exit code 2 when anything differs."""
+    for run, code in ((served.run, 0), (another_stop_token(served, tmp_path), 2)):
+        done = qkit("verify", run.root, "--server", served.url, "--json")
+        assert done.returncode == code, done.stderr
+        assert {check["status"] for check in json.loads(done.stdout)["checks"]} >= {"ok", "noted"}
+
+
+def test_a_server_beside_the_merged_model(served: Served) -> None:
+    """Over the server's top 20 of 259 the divergence is a lower bound, and it says so, whichever comes first."""
+    merged = compare.side(str(served.run.folder("merge")))
+    server = compare.side(f"{served.url}/v1")
+    asked = compare.questions(merged, server, None, Progress())
+    there, back = (compare.compare(*pair, asked, Progress()) for pair in ((merged, server), (server, merged)))
+    both = compare.compare(server, server, asked, Progress())
+    for found in (there, back):
+        assert "the server's top 20 and the rest as one: a lower bound" in found.over
+        assert 0 <= found.kl_mean < 0.01 and found.top1 > 0.8
+        assert found.loss_a == pytest.approx(found.loss_b, abs=0.05)
+    assert there.loss_a == back.loss_b
+    assert "both servers' top 20" in both.over and both.kl_mean < 1e-6 and both.identical == 8 and both.parting is None

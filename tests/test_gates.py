@@ -1,0 +1,151 @@
+"""The limits of each kind of artifact, and what becomes of a run with an artifact beyond them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_settings
+from test_pipeline import qkit
+
+from qkit import gates, parity, pipeline
+from qkit.errors import ParityFailed, RecipeError
+from qkit.export._job import exporter, split
+from qkit.gates import Exactness
+from qkit.parity import Parity
+from qkit.recipe import Gate, Recipe, format_names, load
+from qkit.run import Run, write_json
+
+NEAR = Parity(
+    kl_mean=5e-4, kl_p99=0.01, top1=0.998, heldout_loss=0.17, rows=100, tokens=3977, over="all tokens", kl_base=0.9, kl_base_live=5e-4
+)  # fmt: skip
+
+
+def recipe(model: Path, **gates: object) -> Recipe:
+    return Recipe.model_validate(
+        {"task": "chat", "model": {"source": str(model)}, "data": {}, "verify": {"gates": gates}}
+    )
+
+
+@pytest.mark.parametrize("name", ["merged", *format_names()])
+def test_every_format_has_its_gate(name: str, tiny_model: Path) -> None:
+    """16 bits: 1e-3; quantized: 0.1 and the score; fp32: also equal to what it was made from."""
+    kind, variant = split(name)
+    quantized = kind != "merged" and variant in exporter(name).QUANTIZED
+    found = gates.gate_of(name, recipe(tiny_model))
+    assert found.kl_mean == (0.1 if quantized else 1e-3) and bool(found.score) is quantized
+    assert (found.top1, found.max_difference) == ((1.0, 1e-3) if name == "onnx-fp32" else (None, None))
+
+
+def test_a_recipe_changes_what_it_names_and_no_more(tiny_model: Path) -> None:
+    how = recipe(tiny_model, **{"onnx-int4": {"kl_mean": 0.05, "kl_p99": 1}, "merged": {"kl_mean": float("inf")}})
+    again = Recipe.model_validate(yaml.safe_load(how.to_yaml()))
+    for one in (how, again):
+        assert gates.gate_of("onnx-int4", one) == Gate(kl_mean=0.05, kl_p99=1, score=True)
+        assert not gates.judge(gates.gate_of("merged", one), replace(NEAR, kl_mean=9.0))
+
+
+def test_a_wrong_gate_is_named_with_its_line(tiny_recipe: Path) -> None:
+    text = tiny_recipe.read_text() + "verify:\n  gates:\n    onnx-int44: {}\n    vllm:\n      kl_men: 1\n"
+    tiny_recipe.write_text(text)
+    lines = len(text.splitlines())
+    with pytest.raises(RecipeError) as caught:
+        load(tiny_recipe, ["verify.gates.merged.kl_mean=-1"])
+    said = str(caught.value)
+    assert f"{tiny_recipe}:{lines}: unknown key 'verify.gates.vllm.kl_men', did you mean 'kl_mean'?" in said
+    assert (
+        f"{tiny_recipe}:{lines - 2}: verify.gates: unknown format 'onnx-int44', did you mean 'onnx-int4'?; there are: merged"
+        in said
+    )
+    assert "--set: verify.gates.merged.kl_mean: Input should be greater than or equal to 0" in said
+
+
+@pytest.mark.parametrize(
+    ("gate", "measured", "gain", "exactness", "fires", "said"),
+    [
+        (gates.SIXTEEN_BIT, NEAR, None, None, [], ""),
+        (gates.SIXTEEN_BIT, replace(NEAR, kl_mean=0.0021), None, None, ["kl_mean"], "0.0021 (limit 0.001)"),
+        (gates.SIXTEEN_BIT, replace(NEAR, kl_mean=float("nan")), None, None, ["kl_mean"], "nan (limit 0.001)"),
+        (Gate(kl_p99=0.005), NEAR, None, None, ["kl_p99"], "0.01 (limit 0.005)"),
+        (gates.QUANTIZED, replace(NEAR, kl_mean=0.09), {"points": -3, "low": -7, "high": 0}, None, [], ""),
+        (gates.QUANTIZED, NEAR, {"points": -8, "low": -14, "high": -2}, None, ["score"], "in points -2 (limit 0)"),
+        (gates.EXACT, NEAR, None, Exactness(1.0, 1.3e-4), [], ""),
+        (gates.EXACT, NEAR, None, Exactness(0.999, 1.3e-4), ["top1"], "0.999 (limit 1)"),
+        (gates.EXACT, NEAR, None, Exactness(1.0, 0.02), ["max_difference"], "0.02 (limit 0.001)"),
+        (Gate(kl_mean=float("inf")), replace(NEAR, kl_base=0.1, kl_base_live=0.2), None, None, ["lost"], "not in it 0.1 (limit 0.2)"),
+    ],
+)  # fmt: skip
+def test_limits(
+    gate: Gate, measured: Parity, gain: dict[str, float] | None, exactness: Exactness | None, fires: list[str], said: str
+) -> None:  # fmt: skip
+    found = gates.judge(gate, measured, gain, exactness)
+    assert [breach.gate for breach in found] == fires
+    assert said in "".join(breach.words for breach in found)
+
+
+def test_what_is_said_of_each_limit(tmp_path: Path, tiny_recipe: Path) -> None:
+    """Artifact, figure, limit, what to do; and only of those that were asked for."""
+    run = Run.create(tmp_path / "run", load(tiny_recipe))
+    gates.check(run)  # nothing has been measured: nothing failed
+    run.folder("verify").mkdir()
+    failed = [{"gate": "kl_mean", "figure": 0.21, "limit": 0.1}]
+    entries = {"onnx-int4": {"status": "failed", "failed": failed}, "vllm": {"status": "passed", "failed": []}}
+    write_json(run.folder("verify") / "parity.json", {"parity": entries, "scores": {}})
+    gates.check(run, "vllm")
+    gates.check_served(run, "vllm")
+    with pytest.raises(ParityFailed) as caught:
+        gates.check_served(run, "onnx-int4")
+    assert f"{run.root}: onnx-int4 failed its gate: mean KL to the live adapter 0.21 (limit 0.1). " in str(caught.value)
+    assert "accept it: --set verify.gates.onnx-int4.kl_mean=0.23" in str(caught.value)
+    assert "`qkit serve --force`" in str(caught.value)
+    for gate in gates.WORDS:
+        assert len(gates._remedy("merged", gates.Breach(gate, 0.2, 0.1))) > 40
+
+
+def test_a_failed_gate_ends_a_run_after_its_report(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The measurement is kept and the stages are done; exit code 2, now and the next time, when nothing is measured again."""
+    rows = yaml.safe_load(tiny_recipe.read_text())["data"]["train"][0]["source"]
+    settings = tiny_settings(tiny_model, Path(rows))
+    settings |= {"export": {"formats": []}, "verify": {"gates": {"merged": {"kl_mean": 1e-9}}}}
+    settings["bench"] |= {"runtimes": ["transformers"], "concurrency": [1]}
+    tiny_recipe.write_text(yaml.safe_dump(settings))
+    run = Run.create(tmp_path / "run", load(tiny_recipe))
+    for stage in ("data", "train", "evaluate", "merge", "export", "verify", "bench"):
+        pipeline.execute(run, stage)
+    first, again = qkit("run", run.root), qkit("run", run.root, "--json")
+    assert first.returncode == again.returncode == 2
+    assert (run.folder("report") / "index.html").read_text().count("merged failed its gate") == 1
+    assert set(pipeline.statuses(run).values()) == {"done"}
+    kept = json.loads((run.folder("verify") / "parity.json").read_text())["parity"]["merged"]
+    assert kept["status"] == "failed" and kept["failed"][0]["limit"] == 1e-9 and kept["kl_mean"] > 1e-9
+    assert json.loads(again.stdout)["error"]["type"] == "ParityFailed"
+    said = "merged failed its gate: mean KL to the live adapter"
+    assert said in first.stdout and said in first.stderr and said in again.stderr
+    accepted = Run(run.root, load(run.root / "recipe.yaml", ["verify.gates.merged.kl_mean=0.1"]))
+    pipeline.execute(accepted, "verify")
+    gates.check(accepted)
+
+
+def test_bounds_of_what_is_only_known_in_part() -> None:
+    """Over the top tokens that both show: never above the full divergence, and nothing for a model beside itself."""
+    import numpy as np
+
+    from qkit import scoring
+    from qkit.runtime import RowScores
+
+    def scores(seed: int, top: int = 0) -> RowScores:
+        logits = np.random.default_rng(seed).normal(size=(7, 40), scale=2).astype("f4")
+        full = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        ids = np.argsort(-full, 1)[:, :top]
+        part = {"top_ids": ids, "top": np.take_along_axis(full, ids, 1)} if top else {"full": full}
+        return RowScores(full[:, 0], full.argmax(1), **part)
+
+    exact = scoring.divergence(scores(0), scores(1))
+    for live, other in ((scores(0), scores(1, 9)), (scores(0, 9), scores(1)), (scores(0, 9), scores(1, 9))):
+        bound = scoring.divergence(live, other)
+        assert (bound <= exact + 1e-5).all() and (bound > -1e-5).all() and bound.mean() > 0.05
+    assert abs(scoring.divergence(scores(0, 9), scores(0, 9))).max() < 1e-5
+    assert parity.largest_difference(scores(0), scores(1, 9)) is None
