@@ -197,10 +197,10 @@ def _growth(folder: Path, trust_remote_code: bool, new: Sequence[int], known: in
 def _matrices(folder: Path, trust_remote_code: bool) -> dict[str, int]:
     """Embedding and head as the weights name them, with their rows; a tied head may be missing."""
     specs = {name: spec for shard in shards(folder) for name, spec in tensor_specs(shard).items()}
-    skeleton = _skeleton(folder, trust_remote_code)
-    embedding, head = (f"{name}.weight" for name in names(skeleton))
+    made = skeleton(folder, trust_remote_code)
+    embedding, head = (f"{name}.weight" for name in names(made))
     found = {name: int(specs[name]["shape"][0]) for name in (embedding, head) if name in specs}
-    tied = bool(skeleton.config.get_text_config().tie_word_embeddings)
+    tied = bool(made.config.get_text_config().tie_word_embeddings)
     if embedding not in found or (head not in found and not tied) or len(set(found.values())) > 1:
         raise ModelError(
             f"{folder}: model.add_tokens needs {embedding} and {head} of the same length in the weights, found {found}"
@@ -212,7 +212,7 @@ def _matrices(folder: Path, trust_remote_code: bool) -> dict[str, int]:
     return found
 
 
-def _skeleton(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+def skeleton(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The model without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, recipe, template
+from qkit import added_tokens, provenance, recipe, template
 from qkit.errors import MissingArtifact, ModelError
 from qkit.source import HubId, cache_dir, locate, sha256_of
 from qkit.tensor_files import fingerprint
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ADAPTER_NOTE = "qkit.json"  # in the adapter's folder: which base it was trained on, and how that was quantized
+ADAPTER_NOTE = provenance.NOTE  # in the adapter's folder: which base it was trained on, and how that was quantized
 COMPANIONS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")  # what stands beside the weights
 
 
@@ -235,11 +235,12 @@ def check_adapter(adapter: Path, folder: Path) -> Mapping[str, Any]:
 
     Raises:
         MissingArtifact: this is no adapter that qkit made.
-        ModelError: it was trained on another model.
+        ModelError: it was trained on another model, or is in this one already.
     """
     note_file = adapter / ADAPTER_NOTE
     if not note_file.is_file() or not (adapter / "adapter_config.json").is_file():
         raise MissingArtifact(f"{adapter}: not an adapter made by `qkit train` (it has no {ADAPTER_NOTE})")
+    provenance.check_not_merged(adapter, folder)
     note: dict[str, Any] = json.loads(note_file.read_text(encoding="utf-8"))
     if note["base_fingerprint"] != fingerprint(folder):
         raise ModelError(
@@ -253,5 +254,5 @@ def copy_companions(source: Path, target: Path) -> None:
     """Everything beside the weights that a model folder needs: tokenizer, template, generation config, remote code."""
     for file in source.iterdir():
         weights = file.suffix in {".safetensors", ".bin", ".gguf"} or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name != "README.md":
+        if file.is_file() and not weights and file.name not in {"README.md", "config.json"}:
             shutil.copyfile(file, target / file.name)

@@ -45,8 +45,8 @@ STAGES: Mapping[str, Stage] = {
             resumes=True,
         ),
         Stage("evaluate", ("data", "train"), ("task", "model", "quantization", "evaluate")),
-        Stage("merge", ("data", "train"), ("model", "quantization", "merge")),
-        Stage("export", ("merge",), ("export",)),
+        Stage("merge", ("data", "train", "evaluate"), ("task", "seed", "model", "quantization", "evaluate", "merge")),
+        Stage("export", ("data", "train", "merge"), ("model", "quantization", "merge", "export")),
         Stage("serve", ("export",), ("serve",)),
         Stage(
             "verify",

@@ -183,7 +183,13 @@ class Evaluate(Section):
 class Merge(Section):
     """Adapter and base become one model."""
 
-    base: Literal["dequantized", "16bit"] = "dequantized"
+    base: Literal["measured", "dequantized", "16bit"] = Field(
+        "measured",
+        description="which weights of the base: 4-bit ones as training saw them, 16-bit ones, or the better of both, for each target",
+    )
+    choose: Literal["fidelity", "score"] = Field(
+        "fidelity", description="the better of both has the least mean KL to the live adapter, or the best score"
+    )
     dtype: Dtype = "bfloat16"
     max_shard_bytes: Positive = 4 * 1024**3
 
@@ -328,7 +334,10 @@ def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             f"evaluate.max_new_tokens={recipe.evaluate.max_new_tokens}",
         )
     if recipe.merge.base == "dequantized" and not recipe.quantization.load_in_4bit:
-        yield ("merge", "base"), "merge.base=dequantized needs quantization.load_in_4bit=true; use merge.base=16bit"
+        yield (
+            ("merge", "base"),
+            "merge.base=dequantized needs quantization.load_in_4bit=true; use merge.base=16bit, or leave it out",
+        )
     if recipe.micro_batches > 1 and recipe.data.packing:
         yield (
             ("micro_batches",),

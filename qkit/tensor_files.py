@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,16 +56,49 @@ def spec_bytes(spec: Spec) -> int:
 
 
 def read(folder: Path, order: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """A model's tensors, each read when it is asked for."""
-    from safetensors import safe_open
+    """A model's tensors in memory of their own, the next one read while the last one is worked on: two of them are held at a time.
 
-    files = {name: shard for shard in shards(folder) for name in tensor_specs(shard)}
+    Not mapped: pages of a mapped file stay resident for as long as the system likes.
+    """
+    tensors = _tensors(folder, order)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, tensors, None)
+        while (found := waiting.result()) is not None:
+            waiting = pool.submit(next, tensors, None)
+            name, tensor = found
+            del found
+            yield name, tensor
+            del tensor
+
+
+def _tensors(folder: Path, order: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    headers = {shard: _header(shard) for shard in shards(folder)}
+    files = {name: shard for shard, (names, _) in headers.items() for name in names}
     with ExitStack() as stack:
         opened = {
-            shard: stack.enter_context(safe_open(shard, framework="pt")) for shard in {files[name] for name in order}
+            shard: stack.enter_context(shard.open("rb", buffering=0)) for shard in {files[name] for name in order}
         }
         for name in order:
-            yield name, opened[files[name]].get_tensor(name)
+            header, begin = headers[files[name]]
+            yield name, _tensor(opened[files[name]], header[name], begin, name)
+
+
+def _tensor(file: FileIO, spec: Spec, begin: int, name: str) -> torch.Tensor:
+    """Read one tensor; `begin` is where the file's data begin."""
+    import torch
+
+    if spec["dtype"] not in TORCH_NAMES:
+        raise ModelError(f"{file.name}: {name} is held as {spec['dtype']}; known are {', '.join(TORCH_NAMES)}")
+    first, end = spec["data_offsets"]
+    held = torch.empty(end - first, dtype=torch.uint8)
+    room = memoryview(held.numpy())
+    file.seek(begin + first)
+    while room:
+        count = file.readinto(room)
+        if not count:
+            raise ModelError(f"{file.name}: ends within {name}: the file is not whole")
+        room = room[count:]
+    return held.view(getattr(torch, TORCH_NAMES[spec["dtype"]])).reshape(spec["shape"])
 
 
 def fingerprint(folder: Path) -> str:
@@ -115,10 +150,15 @@ class TensorFile:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """The next tensor of `specs`, rounded to its dtype."""
+        self.write_parts(name, [tensor])
+
+    def write_parts(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        """The next tensor in parts, some of its rows after the others."""
         import torch
 
-        rounded = tensor.to(getattr(torch, TORCH_NAMES[self.specs[name]["dtype"]])).contiguous()
-        self.file.write(rounded.reshape(-1).view(torch.uint8).numpy().data)
+        dtype = getattr(torch, TORCH_NAMES[self.specs[name]["dtype"]])
+        for part in parts:
+            self.file.write(part.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         self.file.close()

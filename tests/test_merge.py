@@ -1,133 +1,192 @@
+"""The stages `merge` and `export`: every way is measured, the nearest to the live adapter is kept, and a lost fine-tune is an error."""
+
 from __future__ import annotations
 
 import json
-import re
-import shutil
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qkit import merge, model, recipe
+from qkit import candidates, export, live, merge, merged_folder, model, parity, pipeline, recipe, scoring
+from qkit.candidates import Candidate
 from qkit.device import detect
-from qkit.errors import MissingArtifact, ModelError
-from qkit.recipe import Data, Merge, Model, Quantization, Recipe
+from qkit.errors import ModelError, ParityFailed
+from qkit.parity import Parity
+from qkit.recipe import Quantization, load
+from qkit.run import Run, read_json
+from qkit.runtime import open_runtime
 
 
-def _recipe(folder: Path) -> Recipe:
-    return Recipe(task="chat", model=Model(source=str(folder)), data=Data())
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Run:
+    """A run up to its export, with a fine-tune that is small against the 4-bit grid."""
+    import yaml
+    from conftest import chat_rows, tiny_settings
+
+    folder = tmp_path_factory.mktemp("merge")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(24)), encoding="utf-8")
+    settings = tiny_settings(tiny_model, folder / "rows.jsonl")
+    settings["train"] = {"max_steps": 12, "learning_rate": 2e-3}
+    settings["export"] = {"formats": ["onnx-fp32", "onnx-int4"]}
+    settings["bench"]["runtimes"] = ["onnx-int4"]
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    run = Run.create(folder / "run", load(folder / "tiny.yaml"))
+    for stage in ("data", "train", "evaluate", "merge", "export"):
+        pipeline.execute(run, stage)
+    return run
 
 
-def _adapter(folder: Path, out: Path, **options: object) -> Path:
-    """A LoRA adapter with random weights, as `train` leaves it."""
-    torch.manual_seed(1)
-    base = model.load_base(folder, _recipe(folder), detect())
-    names = model.quantized_names(base)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, **options)
-    get_peft_model(base, config).save_pretrained(out)
-    model.write_adapter_note(out, folder, _recipe(folder), names)
+def test_every_way_is_measured_and_the_nearest_kept(finished: Run) -> None:
+    table = read_json(finished.need("merge", "candidates.json"))
+    rows = {row["name"]: row for row in [*table["candidates"], *table["beside"]]}
+    assert list(rows) == ["dequantized", "16bit", "base", "adapter", "adapter-16bit"]
+    kl = {name: row["parity"]["kl_mean"] for name, row in rows.items() if row["parity"]}
+    assert table["chosen"] == "dequantized" and kl["adapter"] == 0
+    assert 10 * kl["dequantized"] < kl["16bit"] and 10 * kl["dequantized"] < kl["base"]
+    assert rows["base"]["lost"] and not rows["dequantized"]["lost"]
+    assert rows["dequantized"]["score"]["rows"] == 4 and "low" in rows["dequantized"]["gain"]
+    assert rows["adapter-16bit"]["parity"] is None and "not measured" in rows["adapter-16bit"]["note"]
+    assert len(table["texts"]) == 4
+    assert not list(finished.folder("merge").glob(".*"))
+    assert json.loads((finished.folder("merge") / "generation_config.json").read_text())["eos_token_id"] is not None
+
+
+def test_the_kept_one_is_what_its_row_says(finished: Run) -> None:
+    row = read_json(finished.need("merge", "candidates.json"))["candidates"][0]
+    found = _distance(finished, finished.folder("merge"))
+    assert found.to_dict() == pytest.approx(row["parity"], abs=1e-6)
+
+
+def test_a_quantized_format_is_made_from_both_and_the_nearer_kept(finished: Run) -> None:
+    table = read_json(finished.need("export", "candidates.json"))["onnx-int4"]
+    kl = {row["name"]: row["parity"]["kl_mean"] for row in table["candidates"]}
+    assert kl.keys() == {"dequantized", "16bit"} and table["chosen"] == min(kl, key=lambda name: kl[name])
+    note = read_json(finished.need("export", "onnx-int4") / "qkit.json")
+    assert note["base"] == table["chosen"] and note["merged"][0]["adapters"]
+    assert read_json(finished.need("export", "onnx-fp32") / "qkit.json")["base"] == "dequantized"
+    assert not list(finished.folder("export").rglob(".*"))
+    assert not list(finished.folder("export").glob("*/candidates.json"))
+
+
+def test_the_merged_model_takes_no_adapter_twice(finished: Run) -> None:
+    with pytest.raises(ModelError, match=r"is in .* already"):
+        model.check_adapter(finished.need("train", "adapter"), finished.folder("merge"))
+
+
+def _distance(run: Run, folder: Path) -> Parity:
+    rows = scoring.read_held_out(run.need("data", "test.parquet")).rows
+    reference = live.recorded(run, rows)
+    with open_runtime("transformers", folder, detect()) as runtime:
+        return parity.measure(reference, runtime.score(rows))
+
+
+def _requantized(folder: Path, out: Path) -> Path:
+    """The model of a folder after NF4, as an ordinary one; what is served in 4 bit says the same."""
+    how = BitsAndBytesConfig(**Quantization().model_dump())
+    loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16, quantization_config=how)
+    model.dequantize(loaded)
+    del loaded.config.quantization_config
+    loaded.hf_quantizer = None
+    loaded.save_pretrained(out)
     return out
 
 
-def _merge(folder: Path, adapter: Path, out: Path, section: Merge) -> dict[str, torch.Tensor]:
-    out.mkdir(exist_ok=True)
-    merge.merge(folder, adapter, out, section, model.check_adapter(adapter, folder))
-    return {name: tensor for shard in sorted(out.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+def _shrunk(run: Run, root: Path, share: float) -> Run:
+    """The same run with an adapter whose deltas are smaller."""
+    import shutil
+
+    shutil.copytree(run.root, root, ignore=shutil.ignore_patterns(".work", "merge", "export"))
+    file = root / "train" / "adapter" / "adapter_model.safetensors"
+    pairs = load_file(file)
+    save_file({name: t * share if ".lora_B." in name else t for name, t in pairs.items()}, file)
+    return Run(root, run.recipe)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_equals_pefts_merge_of_the_dequantized_base(tiny_model: Path, tmp_path: Path, rslora: bool) -> None:
-    adapter = _adapter(tiny_model, tmp_path / "adapter", use_rslora=rslora)
-    merged = _merge(tiny_model, adapter, tmp_path / "merged", Merge(dtype="float32"))
-    base = model.load_base(tiny_model, _recipe(tiny_model), detect())
-    model.dequantize(base)
-    for parameter in base.parameters():
-        parameter.data = parameter.data.float()
-    peft = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    for name, tensor in peft.state_dict().items():
-        if name in merged:
-            assert torch.equal(merged[name], tensor), name
-    assert len(merged) == 21  # every tensor of the checkpoint: 2 layers of 9, the embeddings, the last norm, the head
+def test_quantizing_the_dequantized_merge_again_loses_the_fine_tune(finished: Run, tmp_path: Path) -> None:
+    """Deltas that are small against the grid fall back onto the points that they came from; on the 16-bit weights they survive better."""
+    small = _shrunk(finished, tmp_path / "run", 0.25)
+    found = {}
+    for base in ("dequantized", "16bit"):
+        merged_folder.write_folder(small, tmp_path / base, base)
+        found[base] = _distance(small, _requantized(tmp_path / base, tmp_path / f"{base}-nf4"))
+        assert not _distance(small, tmp_path / base).lost or base == "16bit"
+    assert found["dequantized"].lost
+    lost = Candidate("dequantized", "", found["dequantized"])
+    with pytest.raises(
+        ParityFailed, match=r"export x \(dequantized\) has lost the fine-tune: its mean KL is .* train longer"
+    ):
+        candidates.refuse_lost(lost, "export x", export.LOST)
 
 
-def test_onto_the_16_bit_base(tiny_model: Path, tmp_path: Path) -> None:
-    adapter = _adapter(tiny_model, tmp_path / "adapter")
-    merged = _merge(tiny_model, adapter, tmp_path / "merged", Merge(base="16bit", dtype="float32"))
-    base = AutoModelForCausalLM.from_pretrained(str(tiny_model), dtype=torch.float32)
-    peft = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    assert all(torch.equal(merged[n], t) for n, t in peft.state_dict().items() if n in merged)
+def test_a_stage_with_nothing_left_of_the_fine_tune_fails(finished: Run, tmp_path: Path) -> None:
+    """An adapter that is all but zero: the merge is as near to the base as to the adapter, and nothing is left behind."""
+    run = _shrunk(finished, tmp_path / "run", 1e-6)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ParityFailed, match="train longer"):
+        merge.run(run, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_the_merged_model_says_what_the_live_one_says(tiny_model: Path, tmp_path: Path) -> None:
-    adapter = _adapter(tiny_model, tmp_path / "adapter")
-    _merge(tiny_model, adapter, tmp_path / "merged", Merge())
-    model.copy_companions(tiny_model, tmp_path / "merged")
-    live = model.load_live(tiny_model, _recipe(tiny_model), detect(), adapter)
-    merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.bfloat16)
-    base = model.load_live(tiny_model, _recipe(tiny_model), detect(), None)
-    ids = torch.arange(3, 60)[None]
-    with torch.inference_mode():
-        p, q, b = (m(ids).logits.float().log_softmax(-1) for m in (live, merged, base))
-    near, far = ((p.exp() * (p - other)).sum(-1).mean() for other in (q, b))
-    assert near < 1e-3 and 100 * near < far
+# --- the rule ---------------------------------------------------------------------------------------------------------
 
 
-def test_several_shards_hold_the_same_tensors(tiny_model: Path, tmp_path: Path) -> None:
-    adapter = _adapter(tiny_model, tmp_path / "adapter")
-    one = _merge(tiny_model, adapter, tmp_path / "one", Merge())
-    many = _merge(tiny_model, adapter, tmp_path / "many", Merge(max_shard_bytes=40_000))
-    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
-    assert one.keys() == many.keys() and all(torch.equal(one[n], many[n]) for n in one)
-    model.copy_companions(tiny_model, tmp_path / "many")
-    loaded = AutoModelForCausalLM.from_pretrained(str(tmp_path / "many"), dtype=torch.bfloat16)
-    assert torch.equal(loaded.state_dict()["model.norm.weight"], one["model.norm.weight"])
+def _row(name: str, kl: float, score: float, lost: bool = False) -> Candidate:
+    near, far = (0.1, 0.9) if lost else (0.9, 0.1)
+    found = Parity(kl, kl, 1.0, 0.5, 4, 40, "all tokens", None, kl_base=near, kl_base_live=far)
+    return Candidate(name, "", found, {"score": score})
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_a_few_tensors_whatever_the_model(tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Anonymous memory only: the base is mapped from its file, and the system takes those pages back when it wants them."""
-    adapter = _adapter(tiny_model, tmp_path / "adapter")
-    big = shutil.copytree(tiny_model, tmp_path / "big")
-    tensor_bytes = 8 << 20
-    more = {f"model.extra.{i}": torch.zeros(2048, 2048, dtype=torch.bfloat16) for i in range(24)}
-    save_file({**load_file(big / "model.safetensors"), **more}, big / "model.safetensors", {"format": "pt"})
-    held: list[int] = []
-    write = merge.ShardWriter.write
-
-    def measured(self: merge.ShardWriter, name: str, tensor: torch.Tensor) -> None:
-        write(self, name, tensor)
-        held.append(int(re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[0]) << 10)
-
-    monkeypatch.setattr(merge.ShardWriter, "write", measured)
-    (tmp_path / "merged").mkdir()
-    note = json.loads((adapter / model.ADAPTER_NOTE).read_text())
-    merge.merge(big, adapter, tmp_path / "merged", Merge(), note)
-    assert len(held) == 45
-    assert max(held) - held[0] < 6 * tensor_bytes < sum(tensor.nbytes for tensor in more.values()) / 3
+@pytest.mark.parametrize(
+    ("rows", "rule", "chosen", "otherwise"),
+    [
+        ([_row("a", 0.1, 40), _row("b", 0.2, 30)], "fidelity", "a", None),
+        ([_row("a", 0.1, 40), _row("b", 0.2, 50)], "fidelity", "a", "b"),
+        ([_row("a", 0.1, 40), _row("b", 0.2, 50)], "score", "b", "a"),
+        ([_row("a", 0.2, 40), _row("b", 0.1, 40)], "score", "b", None),
+        ([_row("a", 0.1, 40, lost=True), _row("b", 0.2, 30)], "fidelity", "b", None),
+        ([_row("a", 0.1, 40, lost=True), _row("b", 0.2, 30)], "score", "b", None),
+        ([_row("a", 0.1, 40, lost=True)], "fidelity", "a", None),
+    ],
+)
+def test_the_rule(rows: list[Candidate], rule: str, chosen: str, otherwise: str | None) -> None:
+    table = candidates.table(rows, rule)
+    assert table["chosen"] == chosen
+    assert (table["otherwise"] or {}).get("chosen") == otherwise
+    if otherwise:
+        assert f"takes {otherwise}: {chosen} has KL" in table["otherwise"]["words"]
 
 
-def test_an_adapter_of_another_base_is_refused(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
-    adapter = _adapter(tiny_model, tmp_path / "adapter")
-    with pytest.raises(ModelError, match="was trained on"):
-        model.check_adapter(adapter, other_model)
-    with pytest.raises(MissingArtifact, match="not an adapter"):
-        model.check_adapter(tmp_path, tiny_model)
+def test_without_4_bit_there_is_one_way(tiny_recipe: Path) -> None:
+    assert candidates.bases(load(tiny_recipe)) == ("dequantized", "16bit")
+    assert candidates.bases(load(tiny_recipe, ["merge.base=16bit"])) == ("16bit",)
+    assert candidates.bases(load(tiny_recipe, ["quantization.load_in_4bit=false"])) == ("16bit",)
 
 
-def test_a_delta_without_a_weight_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    adapter = _adapter(tiny_model, tmp_path / "adapter")
-    deltas = merge.Deltas(adapter)
-    with pytest.raises(ModelError, match="which the base model does not have"):
-        deltas.check_all_used()
+def test_how_a_format_is_measured(tmp_path: Path) -> None:
+    """A server's format by transformers where that reads it; not at all where only the server does."""
+    assert export._measurable("onnxruntime", tmp_path) == "onnxruntime"
+    assert export._measurable("vllm", tmp_path) is None
+    for method, runtime in (("bitsandbytes", "transformers"), ("gptq", None)):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+        assert export._measurable("vllm", tmp_path) == runtime
+
+
+def test_unsupported_formats_are_named_before_any_work(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qkit.errors import NotDeployable
+    from qkit.export import onnx
+
+    monkeypatch.setattr(onnx, "unsupported", lambda variant, recipe, config: f"{variant} of {config['model_type']}")
+    with pytest.raises(NotDeployable, match="onnx-fp32: fp32 of llama\nexport format onnx-int4: int4 of llama"):
+        export.check_supported(finished)
 
 
 def test_quantization_config_fields_are_bitsandbytes_own() -> None:
-    from transformers import BitsAndBytesConfig
     from trl import SFTConfig
 
     assert set(Quantization.model_fields) <= set(BitsAndBytesConfig().to_dict()) | {"load_in_4bit"}
@@ -135,6 +194,5 @@ def test_quantization_config_fields_are_bitsandbytes_own() -> None:
     assert set(recipe.Train.model_fields) <= set(SFTConfig.__dataclass_fields__)
 
 
-def test_stop_tokens_and_dtype_reach_the_merged_folder(tmp_path: Path, tiny_model: Path) -> None:
-    merge._write_config(tiny_model, tmp_path, "bfloat16")
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+def test_rows_without_a_measure_are_not_chosen() -> None:
+    assert candidates.choose([replace(_row("a", 0.1, 1), parity=None), _row("b", 0.2, 1)], "fidelity").name == "b"

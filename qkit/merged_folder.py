@@ -1,0 +1,35 @@
+"""A run's merged model as a folder that loads anywhere: weights, config, tokenizer, template, stop tokens, and what it was made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qkit import model, provenance
+from qkit.merging import Base, merge
+from qkit.run import Run, make_folder
+
+
+def write_folder(run: Run, out: Path, base: Base) -> None:
+    """Merge the run's adapter onto its base's weights, as `base` says, into the new folder `out`.
+
+    Raises:
+        ModelError: the adapter does not belong to this base, is in it already, or is of a kind that is not merged.
+    """
+    make_folder(out)
+    folder, adapter = model.resolve(run.recipe.model), run.need("train", "adapter")
+    note = model.check_adapter(adapter, folder)
+    merge(folder, adapter, out, base, run.recipe.merge, note, run.progress)
+    model.copy_companions(folder, out)
+    if run.recipe.model.chat_template or run.recipe.model.add_tokens:
+        model.tokenizer_of(run.recipe.model).save_pretrained(str(out))
+    _write_stop_tokens(out, json.loads(run.need("data", "tokens.json").read_text(encoding="utf-8"))["stop"])
+    provenance.write_merged(out, folder, run.recipe.model.source, base, {provenance.adapter_sha256(adapter): 1.0})
+
+
+def _write_stop_tokens(out: Path, stop: list[int]) -> None:
+    """The generation config must stop where training ended its turns, or a runtime talks on."""
+    file = out / "generation_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    config["eos_token_id"] = stop[0] if len(stop) == 1 else stop
+    file.write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -1,0 +1,284 @@
+"""Adapter and base become one model, some rows of a tensor at a time, from shard to shard.
+
+The delta is added in fp32 and rounded once: to the weights that the adapter was trained against (the base quantized to 4 bit and dequantized
+again), or to the base's 16-bit ones. Which of the two is nearer to what was trained is measured elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil, gcd
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qkit import added_tokens, recipe
+from qkit.deltas import Deltas, LowRank
+from qkit.errors import ModelError
+from qkit.four_bit import FourBit
+from qkit.progress import Progress
+from qkit.tensor_files import Spec, TensorFile, read, shards, spec_bytes, tensor_specs
+
+if TYPE_CHECKING:
+    import torch
+
+Base = Literal["dequantized", "16bit"]
+
+SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+ROWS_VALUES = 1 << 19  # values of a matrix that are worked on at once: they stay in a core's cache
+LEAST_ROWS = 64  # and no fewer rows, so that the products are matrix products
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the merged weights have that the base's have not: a head of its own, another vocabulary."""
+
+    untied: bool
+    vocabulary: int | None
+
+
+def merge(
+    folder: Path,
+    adapter: Path,
+    out: Path,
+    base: Base,
+    section: recipe.Merge,
+    note: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> None:
+    """Write `folder`'s weights, as `base` says, with the adapter added, and config.json.
+
+    Holds a few tensors at a time, whatever the model's size. `note`: the adapter's, with what was quantized and how.
+
+    Raises:
+        ModelError: the adapter is not one to this base, or of a kind that is not merged.
+    """
+    work = _Work(folder, Deltas(adapter), base, note)
+    with ShardWriter(work.specs, out, section) as writer, (progress or Progress()).bar("merge", len(work.specs)) as bar:
+        sources = [work.source(name) for name in writer.order]
+        for name, (_, weight) in zip(writer.order, read(folder, sources), strict=True):
+            writer.write(name, work.merged(name, weight))
+            del weight  # the next one is being read
+            bar.advance()
+        work.deltas.check_all_used()
+        writer.finish()
+    _write_config(folder, out, section.dtype, work.written)
+
+
+class _Work:
+    """The merge of one tensor, and what all of them will look like."""
+
+    def __init__(self, folder: Path, deltas: Deltas, base: Base, note: Mapping[str, Any]):
+        found = {name: spec for shard in shards(folder) for name, spec in tensor_specs(shard).items()}
+        self.deltas = deltas
+        self.quantized = set(note["quantized"]) if base == "dequantized" else set()
+        self.quantization = note["quantization"]
+        self.transposed = _stored_transposed(folder)
+        self.head, self.embedding = _head_of_its_own(folder, found, deltas)
+        if self.head:
+            found[self.head] = found[self.embedding]
+        self.specs = {
+            name: {"dtype": s["dtype"], "shape": deltas.shape(name) or s["shape"]} for name, s in found.items()
+        }
+        self.written = Written(bool(self.head), _vocabulary(found, self.specs))
+
+    def source(self, name: str) -> str:
+        """The base's tensor that becomes `name`."""
+        return self.embedding if name == self.head else name
+
+    def merged(self, name: str, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The merged tensor, some rows after the others."""
+        replaced, rows = self.deltas.replaced(name), self.deltas.learnt_rows(name)
+        weight = weight if replaced is None else replaced
+        if rows is not None:
+            weight = _with_rows(weight, *rows)
+        if (bias := self.deltas.bias(name)) is not None:
+            weight = weight.float() + bias
+        transposed = name in self.transposed
+        change = self.deltas.low_rank(name, transposed) if name.endswith(".weight") else None
+        if change is not None and list(change.shape) != list(weight.shape):
+            raise ModelError(
+                f"{self.deltas.adapter}: its delta of {name} has shape {list(change.shape)}, and the base's weight {list(weight.shape)}: "
+                "it was trained on another model"
+            )
+        if name not in self.quantized or replaced is not None:
+            return _parts(weight, None, change)
+        if transposed:  # bitsandbytes turns it round first
+            seen = FourBit(weight.T.contiguous(), self.quantization)
+            return _parts(seen.rows(0, weight.shape[1]).T, None, change)
+        return _parts(weight, FourBit(weight, self.quantization), change)
+
+
+def _parts(weight: torch.Tensor, seen: FourBit | None, change: LowRank | None) -> Iterator[torch.Tensor]:
+    """Rows of the weight (as 4-bit training sees it, if need be), with what the adapter adds."""
+    if seen is None and change is None:
+        yield weight
+        return
+    for begin, end in _blocks(weight, change is None or change.by_rows):
+        rows = weight[begin:end] if seen is None else seen.rows(begin, end)
+        yield rows if change is None else change.added(rows, begin, end)
+
+
+def _blocks(weight: torch.Tensor, by_rows: bool) -> Iterator[tuple[int, int]]:
+    """Beginnings and ends of blocks of rows of about one size, each a whole number of quantization blocks."""
+    count, width = len(weight), weight[0].numel()
+    step = FourBit.BLOCK // gcd(width, FourBit.BLOCK)
+    rows = max(LEAST_ROWS, ROWS_VALUES // width) if by_rows else count
+    pieces = max(1, count // rows)
+    rows = ceil(ceil(count / pieces) / step) * step
+    yield from ((begin, min(begin + rows, count)) for begin in range(0, count, rows))
+
+
+def _with_rows(weight: torch.Tensor, indices: list[int], rows: torch.Tensor) -> torch.Tensor:
+    """The weight with the rows that were learnt in the place of its own, rounded to its dtype as the live model does."""
+    import torch
+
+    return weight.index_copy_(0, torch.tensor(indices), rows.to(weight.dtype))
+
+
+def _stored_transposed(folder: Path) -> frozenset[str]:
+    """The weights that are stored [in, out]: those of Conv1D modules, which a few old architectures have."""
+    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") not in CONV1D:
+        return frozenset()
+    from transformers.pytorch_utils import Conv1D
+
+    modules = added_tokens.skeleton(folder, False).named_modules()
+    return frozenset(f"{name}.weight" for name, module in modules if isinstance(module, Conv1D))
+
+
+def _head_of_its_own(folder: Path, found: Mapping[str, Spec], deltas: Deltas) -> tuple[str, str]:
+    """(head, embedding) where the base has one matrix for both and the adapter changes one of them alone; else ("", "").
+
+    Deltas and whole matrices of a tied pair are PEFT's own on each side: merged into one matrix they would change the other side too.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not {**config, **config.get("text_config", {})}.get("tie_word_embeddings", _tied_by_default(folder)):
+        return "", ""
+    embedding, head = (f"{name}.weight" for name in added_tokens.names(added_tokens.skeleton(folder, False)))
+    if not (deltas.changes(embedding) or deltas.changes(head)):
+        return "", ""
+    sizes = [shape for shape in (deltas.shape(embedding), deltas.shape(head)) if shape]
+    rows = int(found[embedding]["shape"][0])
+    if any(shape[0] != rows for shape in sizes) and len(sizes) == 1:
+        return "", ""  # resized, and tied still: the one matrix that the adapter holds is both
+    return head, embedding
+
+
+def _tied_by_default(folder: Path) -> bool:
+    from transformers import AutoConfig
+
+    try:
+        return bool(AutoConfig.from_pretrained(str(folder)).get_text_config().tie_word_embeddings)
+    except (OSError, ValueError):
+        return False  # a model of remote code says so in its config
+
+
+def _vocabulary(before: Mapping[str, Spec], after: Mapping[str, Spec]) -> int | None:
+    """Rows of embedding and head where the adapter holds resized ones.
+
+    Raises:
+        ModelError: it holds one resized, and the other one is as it was.
+    """
+    grown = {n: int(after[n]["shape"][0]) for n in before if list(after[n]["shape"]) != list(before[n]["shape"])}
+    if not grown:
+        return None
+    old = {int(before[name]["shape"][0]) for name in grown}
+    left = [n for n in before if n not in grown and len(before[n]["shape"]) == 2 and _is_vocabulary(n, before[n], old)]
+    if left or len(set(grown.values())) > 1:
+        raise ModelError(
+            f"the adapter holds {', '.join(f'{n} with {rows} rows' for n, rows in grown.items())} where the base has {min(old)}"
+            + (f", and {left[0]} is as it was" if left else "")
+            + ": only embeddings and heads that were resized alike are merged"
+        )
+    return next(iter(grown.values()))
+
+
+def _is_vocabulary(name: str, spec: Spec, rows: set[int]) -> bool:
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    return module in {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"} and int(spec["shape"][0]) in rows
+
+
+class ShardWriter:
+    """Writes tensors one by one into safetensors files of at most `max_shard_bytes`."""
+
+    def __init__(self, specs: Mapping[str, Spec], out: Path, section: recipe.Merge):
+        self.out = out
+        self.specs: dict[str, Spec] = {
+            name: {"dtype": _kept_dtype(spec["dtype"], section.dtype), "shape": spec["shape"]}
+            for name, spec in specs.items()
+        }
+        sizes = {name: spec_bytes(spec) for name, spec in self.specs.items()}
+        self.total_bytes = sum(sizes.values())
+        self.shards = _grouped(sizes, section.max_shard_bytes)
+        self.order = [name for names in self.shards for name in names]
+        self.firsts = {names[0]: number for number, names in enumerate(self.shards)}
+        self.file: TensorFile | None = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish_file()
+
+    def write(self, name: str, parts: Iterator[torch.Tensor]) -> None:
+        """The next tensor of `order`, rounded to its dtype."""
+        if name in self.firsts:
+            self._open(self.firsts[name])
+        assert self.file is not None
+        self.file.write_parts(name, parts)
+
+    def _open(self, number: int) -> None:
+        self._finish_file()
+        specs = {name: self.specs[name] for name in self.shards[number]}
+        self.file = TensorFile(self.out / self._name(number), specs)
+
+    def _name(self, number: int) -> str:
+        """One file is model.safetensors; several are numbered, as from_pretrained expects."""
+        count = len(self.shards)
+        return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+    def _finish_file(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def finish(self) -> None:
+        """Close the last shard; where there are several, write their index."""
+        self._finish_file()
+        if len(self.shards) > 1:
+            weight_map = {name: self._name(number) for number, names in enumerate(self.shards) for name in names}
+            text = json.dumps({"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}, indent=1)
+            (self.out / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _kept_dtype(found: str, wanted: str) -> str:
+    """Floating-point tensors are rounded to the recipe's dtype; others stay what they are."""
+    return SAFETENSORS_NAMES[wanted] if found in SAFETENSORS_NAMES.values() else found
+
+
+def _grouped(sizes: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
+    """Names in order, as many to a group as stay within `limit_bytes`; a larger tensor has a group of its own."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if groups[-1] and held + size > limit_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def _write_config(folder: Path, out: Path, dtype: str, written: Written) -> None:
+    """The base's config, with the dtype that the weights have now, no quantization, and what of their shape is new."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    for section in (config, config.get("text_config", {})):
+        if written.vocabulary is not None and "vocab_size" in section:
+            section["vocab_size"] = written.vocabulary
+        if written.untied and ("tie_word_embeddings" in section or section is config):
+            section["tie_word_embeddings"] = False
+    (out / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
