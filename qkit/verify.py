@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit import contract, gates, live, model, parity, scoring
+from qkit import candidates, contract, gates, live, model, parity, scoring
 from qkit.artifacts import MERGED, Artifact, artifacts, open_artifact
 from qkit.device import detect
 from qkit.errors import MissingArtifact, ParityFailed
@@ -49,7 +49,7 @@ def run(run: Run, out: Path) -> None:
     for artifact in run.progress.track(artifacts(run), "verify", 1 + len(run.recipe.export.formats)):
         run.progress.say(f"verify: {artifact.name}")
         try:
-            measured = known(run, artifact) or _measure(run, artifact, held_out)
+            measured = known(run, artifact, held_out) or _measure(run, artifact, held_out)
         except ParityFailed:  # its log-probabilities are none
             distances[artifact.name] = _entry(gates.FAILED, [gates.Breach("numbers")])
             continue
@@ -69,13 +69,14 @@ def _check_hashes(run: Run) -> None:
             )
 
 
-def known(run: Run, artifact: Artifact) -> Measured | None:
+def known(run: Run, artifact: Artifact, held_out: scoring.HeldOut) -> Measured | None:
     """What the merge stage has measured of the merged model already, when it chose it among candidates."""
-    file = run.folder("merge") / "candidates.json"
-    if artifact.name != MERGED or not file.is_file():
+    if artifact.name != MERGED:
         return None
-    chosen = read_json(file).get("chosen_measured")
-    return chosen and Measured(Parity(**chosen["parity"]), tuple(chosen["right"]))
+    table = read_json(run.need("merge", candidates.FILE))
+    chosen = next(row for row in table["candidates"] if row["name"] == table["chosen"])
+    right = scoring.grade(table["texts"], held_out, open_task(run.recipe.task), run.recipe.evaluate)
+    return Measured(Parity(**chosen["parity"]), tuple(right), contract=contract.check_folder(run, artifact.path).checks)
 
 
 def _measure(run: Run, artifact: Artifact, held_out: scoring.HeldOut) -> Measured:
