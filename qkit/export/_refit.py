@@ -28,7 +28,7 @@ MOST_OFF = 0.5  # of a matrix's norm: 4 bits are off by a tenth of it, another m
 
 
 class Unmatched(Exception):
-    """The graph's matrices are not those of the folder, one to one: names, shapes or values differ."""
+    """There is nothing to round anew by: no training rows, or the graph's matrices are not those of the merged model."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def refit(job: Job, built: Path, out: Path, bits: int) -> None:
     """Write the graph of the folder `built` to `out` with every matrix rounded anew; peak memory is a layer's in fp32.
 
     Raises:
-        Unmatched: the graph does not hold the merged model's matrices as they are.
+        Unmatched: the graph does not hold the merged model's matrices as they are, or there are no training rows.
     """
     import torch
 
@@ -101,6 +101,8 @@ def _layer_by_layer(graph: Graph, sources: Mapping[str, Source], job: Job) -> No
     """Round the layers' matrices to 4 bits, each layer on what the rounded ones before it make of the rows."""
     from qkit.export._layers import Layers, walkable
 
+    if not job.rows.is_file():
+        raise Unmatched(f"{job.rows}: no training rows")
     if not walkable(job.merged):
         raise Unmatched("the model is not made of `model.layers` alone")
     for layer in Layers(job.merged, calibration_rows(job.rows)).walk():
