@@ -22,8 +22,8 @@ from typing import Any
 
 from qkit.child import death_wish
 from qkit.errors import DoesNotFit, MissingExtra, NotDeployable
-from qkit.export import _refit
 from qkit.export._job import Job
+from qkit.export._refit import Unmatched, refit
 from qkit.run import read_json, write_json
 
 RUNTIME = "onnxruntime"
@@ -163,7 +163,7 @@ def _make(job: Job, build: Build, whole: Path) -> None:
     if build.algorithm in OURS:
         try:
             return _rounded_by_us(job, build, whole)
-        except _refit.Unmatched as reason:
+        except Unmatched as reason:
             shutil.rmtree(whole)
             build = Build(build.precision, INSTEAD[build.algorithm], build.block)
             _note(job.log, f"{reason}: rounded by the builder's {build.algorithm} instead")
@@ -176,7 +176,7 @@ def _rounded_by_us(job: Job, build: Build, whole: Path) -> None:
     built = whole.with_name("built")
     _build(job, Build("int4", "rtn", build.block), (*TO_REFIT, f"block_size={build.block}"), built)
     whole.mkdir()
-    _refit.refit(job, built, whole, build.bits)
+    refit(job, built, whole, build.bits)
     for file in _texts(built):
         file.rename(whole / file.name)
 
