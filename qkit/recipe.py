@@ -394,16 +394,18 @@ def _unknown_names(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     """Tasks are files in tasks/, formats files in export/ (before the dash): the folder is the registry."""
     if recipe.task not in (tasks := names("tasks")):
         yield ("task",), f"unknown task {recipe.task!r}{_nearest(recipe.task, tasks)}; there are: {', '.join(tasks)}"
+    from qkit.export._job import accepts
+
     formats = list(format_names())
     for name in recipe.export.formats:
-        if name not in formats:
+        if not accepts(name):
             yield (
                 ("export", "formats"),
                 f"unknown format {name!r}{_nearest(name, formats)}; there are: {', '.join(formats)}",
             )
     gated = ["merged", *formats]
     for name in recipe.verify.gates:
-        if name not in gated:
+        if name not in gated and not accepts(name):
             yield (
                 ("verify", "gates", name),
                 f"verify.gates: unknown format {name!r}{_nearest(name, gated)}; there are: {', '.join(gated)}",

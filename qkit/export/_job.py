@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qkit.recipe import Recipe
+from qkit.recipe import Recipe, names
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,7 @@ class Exporter(Protocol):
     """What a module in export/ holds. A format `onnx-int4` is the module onnx, its variant `int4`."""
 
     VARIANTS: Mapping[str, str]  # variant, "" for none -> a line on what it is
-    QUANTIZED: frozenset[
-        str
-    ]  # variants with weights of 8 bits and fewer: the better base to merge onto is measured for each
+    QUANTIZED: frozenset[str]  # variants with weights of 8 bits and fewer: the base to merge onto is measured for each
     RUNTIME: str  # the runtime that opens them
 
     def export(self, job: Job, out: Path, variant: str) -> None:
@@ -47,6 +45,15 @@ def split(name: str) -> tuple[str, str]:
     """A format's name as its exporter's and its variant."""
     kind, _, variant = name.partition("-")
     return kind, variant
+
+
+def accepts(name: str) -> bool:
+    """Whether a format is one that its exporter makes: a variant of its list, or a longer name that spells out how (BY_HAND)."""
+    kind, variant = split(name)
+    if kind not in names("export"):
+        return False
+    found = exporter(kind)
+    return variant in found.VARIANTS or variant in getattr(found, "BY_HAND", ())
 
 
 def exporter(name: str) -> Exporter:

@@ -1,67 +1,139 @@
-"""ONNX files with a key-value cache, made by onnxruntime-genai's model builder from the merged model.
+"""ONNX files with a key-value cache: the graph by onnxruntime-genai's model builder, low-bit matrices by our own rounding.
 
-The builder is a program of its own: what it allocates and patches goes when it ends.
+The builder is a program of its own: what it allocates and patches goes when it ends. What it makes is put together in a
+folder beside the one asked for, which appears whole or not at all.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qkit.child import death_wish
-from qkit.errors import MissingExtra, NotDeployable
+from qkit.errors import DoesNotFit, MissingExtra, NotDeployable
 from qkit.export._job import Job
+from qkit.export._refit import Unmatched, refit
 from qkit.recipe import Recipe
+from qkit.run import read_json, write_json
 
-# The builder's arguments. Of its int4 settings that stay within about 1.3 times the smallest file, k_quant_mixed is the
-# nearest to the model it is made from: the head, and the layers that suffer most, keep 8 bits.
-ARGUMENTS: Mapping[str, Sequence[str]] = {
-    "fp32": ("-p", "fp32"),
-    "int4": ("-p", "int4", "--extra_options", "algo_config=k_quant_mixed"),
-}
-VARIANTS = {"fp32": "as exact as the merged model", "int4": "k-quants, the widest layers in 8 bit"}
-QUANTIZED = frozenset({"int4"})
 RUNTIME = "onnxruntime"
+
+# The first is ours, on the run's rows; the others are the builder's.
+ALGORITHMS = ("gptq", "rtn", "k_quant", "k_quant_mixed")
+BLOCKS = (16, 32, 64, 128, 256)  # weights that share a scale
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a variant is made: the builder's precision, and for low bits the algorithm and block size."""
+
+    precision: str
+    algorithm: str = ""
+    block: int = 32
+
+    @property
+    def bits(self) -> int:
+        return int(self.precision.removeprefix("int")) if self.algorithm else 16
+
+
+BUILDS: Mapping[str, Build] = {
+    "fp32": Build("fp32"),
+    "fp16": Build("fp16"),
+    "int8": Build("int8", "nearest"),
+    "int4": Build("int4", "gptq"),
+}
+VARIANTS: Mapping[str, str] = {
+    "fp32": "every bit of the merged weights, computed in fp32",
+    "fp16": "weights and sums in fp16",
+    "int8": "matrices in 8 bit, rounded to the nearest",
+    "int4": "matrices in 4 bit, each rounding error made up for by the weights still to be rounded; the head in 8 bit",
+}
+BY_HAND: Mapping[str, Build] = {
+    "-".join(filter(None, ("int4", algorithm, f"b{block}" if block else ""))): Build(
+        "int4", algorithm or "gptq", block or 32
+    )
+    for algorithm in ("", *ALGORITHMS)
+    for block in (0, *BLOCKS)
+}
+QUANTIZED = frozenset({"int8", *BY_HAND})
+
+# For the CPU the builder gives fp16 an attention without shared cache; the graph that it makes for CUDA runs on both.
+PROVIDERS = {"fp16": "cuda"}
+OPTIONS = {"fp16": ("fuse_qk_norm_gqa=false",)}
+TO_REFIT = ("algo_config=rtn", "matmul_mixed_precision=last_matmul:int8")  # quick; the head as wide as it will be
+OURS = ("gptq", "nearest")
+INSTEAD = {"gptq": "k_quant_mixed", "nearest": "rtn"}  # the builder's, where its graph's matrices are not the model's
+
 NEEDS = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
 TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")  # what a model folder holds beside its weights
 REFUSAL = "NotImplementedError: "  # how the builder says that it does not know an architecture
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How a full disk reads in the builder's log: the system's words, or numpy's, which counts what it could write.
+FULL_TEXT = re.compile(rf"{'|'.join(map(os.strerror, FULL))}|OSError: \d+ requested and \d+ written")
 TAIL_LINES = 15
 
 
 def export(job: Job, out: Path, variant: str) -> None:
-    """Make the ONNX folder `out` from the merged model; the builder's output is appended to the job's log.
+    """Make the ONNX folder `out` of the merged model; the builder's output is appended to `job.log`.
 
     Raises:
         NotDeployable: there is no such variant, or the builder does not know the architecture.
         MissingExtra: the builder is not installed.
+        DoesNotFit: the disk is full.
         RuntimeError: the builder failed otherwise; the message is the end of its log.
     """
-    arguments = _arguments(variant)
+    build = _known(variant)
     _need_builder()
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as cache:
-        _build(["-m", str(job.merged), "-o", str(out), "-e", "cpu", "-c", cache, *arguments], job.log)
-    for file in _texts(job.merged):
-        if not (out / file.name).exists():
-            shutil.copyfile(file, out / file.name)
+    if reason := unsupported(variant, job.recipe, read_json(job.merged / "config.json")):
+        raise NotDeployable(reason)
+    with _room(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        whole = Path(scratch) / "whole"
+        _make(job, build, whole)
+        _complete(job.merged, whole)
+        whole.rename(out)
 
 
 def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
-    """Only the builder knows, and it says so when it is asked."""
-    return None
+    """Why no ONNX file could be made of a model with this config.json; None where it can, or the builder is not here to ask."""
+    architecture = next(iter(config.get("architectures") or ()), None)
+    known = architectures()
+    if not architecture or not known or architecture in known:
+        return None
+    return (
+        f"onnxruntime-genai's builder makes no ONNX file of {architecture}; it takes {', '.join(sorted(known))}. "
+        "Leave the onnx formats out of export.formats"
+    )
 
 
-def _arguments(variant: str) -> Sequence[str]:
-    if variant not in ARGUMENTS:
-        known = ", ".join(f"onnx-{name}" for name in VARIANTS)
-        raise NotDeployable(f"export format {'-'.join(filter(None, ('onnx', variant)))}: there is {known}")
-    return ARGUMENTS[variant]
+def architectures() -> frozenset[str]:
+    """The architectures that the installed builder names in its source; none where it is not installed."""
+    found = find_spec("onnxruntime_genai")
+    for folder in (found and found.submodule_search_locations) or ():
+        source = Path(folder) / "models" / "builder.py"
+        if source.is_file():
+            return frozenset(re.findall(r'architectures\[0\] == "(\w+)"', source.read_text(encoding="utf-8")))
+    return frozenset()
+
+
+def _known(variant: str) -> Build:
+    if build := BUILDS.get(variant) or BY_HAND.get(variant):
+        return build
+    raise NotDeployable(
+        f"export format {'-'.join(filter(None, ('onnx', variant)))}: there is "
+        f"{', '.join(f'onnx-{name}' for name in VARIANTS)}; and onnx-int4-ALGORITHM-bBLOCK, either of which may be left "
+        f"out, with algorithm {', '.join(ALGORITHMS)} and block {', '.join(map(str, BLOCKS))}"
+    )
 
 
 def _need_builder() -> None:
@@ -70,10 +142,56 @@ def _need_builder() -> None:
         raise MissingExtra(f"ONNX export needs {', '.join(missing)}: pip install 'qkit[onnx]'")
 
 
-def _build(arguments: Sequence[str], log: Path) -> None:
+@contextmanager
+def _room(out: Path) -> Iterator[None]:
+    """A disk that fills up is the user's to clear, and said so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise _full(out.parent) from error
+
+
+def _full(folder: Path) -> DoesNotFit:
+    left = shutil.disk_usage(folder).free / 2**20
+    return DoesNotFit(
+        f"{folder}: the disk filled up while an ONNX file was made ({left:,.0f} MiB free now that its parts are removed). "
+        "It takes up to 4 bytes per weight for the file and as much again while it is built"
+    )
+
+
+def _make(job: Job, build: Build, whole: Path) -> None:
+    """Build into the folder `whole`, with the matrices rounded by us or by the builder."""
+    if build.algorithm in OURS:
+        try:
+            return _rounded_by_us(job, build, whole)
+        except Unmatched as reason:
+            shutil.rmtree(whole)
+            build = Build(build.precision, INSTEAD[build.algorithm], build.block)
+            _note(job.log, f"{reason}: rounded by the builder's {build.algorithm} instead")
+    options = (f"algo_config={build.algorithm}", f"block_size={build.block}") if build.algorithm else ()
+    return _build(job, build, options, whole)
+
+
+def _rounded_by_us(job: Job, build: Build, whole: Path) -> None:
+    """The builder's graph, its matrices replaced by ours; the graph itself is thrown away."""
+    built = whole.with_name("built")
+    _build(job, Build("int4", "rtn", build.block), (*TO_REFIT, f"block_size={build.block}"), built)
+    whole.mkdir()
+    refit(job, built, whole, build.bits)
+    for file in _texts(built):
+        file.rename(whole / file.name)
+
+
+def _build(job: Job, build: Build, options: Sequence[str], out: Path) -> None:
     """Run the builder to its end."""
-    begin = log.stat().st_size if log.exists() else 0
-    with log.open("ab") as sink:
+    arguments = ["-m", str(job.merged), "-o", str(out), "-c", str(out.with_name("cache")), "-p", build.precision]
+    arguments += ["-e", PROVIDERS.get(build.precision, "cpu")]
+    if options := (*options, *OPTIONS.get(build.precision, ())):
+        arguments += ["--extra_options", *options]
+    begin = job.log.stat().st_size if job.log.exists() else 0
+    with job.log.open("ab") as sink:
         done = subprocess.run(
             [sys.executable, "-m", "onnxruntime_genai.models.builder", *arguments],
             stdin=subprocess.DEVNULL,
@@ -84,16 +202,36 @@ def _build(arguments: Sequence[str], log: Path) -> None:
             check=False,
         )
     if done.returncode:
-        _raise_for(done.returncode, log.read_bytes()[begin:].decode(errors="replace"))
+        raise _failure(done.returncode, job.log.read_bytes()[begin:].decode(errors="replace"), out)
 
 
-def _raise_for(status: int, text: str) -> None:
-    """Turn a failed build into an error: the builder's own words where it refuses the architecture."""
+def _failure(status: int, text: str, out: Path) -> Exception:
+    """The error that a failed build stands for."""
     lines = text.replace("\r", "\n").splitlines()
     refusal = next((line.removeprefix(REFUSAL) for line in reversed(lines) if line.startswith(REFUSAL)), None)
     if refusal is not None:
-        raise NotDeployable(f"onnxruntime-genai's builder: {refusal} Leave the onnx formats out of export.formats")
-    raise RuntimeError(f"onnxruntime-genai's builder ended with status {status}:\n" + "\n".join(lines[-TAIL_LINES:]))
+        return NotDeployable(f"onnxruntime-genai's builder: {refusal} Leave the onnx formats out of export.formats")
+    if any(map(FULL_TEXT.search, lines[-TAIL_LINES:])):
+        return _full(out.parent)
+    return RuntimeError(f"onnxruntime-genai's builder ended with status {status}:\n" + "\n".join(lines[-TAIL_LINES:]))
+
+
+def _note(log: Path, line: str) -> None:
+    with log.open("a", encoding="utf-8") as sink:
+        sink.write(line + "\n")
+
+
+def _complete(model: Path, out: Path) -> None:
+    """Add the model's texts that the builder leaves out; onnxruntime-genai stops where the generation config says."""
+    for file in _texts(model):
+        if not (out / file.name).exists():
+            shutil.copyfile(file, out / file.name)
+    config = read_json(out / "genai_config.json")
+    if (out / "generation_config.json").exists():
+        stop = read_json(out / "generation_config.json").get("eos_token_id")
+        config["model"]["eos_token_id"] = config["model"]["eos_token_id"] if stop is None else stop
+    config["model"]["decoder"]["session_options"]["provider_options"] = []  # the CPU; others are added where they are
+    write_json(out / "genai_config.json", config)
 
 
 def _texts(model: Path) -> list[Path]:
