@@ -16,7 +16,8 @@ from qkit.errors import ParityFailed
 from qkit.export._job import exporter, split
 from qkit.parity import Parity
 from qkit.recipe import Gate, Recipe
-from qkit.run import Run, read_json
+from qkit.run import Run
+from qkit.show import read
 
 PASSED, FAILED = "passed", "failed"
 
@@ -113,8 +114,7 @@ def live_answers(run: Run) -> list[dict[str, Any]]:
 
 def failures(run: Run) -> dict[str, list[Breach]]:
     """By artifact: the limits that the last `verify` found broken; nothing when it has not run."""
-    file = run.folder("verify") / "parity.json"
-    entries = read_json(file)["parity"] if file.is_file() else {}
+    entries = (read(run.folder("verify") / "parity.json") or {}).get("parity", {})
     return {
         name: [Breach(**breach) for breach in entry.get("failed", ())]
         for name, entry in entries.items()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,14 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(trained_run: Run) -> Trained:
+def trained(trained_run: Run) -> Iterator[Trained]:
+    """Each model that is closed is followed by a garbage collection: of what is there by now nothing need be looked at again."""
     held_out = read_held_out(trained_run.need("data", "test.parquet"))
-    return Trained(trained_run, held_out, live.recorded(trained_run, held_out.rows))
+    known = Trained(trained_run, held_out, live.recorded(trained_run, held_out.rows))
+    gc.collect()
+    gc.freeze()
+    yield known
+    gc.unfreeze()
 
 
 def tensors(change: Callable[[Tensors, Trained], Any]) -> Callable[[Path, Trained], None]:

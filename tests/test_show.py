@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 from sample import FILES, SAMPLE, edit, open_sample
 
-from qkit import pipeline, show
+from qkit import modelcard, pipeline, report, show
 from qkit.errors import MissingArtifact
 
 GOLDEN = Path(__file__).parent / "golden" / "show.json"
@@ -199,6 +199,26 @@ def test_the_screen_shows_the_runs_figures(tmp_path: Path) -> None:
     record = json.loads((SAMPLE / "bench" / "vllm-c8.json").read_text(encoding="utf-8"))
     assert float(vllm[3]) == pytest.approx(1000 * record["ttft_seconds"]["p50"], abs=0.5)
     assert float(vllm[6]) == pytest.approx(record["output_tokens_per_second"], abs=0.05)
+
+
+def test_a_failed_gate_is_seen(tmp_path: Path) -> None:
+    """On the screen, in the report and on the model card: which artifact, the figure, the limit."""
+    run = open_sample(tmp_path)
+    file = run.folder("verify") / "parity.json"
+    kept = json.loads(file.read_text())
+    failed = [
+        {"gate": "kl_mean", "figure": 0.31, "limit": 0.1, "detail": ""},
+        {"gate": "contract", "figure": None, "limit": None, "detail": "stop tokens: it talks on after token 2"},
+    ]
+    kept["parity"]["onnx-int4"] |= {"status": "failed", "failed": failed}
+    file.write_text(json.dumps(kept))
+    summary = show.summary(run)
+    check(summary)
+    screen = "\n".join(drawn(summary, 160))
+    page, card = report.page(run), modelcard.render(run)
+    for said in ("mean KL to the live adapter 0.31 (limit 0.1)", "stop tokens: it talks on after token 2"):
+        assert said in screen and said in page and said in card
+    assert "onnx-int4 failed its gate" in screen and "vllm failed" not in screen
 
 
 def test_names_are_not_read_as_markup(tmp_path: Path) -> None:
