@@ -270,12 +270,65 @@ for _name, _help in (
     ("data", "read and tokenize the rows; write the ledger"),
     ("train", "fine-tune the adapter"),
     ("evaluate", "score the base model and the adapter on held-out rows"),
-    ("merge", "merge the adapter into the base model"),
     ("export", "export the merged model to ONNX and for vLLM"),
     ("bench", "latency, throughput and memory of every runtime"),
     ("report", "write the run's HTML page and its model card"),
 ):
     _stage_command(_name, _help)
+
+
+@app.command(
+    epilog="Example: qkit merge --base Qwen/Qwen2.5-7B-Instruct --adapter my-adapter --out merged --data rows.jsonl"
+)
+def merge(
+    target: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE_OR_RUN]", help="A recipe (.yaml) or a run directory.")
+    ] = None,
+    overrides: Set = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="D", help="The run directory; with --base the merged model's folder."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="B", help="In place of a recipe: a model as model.source names it.")
+    ] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option("--adapter", metavar="A", help="With --base: a PEFT LoRA folder; repeatable.")
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="Of each --adapter, in their order; default: 1.")
+    ] = None,
+    combine: Annotated[
+        str,
+        typer.Option(
+            "--combine", help="Several adapters: linear, cat, ties, dare_linear, dare_ties ... as PEFT has it."
+        ),
+    ] = "linear",
+    density: Annotated[
+        float, typer.Option("--density", min=0, max=1, help="Share of values that ties and dare keep.")
+    ] = 0.5,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="ROWS", help="With --base: conversations to measure the merge on.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    child: Child = False,
+) -> None:
+    """Stage: merge the adapter into the base model. With --base and --adapter: any adapter into any base."""
+    from qkit.errors import RecipeError
+
+    if (target is None) == (base is None) or (base is not None and not (adapter and out)):
+        raise RecipeError("name a recipe or a run directory, or --base, --adapter and --out; one of the two")
+    if target is not None:
+        return _stage("merge", target, overrides, out, as_json, quiet, child)
+    from qkit import candidates_screen, foreign
+
+    assert base and adapter and out
+    wish = foreign.Wish(base, adapter, out, weight or (), combine, density, data, overrides or ())
+    console = _stderr(keep=True)
+    with _errors_only():
+        made = foreign.merge(wish, _progress(console, quiet))
+    return _show(as_json, made, lambda: candidates_screen.screen(made))
 
 
 @app.command(epilog="Example: qkit verify runs/quickstart runs/quickstart/export/onnx-int4 --max-kl 0.1")

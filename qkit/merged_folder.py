@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from qkit import model, provenance
@@ -10,8 +11,10 @@ from qkit.merging import Base, merge
 from qkit.run import Run, make_folder
 
 
-def write_folder(run: Run, out: Path, base: Base) -> None:
+def write_folder(run: Run, out: Path, base: Base, adapters: Mapping[str, float] | None = None) -> None:
     """Merge the run's adapter onto its base's weights, as `base` says, into the new folder `out`.
+
+    `adapters`: hashes and weights of those that it was combined from.
 
     Raises:
         ModelError: the adapter does not belong to this base, is in it already, or is of a kind that is not merged.
@@ -23,8 +26,10 @@ def write_folder(run: Run, out: Path, base: Base) -> None:
     model.copy_companions(folder, out)
     if run.recipe.model.chat_template or run.recipe.model.add_tokens:
         model.tokenizer_of(run.recipe.model).save_pretrained(str(out))
-    _write_stop_tokens(out, json.loads(run.need("data", "tokens.json").read_text(encoding="utf-8"))["stop"])
-    provenance.write_merged(out, folder, run.recipe.model.source, base, {provenance.adapter_sha256(adapter): 1.0})
+    if (tokens := run.folder("data") / "tokens.json").is_file():
+        _write_stop_tokens(out, json.loads(tokens.read_text(encoding="utf-8"))["stop"])
+    merged = adapters or {provenance.adapter_sha256(adapter): 1.0}
+    provenance.write_merged(out, folder, run.recipe.model.source, base, merged)
 
 
 def _write_stop_tokens(out: Path, stop: list[int]) -> None:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, provenance, recipe, template
+from qkit import added_tokens, deltas, provenance, recipe, template
 from qkit.errors import MissingArtifact, ModelError
 from qkit.source import HubId, cache_dir, locate, sha256_of
-from qkit.tensor_files import fingerprint
+from qkit.tensor_files import fingerprint, tensor_specs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -184,9 +184,17 @@ def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PeftMod
     from peft import PeftModel
 
     check_adapter(adapter, folder)
+    _resize(base, adapter)
     live = PeftModel.from_pretrained(base, str(adapter))
     added_tokens.settle(live)
     return live
+
+
+def _resize(base: PreTrainedModel, adapter: Path) -> None:
+    """Give the embedding as many rows as the adapter's own has, where it holds one."""
+    held = tensor_specs(adapter / deltas.WEIGHTS).get(f"{deltas.PREFIX}{added_tokens.names(base)[0]}.weight")
+    if held and held["shape"][0] != base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(held["shape"][0], mean_resizing=False)
 
 
 def dequantize(model: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from qkit import added_tokens, model, pipeline, recipe, train
+from qkit import added_tokens, merged_folder, model, pipeline, recipe, train
 from qkit.device import detect
 from qkit.errors import ModelError, RecipeError
 from qkit.progress import Progress
@@ -256,8 +256,9 @@ def finish(folder: Path, section: dict[str, Any], **shape: Any) -> Finished:
     settings = tiny_settings(base, rows)
     settings["model"] |= section
     run = Run.create(folder / "run", from_dict(settings, [], "test"))
-    for stage in ("data", "train", "merge"):
+    for stage in ("data", "train"):
         pipeline.execute(run, stage)
+    merged_folder.write_folder(run, run.folder("merge"), "dequantized")
     return Finished(run, model.resolve(run.recipe.model))
 
 

@@ -282,6 +282,7 @@ def test_an_adapter_for_another_base(tiny_recipe: Path, tmp_path: Path) -> None:
     tiny_recipe.write_text(yaml.safe_dump(settings))
     run = _run_data(tiny_recipe, tmp_path / "run")
     assert qkit("train", run.root).returncode == 0
+    assert qkit("evaluate", run.root).returncode == 0
     shutil.rmtree(model)
     build_model(model, seed=1)
     done = qkit("merge", run.root)

@@ -1,0 +1,109 @@
+"""`qkit merge --base B --adapter A --out D`: adapters that no run of ours made, one or several."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qkit import foreign
+from qkit.errors import MissingArtifact, ModelError, RecipeError
+from qkit.foreign import Wish
+from qkit.progress import Progress
+
+FP32 = ["merge.dtype=float32"]
+
+
+def _foreign(folder: Path, out: Path, seed: int = 1, **options: Any) -> Path:
+    """A LoRA folder as PEFT alone saves it."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    fields = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False, **options}
+    get_peft_model(base, LoraConfig(**fields)).save_pretrained(out)
+    return out
+
+
+def test_a_foreign_adapter_goes_onto_the_16_bit_base(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = _foreign(tiny_model, tmp_path / "adapter")
+    made = foreign.merge(Wish(str(tiny_model), [adapter], tmp_path / "merged", overrides=FP32), Progress())
+    assert made["chosen"] == "16bit" and "not measured" in made["note"]
+    assert "only names and shapes of its weights could be checked" in made["notes"][0]
+    base = AutoModelForCausalLM.from_pretrained(str(tiny_model), dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
+    with pytest.raises(ModelError, match=r"is in .* already"):
+        foreign.merge(Wish(str(tmp_path / "merged"), [adapter], tmp_path / "twice"), Progress())
+    with pytest.raises(MissingArtifact, match="not empty"):
+        foreign.merge(Wish(str(tiny_model), [adapter], tmp_path / "merged"), Progress())
+
+
+def test_both_ways_are_measured_when_it_was_trained_in_4_bit(tiny_model: Path, tmp_path: Path, rows_file: Path) -> None:
+    adapter = _foreign(tiny_model, tmp_path / "adapter")
+    how = ["quantization.load_in_4bit=true"]
+    wish = Wish(str(tiny_model), [adapter], tmp_path / "merged", rows=str(rows_file), overrides=how)
+    made = foreign.merge(wish, Progress())
+    kl = {row["name"]: row["parity"]["kl_mean"] for row in [*made["candidates"], *made["beside"]]}
+    assert made["chosen"] == "dequantized" and kl["adapter"] == 0
+    assert 10 * kl["dequantized"] < min(kl["16bit"], kl["base"])
+    assert json.loads((tmp_path / "merged" / "qkit.json").read_text())["merged"][0]["onto"] == "dequantized"
+
+
+@pytest.mark.parametrize("how", ["linear", "ties", "dare_linear", "cat"])
+def test_several_are_combined_as_peft_does_it(tiny_model: Path, tmp_path: Path, how: str) -> None:
+    adapters = [_foreign(tiny_model, tmp_path / f"adapter{seed}", seed) for seed in (1, 2)]
+    wish = Wish(str(tiny_model), adapters, tmp_path / "merged", (0.7, 0.3), how, overrides=FP32)
+    foreign.merge(wish, Progress())
+    base = AutoModelForCausalLM.from_pretrained(str(tiny_model), dtype=torch.float32)
+    peft = PeftModel.from_pretrained(base, str(adapters[0]), adapter_name="a")
+    peft.load_adapter(str(adapters[1]), adapter_name="b")
+    torch.manual_seed(42)
+    options = {} if how in {"linear", "cat"} else {"density": 0.5}
+    peft.add_weighted_adapter(["a", "b"], [0.7, 0.3], "both", combination_type=how, **options)
+    peft.set_adapter("both")
+    wanted = peft.merge_and_unload(adapter_names=["both"]).state_dict()
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    if how != "dare_linear":  # which values are dropped depends on how often the generator was asked before
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    moved = load_file(tiny_model / "model.safetensors")
+    assert (
+        found["model.layers.0.self_attn.q_proj.weight"] - moved["model.layers.0.self_attn.q_proj.weight"]
+    ).abs().max() > 0.01
+    (entry,) = json.loads((tmp_path / "merged" / "qkit.json").read_text())["merged"]
+    assert sorted(entry["adapters"].values()) == [0.3, 0.7]
+
+
+def test_what_is_not_clear_is_refused(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
+    one, other = _foreign(tiny_model, tmp_path / "one"), _foreign(tiny_model, tmp_path / "other", r=2)
+    with pytest.raises(RecipeError, match="2 times --adapter and 1 times --weight"):
+        foreign.merge(Wish(str(tiny_model), [one, other], tmp_path / "out", (1.0,)), Progress())
+    with pytest.raises(ModelError, match="does not combine these adapters by linear"):
+        foreign.merge(Wish(str(tiny_model), [one, other], tmp_path / "out"), Progress())
+    noted = shutil.copytree(one, tmp_path / "noted")
+    (noted / "qkit.json").write_text(json.dumps({"base": "that one", "base_fingerprint": "0"}))
+    with pytest.raises(ModelError, match="was trained on that one"):
+        foreign.merge(Wish(str(other_model), [noted], tmp_path / "out"), Progress())
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_the_command_line(tiny_model: Path, tmp_path: Path, rows_file: Path) -> None:
+    adapter = _foreign(tiny_model, tmp_path / "adapter")
+    command = [sys.executable, "-m", "qkit", "merge", "--base", str(tiny_model), "--adapter", str(adapter)]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "merged"), "--data", str(rows_file)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "16bit" in done.stdout and "<- kept" in done.stdout and "only names and shapes" in done.stdout
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "--base, --adapter and --out" in refused.stderr
