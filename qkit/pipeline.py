@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qkit import modelcard
+from qkit import deploy, modelcard
 from qkit.device import PeakMeter, detect
 from qkit.errors import DoesNotFit, MissingArtifact, QkitError, StageFailed, UserError
 from qkit.recipe import Recipe
@@ -55,7 +55,7 @@ STAGES: Mapping[str, Stage] = {
 }
 
 
-CARDED = ("merge", "verify", "bench", "report")  # after these the model card has something new to say
+CARDED = ("merge", "export", "verify", "bench", "report")  # after these the model card has something new to say
 
 
 def status(run: Run, stage: Stage) -> str:
@@ -165,9 +165,11 @@ def run_all(run: Run, options: Sequence[str] = ()) -> list[str]:
     """Run every stage that is not done, each in a process of its own; returns the names of those that ran.
 
     Raises:
+        NotDeployable: before anything is done, when a format that the recipe names is known not to work.
         StageFailed, UserError: as the stage's own process reported it.
     """
     done = []
+    deploy.check(run.recipe)
     with run.locked():
         run.save_recipe()
         serves, beside = STAGES["serve"] in stages_of(run.recipe), detect().server_beside_model

@@ -118,5 +118,8 @@ def test_the_card_goes_to_the_merged_model_and_the_served_one(tmp_path: Path) ->
     (run.folder("export") / "vllm").mkdir(parents=True)
     modelcard.write(run)
     cards = [run.folder("merge") / "README.md", run.folder("export") / "vllm" / "README.md"]
-    assert [card.read_text(encoding="utf-8") for card in cards] == [modelcard.render(run)] * 2
+    assert [card.read_text(encoding="utf-8") for card in cards] == [
+        modelcard.render(run),
+        modelcard.render(run, "vllm"),
+    ]
     assert [path.name for path in run.folder("merge").iterdir()] == ["README.md"]

@@ -9,10 +9,8 @@ import json
 from pathlib import Path
 
 from qkit import model
-from qkit.export._job import Job, exporter, split
+from qkit.export._job import PROVENANCE, Job, exporter, split
 from qkit.run import Run, need_disk
-
-PROVENANCE = "qkit.json"
 
 
 def run(run: Run, out: Path) -> None:
@@ -35,9 +33,13 @@ def job(run: Run) -> Job:
         rows=run.need("data", "train.parquet"),
         recipe=run.recipe,
         log=run.log("export"),
+        say=run.progress.say,
     )
 
 
 def _write_provenance(run: Run, folder: Path, name: str) -> None:
-    note = {"format": name, "made_from": run.outputs("merge"), "recipe_sha256": run.recipe.sha256()}
-    (folder / PROVENANCE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+    """Written last, beside what the exporter has to say of its own (how it rounded, which base it belongs to)."""
+    file = folder / PROVENANCE
+    own = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    note = {"format": name, **own, "made_from": run.outputs("merge"), "recipe_sha256": run.recipe.sha256()}
+    file.write_text(json.dumps(note, indent=1), encoding="utf-8")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from qkit.recipe import Recipe
+
+PROVENANCE = (
+    "qkit.json"  # in every export: what it is and what it was made from; an exporter may put keys of its own there
+)
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,7 @@ class Job:
 
     `merged`: the merged model in 16 bit, with tokenizer, template and generation config. `base`, `adapter`: what it was merged from.
     `rows`: data/train.parquet, columns input_ids and labels (-100: no loss), to calibrate with.
+    `say`: tells the user something worth knowing.
     """
 
     merged: Path
@@ -25,6 +30,7 @@ class Job:
     rows: Path
     recipe: Recipe
     log: Path
+    say: Callable[[str], None] = lambda _: None
 
 
 class Exporter(Protocol):

@@ -19,7 +19,8 @@ SCORE_TOKENS = 2048  # right-padded tokens per forward when scoring
 
 
 def open(artifact: Path, device: Device, **options: Any) -> Runtime:
-    """A model folder, in bf16. With `recipe` and `adapter` in options: the live model, quantized as it was trained."""
+    """A model folder, in the dtype it has; one that holds a .gguf file, dequantized to float32. With `recipe` and `adapter` in options: the
+    live model, quantized as it was trained."""
     meter = PeakMeter(device)
     recipe: Recipe | None = options.get("recipe")
     loaded = _merged(artifact, device) if recipe is None else _live(artifact, recipe, device, options.get("adapter"))
@@ -33,13 +34,30 @@ def _live(folder: Path, recipe: Recipe, device: Device, adapter: Path | None) ->
 
 
 def _merged(folder: Path, device: Device) -> PreTrainedModel:
-    import torch
     from transformers import AutoModelForCausalLM
 
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.bfloat16, device_map=device.device_map
-    )
+    options: dict[str, Any] = {"dtype": "auto"}
+    if file := next(folder.glob("*.gguf"), None):
+        options = _gguf(folder, file.name)
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), device_map=device.device_map, **options)
     return loaded.eval()
+
+
+def _gguf(folder: Path, file: str) -> dict[str, Any]:
+    """How a .gguf file is read back: by its own header, but for Llama 3.1's scaling of positions, which transformers takes from config.json."""
+    import torch
+    from transformers import AutoConfig, GgufConfig
+
+    config = AutoConfig.from_pretrained(str(folder), gguf_file=file)
+    beside = AutoConfig.from_pretrained(str(folder))
+    if beside.rope_parameters["rope_type"] != "default":
+        config.rope_parameters = beside.rope_parameters
+    return {
+        "gguf_file": file,
+        "config": config,
+        "dtype": torch.float32,
+        "quantization_config": GgufConfig(dequantize=True),
+    }
 
 
 class TransformersRuntime(Runtime):
