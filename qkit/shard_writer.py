@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,11 +31,11 @@ def write_model(
     coming = iter(tensors)
     for number, group in enumerate(groups):
         file = TensorFile(out / _file_name(number, len(groups)), {name: specs[name] for name in group})
-        for expected in group:
-            name, tensor = next(coming)
-            assert name == expected, f"{name} came where {expected} was due"
-            file.write(name, tensor)
-        file.close()
+        with closing(file):
+            for expected in group:
+                name, tensor = next(coming)
+                assert name == expected, f"{name} came where {expected} was due"
+                file.write(name, tensor)
     if len(groups) > 1:
         _write_index(out, groups, sum(map(spec_bytes, specs.values())))
 

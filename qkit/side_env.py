@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import shutil
 import subprocess
@@ -63,7 +64,7 @@ def make(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
         shutil.rmtree(home, ignore_errors=True)
         home.parent.mkdir(parents=True, exist_ok=True)
         target = _target(home)
-        for step in (*bootstrap.plan_venv(target), *_install(target, name)):
+        for step in itertools.chain(bootstrap.plan_venv(target), _install(target, name)):
             say(f"{step.what} ...")
             _run(step.argv, home)
         (home / DONE).touch()

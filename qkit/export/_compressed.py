@@ -123,7 +123,9 @@ def _packed(name: str, weight: torch.Tensor, compressor: Any, made: Any) -> Iter
     rows, columns = weight.shape
     groups = weight.float().reshape(rows, -1, made.weights.group_size or columns)
     scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), made.weights)
-    scale = scale.to(weight.dtype)
-    packed = compressor.compress({"weight": weight, "weight_scale": scale}, made)
+    scale = scale.to(
+        weight.dtype
+    ).float()  # as it is stored; divided by in 32 bit: in 16 bit many a code would be the next one
+    packed = compressor.compress({"weight": weight.float(), "weight_scale": scale}, made)
     module = name.removesuffix(".weight")
     yield from ((f"{module}.{part}", packed[part]) for part in sorted(packed))

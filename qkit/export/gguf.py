@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +57,12 @@ def export(job: Job, out: Path, variant: str) -> None:
         raise NotDeployable(f"gguf-{variant}: {reason}")
     import gguf
 
-    writer = gguf.GGUFWriter(str(out / FILE), ARCHITECTURES[config["model_type"]])
-    _sizes(writer, config)
-    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[variant]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, job.merged, int(config["vocab_size"]))
-    _tensors(writer, job.merged, config, variant)
+    with closing(gguf.GGUFWriter(str(out / FILE), ARCHITECTURES[config["model_type"]])) as writer:
+        _sizes(writer, config)
+        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[variant]])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_tokenizer(writer, job.merged, int(config["vocab_size"]))
+        _tensors(writer, job.merged, config, variant)
     beside_weights(job.merged, out)
     write_modelfile(out, FILE)
 
@@ -125,10 +128,17 @@ def _tensors(writer: GGUFWriter, merged: Path, config: Mapping[str, Any], varian
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if factors is not None:
-        writer.write_tensor_data(factors)
+        _write(writer, factors)
     for name, tensor in read(merged, list(names)):
-        writer.write_tensor_data(_stored(name, tensor, types[name], config))
-    writer.close()
+        _write(writer, _stored(name, tensor, types[name], config))
+
+
+def _write(writer: GGUFWriter, stored: np.ndarray[Any, Any]) -> None:
+    """numpy says of a full disk only that nothing was written."""
+    try:
+        writer.write_tensor_data(stored)
+    except OSError as error:
+        raise OSError(error.errno or errno.ENOSPC, error.strerror or os.strerror(errno.ENOSPC)) from error
 
 
 def _names(merged: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -36,11 +36,22 @@ def _live(folder: Path, recipe: Recipe, device: Device, adapter: Path | None) ->
 def _merged(folder: Path, device: Device) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": "auto"}
-    if file := next(folder.glob("*.gguf"), None):
-        options = _gguf(folder, file.name)
+    gguf = next(folder.glob("*.gguf"), None)
+    options = _gguf(folder, gguf.name) if gguf else {"dtype": "auto", **_unpacked(folder)}
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), device_map=device.device_map, **options)
     return loaded.eval()
+
+
+def _unpacked(folder: Path) -> dict[str, Any]:
+    """compressed-tensors would leave weights packed until a forward of the whole model, which scoring does not make."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder))
+    packing: dict[str, Any] = getattr(config, "quantization_config", None) or {}
+    if packing.get("quant_method") != "compressed-tensors":
+        return {}
+    config.quantization_config = {**packing, "dequantize": True}
+    return {"config": config}
 
 
 def _gguf(folder: Path, file: str) -> dict[str, Any]:
