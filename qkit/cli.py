@@ -271,7 +271,7 @@ for _name, _help in (
     ("train", "fine-tune the adapter"),
     ("evaluate", "score the base model and the adapter on held-out rows"),
     ("merge", "merge the adapter into the base model"),
-    ("export", "export the merged model to ONNX and for vLLM"),
+    ("export", "export the merged model in the formats of the recipe"),
     ("verify", "compare every artifact with the adapter as trained"),
     ("bench", "latency, throughput and memory of every runtime"),
     ("report", "write the run's HTML page and its model card"),

@@ -199,10 +199,10 @@ class Export(Section):
     formats: Annotated[tuple[str, ...], BeforeValidator(_every)] = Field(
         ("onnx-fp32", "onnx-int4", "vllm"), description="all: every format that this model can be had in"
     )
-    method: Literal["auto", "gptq", "awq", "round-to-nearest"] = Field(
+    method: Literal["auto", "gptq", "awq", "smoothquant", "round-to-nearest"] = Field(
         "auto", description="of vllm-w4a16 and vllm-w8a8; auto: gptq where llm-compressor's environment is there"
     )
-    calibration_rows: Positive = Field(128, description="training rows that gptq and awq fit the weights to")
+    calibration_rows: Positive = Field(128, description="training rows that these methods fit the weights to")
 
 
 class Serve(Section):

@@ -22,7 +22,7 @@ def main(job: Mapping[str, Any]) -> None:
     oneshot(
         model=model,
         dataset=_rows(job),
-        recipe=[_modifier(job)],
+        recipe=_modifiers(job),
         max_seq_length=job["longest"],
         num_calibration_samples=job["samples"],
         shuffle_calibration_samples=False,
@@ -47,17 +47,20 @@ def _one_row(batch: list[Mapping[str, list[int]]]) -> dict[str, Any]:
     return {name: torch.tensor([row[name] for row in batch]) for name in ("input_ids", "attention_mask")}
 
 
-def _modifier(job: Mapping[str, Any]) -> Any:
+def _modifiers(job: Mapping[str, Any]) -> list[Any]:
+    """AWQ and SmoothQuant only move scales from activations to weights; what rounds them comes after."""
     from compressed_tensors.quantization import QuantizationScheme
-
-    schemes = {"group_0": QuantizationScheme(**job["scheme"])}
-    if job["method"] == "awq":
-        from llmcompressor.modifiers.awq import AWQModifier
-
-        return AWQModifier(config_groups=schemes, ignore=job["ignore"])
     from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-    return GPTQModifier(config_groups=schemes, ignore=job["ignore"])
+    how = {"config_groups": {"group_0": QuantizationScheme(**job["scheme"])}, "ignore": job["ignore"]}
+    if job["method"] == "awq":
+        return [AWQModifier(), QuantizationModifier(**how)]
+    if job["method"] == "smoothquant":
+        return [SmoothQuantModifier(), GPTQModifier(**how)]
+    return [GPTQModifier(**how)]
 
 
 if __name__ == "__main__":
