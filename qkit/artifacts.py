@@ -11,6 +11,7 @@ from qkit.run import Run, read_json
 from qkit.runtime import Runtime, open_runtime
 
 MERGED = "merged"
+SERVED = "vllm"  # the export that the stage `serve` serves
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ def open_artifact(run: Run, artifact: Artifact, stage: str) -> Runtime:
     options = {}
     if artifact.runtime == "vllm":
         serve = run.recipe.serve.model_copy(update={"port": 0})
-        log = run.log(stage).with_name(f"{stage}-vllm.log")
-        options = {"live": live_server(run), "serve": serve, "log": log, "served_name": run.root.name}
+        log = run.log(stage).with_name(f"{stage}-{artifact.name}.log")
+        live = live_server(run) if artifact.name == SERVED else None
+        options = {"live": live, "serve": serve, "log": log, "served_name": run.root.name}
     return open_runtime(artifact.runtime, artifact.path, detect(), **options)
 
 

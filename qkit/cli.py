@@ -53,12 +53,22 @@ STAGE_EXAMPLE = "Example: qkit {name} runs/quickstart"
 
 
 @app.command(epilog="Example: qkit doctor --json")
-def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
+def doctor(
+    make: Annotated[
+        str | None, typer.Option("--make", metavar="NAME", help="Make an environment apart: llmcompressor.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """What this machine is, what works on it, what is missing and the command that installs it."""
     from dataclasses import asdict
 
-    from qkit import doctor
+    from qkit import doctor, side_env
 
+    if make:
+        folder = side_env.make(make, _progress(_stderr(), quiet).say)
+        _show(as_json, {"name": make, "folder": str(folder)}, lambda: f"{make}: {folder}")
+        return
     report = doctor.examine()
     _show(as_json, asdict(report), lambda: doctor.screen(report))
 
@@ -270,7 +280,7 @@ for _name, _help in (
     ("data", "read and tokenize the rows; write the ledger"),
     ("train", "fine-tune the adapter"),
     ("evaluate", "score the base model and the adapter on held-out rows"),
-    ("export", "export the merged model to ONNX and for vLLM"),
+    ("export", "export the merged model in the formats of the recipe"),
     ("bench", "latency, throughput and memory of every runtime"),
     ("report", "write the run's HTML page and its model card"),
 ):
@@ -407,6 +417,26 @@ def _compare(a: str, b: str, data: Path | None, where: bool, max_kl: float | Non
         found.enforce(max_kl)
 
 
+@app.command(epilog="Example: qkit push runs/quickstart/export/vllm me/my-model --private --dry-run")
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An export, or a run's merge folder.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private, when it is new.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be uploaded.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also without provenance, or when its gate has failed.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload a model folder to the Hugging Face hub."""
+    from qkit import push as pushing
+
+    upload = pushing.planned(folder, repo, private, force)
+    url = None if dry_run else pushing.push(upload)
+    _show(as_json, {**pushing.to_dict(upload), "url": url}, lambda: url or pushing.screen(upload))
+
+
 @app.command(epilog="Example: qkit serve runs/quickstart --set serve.port=8080")
 def serve(
     target: Target,
@@ -473,9 +503,14 @@ def _stoppable() -> Iterator[None]:
 
 
 def _recipe(target: Path, overrides: list[str] | None) -> Any:
+    """The recipe, with the formats that `export.formats=all` stands for."""
+    from qkit import deploy
     from qkit.recipe import load
 
-    return load(target / "recipe.yaml" if target.is_dir() else target, overrides or ())
+    how, left = deploy.resolved(load(target / "recipe.yaml" if target.is_dir() else target, overrides or ()))
+    for refusal in left:
+        sys.stderr.write(f"left out of export.formats: {refusal.format}: {refusal.reason}\n")
+    return how
 
 
 def _open(target: Path, overrides: list[str] | None, out: Path | None, progress: Progress) -> Run:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import contract, gates, live, model, scoring
+from qkit import contract, gates, live, model, provenance, scoring
 from qkit.artifacts import MERGED, Artifact, open_artifact
 from qkit.device import detect
 from qkit.errors import DataError, MissingArtifact, ParityFailed
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qkit.progress import Progress
-
-PROVENANCE = "qkit.json"  # in an export's folder: what it is
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def side(text: str) -> Side:
         run = Run.open(path)
         run.need("train", "adapter")
         return Side(text, "transformers", path, run=run)
-    note = read_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else {}
+    note = read_json(path / provenance.NOTE) if (path / provenance.NOTE).is_file() else {}
     if "format" in note:
         return Side(text, exporter(note["format"]).RUNTIME, path, format=note["format"], run=_maker(path))
     if (path / "config.json").is_file():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qkit import scoring
 from qkit.errors import ModelError, ParityFailed, ServerError
 from qkit.export._job import split
+from qkit.provenance import NOTE
 from qkit.run import Run, read_json
 from qkit.scoring import HeldOut
 from qkit.tensor_files import read, shards, tensor_specs
@@ -176,7 +177,7 @@ def _dtype(run: Run, served: Path | None) -> Check:
         return Check(name, NOT_CHECKED, "the server does not say where on this machine its model is")
     if not any(served.glob("*.safetensors")):
         return Check(name, NOT_CHECKED, "its weights are not safetensors")
-    config, note = _read(served / "config.json"), _read(served / "qkit.json")
+    config, note = _read(served / "config.json"), _read(served / NOTE)
     found = config.get("dtype", config.get("torch_dtype"))
     wanted = DTYPES.get(split(note.get("format", ""))[1], run.recipe.merge.dtype)
     said = f"its config says {found}, the run made {wanted}"

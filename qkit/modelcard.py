@@ -1,4 +1,4 @@
-"""The model card: README.md beside the merged weights and the served export, written from what the run measured.
+"""The model card: README.md beside the merged weights and in every export, written from what the run measured.
 
 It is no stage and no stage's result: it is rewritten as figures come in, and left out of the hashed outputs.
 """
@@ -17,11 +17,13 @@ from qkit.run import Run, write_text
 from qkit.source import is_hub_id
 
 FILE = "README.md"
+# What reads a folder -> the library that the hub names for it.
+LIBRARIES = {"transformers": "transformers", "adapter": "peft", "gguf": "gguf", "onnx": "onnx"}
 PROVENANCE = ("data", "train", "merge")  # the stages whose files made these weights
 
 
 def write(run: Run) -> None:
-    """Write the card into `merge/`, and into `export/vllm/` where that is.
+    """Write the card into `merge/`, and into every folder of `export/`.
 
     Raises:
         MissingArtifact: there is no merged model, or a file of the run is damaged.
@@ -29,14 +31,13 @@ def write(run: Run) -> None:
     merged = run.folder("merge")
     if not merged.is_dir():
         raise MissingArtifact(f"{merged} is missing: `qkit merge {run.root}` makes it")
-    text = render(run)
-    for folder in (merged, run.folder("export") / "vllm"):
-        if folder.is_dir():
-            write_text(folder / FILE, text)
+    write_text(merged / FILE, render(run))
+    for folder in sorted(run.folder("export").glob("*/")):
+        write_text(folder / FILE, render(run, folder.name))
 
 
-def render(run: Run) -> str:
-    """The card's text: YAML front matter, then Markdown."""
+def render(run: Run, export: str | None = None) -> str:
+    """The card's text, for the merged model or an export by its format's name: YAML front matter, then Markdown."""
     from importlib import resources
 
     import jinja2
@@ -52,7 +53,9 @@ def render(run: Run) -> str:
     environment.filters.update(show.TEXTS, cell=_cell)
     template = environment.from_string(resources.files("qkit").joinpath("modelcard.md.j2").read_text(encoding="utf-8"))
     return template.render(
-        front=_front(run.recipe),
+        front=_front(run.recipe, export),
+        export=export,
+        kind=kind_of(export),
         name=run.root.resolve().name,
         run=run,
         recipe=run.recipe,
@@ -65,13 +68,22 @@ def render(run: Run) -> str:
     )
 
 
-def _front(recipe: Recipe) -> str:
+def kind_of(export: str | None) -> str:
+    """By what an export is used: one of LIBRARIES."""
+    if export == "vllm-adapter":
+        return "adapter"
+    kind = (export or "").partition("-")[0]
+    return kind if kind in LIBRARIES else "transformers"
+
+
+def _front(recipe: Recipe, export: str | None) -> str:
     """YAML front matter as the hub reads it. The license is the base model's to say, so it is left out."""
     import yaml
 
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front: dict[str, Any] = {"library_name": LIBRARIES[kind_of(export)], "pipeline_tag": "text-generation"}
     if is_hub_id(recipe.model.source):
-        front |= {"base_model": recipe.model.source, "base_model_relation": "finetune"}
+        relation = "adapter" if kind_of(export) == "adapter" else "finetune"
+        front |= {"base_model": recipe.model.source, "base_model_relation": relation}
     if known := [source.source for source in recipe.data.train if is_hub_id(source.source)]:
         front["datasets"] = known
     front["tags"] = ["qkit", "lora", *(["qlora"] if recipe.quantization.load_in_4bit else []), recipe.task]

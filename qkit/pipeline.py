@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qkit import fitting, gates, modelcard
+from qkit import deploy, fitting, gates, modelcard
 from qkit.device import PeakMeter, detect, out_of_memory
 from qkit.errors import DoesNotFit, MissingArtifact, OutOfMemory, QkitError, StageFailed, UserError
 from qkit.recipe import Recipe
@@ -60,7 +60,7 @@ STAGES: Mapping[str, Stage] = {
 
 
 KILLED = -9  # SIGKILL, as a process's status
-CARDED = ("merge", "verify", "bench", "report")  # after these the model card has something new to say
+CARDED = ("merge", "export", "verify", "bench", "report")  # after these the model card has something new to say
 
 
 def status(run: Run, stage: Stage) -> str:
@@ -169,11 +169,13 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
     `fit`: a training that runs out of memory goes on from its last checkpoint with a recipe that needs less, which is then the run's.
 
     Raises:
+        NotDeployable: before anything is done, when a format that the recipe names is known not to work.
         StageFailed, UserError: as the stage's own process reported it.
         ParityFailed: every stage is done, and an artifact failed its gate.
     """
     done = []
     fitting.check(run.recipe, detect())
+    deploy.check(run.recipe)
     with run.locked():
         run.save_recipe()
         serves, beside = STAGES["serve"] in stages_of(run.recipe), detect().server_beside_model

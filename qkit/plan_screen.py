@@ -22,7 +22,14 @@ def screen(found: Sheet) -> RenderableType:
     from rich.text import Text
 
     style = "bold green" if found.made.fits else "bold red"
-    after = [*_notes(found), *_remedy_lines(found), *_solved_lines(found.solved), *_anchor_lines(found.anchors)]
+    refused = [f"warning: not deployable as {refusal.format}: {refusal.reason}" for refusal in found.refused]
+    after = [
+        *refused,
+        *_notes(found),
+        *_remedy_lines(found),
+        *_solved_lines(found.solved),
+        *_anchor_lines(found.anchors),
+    ]
     drawn: list[RenderableType] = [
         Text(verdict(found.made), style=style),
         Text(),

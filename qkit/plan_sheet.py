@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit import memory, plan, recipe, roofline
+from qkit import deploy, memory, plan, recipe, roofline
+from qkit.deploy import Refusal
 from qkit.device import Device, detect
 from qkit.errors import RecipeError
 from qkit.plan import Anchor, LengthTable, Plan, Question, Solved
@@ -23,7 +24,10 @@ CONVERSATIONS = (1024, 4096, 16384)  # tokens; how many of each a server holds i
 
 @dataclass(frozen=True)
 class Sheet:
-    """A plan and what belongs to it. `made`: the higher of load and train. `conversations`: (tokens, how many at once)."""
+    """A plan and what belongs to it. `made`: the higher of load and train. `conversations`: (tokens, how many at once).
+
+    `refused`: the formats of the recipe that could not be made of this model, or not be loaded where they go.
+    """
 
     made: Plan
     exact: bool
@@ -35,6 +39,7 @@ class Sheet:
     alternatives: tuple[Remedy, ...]
     anchors: tuple[Anchor, ...]
     solved: Solved | None
+    refused: tuple[Refusal, ...]
 
 
 def sheet(
@@ -64,6 +69,7 @@ def sheet(
         alternatives=() if made.fits else plan.alternatives(how, made, device, labelled),
         anchors=plan.anchors(how, device),
         solved=plan.solve(how, ask, device=device) if ask else None,
+        refused=deploy.refusals(how),
     )
 
 
@@ -83,6 +89,7 @@ def to_dict(found: Sheet) -> dict[str, Any]:
         "lengths": asdict(found.lengths) if found.lengths else None,
         "alternatives": [asdict(remedy) for remedy in found.alternatives],
         "anchors": [asdict(anchor) for anchor in found.anchors],
+        "not_deployable": [asdict(refusal) for refusal in found.refused],
     }
     if found.solved:
         answer = found.solved

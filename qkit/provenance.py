@@ -12,7 +12,7 @@ from qkit.deltas import WEIGHTS
 from qkit.errors import ModelError
 from qkit.tensor_files import fingerprint, tensor_specs
 
-NOTE = "qkit.json"  # in a model's folder as in an adapter's
+NOTE = "qkit.json"  # in an adapter's folder, a merged model's, an export's: what it is, and what it was made from
 
 
 def adapter_sha256(adapter: Path) -> str:

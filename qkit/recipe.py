@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from qkit.errors import RecipeError
@@ -24,6 +24,7 @@ Positive = Annotated[int, Field(gt=0)]
 Limit = Annotated[float, Field(ge=0)] | None
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
+ALL = "all"  # in export.formats
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -194,10 +195,21 @@ class Merge(Section):
     max_shard_bytes: Positive = 4 * 1024**3
 
 
+def _every(value: Any) -> Any:
+    """`all` stands for itself until the model is known."""
+    return (ALL,) if value == ALL else value
+
+
 class Export(Section):
     """What to make of the merged model."""
 
-    formats: tuple[str, ...] = ("onnx-fp32", "onnx-int4", "vllm")
+    formats: Annotated[tuple[str, ...], BeforeValidator(_every)] = Field(
+        ("onnx-fp32", "onnx-int4", "vllm"), description="all: every format that this model can be had in"
+    )
+    method: Literal["auto", "gptq", "awq", "smoothquant", "round-to-nearest"] = Field(
+        "auto", description="of vllm-w4a16 and vllm-w8a8; auto: gptq where llm-compressor's environment is there"
+    )
+    calibration_rows: Positive = Field(128, description="training rows that these methods fit the weights to")
 
 
 class Gate(Section):
@@ -345,7 +357,7 @@ def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             "lower data.batch_tokens and raise train.gradient_accumulation_steps instead",
         )
     for runtime in recipe.bench.runtimes:
-        if runtime != "transformers" and runtime not in recipe.export.formats:
+        if runtime != "transformers" and not {runtime, ALL} & {*recipe.export.formats}:
             yield ("bench", "runtimes"), f"bench.runtimes has {runtime!r}, which export.formats does not make"
     yield from _token_clashes(recipe)
     yield from _split_clashes(recipe.data)
@@ -353,8 +365,6 @@ def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
 
 
 def _token_clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
-    if "vllm-adapter" in recipe.export.formats and (reason := not_served_apart(recipe)):
-        yield ("export", "formats"), reason
     targets = recipe.lora.target_modules
     if recipe.model.add_tokens and (
         both := {"lm_head", "embed_tokens"} & {*([targets] if isinstance(targets, str) else targets)}
@@ -363,20 +373,6 @@ def _token_clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             ("lora", "target_modules"),
             f"lora.target_modules names {', '.join(sorted(both))}, in which model.add_tokens has rows learnt; peft takes only one of both",
         )
-
-
-def not_served_apart(recipe: Recipe) -> str | None:
-    """Why vLLM could not serve the adapter beside its base, or None.
-
-    vLLM's loader (lora/utils.py, parse_fine_tuned_lora_name) takes lora_A and lora_B only and raises "is unsupported LoRA weight" on rows of an
-    embedding; whole matrices (modules_to_save) it takes for classifiers alone (lora/peft_helper.py).
-    """
-    if not recipe.model.add_tokens:
-        return None
-    return (
-        'model.add_tokens has rows of the embedding learnt, and vLLM takes no adapter that holds any ("is unsupported LoRA weight"): '
-        "serve the merged model (export.formats: vllm), or train without added tokens (model.chat_template=plain)"
-    )
 
 
 def _split_clashes(data: Data) -> Iterator[tuple[Key, str]]:
@@ -396,9 +392,9 @@ def _unknown_names(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         yield ("task",), f"unknown task {recipe.task!r}{_nearest(recipe.task, tasks)}; there are: {', '.join(tasks)}"
     from qkit.export._job import accepts
 
-    formats = list(format_names())
+    formats = [ALL, *format_names()]
     for name in recipe.export.formats:
-        if not accepts(name):
+        if name != ALL and not accepts(name):
             yield (
                 ("export", "formats"),
                 f"unknown format {name!r}{_nearest(name, formats)}; there are: {', '.join(formats)}",

@@ -147,12 +147,31 @@ def _bare_shape(model: recipe.Model) -> Shape:
     found = locate(model.source, sha256=model.sha256, kind=ModelError)
     if isinstance(found, HubId):
         return from_config(_hub_config(found.name, model.revision), found.name)
+    file = _config_file(found)
+    return _file_shape(file, file.stat().st_mtime_ns)
+
+
+def config_of(model: recipe.Model) -> Mapping[str, Any]:
+    """What is known of a recipe's model by the names of config.json, from the places where `shape_of` looks.
+
+    Raises:
+        ModelError: as `shape_of`.
+    """
+    known = known_models().get(model.source)
+    if known is not None and not Path(model.source).exists():
+        return known
+    found = locate(model.source, sha256=model.sha256, kind=ModelError)
+    if isinstance(found, HubId):
+        return _hub_config(found.name, model.revision)
+    file = _config_file(found)
+    return _gguf_config(file) if file.suffix == ".gguf" else _read_config(file)
+
+
+def _config_file(found: Path) -> Path:
     file = found / "config.json" if found.is_dir() else found
-    try:
-        changed_ns = file.stat().st_mtime_ns
-    except FileNotFoundError:
-        raise ModelError(f"{found}: holds no config.json, so it is not a model folder (nor a .gguf file)") from None
-    return _file_shape(file, changed_ns)
+    if not file.is_file():
+        raise ModelError(f"{found}: holds no config.json, so it is not a model folder (nor a .gguf file)")
+    return file
 
 
 @functools.cache
@@ -395,9 +414,12 @@ def from_gguf(file: Path) -> Shape:
     Raises:
         ModelError: it is no GGUF file, is cut off, or lacks a size.
     """
+    return from_config(_gguf_config(file), str(file))
+
+
+def _gguf_config(file: Path) -> dict[str, Any]:
     try:
-        metadata, tensors = read_gguf(file)
-        return from_config(_as_config(metadata, tensors), str(file))
+        return _as_config(*read_gguf(file))
     except (struct.error, KeyError, UnicodeDecodeError, ValueError) as error:
         raise ModelError(f"{file}: its GGUF header is damaged or cut off ({error!r}); download it again") from None
 

@@ -27,10 +27,12 @@ TORCH_NAMES = {
     "F32": "float32",
     "I64": "int64",
     "I32": "int32",
+    "I8": "int8",
     "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn",
     "BOOL": "bool",
 }
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1, "BOOL": 1}
 
 
 def shards(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, fitting, memory_seen, model, plan, roofline, row_losses, tensors_alive
+from qkit import added_tokens, deploy, fitting, memory_seen, model, plan, roofline, row_losses, tensors_alive
 from qkit.device import Device, PeakMeter, detect, out_of_memory
 from qkit.errors import MissingArtifact, ModelError, OutOfMemory, StageFailed
 from qkit.fast.batches import part_sizes
@@ -48,10 +48,12 @@ def run(run: Run, out: Path) -> Peak:
     """Train the adapter; goes on from the last checkpoint in `out` when there is one. Returns planned and measured peak memory.
 
     Raises:
+        NotDeployable: a format that the recipe names could not be made of the result, or not be loaded where it goes.
         StageFailed: the labels that were trained on are not those of the ledger.
     """
     how, device = run.recipe, detect()
     fitting.check(how, device)
+    deploy.check(how)
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
     folder = model.resolve(how.model)

@@ -213,7 +213,6 @@ def test_a_named_template_begins_as_the_models_texts_do(tmp_path: Path, name: st
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["export.formats=[vllm-adapter]"], "serve the merged model"),
         (["lora.target_modules=[q_proj, lm_head]"], "lora.target_modules names lm_head"),
         (["model.add_tokens=['two words']"], "should match pattern"),
     ],

@@ -118,5 +118,27 @@ def test_the_card_goes_to_the_merged_model_and_the_served_one(tmp_path: Path) ->
     (run.folder("export") / "vllm").mkdir(parents=True)
     modelcard.write(run)
     cards = [run.folder("merge") / "README.md", run.folder("export") / "vllm" / "README.md"]
-    assert [card.read_text(encoding="utf-8") for card in cards] == [modelcard.render(run)] * 2
+    assert [card.read_text(encoding="utf-8") for card in cards] == [
+        modelcard.render(run),
+        modelcard.render(run, "vllm"),
+    ]
     assert [path.name for path in run.folder("merge").iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("export", "library", "used"),
+    [
+        ("safetensors", "transformers", "from_pretrained(folder)"),
+        ("vllm-w8a8", "transformers", "from_pretrained(folder)"),
+        ("vllm-adapter", "peft", "--enable-lora --max-lora-rank"),
+        ("gguf-q8_0", "gguf", "ollama create"),
+        ("onnx-int4", "onnx", "onnxruntime_genai.Model"),
+    ],
+)
+def test_an_export_is_used_as_what_it_is(tmp_path: Path, export: str, library: str, used: str) -> None:
+    text = modelcard.render(open_sample(tmp_path), export)
+    assert front(text)["library_name"] == library and f"export `{export}`" in text
+    assert used in text.partition("## Use")[2].partition("## Limits")[0]
+    assert (front(text)["base_model_relation"] == "adapter") is (export == "vllm-adapter")
+    if library in ("transformers", "onnx"):
+        ast.parse(code(text, "python"))

@@ -12,15 +12,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qkit import candidates, live, model, parity, provenance, scoring
+from qkit import candidates, deploy, live, model, parity, provenance, scoring
 from qkit.candidates import Candidate
 from qkit.device import detect
-from qkit.errors import NotDeployable
 from qkit.export._job import Job, exporter, split
 from qkit.live import Live
 from qkit.merged_folder import write_folder
@@ -28,7 +27,6 @@ from qkit.run import Run, need_disk, read_json, write_json
 from qkit.runtime import open_runtime
 from qkit.scoring import HeldOut
 
-PROVENANCE = provenance.NOTE
 # Formats that a server is for, and that transformers opens as well where this package is: the method in config.json -> the package.
 OPENED_BY_TRANSFORMERS = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
 LOST = (
@@ -45,7 +43,7 @@ def run(run: Run, out: Path) -> None:
         ParityFailed: the fine-tune is not in the best there is of one.
     """
     names = run.recipe.export.formats
-    check_supported(run)
+    deploy.check(run.recipe)
     merged = run.need("merge", "config.json").parent
     size = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
     need_disk(out, 3 * size, "export")  # ONNX in fp32 is twice the 16-bit model, and its builder writes before it moves
@@ -60,18 +58,6 @@ def run(run: Run, out: Path) -> None:
     write_json(out / candidates.FILE, tables)
 
 
-def check_supported(run: Run) -> None:
-    """Raise NotDeployable, naming all formats that are known not to work, before any work is done."""
-    config = read_json(run.need("merge", "config.json"))
-    reasons = {name: _refusal(run, name, config) for name in run.recipe.export.formats}
-    if found := [f"export format {name}: {reason}" for name, reason in reasons.items() if reason]:
-        raise NotDeployable("\n".join(found))
-
-
-def _refusal(run: Run, name: str, config: Mapping[str, Any]) -> str | None:
-    return exporter(name).unsupported(split(name)[1], run.recipe, config)
-
-
 def job(run: Run) -> Job:
     """What the exporters of a run work from."""
     return Job(
@@ -81,6 +67,7 @@ def job(run: Run) -> Job:
         rows=run.need("data", "train.parquet"),
         recipe=run.recipe,
         log=run.log("export"),
+        say=run.progress.say,
     )
 
 
@@ -144,13 +131,16 @@ def _measurable(runtime: str, folder: Path) -> str | None:
 
 
 def _write_provenance(run: Run, folder: Path, name: str, base: str) -> None:
-    """Say what the format was made from; the merge's table is no part of it."""
+    """Written last, beside what the exporter has to say of its own: how it rounded, which base it belongs to."""
     (folder / candidates.FILE).unlink(missing_ok=True)
+    file = folder / provenance.NOTE
+    own = read_json(file) if file.exists() else {}
     note = {
         "format": name,
+        **own,
         "base": base,
         "merged": provenance.merged_into(run.folder("merge")),
         "made_from": run.outputs("merge"),
         "recipe_sha256": run.recipe.sha256(),
     }
-    (folder / PROVENANCE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+    file.write_text(json.dumps(note, indent=1), encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ class Job:
 
     `merged`: the merged model in 16 bit, with tokenizer, template and generation config. `base`, `adapter`: what it was merged from.
     `rows`: data/train.parquet, columns input_ids and labels (-100: no loss), to calibrate with.
+    `say`: tells the user something worth knowing.
     """
 
     merged: Path
@@ -25,6 +26,7 @@ class Job:
     rows: Path
     recipe: Recipe
     log: Path
+    say: Callable[[str], None] = lambda _: None
 
 
 class Exporter(Protocol):

@@ -20,7 +20,8 @@ SCORE_TOKENS = 2048  # right-padded tokens per forward when scoring
 
 
 def open(artifact: Path, device: Device, **options: Any) -> Runtime:
-    """A model folder, in bf16 or in `dtype` of options. With `recipe` and `adapter` in options: the live model, quantized as it was trained."""
+    """A model folder, in the dtype that it has or in `dtype` of options; one that holds a .gguf file, dequantized to float32. With `recipe` and
+    `adapter` in options: the live model, quantized as it was trained."""
     meter = PeakMeter(device)
     recipe: Recipe | None = options.get("recipe")
     loaded = (
@@ -43,14 +44,14 @@ def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrai
     Raises:
         ModelError: weights are damaged, missing, of another shape, or more than the model has.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, options.get("dtype", "bfloat16"))
+    gguf = next(folder.glob("*.gguf"), None)
+    how = _gguf(folder, gguf.name) if gguf else {"dtype": options.get("dtype", "auto"), **_unpacked(folder)}
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, device_map=device.device_map, output_loading_info=True
+            str(folder), device_map=device.device_map, output_loading_info=True, **how
         )
     except SafetensorError as error:
         raise ModelError(f"{folder}: its weights are damaged ({error}); make the folder again") from None
@@ -65,6 +66,35 @@ def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrai
             words = {"missing_keys": "lacks", "unexpected_keys": "has, and its config.json knows nothing of,"}[what]
             raise ModelError(f"{folder}: {words} {names[0]} and {len(names) - 1} more weights; make the folder again")
     return loaded.eval()
+
+
+def _unpacked(folder: Path) -> dict[str, Any]:
+    """compressed-tensors would leave weights packed until a forward of the whole model, which scoring does not make."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder))
+    packing: dict[str, Any] = getattr(config, "quantization_config", None) or {}
+    if packing.get("quant_method") != "compressed-tensors":
+        return {}
+    config.quantization_config = {**packing, "dequantize": True}
+    return {"config": config}
+
+
+def _gguf(folder: Path, file: str) -> dict[str, Any]:
+    """How a .gguf file is read back: by its own header, but for Llama 3.1's scaling of positions, which transformers takes from config.json."""
+    import torch
+    from transformers import AutoConfig, GgufConfig
+
+    config = AutoConfig.from_pretrained(str(folder), gguf_file=file)
+    beside = AutoConfig.from_pretrained(str(folder))
+    if beside.rope_parameters["rope_type"] != "default":
+        config.rope_parameters = beside.rope_parameters
+    return {
+        "gguf_file": file,
+        "config": config,
+        "dtype": torch.float32,
+        "quantization_config": GgufConfig(dequantize=True),
+    }
 
 
 class TransformersRuntime(Runtime):

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit import served_adapter
 from qkit.child import Child
 from qkit.device import Device, tree_rss_bytes
 from qkit.errors import MissingExtra, ServerError
@@ -38,7 +39,7 @@ EXPLAINED = {
 
 
 def argv(model: Path, name: str, section: Serve, port: int, device: Device) -> list[str]:
-    """vLLM's command line for a model folder."""
+    """vLLM's command line for a model folder, or for an adapter's and its base."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     options = {
         "model": str(model),
@@ -49,6 +50,9 @@ def argv(model: Path, name: str, section: Serve, port: int, device: Device) -> l
         **{option.replace("_", "-"): str(getattr(section, option)) for option in device.server_arguments},
     }
     flags = ["--enforce-eager"] if section.enforce_eager else []
+    if served_adapter.is_adapter(model):
+        options |= served_adapter.options(model, name)
+        flags.append("--enable-lora")
     return [*command, *(part for key, value in options.items() for part in (f"--{key}", value)), *flags]
 
 

@@ -1,0 +1,67 @@
+"""Weights of 4 or 8 bit fitted to the run's own rows by llm-compressor: a program of its own, run by the python of an environment of its own.
+
+It pins other versions than qkit's, so it imports nothing of qkit: what to do comes as one JSON document on the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def main(job: Mapping[str, Any]) -> None:
+    """Read `model`, quantize it, write the folder `out`."""
+    import torch
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(job["seed"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    oneshot(
+        model=model,
+        dataset=_rows(job),
+        recipe=_modifiers(job),
+        max_seq_length=job["longest"],
+        num_calibration_samples=job["samples"],
+        shuffle_calibration_samples=False,
+        data_collator=_one_row,
+    )
+    model.save_pretrained(job["out"], save_compressed=True)
+
+
+def _rows(job: Mapping[str, Any]) -> Any:
+    """The first `samples` rows that `rows` names, as the model was trained on them."""
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    ids = pyarrow.parquet.read_table(job["rows"], columns=["input_ids"]).column("input_ids").to_pylist()
+    cut = [row[: job["longest"]] for row in ids[: job["samples"]]]
+    return Dataset.from_dict({"input_ids": cut, "attention_mask": [[1] * len(row) for row in cut]})
+
+
+def _one_row(batch: list[Mapping[str, list[int]]]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.tensor([row[name] for row in batch]) for name in ("input_ids", "attention_mask")}
+
+
+def _modifiers(job: Mapping[str, Any]) -> list[Any]:
+    """AWQ and SmoothQuant only move scales from activations to weights; what rounds them comes after."""
+    from compressed_tensors.quantization import QuantizationScheme
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    how = {"config_groups": {"group_0": QuantizationScheme(**job["scheme"])}, "ignore": job["ignore"]}
+    if job["method"] == "awq":
+        return [AWQModifier(), QuantizationModifier(**how)]
+    if job["method"] == "smoothquant":
+        return [SmoothQuantModifier(), GPTQModifier(**how)]
+    return [GPTQModifier(**how)]
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

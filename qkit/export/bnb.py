@@ -1,0 +1,53 @@
+"""The merged model quantized to NF4 once more, for transformers and for vLLM's bitsandbytes loader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qkit.device import detect, released
+from qkit.export._folder import beside_weights, note, start
+from qkit.export._job import Job
+from qkit.recipe import Recipe
+from qkit.shape import EXPERTS
+
+VARIANTS = {"nf4": "NF4, as bitsandbytes packs it"}
+QUANTIZED = frozenset({"nf4"})
+RUNTIME = "transformers"
+
+
+def export(job: Job, out: Path, variant: str) -> None:
+    """Make `out` from the merged model, which is held in 4 bit while it is written.
+
+    Raises:
+        NotDeployable: there is no such variant.
+    """
+    start(out, "bnb", variant, VARIANTS)
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    section = job.recipe.quantization.model_copy(update={"load_in_4bit": True, "bnb_4bit_quant_type": variant})
+    config = BitsAndBytesConfig(**section.model_dump())
+    with released():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(job.merged),
+            dtype=torch.bfloat16,
+            device_map=detect().device_map,
+            quantization_config=config,
+            trust_remote_code=job.recipe.model.trust_remote_code,
+        )
+        # No forward before this: on a CPU bitsandbytes would repack the weights, and the repacked ones would be saved.
+        model.save_pretrained(str(out), max_shard_size=job.recipe.merge.max_shard_bytes)
+        del model
+    written = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    beside_weights(job.merged, out, quantization_config=written["quantization_config"])
+    note(out, double_quantization=section.bnb_4bit_use_double_quant)
+
+
+def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
+    """bitsandbytes quantizes linear modules; the experts of a mixture are none."""
+    if any((config.get(key) or 0) > 1 for key in EXPERTS):
+        return "the experts of a mixture would stay in 16 bit; use safetensors"
+    return None

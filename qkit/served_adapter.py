@@ -1,0 +1,79 @@
+"""An adapter that vLLM serves beside its base: what vLLM takes, and how it is started on such a folder.
+
+The rules are vLLM 0.32's; tests/test_deploy.py asks the installed one whether they still hold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qkit.errors import NotDeployable
+from qkit.model import check_adapter
+from qkit.recipe import Recipe
+
+# An adapter of any rank up to its server's --max-lora-rank is served; that option takes these (vllm/config/lora.py, MaxLoRARanks).
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Keys of adapter_config.json that are refused when set (vllm/lora/peft_helper.py, PEFTHelper._validate_features).
+REFUSED = (
+    *("modules_to_save", "use_dora", "lora_bias", "alora_invocation_tokens"),
+    *("layer_replication", "use_bdlora", "use_qalora"),
+)
+ROWS = "trainable_token_indices"  # rows of an embedding (vllm/lora/utils.py, parse_fine_tuned_lora_name)
+
+
+def refusal(recipe: Recipe) -> str | None:
+    """Why vLLM could not serve the adapter that this recipe trains beside its base, or None."""
+    if recipe.model.add_tokens:
+        return (
+            'model.add_tokens has rows of the embedding learnt, and vLLM takes no adapter that holds any ("is unsupported LoRA weight"): '
+            "serve the merged model (export.formats: vllm), or train without added tokens (model.chat_template=plain)"
+        )
+    if recipe.lora.r > RANKS[-1]:
+        return (
+            f"lora.r={recipe.lora.r} is more than vLLM takes (--max-lora-rank is {', '.join(map(str, RANKS))}): "
+            "lower it, or serve the merged model (export.formats: vllm)"
+        )
+    return None
+
+
+def rank_for(config: Mapping[str, Any]) -> int:
+    """The smallest --max-lora-rank that an adapter_config.json can be served with.
+
+    Raises:
+        NotDeployable: vLLM refuses such an adapter.
+    """
+    if refused := [key for key in (*REFUSED, ROWS) if config.get(key)]:
+        raise NotDeployable(
+            f"vLLM takes no adapter with {', '.join(refused)}: serve the merged model (export.formats: vllm)"
+        )
+    wanted = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    if wanted > RANKS[-1]:
+        raise NotDeployable(f"vLLM takes no adapter of rank {wanted}; {RANKS[-1]} is its largest")
+    return next(rank for rank in RANKS if rank >= wanted)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and not a whole model."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def options(folder: Path, name: str) -> dict[str, str]:
+    """vLLM's options for the base with this adapter on it, which is served as `name`; stop tokens and template are the adapter's.
+
+    Raises:
+        ModelError: what lies where its base was is another model.
+    """
+    base = Path(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    note = check_adapter(folder, base)
+    made = {
+        "model": str(base),
+        "served-model-name": f"{name}-base",
+        "lora-modules": f"{name}={folder}",
+        "max-lora-rank": str(note["max_lora_rank"]),
+        "generation-config": str(folder),
+    }
+    template = folder / "chat_template.jinja"
+    return {**made, "chat-template": str(template)} if template.is_file() else made
