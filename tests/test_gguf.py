@@ -254,6 +254,18 @@ def test_a_template_of_fixed_text_around_turns_is_found_out(template: str, defau
     assert turns.render(talk) == tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "begin"), [("llama3", "<s>"), ("qwen3", ""), ("phi", ""), ("mistral", None), ("llama2", None)]
+)
+def test_templates_of_known_models(name: str, begin: str | None) -> None:
+    """Those that put the system turn into the first question are more than fixed text around turns."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text()
+    turns = turns_of(tokenizer)
+    assert (turns and turns.begin) == begin
+
+
 def test_what_does_more_than_that_is_left_to_ollama(tiny_model: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "chat_template.jinja").write_text(COUNTING)

@@ -17,6 +17,10 @@ def main(job: Mapping[str, Any]) -> None:
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
+    if (
+        not torch.accelerator.is_available()
+    ):  # llm-compressor 0.14's AWQ pins memory, which needs one (pipelines/cache.py)
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor
     torch.manual_seed(job["seed"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
     oneshot(

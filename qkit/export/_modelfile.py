@@ -65,13 +65,15 @@ def turns_of(tokenizer: Any) -> Turns | None:
         texts = [str(tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True)) for t in talks]
     except Exception:  # a template is a program, and may refuse a system turn, or anything else, in any way
         return None
-    found = _fitted(texts[0], texts[-1])
+    once = tokenizer.bos_token or ""  # ChatML models name the mark of every turn so: then it is no beginning
+    begin = once if texts[-1].startswith(once) and texts[-1].count(once) == 1 else ""
+    found = _fitted(begin, texts[0].removeprefix(begin), texts[-1].removeprefix(begin))
     fits = found is not None and all(found.render(talk) == text for talk, text in zip(talks, texts, strict=True))
     return found if fits else None
 
 
-def _fitted(short: str, whole: str) -> Turns | None:
-    """The text around turns, from a question alone and from a whole conversation."""
+def _fitted(begin: str, short: str, whole: str) -> Turns | None:
+    """The text around turns, from a question alone and from a whole conversation, both without what they begin with."""
     pieces = re.split("|".join(re.escape(MARK.format(role)) for role in ROLES), whole)
     first = short.split(MARK.format("user"))
     if len(pieces) != 7 or len(first) != 2:
@@ -85,9 +87,9 @@ def _fitted(short: str, whole: str) -> Turns | None:
     }
     left = first[0].removesuffix(asks)
     if left and not head.startswith(left):
-        return Turns("", around, left.removeprefix(head).removesuffix(around["system"][1]))
+        return Turns(begin, around, left.removeprefix(head).removesuffix(around["system"][1]))
     around["system"] = (head.removeprefix(left), around["system"][1])
-    return Turns(left, around)
+    return Turns(begin + left, around)
 
 
 def _common_end(left: str, right: str) -> str:
