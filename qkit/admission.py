@@ -73,6 +73,10 @@ class Admission:
         self.app = app
         self.limits = limits or Limits.of(os.environ)
         self.in_flight = 0
+        if (
+            self.limits.drain_file
+        ):  # it was meant for the process before this one, in a container that was started again
+            Path(self.limits.drain_file).unlink(missing_ok=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket" and not _authorized(scope, self.limits.key):

@@ -75,8 +75,14 @@ def test_options_are_ones_that_vllm_has() -> None:
         ("INFO fine\nOSError: [Errno 98] Address already in use\n", "serve.port=0"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried", "gpu_memory_utilization"),
         ("ValueError: Free memory on device (3/24 GiB) is less than desired", "other programs hold"),
-        ("Worker proc VllmWorker-0 died unexpectedly (exit code: -4)\nEngineDeadError: EngineCore", "illegal instruction"),
-        ("Worker proc VllmWorker-0 died unexpectedly (exit code: -9)\nEngineDeadError: EngineCore", "out-of-memory killer"),
+        (
+            "Worker proc VllmWorker-0 died unexpectedly (exit code: -4)\nEngineDeadError: EngineCore",
+            "illegal instruction",
+        ),
+        (
+            "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)\nEngineDeadError: EngineCore",
+            "out-of-memory killer",
+        ),
         ("ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0", "--dtype float16"),
         ("RuntimeError: CUDA error: no kernel image is available for execution", "build"),
         ("ValueError: LoRA rank 64 is greater than max_lora_rank 16.", "rank is raised"),
