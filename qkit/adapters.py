@@ -150,7 +150,7 @@ class Endpoint:
             answer = httpx.request(method, f"{self.url}{path}", json=body, headers=self.headers, timeout=300.0)
         except httpx.HTTPError as error:
             raise ServerError(f"{self.url} does not answer: {error}") from None
-        if answer.status_code == 404 and path.endswith("lora_adapter") and "does not exist" not in answer.text:
+        if answer.status_code == 404 and path.endswith("lora_adapter") and "Not Found" in answer.text:
             raise ServerError(
                 f"{self.url}: loading adapters is off there; start it with `qkit serve ... --runtime-adapters`"
             )

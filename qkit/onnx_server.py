@@ -207,10 +207,11 @@ class Service:
         """
         left: int = self.room - len(prompt)
         if left < (wanted or 1):
+            param = "messages" if wanted is None else "max_tokens"
             raise Refused(
-                f"the prompt has {len(prompt)} tokens and {wanted or 1} are to follow; "
+                f"`{param}`: the prompt has {len(prompt)} tokens and {wanted or 1} are to follow; "
                 f"this model's maximum context length here is {self.room} tokens",
-                "messages" if wanted is None else "max_tokens",
+                param,
             )
         return left
 

@@ -263,7 +263,6 @@ def start(serving: Serving) -> Server:
         MissingExtra, ServerError: each says what to do.
     """
     section = serving.how.serve
-    server.need_key(section.host, serving.extras.key)
     if serving.runtime == "vllm":
         return vllm.Server(serving.model, serving.name, section, serving.device, serving.log, serving.extras)
     if missing := [name for name in ONNX_NEEDS if find_spec(name) is None]:
@@ -307,6 +306,7 @@ def serve(
     Raises:
         ServerError: it ended by itself, or could not be started.
     """
+    server.need_key(serving.how.serve.host, serving.extras.key)
     fixed, ends = _with_port(serving), 0
     while True:
         running, begin = start(fixed), 0.0
