@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from sample import edit, open_sample
 
@@ -276,3 +277,35 @@ def test_back_off(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         with pytest.raises(ServerError, match="ended while starting: ValueError: no such thing"):
             serve.serve(made, lambda _: None, serve.watch, restart)
     assert told == [] and time.monotonic() - begin < 10
+
+
+SHARER = """
+import os, signal, subprocess, sys, time
+from multiprocessing import shared_memory
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+memory = shared_memory.SharedMemory(create=True, size=64)
+child = os.fork()
+if child == 0:
+    time.sleep(600)  # ignores SIGTERM too, and holds the tracker's pipe
+print(memory.name, child, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_program_that_ignores_sigterm_leaves_neither_process_nor_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM does while it starts. The guard's patience is 10 s and 3 s; a copy of it with less is run here."""
+    from qkit import child
+
+    quick = tmp_path / "child.py"
+    quick.write_text(Path(child.__file__).read_text().replace("GRACE_SECONDS = 10.0", "GRACE_SECONDS = 0.5"))
+    monkeypatch.setattr(child, "__file__", str(quick))
+    started = child.Child([sys.executable, "-c", SHARER], tmp_path / "log")
+    while len(words := (tmp_path / "log").read_text().split()) < 2:
+        time.sleep(0.02)
+    memory, below = Path("/dev/shm") / words[0], int(words[1])
+    assert memory.exists() and Path(f"/proc/{below}").exists()
+    started.stop()
+    ended = not psutil.pid_exists(below) or psutil.Process(below).status() == psutil.STATUS_ZOMBIE
+    assert not memory.exists() and ended
