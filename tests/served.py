@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 
@@ -75,3 +76,12 @@ def serving(folder: Path, *arguments: object, env: dict[str, str] | None = None)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+def wait_for_drain(served: Served) -> dict[str, Any]:
+    """What /health says as soon as it says that the server drains."""
+    deadline = time.monotonic() + 10
+    while (answer := httpx.get(f"{served.url}/health")).status_code == 200:
+        assert time.monotonic() < deadline
+    told: dict[str, Any] = answer.json()
+    return told

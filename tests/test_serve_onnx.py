@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
@@ -14,7 +13,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from served import KEY, Served, serving
+from served import KEY, Served, serving, wait_for_drain
 
 from qkit.export import onnx as exporter
 from qkit.export._job import Job
@@ -206,26 +205,15 @@ def test_a_dead_server_is_seen_and_started_again(served: Served) -> None:
 
 def test_sigterm_drains(served: Served) -> None:
     """Last, since it ends the server: what streams goes on to its end, new requests are refused, and no process is left."""
-    below, reasons = served.below(), []
-
-    def stream() -> None:
-        chunks = list(chat(served.client(), stream=True, max_tokens=200, extra_body={"ignore_eos": True}))
-        reasons.append(chunks[-1].choices[0].finish_reason)
-
-    threads = [threading.Thread(target=stream) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    while _figure(served, "qkit_requests_running") + _figure(served, "qkit_requests_waiting") < 4:
-        time.sleep(0.005)
+    below, client = served.below(), served.client()
+    asked: Any = {"stream": True, "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+    streams = [chat(client, **asked) for _ in range(6)]
     served.process.send_signal(signal.SIGTERM)
-    seen = []
-    while not seen or seen[-1] == 200:
-        seen.append(httpx.get(f"{served.url}/health").status_code)
-    told = httpx.get(f"{served.url}/health")
-    assert told.status_code == 503 and json.loads(told.text)["draining"]
-    for thread in threads:
-        thread.join()
-    assert reasons == ["length"] * 4
+    told = wait_for_drain(served)
+    assert told["in_flight"] > 0
+    with pytest.raises(openai.InternalServerError, match="shutting down"):
+        chat(client)
+    assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * 6
     assert served.process.wait(timeout=30) == 0
     assert not psutil.wait_procs(below, timeout=5)[1]
 

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from served import KEY, Served, serving
+from served import KEY, Served, serving, wait_for_drain
 
 from qkit.recipe import Recipe
 from qkit.runtimes import vllm
@@ -248,26 +247,14 @@ def test_sigterm_drains(served: Served) -> None:
     """Last, since it ends the server. What streams goes on to its end, new requests are refused, no process and no shared memory is left."""
     below = served.below()
     shared = _shared(below)
-    reasons: list[str | None] = []
-
-    def stream() -> None:
-        body = {"ignore_eos": True}
-        chunks = list(chat(served.client(), stream=True, max_tokens=300, extra_body=body))
-        reasons.append(chunks[-1].choices[0].finish_reason)
-
-    threads = [threading.Thread(target=stream) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    while _figure(served, "vllm:num_requests_running") < 6:
-        time.sleep(0.01)
+    client = served.client()
+    asked: Any = {"stream": True, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
+    streams = [chat(client, **asked) for _ in range(6)]
     served.process.send_signal(signal.SIGTERM)
-    while httpx.get(f"{served.url}/health").status_code == 200:
-        time.sleep(0.01)
+    assert wait_for_drain(served)["in_flight"] > 0
     with pytest.raises(openai.InternalServerError, match="shutting down"):
-        chat(served.client())
-    for thread in threads:
-        thread.join()
-    assert reasons == ["length"] * 6
+        chat(client)
+    assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * 6
     assert served.process.wait(timeout=40) == 0
     _, alive = psutil.wait_procs(below, timeout=5)
     assert len(below) > 2 and not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
