@@ -41,6 +41,24 @@ Out = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result and errors.")]
+Served = Annotated[
+    str, typer.Argument(metavar="TARGET", help="A run directory, a recipe, a model folder, or a hub id.")
+]
+Rest = Annotated[list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Handed on to the runtime as they are.")]
+RuntimeName = Annotated[str, typer.Option("--runtime", help="vllm or onnxruntime.")]
+ArtifactName = Annotated[
+    str | None, typer.Option("--artifact", metavar="NAME", help="Which export; default: the best that passed its gate.")
+]
+Beside = Annotated[
+    list[str] | None, typer.Option("--adapter", metavar="NAME=RUN", help="An adapter beside the base; repeatable.")
+]
+Loading = Annotated[
+    bool, typer.Option("--runtime-adapters", help="Let `qkit adapters` load and unload; any client with the key can.")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Start it again, with back-off, when it ends by itself.")]
+Form = Annotated[
+    str | None, typer.Option("--print", metavar="FORM", help="Only print it: shell, compose or kubernetes.")
+]
 KeyFile = Annotated[
     Path | None, typer.Option("--api-key-file", metavar="FILE", help="Holds the API key; default: VLLM_API_KEY.")
 ]
@@ -276,67 +294,55 @@ for _name, _help in (
 
 @app.command(epilog="Example: qkit serve runs/quickstart --set serve.port=8080 -- --max-num-batched-tokens 4096")
 def serve(
-    target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="A run directory, a recipe, a model folder, or a hub id.")
-    ],
-    rest: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Handed on to the runtime as they are.")
-    ] = None,
+    target: Served,
+    rest: Rest = None,
     overrides: Set = None,
     out: Out = None,
-    runtime: Annotated[str, typer.Option("--runtime", help="vllm or onnxruntime.")] = "vllm",
-    artifact: Annotated[
-        str | None,
-        typer.Option("--artifact", metavar="NAME", help="Which export; default: the best that passed its gate."),
-    ] = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", metavar="NAME=RUN", help="An adapter beside the base; repeatable.")
-    ] = None,
-    runtime_adapters: Annotated[
-        bool,
-        typer.Option("--runtime-adapters", help="Let `qkit adapters` load and unload; any client with the key can."),
-    ] = False,
+    runtime: RuntimeName = "vllm",
+    artifact: ArtifactName = None,
+    adapter: Beside = None,
+    runtime_adapters: Loading = False,
     api_key_file: KeyFile = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Start it again, with back-off, when it ends by itself.")
-    ] = False,
-    form: Annotated[
-        str | None, typer.Option("--print", metavar="FORM", help="Only print it: shell, compose or kubernetes.")
-    ] = None,
+    restart: Restart = False,
+    form: Form = None,
     as_json: Json = False,
     quiet: Quiet = False,
     child: Child = False,
 ) -> None:
     """Serve a model through vLLM's OpenAI-compatible server, or ONNX Runtime, until Ctrl-C."""
-    from qkit import serve as serving
+    from qkit.serve import Asked
     from qkit.server import api_key
 
     if child:
         return _stage("serve", Path(target), overrides, out, as_json, quiet, child)
-    asked = serving.Asked(
-        runtime, artifact, tuple(adapter or ()), runtime_adapters, api_key(api_key_file), tuple(_after_dashes(rest))
-    )
+    key, options, beside = api_key(api_key_file), tuple(_after_dashes(rest)), tuple(adapter or ())
+    asked = Asked(runtime, artifact, beside, runtime_adapters, key, options)
     chosen = _serving(target, overrides, out, asked)
     if form:
         from qkit import manifests
 
         print(manifests.rendered(form, chosen))
         return None
-    made = serving.planned(chosen)
-    console = _stderr()
+    return _serve(chosen, restart, as_json, quiet)
+
+
+def _serve(chosen: Any, restart: bool, as_json: bool, quiet: bool) -> None:
+    """Plan, start, say where it is, and wait for the end."""
+    from qkit import serve as serving
+
+    console, made = _stderr(), serving.planned(chosen)
     if not quiet:
         _say_start(console, chosen, made)
+
+    def again(why: str, pause: float) -> None:
+        console.print(f"{why}\nstarting again in {pause:g} s", highlight=False, soft_wrap=True)
+
+    def ready(running: Server) -> None:
+        _say_ready(console, chosen, running, as_json)
+
     with _stoppable():
-        serving.serve(
-            chosen,
-            lambda running: _say_ready(console, chosen, running, as_json),
-            serving.watch,
-            (lambda why, pause: console.print(f"{why}\nstarting again in {pause:g} s", highlight=False))
-            if restart
-            else None,
-        )
+        serving.serve(chosen, ready, serving.watch, again if restart else None)
     console.print("stopped", highlight=False)
-    return None
 
 
 def _after_dashes(rest: list[str] | None) -> list[str]:
@@ -368,7 +374,7 @@ def _say_start(console: Console, chosen: Any, made: Any) -> None:
         if made
         else "not planned: unknown shape"
     )
-    console.print(f"memory: {needs}; starting {chosen.runtime} ...", highlight=False)
+    console.print(f"memory: {needs}; starting {chosen.runtime} ...", highlight=False, soft_wrap=True)
 
 
 def _say_ready(console: Console, chosen: Any, running: Server, as_json: bool) -> None:
@@ -378,7 +384,9 @@ def _say_ready(console: Console, chosen: Any, running: Server, as_json: bool) ->
     _show(as_json, serving.describe(running, chosen.names), lambda: "\n\n".join(lines) + "\n")
     sys.stdout.flush()
     console.print(
-        f"ready after {running.startup_seconds:.0f} s; log: {running.child.log}; Ctrl-C stops it", highlight=False
+        f"ready after {running.startup_seconds:.0f} s; log: {running.child.log}; Ctrl-C stops it",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
