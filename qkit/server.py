@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 ENGINE_TITLE = "VLLM::"  # how vLLM's processes that hold the model call themselves
 WARM_UP_TOKENS = 64
+LAST_WORDS_SECONDS = 2.0
 
 # What a line of a server's log means, and what to do. The first that is found, from the end of the log, wins.
 EXPLAINED = {
@@ -50,14 +51,18 @@ EXPLAINED = {
     "is not supported for quantization method": "this quantized format does not go with that dtype or device; serve another artifact",
     "is greater than the derived max_model_len": "the model was made for shorter texts; lower serve.max_model_len",
     "greater than max_lora_rank": "the adapter's rank is above the server's; start it with this adapter, so that the rank is raised",
-    "ModuleNotFoundError: No module named": "a package is missing; `make quickstart` installs the set that works, `qkit doctor` names it",
+    "died unexpectedly": "a process of the engine was killed, by the system's out-of-memory killer as a rule; "
+    "lower serve.max_model_len or serve.concurrency",
     "No module named": "a package is missing; `make quickstart` installs the set that works, `qkit doctor` names it",
 }
+ANSWERED = "code=4"  # requests that were wrong are logged as errors
 AFTERMATH = (
+    ANSWERED,
     "EngineDeadError",
     "EngineCore encountered an issue",
     "Engine core initialization failed",
     "RuntimeError: cancelled",
+    "RuntimeError: Executor failed",
 )
 
 
@@ -117,6 +122,7 @@ class Server:
         self.begin = time.perf_counter()
         self.startup_seconds = 0.0
         self.engine: list[psutil.Process] = []
+        self.ready_at = 0  # bytes of the log
         self.folder = tempfile.TemporaryDirectory(prefix="qkit-serve-")
         self.drain_file = Path(self.folder.name) / "drain"
         log.unlink(missing_ok=True)
@@ -139,6 +145,7 @@ class Server:
         self._warm_up()
         self.startup_seconds = time.perf_counter() - self.begin
         self.engine = _engine(self.child.pid)
+        self.ready_at = self.child.log.stat().st_size
 
     def _still_starting(self) -> None:
         if not self.child.running():
@@ -179,9 +186,19 @@ class Server:
         return not self.child.running() or any(not _lives(process) for process in self.engine)
 
     def ending(self, otherwise: object = "") -> str:
-        """Why it ended, from its log."""
-        time.sleep(0.5)  # its last words come after its end
-        return f"{explain(self.child.tail(400)) or otherwise}\nlog: {self.child.log}"
+        """Why it ended, from what its log says since it was ready; its last words may come a little after its end."""
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while not (known := _known(self._log_since_ready())) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return f"{known or otherwise or explain(self._log_since_ready())}\nlog: {self.child.log}"
+
+    def _log_since_ready(self) -> str:
+        """The guard's exit status tells of a signal that the program itself could not speak of."""
+        with self.child.log.open("rb") as file:
+            file.seek(self.ready_at)
+            text = file.read().decode(errors="replace")
+        status = self.child.process.poll() or 0
+        return f"{text}\nexit code: -{status - 128}" if status > 128 else text
 
     def drain(self) -> int:
         """Refuse new requests, /health first, and wait for those in work. Returns how many the limit left unanswered."""
@@ -232,12 +249,17 @@ def _lives(process: psutil.Process) -> bool:
 def explain(log: str) -> str:
     """The cause of an end: what we know of the last line that says it, else the last error line that is no echo of another."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for line in reversed(lines):
+    errors = [line for line in lines if "Error" in line and not any(sign in line for sign in AFTERMATH)]
+    return _known(log) or (errors or lines or ["it said nothing"])[-1][-300:]
+
+
+def _known(log: str) -> str:
+    """What we know of the last line that says something known; empty when there is none."""
+    for line in reversed(log.splitlines()):
         for sign, meaning in EXPLAINED.items():
             if sign.lower() in line.lower():
-                return f"{meaning} ({line[-200:]})"
-    errors = [line for line in lines if "Error" in line and not any(sign in line for sign in AFTERMATH)]
-    return (errors or lines or ["it said nothing"])[-1][-300:]
+                return f"{meaning} ({line.strip()[-200:]})"
+    return ""
 
 
 class TreeMeter:

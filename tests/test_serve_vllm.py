@@ -32,7 +32,7 @@ TOOL: Any = {
     },
 }
 LENGTH = 384
-BUSY_SECONDS = 10  # what takes 0.7 s on a machine of one's own, half a second of it spent on the log's last words
+BUSY_SECONDS = 10  # what takes well below one on a machine of one's own
 
 
 @pytest.fixture(scope="module")

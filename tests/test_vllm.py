@@ -84,11 +84,19 @@ def test_options_are_ones_that_vllm_has() -> None:
             "out-of-memory killer",
         ),
         ("ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0", "--dtype float16"),
+        (
+            "Worker proc VllmWorker-0 died unexpectedly (exit code: None)\nRuntimeError: Executor failed.",
+            "out-of-memory",
+        ),
         ("RuntimeError: CUDA error: no kernel image is available for execution", "build"),
         ("ValueError: LoRA rank 64 is greater than max_lora_rank 16.", "rank is raised"),
         ("ValueError: User-specified max_model_len (4096) is greater than the derived max_model_len", "max_model_len"),
         ("something\nRuntimeError: odd kernel\nbye\n", "odd kernel"),
         ("ValueError: the cause\nRuntimeError: Engine core initialization failed. See root cause above.", "the cause"),
+        (
+            "KeyError: the cause\nERROR error: ErrorInfo(message='no model', type='NotFoundError', code=404)",
+            "the cause",
+        ),
         ("", "it said nothing"),
     ],
 )
