@@ -55,6 +55,7 @@ Beside = Annotated[
 Loading = Annotated[
     bool, typer.Option("--runtime-adapters", help="Let `qkit adapters` load and unload; any client with the key can.")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Serve also what failed its gate.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Start it again, with back-off, when it ends by itself.")]
 Form = Annotated[
     str | None, typer.Option("--print", metavar="FORM", help="Only print it: shell, compose or kubernetes.")
@@ -303,6 +304,7 @@ def serve(
     adapter: Beside = None,
     runtime_adapters: Loading = False,
     api_key_file: KeyFile = None,
+    force: Force = False,
     restart: Restart = False,
     form: Form = None,
     as_json: Json = False,
@@ -316,7 +318,7 @@ def serve(
     if child:
         return _stage("serve", Path(target), overrides, out, as_json, quiet, child)
     key, options, beside = api_key(api_key_file), tuple(_after_dashes(rest)), tuple(adapter or ())
-    asked = Asked(runtime, artifact, beside, runtime_adapters, key, options)
+    asked = Asked(runtime, artifact, beside, runtime_adapters, key, options, force)
     chosen = _serving(target, overrides, out, asked)
     if form:
         from qkit import manifests

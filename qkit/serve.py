@@ -67,7 +67,7 @@ def _ready(running: Server) -> Iterator[Server]:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says beyond the target and its recipe. `adapters`: name=RUN."""
+    """What the command line says beyond the target and its recipe. `adapters`: name=RUN. `force`: also what failed its gate."""
 
     runtime: str = "vllm"
     artifact: str | None = None
@@ -75,6 +75,7 @@ class Asked:
     runtime_adapters: bool = False
     key: str = field(default="", repr=False)
     rest: tuple[str, ...] = ()
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,11 @@ def pick(run: Run, asked: Asked) -> tuple[Artifact, str]:
         )
     verified = run.folder("verify") / "parity.json"
     known = read_json(verified) if verified.is_file() else {"parity": {}, "scores": {}}
-    good = [artifact for artifact in found if _status(known, artifact) != "failed"]
+    good = [artifact for artifact in found if asked.force or _status(known, artifact) != "failed"]
     if not good:
         raise ParityFailed(
             f"{run.root}: {', '.join(artifact.name for artifact in found)} failed the gate, so it is not served; "
-            f"`qkit show {run.root}` says by how much"
+            f"`qkit show {run.root}` says by how much, --force serves it all the same"
         )
     best = max(good, key=lambda artifact: _merit(known, artifact))
     return best, f"{best.name} ({_status(known, best)}, of {', '.join(artifact.name for artifact in found)})"

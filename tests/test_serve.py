@@ -59,6 +59,7 @@ def a_run(folder: Path, **statuses: str) -> Run:
         ({"onnx_fp32": "failed", "onnx_int4": "passed"}, Asked("onnxruntime"), "onnx-int4"),
         ({"onnx_fp32": "measured", "onnx_int4": "passed"}, Asked("onnxruntime"), "onnx-int4"),
         ({"onnx_fp32": "passed", "onnx_int4": "passed"}, Asked("onnxruntime", "onnx-int4"), "onnx-int4"),
+        ({"vllm": "failed"}, Asked(force=True), "vllm"),
     ],
 )
 def test_the_best_that_passed_its_gate(tmp_path: Path, statuses: dict[str, str], asked: Asked, picked: str) -> None:
