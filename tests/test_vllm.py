@@ -1,8 +1,9 @@
-"""vLLM as far as it goes without starting it; tests/test_serve_vllm.py starts it."""
+"""vLLM as far as it goes without starting it; tests/test_serve_vllm.py starts it. QKIT_UPDATE_GOLDEN=1 rewrites the command lines."""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from qkit.errors import ServerError
 from qkit.recipe import Serve
 from qkit.runtimes import vllm
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "vllm_argv.json").read_text())
+FILE = Path(__file__).parent / "golden" / "vllm_argv.json"
+GOLDEN = json.loads(FILE.read_text())
 CPU = Device("cpu", "a CPU", 24 << 30, 2)
 CARD = Device("cuda", "a card", 24 << 30, 8)
 SQL, RAG = Adapter("sql", Path("/runs/sql/train/adapter"), 16), Adapter("rag", Path("/runs/rag/train/adapter"), 64)
@@ -36,6 +38,10 @@ def test_the_command_line(case: str) -> None:
     device, section, extras = CASES[case]
     made = vllm.argv(Path("m"), "name", section, 8001, device, extras)
     assert made[0] == sys.executable
+    if os.environ.get("QKIT_UPDATE_GOLDEN"):
+        GOLDEN[case] = made[1:]
+        lines = [f" {json.dumps(name)}: {json.dumps(words)}" for name, words in GOLDEN.items()]
+        FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     assert made[1:] == GOLDEN[case]
 
 
