@@ -112,13 +112,29 @@ def _default_signals() -> None:
 
 
 def _end_group() -> None:
-    """Wait a little for the rest of our process group, which may be giving shared memory back; then SIGKILL what is left of it."""
-    deadline = time.monotonic() + TIDY_SECONDS
-    while _others() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in _others():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    """Wait a little for the rest of our process group, then SIGKILL what is left of it.
+
+    The trackers of shared memory come last: they give it back when those that used it are gone, killed or not.
+    """
+    for chosen in (_users, _others):
+        deadline = time.monotonic() + TIDY_SECONDS
+        while chosen() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in chosen():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _users() -> list[int]:
+    """The others of our group but for Python's trackers of shared memory."""
+    return [pid for pid in _others() if b"resource_tracker" not in _command_line(pid)]
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""  # it has ended
 
 
 def _others() -> list[int]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qkit.run import Run
-    from qkit.runtimes.vllm import Server
+    from qkit.server import Server
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +41,30 @@ Out = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result and errors.")]
+Served = Annotated[
+    str, typer.Argument(metavar="TARGET", help="A run directory, a recipe, a model folder, or a hub id.")
+]
+Rest = Annotated[list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Handed on to the runtime as they are.")]
+RuntimeName = Annotated[str, typer.Option("--runtime", help="vllm or onnxruntime.")]
+ArtifactName = Annotated[
+    str | None, typer.Option("--artifact", metavar="NAME", help="Which export; default: the best that passed its gate.")
+]
+Beside = Annotated[
+    list[str] | None, typer.Option("--adapter", metavar="NAME=RUN", help="An adapter beside the base; repeatable.")
+]
+Loading = Annotated[
+    bool, typer.Option("--runtime-adapters", help="Let `qkit adapters` load and unload; any client with the key can.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Serve also what failed its gate.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Start it again, with back-off, when it ends by itself.")]
+Form = Annotated[
+    str | None, typer.Option("--print", metavar="FORM", help="Only print it: shell, compose or kubernetes.")
+]
+KeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", metavar="FILE", help="Holds the API key; default: VLLM_API_KEY.")
+]
+LOCAL = "http://127.0.0.1:8000"
+Url = Annotated[str, typer.Option("--url", help="Where the server is.")]
 Child = Annotated[bool, typer.Option("--child", hidden=True)]
 
 # typer carries a click of its own, or uses the one that is installed: this is UsageError of whichever it is.
@@ -437,49 +461,147 @@ def push(
     _show(as_json, {**pushing.to_dict(upload), "url": url}, lambda: url or pushing.screen(upload))
 
 
-@app.command(epilog="Example: qkit serve runs/quickstart --set serve.port=8080")
+@app.command(epilog="Example: qkit serve runs/quickstart --set serve.port=8080 -- --max-num-batched-tokens 4096")
 def serve(
-    target: Target,
+    target: Served,
+    rest: Rest = None,
     overrides: Set = None,
     out: Out = None,
+    runtime: RuntimeName = "vllm",
+    artifact: ArtifactName = None,
+    adapter: Beside = None,
+    runtime_adapters: Loading = False,
+    api_key_file: KeyFile = None,
+    force: Force = False,
+    restart: Restart = False,
+    form: Form = None,
     as_json: Json = False,
     quiet: Quiet = False,
     child: Child = False,
 ) -> None:
-    """Serve the run's model through vLLM's OpenAI-compatible server, until Ctrl-C."""
-    from qkit import serve as serving
+    """Serve a model through vLLM's OpenAI-compatible server, or ONNX Runtime, until Ctrl-C."""
+    from qkit.serve import Asked
+    from qkit.server import api_key
 
     if child:
-        return _stage("serve", target, overrides, out, as_json, quiet, child)
-    opened = _open(target, overrides, out, Progress())
-    console = _stderr()
+        return _stage("serve", Path(target), overrides, out, as_json, quiet, child)
+    key, options, beside = api_key(api_key_file), tuple(_after_dashes(rest)), tuple(adapter or ())
+    asked = Asked(runtime, artifact, beside, runtime_adapters, key, options, force)
+    chosen = _serving(target, overrides, out, asked)
+    if form:
+        from qkit import manifests
 
-    def ready(server: Server) -> None:
-        _show(
-            as_json,
-            serving.describe(server),
-            lambda: f"serving {server.name} at {server.url}\n\n{serving.curl(server)}\n",
-        )
-        console.print(
-            f"ready after {server.startup_seconds:.0f} s; log: {server.child.log}; Ctrl-C stops it", highlight=False
-        )
+        print(manifests.rendered(form, chosen))
+        return None
+    return _serve(chosen, restart, as_json, quiet)
+
+
+def _serve(chosen: Any, restart: bool, as_json: bool, quiet: bool) -> None:
+    """Plan, start, say where it is, and wait for the end."""
+    from qkit import serve as serving
+
+    console, made = _stderr(), serving.planned(chosen)
+    if not quiet:
+        _say_start(console, chosen, made)
+
+    def again(why: str, pause: float) -> None:
+        console.print(f"{why}\nstarting again in {pause:g} s", highlight=False, soft_wrap=True)
+
+    def ready(running: Server) -> None:
+        _say_ready(console, chosen, running, as_json)
 
     with _stoppable():
-        if not quiet:
-            console.print("starting vLLM ...", highlight=False)
-        serving.serve(opened, ready, _until_it_ends)
+        serving.serve(chosen, ready, serving.watch, again if restart else None)
     console.print("stopped", highlight=False)
-    return None
 
 
-def _until_it_ends(server: Server) -> None:
-    """Raises UserError when vLLM ends by itself; Ctrl-C and SIGTERM arrive as KeyboardInterrupt."""
-    from qkit.errors import ServerError
-    from qkit.runtimes.vllm import explain
+def _after_dashes(rest: list[str] | None) -> list[str]:
+    """Arguments beyond the target count only after `--`: a word too many is a mistake."""
+    if rest and "--" not in sys.argv:
+        raise typer.BadParameter(f"{' '.join(rest)}: options for the runtime come after `--`")
+    return rest or []
 
-    while server.child.running():
-        time.sleep(0.2)
-    raise ServerError(f"vLLM ended by itself: {explain(server.child.tail(200))}\nlog: {server.child.log}")
+
+def _serving(target: str, overrides: list[str] | None, out: Path | None, asked: Any) -> Any:
+    """What is to be served: of a run, when it is one or its recipe, else a model."""
+    from qkit import serve as serving
+    from qkit.errors import UserError
+    from qkit.plan_sheet import Options, recipe_for
+
+    if asked.runtime not in serving.RUNTIMES:
+        raise UserError(f"--runtime {asked.runtime}: there are {', '.join(serving.RUNTIMES)}")
+    path = Path(target)
+    if (path / "recipe.yaml").is_file() or path.suffix in (".yaml", ".yml"):
+        return serving.of_run(_open(path, overrides, out, Progress()), asked)
+    return serving.of_model(target, recipe_for(Options(target), overrides or ()), asked)
+
+
+def _say_start(console: Console, chosen: Any, made: Any) -> None:
+    if chosen.chosen:
+        console.print(f"serving {chosen.chosen}", highlight=False)
+    needs = (
+        f"{made.peak_bytes / 2**30:.1f} of {made.device_bytes / 2**30:.1f} GiB"
+        if made
+        else "not planned: unknown shape"
+    )
+    console.print(f"memory: {needs}; starting {chosen.runtime} ...", highlight=False, soft_wrap=True)
+
+
+def _say_ready(console: Console, chosen: Any, running: Server, as_json: bool) -> None:
+    from qkit import serve as serving
+
+    lines = [f"serving {', '.join(chosen.names)} at {running.url}/v1", serving.curl(running), serving.python(running)]
+    _show(as_json, serving.describe(running, chosen.names), lambda: "\n\n".join(lines) + "\n")
+    sys.stdout.flush()
+    console.print(
+        f"ready after {running.startup_seconds:.0f} s; log: {running.child.log}; Ctrl-C stops it",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+adapters_app = typer.Typer(no_args_is_help=True, help="The adapters of a running server: list, load, unload.")
+app.add_typer(adapters_app, name="adapters", epilog="Example: qkit adapters list --url http://127.0.0.1:8000")
+
+
+def _endpoint(url: str, key_file: Path | None) -> Any:
+    from qkit.adapters import Endpoint
+    from qkit.server import api_key
+
+    return Endpoint(url, api_key(key_file))
+
+
+@adapters_app.command("list", epilog="Example: qkit adapters list --url http://127.0.0.1:8000")
+def adapters_list(url: Url = LOCAL, api_key_file: KeyFile = None, as_json: Json = False) -> None:
+    """Models and adapters by name."""
+    models = _endpoint(url, api_key_file).list()
+    _show(as_json, models, lambda: "\n".join(f"{m['id']}  {m['parent'] or 'base'}  {m['root']}" for m in models))
+
+
+@adapters_app.command("load", epilog="Example: qkit adapters load sql=runs/sql --url http://127.0.0.1:8000")
+def adapters_load(
+    adapter: Annotated[str, typer.Argument(metavar="NAME=RUN")],
+    url: Url = LOCAL,
+    api_key_file: KeyFile = None,
+    as_json: Json = False,
+) -> None:
+    """Load an adapter, after the checks of `qkit serve --adapter`."""
+    from qkit.adapters import parse
+
+    loaded = _endpoint(url, api_key_file).load(*parse(adapter))
+    _show(as_json, {"name": loaded.name, "path": str(loaded.path)}, lambda: f"{loaded.name}: loaded from {loaded.path}")
+
+
+@adapters_app.command("unload", epilog="Example: qkit adapters unload sql --url http://127.0.0.1:8000")
+def adapters_unload(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    url: Url = LOCAL,
+    api_key_file: KeyFile = None,
+    as_json: Json = False,
+) -> None:
+    """Take an adapter out."""
+    _endpoint(url, api_key_file).unload(name)
+    _show(as_json, {"name": name}, lambda: f"{name}: unloaded")
 
 
 @contextmanager

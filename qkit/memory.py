@@ -162,14 +162,15 @@ def kv_bytes(shape: Shape, length: int) -> int:
 
 
 def serve_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, ...]:
-    """vLLM with the merged model and room for one conversation of full length; more of it serves more users at once."""
+    """vLLM with the merged model and room for serve.concurrency conversations of full length; more of it serves more users at once."""
     count, width, overhead = parameters(shape), DTYPE_BYTES[how.merge.dtype], OVERHEADS[device.meter]
-    length = how.serve.max_model_len
-    cache = kv_bytes(shape, length)
+    length, many = how.serve.max_model_len, how.serve.concurrency
+    cache = many * kv_bytes(shape, length)
     window = (
         f", {shape.windowed} of them no more than {shape.window:,}" if shape.window and shape.window < length else ""
     )
-    cached = f"one conversation of {length:,} tokens x {kv_bytes_per_token(shape):,} bytes over {shape.layers} layers{window}"
+    who = "one conversation" if many == 1 else f"{many} conversations"
+    cached = f"{who} of {length:,} tokens x {kv_bytes_per_token(shape):,} bytes over {shape.layers} layers{window}"
     return (
         MemoryItem("weights", count * width, shape.exact, f"{count:,} parameters x {width} bytes"),
         MemoryItem("kv_cache", cache, shape.exact, cached),

@@ -229,13 +229,20 @@ class Verify(Section):
 
 
 class Serve(Section):
-    """vLLM's server; the names are those of its command line."""
+    """The server; the names are those of vLLM's command line, where it has one for it."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="0 takes a free one")
     max_model_len: Positive = 2048
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    max_num_seqs: Positive | None = Field(
+        None, description="requests that run at once; the others wait; none: vLLM's own"
+    )
     enforce_eager: bool = False
+    concurrency: Positive = Field(1, description="conversations of full length that the cache must hold at once")
+    max_requests: Positive = Field(256, description="requests in work, running or waiting; one more gets status 429")
+    max_body_bytes: Positive = Field(4 << 20, description="a request with a longer body gets status 413")
+    drain_seconds: Positive = Field(30, description="what requests in work are given to end when the server is stopped")
     startup_seconds: Positive = Field(600, description="give up when the server is not healthy by then")
 
 

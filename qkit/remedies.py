@@ -188,6 +188,7 @@ def _shorter_batch(recipe: Recipe, length: int) -> Iterator[str]:
 
 def _serving(recipe: Recipe) -> Iterator[_Change]:
     least = max(recipe.evaluate.max_new_tokens, SMALLEST_LENGTH)
+    yield from _halved("fewer conversations at once", "serve.concurrency", recipe.serve.concurrency, 1, True)
     yield from _halved("shorter conversations", "serve.max_model_len", recipe.serve.max_model_len, least, False)
 
 

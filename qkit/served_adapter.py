@@ -21,6 +21,9 @@ REFUSED = (
     *("modules_to_save", "use_dora", "lora_bias", "alora_invocation_tokens"),
     *("layer_replication", "use_bdlora", "use_qalora"),
 )
+EMBEDDINGS = frozenset(
+    {"embed_tokens", "wte", "tok_embeddings"}
+)  # all linear layers are served; of embeddings no rows are
 ROWS = "trainable_token_indices"  # rows of an embedding (vllm/lora/utils.py, parse_fine_tuned_lora_name)
 
 
@@ -39,20 +42,33 @@ def refusal(recipe: Recipe) -> str | None:
     return None
 
 
+def unserved(config: Mapping[str, Any]) -> list[str]:
+    """What in an adapter_config.json vLLM does not serve."""
+    wrong = [f"it has {key}" for key in (*REFUSED, ROWS) if config.get(key)]
+    targets = config.get("target_modules") or []
+    names = [] if isinstance(targets, str) else [str(target).rpartition(".")[2] for target in targets]
+    if embedded := sorted(EMBEDDINGS.intersection(names)):
+        wrong.append(f"it adapts {', '.join(embedded)}, and only linear layers are served")
+    if (rank := _highest_rank(config)) > RANKS[-1]:
+        wrong.append(f"its rank is {rank}, the highest is {RANKS[-1]}")
+    return wrong
+
+
 def rank_for(config: Mapping[str, Any]) -> int:
     """The smallest --max-lora-rank that an adapter_config.json can be served with.
 
     Raises:
         NotDeployable: vLLM refuses such an adapter.
     """
-    if refused := [key for key in (*REFUSED, ROWS) if config.get(key)]:
+    if wrong := unserved(config):
         raise NotDeployable(
-            f"vLLM takes no adapter with {', '.join(refused)}: serve the merged model (export.formats: vllm)"
+            f"vLLM does not serve this adapter: {'; '.join(wrong)}. Serve the merged model (export.formats: vllm)"
         )
-    wanted = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
-    if wanted > RANKS[-1]:
-        raise NotDeployable(f"vLLM takes no adapter of rank {wanted}; {RANKS[-1]} is its largest")
-    return next(rank for rank in RANKS if rank >= wanted)
+    return next(rank for rank in RANKS if rank >= _highest_rank(config))
+
+
+def _highest_rank(config: Mapping[str, Any]) -> int:
+    return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
 
 
 def is_adapter(folder: Path) -> bool:

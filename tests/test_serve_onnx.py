@@ -1,0 +1,225 @@
+"""`qkit serve --runtime onnxruntime`, asked with OpenAI's client: one server for all of it, on the tiny model's ONNX export in fp32."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from served import KEY, Served, serving, wait_for_drain
+
+from qkit.export import onnx as exporter
+from qkit.export._job import Job
+from qkit.recipe import Recipe
+
+pytest.importorskip("onnxruntime_genai")
+
+TURNS: Any = [{"role": "user", "content": "say a"}]
+LENGTH = 256
+BUSY_SECONDS = 10  # what takes well below one on a machine of one's own
+TEXT_MODEL = "served-onnx"
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    recipe = Recipe.model_validate({"task": "chat", "model": {"source": "none"}, "data": {}})
+    job = Job(tiny_model, tiny_model, tiny_model, tiny_model, recipe, folder / "export.log")
+    exporter.export(job, folder / TEXT_MODEL, "fp32")
+    settings = [
+        f"serve.max_model_len={LENGTH}",
+        "serve.max_body_bytes=20000",
+        "serve.max_requests=12",
+        "serve.max_num_seqs=8",
+    ]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    with serving(folder, folder / TEXT_MODEL, "--runtime", "onnxruntime", "--restart", *sets) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> openai.OpenAI:
+    return served.client()
+
+
+def chat(client: openai.OpenAI, **asked: Any) -> Any:
+    return client.chat.completions.create(
+        **{"model": TEXT_MODEL, "messages": TURNS, "max_tokens": 8, "temperature": 0, **asked}
+    )
+
+
+def test_it_says_what_the_weights_say(client: openai.OpenAI, tiny_model: Path) -> None:
+    """Greedy, in fp32, from the template's own prompt: as transformers has it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    prompt = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    written = model.generate(prompt, max_new_tokens=24, do_sample=False)[0, prompt.shape[1] :]
+    answer = chat(client, max_tokens=24)
+    assert answer.choices[0].message.content == tokenizer.decode(written, skip_special_tokens=True)
+    assert answer.usage.prompt_tokens == prompt.shape[1]
+
+
+def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    whole = chat(client)
+    assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
+
+
+def test_requests_at_once_say_what_they_say_alone(client: openai.OpenAI) -> None:
+    """Greedy beside drawn ones, and of several lengths, in one batch."""
+    asked = [{"messages": [{"role": "user", "content": "say " + "a" * n}]} for n in (1, 9, 30)]
+    alone = [chat(client, **one).choices[0].message.content for one in asked]
+    found: dict[int, str] = {}
+
+    def ask(index: int) -> None:
+        drawn = {"temperature": 1.0} if index >= 3 else {}
+        found[index] = chat(client, **asked[index % 3], **drawn).choices[0].message.content
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[index] for index in range(3)] == alone and len(found) == 6
+
+
+def test_stop_and_max_tokens(client: openai.OpenAI) -> None:
+    whole = chat(client, max_tokens=24)
+    text = whole.choices[0].message.content
+    stop = next(sign for sign in text[2:] if sign.isascii())
+    for stream in (False, True):
+        cut = chat(client, max_tokens=24, stop=[stop, "never"], stream=stream)
+        choices = [chunk.choices[0] for chunk in cut] if stream else cut.choices
+        said = "".join((c.delta.content if stream else c.message.content) or "" for c in choices)
+        assert said == text.partition(stop)[0] and choices[-1].finish_reason == "stop"
+    assert whole.usage.completion_tokens == 24 and whole.choices[0].finish_reason == "length"
+
+
+def test_n(client: openai.OpenAI) -> None:
+    answer = chat(client, temperature=1.0, n=3, max_tokens=12)
+    assert len({choice.message.content for choice in answer.choices}) == 3 and answer.usage.completion_tokens <= 36
+    chunks = list(chat(client, temperature=1.0, n=2, stream=True))
+    assert {chunk.choices[0].index for chunk in chunks} == {0, 1}
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    said = [client.completions.create(model=TEXT_MODEL, prompt=prompt, temperature=0) for prompt in ("abc", ["abc"])]
+    assert said[0].choices[0].text == said[1].choices[0].text and said[0].usage.completion_tokens == 16
+
+
+def test_tools_reach_the_template(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "pick", "parameters": {}}}
+    assert chat(client, tools=[tool]).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"logprobs": True}, "logprobs"),
+        ({"seed": 1, "temperature": 1.0}, "seed"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"temperature": 9}, "temperature"),
+        ({"max_tokens": 100_000}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "a" * LENGTH}], "max_tokens": None}, "messages"),
+        ({"messages": [{"rôle": "user"}]}, "messages"),
+    ],
+)
+def test_what_it_lacks_is_named(client: openai.OpenAI, change: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, **change)
+    assert caught.value.param == param and param in str(caught.value)
+
+
+def test_what_changes_nothing_is_let_through(client: openai.OpenAI) -> None:
+    assert chat(
+        client, seed=1, user="me", frequency_penalty=0, logprobs=False, response_format={"type": "text"}
+    ).choices
+
+
+def test_a_wrong_model_a_wrong_key_and_broken_json(served: Served, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match=TEXT_MODEL):
+        chat(client, model="nobody")
+    with pytest.raises(openai.AuthenticationError, match="key is missing or wrong"):
+        chat(served.client("wrong"))
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    answer = httpx.post(f"{served.url}/v1/chat/completions", headers=headers, content=b'{"model": ')
+    assert answer.status_code == 400 and "JSON" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "status"),
+    [
+        ({}, b"x" * 20_001, 413),
+        ({"Transfer-Encoding": "chunked"}, [b"{}"], 411),
+    ],
+)
+def test_sizes(served: Served, headers: dict[str, str], content: Any, status: int) -> None:
+    own = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
+    body = iter(content) if isinstance(content, list) else content
+    assert httpx.post(f"{served.url}/v1/completions", headers=own, content=body).status_code == status
+
+
+def test_clients_that_go_away_leave_nothing_running(served: Served, client: openai.OpenAI) -> None:
+    stream = chat(client, stream=True, max_tokens=200, extra_body={"ignore_eos": True})
+    assert next(iter(stream))
+    stream.close()
+    body = {"model": TEXT_MODEL, "prompt": "a", "max_tokens": 200, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=0.02)
+    deadline = time.monotonic() + 10
+    while _figure(served, "qkit_requests_running") > 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_metrics(served: Served) -> None:
+    assert _figure(served, "qkit_generation_tokens_total") > 50
+    assert _figure(served, "qkit_time_to_first_token_seconds_count") > 5
+    assert _figure(served, 'qkit_requests_total{status="400"}') > 5
+
+
+def test_a_dead_server_is_seen_and_started_again(served: Served) -> None:
+    before = [process for process in served.below() if "qkit.onnx_server" in " ".join(process.cmdline()[1:4])]
+    assert before
+    before[-1].kill()
+    served.wait_for("starting again in 1 s", BUSY_SECONDS)
+    assert "out-of-memory killer" in served.stderr.read_text()
+    deadline = time.monotonic() + 60
+    while served.stderr.read_text().count("ready after") < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert chat(served.client()).choices
+
+
+def test_sigterm_drains(served: Served) -> None:
+    """Last, since it ends the server: what streams goes on to its end, new requests are refused, and no process is left."""
+    below, client = served.below(), served.client()
+    asked: Any = {"stream": True, "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+    streams = [chat(client, **asked) for _ in range(6)]
+    served.process.send_signal(signal.SIGTERM)
+    told = wait_for_drain(served)
+    assert told["in_flight"] > 0
+    with pytest.raises(openai.InternalServerError, match="shutting down"):
+        chat(client)
+    assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * 6
+    assert served.process.wait(timeout=30) == 0
+    assert not psutil.wait_procs(below, timeout=5)[1]
+
+
+def _figure(served: Served, name: str) -> float:
+    """A figure of /metrics, with these labels or over all."""
+    lines = [line.rpartition(" ") for line in httpx.get(f"{served.url}/metrics").text.splitlines()]
+    return sum(float(value) for series, _, value in lines if name in (series, series.partition("{")[0]))

@@ -1,0 +1,285 @@
+"""What a deployer gets from `qkit serve` and vLLM, asked with OpenAI's client: one server for all of it, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from served import KEY, Served, serving, wait_for_drain
+
+from qkit.recipe import Recipe
+from qkit.runtimes import vllm
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not vllm.installed(), reason="vLLM is not installed")]
+
+TURNS: Any = [{"role": "user", "content": "say a"}]
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "pick",
+        "parameters": {"type": "object", "properties": {"side": {"enum": ["left", "right"]}}, "required": ["side"]},
+    },
+}
+LENGTH = 384
+BUSY_SECONDS = 10  # what takes well below one on a machine of one's own
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on the tiny model that says something else than it."""
+    return build_adapter(tiny_model, tmp_path_factory.mktemp("adapters") / "other", rank=4)
+
+
+def build_adapter(base: Path, folder: Path, rank: int) -> Path:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from qkit.model import write_adapter_note
+
+    torch.manual_seed(0)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=rank, lora_alpha=64, target_modules=targets, init_lora_weights=False),
+    )
+    model.save_pretrained(str(folder))
+    how = Recipe.model_validate({"task": "chat", "model": {"source": str(base)}, "data": {}})
+    write_adapter_note(folder, base, how, [])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    settings = [
+        f"serve.max_model_len={LENGTH}",
+        "serve.enforce_eager=true",
+        "serve.max_body_bytes=20000",
+        "serve.max_requests=12",
+    ]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    own = ["--adapter", f"other={adapter}", "--runtime-adapters", "--restart", *sets]
+    with serving(
+        folder, tiny_model, *own, "--", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> openai.OpenAI:
+    return served.client()
+
+
+def chat(client: openai.OpenAI, **asked: Any) -> Any:
+    return client.chat.completions.create(
+        **{"model": "tiny", "messages": TURNS, "max_tokens": 8, "temperature": 0, **asked}
+    )
+
+
+def test_what_it_says_of_itself(served: Served) -> None:
+    assert served.told["models"] == ["tiny", "other"]
+    assert "$VLLM_API_KEY" in served.told["curl"] and 'os.environ["VLLM_API_KEY"]' in served.told["python"]
+    for line in (
+        ["sh", "-c", served.told["curl"]],
+        [sys.executable, "-c", served.told["python"].replace(")]", ")][:1]")],
+    ):
+        done = subprocess.run(line, env={"PATH": "/usr/bin:/bin", "VLLM_API_KEY": KEY}, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_the_key_is_in_no_command_line_and_no_log(served: Served) -> None:
+    words = [" ".join(process.cmdline()) for process in served.below()]
+    log = Path(served.stderr.read_text().partition("log: ")[2].partition(";")[0].strip())
+    assert words and not any(KEY in word for word in words)
+    assert "Application startup complete" in log.read_text() and KEY not in log.read_text()
+
+
+def test_chat_with_usage(client: openai.OpenAI) -> None:
+    answer = chat(client)
+    assert answer.choices[0].message.content and answer.choices[0].finish_reason in ("length", "stop")
+    assert answer.usage.completion_tokens <= 8 and answer.usage.prompt_tokens == 24
+
+
+def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    whole = chat(client)
+    assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
+
+
+def test_stop(client: openai.OpenAI) -> None:
+    text = chat(client, max_tokens=24).choices[0].message.content
+    stop = next(sign for sign in text[2:] if sign.isascii())
+    cut = chat(client, max_tokens=24, stop=[stop])
+    assert cut.choices[0].message.content == text.partition(stop)[0] and cut.choices[0].finish_reason == "stop"
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    tokens = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert tokens and all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in tokens)
+
+
+def test_seed_and_n(client: openai.OpenAI) -> None:
+    drawn = [chat(client, temperature=1.0, seed=seed, n=3, max_tokens=12) for seed in (1, 1, 2)]
+    texts = [[choice.message.content for choice in answer.choices] for answer in drawn]
+    assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) == 3
+
+
+def test_tools(client: openai.OpenAI) -> None:
+    """A model with random weights writes no calls of its own; a named tool's is made of whatever it writes."""
+    named = {"type": "function", "function": {"name": "pick"}}
+    (call,) = chat(client, tools=[TOOL], tool_choice=named, max_tokens=64).choices[0].message.tool_calls
+    assert call.function.name == "pick"
+    assert chat(client, tools=[TOOL]).choices[0].message.content
+
+
+def test_the_adapter_answers_for_itself(client: openai.OpenAI) -> None:
+    assert chat(client, model="other").choices[0].message.content != chat(client).choices[0].message.content
+
+
+def test_adapters_come_and_go(served: Served, adapter: Path) -> None:
+    def adapters(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "qkit", "adapters", *map(str, words), "--url", served.url, "--json"]
+        return subprocess.run(command, env=_with_key(), capture_output=True, text=True)
+
+    assert adapters("load", f"third={adapter}").returncode == 0
+    assert [m["id"] for m in json.loads(adapters("list").stdout)] == ["tiny", "other", "third"]
+    assert chat(served.client(), model="third").choices[0].message.content
+    assert adapters("unload", "third").returncode == 0
+    assert [m["id"] for m in json.loads(adapters("list").stdout)] == ["tiny", "other"]
+    refused = adapters("unload", "third")
+    assert refused.returncode == 2 and "third" in refused.stderr
+
+
+def test_an_adapter_of_another_base_is_not_loaded(served: Served, other_model: Path, tmp_path: Path) -> None:
+    from qkit.adapters import Endpoint
+    from qkit.errors import ModelError
+
+    foreign = build_adapter(other_model, tmp_path / "foreign", rank=4)
+    with pytest.raises(ModelError, match="was trained on"):
+        Endpoint(served.url, KEY).load("foreign", foreign)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": "nobody"}, openai.NotFoundError, "nobody"),
+        ({"messages": [{"role": "user", "content": "a" * LENGTH}]}, openai.BadRequestError, str(LENGTH)),
+        ({"max_tokens": 100_000}, openai.BadRequestError, "max_tokens"),
+        ({"temperature": "warm"}, openai.BadRequestError, "temperature"),
+        ({"messages": [{"role": "user", "content": "a" * 30_000}]}, openai.APIStatusError, "serve.max_body_bytes"),
+    ],
+)
+def test_wrong_requests(
+    client: openai.OpenAI, change: dict[str, Any], error: type[openai.APIStatusError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        chat(client, **change)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/models", "/invocations", "/tokenize", "/version", "/load"]
+)
+def test_no_path_but_health_and_metrics_without_the_key(served: Served, path: str) -> None:
+    for key in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
+        assert httpx.post(served.url + path, headers=key, json={}).status_code == 401
+    assert httpx.get(f"{served.url}/health").status_code == httpx.get(f"{served.url}/metrics").status_code == 200
+
+
+def test_a_wrong_key_and_broken_json(served: Served) -> None:
+    with pytest.raises(openai.AuthenticationError, match="key is missing or wrong"):
+        chat(served.client("wrong"))
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    assert (
+        httpx.post(f"{served.url}/v1/chat/completions", headers=headers, content=b'{"model": "tiny",').status_code
+        == 400
+    )
+
+
+def test_a_client_that_goes_away_leaves_nothing_running(served: Served, client: openai.OpenAI) -> None:
+    stream = chat(client, stream=True, max_tokens=300, extra_body={"ignore_eos": True})
+    assert next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 10
+    while _figure(served, "vllm:num_requests_running") > 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_one_too_many(served: Served, client: openai.OpenAI) -> None:
+    """12 are let in; the 13th is told to come again."""
+    streams = [chat(client, stream=True, max_tokens=300, extra_body={"ignore_eos": True}) for _ in range(12)]
+    with pytest.raises(openai.RateLimitError, match=r"serve\.max_requests"):
+        chat(client)
+    for stream in streams:
+        stream.close()
+
+
+def test_a_dead_engine_is_seen_and_started_again(served: Served) -> None:
+    engine = [process for process in served.below() if "VLLM::Worker" in " ".join(process.cmdline())]
+    assert engine
+    engine[0].kill()
+    served.wait_for("ended by itself", BUSY_SECONDS)
+    assert "out-of-memory killer" in served.stderr.read_text() and "starting again in 1 s" in served.stderr.read_text()
+    deadline = time.monotonic() + 120
+    while not _healthy(served):
+        assert time.monotonic() < deadline and served.process.poll() is None
+        time.sleep(0.2)
+    begin = time.monotonic()
+    while served.stderr.read_text().count("ready after") < 2:
+        assert time.monotonic() - begin < 30
+        time.sleep(0.05)
+
+
+def test_sigterm_drains(served: Served) -> None:
+    """Last, since it ends the server. What streams goes on to its end, new requests are refused, no process and no shared memory is left."""
+    below = served.below()
+    shared = _shared(below)
+    client = served.client()
+    asked: Any = {"stream": True, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
+    streams = [chat(client, **asked) for _ in range(6)]
+    served.process.send_signal(signal.SIGTERM)
+    assert wait_for_drain(served)["in_flight"] > 0
+    with pytest.raises(openai.InternalServerError, match="shutting down"):
+        chat(client)
+    assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * 6
+    assert served.process.wait(timeout=40) == 0
+    _, alive = psutil.wait_procs(below, timeout=5)
+    assert len(below) > 2 and not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    assert shared and not [path for path in shared if path.exists()]
+
+
+def _shared(processes: list[psutil.Process]) -> set[Path]:
+    """The pieces of shared memory that these have open."""
+    maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in processes)
+    return {Path(path) for path in re.findall(r"/dev/shm/psm_\w+", maps)}
+
+
+def _figure(served: Served, name: str) -> float:
+    lines = httpx.get(f"{served.url}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
+
+
+def _healthy(served: Served) -> bool:
+    try:
+        return httpx.get(f"{served.url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _with_key() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "VLLM_API_KEY": KEY}
