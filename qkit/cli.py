@@ -56,6 +56,7 @@ Loading = Annotated[
     bool, typer.Option("--runtime-adapters", help="Let `qkit adapters` load and unload; any client with the key can.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Serve also what failed its gate.")]
+NoContract = Annotated[bool, typer.Option("--no-contract", help="Do not check that the server does what training did.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Start it again, with back-off, when it ends by itself.")]
 Form = Annotated[
     str | None, typer.Option("--print", metavar="FORM", help="Only print it: shell, compose or kubernetes.")
@@ -473,6 +474,7 @@ def serve(
     runtime_adapters: Loading = False,
     api_key_file: KeyFile = None,
     force: Force = False,
+    no_contract: NoContract = False,
     restart: Restart = False,
     form: Form = None,
     as_json: Json = False,
@@ -486,7 +488,7 @@ def serve(
     if child:
         return _stage("serve", Path(target), overrides, out, as_json, quiet, child)
     key, options, beside = api_key(api_key_file), tuple(_after_dashes(rest)), tuple(adapter or ())
-    asked = Asked(runtime, artifact, beside, runtime_adapters, key, options, force)
+    asked = Asked(runtime, artifact, beside, runtime_adapters, key, options, force, not no_contract)
     chosen = _serving(target, overrides, out, asked)
     if form:
         from qkit import manifests

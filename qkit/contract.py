@@ -62,16 +62,18 @@ class Contract:
             raise ParityFailed(f"{self.url} does not do with {self.model} what training did\n{said}")
 
 
-def check(run: Run, url: str, model: str | None = None, rows: int = ROWS) -> Contract:
+def check(
+    run: Run, url: str, model: str | None = None, rows: int = ROWS, headers: Mapping[str, str] | None = None
+) -> Contract:
     """Compare a running OpenAI-compatible server with what the run was trained on, on `rows` of its held-out conversations.
 
-    `model`: the name it is served under; default: the only one there is.
+    `model`: the name it is served under; default: the only one there is. `headers`: what the server wants with each request, such as a key.
 
     Raises:
         ServerError: no server answers there, or it does not know the model.
     """
     held_out = scoring.read_held_out(run.need("data", "test.parquet"))
-    with _Server(url, model) as server:
+    with _Server(url, model, headers) as server:
         return Contract(url, server.model, tuple(_checks(run, server, held_out, rows)))
 
 
@@ -308,11 +310,12 @@ class _Folder:
 class _Server:
     """What a running server says when asked."""
 
-    def __init__(self, url: str, model: str | None):
+    def __init__(self, url: str, model: str | None, headers: Mapping[str, str] | None = None):
         import httpx
 
         self.url = url
-        self.client = httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), timeout=REQUEST_SECONDS)
+        base = url.rstrip("/").removesuffix("/v1")
+        self.client = httpx.Client(base_url=base, headers=headers, timeout=REQUEST_SECONDS)
         try:
             self.described = self._described(model)
         except BaseException:

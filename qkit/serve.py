@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qkit import adapters, cards, plan, server
+from qkit import adapters, cards, contract, plan, server
 from qkit.artifacts import MERGED, Artifact
 from qkit.device import Device, detect
 from qkit.errors import DoesNotFit, MissingArtifact, MissingExtra, ModelError, NotDeployable, ParityFailed, ServerError
@@ -67,7 +67,10 @@ def _ready(running: Server) -> Iterator[Server]:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says beyond the target and its recipe. `adapters`: name=RUN. `force`: also what failed its gate."""
+    """What the command line says beyond the target and its recipe. `adapters`: name=RUN. `force`: also what failed its gate.
+
+    `contract`: whether the server is asked, once it answers, whether it does with conversations what training did.
+    """
 
     runtime: str = "vllm"
     artifact: str | None = None
@@ -76,6 +79,7 @@ class Asked:
     key: str = field(default="", repr=False)
     rest: tuple[str, ...] = ()
     force: bool = False
+    contract: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Serving:
     extras: vllm.Extras
     chosen: str = ""
     run: Run | None = None
+    contract: bool = True
 
     @property
     def names(self) -> list[str]:
@@ -108,7 +113,9 @@ def of_run(run: Run, asked: Asked) -> Serving:
     artifact, why = pick(run, asked)
     log = run.log("serve").with_name(f"{asked.runtime}.log")
     name = run.root.resolve().name
-    made = Serving(str(artifact.path), name, run.recipe, detect(), log, asked.runtime, vllm.Extras(), why, run)
+    made = Serving(
+        str(artifact.path), name, run.recipe, detect(), log, asked.runtime, vllm.Extras(), why, run, asked.contract
+    )
     return _completed(made, asked)
 
 
@@ -306,6 +313,7 @@ def serve(
 
     Raises:
         ServerError: it ended by itself, or could not be started.
+        ParityFailed: it does not do with conversations what training did.
     """
     server.need_key(serving.how.serve.host, serving.extras.key)
     fixed, ends = _with_port(serving), 0
@@ -314,6 +322,7 @@ def serve(
         try:
             with _drained(running):
                 begin = time.monotonic()
+                keep_contract(fixed, running)
                 ready(running)
                 wait(running)
                 return
@@ -324,6 +333,21 @@ def serve(
             pause = BACK_OFF_SECONDS[min(ends, len(BACK_OFF_SECONDS)) - 1]
             restart(str(error), pause)
             time.sleep(pause)
+
+
+def keep_contract(serving: Serving, running: Server) -> None:
+    """See that a run's server makes the trained prompt tokens, stops where training stopped, and so on; on a few held-out rows.
+
+    Raises:
+        ParityFailed: it does not.
+    """
+    if serving.run is None or not serving.contract:
+        return
+    if serving.runtime == "vllm":
+        found = contract.check(serving.run, running.url, running.name, headers=running.headers)
+    else:  # qkit's own server reads template and stop tokens from the folder, and has no endpoint that shows tokens
+        found = contract.check_folder(serving.run, Path(serving.model))
+    found.enforce()
 
 
 def _with_port(serving: Serving) -> Serving:
