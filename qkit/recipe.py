@@ -208,9 +208,21 @@ class Bench(Section):
     """Latency, throughput and memory of each runtime on the same prompts."""
 
     runtimes: tuple[str, ...] = ("transformers", "onnx-fp32", "onnx-int4", "vllm")
-    concurrency: tuple[Positive, ...] = (1, 8)
+    concurrency: tuple[Positive, ...] = Field((1, 8), description="requests at once")
     output_tokens: Positive = 32
     repeats: Positive = 3
+    rounds: Positive = Field(1, description="requests of each client in a repeat")
+    sweep: bool = Field(
+        False, description="1, 2, 4 ... at once until throughput stops growing, then arrivals at shares of that"
+    )
+    price_per_hour: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the machine, for the cost of tokens"
+    )
+    slo_ttft_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="the most a good request takes to its first token"
+    )
+    slo_tpot_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="the same for each token after it")
+    slo_e2e_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="the same for a whole request")
 
 
 class Recipe(Section):
