@@ -21,13 +21,12 @@ from typing import Any
 
 from qkit import bench_meter, bench_record, model, scoring, show
 from qkit.artifacts import MERGED, Artifact, artifacts, open_artifact
-from qkit.bench_load import Direct, Load, Measures, Prompt, Synthetic, Tool
+from qkit.bench_load import Direct, Load, Measures, Prompt, Tool
 from qkit.bench_record import Repeat, Slo
 from qkit.device import detect
-from qkit.errors import DataError, ServerError
-from qkit.progress import Progress
+from qkit.errors import DataError
 from qkit.recipe import Bench
-from qkit.run import Run, environment, make_folder, write_json
+from qkit.run import Run, environment, write_json
 from qkit.runtime import Runtime
 
 GROWTH = 1.05  # a closed loop that gives less than this over the one before it has found the most there is
@@ -61,14 +60,15 @@ def run(run: Run, out: Path) -> None:
         ServerError: a server answered no request, or counts other tokens than the rows have.
     """
     section = run.recipe.bench
-    rows = _prompts(run)
+    rows = held_out_prompts(run)
     by_name = {artifact.name: artifact for artifact in artifacts(run)}
     for name in run.progress.track(section.runtimes, "bench", len(section.runtimes)):
         run.progress.say(f"bench: {name}")
         _bench(run, by_name[MERGED if name == "transformers" else name], rows, out)
 
 
-def _prompts(run: Run) -> list[Sequence[int]]:
+def held_out_prompts(run: Run) -> list[Sequence[int]]:
+    """The prompts of the run's test rows, as token ids."""
     rows = scoring.read_held_out(run.need("data", "test.parquet")).rows
     if not rows:
         raise DataError("data.test names no rows, so there are no prompts to bench with: give it a source")
@@ -228,51 +228,3 @@ def _about(run: Run, artifact: Artifact) -> dict[str, Any]:
             **{key: distance.get(key) for key in ("kl_mean", "top1")},
         },
     }
-
-
-NOT_OURS = ("model_sha256", "disk_bytes", "startup_seconds", "argv", "peak_bytes", "meter", "training", "quality")
-
-
-# --- any server -------------------------------------------------------------------------------------------------------
-
-
-def bench_url(
-    url: str,
-    name: str,
-    tokenizer: Path | str,
-    section: Bench,
-    out: Path,
-    prompts: Sequence[Prompt] | Synthetic,
-    seed: int,
-    progress: Progress,
-    endpoint: str,
-) -> list[dict[str, Any]]:
-    """Bench a server that somebody else runs; returns the records, and writes them into `out`.
-
-    Raises:
-        ServerError: it does not answer, or answers none of the requests.
-    """
-    make_folder(out)
-    _check_answers(url)
-    about = {"runtime": "url", "artifact": name, **dict.fromkeys(NOT_OURS)}
-    records = []
-    with Tool(url, name, tokenizer, prompts, seed, out / "load.log", endpoint) as source:
-        for measured in measure(source, section, None):
-            progress.say(f"bench: {name} {measured.name}: {measured.rate('output_tokens_per_second'):.1f} tokens/s")
-            records.append(record(measured, source, section, seed, about))
-            write_json(out / f"{name.replace('/', '-')}-{measured.name}.json", records[-1])
-    return records
-
-
-def _check_answers(url: str) -> None:
-    import httpx
-
-    try:
-        httpx.get(f"{url}/v1/models", timeout=10.0)
-    except httpx.HTTPError as error:
-        raise ServerError(
-            f"{url} does not answer: {error}; is it the address without /v1, and is the server up?"
-        ) from None
-
-
-__all__ = ["Measured", "as_text", "bench_url", "measure", "record", "run", "tokenizer_folder"]

@@ -85,8 +85,12 @@ def _compare(before: Path, after: Path, threshold: float, anyway: bool) -> Compa
             + "\n  ".join(differences)
             + "\na ratio of the two would say nothing of the change; --anyway gives it all the same"
         )
-    judged = [judge(name, *_series(name, (before, a), (after, b)), threshold, more) for name, more in JUDGED.items()]
-    shown = [Ratio(name, a[name], b[name], b[name] / a[name], None, None, False) for name in SHOWN if a[name] and b[name]]
+    judged = [
+        judge(name, _series(name, before, a), _series(name, after, b), threshold, more) for name, more in JUDGED.items()
+    ]
+    shown = [
+        Ratio(name, a[name], b[name], b[name] / a[name], None, None, False) for name in SHOWN if a[name] and b[name]
+    ]
     return Comparison(before.stem, (*judged, *shown), differences)
 
 
@@ -97,7 +101,9 @@ def read(file: Path) -> dict[str, Any]:
         MissingArtifact: it is absent, or no record of this version.
     """
     if not file.is_file():
-        raise MissingArtifact(f"{file}: no such bench record; `qkit bench RUN` writes RUN/bench/ARTIFACT-c1.json and its like")
+        raise MissingArtifact(
+            f"{file}: no such bench record; `qkit bench RUN` writes RUN/bench/ARTIFACT-c1.json and its like"
+        )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -128,12 +134,13 @@ def _unlike(a: Any, b: Any, place: str, skip: Sequence[str] = ()) -> Iterator[st
         yield f"{place}: {a} and {b}"
 
 
-def _series(name: str, *records: tuple[Path, Mapping[str, Any]]) -> list[list[float]]:
-    series = [[entry[name] for entry in record["by_repeat"]] for _, record in records]
-    for (file, _), values in zip(records, series, strict=True):
-        if len(values) < 2:
-            raise UserError(f"{file} has {len(values)} repeat, which tells nothing of its noise: bench it with --set bench.repeats=3")
-    return series
+def _series(name: str, file: Path, record: Mapping[str, Any]) -> list[float]:
+    values = [float(entry[name]) for entry in record["by_repeat"]]
+    if len(values) < 2:
+        raise UserError(
+            f"{file} has {len(values)} repeat, which tells nothing of its noise: bench it with --set bench.repeats=3"
+        )
+    return values
 
 
 def judge(name: str, before: Sequence[float], after: Sequence[float], threshold: float, more_is_better: bool) -> Ratio:

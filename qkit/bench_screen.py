@@ -47,7 +47,8 @@ def _over_repeats(record: Mapping[str, Any], key: str, text: Any) -> str:
 
 def _cost(record: Mapping[str, Any]) -> str:
     cost = record["cost"]
-    return f"{record['artifact']}, {load_text(record)}: {cost['per_million_output_tokens']:.3g} for a million output tokens at {cost['price_per_hour']:g} an hour"
+    price = f"{cost['per_million_output_tokens']:.3g} for a million output tokens at {cost['price_per_hour']:g} an hour"
+    return f"{record['artifact']}, {load_text(record)}: {price}"
 
 
 def comparisons(found: Sequence[Comparison]) -> RenderableType:
@@ -73,7 +74,12 @@ def training(points: Sequence[Mapping[str, Any]]) -> RenderableType:
     table = _table("batch tokens", "max length", "tokens/s", "peak GiB", "meter", "MFU", "against")
     for point in points:
         speed = point["tokens_per_second"]
-        figures = [str(point["batch_tokens"]), str(point["max_length"]), show.fixed(speed), show.gib_text(point["peak_bytes"])]
+        figures = [
+            str(point["batch_tokens"]),
+            str(point["max_length"]),
+            show.fixed(speed),
+            show.gib_text(point["peak_bytes"]),
+        ]
         table.add_row(*figures, point["meter"], show.percent(point["mfu"]), point["against"] or show.ABSENT)
     return table
 

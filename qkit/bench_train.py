@@ -1,7 +1,7 @@
 """How fast a recipe trains here: real tokens per second, peak memory and MFU, at a few sizes of batch; each in a process of its own.
 
-MFU is the arithmetic that training needs (roofline.flops_per_token, recomputed activations included where the recipe asks for them) over what the
-device can do: a known card's bf16 peak, else the fastest bf16 matrix product that torch was seen to do in the same process.
+MFU is the arithmetic that training needs (roofline.flops_per_token, recomputed activations included where the recipe asks for them)
+over what the device can do: a known card's bf16 peak, else the fastest bf16 matrix product that torch was seen to do in the same process.
 
     RUN/points/bN-lM/   a run directory for each point, with its data stage    RUN/train.json   the figures
 """
@@ -53,7 +53,9 @@ def points(how: Recipe, batch_tokens: Sequence[int], lengths: Sequence[int]) -> 
     longest = lengths or [how.data.max_length]
     found = [Point(batch, length) for batch in wanted for length in longest if length <= batch]
     if not found:
-        raise RecipeError(f"no batch of {', '.join(map(str, wanted))} tokens holds a row of {min(longest)}: raise --batch-tokens or lower --length")
+        raise RecipeError(
+            f"no batch of {', '.join(map(str, wanted))} tokens holds a row of {min(longest)}: raise --batch-tokens or lower --length"
+        )
     return found
 
 
@@ -87,7 +89,9 @@ def _in_a_process(how: Recipe, point: Point, steps: int, out: Path) -> dict[str,
     run = Run.create(root, from_dict(changed, (), str(root)))
     run.save_recipe()
     with run.log("bench-train").open("w") as log:
-        status = subprocess.run([sys.executable, "-m", "qkit.bench_train", str(root)], stdout=log, stderr=log, check=False).returncode
+        status = subprocess.run(
+            [sys.executable, "-m", "qkit.bench_train", str(root)], stdout=log, stderr=log, check=False
+        ).returncode
     if status:
         last = run.log("bench-train").read_text(errors="replace").strip().splitlines()[-1:]
         raise StageFailed("bench train", root, run.log("bench-train"), last[0] if last else f"status {status}")

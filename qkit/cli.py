@@ -276,7 +276,8 @@ for _name, _help in (
 )
 def bench(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[train] [RECIPE_OR_RUN]", help="What to bench; with `train`, its training.")
+        list[str] | None,
+        typer.Argument(metavar="[train] [RECIPE_OR_RUN]", help="What to bench; with `train`, its training."),
     ] = None,
     overrides: Set = None,
     out: Out = None,
@@ -286,20 +287,37 @@ def bench(
     price: Annotated[
         float | None, typer.Option("--price-per-hour", help="Of the machine, for what a million tokens cost.")
     ] = None,
-    url: Annotated[str | None, typer.Option("--url", help="Bench this OpenAI-compatible server; OPENAI_API_KEY is its key.")] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Bench this OpenAI-compatible server; OPENAI_API_KEY is its key.")
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="Of --url: the model to ask.")] = None,
-    tokenizer: Annotated[str | None, typer.Option("--tokenizer", metavar="DIR", help="Of --url, without a run.")] = None,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Of --url, without a run: random prompts.")] = 128,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", metavar="DIR", help="Of --url, without a run.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", min=1, help="Of --url, without a run: random prompts.")
+    ] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Of --url: ask /v1/chat/completions.")] = False,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option("--compare", metavar="A B", help="Two records, or two folders of them; exits with 1 on a regression.")
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--compare", metavar="A B", help="Two records, or two folders of them; exits with 1 on a regression."
+        ),
     ] = None,
     threshold: Annotated[str, typer.Option("--threshold", help="Of --compare: how much worse is a regression.")] = "5%",
-    anyway: Annotated[bool, typer.Option("--anyway", help="Of --compare: also from different environments and loads.")] = False,
-    charts: Annotated[Path | None, typer.Option("--charts", metavar="DIR", help="Write the run's bench charts as SVG files.")] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Of --compare: also from different environments and loads.")
+    ] = False,
+    charts: Annotated[
+        Path | None, typer.Option("--charts", metavar="DIR", help="Write the run's bench charts as SVG files.")
+    ] = None,
     png: Annotated[bool, typer.Option("--png", help="Of --charts: PNG files as well.")] = False,
-    batch_tokens: Annotated[list[int] | None, typer.Option("--batch-tokens", min=1, help="Of train; repeatable.")] = None,
-    length: Annotated[list[int] | None, typer.Option("--length", min=1, help="Of train: data.max_length; repeatable.")] = None,
+    batch_tokens: Annotated[
+        list[int] | None, typer.Option("--batch-tokens", min=1, help="Of train; repeatable.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option("--length", min=1, help="Of train: data.max_length; repeatable.")
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Of train: steps that are timed.")] = 4,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -360,7 +378,12 @@ def _bench_url(
 
 
 def _bench_train(
-    words: list[str], settings: list[str], out: Path | None, sweep: tuple[list[int], list[int], int], as_json: bool, quiet: bool
+    words: list[str],
+    settings: list[str],
+    out: Path | None,
+    sweep: tuple[list[int], list[int], int],
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     from qkit import bench_screen, bench_train
 

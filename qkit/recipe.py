@@ -286,7 +286,7 @@ def from_dict(
     """
     origins = dict(origins or {})
     for text in overrides:
-        origins.update(dict.fromkeys(_apply(raw, text), "--set"))
+        origins.update(dict.fromkeys(override(raw, text), "--set"))
     return _validated(raw, origins, name)
 
 
@@ -451,8 +451,12 @@ def _lines(node: yaml.Node | None, prefix: Key = ()) -> Iterator[tuple[Key, int]
             yield from _lines(value, (*prefix, index))
 
 
-def _apply(raw: dict[str, Any], text: str) -> list[Key]:
-    """Write one `a.b=c` override into the raw recipe; the value is YAML. Returns the keys it set."""
+def override(raw: dict[str, Any], text: str) -> list[Key]:
+    """Write one `a.b=c` override into the raw recipe; the value is YAML. Returns the keys it set.
+
+    Raises:
+        RecipeError: it is not of this form.
+    """
     dotted, equals, value = text.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
