@@ -170,7 +170,8 @@ def plane(
     xs, ys = ([point[axis] for line in lines for point in line.points] for axis in (0, 1))
     x_ticks = nice_ticks(min(0.0, *xs), max(xs), 5)
     y_ticks = nice_ticks(min(ys) if lowest is None else lowest, max(ys), 4)
-    left, right, top, bottom = 56.0, width - 24.0, 26.0, height - 44.0
+    longest = max(len(line.label) for line in lines)
+    left, right, top, bottom = 56.0, width - LETTER * longest - 16, 26.0, height - 44.0
     x_scale = (right - left) / (x_ticks[-1] - x_ticks[0])
     y_scale = (bottom - top) / (y_ticks[-1] - y_ticks[0])
 
@@ -185,9 +186,7 @@ def plane(
         _series(line, points, DASHES[i % len(DASHES)], joined)
         for i, (line, points) in enumerate(zip(lines, placed, strict=True))
     ]
-    return _figure(
-        name, title, description, width, height, [*grid, *feet, *named, *drawn, *_labels(lines, placed, right)]
-    )
+    return _figure(name, title, description, width, height, [*grid, *feet, *named, *drawn, *_labels(lines, placed)])
 
 
 def _series(line: Line, points: Sequence[Point], dash: str | None, joined: bool) -> Markup:
@@ -201,16 +200,15 @@ def _series(line: Line, points: Sequence[Point], dash: str | None, joined: bool)
     return drawn + Markup().join([*dots, *texts])
 
 
-def _labels(lines: Sequence[Line], placed: Sequence[Sequence[Point]], right: float) -> list[Markup]:
-    """A label beside the last point of each line: to its left where there is no room, and moved up where another one stands."""
+def _labels(lines: Sequence[Line], placed: Sequence[Sequence[Point]]) -> list[Markup]:
+    """A label at the right of each line's last point, moved up where another one stands."""
     drawn: list[Markup] = []
     taken: list[tuple[float, float, float]] = []  # from, to, height
     for line, points in zip(lines, placed, strict=True):
         x, y = points[-1]
-        length = LETTER * len(line.label)
-        start = x + 8 if x + 8 + length <= right + 24 else x - 8 - length
+        start, length = x + 8, LETTER * len(line.label)
         while any(a < start + length and start < b and abs(y - other) < TEXT for a, b, other in taken):
-            y -= TEXT
+            y -= TEXT / 2
         taken.append((start, start + length, y))
         drawn.append(_text(line.label, start, y + 4.5, "value" if line.strong else "label"))
     return drawn
