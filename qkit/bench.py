@@ -64,7 +64,7 @@ def run(run: Run, out: Path) -> None:
     by_name = {artifact.name: artifact for artifact in artifacts(run)}
     for name in run.progress.track(section.runtimes, "bench", len(section.runtimes)):
         run.progress.say(f"bench: {name}")
-        _bench(run, by_name[MERGED if name == "transformers" else name], rows, out)
+        bench_artifact(run, by_name[MERGED if name == "transformers" else name], rows, out)
 
 
 def held_out_prompts(run: Run) -> list[Sequence[int]]:
@@ -75,7 +75,8 @@ def held_out_prompts(run: Run) -> list[Sequence[int]]:
     return [row.prompt for row in rows]
 
 
-def _bench(run: Run, artifact: Artifact, rows: Sequence[Sequence[int]], out: Path) -> None:
+def bench_artifact(run: Run, artifact: Artifact, rows: Sequence[Sequence[int]], out: Path) -> None:
+    """One artifact under every load of the recipe; a record each into `out`."""
     begin = time.perf_counter()
     with ExitStack() as stack:
         runtime = stack.enter_context(open_artifact(run, artifact, "bench"))

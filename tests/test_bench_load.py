@@ -166,7 +166,7 @@ def test_a_server_that_answers_nothing_is_an_error(tool: Tool, fake: Fake) -> No
 
 
 def test_what_the_tool_does_not_like_is_said(tool: Tool) -> None:
-    with pytest.raises(ServerError, match=r"the load tool failed: .*log: .*load\.log"):
+    with pytest.raises(ServerError, match=r"(?s)the load tool failed: .*log: .*load\.log"):
         tool.measure(Load(0, 2, request_rate=-1.0), 1)
 
 
