@@ -213,7 +213,8 @@ class Tool:
 
     def _dataset(self, load: Load, number: int) -> dict[str, Any]:
         if isinstance(self.prompts, Synthetic):
-            about = {"random-input-len": self.prompts.tokens, "random-range-ratio": self.prompts.spread}
+            ranges = json.dumps({"input": self.prompts.spread, "output": 0.0})
+            about = {"random-input-len": self.prompts.tokens, "random-range-ratio": ranges}
             return {"dataset-name": "random", **about}
         file = Path(self._folder.name) / "prompts.jsonl"
         lines = [json.dumps({"prompt": prompt.text}) for prompt in self._picked(load, number)]

@@ -44,8 +44,8 @@ def run(asked: Asked, out: Path, progress: Progress) -> list[dict[str, Any]]:
         ServerError: it does not answer, or answers none of the requests.
     """
     url = asked.url.rstrip("/").removesuffix("/v1")
-    name = asked.model or _only_model(url)
     prompts, tokenizer, section = _prompts(asked)
+    name = asked.model or _only_model(url)
     make_folder(out)
     about = {"runtime": "url", "artifact": name, **dict.fromkeys(UNKNOWN)}
     records = []
@@ -64,6 +64,10 @@ def _prompts(asked: Asked) -> tuple[Sequence[Prompt] | Synthetic, Path | str, Be
         if asked.tokenizer is None:
             raise UserError("--url needs prompts: name a run for its held-out ones, or --tokenizer DIR for random ones")
         return Synthetic(asked.prompt_tokens, SPREAD), asked.tokenizer, _section({}, asked.overrides)
+    if asked.chat:
+        raise UserError(
+            "--chat sends random prompts: a run's held-out ones are rendered already, and would be once more; leave the run out"
+        )
     opened = Run.open(asked.run)
     rows = as_text(model.tokenizer_of(opened.recipe.model), held_out_prompts(opened))
     section = _section(opened.recipe.bench.model_dump(mode="json"), asked.overrides)

@@ -172,8 +172,8 @@ def plane(
     y_ticks = nice_ticks(min(ys) if lowest is None else lowest, max(ys), 4)
     longest = max(len(line.label) for line in lines)
     left, right, top, bottom = 56.0, width - LETTER * longest - 16, 26.0, height - 44.0
-    x_scale = (right - left) / (x_ticks[-1] - x_ticks[0])
-    y_scale = (bottom - top) / (y_ticks[-1] - y_ticks[0])
+    x_scale = (right - left) / ((x_ticks[-1] - x_ticks[0]) or 1)
+    y_scale = (bottom - top) / ((y_ticks[-1] - y_ticks[0]) or 1)
 
     def place(point: Point) -> Point:
         return left + (point[0] - x_ticks[0]) * x_scale, bottom - (point[1] - y_ticks[0]) * y_scale

@@ -20,6 +20,7 @@ class Sent:
     """One request as the server saw it: when it came, and when each chunk was handed to the network."""
 
     arrived: float
+    prompt: int = 0
     chunks: list[float] = field(default_factory=list)
     tokens: int = 0
 
@@ -37,11 +38,14 @@ class Fake:
             lines = head.decode().lower().split("\r\n")
             length = next((int(line.split(":")[1]) for line in lines if line.startswith("content-length:")), 0)
             body = json.loads(await reader.readexactly(length)) if length else {}
-            await self.answer(body, arrived, writer)
+            if "/completions" in lines[0]:
+                await self.answer(body, arrived, writer)
+            else:
+                writer.write(b"HTTP/1.1 404 None\r\nContent-Length: 0\r\n\r\n")
 
     async def answer(self, body: dict[str, Any], arrived: float, writer: asyncio.StreamWriter) -> None:
         sent = self.log.setdefault(body.get("model", ""), [])
-        sent.append(Sent(arrived))
+        sent.append(Sent(arrived, len(body.get("prompt", ""))))
         mine, model = sent[-1], body.get("model")
         if model not in ("steady", "client", "several", "miscounts", "half") or (model == "half" and len(sent) % 2):
             writer.write(b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n")

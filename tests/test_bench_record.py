@@ -243,3 +243,28 @@ def test_energy_spent(before: Any, after: Any, joules: float | None, why: str | 
     found = spent(before, after, tokens=8)
     assert (found["joules"], found["why"]) == (joules, why)
     assert found["joules_per_output_token"] == (None if joules is None else joules / 8)
+
+
+class Driver:
+    """The calls of NVML that are made, as its documentation has them: 0 is success, energy is in millijoules."""
+
+    def nvmlDeviceGetMemoryInfo(self, _card: Any, found: Any) -> int:  # noqa: N802
+        found[0], found[1], found[2] = 80, 50, 30
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, _card: Any, found: Any) -> int:  # noqa: N802
+        found._obj.value = 2500
+        return 0
+
+    def nvmlSystemGetDriverVersion(self, text: Any, _length: int) -> int:  # noqa: N802
+        text.value = b"595.1"
+        return 0
+
+
+def test_what_is_asked_of_nvml() -> None:
+    card = bench_meter.Nvml(Driver(), None)  # type: ignore[arg-type]
+    assert (card.memory_bytes(), card.energy_joules(), card.driver()) == (30, 2.5, "595.1")
+
+
+def test_a_card_that_qkit_leaves_alone_is_not_metered() -> None:
+    assert bench_meter.Nvml.open() is None and bench_meter.driver() is None
