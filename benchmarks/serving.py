@@ -42,7 +42,7 @@ from qkit.run import Run, environment, make_folder, write_json, write_text
 from qkit.runtimes.vllm import ENVIRONMENT
 
 PARTS = ("formats", "overhead", "crosscheck")
-LOAD = Load(requests=16, output_tokens=32, concurrency=8)
+LOAD = Load(requests=32, output_tokens=32, concurrency=8)
 FIGURES = ("ttft_seconds", "tpot_seconds", "output_tokens_per_second")
 
 
@@ -219,22 +219,32 @@ def _prompts(run: Run) -> list[Prompt]:
 
 
 def _crosscheck(run: Run, turns: int) -> dict[str, Any]:
+    """Each turn asks the same prompts by all three; who goes first changes every turn."""
     prompts = _prompts(run)
-    found: dict[str, list[dict[str, float]]] = {"qkit": [], "vllm bench serve": [], "client": []}
     with _served(run) as (_, described), tempfile.TemporaryDirectory() as folder:
         url, name = described["url"], described["model"]
         with Tool(url, name, bench.tokenizer_folder(run), prompts, 0, Path(folder) / "load.log") as tool:
+            asks: dict[str, Callable[[int], dict[str, float]]] = {
+                "qkit": lambda turn: _ours(tool.measure(LOAD, turn)),
+                "vllm bench serve": lambda turn: _tool_by_hand(tool.arguments(LOAD, turn), Path(folder)),
+                "client": lambda turn: asyncio.run(_client(url, name, [p.text for p in tool.picked(LOAD, turn)])),
+            }
+            found: dict[str, list[dict[str, float]]] = {who: [] for who in asks}
             for turn in range(turns + 1):
-                ours = bench_record.figures([tool.measure(LOAD, turn)])
-                by_hand = _tool_by_hand(tool.arguments(LOAD, turn), Path(folder))
-                client = asyncio.run(_client(url, name, [p.text for p in tool._picked(LOAD, turn)]))
-                if turn:  # the first one warms up
-                    found["qkit"].append({key: _middle(ours[key]) for key in FIGURES})
-                    found["vllm bench serve"].append(by_hand)
-                    found["client"].append(client)
+                for who in [*asks][turn % 3 :] + [*asks][: turn % 3]:
+                    asked = asks[who](turn)
+                    found[who] += [asked] if turn else []  # the first one warms up
     medians = {who: {key: median(turn[key] for turn in each) for key in FIGURES} for who, each in found.items()}
-    apart = {who: {key: medians["qkit"][key] / each[key] - 1 for key in FIGURES} for who, each in medians.items()}
-    return {"medians": medians, "qkit_over_others": apart, "each": found, "load": vars(LOAD)}
+    paired = {
+        who: {key: median(a[key] / b[key] for a, b in zip(found["qkit"], each, strict=True)) - 1 for key in FIGURES}
+        for who, each in found.items()
+    }
+    return {"medians": medians, "qkit_over_others": paired, "each": found, "load": vars(LOAD)}
+
+
+def _ours(repeat: bench_record.Repeat) -> dict[str, float]:
+    record = bench_record.figures([repeat])
+    return {key: _middle(record[key]) for key in FIGURES}
 
 
 def _middle(figure: Any) -> float:

@@ -183,7 +183,7 @@ class Tool:
         self._ask(command)
         result = json.loads((Path(self._folder.name) / "result.json").read_text(encoding="utf-8"))
         repeat = parse(result, self._cpu_seconds() - before)
-        self._check(repeat, self._picked(load, number))
+        self._check(repeat, self.picked(load, number))
         return repeat
 
     def arguments(self, load: Load, number: int) -> list[str]:
@@ -217,11 +217,12 @@ class Tool:
             about = {"random-input-len": self.prompts.tokens, "random-range-ratio": ranges}
             return {"dataset-name": "random", **about}
         file = Path(self._folder.name) / "prompts.jsonl"
-        lines = [json.dumps({"prompt": prompt.text}) for prompt in self._picked(load, number)]
+        lines = [json.dumps({"prompt": prompt.text}) for prompt in self.picked(load, number)]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {"dataset-name": "custom", "dataset-path": str(file)}
 
-    def _picked(self, load: Load, number: int) -> Sequence[Prompt]:
+    def picked(self, load: Load, number: int) -> Sequence[Prompt]:
+        """The prompts of a repeat: others for each, as long as there are some."""
         if isinstance(self.prompts, Synthetic):
             return ()
         begin = number * load.requests

@@ -208,7 +208,7 @@ def test_arguments_of_closed_and_open_loops(tool: Tool) -> None:
 
 def test_repeats_have_other_prompts(tool: Tool) -> None:
     few = Load(3, 1, 3)
-    picked = [[prompt.tokens for prompt in tool._picked(few, number)] for number in (0, 1, 2)]
+    picked = [[prompt.tokens for prompt in tool.picked(few, number)] for number in (0, 1, 2)]
     assert picked == [[5, 6, 7], [8, 9, 10], [11, 12, 5]]
 
 
