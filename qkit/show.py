@@ -143,7 +143,12 @@ def _latencies(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _bench_record(raw: Mapping[str, Any]) -> dict[str, Any]:
     named = {key: raw[key] for key in LOAD_KEYS}
-    return {**named, **_latencies(raw), **{key: raw.get(key) for key in (*THROUGHPUT_KEYS, *COST_KEYS, *METHOD_KEYS)}}
+    return {
+        **named,
+        **_latencies(raw),
+        **{key: raw.get(key) for key in (*THROUGHPUT_KEYS, *COST_KEYS, *METHOD_KEYS)},
+        "tool": (raw.get("load") or {}).get("tool"),
+    }
 
 
 def quality(figures: Summary) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
