@@ -133,6 +133,14 @@ def _growth(series: Sequence[Sequence[float]]) -> float:
     return median(counts[-quarter:]) / median(counts[quarter : 2 * quarter] or counts) - 1
 
 
+def _shared_memory(process: psutil.Process) -> set[str]:
+    """The files of shared memory that a process has mapped, by name; others on the machine have some too."""
+    try:
+        return {mapped.path for mapped in process.memory_maps() if mapped.path.startswith("/dev/shm/")}
+    except psutil.Error:
+        return set()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run directory whose stages data and export are done")
@@ -150,7 +158,6 @@ def main() -> None:
 
 def _soak(run: Run, given: argparse.Namespace) -> dict[str, Any]:
     rows = [list(row) for row in bench.held_out_prompts(run)]
-    shared = set(Path("/dev/shm").glob("psm_*"))
     command = [sys.executable, "-m", "qkit", "serve", str(run.root), "--json", "--set", "serve.port=0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -159,6 +166,7 @@ def _soak(run: Run, given: argparse.Namespace) -> dict[str, Any]:
         lines.append(process.stdout.readline())
     described = json.loads("".join(lines))
     children = psutil.Process(process.pid).children(recursive=True)
+    shared = {Path(name) for child in children for name in _shared_memory(child)}
     begin = time.monotonic()
     soak = Soak(described["url"], described["model"], rows, given.at_once, given.seed)
     meter = Meter(process.pid)
@@ -183,7 +191,7 @@ def _soak(run: Run, given: argparse.Namespace) -> dict[str, Any]:
         "checks": {
             "no accepted request is lost without an error": not [o for o in soak.outcomes if o not in GOOD],
             "no process is left": not left and to_end < ENDS_SECONDS,
-            "no shared memory is left": set(Path("/dev/shm").glob("psm_*")) <= shared,
+            "no shared memory is left": not [path for path in shared if path.exists()],
             f"memory grows by no more than {100 * GROWTH:g} %": growth <= GROWTH,
         },
         "environment": environment(detect().to_dict()),

@@ -12,6 +12,7 @@ from test_pipeline import qkit
 
 from qkit import bench_compare
 from qkit.bench_compare import Ratio, compare, judge, regression, share
+from qkit.bench_record import sealed
 from qkit.errors import MissingArtifact, UserError
 
 RECORD = SAMPLE / "bench" / "vllm-c8.json"
@@ -79,13 +80,7 @@ def test_figures_without_repeats_are_shown_and_not_judged(before: Path, tmp_path
 
 def elsewhere(file: Path, **changed: Any) -> Path:
     made = json.loads(RECORD.read_text(encoding="utf-8"))["environment"]
-    return record(file, environment=bench_compare_environment({**made, **changed}))
-
-
-def bench_compare_environment(environment: dict[str, Any]) -> dict[str, Any]:
-    from qkit.bench_record import sealed
-
-    return sealed(environment)
+    return record(file, environment=sealed({**made, **changed}))
 
 
 def test_other_environments_are_refused_and_named(before: Path, tmp_path: Path) -> None:
