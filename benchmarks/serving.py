@@ -35,7 +35,7 @@ import psutil
 
 from qkit import bench, bench_load, bench_record, model, show
 from qkit.artifacts import MERGED, Artifact
-from qkit.bench_load import Load, Prompt, Tool
+from qkit.bench_load import HeldOut, Load, Tool
 from qkit.device import detect
 from qkit.recipe import load
 from qkit.run import Run, environment, make_folder, write_json, write_text
@@ -211,7 +211,7 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def _prompts(run: Run) -> list[Prompt]:
+def _prompts(run: Run) -> HeldOut:
     return bench.as_text(model.tokenizer_of(run.recipe.model), bench.held_out_prompts(run))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from qkit import bench_meter, bench_record, model, scoring, show
 from qkit.artifacts import MERGED, Artifact, artifacts, open_artifact
-from qkit.bench_load import Direct, Load, Measures, Prompt, Tool
+from qkit.bench_load import Direct, HeldOut, Load, Measures, Prompt, Tool
 from qkit.bench_record import Repeat, Slo
 from qkit.device import detect
 from qkit.errors import DataError
@@ -82,7 +82,7 @@ def bench_artifact(run: Run, artifact: Artifact, rows: Sequence[Sequence[int]], 
         runtime = stack.enter_context(open_artifact(run, artifact, "bench"))
         startup = getattr(runtime, "startup_seconds", time.perf_counter() - begin)
         live: Mapping[str, Any] | None = getattr(runtime, "live", None)
-        source = stack.enter_context(_tool(run, artifact, live, rows)) if live else Direct(runtime, rows)
+        source = stack.enter_context(_tool(run, live, rows)) if live else Direct(runtime, rows)
         about = {**_about(run, artifact), "startup_seconds": startup, "argv": live["argv"] if live else None}
         for measured in measure(source, run.recipe.bench, live["pid"] if live else os.getpid()):
             known = {**about, **_peak(runtime, artifact)}
@@ -90,7 +90,7 @@ def bench_artifact(run: Run, artifact: Artifact, rows: Sequence[Sequence[int]], 
             write_json(out / f"{artifact.name}-{measured.name}.json", written)
 
 
-def _tool(run: Run, artifact: Artifact, live: Mapping[str, Any], rows: Sequence[Sequence[int]]) -> Tool:
+def _tool(run: Run, live: Mapping[str, Any], rows: Sequence[Sequence[int]]) -> Tool:
     prompts = as_text(model.tokenizer_of(run.recipe.model), rows)
     log = run.log("bench").with_name("bench-load.log")
     return Tool(live["url"], live["model"], tokenizer_folder(run), prompts, run.recipe.seed, log)
@@ -101,7 +101,7 @@ def tokenizer_folder(run: Run) -> Path:
     return run.need("merge", "config.json").parent
 
 
-def as_text(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[Prompt]:
+def as_text(tokenizer: Any, rows: Sequence[Sequence[int]]) -> HeldOut:
     """Prompts as text that is tokenized to the very same ids.
 
     Raises:
@@ -109,12 +109,13 @@ def as_text(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[Prompt]:
     """
     texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     back = tokenizer(texts, add_special_tokens=False).input_ids
-    true = [Prompt(text, len(ids)) for text, ids, again in zip(texts, rows, back, strict=True) if list(ids) == again]
+    pairs = zip(texts, rows, back, strict=True)
+    true = tuple(Prompt(text, len(ids)) for text, ids, again in pairs if list(ids) == again)
     if not true:
         raise DataError(
             "no held-out prompt keeps its token ids when it is sent as text, so a server cannot be benched with them"
         )
-    return true
+    return HeldOut(true, len(rows) - len(true))
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

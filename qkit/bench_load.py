@@ -65,6 +65,18 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """Prompts of a run's held-out rows. `left_out`: rows whose text has other tokens than the row."""
+
+    prompts: tuple[Prompt, ...]
+    left_out: int = 0
+
+    @property
+    def says(self) -> str:
+        return HELD_OUT + (f", {self.left_out} left out whose text has other tokens" if self.left_out else "")
+
+
+@dataclass(frozen=True)
 class Synthetic:
     """Random prompts of about so many tokens: uniform from (1 - spread) to (1 + spread) times `tokens`."""
 
@@ -147,7 +159,7 @@ class Tool:
         url: str,
         model: str,
         tokenizer: Path | str,
-        prompts: Sequence[Prompt] | Synthetic,
+        prompts: HeldOut | Synthetic,
         seed: int,
         log: Path,
         endpoint: str = COMPLETIONS,
@@ -156,7 +168,7 @@ class Tool:
         self.prompts = prompts
         self.seed = seed
         self.log = log
-        self.says = prompts.says if isinstance(prompts, Synthetic) else HELD_OUT
+        self.says = prompts.says
         self.command: list[str] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="qkit-bench-")
         self._process: subprocess.Popen[str] | None = None
@@ -226,7 +238,8 @@ class Tool:
         if isinstance(self.prompts, Synthetic):
             return ()
         begin = number * load.requests
-        return [self.prompts[(begin + i) % len(self.prompts)] for i in range(load.requests)]
+        rows = self.prompts.prompts
+        return [rows[(begin + i) % len(rows)] for i in range(load.requests)]
 
     def _check(self, repeat: Repeat, sent: Sequence[Prompt]) -> None:
         if not repeat.requests:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from qkit import model
 from qkit.bench import as_text, held_out_prompts, measure, record, tokenizer_folder
-from qkit.bench_load import CHAT, COMPLETIONS, Prompt, Synthetic, Tool
+from qkit.bench_load import CHAT, COMPLETIONS, HeldOut, Synthetic, Tool
 from qkit.errors import RecipeError, ServerError, UserError
 from qkit.progress import Progress
 from qkit.recipe import Bench, override
@@ -58,7 +58,7 @@ def run(asked: Asked, out: Path, progress: Progress) -> list[dict[str, Any]]:
     return records
 
 
-def _prompts(asked: Asked) -> tuple[Sequence[Prompt] | Synthetic, Path | str, Bench]:
+def _prompts(asked: Asked) -> tuple[HeldOut | Synthetic, Path | str, Bench]:
     """What is sent, the tokenizer for it, and the bench settings: of the run that was named, or defaults, with the overrides."""
     if asked.run is None:
         if asked.tokenizer is None:

@@ -268,6 +268,38 @@ for _name, _help in (
     _stage_command(_name, _help)
 
 
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[train] [RECIPE_OR_RUN]", help="What to bench; with `train`, its training."),
+]
+Sweep = Annotated[
+    bool, typer.Option("--sweep", help="1, 2, 4 ... at once until throughput stops growing, then Poisson arrivals.")
+]
+Price = Annotated[
+    float | None, typer.Option("--price-per-hour", help="Of the machine, for what a million tokens cost.")
+]
+Url = Annotated[
+    str | None, typer.Option("--url", help="Bench this OpenAI-compatible server; OPENAI_API_KEY is its key.")
+]
+Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Of --url: the model to ask.")]
+Tokenizer = Annotated[str | None, typer.Option("--tokenizer", metavar="DIR", help="Of --url, without a run.")]
+PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, help="Of --url, without a run: random prompts.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Of --url, without a run: ask /v1/chat/completions.")]
+Compare = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option("--compare", metavar="A B", help="Two records, or two folders of them; exits with 1 on a regression."),
+]
+Threshold = Annotated[str, typer.Option("--threshold", help="Of --compare: how much worse is a regression.")]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Of --compare: also from different environments and loads.")]
+Charts = Annotated[
+    Path | None, typer.Option("--charts", metavar="DIR", help="Write the run's bench charts as SVG files.")
+]
+Png = Annotated[bool, typer.Option("--png", help="Of --charts: PNG files as well.")]
+BatchTokens = Annotated[list[int] | None, typer.Option("--batch-tokens", min=1, help="Of train; repeatable.")]
+Length = Annotated[list[int] | None, typer.Option("--length", min=1, help="Of train: data.max_length; repeatable.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Of train: steps that are timed.")]
+
+
 @app.command(
     epilog="Example: qkit bench runs/quickstart --sweep\n\n"
     "Example: qkit bench --url http://127.0.0.1:8000 --model NAME --tokenizer DIR\n\n"
@@ -275,50 +307,24 @@ for _name, _help in (
     "Example: qkit bench train recipes/quickstart.yaml"
 )
 def bench(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[train] [RECIPE_OR_RUN]", help="What to bench; with `train`, its training."),
-    ] = None,
+    words: Words = None,
     overrides: Set = None,
     out: Out = None,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="1, 2, 4 ... at once until throughput stops growing, then Poisson arrivals.")
-    ] = False,
-    price: Annotated[
-        float | None, typer.Option("--price-per-hour", help="Of the machine, for what a million tokens cost.")
-    ] = None,
-    url: Annotated[
-        str | None, typer.Option("--url", help="Bench this OpenAI-compatible server; OPENAI_API_KEY is its key.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="Of --url: the model to ask.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", metavar="DIR", help="Of --url, without a run.")
-    ] = None,
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", min=1, help="Of --url, without a run: random prompts.")
-    ] = 128,
-    chat: Annotated[bool, typer.Option("--chat", help="Of --url: ask /v1/chat/completions.")] = False,
-    compare: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option(
-            "--compare", metavar="A B", help="Two records, or two folders of them; exits with 1 on a regression."
-        ),
-    ] = None,
-    threshold: Annotated[str, typer.Option("--threshold", help="Of --compare: how much worse is a regression.")] = "5%",
-    anyway: Annotated[
-        bool, typer.Option("--anyway", help="Of --compare: also from different environments and loads.")
-    ] = False,
-    charts: Annotated[
-        Path | None, typer.Option("--charts", metavar="DIR", help="Write the run's bench charts as SVG files.")
-    ] = None,
-    png: Annotated[bool, typer.Option("--png", help="Of --charts: PNG files as well.")] = False,
-    batch_tokens: Annotated[
-        list[int] | None, typer.Option("--batch-tokens", min=1, help="Of train; repeatable.")
-    ] = None,
-    length: Annotated[
-        list[int] | None, typer.Option("--length", min=1, help="Of train: data.max_length; repeatable.")
-    ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of train: steps that are timed.")] = 4,
+    sweep: Sweep = False,
+    price: Price = None,
+    url: Url = None,
+    model: Model = None,
+    tokenizer: Tokenizer = None,
+    prompt_tokens: PromptTokens = 128,
+    chat: Chat = False,
+    compare: Compare = None,
+    threshold: Threshold = "5%",
+    anyway: Anyway = False,
+    charts: Charts = None,
+    png: Png = False,
+    batch_tokens: BatchTokens = None,
+    length: Length = None,
+    steps: Steps = 4,
     as_json: Json = False,
     quiet: Quiet = False,
     child: Child = False,

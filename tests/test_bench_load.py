@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from sse import FIRST, GAP, TEXT, Fake, Sent, serving
 
-from qkit.bench_load import Direct, Load, Prompt, Synthetic, Tool, parse
+from qkit.bench_load import Direct, HeldOut, Load, Prompt, Synthetic, Tool, parse
 from qkit.bench_record import Repeat, Request, figures
 from qkit.errors import ServerError
 from qkit.runtime import Timing
 
 TOKENS = 12
 LOAD = Load(requests=8, output_tokens=TOKENS, concurrency=4)
-PROMPTS = [Prompt("x" * length, length) for length in range(5, 13)]  # a token is a byte for the tiny tokenizer
+PROMPTS = tuple(Prompt("x" * length, length) for length in range(5, 13))  # a token is a byte for the tiny tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def fake() -> Iterator[Fake]:
 @pytest.fixture(scope="module")
 def tool(fake: Fake, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tool]:
     log = tmp_path_factory.mktemp("tool") / "load.log"
-    with Tool(fake.url, "steady", tiny_model, PROMPTS, 0, log) as made:
+    with Tool(fake.url, "steady", tiny_model, HeldOut(PROMPTS), 0, log) as made:
         yield made
 
 

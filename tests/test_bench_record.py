@@ -14,6 +14,7 @@ from qkit import bench, bench_meter, bench_record
 from qkit.bench_load import Load
 from qkit.bench_meter import Counter, Meter, spent
 from qkit.bench_record import Repeat, Request, Slo, distribution, figures, sealed, steady
+from qkit.errors import DataError
 from qkit.recipe import Bench
 
 SCHEMA = json.loads(resources.files("qkit").joinpath("bench.schema.json").read_text(encoding="utf-8"))
@@ -196,6 +197,18 @@ def test_the_record_joins_what_the_run_knows(tmp_path: Path) -> None:
     assert about["quality"]["kl_mean"] == parity["parity"]["vllm"]["kl_mean"]
     assert about["quality"]["score"] == parity["scores"]["vllm"]["score"]
     assert about["training"]["seconds"] == 282.6 and about["training"]["peak_bytes"]["measured"] > 1e9
+
+
+def test_rows_that_are_other_tokens_as_text_are_left_out_and_counted(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
+    whole, torn = tokenizer("say a").input_ids, tokenizer("ü").input_ids[:1]  # half of a letter is no text
+    found = bench.as_text(tokenizer, [whole, torn])
+    assert [(p.text, p.tokens) for p in found.prompts] == [("say a", len(whole))]
+    assert found.says == "held-out rows, 1 left out whose text has other tokens"
+    with pytest.raises(DataError, match="no held-out prompt keeps its token ids"):
+        bench.as_text(tokenizer, [torn])
 
 
 # --- meters -----------------------------------------------------------------------------------------------------------
