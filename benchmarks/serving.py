@@ -114,8 +114,13 @@ def _overhead(run: Run, turns: int) -> dict[str, Any]:
         "output_tokens_per_second": speeds,
         "ratio": median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
-        "seconds_before_vllm_starts": {"median": median(before_vllm), "each": before_vllm},
+        "seconds_before_vllm_starts": _median_and_each([seconds for seconds, _ in before_vllm]),
+        "cpu_seconds_before_vllm_starts": _median_and_each([cpu for _, cpu in before_vllm]),
     }
+
+
+def _median_and_each(values: list[float]) -> dict[str, Any]:
+    return {"median": median(values), "each": values}
 
 
 def _in_turn(run: Run, urls: Mapping[str, str], name: str, turns: int) -> dict[str, list[float]]:
@@ -138,8 +143,8 @@ def _in_turn(run: Run, urls: Mapping[str, str], name: str, turns: int) -> dict[s
     return speeds
 
 
-def _until_vllm_starts(run: Run) -> float:
-    """Seconds from starting `qkit serve` until the process that runs vLLM is there."""
+def _until_vllm_starts(run: Run) -> tuple[float, float]:
+    """Seconds from starting `qkit serve` until the process that runs vLLM is there, and CPU seconds that it took for it."""
     begin = time.perf_counter()
     process = subprocess.Popen(_serve_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -149,7 +154,8 @@ def _until_vllm_starts(run: Run) -> float:
             if process.poll() is not None:
                 raise SystemExit(f"qkit serve ended with {process.returncode} before it had started vLLM")
             time.sleep(0.005)
-        return time.perf_counter() - begin
+        taken = psutil.Process(process.pid).cpu_times()
+        return time.perf_counter() - begin, taken.user + taken.system
     finally:
         process.terminate()
         process.wait()
@@ -307,7 +313,8 @@ def _markdown(parts: Mapping[str, Any]) -> str:
         low, high = found["ratio_range"]
         sections.append(
             f"`qkit serve` over plain vLLM, output tokens per second: {found['ratio']:.3f} (turns {low:.3f} to {high:.3f}); "
-            f"it starts vLLM {found['seconds_before_vllm_starts']['median']:.2f} s after it was started itself."
+            f"it starts vLLM {found['seconds_before_vllm_starts']['median']:.2f} s after it was started itself "
+            f"({found['cpu_seconds_before_vllm_starts']['median']:.2f} s of CPU)."
         )
     if "crosscheck" in parts:
         sections.append(_crosscheck_table(parts["crosscheck"]["figures"]))
