@@ -1,98 +1,232 @@
-"""The stage `bench`: the same prompts through each runtime, one request at a time and several at once.
+"""The stage `bench`: the same prompts through each runtime, under loads that tell what it does when it is asked by one and by many.
 
-TTFT: from sending a request to its first token. TPOT: mean time of the tokens after the first. Output tokens per second: over all requests
-of a round, from the first one sent to the last token. A round is `concurrency` requests at once; the first round of each is a warm-up.
+A closed loop holds `concurrency` requests in the air; in an open loop they come as a Poisson process, whatever the server is doing.
+Each load is measured `repeats` times after a round that is thrown away. bench_record.py says what the figures mean, bench_load.py
+where load comes from.
 
-    bench/RUNTIME-cN.json   one record each
+    bench/ARTIFACT-cN.json     one record for each closed loop
+    bench/ARTIFACT-rSHARE.json one for each open loop, at that share of the best throughput (with bench.sweep)
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from qkit import scoring
-from qkit.artifacts import Artifact, artifacts, open_artifact
+from qkit import bench_meter, bench_record, model, scoring, show
+from qkit.artifacts import MERGED, Artifact, artifacts, open_artifact
+from qkit.bench_load import Direct, HeldOut, Load, Measures, Prompt, Tool
+from qkit.bench_record import Repeat, Slo
 from qkit.device import detect
 from qkit.errors import DataError
-from qkit.run import Run, write_json
-from qkit.runtime import Runtime, Timing
+from qkit.recipe import Bench
+from qkit.run import Run, environment, write_json
+from qkit.runtime import Runtime
+
+GROWTH = 1.05  # a closed loop that gives less than this over the one before it has found the most there is
+MOST = 256  # requests at once
+SHARES = (0.25, 0.5, 0.75)  # of the best closed loop's requests per second, for open loops
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A load and what it came to. `share`: of an open loop, the share of the best throughput that its rate is."""
+
+    load: Load
+    repeats: Sequence[Repeat]
+    memory: Mapping[str, Any]
+    energy: Mapping[str, Any]
+    share: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"c{self.load.concurrency}" if self.share is None else f"r{self.share:g}"
+
+    def rate(self, name: str) -> float:
+        return median(bench_record.RATES[name](repeat) for repeat in self.repeats)
 
 
 def run(run: Run, out: Path) -> None:
-    """Bench every runtime of the recipe at every concurrency."""
+    """Bench every runtime of the recipe.
+
+    Raises:
+        DataError: there are no held-out rows to take prompts from.
+        ServerError: a server answered no request, or counts other tokens than the rows have.
+    """
     section = run.recipe.bench
-    rows = scoring.read_held_out(run.need("data", "test.parquet")).rows
-    if not rows:
-        raise DataError("data.test names no rows, so there are no prompts to bench with: give it a source")
-    prompts = [row.prompt for row in rows]
+    rows = held_out_prompts(run)
     by_name = {artifact.name: artifact for artifact in artifacts(run)}
     for name in run.progress.track(section.runtimes, "bench", len(section.runtimes)):
         run.progress.say(f"bench: {name}")
-        _bench(run, by_name["merged" if name == "transformers" else name], prompts, out)
+        bench_artifact(run, by_name[MERGED if name == "transformers" else name], rows, out)
 
 
-def _bench(run: Run, artifact: Artifact, prompts: Sequence[Sequence[int]], out: Path) -> None:
-    section = run.recipe.bench
+def held_out_prompts(run: Run) -> list[Sequence[int]]:
+    """The prompts of the run's test rows, as token ids."""
+    rows = scoring.read_held_out(run.need("data", "test.parquet")).rows
+    if not rows:
+        raise DataError("data.test names no rows, so there are no prompts to bench with: give it a source")
+    return [row.prompt for row in rows]
+
+
+def bench_artifact(run: Run, artifact: Artifact, rows: Sequence[Sequence[int]], out: Path) -> None:
+    """One artifact under every load of the recipe; a record each into `out`."""
     begin = time.perf_counter()
-    with open_artifact(run, artifact, "bench") as runtime:
+    with ExitStack() as stack:
+        runtime = stack.enter_context(open_artifact(run, artifact, "bench"))
         startup = getattr(runtime, "startup_seconds", time.perf_counter() - begin)
-        for concurrency in section.concurrency:
-            rounds = _rounds(runtime, prompts, concurrency, section.output_tokens, section.repeats)
-            record = {
-                "runtime": artifact.runtime,
-                "artifact": artifact.name,
-                "concurrency": concurrency,
-                **_figures(rounds),
-                "peak_bytes": runtime.memory_bytes(),
-                "meter": "rss_tree" if artifact.runtime == "vllm" else detect().meter,
-                "startup_seconds": startup,
-                "disk_bytes": sum(f.stat().st_size for f in artifact.path.rglob("*") if f.is_file()),
-                "repeats": section.repeats,
-                "prompts": concurrency * section.repeats,
-                "prompt_tokens": median(len(prompt) for prompt in prompts),
-                "output_tokens": section.output_tokens,
-            }
-            write_json(out / f"{artifact.name}-c{concurrency}.json", record)
+        live: Mapping[str, Any] | None = getattr(runtime, "live", None)
+        source = stack.enter_context(_tool(run, live, rows)) if live else Direct(runtime, rows)
+        about = {**_about(run, artifact), "startup_seconds": startup, "argv": live["argv"] if live else None}
+        for measured in measure(source, run.recipe.bench, live["pid"] if live else os.getpid()):
+            known = {**about, **_peak(runtime, artifact)}
+            written = record(measured, source, run.recipe.bench, run.recipe.seed, known)
+            write_json(out / f"{artifact.name}-{measured.name}.json", written)
 
 
-def _rounds(
-    runtime: Runtime, prompts: Sequence[Sequence[int]], concurrency: int, output_tokens: int, repeats: int
-) -> list[list[Timing]]:
-    """`repeats` rounds of `concurrency` requests, after one round that is thrown away; each round has other prompts."""
-    rounds = []
-    for number in range(repeats + 1):
-        picked = [prompts[(number * concurrency + i) % len(prompts)] for i in range(concurrency)]
-        rounds.append(runtime.timed(picked, output_tokens))
-    return rounds[1:]
+def _tool(run: Run, live: Mapping[str, Any], rows: Sequence[Sequence[int]]) -> Tool:
+    prompts = as_text(model.tokenizer_of(run.recipe.model), rows)
+    log = run.log("bench").with_name("bench-load.log")
+    return Tool(live["url"], live["model"], tokenizer_folder(run), prompts, run.recipe.seed, log)
 
 
-def _figures(rounds: Sequence[Sequence[Timing]]) -> dict[str, Any]:
-    """Percentiles over all requests; throughput as the median over rounds."""
-    requests = [timing for timings in rounds for timing in timings]
-    throughput = [
-        sum(len(t.token_seconds) for t in timings) / max(t.e2e_seconds for t in timings) for timings in rounds
-    ]
+def tokenizer_folder(run: Run) -> Path:
+    """Where the load tool finds the run's tokenizer: the merged model's folder."""
+    return run.need("merge", "config.json").parent
+
+
+def as_text(tokenizer: Any, rows: Sequence[Sequence[int]]) -> HeldOut:
+    """Prompts as text that is tokenized to the very same ids.
+
+    Raises:
+        DataError: none of them is.
+    """
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    back = tokenizer(texts, add_special_tokens=False).input_ids
+    pairs = zip(texts, rows, back, strict=True)
+    true = tuple(Prompt(text, len(ids)) for text, ids, again in pairs if list(ids) == again)
+    if not true:
+        raise DataError(
+            "no held-out prompt keeps its token ids when it is sent as text, so a server cannot be benched with them"
+        )
+    return HeldOut(true, len(rows) - len(true))
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(source: Measures, section: Bench, pid: int | None) -> Iterator[Measured]:
+    """Every load of a recipe's section. `pid`: whose memory is watched, with all below it; None: nobody's."""
+    if section.sweep:
+        yield from _sweep(source, section, pid)
+        return
+    for concurrency in section.concurrency:
+        yield _measured(source, _closed(section, concurrency), section, pid)
+
+
+def _sweep(source: Measures, section: Bench, pid: int | None) -> Iterator[Measured]:
+    """Closed loops of 1, 2, 4 ... until throughput stops growing; then open loops below the best of them, for what has a queue."""
+    best: Measured | None = None
+    concurrency = 1
+    while concurrency <= MOST:
+        found = _measured(source, _closed(section, concurrency), section, pid)
+        yield found
+        if best and _speed(found) < GROWTH * _speed(best):
+            best = max(best, found, key=_speed)
+            break
+        best, concurrency = found, 2 * concurrency
+    if best is None or not source.queues:
+        return
+    for share in SHARES:
+        rate = share * best.rate("requests_per_second")
+        load = Load(best.load.requests, section.output_tokens, request_rate=rate)
+        yield _measured(source, load, section, pid, share)
+
+
+def _speed(measured: Measured) -> float:
+    return measured.rate("output_tokens_per_second")
+
+
+def _closed(section: Bench, concurrency: int) -> Load:
+    return Load(concurrency * section.rounds, section.output_tokens, concurrency=concurrency)
+
+
+def _measured(source: Measures, load: Load, section: Bench, pid: int | None, share: float | None = None) -> Measured:
+    """A round thrown away, then the repeats, each with prompts of its own."""
+    source.measure(load.warm_up(), 0)
+    with bench_meter.Meter(pid) as meter:
+        before = bench_meter.energy()
+        repeats = [source.measure(load, number) for number in range(1, section.repeats + 1)]
+        after = bench_meter.energy()
+        meter.sample()
+    tokens = sum(request.tokens for repeat in repeats for request in repeat.requests)
+    return Measured(load, repeats, meter.to_dict(), bench_meter.spent(before, after, tokens), share)
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def record(measured: Measured, source: Measures, section: Bench, seed: int, about: Mapping[str, Any]) -> dict[str, Any]:
+    """One record, as bench.schema.json describes it. `about`: what was benched, and where it comes from."""
+    load, requests = measured.load, [r for repeat in measured.repeats for r in repeat.requests]
+    found = bench_record.figures(measured.repeats, _slo(section))
     return {
-        "ttft_seconds": percentiles([t.ttft_seconds for t in requests]),
-        "tpot_seconds": percentiles([t.tpot_seconds for t in requests]),
-        "e2e_seconds": percentiles([t.e2e_seconds for t in requests]),
-        "output_tokens_per_second": median(throughput),
-        "output_tokens_per_second_range": [min(throughput), max(throughput)],
+        "schema_version": bench_record.SCHEMA_VERSION,
+        **about,
+        "concurrency": load.concurrency,
+        **found,
+        "repeats": section.repeats,
+        "prompts": len(requests),
+        "prompt_tokens": median(request.prompt_tokens for request in requests),
+        "output_tokens": load.output_tokens,
+        "load": {
+            "tool": source.name,
+            "command": source.command,
+            "kind": load.kind if source.queues else "direct",
+            "request_rate": load.request_rate,
+            "share": measured.share,
+            "requests": load.requests,
+            "prompts": source.says,
+            "warm_up_requests": load.warm_up().requests,
+            "seed": seed,
+        },
+        "memory": measured.memory,
+        "energy": measured.energy,
+        "cost": bench_record.cost(section.price_per_hour, found["output_tokens_per_second"]),
+        "environment": bench_record.sealed({**environment(detect().to_dict()), "driver": bench_meter.driver()}),
     }
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50 and p99, by linear interpolation between the two nearest values."""
-    ordered = sorted(values)
+def _slo(section: Bench) -> Slo:
+    return Slo(section.slo_ttft_seconds, section.slo_tpot_seconds, section.slo_e2e_seconds)
 
-    def at(quantile: float) -> float:
-        place = quantile * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
-    return {"p50": at(0.5), "p99": at(0.99)}
+def _peak(runtime: Runtime, artifact: Artifact) -> dict[str, Any]:
+    meter = "rss_tree" if artifact.runtime == "vllm" else detect().meter
+    return {"peak_bytes": runtime.memory_bytes(), "meter": meter}
+
+
+def _about(run: Run, artifact: Artifact) -> dict[str, Any]:
+    """What is benched, and what the same run knows of it: how it was trained, and how good it is."""
+    outputs = {**run.outputs("merge"), **run.outputs("export")}
+    figures = show.summary(run)
+    training, score = figures["stages"]["train"], figures["scores"].get(artifact.name, {})
+    distance = figures["parity"].get(artifact.name, {})
+    return {
+        "runtime": artifact.runtime,
+        "artifact": artifact.name,
+        "model_sha256": bench_record.files_sha256(outputs, f"{artifact.path.relative_to(run.root)}/"),
+        "disk_bytes": sum(f.stat().st_size for f in artifact.path.rglob("*") if f.is_file()),
+        "training": {"seconds": training["seconds"], "peak_bytes": training["peak_bytes"]},
+        "quality": {
+            "metric": figures["metric"],
+            **{key: score.get(key) for key in ("score", "low", "high")},
+            **{key: distance.get(key) for key in ("kl_mean", "top1")},
+        },
+    }

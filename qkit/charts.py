@@ -44,6 +44,16 @@ class Step:
     total: bool = False
 
 
+@dataclass(frozen=True)
+class Line:
+    """Points of one kind. `texts` stand at the points, the label beside the last; `strong` is in the accent colour."""
+
+    label: str
+    points: Sequence[Point]
+    texts: Sequence[str] = ()
+    strong: bool = False
+
+
 def tag(name: str, *content: str, **attributes: str | float | None) -> Markup:
     """One element; content and attributes are escaped unless they are markup already. `class_` is written `class`."""
     pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
@@ -138,6 +148,70 @@ def curve(
     end_x, end_y = place((smooth or raw)[-1])
     end = [tag("circle", class_="end", cx=end_x, cy=end_y, r=3), _text(last, end_x + 9, end_y + 4.5, "value")]
     return _figure(name, title, description, width, height, [*grid, *feet, *lines, *end])
+
+
+DASHES = (None, "6 3", "2 3", "9 3 2 3")  # colour says nothing alone
+TEXT = 13.0  # height of a line of text
+
+
+def plane(
+    name: str,
+    title: str,
+    description: str,
+    lines: Sequence[Line],
+    *,
+    axes: tuple[str, str],
+    width: int,
+    height: int,
+    joined: bool = True,
+    lowest: float | None = 0.0,
+) -> Markup:
+    """Lines or points over two axes, titled `axes`. `lowest`: where the upright axis begins; None: near the least value."""
+    xs, ys = ([point[axis] for line in lines for point in line.points] for axis in (0, 1))
+    x_ticks = nice_ticks(min(0.0, *xs), max(xs), 5)
+    y_ticks = nice_ticks(min(ys) if lowest is None else lowest, max(ys), 4)
+    longest = max(len(line.label) for line in lines)
+    left, right, top, bottom = 56.0, width - LETTER * longest - 16, 26.0, height - 44.0
+    x_scale = (right - left) / ((x_ticks[-1] - x_ticks[0]) or 1)
+    y_scale = (bottom - top) / ((y_ticks[-1] - y_ticks[0]) or 1)
+
+    def place(point: Point) -> Point:
+        return left + (point[0] - x_ticks[0]) * x_scale, bottom - (point[1] - y_ticks[0]) * y_scale
+
+    grid = [_level(left, right, place((0, tick))[1], f"{tick:g}") for tick in y_ticks]
+    feet = [_text(f"{tick:g}", place((tick, 0))[0], bottom + 18, "tick", anchor="middle") for tick in x_ticks]
+    named = [_text(axes[0], right, bottom + 36, "tick", anchor="end"), _text(axes[1], 0, TEXT, "tick")]
+    placed = [[place(point) for point in line.points] for line in lines]
+    drawn = [
+        _series(line, points, DASHES[i % len(DASHES)], joined)
+        for i, (line, points) in enumerate(zip(lines, placed, strict=True))
+    ]
+    return _figure(name, title, description, width, height, [*grid, *feet, *named, *drawn, *_labels(lines, placed)])
+
+
+def _series(line: Line, points: Sequence[Point], dash: str | None, joined: bool) -> Markup:
+    kind = "smooth" if line.strong else "plain"
+    path = "L".join(f"{_short(x)} {_short(y)}" for x, y in points)
+    drawn = tag("path", class_=kind, d=f"M{path}", stroke_dasharray=dash) if joined and len(points) > 1 else Markup()
+    if joined and not line.texts:
+        return drawn
+    dots = [tag("circle", class_="end" if line.strong else "dot", cx=x, cy=y, r=3) for x, y in points]
+    texts = [_text(text, x, y - 7, "tick", anchor="middle") for text, (x, y) in zip(line.texts, points, strict=False)]
+    return drawn + Markup().join([*dots, *texts])
+
+
+def _labels(lines: Sequence[Line], placed: Sequence[Sequence[Point]]) -> list[Markup]:
+    """A label at the right of each line's last point, moved up where another one stands."""
+    drawn: list[Markup] = []
+    taken: list[tuple[float, float, float]] = []  # from, to, height
+    for line, points in zip(lines, placed, strict=True):
+        x, y = points[-1]
+        start, length = x + 8, LETTER * len(line.label)
+        while any(a < start + length and start < b and abs(y - other) < TEXT for a, b, other in taken):
+            y -= TEXT / 2
+        taken.append((start, start + length, y))
+        drawn.append(_text(line.label, start, y + 4.5, "value" if line.strong else "label"))
+    return drawn
 
 
 def share(fraction: float) -> Markup:

@@ -306,7 +306,6 @@ for _name, _help in (
     ("train", "fine-tune the adapter"),
     ("evaluate", "score the base model and the adapter on held-out rows"),
     ("export", "export the merged model in the formats of the recipe"),
-    ("bench", "latency, throughput and memory of every runtime"),
     ("report", "write the run's HTML page and its model card"),
 ):
     _stage_command(_name, _help)
@@ -440,6 +439,147 @@ def _compare(a: str, b: str, data: Path | None, where: bool, max_kl: float | Non
             _show(False, shown, lambda: layers.screen(parted))
     if max_kl is not None:
         found.enforce(max_kl)
+
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[train] [RECIPE_OR_RUN]", help="What to bench; with `train`, its training."),
+]
+Sweep = Annotated[
+    bool, typer.Option("--sweep", help="1, 2, 4 ... at once until throughput stops growing, then Poisson arrivals.")
+]
+Price = Annotated[
+    float | None, typer.Option("--price-per-hour", help="Of the machine, for what a million tokens cost.")
+]
+BenchUrl = Annotated[
+    str | None, typer.Option("--url", help="Bench this OpenAI-compatible server; OPENAI_API_KEY is its key.")
+]
+Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Of --url: the model to ask.")]
+Tokenizer = Annotated[str | None, typer.Option("--tokenizer", metavar="DIR", help="Of --url, without a run.")]
+PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, help="Of --url, without a run: random prompts.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Of --url, without a run: ask /v1/chat/completions.")]
+Compare = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option("--compare", metavar="A B", help="Two records, or two folders of them; exits with 1 on a regression."),
+]
+Threshold = Annotated[str, typer.Option("--threshold", help="Of --compare: how much worse is a regression.")]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Of --compare: also from different environments and loads.")]
+Charts = Annotated[
+    Path | None, typer.Option("--charts", metavar="DIR", help="Write the run's bench charts as SVG files.")
+]
+Png = Annotated[bool, typer.Option("--png", help="Of --charts: PNG files as well.")]
+BatchTokens = Annotated[list[int] | None, typer.Option("--batch-tokens", min=1, help="Of train; repeatable.")]
+Length = Annotated[list[int] | None, typer.Option("--length", min=1, help="Of train: data.max_length; repeatable.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Of train: steps that are timed.")]
+
+
+@app.command(
+    epilog="Example: qkit bench runs/quickstart --sweep\n\n"
+    "Example: qkit bench --url http://127.0.0.1:8000 --model NAME --tokenizer DIR\n\n"
+    "Example: qkit bench --compare before/bench/vllm-c8.json after/bench/vllm-c8.json --threshold 5%\n\n"
+    "Example: qkit bench train recipes/quickstart.yaml"
+)
+def bench(
+    words: Words = None,
+    overrides: Set = None,
+    out: Out = None,
+    sweep: Sweep = False,
+    price: Price = None,
+    url: BenchUrl = None,
+    model: Model = None,
+    tokenizer: Tokenizer = None,
+    prompt_tokens: PromptTokens = 128,
+    chat: Chat = False,
+    compare: Compare = None,
+    threshold: Threshold = "5%",
+    anyway: Anyway = False,
+    charts: Charts = None,
+    png: Png = False,
+    batch_tokens: BatchTokens = None,
+    length: Length = None,
+    steps: Steps = 4,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    child: Child = False,
+) -> None:
+    """Stage: latency, throughput, memory and cost of every runtime; of any server; of training; and records compared."""
+    settings = [*(overrides or ()), *(["bench.sweep=true"] if sweep else ())]
+    settings += [f"bench.price_per_hour={price}"] if price else []
+    if compare:
+        return _bench_compare(*compare, threshold, anyway, as_json)
+    if url:
+        return _bench_url(words, settings, out, (url, model, tokenizer), (prompt_tokens, chat), as_json, quiet)
+    if words and words[0] == "train":
+        return _bench_train(words[1:], settings, out, (batch_tokens or [], length or [], steps), as_json, quiet)
+    target = _one(words, "qkit bench RECIPE_OR_RUN, --url URL, or --compare A B")
+    if charts:
+        return _bench_charts(target, charts, png, as_json)
+    return _stage("bench", target, settings, out, as_json, quiet, child)
+
+
+def _one(words: list[str] | None, usage: str) -> Path:
+    from qkit.errors import UserError
+
+    if not words or len(words) > 1:
+        raise UserError(f"{len(words or ())} targets given where one is needed: {usage}")
+    return Path(words[0])
+
+
+def _bench_compare(before: Path, after: Path, threshold: str, anyway: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from qkit import bench_compare, bench_screen
+
+    worse_by = bench_compare.share(threshold)
+    found = bench_compare.compare(before, after, worse_by, anyway)
+    _show(as_json, [asdict(comparison) for comparison in found], lambda: bench_screen.comparisons(found))
+    if regressed := bench_compare.regression(found, worse_by):
+        sys.stderr.write(f"error: {regressed}\n")
+        raise typer.Exit(regressed.exit_code)
+
+
+def _bench_url(
+    words: list[str] | None,
+    settings: list[str],
+    out: Path | None,
+    server: tuple[str, str | None, str | None],
+    prompts: tuple[int, bool],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Any server: with the held-out prompts of a run, or with random ones and a tokenizer."""
+    from qkit import bench_screen, bench_url
+
+    target = _one(words, "qkit bench [RUN] --url URL --model NAME") if words else None
+    asked = bench_url.Asked(*server, *prompts, target, settings)
+    found = bench_url.run(asked, out or Path("bench"), _progress(_stderr(), quiet))
+    _show(as_json, found, lambda: bench_screen.records(found))
+
+
+def _bench_train(
+    words: list[str],
+    settings: list[str],
+    out: Path | None,
+    sweep: tuple[list[int], list[int], int],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from qkit import bench_screen, bench_train
+
+    target = _one(words, "qkit bench train RECIPE")
+    how = _recipe(target, settings)
+    points = bench_train.points(how, sweep[0], sweep[1])
+    folder = out or Path("runs") / f"{target.stem}-bench-train"
+    record = bench_train.bench(how, points, sweep[2], folder, _progress(_stderr(), quiet))
+    _show(as_json, record, lambda: bench_screen.training(record["points"]))
+
+
+def _bench_charts(run: Path, folder: Path, png: bool, as_json: bool) -> None:
+    from qkit import bench_charts
+    from qkit.run import Run
+
+    written = [str(path) for path in bench_charts.write(Run.open(run), folder, png)]
+    _show(as_json, written, lambda: "\n".join(written))
 
 
 @app.command(epilog="Example: qkit push runs/quickstart/export/vllm me/my-model --private --dry-run")

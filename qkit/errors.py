@@ -57,6 +57,12 @@ class ServerError(UserError):
     """The server could not be started where and as it was asked for."""
 
 
+class Regressed(UserError):
+    """A bench record is worse than the one it is compared with, beyond the threshold and beyond noise: fails a build."""
+
+    exit_code = 1
+
+
 class StageFailed(QkitError):
     """A stage died for a reason that is not the user's; its log says more."""
 

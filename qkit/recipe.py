@@ -250,9 +250,21 @@ class Bench(Section):
     """Latency, throughput and memory of each runtime on the same prompts."""
 
     runtimes: tuple[str, ...] = ("transformers", "onnx-fp32", "onnx-int4", "vllm")
-    concurrency: tuple[Positive, ...] = (1, 8)
+    concurrency: tuple[Positive, ...] = Field((1, 8), description="requests at once")
     output_tokens: Positive = 32
     repeats: Positive = 3
+    rounds: Positive = Field(1, description="requests of each client in a repeat")
+    sweep: bool = Field(
+        False, description="1, 2, 4 ... at once until throughput stops growing, then arrivals at shares of that"
+    )
+    price_per_hour: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the machine, for the cost of tokens"
+    )
+    slo_ttft_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="the most a good request takes to its first token"
+    )
+    slo_tpot_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="the same for each token after it")
+    slo_e2e_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="the same for a whole request")
 
 
 class Recipe(Section):
@@ -317,7 +329,7 @@ def from_dict(
     """
     origins = dict(origins or {})
     for text in overrides:
-        origins.update(dict.fromkeys(_apply(raw, text), "--set"))
+        origins.update(dict.fromkeys(override(raw, text), "--set"))
     return _validated(raw, origins, name)
 
 
@@ -478,8 +490,12 @@ def _lines(node: yaml.Node | None, prefix: Key = ()) -> Iterator[tuple[Key, int]
             yield from _lines(value, (*prefix, index))
 
 
-def _apply(raw: dict[str, Any], text: str) -> list[Key]:
-    """Write one `a.b=c` override into the raw recipe; the value is YAML. Returns the keys it set."""
+def override(raw: dict[str, Any], text: str) -> list[Key]:
+    """Write one `a.b=c` override into the raw recipe; the value is YAML. Returns the keys it set.
+
+    Raises:
+        RecipeError: it is not of this form.
+    """
     dotted, equals, value = text.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):

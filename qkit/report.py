@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import show
+from qkit import bench_charts, show
+from qkit.bench_charts import SERVER
 from qkit.run import Run, write_text
 from qkit.show import Summary
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-SERVER = "vllm"  # the runtime that is deployed: in the accent colour among the others
 EXAMPLES = 10
 # The order in which kinds of example take their places: failures always get some, however good the run is.
 TURNS = ("fixed", "fixed", "still wrong", "broken", "fixed", "fixed", "still wrong", "broken", "fixed", "still right")
@@ -78,6 +78,7 @@ def page(run: Run) -> str:
         training_charts=training_charts(metrics),
         memory_chart=memory_chart(memory),
         speed_charts=speed_charts(figures["bench"]),
+        bench_charts=bench_charts.charts_of(run),
         method=method(figures["bench"]),
         examples=choose(examples),
         kinds=_kinds(examples),

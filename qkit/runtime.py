@@ -49,19 +49,9 @@ class RowScores:
 
 @dataclass(frozen=True)
 class Timing:
-    """One request: seconds from sending it to each of its output tokens."""
+    """One request: seconds from sending it to each of its output tokens. bench_record.py makes figures of them."""
 
     token_seconds: Sequence[float]
-
-    @property
-    def ttft_seconds(self) -> float:
-        """Time to first token."""
-        return self.token_seconds[0]
-
-    @property
-    def tpot_seconds(self) -> float:
-        """Time per output token after the first (vLLM's definition); 0 for a single token."""
-        return (self.token_seconds[-1] - self.token_seconds[0]) / max(len(self.token_seconds) - 1, 1)
 
     @property
     def e2e_seconds(self) -> float:

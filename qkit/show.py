@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.bench_record import steady
 from qkit.errors import MissingArtifact
 from qkit.run import Run
 
@@ -60,6 +61,7 @@ def summary(run: Run, statuses: Mapping[str, str] | None = None) -> Summary:
         "scores": _by_artifact(run, {**verified.get("scores", {}), **evaluated.get("scores", {})}, SCORE_KEYS),
         "parity": _by_artifact(run, verified.get("parity", {}), PARITY_KEYS),
         "bench": _bench(run),
+        "bench_open": _bench_open(run),
         "environment": {**NO_ENVIRONMENT, **manifest.get("environment", {})},
     }
 
@@ -114,15 +116,42 @@ def _rank(run: Run, artifact: str) -> tuple[int, str]:
     return (order.index(artifact) if artifact in order else len(order)), artifact
 
 
+def _raw_bench(run: Run) -> list[dict[str, Any]]:
+    return [read(path) for path in sorted(run.folder("bench").glob("*.json"))]
+
+
 def _bench(run: Run) -> list[dict[str, Any]]:
-    records = [_bench_record(read(path)) for path in sorted(run.folder("bench").glob("*.json"))]
+    records = [_bench_record(raw) for raw in _raw_bench(run) if raw["concurrency"] is not None]
     return sorted(records, key=lambda r: (_rank(run, r["artifact"]), r["runtime"], r["concurrency"]))
 
 
+def _bench_open(run: Run) -> list[dict[str, Any]]:
+    """Loads whose requests arrive by themselves, the slowest first."""
+    records = [
+        {
+            **{key: raw[key] for key in ("runtime", "artifact")},
+            **{key: raw["load"][key] for key in ("request_rate", "share")},
+            **_latencies(raw),
+            **{key: raw.get(key) for key in (*THROUGHPUT_KEYS, "requests_per_second", "goodput_per_second")},
+        }
+        for raw in _raw_bench(run)
+        if raw["concurrency"] is None
+    ]
+    return sorted(records, key=lambda r: (_rank(run, r["artifact"]), r["request_rate"]))
+
+
+def _latencies(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: {p: (raw.get(key) or {}).get(p) for p in ("p50", "p99")} for key in LATENCY_KEYS}
+
+
 def _bench_record(raw: Mapping[str, Any]) -> dict[str, Any]:
-    latency = {key: {p: (raw.get(key) or {}).get(p) for p in ("p50", "p99")} for key in LATENCY_KEYS}
     named = {key: raw[key] for key in LOAD_KEYS}
-    return {**named, **latency, **{key: raw.get(key) for key in (*THROUGHPUT_KEYS, *COST_KEYS, *METHOD_KEYS)}}
+    return {
+        **named,
+        **_latencies(raw),
+        **{key: raw.get(key) for key in (*THROUGHPUT_KEYS, *COST_KEYS, *METHOD_KEYS)},
+        "tool": (raw.get("load") or {}).get("tool"),
+    }
 
 
 def quality(figures: Summary) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -203,6 +232,14 @@ def kl_text(value: float | None) -> str:
     return "< 0.0001" if value is not None and 0 < value < 0.00005 else fixed(value, 4)
 
 
+def speed_text(record: Mapping[str, Any]) -> str:
+    """Output tokens per second; where repeats lie too far apart for one figure, the slowest and the fastest."""
+    speed, ends = record["output_tokens_per_second"], record["output_tokens_per_second_range"]
+    if speed is None or ends is None or steady([ends[0], speed, ends[1]]):
+        return fixed(speed)
+    return f"{ends[0]:,.0f}–{ends[1]:,.0f}"
+
+
 def ms_text(seconds: float | None) -> str:
     """Milliseconds, the unit left to the heading."""
     return ABSENT if seconds is None else fixed(seconds * 1000, 1 if seconds < 0.1 else 0)
@@ -236,7 +273,7 @@ def seconds_text(seconds: float | None) -> str:
 
 # What the templates of report.py and modelcard.py call them.
 TEXTS: Mapping[str, Callable[..., str]] = {
-    text.__name__: text for text in (bytes_text, seconds_text, ms_text, gib_text, kl_text, percent, fixed)
+    text.__name__: text for text in (bytes_text, seconds_text, ms_text, gib_text, kl_text, percent, fixed, speed_text)
 }
 
 
@@ -287,7 +324,7 @@ def _bench_table(figures: Summary) -> Table:
     for record in figures["bench"]:
         latency = [ms_text(record[key]["p50"]) for key in LATENCY_KEYS]
         load = (record["runtime"], record["artifact"], str(record["concurrency"]))
-        speed = fixed(record["output_tokens_per_second"])
+        speed = speed_text(record)
         cost = (gib_text(record["peak_bytes"]), fixed(record["startup_seconds"]))
         table.add_row(*_cells(*load, *latency, speed, *cost))
     return table

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import psutil
 import pytest
 import yaml
@@ -64,6 +65,20 @@ def test_every_stage_leaves_its_evidence(finished: Path) -> None:
         (artifact, concurrency) for artifact in ("merged", "onnx-fp32", "onnx-int4", "vllm") for concurrency in (1, 2)
     }
     assert all(b["output_tokens_per_second"] > 0 and b["ttft_seconds"]["p50"] > 0 for b in summary["bench"])
+
+
+def test_bench_records_are_whole(finished: Path) -> None:
+    """Each is valid; a server's tokens are usage's, its chunks' and those asked for, and its prompts reached it as trained on."""
+    schema = json.loads((Path(pipeline.__file__).parent / "bench.schema.json").read_text())
+    records = [json.loads(file.read_text()) for file in (finished / "bench").glob("*.json")]
+    for record in records:
+        jsonschema.validate(record, schema)
+        assert record["tokens"] == record["chunks"] == record["prompts"] * record["output_tokens"]
+        assert record["quality"]["kl_mean"] is not None and record["model_sha256"] and record["training"]["seconds"] > 0
+    served = [record for record in records if record["runtime"] == "vllm"]
+    assert {record["load"]["tool"] for record in served} == {"vllm bench serve"}
+    assert all(record["argv"] and record["memory"]["rss_tree_peak_bytes"] > 100e6 for record in served)
+    assert {record["load"]["kind"] for record in records if record not in served} == {"direct"}
 
 
 def test_artifacts_are_close_to_the_live_adapter(finished: Path) -> None:

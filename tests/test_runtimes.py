@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qkit.device import detect
-from qkit.runtime import Row, Runtime, Timing, open_runtime
+from qkit.runtime import Row, Runtime, open_runtime
 
 PROMPTS = [list(range(3, 3 + n)) for n in (4, 9, 17, 6)]
 STOP = frozenset({2})
@@ -52,13 +52,6 @@ def test_scores_are_the_models_log_probabilities(opened: Runtime, tiny_model: Pa
         targets = [scores.full[i, t] for i, t in enumerate(row.input_ids[row.start :])]
         np.testing.assert_array_equal(scores.targets, targets)
         np.testing.assert_array_equal(scores.top1, scores.full.argmax(1))
-
-
-def test_timings() -> None:
-    timing = Timing([0.5, 0.6, 0.8])
-    assert (timing.ttft_seconds, timing.e2e_seconds) == (0.5, 0.8)
-    assert timing.tpot_seconds == pytest.approx(0.15)
-    assert Timing([0.5]).tpot_seconds == 0
 
 
 def test_timed_counts_every_token(opened: Runtime) -> None:

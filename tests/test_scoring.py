@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from qkit import scoring
-from qkit.bench import percentiles
 from qkit.runtime import RowScores
 
 
@@ -48,8 +47,3 @@ def test_a_paired_gain_is_narrower_than_two_intervals() -> None:
 
 def test_mean_loss_counts_tokens_not_rows() -> None:
     assert scoring.mean_loss([np.array([-1.0, -1.0, -1.0]), np.array([-5.0])]) == 2.0
-
-
-def test_percentiles() -> None:
-    assert percentiles([3.0, 1.0, 2.0]) == {"p50": 2.0, "p99": pytest.approx(2.98)}
-    assert percentiles([1.0]) == {"p50": 1.0, "p99": 1.0}

@@ -1,0 +1,355 @@
+"""Serving a run's formats: speed beside quality; what `qkit serve` costs; and whether our figures are everybody's.
+
+    python benchmarks/serving.py runs/quickstart                 # all of it
+    python benchmarks/serving.py runs/quickstart --parts formats --set bench.rounds=2
+
+formats     every artifact of the run (merged, and each export that is there) under the loads of the recipe: the records of `qkit bench`
+overhead    throughput of a server that `qkit serve` started against vLLM started by hand with the same argv, both up, measured in turn;
+            and how long `qkit serve` works before it has started vLLM
+crosscheck  one server, in turn: our figures, `vllm bench serve` run by hand, and an asyncio client that has nothing of ours
+
+Results go to benchmarks/results/serving.json, part by part, and the table to serving.md. Machines are noisy: ratios come from turns, with
+their range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime as dt
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import psutil
+
+from qkit import bench, bench_load, bench_record, model, show
+from qkit.artifacts import MERGED, Artifact
+from qkit.bench_load import HeldOut, Load, Tool
+from qkit.device import detect
+from qkit.recipe import load
+from qkit.run import Run, environment, make_folder, write_json, write_text
+from qkit.runtimes.vllm import ENVIRONMENT
+
+PARTS = ("formats", "overhead", "crosscheck")
+LOAD = Load(requests=32, output_tokens=32, concurrency=8)
+FIGURES = ("ttft_seconds", "tpot_seconds", "output_tokens_per_second")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run directory whose stages data, merge and export are done")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a recipe value")
+    parser.add_argument("--turns", type=int, default=5, help="of overhead and crosscheck")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    given = parser.parse_args()
+    run = Run(given.run, load(given.run / "recipe.yaml", given.set))
+    file = given.out / "serving.json"
+    result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"parts": {}}
+    made: Mapping[str, Callable[[Run, int], Any]] = {
+        "formats": _formats,
+        "overhead": _overhead,
+        "crosscheck": _crosscheck,
+    }
+    for part in given.parts:
+        begin = time.perf_counter()
+        figures = made[part](run, given.turns)
+        result["parts"][part] = {
+            "command": f"python benchmarks/serving.py {' '.join(sys.argv[1:])}",
+            "date": dt.date.today().isoformat(),
+            "seconds": time.perf_counter() - begin,
+            "environment": bench_record.sealed(environment(detect().to_dict())),
+            "load_average": os.getloadavg(),
+            "figures": figures,
+        }
+        write_json(file, result)
+    write_text(given.out / "serving.md", _markdown(result["parts"]))
+    print(_markdown(result["parts"]))
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def _formats(run: Run, _turns: int) -> list[dict[str, Any]]:
+    rows = bench.held_out_prompts(run)
+    with tempfile.TemporaryDirectory() as folder:
+        for artifact in _there(run):
+            print(f"formats: {artifact.name}", file=sys.stderr, flush=True)
+            bench.bench_artifact(run, artifact, rows, Path(folder))
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+    for record in records:
+        record["memory"] = {key: value for key, value in record["memory"].items() if key.endswith("_bytes")}
+    return records
+
+
+def _there(run: Run) -> list[Artifact]:
+    """The merged model, and every export whose folder is there, whatever the recipe names."""
+    folders = [folder for folder in sorted(run.folder("export").glob("*")) if folder.is_dir()]
+    merged = Artifact(MERGED, run.need("merge", "config.json").parent)
+    return [merged, *(Artifact(folder.name, folder) for folder in folders)]
+
+
+# --- overhead ---------------------------------------------------------------------------------------------------------
+
+
+def _overhead(run: Run, turns: int) -> dict[str, Any]:
+    before_vllm = [_until_vllm_starts(run) for _ in range(turns)]
+    with _served(run) as (process, described), tempfile.TemporaryDirectory() as folder:
+        with _by_hand(described["argv"], Path(folder) / "plain.log") as plain:
+            speeds = _in_turn(run, {"qkit serve": described["url"], "plain vLLM": plain}, described["model"], turns)
+        assert process.poll() is None
+    ratios = [a / b for a, b in zip(speeds["qkit serve"], speeds["plain vLLM"], strict=True)]
+    return {
+        "output_tokens_per_second": speeds,
+        "ratio": median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "seconds_before_vllm_starts": _median_and_each([seconds for seconds, _ in before_vllm]),
+        "cpu_seconds_before_vllm_starts": _median_and_each([cpu for _, cpu in before_vllm]),
+    }
+
+
+def _median_and_each(values: list[float]) -> dict[str, Any]:
+    return {"median": median(values), "each": values}
+
+
+def _in_turn(run: Run, urls: Mapping[str, str], name: str, turns: int) -> dict[str, list[float]]:
+    """Output tokens per second of each server, one after the other; who goes first changes every turn."""
+    prompts = _prompts(run)
+    speeds: dict[str, list[float]] = {who: [] for who in urls}
+    log = Path(tempfile.gettempdir()) / "qkit-serving-load.log"
+    tools = {
+        who: Tool(url, name, bench.tokenizer_folder(run), prompts, 0, log.with_suffix(f".{i}"))
+        for i, (who, url) in enumerate(urls.items())
+    }
+    try:
+        for turn in range(turns + 1):
+            for who in [*tools][:: 1 if turn % 2 else -1]:
+                repeat = tools[who].measure(LOAD, turn)
+                speeds[who] += [bench_record.RATES["output_tokens_per_second"](repeat)] if turn else []
+    finally:
+        for tool in tools.values():
+            tool.__exit__()
+    return speeds
+
+
+def _until_vllm_starts(run: Run) -> tuple[float, float]:
+    """Seconds from starting `qkit serve` until the process that runs vLLM is there, and CPU seconds that it took for it."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(_serve_command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not any(
+            "vllm.entrypoints" in " ".join(_command(p)) for p in psutil.Process(process.pid).children(recursive=True)
+        ):
+            if process.poll() is not None:
+                raise SystemExit(f"qkit serve ended with {process.returncode} before it had started vLLM")
+            time.sleep(0.005)
+        taken = psutil.Process(process.pid).cpu_times()
+        return time.perf_counter() - begin, taken.user + taken.system
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _serve_command(run: Run) -> list[str]:
+    return [sys.executable, "-m", "qkit", "serve", str(run.root), "--json", "--set", "serve.port=0"]
+
+
+@contextmanager
+def _served(run: Run) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """`qkit serve`, and what it says of itself."""
+    process = subprocess.Popen(_serve_command(run), stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    try:
+        lines = [process.stdout.readline()]
+        while lines[-1] not in ("}\n", ""):
+            lines.append(process.stdout.readline())
+        yield process, json.loads("".join(lines))
+    finally:
+        process.terminate()
+        process.wait(60)
+        process.stdout.close()
+
+
+@contextmanager
+def _by_hand(argv: Sequence[str], log: Path) -> Iterator[str]:
+    """vLLM with the same command line on another port, as a person would start it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mine = list(argv)
+    mine[mine.index("--port") + 1] = str(port)
+    url = f"http://127.0.0.1:{port}"
+    env = {**os.environ, **ENVIRONMENT, **detect().server_environment}
+    with log.open("w") as sink:
+        process = subprocess.Popen(mine, stdout=sink, stderr=sink, env=env)
+    try:
+        while not _healthy(url):
+            assert process.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=2.0).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _prompts(run: Run) -> HeldOut:
+    return bench.as_text(model.tokenizer_of(run.recipe.model), bench.held_out_prompts(run))
+
+
+# --- crosscheck -------------------------------------------------------------------------------------------------------
+
+
+def _crosscheck(run: Run, turns: int) -> dict[str, Any]:
+    """Each turn asks the same prompts by all three; who goes first changes every turn."""
+    prompts = _prompts(run)
+    with _served(run) as (_, described), tempfile.TemporaryDirectory() as folder:
+        url, name = described["url"], described["model"]
+        with Tool(url, name, bench.tokenizer_folder(run), prompts, 0, Path(folder) / "load.log") as tool:
+            asks: dict[str, Callable[[int], dict[str, float]]] = {
+                "qkit": lambda turn: _ours(tool.measure(LOAD, turn)),
+                "vllm bench serve": lambda turn: _tool_by_hand(tool.arguments(LOAD, turn), Path(folder)),
+                "client": lambda turn: asyncio.run(_client(url, name, [p.text for p in tool.picked(LOAD, turn)])),
+            }
+            found: dict[str, list[dict[str, float]]] = {who: [] for who in asks}
+            for turn in range(turns + 1):
+                for who in [*asks][turn % 3 :] + [*asks][: turn % 3]:
+                    asked = asks[who](turn)
+                    found[who] += [asked] if turn else []  # the first one warms up
+    medians = {who: {key: median(turn[key] for turn in each) for key in FIGURES} for who, each in found.items()}
+    paired = {
+        who: {key: median(a[key] / b[key] for a, b in zip(found["qkit"], each, strict=True)) - 1 for key in FIGURES}
+        for who, each in found.items()
+    }
+    return {"medians": medians, "qkit_over_others": paired, "each": found, "load": vars(LOAD)}
+
+
+def _ours(repeat: bench_record.Repeat) -> dict[str, float]:
+    record = bench_record.figures([repeat])
+    return {key: _middle(record[key]) for key in FIGURES}
+
+
+def _middle(figure: Any) -> float:
+    return float(figure["p50"] if isinstance(figure, dict) else figure)
+
+
+def _tool_by_hand(arguments: Sequence[str], folder: Path) -> dict[str, float]:
+    """A process of its own, and the summary that the tool writes."""
+    mine = list(arguments)
+    mine[mine.index("--result-dir") + 1] = str(folder)
+    code = bench_load.DRIVER
+    env = {**os.environ, **bench_load.ENVIRONMENT}
+    subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(mine) + "\n", text=True, capture_output=True, check=True, env=env
+    )
+    told = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return {
+        "ttft_seconds": told["median_ttft_ms"] / 1000,
+        "tpot_seconds": told["median_tpot_ms"] / 1000,
+        "output_tokens_per_second": told["output_throughput"],
+    }
+
+
+async def _client(url: str, name: str, prompts: Sequence[str]) -> dict[str, float]:
+    """The same prompts at the same concurrency, and the same definitions, with nothing of ours."""
+    slots = asyncio.Semaphore(LOAD.concurrency or 1)
+    body = {"model": name, "max_tokens": LOAD.output_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
+    body |= {"stream_options": {"include_usage": True}, "add_special_tokens": False, "cache_salt": os.urandom(8).hex()}
+
+    async def one(client: httpx.AsyncClient, prompt: str) -> tuple[float, float, float, int]:
+        async with slots:
+            begin, times, tokens = time.perf_counter(), [], 0
+            async with client.stream("POST", f"{url}/v1/completions", json={**body, "prompt": prompt}) as answer:
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {"):
+                        event = json.loads(line[6:])
+                        times += [time.perf_counter()] * bool(event["choices"])
+                        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+            return begin, times[0], times[-1], tokens
+
+    async with httpx.AsyncClient(timeout=600) as client:
+        asked = await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+    seconds = max(last for *_, last, _ in asked) - min(begin for begin, *_ in asked)
+    return {
+        "ttft_seconds": median(first - begin for begin, first, _, _ in asked),
+        "tpot_seconds": median((last - first) / (tokens - 1) for _, first, last, tokens in asked),
+        "output_tokens_per_second": sum(tokens for *_, tokens in asked) / seconds,
+    }
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def _markdown(parts: Mapping[str, Any]) -> str:
+    sections = []
+    if "formats" in parts:
+        sections.append(_formats_table(parts["formats"]["figures"]))
+    if "overhead" in parts:
+        found = parts["overhead"]["figures"]
+        low, high = found["ratio_range"]
+        sections.append(
+            f"`qkit serve` over plain vLLM, output tokens per second: {found['ratio']:.3f} (turns {low:.3f} to {high:.3f}); "
+            f"it starts vLLM {found['seconds_before_vllm_starts']['median']:.2f} s after it was started itself "
+            f"({found['cpu_seconds_before_vllm_starts']['median']:.2f} s of CPU)."
+        )
+    if "crosscheck" in parts:
+        sections.append(_crosscheck_table(parts["crosscheck"]["figures"]))
+    return "\n\n".join(sections) + "\n"
+
+
+def _formats_table(records: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| Artifact | Runtime | At once | TTFT ms | TPOT ms | Tokens/s | Peak GiB | On disk MiB | Start s | Score | Mean KL |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in sorted(records, key=lambda r: (r["runtime"], r["artifact"], r["concurrency"] or 0)):
+        if r["concurrency"] is None:
+            continue
+        cells = [r["artifact"], r["runtime"], str(r["concurrency"])]
+        cells += [show.ms_text(r[key]["p50"]) for key in ("ttft_seconds", "tpot_seconds")]
+        cells += [show.speed_text(r), show.gib_text(r["peak_bytes"]), show.fixed((r["disk_bytes"] or 0) / 2**20, 0)]
+        cells += [
+            show.fixed(r["startup_seconds"]),
+            show.trimmed(r["quality"]["score"]),
+            show.kl_text(r["quality"]["kl_mean"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _crosscheck_table(found: Mapping[str, Any]) -> str:
+    lines = ["| By | TTFT ms | TPOT ms | Tokens/s | qkit over it |", "|---|--:|--:|--:|---|"]
+    for who, each in found["medians"].items():
+        apart = ", ".join(f"{100 * value:+.1f} %" for value in found["qkit_over_others"][who].values())
+        cells = [who, show.ms_text(each["ttft_seconds"]), show.ms_text(each["tpot_seconds"])]
+        lines.append(f"| {' | '.join(cells)} | {each['output_tokens_per_second']:.1f} | {apart} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    make_folder(Path("benchmarks/results"))
+    main()

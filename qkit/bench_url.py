@@ -1,0 +1,111 @@
+"""Bench a server that somebody else runs, whatever it is, as long as it speaks the OpenAI API."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qkit import model
+from qkit.bench import as_text, held_out_prompts, measure, record, tokenizer_folder
+from qkit.bench_load import CHAT, COMPLETIONS, HeldOut, Synthetic, Tool
+from qkit.errors import RecipeError, ServerError, UserError
+from qkit.progress import Progress
+from qkit.recipe import Bench, override
+from qkit.run import Run, make_folder, write_json
+
+# What is known of an artifact of a run, and not of a model behind an address.
+UNKNOWN = ("model_sha256", "disk_bytes", "startup_seconds", "argv", "peak_bytes", "meter", "training", "quality")
+SEED = 42
+SPREAD = 0.5  # of random prompts: from half to one and a half times as many tokens
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says of a server. `run`: whose held-out prompts are sent; without one they are random."""
+
+    url: str
+    model: str | None
+    tokenizer: str | None
+    prompt_tokens: int = 128
+    chat: bool = False
+    run: Path | None = None
+    overrides: Sequence[str] = ()
+
+
+def run(asked: Asked, out: Path, progress: Progress) -> list[dict[str, Any]]:
+    """Measure every load of the bench settings; returns the records, and writes them into `out`.
+
+    Raises:
+        UserError: neither a run nor a tokenizer was named.
+        ServerError: it does not answer, or answers none of the requests.
+    """
+    url = asked.url.rstrip("/").removesuffix("/v1")
+    prompts, tokenizer, section = _prompts(asked)
+    name = asked.model or _only_model(url)
+    make_folder(out)
+    about = {"runtime": "url", "artifact": name, **dict.fromkeys(UNKNOWN)}
+    records = []
+    endpoint = CHAT if asked.chat else COMPLETIONS
+    with Tool(url, name, tokenizer, prompts, SEED, out / "load.log", endpoint) as source:
+        for measured in measure(source, section, None):
+            progress.say(f"bench: {name} {measured.name}: {measured.rate('output_tokens_per_second'):.1f} tokens/s")
+            records.append(record(measured, source, section, SEED, about))
+            write_json(out / f"{name.replace('/', '-')}-{measured.name}.json", records[-1])
+    return records
+
+
+def _prompts(asked: Asked) -> tuple[HeldOut | Synthetic, Path | str, Bench]:
+    """What is sent, the tokenizer for it, and the bench settings: of the run that was named, or defaults, with the overrides."""
+    if asked.run is None:
+        if asked.tokenizer is None:
+            raise UserError("--url needs prompts: name a run for its held-out ones, or --tokenizer DIR for random ones")
+        return Synthetic(asked.prompt_tokens, SPREAD), asked.tokenizer, _section({}, asked.overrides)
+    if asked.chat:
+        raise UserError(
+            "--chat sends random prompts: a run's held-out ones are rendered already, and would be once more; leave the run out"
+        )
+    opened = Run.open(asked.run)
+    rows = as_text(model.tokenizer_of(opened.recipe.model), held_out_prompts(opened))
+    section = _section(opened.recipe.bench.model_dump(mode="json"), asked.overrides)
+    return rows, asked.tokenizer or tokenizer_folder(opened), section
+
+
+def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
+    raw: dict[str, Any] = {"bench": settings}
+    for text in overrides:
+        override(raw, text)
+    if others := sorted(raw.keys() - {"bench"}):
+        raise RecipeError(f"--set {others[0]}...: a server's bench knows the section bench only")
+    try:
+        return Bench.model_validate(raw["bench"])
+    except ValidationError as error:
+        problems = [f"bench.{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+        raise RecipeError("\n".join(problems)) from None
+
+
+def _only_model(url: str) -> str:
+    """The model of a server that has one.
+
+    Raises:
+        ServerError: it does not answer, or has several.
+    """
+    import os
+
+    import httpx
+
+    key = os.environ.get("OPENAI_API_KEY")
+    try:
+        answer = httpx.get(f"{url}/v1/models", timeout=10.0, headers={"Authorization": f"Bearer {key}"} if key else {})
+        answer.raise_for_status()
+        names = [entry["id"] for entry in answer.json()["data"]]
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        raise ServerError(
+            f"{url}/v1/models gives no list of models: {error}; is the server up, and is this its address?"
+        ) from None
+    if len(names) != 1:
+        raise ServerError(f"{url} has {len(names)} models; say which with --model: {', '.join(names)}")
+    return str(names[0])
