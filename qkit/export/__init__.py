@@ -41,5 +41,5 @@ def _write_provenance(run: Run, folder: Path, name: str) -> None:
     """Written last, beside what the exporter has to say of its own (how it rounded, which base it belongs to)."""
     file = folder / PROVENANCE
     own = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    note = {"format": name, **own, "made_from": run.outputs("merge"), "recipe_sha256": run.recipe.sha256()}
+    note = {**own, "format": name, "made_from": run.outputs("merge"), "recipe_sha256": run.recipe.sha256()}
     file.write_text(json.dumps(note, indent=1), encoding="utf-8")
