@@ -21,7 +21,7 @@ from qkit.show import read
 
 PASSED, FAILED = "passed", "failed"
 
-EXACT = Gate(kl_mean=1e-3, top1=1.0, max_difference=1e-3)
+EXACT = Gate(top1=1.0, max_difference=1e-3)
 SIXTEEN_BIT = Gate(kl_mean=1e-3)  # measured on the quickstart: merged 0.0004, through vLLM 0.0003
 QUANTIZED = Gate(kl_mean=0.1, score=True)
 
@@ -69,14 +69,28 @@ def is_exact(name: str) -> bool:
 def gate_of(name: str, recipe: Recipe) -> Gate:
     """The limits of an artifact: its kind's, with what `verify.gates` says in their place."""
     own = recipe.verify.gates.get(name, Gate()).model_dump()
-    return _default(name).model_copy(update={key: limit for key, limit in own.items() if limit is not None})
+    return _default(name, recipe).model_copy(update={key: limit for key, limit in own.items() if limit is not None})
 
 
-def _default(name: str) -> Gate:
-    if is_exact(name):
-        return EXACT
+def _default(name: str, recipe: Recipe) -> Gate:
     kind, variant = split(name)
-    return QUANTIZED if kind != "merged" and variant in exporter(kind).QUANTIZED else SIXTEEN_BIT
+    if kind != "merged" and variant in exporter(kind).QUANTIZED:
+        return QUANTIZED
+    limits = QUANTIZED if _on_another_base(name, recipe) else SIXTEEN_BIT
+    return (
+        limits.model_copy(update={"top1": EXACT.top1, "max_difference": EXACT.max_difference})
+        if is_exact(name)
+        else limits
+    )
+
+
+def _on_another_base(name: str, recipe: Recipe) -> bool:
+    """Whether an artifact has the base's 16-bit weights though it was trained on 4-bit ones, because it was asked for so.
+
+    The difference is the rounding of the base to 4 bit, taken back: of one kind with the difference that rounding an artifact makes.
+    """
+    asked = name == "vllm-adapter" or recipe.merge.base == "16bit" or recipe.merge.choose == "score"
+    return recipe.quantization.load_in_4bit and asked
 
 
 def judge(

@@ -22,8 +22,8 @@ def write_folder(run: Run, out: Path, base: Base, adapters: Mapping[str, float] 
     make_folder(out)
     folder, adapter = model.resolve(run.recipe.model), run.need("train", "adapter")
     note = model.check_adapter(adapter, folder)
-    merge(folder, adapter, out, base, run.recipe.merge, note, run.progress)
     model.copy_companions(folder, out)
+    merge(folder, adapter, out, base, run.recipe.merge, note, run.progress)  # with a config.json of its own
     if run.recipe.model.chat_template or run.recipe.model.add_tokens:
         model.tokenizer_of(run.recipe.model).save_pretrained(str(out))
     if (tokens := run.folder("data") / "tokens.json").is_file():

@@ -262,5 +262,5 @@ def copy_companions(source: Path, target: Path) -> None:
     """Everything beside the weights that a model folder needs: tokenizer, template, generation config, remote code."""
     for file in source.iterdir():
         weights = file.suffix in {".safetensors", ".bin", ".gguf"} or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name not in {"README.md", "config.json"}:
+        if file.is_file() and not weights and file.name != "README.md":
             shutil.copyfile(file, target / file.name)

@@ -34,7 +34,7 @@ def recipe(model: Path, **gates: object) -> Recipe:
 def test_every_format_has_its_gate(name: str, tiny_model: Path) -> None:
     """16 bits: 1e-3; quantized: 0.1 and the score; fp32: also equal to what it was made from."""
     kind, variant = split(name)
-    quantized = kind != "merged" and variant in exporter(name).QUANTIZED
+    quantized = kind != "merged" and (variant in exporter(name).QUANTIZED or name == "vllm-adapter")
     found = gates.gate_of(name, recipe(tiny_model))
     assert found.kl_mean == (0.1 if quantized else 1e-3) and bool(found.score) is quantized
     assert (found.top1, found.max_difference) == ((1.0, 1e-3) if name == "onnx-fp32" else (None, None))
@@ -149,3 +149,22 @@ def test_bounds_of_what_is_only_known_in_part() -> None:
         assert (bound <= exact + 1e-5).all() and (bound > -1e-5).all() and bound.mean() > 0.05
     assert abs(scoring.divergence(scores(0, 9), scores(0, 9))).max() < 1e-5
     assert parity.largest_difference(scores(0), scores(1, 9)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "limit"),
+    [
+        ("vllm", {}, 1e-3),
+        ("vllm-adapter", {}, 0.1),  # vLLM has the base in 16 bit, and it was trained on in 4
+        ("vllm-adapter", {"quantization": {"load_in_4bit": False}}, 1e-3),
+        ("merged", {"merge": {"base": "16bit"}}, 0.1),
+        ("onnx-fp32", {"merge": {"choose": "score"}}, 0.1),
+    ],
+)
+def test_another_base_by_choice_is_held_to_the_limits_of_rounding(
+    name: str, settings: dict[str, Any], limit: float
+) -> None:
+    how = Recipe.model_validate({"task": "chat", "model": {"source": "none"}, "data": {}, **settings})
+    found = gates.gate_of(name, how)
+    assert found.kl_mean == limit
+    assert found.max_difference == (1e-3 if name == "onnx-fp32" else None)

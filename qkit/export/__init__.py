@@ -136,8 +136,8 @@ def _write_provenance(run: Run, folder: Path, name: str, base: str) -> None:
     file = folder / provenance.NOTE
     own = read_json(file) if file.exists() else {}
     note = {
-        "format": name,
         **own,
+        "format": name,
         "base": base,
         "merged": provenance.merged_into(run.folder("merge")),
         "made_from": run.outputs("merge"),
