@@ -33,6 +33,7 @@ WORDS = {
     "score": "score against the live adapter's on the same rows, upper end of the paired interval, in points",
     "lost": "distance to the base model no larger than to the live adapter: the fine-tune is not in it",
     "numbers": "log-probabilities that are no numbers",
+    "opens": "its runtime does not open it, or does not answer",
     "contract": "conversations are not handled as in training",
 }
 
@@ -158,13 +159,15 @@ def check_served(run: Run, name: str) -> None:
 
 
 def _line(run: Run, name: str, breach: Breach) -> str:
-    return f"{run.root}: {name} failed its gate: {breach.words}. {_remedy(name, breach)}"
+    return f"{run.root}: {name} failed its gate: {breach.words}. {_remedy(run, name, breach)}"
 
 
-def _remedy(name: str, breach: Breach) -> str:
+def _remedy(run: Run, name: str, breach: Breach) -> str:
     """What to do about a failed gate."""
     if breach.gate == "contract":
         return "The template, the tokenizer or the generation config changed on the way; `qkit export` makes the folder again"
+    if breach.gate == "opens":
+        return f"When that is put right, `qkit verify {run.root}` measures again"
     if breach.gate in ("lost", "numbers"):
         return f"Nothing allows this; leave {name} out of export.formats, or see merge.base"
     value = "false" if breach.gate == "score" else f"{(breach.figure or 0) * 1.1:.2g}"

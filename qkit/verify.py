@@ -18,7 +18,7 @@ from typing import Any
 from qkit import candidates, contract, gates, live, model, parity, scoring
 from qkit.artifacts import MERGED, Artifact, artifacts, open_artifact
 from qkit.device import detect
-from qkit.errors import MissingArtifact, ParityFailed
+from qkit.errors import MissingArtifact, ModelError, ParityFailed, ServerError
 from qkit.parity import Parity
 from qkit.run import Run, read_json, write_json
 from qkit.runtime import Row, RowScores, Runtime, open_runtime
@@ -52,6 +52,9 @@ def run(run: Run, out: Path) -> None:
             measured = known(run, artifact, held_out) or _measure(run, artifact, held_out)
         except ParityFailed:  # its log-probabilities are none
             distances[artifact.name] = _entry(gates.FAILED, [gates.Breach("numbers")])
+            continue
+        except (ModelError, ServerError) as error:  # the others are measured all the same
+            distances[artifact.name] = _entry(gates.FAILED, [gates.Breach("opens", detail=str(error))])
             continue
         distances[artifact.name] = _judged(run, artifact.name, measured)
         score = scoring.score(measured.right, measured.parity.heldout_loss, run.recipe.evaluate, run.recipe.seed)

@@ -177,15 +177,6 @@ def test_how_a_format_is_measured(tmp_path: Path) -> None:
         assert export._measurable("vllm", tmp_path) == runtime
 
 
-def test_unsupported_formats_are_named_before_any_work(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qkit.errors import NotDeployable
-    from qkit.export import onnx
-
-    monkeypatch.setattr(onnx, "unsupported", lambda variant, recipe, config: f"{variant} of {config['model_type']}")
-    with pytest.raises(NotDeployable, match="onnx-fp32: fp32 of llama\nexport format onnx-int4: int4 of llama"):
-        export.check_supported(finished)
-
-
 def test_quantization_config_fields_are_bitsandbytes_own() -> None:
     from trl import SFTConfig
 

@@ -22,6 +22,8 @@ from qkit.server import TreeMeter
 
 TOP_LOGPROBS = 20  # vLLM's default ceiling (--max-logprobs)
 CONCURRENCY = 16
+ADAPTER_ROWS = 16  # are scored through an adapter: each of their tokens is a request
+LORA = "--enable-lora"
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # what is on this disk needs no hub
 CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
@@ -59,7 +61,7 @@ def argv(
         ("middleware", "qkit.admission.Admission"),
         ("disable-access-log-for-endpoints", QUIET),
     ]
-    flags = [*(["--enforce-eager"] if section.enforce_eager else []), *(["--enable-lora"] if alone else [])]
+    flags = [*(["--enforce-eager"] if section.enforce_eager else []), *([LORA] if alone else [])]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server.command(options), *flags]
     return [*command, *_lora(extras), *extras.rest]
 
@@ -72,7 +74,7 @@ def _lora(extras: Extras) -> list[str]:
     count = max(len(extras.adapters), 4 if extras.runtime_adapters else 1)
     options = [("max-lora-rank", str(rank)), ("max-loras", str(count))]
     modules = [f"{adapter.name}={adapter.path}" for adapter in extras.adapters]
-    return ["--enable-lora", *server.command(options), *(["--lora-modules", *modules] if modules else [])]
+    return [LORA, *server.command(options), *(["--lora-modules", *modules] if modules else [])]
 
 
 def environment(device: Device, extras: Extras, local: bool = True) -> dict[str, str]:
@@ -164,13 +166,31 @@ class VllmRuntime(Runtime):
         return completions
 
     def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
-        """By the log-probabilities of the prompt's tokens: the server's top 20 at each position."""
+        """By the log-probabilities of the prompt's tokens: the server's top 20 at each position; through an adapter, of the first rows alone.
+
+        vLLM 0.32 on a CPU dies when it is asked for those of a prompt that an adapter reads (its wrapper of LoRA on the head expects sampled
+        positions alone): there each token is asked for by itself.
+        """
         with ThreadPoolExecutor(CONCURRENCY) as pool:
-            yield from pool.map(self._score, rows)
+            if LORA in self.live["argv"]:
+                yield from pool.map(self._score_by_steps, rows[:ADAPTER_ROWS])
+            else:
+                yield from pool.map(self._score, rows)
 
     def _score(self, row: Row) -> RowScores:
         choice = self._complete(row.input_ids, max_tokens=1, prompt_logprobs=TOP_LOGPROBS)
         return _row_scores(choice["prompt_logprobs"][row.start :], row.input_ids[row.start :])
+
+    def _score_by_steps(self, row: Row) -> RowScores:
+        """The one token that is allowed is sampled; what is said of it and of the most likely ones is from before that."""
+        asked = {"max_tokens": 1, "logprobs": TOP_LOGPROBS, "return_tokens_as_token_ids": True}
+        positions = []
+        for place in range(row.start, len(row.input_ids)):
+            allowed = {"allowed_token_ids": [row.input_ids[place]]}
+            choice = self._complete(row.input_ids[:place], **asked, **allowed)
+            top = choice["logprobs"]["top_logprobs"][0].items()
+            positions.append({name.removeprefix("token_id:"): {"logprob": value} for name, value in top})
+        return _row_scores(positions, row.input_ids[row.start :])
 
     def _complete(self, prompt: Sequence[int], **extra: Any) -> dict[str, Any]:
         answer = self.client.post("/v1/completions", json=self._request(prompt, **extra))
