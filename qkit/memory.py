@@ -119,17 +119,20 @@ def evaluate_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryIte
 
 
 def merge_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, ...]:
-    """Tensor by tensor, in the host's memory whatever the device: the largest as read, in fp32, and rounded."""
+    """Tensor by tensor on the host; then each merged model is opened and measured, as evaluate does with the live one. The larger of both."""
     tensor = max(_largest(shape), shape.vocabulary * shape.hidden)
     _, size, formula = OVERHEADS["rss"].fixed
-    widths = f"{BASE_BYTES} as read + 2 x 4 in fp32 + {DTYPE_BYTES[how.merge.dtype]} as written"
-    moving = tensor * (BASE_BYTES + 8 + DTYPE_BYTES[how.merge.dtype])
-    return (
+    moving = (
         MemoryItem(
-            "workspace", moving, False, f"estimate: the largest tensor, {tensor:,} x ({widths}) bytes; on the host"
+            "workspace",
+            2 * tensor * BASE_BYTES,
+            False,
+            f"estimate: the largest tensor and the next one, 2 x {tensor:,} x {BASE_BYTES} bytes; on the host",
         ),
         MemoryItem("process", size, False, formula),
     )
+    opened = tuple(item for item in evaluate_items(how, shape, device) if item.name != "adapter")
+    return max(moving, opened, key=lambda items: sum(item.bytes for item in items))
 
 
 # Peak resident size of the builder less a bare process, over the fp32 weights of a 135M model: 1.1 and 1.6 GB measured.

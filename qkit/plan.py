@@ -36,7 +36,7 @@ QUESTIONS: tuple[Question, ...] = ("max_length", "batch", "rank", "card")
 LENGTH_STEP = 16  # rows are padded to a multiple of this
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 LONGEST = 2**22  # no search goes further
-NOT_ON_THE_DEVICE = ("merge", "export")  # these work in the host's memory, whatever the device
+NOT_ON_THE_DEVICE = ("export",)  # these work in the host's memory, whatever the device
 
 ITEMS: Mapping[str, Callable[[Recipe, Shape, Device], tuple[MemoryItem, ...]]] = {
     "load": memory.load_items,
