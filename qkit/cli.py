@@ -16,7 +16,45 @@ import typer
 
 from qkit import __version__
 from qkit.errors import ParityFailed, QkitError
-from qkit.progress import Bar, Progress
+from qkit.options import (
+    LOCAL,
+    Anyway,
+    ArtifactName,
+    BatchTokens,
+    BenchUrl,
+    Beside,
+    Charts,
+    Chat,
+    Child,
+    Compare,
+    Force,
+    Form,
+    Json,
+    KeyFile,
+    Length,
+    Loading,
+    Model,
+    NoContract,
+    Out,
+    Png,
+    Price,
+    PromptTokens,
+    Quiet,
+    Rest,
+    Restart,
+    RunFolder,
+    RuntimeName,
+    Served,
+    Set,
+    Steps,
+    Sweep,
+    Target,
+    Threshold,
+    Tokenizer,
+    Url,
+    Words,
+)
+from qkit.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,40 +71,6 @@ app = typer.Typer(
     epilog="Start with: qkit run recipes/quickstart.yaml",
 )
 
-Target = Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe (.yaml) or a run directory.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value; repeatable.")]
-Out = Annotated[
-    Path | None, typer.Option("--out", metavar="RUN", help="The run directory; default: runs/ and the recipe's name.")
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result and errors.")]
-Served = Annotated[
-    str, typer.Argument(metavar="TARGET", help="A run directory, a recipe, a model folder, or a hub id.")
-]
-Rest = Annotated[list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Handed on to the runtime as they are.")]
-RuntimeName = Annotated[str, typer.Option("--runtime", help="vllm or onnxruntime.")]
-ArtifactName = Annotated[
-    str | None, typer.Option("--artifact", metavar="NAME", help="Which export; default: the best that passed its gate.")
-]
-Beside = Annotated[
-    list[str] | None, typer.Option("--adapter", metavar="NAME=RUN", help="An adapter beside the base; repeatable.")
-]
-Loading = Annotated[
-    bool, typer.Option("--runtime-adapters", help="Let `qkit adapters` load and unload; any client with the key can.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Serve also what failed its gate.")]
-NoContract = Annotated[bool, typer.Option("--no-contract", help="Do not check that the server does what training did.")]
-Restart = Annotated[bool, typer.Option("--restart", help="Start it again, with back-off, when it ends by itself.")]
-Form = Annotated[
-    str | None, typer.Option("--print", metavar="FORM", help="Only print it: shell, compose or kubernetes.")
-]
-KeyFile = Annotated[
-    Path | None, typer.Option("--api-key-file", metavar="FILE", help="Holds the API key; default: VLLM_API_KEY.")
-]
-LOCAL = "http://127.0.0.1:8000"
-Url = Annotated[str, typer.Option("--url", help="Where the server is.")]
-Child = Annotated[bool, typer.Option("--child", hidden=True)]
 
 # typer carries a click of its own, or uses the one that is installed: this is UsageError of whichever it is.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
@@ -441,38 +445,6 @@ def _compare(a: str, b: str, data: Path | None, where: bool, max_kl: float | Non
         found.enforce(max_kl)
 
 
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[train] [RECIPE_OR_RUN]", help="What to bench; with `train`, its training."),
-]
-Sweep = Annotated[
-    bool, typer.Option("--sweep", help="1, 2, 4 ... at once until throughput stops growing, then Poisson arrivals.")
-]
-Price = Annotated[
-    float | None, typer.Option("--price-per-hour", help="Of the machine, for what a million tokens cost.")
-]
-BenchUrl = Annotated[
-    str | None, typer.Option("--url", help="Bench this OpenAI-compatible server; OPENAI_API_KEY is its key.")
-]
-Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Of --url: the model to ask.")]
-Tokenizer = Annotated[str | None, typer.Option("--tokenizer", metavar="DIR", help="Of --url, without a run.")]
-PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, help="Of --url, without a run: random prompts.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Of --url, without a run: ask /v1/chat/completions.")]
-Compare = Annotated[
-    tuple[Path, Path] | None,
-    typer.Option("--compare", metavar="A B", help="Two records, or two folders of them; exits with 1 on a regression."),
-]
-Threshold = Annotated[str, typer.Option("--threshold", help="Of --compare: how much worse is a regression.")]
-Anyway = Annotated[bool, typer.Option("--anyway", help="Of --compare: also from different environments and loads.")]
-Charts = Annotated[
-    Path | None, typer.Option("--charts", metavar="DIR", help="Write the run's bench charts as SVG files.")
-]
-Png = Annotated[bool, typer.Option("--png", help="Of --charts: PNG files as well.")]
-BatchTokens = Annotated[list[int] | None, typer.Option("--batch-tokens", min=1, help="Of train; repeatable.")]
-Length = Annotated[list[int] | None, typer.Option("--length", min=1, help="Of train: data.max_length; repeatable.")]
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Of train: steps that are timed.")]
-
-
 @app.command(
     epilog="Example: qkit bench runs/quickstart --sweep\n\n"
     "Example: qkit bench --url http://127.0.0.1:8000 --model NAME --tokenizer DIR\n\n"
@@ -808,82 +780,11 @@ def _show(as_json: bool, value: Any, screen: Any) -> None:
 
 
 def _progress(console: Console, quiet: bool) -> Progress:
+    from qkit.progress_screen import Bars, Lines
+
     if quiet:
         return Progress()
-    return _Bars(console) if console.is_terminal else _Lines(console)
-
-
-class _Bars(Progress):
-    """Bars on a terminal."""
-
-    def __init__(self, console: Console):
-        self.console = console
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
-
-    @contextmanager
-    def bar(self, name: str, total: float | None, start: float = 0) -> Iterator[Bar]:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Rich
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-        )
-        with Rich(*columns, console=self.console, transient=True) as rich:
-            task = rich.add_task(name, total=total, completed=int(start), figures="")
-
-            class Drawn:
-                def advance(self, steps: float = 1, **figures: float) -> None:
-                    rich.update(task, advance=steps, figures=_figures(figures))
-
-            yield Drawn()
-
-
-class _Lines(Progress):
-    """Plain lines where stderr is no terminal: at most one every few seconds."""
-
-    EVERY_SECONDS = 5.0
-
-    def __init__(self, console: Console):
-        self.console = console
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
-
-    @contextmanager
-    def bar(self, name: str, total: float | None, start: float = 0) -> Iterator[Bar]:
-        say, every = self.say, self.EVERY_SECONDS
-
-        class Said:
-            done = start
-            begin = last = time.monotonic()
-
-            def advance(self, steps: float = 1, **figures: float) -> None:
-                self.done += steps
-                now = time.monotonic()
-                if now - self.last >= every:
-                    self.last = now
-                    say(
-                        f"{name}: {_progress_words(self.done - start, start, total, now - self.begin)}  {_figures(figures)}"
-                    )
-
-        yield Said()
-
-
-def _progress_words(steps: float, start: float, total: float | None, seconds: float) -> str:
-    """How far it is, and how long it will take where that can be known."""
-    if total is None:
-        return f"{start + steps:,.0f}"
-    return f"{start + steps:g}/{total:g}  {seconds / steps * (total - start - steps):.0f} s left"
-
-
-def _figures(figures: dict[str, float]) -> str:
-    return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+    return Bars(console) if console.is_terminal else Lines(console)
 
 
 def _tame_libraries() -> None:

@@ -170,8 +170,10 @@ def _remedy(run: Run, name: str, breach: Breach) -> str:
         return f"When that is put right, `qkit verify {run.root}` measures again"
     if breach.gate in ("lost", "numbers"):
         return f"Nothing allows this; leave {name} out of export.formats, or see merge.base"
+    rounded = " Small deltas are lost in rounding to bf16: --set merge.dtype=float16 keeps more of them, where the server runs fp16."
     value = "false" if breach.gate == "score" else f"{(breach.figure or 0) * 1.1:.2g}"
     accept = f"--set verify.gates.{name}.{breach.gate}={value}"
     if split(name)[1] and not is_exact(name) and breach.gate != "top1":
         return f"Choose a wider format in export.formats, or accept it: {accept}"
-    return f"`qkit verify A B --where` names the layer where two models part; to accept it: {accept}"
+    where = f"`qkit verify A B --where` names the layer where two models part; to accept it: {accept}."
+    return where + (rounded if run.recipe.merge.dtype == "bfloat16" and breach.gate == "kl_mean" else "")
