@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import bench_charts, show
+from qkit import bench_charts, candidates, show
 from qkit.bench_charts import SERVER
 from qkit.run import Run, write_text
 from qkit.show import Summary
@@ -75,6 +75,7 @@ def page(run: Run) -> str:
         tiles=tiles(figures, metrics, memory),
         verdict=show.verdict(figures),
         score_chart=score_chart(figures),
+        merges=merges(run),
         training_charts=training_charts(metrics),
         memory_chart=memory_chart(memory),
         speed_charts=speed_charts(figures["bench"]),
@@ -85,6 +86,13 @@ def page(run: Run) -> str:
         server=_server_command(run),
         outputs=_outputs(manifest, figures["stages"]),
     )
+
+
+def merges(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
+    """For the merged model, and for each format that was made in more than one way: what was measured of the ways, and which was kept."""
+    merged = show.read(run.folder("merge") / candidates.FILE)
+    exports: Mapping[str, Any] = show.read(run.folder("export") / candidates.FILE) or {}
+    return [*([("merged model", merged)] if merged else []), *exports.items()]
 
 
 def _render(**values: Any) -> str:

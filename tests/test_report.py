@@ -196,6 +196,25 @@ def test_environment_and_hashes_are_on_the_page(tmp_path: Path) -> None:
     assert seen.row("environment", "torch") == ["torch", manifest["environment"]["packages"]["torch"]]
 
 
+def _way(name: str, kl: float, lost: bool = False) -> dict[str, Any]:
+    return {"name": name, "parity": {"kl_mean": kl, "kl_p99": 9 * kl, "top1": 0.98, "heldout_loss": 0.17}, "lost": lost}
+
+
+def test_the_ways_to_merge_are_shown_with_the_one_that_was_kept(tmp_path: Path) -> None:
+    run, ways = open_sample(tmp_path), [_way("dequantized", 0.0004), _way("16bit", 0.0373)]
+    merged = {"chosen": "dequantized", "candidates": ways, "beside": [_way("base", 0.71, lost=True)]}
+    merged["otherwise"] = {"words": "merge.choose=score takes 16bit"}
+    int4 = {"chosen": "16bit", "candidates": ways, "note": "measured on 32 rows"}
+    for stage, table in (("merge", merged), ("export", {"onnx-int4": int4})):
+        run.folder(stage).mkdir()
+        (run.folder(stage) / "candidates.json").write_text(json.dumps(table), encoding="utf-8")
+    html = report.page(run)
+    section = html[html.index('<section id="merge">') : html.index('<section id="training">')]
+    assert re.findall(r'<tr class="strong"><th>([^<]+)', section) == ["dequantized", "16bit"]
+    assert section.count("the fine-tune is lost") == 1
+    assert "merge.choose=score takes 16bit" in section and "measured on 32 rows" in section
+
+
 def test_steps_without_a_finite_loss_are_counted(tmp_path: Path) -> None:
     run = open_sample(tmp_path)
     with (run.root / "train/metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -234,7 +253,7 @@ def test_what_is_absent_is_said_once(tmp_path: Path, absent: str, said: str) -> 
 def test_a_new_run_has_a_page(tmp_path: Path) -> None:
     text = page(open_sample(tmp_path, only_recipe=True)).text
     assert "not evaluated yet" in text
-    assert text.count("has not run") == 7
+    assert text.count("has not run") == 8
     assert "No environment: no stage has run." in text
 
 
