@@ -13,10 +13,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qkit import candidates, export, live, merge, merged_folder, model, parity, pipeline, recipe, scoring
+from qkit import candidates, live, merge, merged_folder, model, parity, pipeline, recipe, scoring
 from qkit.candidates import Candidate
 from qkit.device import detect
 from qkit.errors import ModelError, ParityFailed
+from qkit.export import _stage
 from qkit.parity import Parity
 from qkit.recipe import Quantization, load
 from qkit.run import Run, read_json
@@ -121,7 +122,7 @@ def test_quantizing_the_dequantized_merge_again_loses_the_fine_tune(finished: Ru
     with pytest.raises(
         ParityFailed, match=r"export x \(dequantized\) has lost the fine-tune: its mean KL is .* train longer"
     ):
-        candidates.refuse_lost(lost, "export x", export.LOST)
+        candidates.refuse_lost(lost, "export x", _stage.LOST)
 
 
 def test_a_stage_with_nothing_left_of_the_fine_tune_fails(finished: Run, tmp_path: Path) -> None:
@@ -170,11 +171,11 @@ def test_without_4_bit_there_is_one_way(tiny_recipe: Path) -> None:
 
 def test_how_a_format_is_measured(tmp_path: Path) -> None:
     """A server's format by transformers where that reads it; not at all where only the server does."""
-    assert export._measurable("onnxruntime", tmp_path) == "onnxruntime"
-    assert export._measurable("vllm", tmp_path) is None
+    assert _stage._measurable("onnxruntime", tmp_path) == "onnxruntime"
+    assert _stage._measurable("vllm", tmp_path) is None
     for method, runtime in (("bitsandbytes", "transformers"), ("gptq", None)):
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
-        assert export._measurable("vllm", tmp_path) == runtime
+        assert _stage._measurable("vllm", tmp_path) == runtime
 
 
 def test_quantization_config_fields_are_bitsandbytes_own() -> None:
