@@ -38,8 +38,9 @@ def merged_into(folder: Path) -> list[dict[str, Any]]:
 
 def check_not_merged(adapter: Path, folder: Path) -> None:
     """Raise ModelError when the model in `folder` has this adapter in it already."""
-    digest = adapter_sha256(adapter)
-    for entry in merged_into(folder):
+    entries = merged_into(folder)
+    digest = adapter_sha256(adapter) if entries else ""
+    for entry in entries:
         if digest in entry["adapters"]:
             raise ModelError(
                 f"{adapter}: this adapter is in {folder} already (its {NOTE} says so); folded in twice it would be accepted and answer worse: "

@@ -77,10 +77,14 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
         "test": [{"source": str(folder / "rows.jsonl")}],
     }
     settings["data"] |= {"max_overlap": 1, "max_length": 512, "batch_tokens": 512}
-    settings |= {"train": {"max_steps": 1}, "export": {"formats": []}, "bench": {"runtimes": ["transformers"]}}
+    settings |= {
+        "train": {"max_steps": 4, "learning_rate": 1e-2},
+        "export": {"formats": []},
+        "bench": {"runtimes": ["transformers"]},
+    }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     run = Run.create(folder / "run", load(folder / "tiny.yaml"))
-    for stage in ("data", "train", "merge"):
+    for stage in ("data", "train", "evaluate", "merge"):
         pipeline.execute(run, stage)
     with pytest.MonkeyPatch.context() as patch:
         plain = vllm.argv

@@ -103,7 +103,7 @@ def test_what_is_said_of_each_limit(tmp_path: Path, tiny_recipe: Path) -> None:
     assert "accept it: --set verify.gates.onnx-int4.kl_mean=0.23" in str(caught.value)
     assert "`qkit serve --force`" in str(caught.value)
     for gate in gates.WORDS:
-        assert len(gates._remedy("merged", gates.Breach(gate, 0.2, 0.1))) > 40
+        assert len(gates._remedy(run, "merged", gates.Breach(gate, 0.2, 0.1))) > 40
 
 
 def test_a_failed_gate_ends_a_run_after_its_report(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> None:
