@@ -23,7 +23,6 @@ from qkit.server import TreeMeter
 TOP_LOGPROBS = 20  # vLLM's default ceiling (--max-logprobs)
 CONCURRENCY = 16
 ADAPTER_ROWS = 16  # are scored through an adapter: each of their tokens is a request
-LORA = "--enable-lora"
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # what is on this disk needs no hub
 CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
@@ -61,7 +60,7 @@ def argv(
         ("middleware", "qkit.admission.Admission"),
         ("disable-access-log-for-endpoints", QUIET),
     ]
-    flags = [*(["--enforce-eager"] if section.enforce_eager else []), *([LORA] if alone else [])]
+    flags = [*(["--enforce-eager"] if section.enforce_eager else []), *(["--enable-lora"] if alone else [])]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server.command(options), *flags]
     return [*command, *_lora(extras), *extras.rest]
 
@@ -74,7 +73,7 @@ def _lora(extras: Extras) -> list[str]:
     count = max(len(extras.adapters), 4 if extras.runtime_adapters else 1)
     options = [("max-lora-rank", str(rank)), ("max-loras", str(count))]
     modules = [f"{adapter.name}={adapter.path}" for adapter in extras.adapters]
-    return [LORA, *server.command(options), *(["--lora-modules", *modules] if modules else [])]
+    return ["--enable-lora", *server.command(options), *(["--lora-modules", *modules] if modules else [])]
 
 
 def environment(device: Device, extras: Extras, local: bool = True) -> dict[str, str]:
@@ -172,7 +171,7 @@ class VllmRuntime(Runtime):
         positions alone): there each token is asked for by itself.
         """
         with ThreadPoolExecutor(CONCURRENCY) as pool:
-            if LORA in self.live["argv"]:
+            if self._is_adapter():
                 yield from pool.map(self._score_by_steps, rows[:ADAPTER_ROWS])
             else:
                 yield from pool.map(self._score, rows)
@@ -180,6 +179,11 @@ class VllmRuntime(Runtime):
     def _score(self, row: Row) -> RowScores:
         choice = self._complete(row.input_ids, max_tokens=1, prompt_logprobs=TOP_LOGPROBS)
         return _row_scores(choice["prompt_logprobs"][row.start :], row.input_ids[row.start :])
+
+    def _is_adapter(self) -> bool:
+        """Whether what is asked is an adapter on the server's base: then /v1/models names its parent."""
+        offered = self.client.get("/v1/models").json()["data"]
+        return any(entry["id"] == self.live["model"] and entry.get("parent") for entry in offered)
 
     def _score_by_steps(self, row: Row) -> RowScores:
         """The one token that is allowed is sampled; what is said of it and of the most likely ones is from before that."""
