@@ -202,7 +202,11 @@ def _way(name: str, kl: float, lost: bool = False) -> dict[str, Any]:
 
 def test_the_ways_to_merge_are_shown_with_the_one_that_was_kept(tmp_path: Path) -> None:
     run, ways = open_sample(tmp_path), [_way("dequantized", 0.0004), _way("16bit", 0.0373)]
-    merged = {"chosen": "dequantized", "candidates": ways, "beside": [_way("base", 0.71, lost=True)]}
+    merged = {
+        "chosen": "dequantized",
+        "candidates": ways,
+        "beside": [_way("base", 0.71, lost=True), _way("adapter-16bit", 0.7, lost=True)],
+    }
     merged["otherwise"] = {"words": "merge.choose=score takes 16bit"}
     int4 = {"chosen": "16bit", "candidates": ways, "note": "measured on 32 rows"}
     for stage, table in (("merge", merged), ("export", {"onnx-int4": int4})):
