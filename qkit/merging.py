@@ -17,8 +17,9 @@ from qkit import added_tokens, recipe
 from qkit.deltas import Deltas, LowRank
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
-from qkit.progress import Progress
-from qkit.tensor_files import Spec, TensorFile, read, shards, spec_bytes, tensor_specs
+from qkit.progress import Bar, Progress
+from qkit.shard_writer import model_specs, write_model
+from qkit.tensor_files import Spec, read
 
 if TYPE_CHECKING:
     import torch
@@ -56,14 +57,10 @@ def merge(
         ModelError: the adapter is not one to this base, or of a kind that is not merged.
     """
     work = _Work(folder, Deltas(adapter), base, note)
-    with ShardWriter(work.specs, out, section) as writer, (progress or Progress()).bar("merge", len(work.specs)) as bar:
-        sources = [work.source(name) for name in writer.order]
-        for name, (_, weight) in zip(writer.order, read(folder, sources), strict=True):
-            writer.write(name, work.merged(name, weight))
-            del weight  # the next one is being read
-            bar.advance()
-        work.deltas.check_all_used()
-        writer.finish()
+    specs = {name: {**spec, "dtype": _kept_dtype(spec["dtype"], section.dtype)} for name, spec in work.specs.items()}
+    with (progress or Progress()).bar("merge", len(specs)) as bar:
+        write_model(out, specs, work.tensors(folder, bar), section.max_shard_bytes)
+    work.deltas.check_all_used()
     _write_config(folder, out, section.dtype, work.written)
 
 
@@ -71,7 +68,7 @@ class _Work:
     """The merge of one tensor, and what all of them will look like."""
 
     def __init__(self, folder: Path, deltas: Deltas, base: Base, note: Mapping[str, Any]):
-        found = {name: spec for shard in shards(folder) for name, spec in tensor_specs(shard).items()}
+        found = model_specs(folder)
         self.deltas = deltas
         self.quantized = set(note["quantized"]) if base == "dequantized" else set()
         self.quantization = note["quantization"]
@@ -83,6 +80,14 @@ class _Work:
             name: {"dtype": s["dtype"], "shape": deltas.shape(name) or s["shape"]} for name, s in found.items()
         }
         self.written = Written(bool(self.head), _vocabulary(found, self.specs))
+
+    def tensors(self, folder: Path, bar: Bar) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+        """Every merged tensor, in the order of `specs`."""
+        sources = [self.source(name) for name in self.specs]
+        for name, (_, weight) in zip(self.specs, read(folder, sources), strict=True):
+            yield name, self.merged(name, weight)
+            del weight  # the next one is being read
+            bar.advance()
 
     def source(self, name: str) -> str:
         """The base's tensor that becomes `name`."""
@@ -200,74 +205,9 @@ def _is_vocabulary(name: str, spec: Spec, rows: set[int]) -> bool:
     return module in {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"} and int(spec["shape"][0]) in rows
 
 
-class ShardWriter:
-    """Writes tensors one by one into safetensors files of at most `max_shard_bytes`."""
-
-    def __init__(self, specs: Mapping[str, Spec], out: Path, section: recipe.Merge):
-        self.out = out
-        self.specs: dict[str, Spec] = {
-            name: {"dtype": _kept_dtype(spec["dtype"], section.dtype), "shape": spec["shape"]}
-            for name, spec in specs.items()
-        }
-        sizes = {name: spec_bytes(spec) for name, spec in self.specs.items()}
-        self.total_bytes = sum(sizes.values())
-        self.shards = _grouped(sizes, section.max_shard_bytes)
-        self.order = [name for names in self.shards for name in names]
-        self.firsts = {names[0]: number for number, names in enumerate(self.shards)}
-        self.file: TensorFile | None = None
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._finish_file()
-
-    def write(self, name: str, parts: Iterator[torch.Tensor]) -> None:
-        """The next tensor of `order`, rounded to its dtype."""
-        if name in self.firsts:
-            self._open(self.firsts[name])
-        assert self.file is not None
-        self.file.write_parts(name, parts)
-
-    def _open(self, number: int) -> None:
-        self._finish_file()
-        specs = {name: self.specs[name] for name in self.shards[number]}
-        self.file = TensorFile(self.out / self._name(number), specs)
-
-    def _name(self, number: int) -> str:
-        """One file is model.safetensors; several are numbered, as from_pretrained expects."""
-        count = len(self.shards)
-        return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-    def _finish_file(self) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def finish(self) -> None:
-        """Close the last shard; where there are several, write their index."""
-        self._finish_file()
-        if len(self.shards) > 1:
-            weight_map = {name: self._name(number) for number, names in enumerate(self.shards) for name in names}
-            text = json.dumps({"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}, indent=1)
-            (self.out / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
 def _kept_dtype(found: str, wanted: str) -> str:
     """Floating-point tensors are rounded to the recipe's dtype; others stay what they are."""
     return SAFETENSORS_NAMES[wanted] if found in SAFETENSORS_NAMES.values() else found
-
-
-def _grouped(sizes: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
-    """Names in order, as many to a group as stay within `limit_bytes`; a larger tensor has a group of its own."""
-    groups: list[list[str]] = [[]]
-    held = 0
-    for name, size in sizes.items():
-        if groups[-1] and held + size > limit_bytes:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += size
-    return groups
 
 
 def _write_config(folder: Path, out: Path, dtype: str, written: Written) -> None:

@@ -24,18 +24,21 @@ def model_specs(folder: Path) -> dict[str, Spec]:
 
 
 def write_model(
-    out: Path, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, torch.Tensor]], limit_bytes: int
+    out: Path, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Iterable[torch.Tensor]]], limit_bytes: int
 ) -> None:
-    """Write `tensors`, which come in the order of `specs`, into files of at most `limit_bytes`; an index where there are several."""
+    """Write `tensors`, which come in the order of `specs`, into files of at most `limit_bytes`; an index where there are several.
+
+    A tensor comes in parts, some of its rows after the others, or as one.
+    """
     groups = _grouped({name: spec_bytes(spec) for name, spec in specs.items()}, limit_bytes)
     coming = iter(tensors)
     for number, group in enumerate(groups):
         file = TensorFile(out / _file_name(number, len(groups)), {name: specs[name] for name in group})
         with closing(file):
             for expected in group:
-                name, tensor = next(coming)
+                name, parts = next(coming)
                 assert name == expected, f"{name} came where {expected} was due"
-                file.write(name, tensor)
+                file.write_parts(name, parts)
     if len(groups) > 1:
         _write_index(out, groups, sum(map(spec_bytes, specs.values())))
 

@@ -95,7 +95,7 @@ def write_nearest(merged: Path, out: Path, variant: str, config: Mapping[str, An
     before = model_specs(merged)
     specs = {n: s for name, spec in before.items() for n, s in _specs(name, spec, variant, made.weights.group_size)}
     tensors = (pair for name, weight in read(merged, list(before)) for pair in _packed(name, weight, compressor, made))
-    write_model(out, specs, tensors, limit_bytes)
+    write_model(out, specs, ((name, [tensor]) for name, tensor in tensors), limit_bytes)
 
 
 def _specs(name: str, spec: Spec, variant: str, group: int | None) -> Iterator[tuple[str, Spec]]:

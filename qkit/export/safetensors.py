@@ -37,7 +37,8 @@ def export(job: Job, out: Path, variant: str) -> None:
     if all(spec["dtype"] == before[tensor]["dtype"] for tensor, spec in specs.items()):
         link_weights(job.merged, out)
     else:
-        write_model(out, specs, _checked(job.merged, specs), job.recipe.merge.max_shard_bytes)
+        tensors = ((tensor, [weight]) for tensor, weight in _checked(job.merged, specs))
+        write_model(out, specs, tensors, job.recipe.merge.max_shard_bytes)
     beside_weights(job.merged, out, dtype=name)
 
 
