@@ -55,6 +55,22 @@ class Child:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
+def run_to_end(argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Run a program that dies with us until it ends, its output at the end of `log`: its status, and what it wrote there."""
+    begin = log.stat().st_size if log.exists() else 0
+    with log.open("ab") as sink:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            env={**os.environ, **(env or {})},
+            preexec_fn=death_wish(),
+            check=False,
+        )
+    return done.returncode, log.read_bytes()[begin:].decode(errors="replace").replace("\r", "\n")
+
+
 def die_with_parent(reads_stdin: bool = False) -> None:
     """Called first thing in a stage's process: end when the `qkit run` that started it ends.
 

@@ -10,7 +10,6 @@ import errno
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qkit.child import death_wish
+from qkit.child import run_to_end
 from qkit.errors import DoesNotFit, MissingExtra, NotDeployable
 from qkit.export._job import Job
 from qkit.export._refit import Unmatched, refit
@@ -190,24 +189,15 @@ def _build(job: Job, build: Build, options: Sequence[str], out: Path) -> None:
     arguments += ["-e", PROVIDERS.get(build.precision, "cpu")]
     if options := (*options, *OPTIONS.get(build.precision, ())):
         arguments += ["--extra_options", *options]
-    begin = job.log.stat().st_size if job.log.exists() else 0
-    with job.log.open("ab") as sink:
-        done = subprocess.run(
-            [sys.executable, "-m", "onnxruntime_genai.models.builder", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            preexec_fn=death_wish(),
-            check=False,
-        )
-    if done.returncode:
-        raise _failure(done.returncode, job.log.read_bytes()[begin:].decode(errors="replace"), out)
+    program = [sys.executable, "-m", "onnxruntime_genai.models.builder", *arguments]
+    status, text = run_to_end(program, job.log, {"HF_HUB_OFFLINE": "1"})
+    if status:
+        raise _failure(status, text, out)
 
 
 def _failure(status: int, text: str, out: Path) -> Exception:
     """The error that a failed build stands for."""
-    lines = text.replace("\r", "\n").splitlines()
+    lines = text.splitlines()
     refusal = next((line.removeprefix(REFUSAL) for line in reversed(lines) if line.startswith(REFUSAL)), None)
     if refusal is not None:
         return NotDeployable(f"onnxruntime-genai's builder: {refusal} Leave the onnx formats out of export.formats")

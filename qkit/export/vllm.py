@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qkit import served_adapter, side_env
-from qkit.child import death_wish
+from qkit.child import run_to_end
 from qkit.errors import MissingExtra, ModelError
 from qkit.export._compressed import IGNORED, group_size, quantization_config, scheme, write_nearest
 from qkit.export._folder import beside_weights, link_weights, note, start
@@ -137,21 +135,10 @@ def _calibrated(job: Job, out: Path, scheme_of: Mapping[str, Any], method: str) 
 
 def _start(task: Mapping[str, Any], log: Path) -> None:
     """Run the program to its end in the environment that was made for it."""
-    python = side_env.python_of(ENVIRONMENT)
-    begin = log.stat().st_size if log.exists() else 0
-    with log.open("ab") as sink:
-        done = subprocess.run(
-            [str(python), "-I", str(PROGRAM), json.dumps(task)],
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            preexec_fn=death_wish(),
-            check=False,
-        )
-    if done.returncode:
-        text = log.read_bytes()[begin:].decode(errors="replace").replace("\r", "\n")
+    program = [str(side_env.python_of(ENVIRONMENT)), "-I", str(PROGRAM), json.dumps(task)]
+    status, text = run_to_end(program, log, {"HF_HUB_OFFLINE": "1"})
+    if status:
         raise RuntimeError(
-            f"llm-compressor ended with status {done.returncode}; export.method={NEAREST} does without it:\n"
+            f"llm-compressor ended with status {status}; export.method={NEAREST} does without it:\n"
             + "\n".join(text.splitlines()[-TAIL_LINES:])
         )
