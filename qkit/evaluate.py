@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from qkit import model, scoring
+from qkit.answers import answered
 from qkit.device import detect
 from qkit.errors import DataError
-from qkit.run import Run, read_json, write_json, write_text
+from qkit.run import Run, write_json, write_text
 from qkit.runtime import Runtime, open_runtime
 from qkit.task import open_task
 
@@ -54,14 +55,7 @@ def _evaluate(
     run: Run, name: str, runtime: Runtime, held_out: scoring.HeldOut
 ) -> tuple[dict[str, float], list[dict[str, object]]]:
     """One artifact's score, and its predictions as lines of predictions.jsonl."""
-    section, task = run.recipe.evaluate, open_task(run.recipe.task)
-    tokenizer = model.tokenizer_of(run.recipe.model)
-    stop = frozenset(read_json(run.need("data", "tokens.json"))["stop"])
-    prompts = [row.prompt for row in held_out.rows]
-    with run.progress.bar(f"generate with {name}", len(prompts)) as bar:
-        completions = runtime.generate(prompts, section.max_new_tokens, stop, section.batch_size, bar.advance)
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    right = scoring.grade(texts, held_out, task, section)
+    own = answered(run, runtime, held_out, f"generate with {name}")
     with run.progress.bar(f"held-out loss of {name}", len(held_out.rows)) as bar:
         losses = scoring.heldout_targets(runtime, held_out, bar.advance)
     lines: list[dict[str, object]] = [
@@ -69,11 +63,11 @@ def _evaluate(
             "artifact": name,
             "row": index,
             "prompt": held_out.messages[index][-1]["content"],
-            "prediction": texts[index],
-            "token_ids": completions[index],
+            "prediction": own.texts[index],
+            "token_ids": own.token_ids[index],
             "reference": held_out.answers[index],
-            "correct": right[index],
+            "correct": own.right[index],
         }
-        for index in range(len(texts))
+        for index in range(len(own.texts))
     ]
-    return asdict(scoring.score(right, scoring.mean_loss(losses), section, run.recipe.seed)), lines
+    return asdict(scoring.score(own.right, scoring.mean_loss(losses), run.recipe.evaluate, run.recipe.seed)), lines

@@ -6,22 +6,21 @@ merge/candidates.json   every way with its distance to the live adapter, held-ou
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from qkit import candidates, live, model, parity, scoring
+from qkit import candidates, gates, live, model, parity, scoring
+from qkit.answers import answered
 from qkit.candidates import Candidate
 from qkit.device import detect
 from qkit.live import Live
 from qkit.merged_folder import write_folder
 from qkit.merging import Base
 from qkit.run import Run, need_disk, read_json, write_json
-from qkit.runtime import Runtime, open_runtime
+from qkit.runtime import open_runtime
 from qkit.scoring import HeldOut
-from qkit.task import open_task
 from qkit.tensor_files import shards
 
 LOST = (
@@ -66,34 +65,15 @@ def _measured(run: Run, out: Path, candidate: Candidate, held_out: HeldOut, refe
     """Its distance to the live adapter, and its score beside the live adapter's on the same rows."""
     run.progress.say(f"merge: measuring {candidate.name}")
     with open_runtime("transformers", candidates.folder_of(out, candidate.name), detect()) as runtime:
-        texts = _answers(run, runtime, held_out)
+        own = answered(run, runtime, held_out)
         found = parity.measure(reference, runtime.score(held_out.rows))
-    section, seed = run.recipe.evaluate, run.recipe.seed
-    right = scoring.grade(texts, held_out, open_task(run.recipe.task), section)
     return replace(
         candidate,
         parity=found,
-        score=asdict(scoring.score(right, found.heldout_loss, section, seed)),
-        gain=scoring.paired_gain(_live_right(run), right, section.confidence, seed),
-        texts=tuple(texts),
+        score=asdict(scoring.score(own.right, found.heldout_loss, run.recipe.evaluate, run.recipe.seed)),
+        gain=gates.gain_over_live(run, own.right),
+        texts=own.texts,
     )
-
-
-def _answers(run: Run, runtime: Runtime, held_out: HeldOut) -> list[str]:
-    """Its greedy answers to the held-out prompts."""
-    section = run.recipe.evaluate
-    stop = frozenset(read_json(run.need("data", "tokens.json"))["stop"])
-    prompts = [row.prompt for row in held_out.rows]
-    with run.progress.bar("generate", len(prompts)) as bar:
-        completions = runtime.generate(prompts, section.max_new_tokens, stop, section.batch_size, bar.advance)
-    texts: list[str] = model.tokenizer_of(run.recipe.model).batch_decode(completions, skip_special_tokens=True)
-    return texts
-
-
-def _live_right(run: Run) -> list[bool]:
-    """Which of the live adapter's answers were right."""
-    lines = map(json.loads, run.need("evaluate", "predictions.jsonl").read_text(encoding="utf-8").splitlines())
-    return [bool(line["correct"]) for line in lines if line["artifact"] == "adapter"]
 
 
 def _beside(run: Run, folder: Path, held_out: HeldOut, reference: Live) -> Sequence[Candidate]:

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit import candidates, contract, gates, live, model, parity, scoring
+from qkit import candidates, contract, gates, live, parity, scoring
+from qkit.answers import answered
 from qkit.artifacts import MERGED, Artifact, artifacts, open_artifact
 from qkit.device import detect
 from qkit.errors import MissingArtifact, ModelError, ParityFailed, ServerError
@@ -89,11 +90,9 @@ def _measure(run: Run, artifact: Artifact, held_out: scoring.HeldOut) -> Measure
         exact = _Exact(source)
         with open_artifact(run, artifact, "verify") as runtime:
             checks = _contract(run, artifact, runtime)
-            completions = _completions(run, runtime, held_out)
+            own = answered(run, runtime, held_out)
             measured = parity.measure(reference, exact.seen(runtime.score(held_out.rows)))
-    texts = model.tokenizer_of(run.recipe.model).batch_decode(completions, skip_special_tokens=True)
-    right = scoring.grade(texts, held_out, open_task(run.recipe.task), run.recipe.evaluate)
-    return Measured(measured, tuple(right), exact.found(), checks)
+    return Measured(measured, own.right, exact.found(), checks)
 
 
 def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[contract.Check, ...]:
@@ -137,13 +136,6 @@ class _Exact:
         if not self.agreements:
             return None
         return gates.Exactness(sum(self.agreements) / len(self.agreements), max(self.differences))
-
-
-def _completions(run: Run, runtime: Runtime, held_out: scoring.HeldOut) -> list[list[int]]:
-    """The artifact's own greedy answers to the held-out prompts."""
-    section = run.recipe.evaluate
-    stop = frozenset(read_json(run.need("data", "tokens.json"))["stop"])
-    return runtime.generate([row.prompt for row in held_out.rows], section.max_new_tokens, stop, section.batch_size)
 
 
 def _judged(run: Run, name: str, measured: Measured) -> dict[str, Any]:
