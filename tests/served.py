@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,11 @@ from typing import Any
 import httpx
 import openai
 import psutil
+import pytest
 
 KEY = "a-key-of-the-tests"
+TURNS: Any = [{"role": "user", "content": "say a"}]
+BUSY_SECONDS = 10  # what takes well below one on a machine of one's own
 
 
 @dataclass
@@ -85,3 +88,49 @@ def wait_for_drain(served: Served) -> dict[str, Any]:
         assert time.monotonic() < deadline
     told: dict[str, Any] = answer.json()
     return told
+
+
+def asking(model: str) -> Callable[..., Any]:
+    """How a test asks the model of this name: greedy and short, unless it says otherwise."""
+
+    def chat(client: openai.OpenAI, **asked: Any) -> Any:
+        return client.chat.completions.create(
+            **{"model": model, "messages": TURNS, "max_tokens": 8, "temperature": 0, **asked}
+        )
+
+    return chat
+
+
+def check_streams_alike(chat: Callable[..., Any], client: openai.OpenAI) -> None:
+    """A stream says what the whole answer says, with the same usage."""
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    whole = chat(client)
+    assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
+
+
+def check_drains(served: Served, chat: Callable[..., Any], tokens: int, seconds: float) -> None:
+    """On SIGTERM what streams goes on to its end, new requests are refused, and the command ends well."""
+    client = served.client()
+    asked: Any = {"stream": True, "max_tokens": tokens, "extra_body": {"ignore_eos": True}}
+    streams = [chat(client, **asked) for _ in range(6)]
+    served.process.send_signal(signal.SIGTERM)
+    assert wait_for_drain(served)["in_flight"] > 0
+    with pytest.raises(openai.InternalServerError, match="shutting down"):
+        chat(client)
+    assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * 6
+    assert served.process.wait(timeout=seconds) == 0
+
+
+def wait_for_nobody(served: Served, gauge: str) -> None:
+    """Until the server says that no request is running."""
+    deadline = time.monotonic() + 10
+    while figure(served, gauge) > 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def figure(served: Served, name: str) -> float:
+    """A figure of /metrics, with these labels or over all."""
+    lines = [line.rpartition(" ") for line in httpx.get(f"{served.url}/metrics").text.splitlines()]
+    return sum(float(value) for series, _, value in lines if name in (series, series.partition("{")[0]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +12,18 @@ import httpx
 import openai
 import psutil
 import pytest
-from served import KEY, Served, serving, wait_for_drain
+from served import (
+    BUSY_SECONDS,
+    KEY,
+    TURNS,
+    Served,
+    asking,
+    check_drains,
+    check_streams_alike,
+    figure,
+    serving,
+    wait_for_nobody,
+)
 
 from qkit.export import onnx as exporter
 from qkit.export._job import Job
@@ -21,10 +31,9 @@ from qkit.recipe import Recipe
 
 pytest.importorskip("onnxruntime_genai")
 
-TURNS: Any = [{"role": "user", "content": "say a"}]
 LENGTH = 256
-BUSY_SECONDS = 10  # what takes well below one on a machine of one's own
 TEXT_MODEL = "served-onnx"
+chat = asking(TEXT_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +58,6 @@ def client(served: Served) -> openai.OpenAI:
     return served.client()
 
 
-def chat(client: openai.OpenAI, **asked: Any) -> Any:
-    return client.chat.completions.create(
-        **{"model": TEXT_MODEL, "messages": TURNS, "max_tokens": 8, "temperature": 0, **asked}
-    )
-
-
 def test_it_says_what_the_weights_say(client: openai.OpenAI, tiny_model: Path) -> None:
     """Greedy, in fp32, from the template's own prompt: as transformers has it."""
     import torch
@@ -70,10 +73,7 @@ def test_it_says_what_the_weights_say(client: openai.OpenAI, tiny_model: Path) -
 
 
 def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
-    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    whole = chat(client)
-    assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
+    check_streams_alike(chat, client)
 
 
 def test_requests_at_once_say_what_they_say_alone(client: openai.OpenAI) -> None:
@@ -179,16 +179,13 @@ def test_clients_that_go_away_leave_nothing_running(served: Served, client: open
     body = {"model": TEXT_MODEL, "prompt": "a", "max_tokens": 200, "ignore_eos": True}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{served.url}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=0.02)
-    deadline = time.monotonic() + 10
-    while _figure(served, "qkit_requests_running") > 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_nobody(served, "qkit_requests_running")
 
 
 def test_metrics(served: Served) -> None:
-    assert _figure(served, "qkit_generation_tokens_total") > 50
-    assert _figure(served, "qkit_time_to_first_token_seconds_count") > 5
-    assert _figure(served, 'qkit_requests_total{status="400"}') > 5
+    assert figure(served, "qkit_generation_tokens_total") > 50
+    assert figure(served, "qkit_time_to_first_token_seconds_count") > 5
+    assert figure(served, 'qkit_requests_total{status="400"}') > 5
 
 
 def test_a_dead_server_is_seen_and_started_again(served: Served) -> None:
@@ -205,21 +202,7 @@ def test_a_dead_server_is_seen_and_started_again(served: Served) -> None:
 
 
 def test_sigterm_drains(served: Served) -> None:
-    """Last, since it ends the server: what streams goes on to its end, new requests are refused, and no process is left."""
-    below, client = served.below(), served.client()
-    asked: Any = {"stream": True, "max_tokens": 200, "extra_body": {"ignore_eos": True}}
-    streams = [chat(client, **asked) for _ in range(6)]
-    served.process.send_signal(signal.SIGTERM)
-    told = wait_for_drain(served)
-    assert told["in_flight"] > 0
-    with pytest.raises(openai.InternalServerError, match="shutting down"):
-        chat(client)
-    assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * 6
-    assert served.process.wait(timeout=30) == 0
+    """Last, since it ends the server; no process is left."""
+    below = served.below()
+    check_drains(served, chat, tokens=200, seconds=30)
     assert not psutil.wait_procs(below, timeout=5)[1]
-
-
-def _figure(served: Served, name: str) -> float:
-    """A figure of /metrics, with these labels or over all."""
-    lines = [line.rpartition(" ") for line in httpx.get(f"{served.url}/metrics").text.splitlines()]
-    return sum(float(value) for series, _, value in lines if name in (series, series.partition("{")[0]))

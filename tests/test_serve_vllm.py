@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,14 +15,13 @@ import httpx
 import openai
 import psutil
 import pytest
-from served import KEY, Served, serving, wait_for_drain
+from served import BUSY_SECONDS, KEY, Served, asking, check_drains, check_streams_alike, serving, wait_for_nobody
 
 from qkit.recipe import Recipe
 from qkit.runtimes import vllm
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not vllm.installed(), reason="vLLM is not installed")]
 
-TURNS: Any = [{"role": "user", "content": "say a"}]
 TOOL: Any = {
     "type": "function",
     "function": {
@@ -32,7 +30,7 @@ TOOL: Any = {
     },
 }
 LENGTH = 384
-BUSY_SECONDS = 10  # what takes well below one on a machine of one's own
+chat = asking("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +80,6 @@ def client(served: Served) -> openai.OpenAI:
     return served.client()
 
 
-def chat(client: openai.OpenAI, **asked: Any) -> Any:
-    return client.chat.completions.create(
-        **{"model": "tiny", "messages": TURNS, "max_tokens": 8, "temperature": 0, **asked}
-    )
-
-
 def test_what_it_says_of_itself(served: Served) -> None:
     assert served.told["models"] == ["tiny", "other"]
     assert "$VLLM_API_KEY" in served.told["curl"] and 'os.environ["VLLM_API_KEY"]' in served.told["python"]
@@ -113,10 +105,7 @@ def test_chat_with_usage(client: openai.OpenAI) -> None:
 
 
 def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
-    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    whole = chat(client)
-    assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
+    check_streams_alike(chat, client)
 
 
 def test_stop(client: openai.OpenAI) -> None:
@@ -212,10 +201,7 @@ def test_a_client_that_goes_away_leaves_nothing_running(served: Served, client: 
     stream = chat(client, stream=True, max_tokens=300, extra_body={"ignore_eos": True})
     assert next(iter(stream))
     stream.close()
-    deadline = time.monotonic() + 10
-    while _figure(served, "vllm:num_requests_running") > 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_nobody(served, "vllm:num_requests_running")
 
 
 def test_one_too_many(served: Served, client: openai.OpenAI) -> None:
@@ -244,18 +230,10 @@ def test_a_dead_engine_is_seen_and_started_again(served: Served) -> None:
 
 
 def test_sigterm_drains(served: Served) -> None:
-    """Last, since it ends the server. What streams goes on to its end, new requests are refused, no process and no shared memory is left."""
+    """Last, since it ends the server; no process and no shared memory is left."""
     below = served.below()
     shared = _shared(below)
-    client = served.client()
-    asked: Any = {"stream": True, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
-    streams = [chat(client, **asked) for _ in range(6)]
-    served.process.send_signal(signal.SIGTERM)
-    assert wait_for_drain(served)["in_flight"] > 0
-    with pytest.raises(openai.InternalServerError, match="shutting down"):
-        chat(client)
-    assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * 6
-    assert served.process.wait(timeout=40) == 0
+    check_drains(served, chat, tokens=300, seconds=40)
     _, alive = psutil.wait_procs(below, timeout=5)
     assert len(below) > 2 and not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
     assert shared and not [path for path in shared if path.exists()]
@@ -265,11 +243,6 @@ def _shared(processes: list[psutil.Process]) -> set[Path]:
     """The pieces of shared memory that these have open."""
     maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in processes)
     return {Path(path) for path in re.findall(r"/dev/shm/psm_\w+", maps)}
-
-
-def _figure(served: Served, name: str) -> float:
-    lines = httpx.get(f"{served.url}/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
 
 
 def _healthy(served: Served) -> bool:
