@@ -20,38 +20,71 @@ from qkit.options import (
     LOCAL,
     Anyway,
     ArtifactName,
+    Batch,
     BatchTokens,
     BenchUrl,
     Beside,
+    Card,
     Charts,
     Chat,
     Child,
+    Combine,
     Compare,
+    Compared,
+    CompareRows,
+    Density,
+    DryRun,
+    Explain,
     Force,
+    ForeignAdapters,
+    ForeignBase,
     Form,
+    Format,
+    Html,
+    InspectedData,
     Json,
     KeyFile,
     Length,
     Loading,
+    MaxKl,
+    MaybeTarget,
+    Memory,
+    MergedOut,
+    MergeRows,
     Model,
     NoContract,
     Out,
+    PlannedModel,
     Png,
     Price,
+    Private,
     PromptTokens,
+    PushedFolder,
+    PushForce,
+    Quantization,
     Quiet,
+    Rank,
+    Repo,
     Rest,
     Restart,
+    RowLength,
+    RowNumber,
     RunFolder,
     RuntimeName,
     Served,
+    ServerUrl,
     Set,
+    Solve,
+    Split,
     Steps,
     Sweep,
     Target,
     Threshold,
+    TokenizedModel,
     Tokenizer,
     Url,
+    Weights,
+    Where,
     Words,
 )
 from qkit.progress import Progress
@@ -104,29 +137,17 @@ def doctor(
 
 @app.command(epilog="Example: qkit plan recipes/llama-3.1-8b-24gb.yaml --memory 24GiB")
 def plan(
-    target: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE_OR_RUN]", help="A recipe (.yaml) or a run directory.")
-    ] = None,
+    target: MaybeTarget = None,
     overrides: Set = None,
-    memory: Annotated[
-        str | None, typer.Option("--memory", metavar="24GiB", help="Plan for a device of this size.")
-    ] = None,
-    card: Annotated[str | None, typer.Option("--card", metavar="rtx-4090", help="Plan for a known card.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="M", help="In place of a recipe: config.json, its folder, or a name."),
-    ] = None,
-    quantization: Annotated[str | None, typer.Option("--quantization", metavar="nf4", help="Of --model.")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of --model's adapter.")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Rows at once, with --model.")] = None,
-    length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens of a row, with --model.")] = None,
-    solve: Annotated[
-        str | None,
-        typer.Option("--solve", metavar="WHAT", help="The most that fits: max_length, batch, rank; or card."),
-    ] = None,
-    explain: Annotated[
-        str | None, typer.Option("--explain", metavar="LINE", help="The formula of a line, with its numbers.")
-    ] = None,
+    memory: Memory = None,
+    card: Card = None,
+    model: PlannedModel = None,
+    quantization: Quantization = None,
+    rank: Rank = None,
+    batch: Batch = None,
+    length: RowLength = None,
+    solve: Solve = None,
+    explain: Explain = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -156,18 +177,14 @@ def _planned(target: Path | None, overrides: list[str] | None, options: Any) -> 
 
 @app.command(epilog="Example: qkit inspect recipes/quickstart.yaml --row 3")
 def inspect(
-    target: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE_OR_RUN]", help="A recipe (.yaml) or a run directory.")
-    ] = None,
+    target: MaybeTarget = None,
     overrides: Set = None,
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="M", help="In place of a recipe: the model, for its tokenizer.")
-    ] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="F", help="In place of a recipe: the data set.")] = None,
-    format: Annotated[str, typer.Option("--format", help="Of --data, when its columns do not tell.")] = "auto",
-    row: Annotated[int | None, typer.Option("--row", help="Show this row token by token.")] = None,
-    split: Annotated[str, typer.Option("--split", help="Of --row: train, validation or test.")] = "train",
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it all to a page as well.")] = None,
+    model: TokenizedModel = None,
+    data: InspectedData = None,
+    format: Format = "auto",
+    row: RowNumber = None,
+    split: Split = "train",
+    html: Html = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -319,35 +336,15 @@ for _name, _help in (
     epilog="Example: qkit merge --base Qwen/Qwen2.5-7B-Instruct --adapter my-adapter --out merged --data rows.jsonl"
 )
 def merge(
-    target: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE_OR_RUN]", help="A recipe (.yaml) or a run directory.")
-    ] = None,
+    target: MaybeTarget = None,
     overrides: Set = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="D", help="The run directory; with --base the merged model's folder."),
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", metavar="B", help="In place of a recipe: a model as model.source names it.")
-    ] = None,
-    adapter: Annotated[
-        list[Path] | None, typer.Option("--adapter", metavar="A", help="With --base: a PEFT LoRA folder; repeatable.")
-    ] = None,
-    weight: Annotated[
-        list[float] | None, typer.Option("--weight", help="Of each --adapter, in their order; default: 1.")
-    ] = None,
-    combine: Annotated[
-        str,
-        typer.Option(
-            "--combine", help="Several adapters: linear, cat, ties, dare_linear, dare_ties ... as PEFT has it."
-        ),
-    ] = "linear",
-    density: Annotated[
-        float, typer.Option("--density", min=0, max=1, help="Share of values that ties and dare keep.")
-    ] = 0.5,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="ROWS", help="With --base: conversations to measure the merge on.")
-    ] = None,
+    out: MergedOut = None,
+    base: ForeignBase = None,
+    adapter: ForeignAdapters = None,
+    weight: Weights = None,
+    combine: Combine = "linear",
+    density: Density = 0.5,
+    data: MergeRows = None,
     as_json: Json = False,
     quiet: Quiet = False,
     child: Child = False,
@@ -371,27 +368,11 @@ def merge(
 
 @app.command(epilog="Example: qkit verify runs/quickstart runs/quickstart/export/onnx-int4 --max-kl 0.1")
 def verify(
-    targets: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RECIPE_OR_RUN | A B",
-            help="A recipe or a run: the stage. Two of: a run (its live adapter), a model folder, an export, a server's http:// address.",
-        ),
-    ],
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", metavar="ROWS", help="Compare A and B on these: JSON lines, or RUN/data/test.parquet."),
-    ] = None,
-    where: Annotated[bool, typer.Option("--where", help="Name the first layer at which A and B part.")] = False,
-    max_kl: Annotated[
-        float | None, typer.Option("--max-kl", metavar="NATS", help="Exit with 2 when the mean KL of A and B is above.")
-    ] = None,
-    server: Annotated[
-        str | None,
-        typer.Option(
-            "--server", metavar="URL", help="Check that a running server does with RUN's rows what training did."
-        ),
-    ] = None,
+    targets: Compared,
+    data: CompareRows = None,
+    where: Where = False,
+    max_kl: MaxKl = None,
+    server: ServerUrl = None,
     overrides: Set = None,
     out: Out = None,
     as_json: Json = False,
@@ -556,13 +537,11 @@ def _bench_charts(run: Path, folder: Path, png: bool, as_json: bool) -> None:
 
 @app.command(epilog="Example: qkit push runs/quickstart/export/vllm me/my-model --private --dry-run")
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An export, or a run's merge folder.")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Make it private, when it is new.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be uploaded.")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Also without provenance, or when its gate has failed.")
-    ] = False,
+    folder: PushedFolder,
+    repo: Repo,
+    private: Private = False,
+    dry_run: DryRun = False,
+    force: PushForce = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -776,7 +755,8 @@ def _show(as_json: bool, value: Any, screen: Any) -> None:
         return
     from rich.console import Console
 
-    Console().print(screen(), highlight=False, soft_wrap=isinstance(screen(), str))
+    drawn = screen()
+    Console().print(drawn, highlight=False, soft_wrap=isinstance(drawn, str))
 
 
 def _progress(console: Console, quiet: bool) -> Progress:

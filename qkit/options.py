@@ -74,3 +74,89 @@ Png = Annotated[bool, typer.Option("--png", help="Of --charts: PNG files as well
 BatchTokens = Annotated[list[int] | None, typer.Option("--batch-tokens", min=1, help="Of train; repeatable.")]
 Length = Annotated[list[int] | None, typer.Option("--length", min=1, help="Of train: data.max_length; repeatable.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Of train: steps that are timed.")]
+
+# --- of `qkit plan` ---
+
+MaybeTarget = Annotated[
+    Path | None, typer.Argument(metavar="[RECIPE_OR_RUN]", help="A recipe (.yaml) or a run directory.")
+]
+Memory = Annotated[str | None, typer.Option("--memory", metavar="24GiB", help="Plan for a device of this size.")]
+Card = Annotated[str | None, typer.Option("--card", metavar="rtx-4090", help="Plan for a known card.")]
+PlannedModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="M", help="In place of a recipe: config.json, its folder, or a name."),
+]
+Quantization = Annotated[str | None, typer.Option("--quantization", metavar="nf4", help="Of --model.")]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, help="Of --model's adapter.")]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Rows at once, with --model.")]
+RowLength = Annotated[int | None, typer.Option("--length", min=1, help="Tokens of a row, with --model.")]
+Solve = Annotated[
+    str | None,
+    typer.Option("--solve", metavar="WHAT", help="The most that fits: max_length, batch, rank; or card."),
+]
+Explain = Annotated[
+    str | None, typer.Option("--explain", metavar="LINE", help="The formula of a line, with its numbers.")
+]
+
+# --- of `qkit inspect` ---
+
+TokenizedModel = Annotated[
+    str | None, typer.Option("--model", metavar="M", help="In place of a recipe: the model, for its tokenizer.")
+]
+InspectedData = Annotated[str | None, typer.Option("--data", metavar="F", help="In place of a recipe: the data set.")]
+Format = Annotated[str, typer.Option("--format", help="Of --data, when its columns do not tell.")]
+RowNumber = Annotated[int | None, typer.Option("--row", help="Show this row token by token.")]
+Split = Annotated[str, typer.Option("--split", help="Of --row: train, validation or test.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it all to a page as well.")]
+
+# --- of `qkit merge` ---
+
+MergedOut = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="D", help="The run directory; with --base the merged model's folder."),
+]
+ForeignBase = Annotated[
+    str | None, typer.Option("--base", metavar="B", help="In place of a recipe: a model as model.source names it.")
+]
+ForeignAdapters = Annotated[
+    list[Path] | None, typer.Option("--adapter", metavar="A", help="With --base: a PEFT LoRA folder; repeatable.")
+]
+Weights = Annotated[list[float] | None, typer.Option("--weight", help="Of each --adapter, in their order; default: 1.")]
+Combine = Annotated[
+    str,
+    typer.Option("--combine", help="Several adapters: linear, cat, ties, dare_linear, dare_ties ... as PEFT has it."),
+]
+Density = Annotated[float, typer.Option("--density", min=0, max=1, help="Share of values that ties and dare keep.")]
+MergeRows = Annotated[
+    str | None, typer.Option("--data", metavar="ROWS", help="With --base: conversations to measure the merge on.")
+]
+
+# --- of `qkit verify` ---
+
+Compared = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RECIPE_OR_RUN | A B",
+        help="A recipe or a run: the stage. Two of: a run (its live adapter), a model folder, an export, a server's http:// address.",
+    ),
+]
+CompareRows = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="ROWS", help="Compare A and B on these: JSON lines, or RUN/data/test.parquet."),
+]
+Where = Annotated[bool, typer.Option("--where", help="Name the first layer at which A and B part.")]
+MaxKl = Annotated[
+    float | None, typer.Option("--max-kl", metavar="NATS", help="Exit with 2 when the mean KL of A and B is above.")
+]
+ServerUrl = Annotated[
+    str | None,
+    typer.Option("--server", metavar="URL", help="Check that a running server does with RUN's rows what training did."),
+]
+
+# --- of `qkit push` ---
+
+PushedFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="An export, or a run's merge folder.")]
+Repo = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.")]
+Private = Annotated[bool, typer.Option("--private", help="Make it private, when it is new.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be uploaded.")]
+PushForce = Annotated[bool, typer.Option("--force", help="Also without provenance, or when its gate has failed.")]
