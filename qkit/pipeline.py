@@ -105,6 +105,7 @@ def execute(run: Run, name: str) -> None:
     stage = STAGES[name]
     with run.locked():
         run.save_recipe()
+        run.adopt()
         _check_inputs(run, stage)
         key, inputs = _key(run, stage), _inputs(run, stage)
         work = run.work_folder(name, key, stage.resumes)
@@ -178,6 +179,7 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
     deploy.check(run.recipe)
     with run.locked():
         run.save_recipe()
+        run.adopt()
         serves, beside = STAGES["serve"] in stages_of(run.recipe), detect().server_beside_model
         with _Server(run, options) as server:
             for stage in stages_of(run.recipe):

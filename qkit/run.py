@@ -5,6 +5,7 @@ A stage works in `RUN/.work/STAGE` and its folder appears whole, so a killed sta
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -139,6 +140,20 @@ class Run:
         entry = self.manifest()["stages"].get(stage)
         return entry is not None and all(_same(self.root / name, output) for name, output in entry["outputs"].items())
 
+    def adopt(self) -> None:
+        """Keep the new times of files that were copied and are what was hashed, so that they are not hashed at each look."""
+        manifest = self.manifest()
+        outputs = [item for entry in manifest["stages"].values() for item in entry["outputs"].items()]
+        copied = [
+            (self.root / name, output)
+            for name, output in outputs
+            if _same(self.root / name, output) and (self.root / name).stat().st_mtime_ns != output["mtime_ns"]
+        ]
+        for path, output in copied:
+            output["mtime_ns"] = path.stat().st_mtime_ns
+        if copied:
+            write_text(self.root / "run.json", json.dumps(manifest, indent=1, sort_keys=True))
+
     def changed(self, stage: str) -> list[str]:
         """Files of a stage that are not as they were written, by their content; relative to the run directory."""
         made = self.outputs(stage).items()
@@ -260,10 +275,19 @@ def _output(path: Path) -> Output:
 
 
 def _same(path: Path, output: Mapping[str, Any]) -> bool:
+    """Whether it is the file that was hashed: by size and time; in a run that was copied, where times are others, by content."""
     if not path.exists():
         return False
     status = path.stat()
-    return bool(status.st_size == output["bytes"] and status.st_mtime_ns == output["mtime_ns"])
+    if status.st_size != output["bytes"]:
+        return False
+    return bool(status.st_mtime_ns == output["mtime_ns"] or _hashed(path, status.st_mtime_ns) == output["sha256"])
+
+
+@functools.cache
+def _hashed(path: Path, mtime_ns: int) -> str:
+    """Once a process for each file as it stands."""
+    return sha256_of(path)
 
 
 def environment(device: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,21 @@ def test_the_report_and_the_model_card_are_there(finished: Path) -> None:
     assert "adapter" in (finished / "merge" / "README.md").read_text()
 
 
+def test_a_copied_run_is_done_too(finished: Path, tmp_path: Path) -> None:
+    """Its files have other times and the same content; what is changed in the copy is seen all the same."""
+    copy = shutil.copytree(finished, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert set(pipeline.statuses(Run.open(copy)).values()) == {"done"}
+    done = qkit("run", copy)
+    assert done.returncode == 0 and NOTHING_TO_DO in done.stderr
+    entry = Run.open(copy).manifest()["stages"]["merge"]["outputs"]["merge/config.json"]
+    assert entry["mtime_ns"] == (copy / "merge" / "config.json").stat().st_mtime_ns
+    file = copy / "train" / "adapter" / "adapter_model.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(bytes(damaged))
+    assert pipeline.statuses(Run.open(copy))["train"] == "stale"
+
+
 def test_a_second_run_does_nothing(finished: Path) -> None:
     before = (finished / "run.json").read_bytes()
     done = qkit("run", finished)
