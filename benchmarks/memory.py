@@ -86,8 +86,9 @@ def _in_own_process(point: dict[str, Any], gpu: bool) -> dict[str, Any] | None:
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
     """Two steps of one point, in this process."""
-    from qkit.device import PeakMeter, detect
+    from qkit.device import PeakMeter, detect, keep_few_kernels
 
+    keep_few_kernels()
     device = detect()
     meter = PeakMeter(device)
     with tempfile.TemporaryDirectory() as scratch:

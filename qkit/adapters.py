@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import MissingArtifact, ServerError
-from qkit.model import check_adapter
+from qkit.provenance import check_adapter
 from qkit.run import read_json
 from qkit.served_adapter import rank_for
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from qkit import bench_record, cards, model, pipeline, roofline, train
 from qkit.bench_meter import driver
-from qkit.device import PeakMeter, detect
+from qkit.device import PeakMeter, detect, keep_few_kernels
 from qkit.errors import RecipeError, StageFailed
 from qkit.progress import Progress
 from qkit.recipe import Recipe, from_dict
@@ -101,6 +101,7 @@ def _in_a_process(how: Recipe, point: Point, steps: int, out: Path) -> dict[str,
 
 def measure(run: Run) -> dict[str, Any]:
     """In the point's own process: tokenize, load, train; the first step warms up and is in no figure of speed."""
+    keep_few_kernels()
     how, device = run.recipe, detect()
     pipeline.execute(run, "data")
     meter = PeakMeter(device)

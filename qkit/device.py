@@ -223,6 +223,20 @@ def give_back_freed() -> None:
         trim(0)
 
 
+KERNELS_KEPT = "128"
+# oneDNN's cache, and that of torch's own layer over it.
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+
+def keep_few_kernels() -> None:
+    """Have oneDNN, which torch computes with on a CPU, forget kernels that were not used lately; of no effect once torch is imported.
+
+    It makes some for every shape of batch, keeps a thousand, and training meets new shapes for as long as an epoch lasts.
+    """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, KERNELS_KEPT)
+
+
 @contextmanager
 def released() -> Iterator[None]:
     """Give cached device memory back on leaving, so that the next model finds it free."""

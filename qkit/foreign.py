@@ -109,7 +109,7 @@ def _checked(adapter: Path, folder: Path, base: str) -> list[str]:
     config = Deltas(adapter).config
     provenance.check_not_merged(adapter, folder)
     if (adapter / provenance.NOTE).is_file():
-        model.check_adapter(adapter, folder)
+        provenance.check_adapter(adapter, folder)
         return []
     said = str(config.base_model_name_or_path or "nothing")
     held = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path", "")
@@ -128,7 +128,7 @@ def _take_in(wish: Wish, weights: Sequence[float], folder: Path, out: Path, how:
         combine(wish, weights, folder, out, how.seed)
     if not (out / provenance.NOTE).is_file():
         names = _quantized(folder, how) if how.quantization.load_in_4bit else []
-        model.write_adapter_note(out, folder, how, names)
+        provenance.write_adapter_note(out, folder, how, names)
 
 
 def combine(wish: Wish, weights: Sequence[float], folder: Path, out: Path, seed: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from qkit import candidates, gates, live, model, parity, scoring
+from qkit import candidates, gates, live, model, parity, provenance, scoring
 from qkit.answers import answered
 from qkit.candidates import Candidate
 from qkit.device import detect
@@ -37,7 +37,7 @@ def run(run: Run, out: Path) -> None:
         ParityFailed: the fine-tune is not in the best of them.
     """
     folder, ways = model.resolve(run.recipe.model), candidates.bases(run.recipe)
-    model.check_adapter(run.need("train", "adapter"), folder)
+    provenance.check_adapter(run.need("train", "adapter"), folder)
     size = sum(shard.stat().st_size for shard in shards(folder))
     need_disk(out, size * min(len(ways), 2), "merge")
     held_out = scoring.read_held_out(run.need("data", "test.parquet"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from qkit import model, provenance
 from qkit.merging import Base, merge
 from qkit.run import Run, make_folder
+from qkit.tensor_files import copy_companions
 
 
 def write_folder(run: Run, out: Path, base: Base, adapters: Mapping[str, float] | None = None) -> None:
@@ -21,8 +22,8 @@ def write_folder(run: Run, out: Path, base: Base, adapters: Mapping[str, float] 
     """
     make_folder(out)
     folder, adapter = model.resolve(run.recipe.model), run.need("train", "adapter")
-    note = model.check_adapter(adapter, folder)
-    model.copy_companions(folder, out)
+    note = provenance.check_adapter(adapter, folder)
+    copy_companions(folder, out)
     merge(folder, adapter, out, base, run.recipe.merge, note, run.progress)  # with a config.json of its own
     if run.recipe.model.chat_template or run.recipe.model.add_tokens:
         model.tokenizer_of(run.recipe.model).save_pretrained(str(out))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit import added_tokens, deltas, provenance, recipe, template
-from qkit.errors import MissingArtifact, ModelError
+from qkit.errors import ModelError
 from qkit.source import HubId, cache_dir, locate, sha256_of
-from qkit.tensor_files import fingerprint, tensor_specs
+from qkit.tensor_files import tensor_specs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ADAPTER_NOTE = provenance.NOTE  # in the adapter's folder: which base it was trained on, and how that was quantized
+
 COMPANIONS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")  # what stands beside the weights
 
 
@@ -156,7 +155,16 @@ def load_base(folder: Path, how: recipe.Recipe, device: Device) -> PreTrainedMod
         str(folder), device_map=device.device_map, trust_remote_code=how.model.trust_remote_code, **options
     )
     loaded.config.use_cache = False
+    if how.quantization.load_in_4bit and device.gives_back:
+        _let_go_of_files(loaded)
     return loaded
+
+
+def _let_go_of_files(model: PreTrainedModel) -> None:
+    """Copy what was not quantized. As it was read, it is a view of its file, and one view keeps the whole 16-bit file mapped."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
 
 
 def quantization_config(section: recipe.Quantization) -> Any:
@@ -183,7 +191,7 @@ def load_live(folder: Path, how: recipe.Recipe, device: Device, adapter: Path | 
 def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PeftModel:
     from peft import PeftModel
 
-    check_adapter(adapter, folder)
+    provenance.check_adapter(adapter, folder)
     _resize(base, adapter)
     live = PeftModel.from_pretrained(base, str(adapter))
     added_tokens.settle(live)
@@ -222,45 +230,3 @@ def quantized_names(model: PreTrainedModel) -> list[str]:
     from bitsandbytes.nn import Linear4bit
 
     return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)]
-
-
-# --- which base an adapter belongs to -------------------------------------------------------------------------------
-
-
-def write_adapter_note(adapter: Path, folder: Path, how: recipe.Recipe, quantized: list[str]) -> None:
-    """Keep beside an adapter what it was trained on."""
-    note = {
-        "base": how.model.source,
-        "base_fingerprint": fingerprint(folder),
-        "quantization": how.quantization.model_dump(mode="json"),
-        "quantized": quantized,
-    }
-    (adapter / ADAPTER_NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
-
-
-def check_adapter(adapter: Path, folder: Path) -> Mapping[str, Any]:
-    """The adapter's note, after seeing that the model in `folder` is the one it was trained on.
-
-    Raises:
-        MissingArtifact: this is no adapter that qkit made.
-        ModelError: it was trained on another model, or is in this one already.
-    """
-    note_file = adapter / ADAPTER_NOTE
-    if not note_file.is_file() or not (adapter / "adapter_config.json").is_file():
-        raise MissingArtifact(f"{adapter}: not an adapter made by `qkit train` (it has no {ADAPTER_NOTE})")
-    provenance.check_not_merged(adapter, folder)
-    note: dict[str, Any] = json.loads(note_file.read_text(encoding="utf-8"))
-    if note["base_fingerprint"] != fingerprint(folder):
-        raise ModelError(
-            f"{adapter}: this adapter was trained on {note['base']}, and the weights in {folder} are others; "
-            "on another base it would be accepted and answer worse: give model.source the base it was trained on"
-        )
-    return note
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Everything beside the weights that a model folder needs: tokenizer, template, generation config, remote code."""
-    for file in source.iterdir():
-        weights = file.suffix in {".safetensors", ".bin", ".gguf"} or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name != "README.md":
-            shutil.copyfile(file, target / file.name)

@@ -1,4 +1,4 @@
-"""Which adapters a model folder has in it already: kept in its qkit.json, and asked before another one is folded in."""
+"""Which adapters a model folder has in it already, and which base an adapter belongs to: kept in qkit.json, asked before one is merged."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qkit.deltas import WEIGHTS
-from qkit.errors import ModelError
+from qkit.errors import MissingArtifact, ModelError
 from qkit.tensor_files import fingerprint, tensor_specs
+
+if TYPE_CHECKING:
+    from qkit.recipe import Recipe
 
 NOTE = "qkit.json"  # in an adapter's folder, a merged model's, an export's: what it is, and what it was made from
 
@@ -53,3 +56,37 @@ def write_merged(out: Path, folder: Path, base: str, onto: str, adapters: Mappin
     entry = {"base": base, "base_fingerprint": fingerprint(folder), "onto": onto, "adapters": dict(adapters)}
     note = {"merged": [*merged_into(folder), entry]}
     (out / NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+
+
+# --- which base an adapter belongs to -------------------------------------------------------------------------------
+
+
+def write_adapter_note(adapter: Path, folder: Path, how: Recipe, quantized: list[str]) -> None:
+    """Keep beside an adapter what it was trained on."""
+    note = {
+        "base": how.model.source,
+        "base_fingerprint": fingerprint(folder),
+        "quantization": how.quantization.model_dump(mode="json"),
+        "quantized": quantized,
+    }
+    (adapter / NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+
+
+def check_adapter(adapter: Path, folder: Path) -> Mapping[str, Any]:
+    """The adapter's note, after seeing that the model in `folder` is the one it was trained on.
+
+    Raises:
+        MissingArtifact: this is no adapter that qkit made.
+        ModelError: it was trained on another model, or is in this one already.
+    """
+    note_file = adapter / NOTE
+    if not note_file.is_file() or not (adapter / "adapter_config.json").is_file():
+        raise MissingArtifact(f"{adapter}: not an adapter made by `qkit train` (it has no {NOTE})")
+    check_not_merged(adapter, folder)
+    note: dict[str, Any] = json.loads(note_file.read_text(encoding="utf-8"))
+    if note["base_fingerprint"] != fingerprint(folder):
+        raise ModelError(
+            f"{adapter}: this adapter was trained on {note['base']}, and the weights in {folder} are others; "
+            "on another base it would be accepted and answer worse: give model.source the base it was trained on"
+        )
+    return note

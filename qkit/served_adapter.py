@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import NotDeployable
-from qkit.model import check_adapter
+from qkit.provenance import check_adapter
 from qkit.recipe import Recipe
 
 # An adapter of any rank up to its server's --max-lora-rank is served; that option takes these (vllm/config/lora.py, MaxLoRARanks).

@@ -10,10 +10,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qkit import bootstrap
 from qkit.errors import RecipeError, StageFailed
 from qkit.source import cache_dir
+
+if TYPE_CHECKING:
+    from qkit import bootstrap
 
 DONE = "qkit-made"  # written last: an environment that was interrupted is made anew
 
@@ -59,6 +62,8 @@ def make(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
     """
     if name not in ENVIRONMENTS:
         raise RecipeError(f"--make {name}: there is {', '.join(ENVIRONMENTS)}")
+    from qkit import bootstrap
+
     home = folder(name)
     if python_of(name) is None:
         shutil.rmtree(home, ignore_errors=True)
@@ -72,11 +77,15 @@ def make(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
 
 
 def _target(home: Path) -> bootstrap.Target:
+    from qkit import bootstrap
+
     return bootstrap.Target(sys.platform, bootstrap.detect_kind(), home, sys.executable)
 
 
 def _install(target: bootstrap.Target, name: str) -> Iterator[bootstrap.Step]:
     """The steps after the empty environment: torch in the build that suits the device, the rest, and whether it can be imported."""
+    from qkit import bootstrap
+
     made, pip = ENVIRONMENTS[name], [*target.pip, "install", "--quiet"]
     if target.cpu_torch and not bootstrap.torch_offered(target):
         index = ["--index-url", bootstrap.CPU_INDEX]

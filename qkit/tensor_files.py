@@ -1,9 +1,10 @@
-"""safetensors files: what is in a model's shards, and writing them one tensor at a time."""
+"""A model folder's files: what is in its shards, read one tensor at a time, and what stands beside them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -164,3 +165,11 @@ class TensorFile:
 
     def close(self) -> None:
         self.file.close()
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Everything beside the weights that a model folder needs: tokenizer, template, generation config, remote code."""
+    for file in source.iterdir():
+        weights = file.suffix in {".safetensors", ".bin", ".gguf"} or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name != "README.md":
+            shutil.copyfile(file, target / file.name)

@@ -21,8 +21,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, deploy, fitting, memory_seen, model, plan, roofline, row_losses, tensors_alive
-from qkit.device import Device, PeakMeter, detect, out_of_memory
+from qkit import (
+    added_tokens,
+    deploy,
+    fitting,
+    memory_seen,
+    model,
+    plan,
+    provenance,
+    roofline,
+    row_losses,
+    tensors_alive,
+)
+from qkit.device import Device, PeakMeter, detect, keep_few_kernels, out_of_memory
 from qkit.errors import MissingArtifact, ModelError, OutOfMemory, StageFailed
 from qkit.fast.batches import part_sizes
 from qkit.progress import Bar
@@ -51,6 +62,7 @@ def run(run: Run, out: Path) -> Peak:
         NotDeployable: a format that the recipe names could not be made of the result, or not be loaded where it goes.
         StageFailed: the labels that were trained on are not those of the ledger.
     """
+    keep_few_kernels()
     how, device = run.recipe, detect()
     fitting.check(how, device)
     deploy.check(how)
@@ -312,7 +324,7 @@ def _save(trainer: SFTTrainer, folder: Path, how: Recipe, adapter: Path) -> None
         raise MissingArtifact(f"{adapter}: peft wrote no adapter_model.safetensors")
     quantized = model.quantized_names(trained.get_base_model()) if how.quantization.load_in_4bit else []
     names = [name.replace(".base_layer.weight", ".weight") for name in quantized]
-    model.write_adapter_note(adapter, folder, how, names)
+    provenance.write_adapter_note(adapter, folder, how, names)
 
 
 __all__ = ["build_trainer", "last_checkpoint", "lora_config", "run", "sft_config"]

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from qkit import added_tokens, merged_folder, model, pipeline, recipe, train
+from qkit import added_tokens, merged_folder, model, pipeline, provenance, recipe, train
 from qkit.device import detect
 from qkit.errors import ModelError, RecipeError
 from qkit.progress import Progress
@@ -408,6 +408,6 @@ def test_another_base_is_refused(finished: Finished, tmp_path: Path) -> None:
     adapter = finished.run.need("train", "adapter")
     if finished.run.recipe.model.add_tokens:
         with pytest.raises(ModelError, match="was trained on"):
-            model.check_adapter(adapter, bare)
+            provenance.check_adapter(adapter, bare)
     else:
-        model.check_adapter(adapter, bare)
+        provenance.check_adapter(adapter, bare)

@@ -20,8 +20,7 @@ import torch
 from exporting import ROWS, changed_config, exported, job_of, kl, recipe_of
 from safetensors.torch import load_file, save_file
 
-from qkit import model as models
-from qkit import side_env
+from qkit import provenance, side_env
 from qkit.device import detect
 from qkit.errors import MissingArtifact, MissingExtra, ModelError, NotDeployable
 from qkit.export._compressed import GROUPS, group_size
@@ -53,7 +52,7 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(str(folder))
-    models.write_adapter_note(folder, tiny_model, recipe_of(tiny_model), [])
+    provenance.write_adapter_note(folder, tiny_model, recipe_of(tiny_model), [])
     return folder
 
 

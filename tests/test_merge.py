@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qkit import candidates, live, merge, merged_folder, model, parity, pipeline, recipe, scoring
+from qkit import candidates, live, merge, merged_folder, model, parity, pipeline, provenance, recipe, scoring
 from qkit.candidates import Candidate
 from qkit.device import detect
 from qkit.errors import ModelError, ParityFailed
@@ -77,7 +77,7 @@ def test_a_quantized_format_is_made_from_both_and_the_nearer_kept(finished: Run)
 
 def test_the_merged_model_takes_no_adapter_twice(finished: Run) -> None:
     with pytest.raises(ModelError, match=r"is in .* already"):
-        model.check_adapter(finished.need("train", "adapter"), finished.folder("merge"))
+        provenance.check_adapter(finished.need("train", "adapter"), finished.folder("merge"))
 
 
 def _distance(run: Run, folder: Path) -> Parity:

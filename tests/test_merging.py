@@ -45,13 +45,13 @@ def _adapter(folder: Path, out: Path, **options: Any) -> Path:
         **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, **options}
     )
     get_peft_model(base, config).save_pretrained(out)
-    model.write_adapter_note(out, folder, _recipe(folder), names)
+    provenance.write_adapter_note(out, folder, _recipe(folder), names)
     return out
 
 
 def _merge(folder: Path, adapter: Path, out: Path, base: merging.Base, section: Merge) -> dict[str, torch.Tensor]:
     out.mkdir(exist_ok=True)
-    merging.merge(folder, adapter, out, base, section, model.check_adapter(adapter, folder))
+    merging.merge(folder, adapter, out, base, section, provenance.check_adapter(adapter, folder))
     return _weights(out)
 
 
@@ -340,7 +340,7 @@ def _peak_rss() -> Iterator[list[int]]:
 def test_memory_is_a_few_tensors_whatever_the_model(tiny_model: Path, tmp_path: Path) -> None:
     """Below 3 times the largest tensor and 300 MiB, all resident pages counted: 12 quantized tensors of 64 MiB, each with a delta."""
     adapter = _adapter(tiny_model, tmp_path / "adapter")
-    big, note = shutil.copytree(tiny_model, tmp_path / "big"), dict(model.check_adapter(adapter, tiny_model))
+    big, note = shutil.copytree(tiny_model, tmp_path / "big"), dict(provenance.check_adapter(adapter, tiny_model))
     block, rows, width, count = torch.randn(64, 8192).bfloat16() * 0.02, 4096, 8192, 12
     names = [f"model.extra.{index}.proj" for index in range(count)]
     for index, name in enumerate(names):
@@ -369,9 +369,9 @@ def test_memory_is_a_few_tensors_whatever_the_model(tiny_model: Path, tmp_path: 
 def test_an_adapter_of_another_base_is_refused(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
     adapter = _adapter(tiny_model, tmp_path / "adapter")
     with pytest.raises(ModelError, match="was trained on"):
-        model.check_adapter(adapter, other_model)
+        provenance.check_adapter(adapter, other_model)
     with pytest.raises(MissingArtifact, match="not an adapter"):
-        model.check_adapter(tmp_path, tiny_model)
+        provenance.check_adapter(tmp_path, tiny_model)
 
 
 def test_an_adapter_is_not_folded_in_twice(tiny_model: Path, tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_an_adapter_is_not_folded_in_twice(tiny_model: Path, tmp_path: Path) -> 
     digest = provenance.adapter_sha256(adapter)
     provenance.write_merged(merged, tiny_model, "the base", "16bit", {digest: 1.0})
     with pytest.raises(ModelError, match=r"is in .* already .* the base it was trained on, the base"):
-        model.check_adapter(adapter, merged)
+        provenance.check_adapter(adapter, merged)
     again = tmp_path / "again"  # saved anew, with other metadata and in another order: the same adapter
     shutil.copytree(adapter, again)
     tensors = load_file(adapter / "adapter_model.safetensors")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,33 @@ def test_freed_pages_go_back() -> None:
     assert len(blocks) == 40
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_quantized_base_keeps_no_file_mapped(tiny_recipe: Path) -> None:
+    from qkit import model
+
+    how = load(tiny_recipe)
+    folder = model.resolve(how.model)
+    base = model.load_base(folder, how, device.detect())
+    assert str(folder / "model.safetensors") not in Path("/proc/self/maps").read_text()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    assert (embedding.weight is head.weight) == base.config.tie_word_embeddings
+
+
+def test_kernels_are_bounded_before_torch_is_there() -> None:
+    """The stage's process has imported all of qkit's own when it comes to it."""
+    code = (
+        "import os, sys, qkit.cli, qkit.pipeline, qkit.train, qkit.bench_train\n"
+        "from qkit import device\n"
+        "assert 'torch' not in sys.modules\n"
+        "os.environ.pop(device.KERNEL_CACHES[0], None)\n"
+        "os.environ[device.KERNEL_CACHES[1]] = '7'\n"
+        "device.keep_few_kernels()\n"
+        "print(*(os.environ[name] for name in device.KERNEL_CACHES))"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert said == [device.KERNELS_KEPT, "7"]  # what its user has set stays
+
+
 def test_tensors_elsewhere_are_not_counted() -> None:
     alive = TensorsAlive("cpu")
     elsewhere = torch.zeros(10, device="meta")
@@ -238,4 +267,10 @@ def test_training_hands_back_between_layers(tiny_model: Path, monkeypatch: pytes
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     heap.give_back_between_layers(model)
     model(torch.ones(1, 4, dtype=torch.int64))
-    assert len(calls) == 2 + 1  # two layers, and the head
+    assert len(calls) == 1 + 1  # between the two layers, and before the head
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    loss = model(torch.ones(1, 4, dtype=torch.int64)).logits.sum()
+    calls.clear()
+    loss.backward()
+    assert len(calls) == 1  # when the second layer is computed again

@@ -19,8 +19,8 @@ from qkit import serve, server
 from qkit.adapters import checked, parse
 from qkit.device import Device
 from qkit.errors import DoesNotFit, MissingArtifact, ModelError, NotDeployable, ParityFailed, QkitError, ServerError
-from qkit.model import write_adapter_note
 from qkit.plan_sheet import Options, recipe_for
+from qkit.provenance import write_adapter_note
 from qkit.recipe import Recipe
 from qkit.run import Run
 from qkit.serve import Asked, Serving

@@ -44,7 +44,7 @@ def build_adapter(base: Path, folder: Path, rank: int) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from qkit.model import write_adapter_note
+    from qkit.provenance import write_adapter_note
 
     torch.manual_seed(0)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import NotDeployable
-from qkit.model import copy_companions
 from qkit.provenance import NOTE
+from qkit.tensor_files import copy_companions
 
 
 def start(out: Path, kind: str, variant: str, known: Mapping[str, str]) -> None:

@@ -14,9 +14,10 @@ from qkit.errors import MissingExtra, ModelError
 from qkit.export._compressed import IGNORED, group_size, quantization_config, scheme, write_nearest
 from qkit.export._folder import beside_weights, link_weights, note, start
 from qkit.export._job import Job
-from qkit.model import check_adapter, copy_companions
+from qkit.provenance import check_adapter
 from qkit.recipe import Recipe
 from qkit.shape import EXPERTS
+from qkit.tensor_files import copy_companions
 
 VARIANTS = {
     "": "the merged model in 16 bit",
