@@ -20,6 +20,6 @@ LAYERS_BETWEEN = 6  # each layer's end would do no better: the gaps of six are s
 def give_back_between_layers(model: PreTrainedModel) -> None:
     """From now on, every few layers and before the head hand back what was freed."""
     layers = getattr(model.get_decoder(), "layers", ())  # some families call them otherwise: then before the head alone
-    for layer in layers[LAYERS_BETWEEN::LAYERS_BETWEEN]:  # before one, not after: recomputing a layer ends within it
+    for layer in layers[::LAYERS_BETWEEN]:  # before one, not after: recomputing a layer ends within it
         layer.register_forward_pre_hook(lambda *_: give_back_freed())
     model.get_output_embeddings().register_forward_pre_hook(lambda *_: give_back_freed())
