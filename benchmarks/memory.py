@@ -173,10 +173,12 @@ def planned(result: dict[str, Any]) -> dict[str, Any]:
 
     from qkit import plan
     from qkit.device import detect
+    from qkit.step import KERNELS
 
     with tempfile.TemporaryDirectory() as scratch:
         how = recipe_of(result, random_model.write_config(result["config"], Path(scratch)))
         items = plan.predicted_items(how, detect(), result["labelled_tokens"])
+    items.pop(KERNELS, None)  # a point's batches are all of one shape
     peak = sum(items.values())
     return {
         "predicted": items,
