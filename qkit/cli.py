@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -816,7 +817,7 @@ def _options(
 def main() -> NoReturn:
     """Entry point: every error becomes one message and an exit code."""
     try:
-        code = app(standalone_mode=False) or 0
+        code = _asked(sys.argv[1:2])(standalone_mode=False) or 0
     except QkitError as error:
         code = _complain(error)
     except USAGE_ERROR as error:
@@ -828,6 +829,19 @@ def main() -> NoReturn:
         code = 130
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _asked(verb: list[str]) -> typer.Typer:
+    """The application with this verb alone, where it is one: making the parsers of all the others takes as long as a plan."""
+    if not (found := [command for command in app.registered_commands if [_verb(command)] == verb]):
+        return app
+    alone = copy.copy(app)
+    alone.registered_commands, alone.registered_groups = found, []
+    return alone
+
+
+def _verb(command: Any) -> str:
+    return str(command.name or command.callback.__name__)
 
 
 def _complain(error: QkitError) -> int:

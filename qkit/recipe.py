@@ -411,20 +411,19 @@ def _unknown_names(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         yield ("task",), f"unknown task {recipe.task!r}{_nearest(recipe.task, tasks)}; there are: {', '.join(tasks)}"
     from qkit.export._job import accepts
 
-    formats = [ALL, *format_names()]
     for name in recipe.export.formats:
         if name != ALL and not accepts(name):
-            yield (
-                ("export", "formats"),
-                f"unknown format {name!r}{_nearest(name, formats)}; there are: {', '.join(formats)}",
-            )
-    gated = ["merged", *formats]
+            yield ("export", "formats"), f"unknown format {_instead(name, [ALL, *format_names()])}"
     for name in recipe.verify.gates:
-        if name not in gated and not accepts(name):
+        if name not in ("merged", ALL) and not accepts(name):
             yield (
                 ("verify", "gates", name),
-                f"verify.gates: unknown format {name!r}{_nearest(name, gated)}; there are: {', '.join(gated)}",
+                f"verify.gates: unknown format {_instead(name, ['merged', ALL, *format_names()])}",
             )
+
+
+def _instead(name: str, known: Sequence[str]) -> str:
+    return f"{name!r}{_nearest(name, known)}; there are: {', '.join(known)}"
 
 
 def format_names() -> Iterator[str]:

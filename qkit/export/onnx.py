@@ -22,7 +22,6 @@ from typing import Any
 from qkit.child import run_to_end
 from qkit.errors import DoesNotFit, MissingExtra, NotDeployable
 from qkit.export._job import Job
-from qkit.export._refit import Unmatched, refit
 from qkit.recipe import Recipe
 from qkit.run import read_json, write_json
 
@@ -162,6 +161,8 @@ def _full(folder: Path) -> DoesNotFit:
 
 def _make(job: Job, build: Build, whole: Path) -> None:
     """Build into the folder `whole`, with the matrices rounded by us or by the builder."""
+    from qkit.export._refit import Unmatched
+
     if build.algorithm in OURS:
         try:
             return _rounded_by_us(job, build, whole)
@@ -175,6 +176,8 @@ def _make(job: Job, build: Build, whole: Path) -> None:
 
 def _rounded_by_us(job: Job, build: Build, whole: Path) -> None:
     """The builder's graph, its matrices replaced by ours; the graph itself is thrown away."""
+    from qkit.export._refit import refit
+
     built = whole.with_name("built")
     _build(job, Build("int4", "rtn", build.block), (*TO_REFIT, f"block_size={build.block}"), built)
     whole.mkdir()

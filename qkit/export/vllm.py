@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qkit import served_adapter, side_env
+from qkit import side_env
 from qkit.child import run_to_end
 from qkit.errors import MissingExtra, ModelError
-from qkit.export._compressed import IGNORED, group_size, quantization_config, scheme, write_nearest
 from qkit.export._folder import beside_weights, link_weights, note, start
 from qkit.export._job import Job
 from qkit.provenance import check_adapter
@@ -56,10 +55,14 @@ def export(job: Job, out: Path, variant: str) -> None:
 def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
     """vLLM's rules for adapters, and what our rounding does not know."""
     if variant == "adapter":
+        from qkit import served_adapter
+
         return served_adapter.refusal(recipe)
     if variant in QUANTIZED and any((config.get(key) or 0) > 1 for key in EXPERTS):
         return "a mixture of experts is not quantized by this version; use vllm (16 bit)"
     if variant == "w4a16":
+        from qkit.export._compressed import group_size
+
         try:
             group_size(config)
         except ModelError as error:
@@ -72,6 +75,8 @@ def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str 
 
 def _adapter(job: Job, out: Path) -> None:
     """The adapter's two files, tokenizer and template, and on which base it belongs."""
+    from qkit import served_adapter
+
     belongs = check_adapter(job.adapter, job.base)
     config = json.loads((job.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     rank = served_adapter.rank_for(config)
@@ -87,6 +92,8 @@ def _adapter(job: Job, out: Path) -> None:
 
 
 def _quantized(job: Job, out: Path, variant: str) -> None:
+    from qkit.export._compressed import quantization_config, scheme, write_nearest
+
     config = json.loads((job.merged / "config.json").read_text(encoding="utf-8"))
     method = _method(job, variant)
     if method == NEAREST:
@@ -115,6 +122,8 @@ def _method(job: Job, variant: str) -> str:
 
 def _calibrated(job: Job, out: Path, scheme_of: Mapping[str, Any], method: str) -> None:
     """By llm-compressor, as a program of its own; then everything beside the weights, which another transformers wrote, as it was."""
+    from qkit.export._compressed import IGNORED
+
     rows = job.recipe.export.calibration_rows
     task = {
         "model": str(job.merged.resolve()),
