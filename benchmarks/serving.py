@@ -1,15 +1,14 @@
-"""Serving a run's formats: speed beside quality; what `qkit serve` costs; and whether our figures are everybody's.
+"""Serving: what `qkit serve` costs, and whether our figures are everybody's.
 
     python benchmarks/serving.py runs/quickstart                 # all of it
-    python benchmarks/serving.py runs/quickstart --parts formats --set bench.rounds=2
+    python benchmarks/serving.py runs/quickstart --parts crosscheck --turns 3
 
-formats     every artifact of the run (merged, and each export that is there) under the loads of the recipe: the records of `qkit bench`
 overhead    throughput of a server that `qkit serve` started against vLLM started by hand with the same argv, both up, measured in turn;
             and how long `qkit serve` works before it has started vLLM
 crosscheck  one server, in turn: our figures, `vllm bench serve` run by hand, and an asyncio client that has nothing of ours
 
-Results go to benchmarks/results/serving.json, part by part, and the table to serving.md. Machines are noisy: ratios come from turns, with
-their range.
+Results go to benchmarks/results/serving.json, part by part, and in words to serving.md. How fast each format is: formats.py.
+Machines are noisy: ratios come from turns, with their range.
 """
 
 from __future__ import annotations
@@ -34,14 +33,13 @@ import httpx
 import psutil
 
 from qkit import bench, bench_load, bench_record, model, show
-from qkit.artifacts import MERGED, Artifact
 from qkit.bench_load import HeldOut, Load, Tool
 from qkit.device import detect
 from qkit.recipe import load
 from qkit.run import Run, environment, make_folder, write_json, write_text
 from qkit.runtimes.vllm import ENVIRONMENT
 
-PARTS = ("formats", "overhead", "crosscheck")
+PARTS = ("overhead", "crosscheck")
 LOAD = Load(requests=32, output_tokens=32, concurrency=8)
 FIGURES = ("ttft_seconds", "tpot_seconds", "output_tokens_per_second")
 
@@ -57,11 +55,7 @@ def main() -> None:
     run = Run(given.run, load(given.run / "recipe.yaml", given.set))
     file = given.out / "serving.json"
     result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"parts": {}}
-    made: Mapping[str, Callable[[Run, int], Any]] = {
-        "formats": _formats,
-        "overhead": _overhead,
-        "crosscheck": _crosscheck,
-    }
+    made: Mapping[str, Callable[[Run, int], Any]] = {"overhead": _overhead, "crosscheck": _crosscheck}
     for part in given.parts:
         begin = time.perf_counter()
         figures = made[part](run, given.turns)
@@ -76,28 +70,6 @@ def main() -> None:
         write_json(file, result)
     write_text(given.out / "serving.md", _markdown(result["parts"]))
     print(_markdown(result["parts"]))
-
-
-# --- formats ----------------------------------------------------------------------------------------------------------
-
-
-def _formats(run: Run, _turns: int) -> list[dict[str, Any]]:
-    rows = bench.held_out_prompts(run)
-    with tempfile.TemporaryDirectory() as folder:
-        for artifact in _there(run):
-            print(f"formats: {artifact.name}", file=sys.stderr, flush=True)
-            bench.bench_artifact(run, artifact, rows, Path(folder))
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
-    for record in records:
-        record["memory"] = {key: value for key, value in record["memory"].items() if key.endswith("_bytes")}
-    return records
-
-
-def _there(run: Run) -> list[Artifact]:
-    """The merged model, and every export whose folder is there, whatever the recipe names."""
-    folders = [folder for folder in sorted(run.folder("export").glob("*")) if folder.is_dir()]
-    merged = Artifact(MERGED, run.need("merge", "config.json").parent)
-    return [merged, *(Artifact(folder.name, folder) for folder in folders)]
 
 
 # --- overhead ---------------------------------------------------------------------------------------------------------
@@ -301,13 +273,11 @@ async def _client(url: str, name: str, prompts: Sequence[str]) -> dict[str, floa
     }
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- in words --------------------------------------------------------------------------------------------------------
 
 
 def _markdown(parts: Mapping[str, Any]) -> str:
     sections = []
-    if "formats" in parts:
-        sections.append(_formats_table(parts["formats"]["figures"]))
     if "overhead" in parts:
         found = parts["overhead"]["figures"]
         low, high = found["ratio_range"]
@@ -319,26 +289,6 @@ def _markdown(parts: Mapping[str, Any]) -> str:
     if "crosscheck" in parts:
         sections.append(_crosscheck_table(parts["crosscheck"]["figures"]))
     return "\n\n".join(sections) + "\n"
-
-
-def _formats_table(records: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        "| Artifact | Runtime | At once | TTFT ms | TPOT ms | Tokens/s | Peak GiB | On disk MiB | Start s | Score | Mean KL |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for r in sorted(records, key=lambda r: (r["runtime"], r["artifact"], r["concurrency"] or 0)):
-        if r["concurrency"] is None:
-            continue
-        cells = [r["artifact"], r["runtime"], str(r["concurrency"])]
-        cells += [show.ms_text(r[key]["p50"]) for key in ("ttft_seconds", "tpot_seconds")]
-        cells += [show.speed_text(r), show.gib_text(r["peak_bytes"]), show.fixed((r["disk_bytes"] or 0) / 2**20, 0)]
-        cells += [
-            show.fixed(r["startup_seconds"]),
-            show.trimmed(r["quality"]["score"]),
-            show.kl_text(r["quality"]["kl_mean"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def _crosscheck_table(found: Mapping[str, Any]) -> str:
