@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qkit.device import detect
 from qkit.runtime import Row, Runtime, open_runtime
@@ -52,6 +53,29 @@ def test_scores_are_the_models_log_probabilities(opened: Runtime, tiny_model: Pa
         targets = [scores.full[i, t] for i, t in enumerate(row.input_ids[row.start :])]
         np.testing.assert_array_equal(scores.targets, targets)
         np.testing.assert_array_equal(scores.top1, scores.full.argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        ("cohere", {"logit_scale": 0.1}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma2", {"final_logit_softcapping": 1.0, "head_dim": 16}),
+    ],
+)
+def test_scores_are_of_the_logits_that_the_model_ends_with(
+    tmp_path: Path, family: str, changed: dict[str, Any]
+) -> None:
+    """Some families do something to them after the head."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads, **changed)).eval()
+    model.save_pretrained(tmp_path)
+    with open_runtime("transformers", tmp_path, detect()) as opened, torch.inference_mode():
+        (scores,) = opened.score([Row(PROMPTS[1], 1)])
+        wanted = model(torch.tensor([PROMPTS[1]])).logits[0].log_softmax(-1)[:-1]
+    np.testing.assert_allclose(scores.full, wanted.numpy(), atol=1e-4)
 
 
 def test_timed_counts_every_token(opened: Runtime) -> None:

@@ -72,10 +72,10 @@ def _losses(
     filler = -len(rows) % POSITIONS_STEP
     targets = pad(labels[rows, places + 1], (0, filler), value=IGNORED)
     logits = model.get_output_embeddings()(hidden[pad(rows, (0, filler)), pad(places, (0, filler))])
-    return cross_entropy(_scaled(model, logits.float()), targets, reduction="none", ignore_index=IGNORED)
+    return cross_entropy(scaled(model, logits.float()), targets, reduction="none", ignore_index=IGNORED)
 
 
-def _scaled(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+def scaled(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
     """What some families do to their logits after the head: Cohere and Granite scale them, Gemma 2 bounds them."""
     config = model.config.get_text_config()
     if scale := getattr(config, "logit_scale", None):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.device import Device, PeakMeter, released
 from qkit.errors import ModelError
+from qkit.fast.head import scaled
 from qkit.runtime import Row, RowScores, Runtime
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def _score(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[RowScores]:
     hidden = base.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     for index, row in enumerate(rows):
         wanted = hidden[index, row.start - 1 : len(row.input_ids) - 1]
-        logprobs = base.get_output_embeddings()(wanted).float().log_softmax(-1)
+        logprobs = scaled(base, base.get_output_embeddings()(wanted).float()).log_softmax(-1)
         targets = torch.tensor(row.input_ids[row.start :], device=logprobs.device)
         yield RowScores(
             targets=logprobs.gather(1, targets[:, None])[:, 0].cpu().numpy(),
