@@ -12,6 +12,7 @@ from typing import Any
 
 from qkit import show
 from qkit.errors import MissingArtifact
+from qkit.export._traced import is_traced
 from qkit.recipe import Recipe, Serve
 from qkit.run import Run, write_text
 from qkit.source import is_hub_id
@@ -55,7 +56,7 @@ def render(run: Run, export: str | None = None) -> str:
     return template.render(
         front=_front(run.recipe, export),
         export=export,
-        kind=kind_of(export),
+        kind="traced" if export and is_traced(run.folder("export") / export) else kind_of(export),
         name=run.root.resolve().name,
         run=run,
         recipe=run.recipe,

@@ -22,6 +22,7 @@ from qkit import adapters, cards, contract, plan, server
 from qkit.artifacts import MERGED, Artifact
 from qkit.device import Device, detect
 from qkit.errors import DoesNotFit, MissingArtifact, MissingExtra, ModelError, NotDeployable, ParityFailed, ServerError
+from qkit.export._traced import is_traced
 from qkit.memory import kv_bytes
 from qkit.recipe import Recipe
 from qkit.run import Peak, Run, read_json, write_json
@@ -108,6 +109,7 @@ def of_run(run: Run, asked: Asked) -> Serving:
 
     Raises:
         MissingArtifact: the run has nothing for this runtime.
+        NotDeployable: what it has is not served.
         ParityFailed: all that it has failed.
     """
     artifact, why = pick(run, asked)
@@ -126,6 +128,8 @@ def of_model(source: str, how: Recipe, asked: Asked) -> Serving:
         ModelError: it is neither.
     """
     folder = Path(source)
+    if asked.runtime == "onnxruntime":
+        _need_genai(folder)
     needed = {"vllm": "config.json", "onnxruntime": "genai_config.json"}[asked.runtime]
     if folder.is_dir() and not (folder / needed).is_file():
         raise ModelError(
@@ -174,7 +178,19 @@ def pick(run: Run, asked: Asked) -> tuple[Artifact, str]:
             f"`qkit show {run.root}` says by how much, --force serves it all the same"
         )
     best = max(good, key=lambda artifact: _merit(known, artifact))
+    if asked.runtime == "onnxruntime":
+        _need_genai(best.path)
     return best, f"{best.name} ({_status(known, best)}, of {', '.join(artifact.name for artifact in found)})"
+
+
+def _need_genai(folder: Path) -> None:
+    """Raise NotDeployable for an ONNX graph that onnxruntime-genai's builder has not made."""
+    if is_traced(folder):
+        raise NotDeployable(
+            f"{folder}: its graph was traced, since onnxruntime-genai's builder does not know the architecture, and onnxruntime-genai, "
+            "which serves, opens only what its builder makes. ONNX Runtime itself opens it, as README.md there shows; "
+            "to serve the model name vllm in export.formats"
+        )
 
 
 def _made(run: Run) -> list[Artifact]:

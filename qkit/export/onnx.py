@@ -1,6 +1,9 @@
 """ONNX files with a key-value cache: the graph by onnxruntime-genai's model builder, low-bit matrices by our own rounding.
 
-The builder is a program of its own: what it allocates and patches goes when it ends. What it makes is put together in a
+An architecture that the builder does not know can be had in fp32: transformers' exporter traces its graph, which ONNX Runtime
+opens and onnxruntime-genai does not.
+
+Both are programs of their own: what they allocate and patch goes when they end. What they make is put together in a
 folder beside the one asked for, which appears whole or not at all.
 """
 
@@ -21,7 +24,9 @@ from typing import Any
 
 from qkit.child import run_to_end
 from qkit.errors import DoesNotFit, MissingExtra, NotDeployable
+from qkit.export._folder import note
 from qkit.export._job import Job
+from qkit.export._traced import MARK, TRACER, refusal
 from qkit.recipe import Recipe
 from qkit.run import read_json, write_json
 
@@ -75,7 +80,10 @@ INSTEAD = {"gptq": "k_quant_mixed", "nearest": "rtn"}  # the builder's, where it
 
 NEEDS = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
 TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")  # what a model folder holds beside its weights
-REFUSAL = "NotImplementedError: "  # how the builder says that it does not know an architecture
+BUILDER = "onnxruntime-genai's builder"
+# How the builder says that it does not know an architecture, and how our own program does.
+REFUSAL = re.compile(r"^(?:NotImplementedError|qkit\.errors\.NotDeployable): (.*)", re.MULTILINE)
+LEAVE_OUT = "Leave the onnx formats out of export.formats"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How a full disk reads in the builder's log: the system's words, or numpy's, which counts what it could write.
 FULL_TEXT = re.compile(rf"{'|'.join(map(os.strerror, FULL))}|OSError: \d+ requested and \d+ written")
@@ -86,32 +94,44 @@ def export(job: Job, out: Path, variant: str) -> None:
     """Make the ONNX folder `out` of the merged model; the builder's output is appended to `job.log`.
 
     Raises:
-        NotDeployable: there is no such variant, or the builder does not know the architecture.
+        NotDeployable: there is no such variant, or it cannot be had of the architecture.
         MissingExtra: the builder is not installed.
         DoesNotFit: the disk is full.
-        RuntimeError: the builder failed otherwise; the message is the end of its log.
+        RuntimeError: the program failed otherwise; the message is the end of its log.
     """
     build = _known(variant)
     _need_builder()
-    if reason := unsupported(variant, job.recipe, read_json(job.merged / "config.json")):
+    config = read_json(job.merged / "config.json")
+    if reason := unsupported(variant, job.recipe, config):
         raise NotDeployable(reason)
     with _room(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         whole = Path(scratch) / "whole"
-        _make(job, build, whole)
+        if unknown := _unknown(config):
+            _trace(job, unknown, whole)
+        else:
+            _make(job, build, whole)
         _complete(job.merged, whole)
         whole.rename(out)
 
 
 def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
     """Why no ONNX file could be made of a model with this config.json; None where it can, or the builder is not here to ask."""
+    unknown = _unknown(config)
+    if unknown is None:
+        return None
+    refused = f"{BUILDER} makes no ONNX file of {unknown}; it takes {', '.join(sorted(architectures()))}. "
+    if reason := refusal(config):
+        return f"{refused}{TRACER} neither: {reason}. {LEAVE_OUT}"
+    if variant != "fp32":
+        return f"{refused}onnx-fp32 can be had, from {TRACER}: keep it alone of the onnx formats in export.formats"
+    return None
+
+
+def _unknown(config: Mapping[str, Any]) -> str | None:
+    """The architecture of a config.json, where the builder is here and does not know it."""
     architecture = next(iter(config.get("architectures") or ()), None)
     known = architectures()
-    if not architecture or not known or architecture in known:
-        return None
-    return (
-        f"onnxruntime-genai's builder makes no ONNX file of {architecture}; it takes {', '.join(sorted(known))}. "
-        "Leave the onnx formats out of export.formats"
-    )
+    return architecture if known and architecture not in known else None
 
 
 def architectures() -> frozenset[str]:
@@ -159,6 +179,19 @@ def _full(folder: Path) -> DoesNotFit:
     )
 
 
+def _trace(job: Job, architecture: str, whole: Path) -> None:
+    """Have the graph traced into the folder `whole`, with a note by which the runtime knows it."""
+    job.say(
+        f"export: {architecture} is unknown to {BUILDER}: {TRACER} makes onnx-fp32, which ONNX Runtime opens "
+        "and onnxruntime-genai, and so `qkit serve`, does not"
+    )
+    program = [sys.executable, "-m", "qkit.export._traced", str(job.merged), str(whole)]
+    status, text = run_to_end(program, job.log, {"HF_HUB_OFFLINE": "1"})
+    if status:
+        raise _failure(status, text, whole, TRACER)
+    note(whole, **MARK)
+
+
 def _make(job: Job, build: Build, whole: Path) -> None:
     """Build into the folder `whole`, with the matrices rounded by us or by the builder."""
     from qkit.export._refit import Unmatched
@@ -198,15 +231,14 @@ def _build(job: Job, build: Build, options: Sequence[str], out: Path) -> None:
         raise _failure(status, text, out)
 
 
-def _failure(status: int, text: str, out: Path) -> Exception:
+def _failure(status: int, text: str, out: Path, who: str = BUILDER) -> Exception:
     """The error that a failed build stands for."""
-    lines = text.splitlines()
-    refusal = next((line.removeprefix(REFUSAL) for line in reversed(lines) if line.startswith(REFUSAL)), None)
-    if refusal is not None:
-        return NotDeployable(f"onnxruntime-genai's builder: {refusal} Leave the onnx formats out of export.formats")
-    if any(map(FULL_TEXT.search, lines[-TAIL_LINES:])):
+    tail = text.splitlines()[-TAIL_LINES:]
+    if refusals := REFUSAL.findall(text):
+        return NotDeployable(f"{who}: {refusals[-1]} {LEAVE_OUT}")
+    if any(map(FULL_TEXT.search, tail)):
         return _full(out.parent)
-    return RuntimeError(f"onnxruntime-genai's builder ended with status {status}:\n" + "\n".join(lines[-TAIL_LINES:]))
+    return RuntimeError(f"{who} ended with status {status}:\n" + "\n".join(tail))
 
 
 def _note(log: Path, line: str) -> None:
@@ -215,10 +247,12 @@ def _note(log: Path, line: str) -> None:
 
 
 def _complete(model: Path, out: Path) -> None:
-    """Add the model's texts that the builder leaves out; onnxruntime-genai stops where the generation config says."""
+    """Add the model's texts that are not there; onnxruntime-genai stops where the generation config says."""
     for file in _texts(model):
         if not (out / file.name).exists():
             shutil.copyfile(file, out / file.name)
+    if not (out / "genai_config.json").exists():
+        return  # traced
     config = read_json(out / "genai_config.json")
     if (out / "generation_config.json").exists():
         stop = read_json(out / "generation_config.json").get("eos_token_id")

@@ -1,4 +1,4 @@
-"""ONNX Runtime, on folders made by onnxruntime-genai's model builder, in this process.
+"""ONNX Runtime, on folders made by onnxruntime-genai's model builder, in this process; `_traced.py` is for the others.
 
 Two things make it quick. The cache is shared: each key and value tensor is input and output of the model at once, so
 that a step writes one position and copies nothing. And the head is applied only where its answer is wanted: as the
@@ -44,16 +44,22 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime:
         MissingExtra: onnxruntime is not installed.
         NotDeployable: the graph is not of the kind that the builder makes for decoders.
     """
-    _need(artifact)
+    from qkit.export._traced import is_traced
+    from qkit.runtimes._traced import TracedRuntime  # which builds on this file
+
+    traced = is_traced(artifact)
+    _need(artifact, ("model.onnx",) if traced else ("model.onnx", "genai_config.json"))
     meter = PeakMeter(device)
     session = _session(artifact, device, options.get("threads", 0))
+    if traced:
+        return TracedRuntime(session, meter)
     return OnnxRuntime(_Model(session, _head_size(artifact)), meter)
 
 
-def _need(artifact: Path) -> None:
+def _need(artifact: Path, files: Sequence[str]) -> None:
     if missing := [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]:
         raise MissingExtra(f"{artifact}: to open it needs {', '.join(missing)}: pip install 'qkit[onnx]'")
-    if gone := [name for name in ("model.onnx", "genai_config.json") if not (artifact / name).is_file()]:
+    if gone := [name for name in files if not (artifact / name).is_file()]:
         raise MissingArtifact(f"{artifact}: not a folder made by qkit's ONNX export; it lacks {', '.join(gone)}")
 
 
@@ -76,7 +82,7 @@ class OnnxRuntime(Runtime):
         if not prompts:
             return
         batch = _Batch(self.model, prompts, max_new_tokens)
-        for begin, end in _chunks([len(prompt) for prompt in batch.prompts]):
+        for begin, end in batches([len(prompt) for prompt in batch.prompts]):
             yield batch.read(begin, end)
         for _ in range(max_new_tokens - 1):
             batch.drop(stop)
@@ -85,7 +91,7 @@ class OnnxRuntime(Runtime):
             yield batch.step()
 
     def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
-        for begin, end in _chunks([len(row.input_ids) for row in rows]):
+        for begin, end in batches([len(row.input_ids) for row in rows]):
             yield from _score(self.model, rows[begin:end])
 
     def memory_bytes(self) -> int:
@@ -285,7 +291,7 @@ def _padded(rows: Sequence[Sequence[int]]) -> Ids:
     return ids
 
 
-def _chunks(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+def batches(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Rows in their order, as many at once as fit BATCH_TOKENS when padded: begin and end of each batch."""
     begin = longest = 0
     for index, length in enumerate(lengths):
@@ -306,9 +312,16 @@ def _score(model: _Model, rows: Sequence[Row]) -> Iterator[RowScores]:
 
     ids = _padded([row.input_ids for row in rows])
     new = np.array([len(row.input_ids) for row in rows])
-    picked = np.array([(index, place) for index, row in enumerate(rows) for place in _before(row)], np.int64)
+    picked = np.array([(index, place) for index, row in enumerate(rows) for place in spoken_from(row)], np.int64)
     cache = _Cache(model, len(rows), ids.shape[1])
     logits = model.run(cache.binding(0, len(rows)), ids, np.zeros_like(new), new, picked.reshape(-1, 2))
+    yield from scores_of(rows, logits)
+
+
+def scores_of(rows: Sequence[Row], logits: NDArray[Any]) -> Iterator[RowScores]:
+    """From the logits [n, vocabulary] of all completion tokens of these rows, in their order."""
+    import numpy as np
+
     begin = 0
     for row in rows:
         end = begin + len(row.input_ids) - row.start
@@ -316,7 +329,7 @@ def _score(model: _Model, rows: Sequence[Row]) -> Iterator[RowScores]:
         begin = end
 
 
-def _before(row: Row) -> range:
+def spoken_from(row: Row) -> range:
     """The positions whose states say the completion: each token is said from the one before it."""
     return range(row.start - 1, len(row.input_ids) - 1)
 
