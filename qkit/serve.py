@@ -125,7 +125,7 @@ def of_model(source: str, how: Recipe, asked: Asked) -> Serving:
     """Any model folder, or a model of the hub.
 
     Raises:
-        ModelError: it is neither.
+        ModelError: it is neither. NotDeployable: the runtime does not load it.
     """
     folder = Path(source)
     if asked.runtime == "onnxruntime":
@@ -137,6 +137,8 @@ def of_model(source: str, how: Recipe, asked: Asked) -> Serving:
         )
     if not folder.is_dir() and (asked.runtime != "vllm" or not is_hub_id(source)):
         raise ModelError(f"{source}: no such run directory or model folder; a model of the hub is written owner/name")
+    if asked.runtime == "vllm" and folder.is_dir():
+        _need_loader(folder)
     name = folder.resolve().name if folder.is_dir() else source
     log = cache_dir() / "logs" / f"serve-{name.replace('/', '--')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -181,6 +183,17 @@ def pick(run: Run, asked: Asked) -> tuple[Artifact, str]:
     if asked.runtime == "onnxruntime":
         _need_genai(best.path)
     return best, f"{best.name} ({_status(known, best)}, of {', '.join(artifact.name for artifact in found)})"
+
+
+def _need_loader(folder: Path) -> None:
+    """Raise NotDeployable for weights quantized in a way that the installed vLLM does not load."""
+    config = read_json(folder / "config.json")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method and vllm.methods() and method not in vllm.methods():
+        raise NotDeployable(
+            f"{folder}: its weights are quantized by {method}, which the installed vLLM does not load (it knows "
+            f"{', '.join(sorted(vllm.methods()))}); serve a format made for it, such as vllm-w4a16"
+        )
 
 
 def _need_genai(folder: Path) -> None:

@@ -23,6 +23,7 @@ from qkit.plan_sheet import Options, recipe_for
 from qkit.provenance import write_adapter_note
 from qkit.recipe import Recipe
 from qkit.run import Run
+from qkit.runtimes import vllm
 from qkit.serve import Asked, Serving
 from qkit.served_adapter import rank_for
 
@@ -86,6 +87,19 @@ def test_nothing_to_serve(
 
 def foreign(source: object, asked: Asked | None = None, *overrides: str) -> Serving:
     return serve.of_model(str(source), recipe_for(Options(str(source)), overrides), asked or Asked())
+
+
+def test_what_vllm_has_no_loader_for(tmp_path: Path) -> None:
+    if not vllm.methods():
+        pytest.skip("vLLM is not installed")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(
+        NotDeployable, match=r"by bitsandbytes, which the installed vLLM does not load .*compressed-tensors"
+    ):
+        foreign(tmp_path)
+    file.write_text(json.dumps({"quantization_config": {"quant_method": "compressed-tensors"}}))
+    assert foreign(tmp_path).model == str(tmp_path)
 
 
 def test_a_hub_id_goes_to_vllm_as_it_is() -> None:

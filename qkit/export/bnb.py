@@ -1,4 +1,4 @@
-"""The merged model quantized to NF4 once more, for transformers and for vLLM's bitsandbytes loader."""
+"""The merged model quantized to NF4 once more, for transformers. vLLM has had no loader for it since 0.32 (`qkit.runtimes.vllm.methods`)."""
 
 from __future__ import annotations
 

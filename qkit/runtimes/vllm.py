@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +44,18 @@ class Extras:
     key: str = field(default="", repr=False)
     cache_bytes: int = 0
     rest: tuple[str, ...] = ()
+
+
+@functools.cache
+def methods() -> frozenset[str]:
+    """The ways to quantize that the installed vLLM loads, read from its source; none where it is not installed."""
+    found = importlib.util.find_spec("vllm")
+    for folder in (found and found.submodule_search_locations) or ():
+        source = Path(folder) / "model_executor" / "layers" / "quantization" / "__init__.py"
+        if source.is_file():
+            listed = re.search(r"QuantizationMethods = Literal\[(.*?)\]", source.read_text(encoding="utf-8"), re.DOTALL)
+            return frozenset(re.findall(r'"([^"]+)"', listed[1])) if listed else frozenset()
+    return frozenset()
 
 
 def argv(
