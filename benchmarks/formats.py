@@ -16,21 +16,18 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from math import log10
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from qkit import bench, bench_charts, charts, pipeline, show
+from qkit import bench, bench_charts, pipeline, show
 from qkit.artifacts import artifacts
+from qkit.bench_charts import MB
 from qkit.device import detect
 from qkit.recipe import load
 from qkit.run import Run, environment, write_json, write_text
-
-MB = 1e6
-LEAST_KL = 1e-5  # closer than this nothing is told apart: the live model computes in bf16
 
 
 def main() -> None:
@@ -99,29 +96,21 @@ def _row(run: Run, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _closeness(row: Mapping[str, Any]) -> float:
-    return -log10(max(row["kl_mean"], LEAST_KL))
-
-
 def _against_size(rows: list[dict[str, Any]]) -> Markup:
-    points = {row["format"]: (row["disk_bytes"] / MB, _closeness(row)) for row in rows if row["kl_mean"] is not None}
+    points = _points(rows, lambda row: row["disk_bytes"] / MB)
     front = bench_charts.pareto({name: (-size, near) for name, (size, near) in points.items()})
-    return _plane("size", points, front, "MB on the disk")
+    return bench_charts.closeness_chart("size", points, front, "MB on the disk")
 
 
 def _against_speed(rows: list[dict[str, Any]]) -> Markup:
-    points = {row["format"]: (row["tokens_per_second"], _closeness(row)) for row in rows if row["kl_mean"] is not None}
-    return _plane("speed", points, bench_charts.pareto(points), "output tokens per second")
+    points = _points(rows, lambda row: row["tokens_per_second"])
+    return bench_charts.closeness_chart("speed", points, bench_charts.pareto(points), "output tokens per second")
 
 
-def _plane(name: str, points: Mapping[str, tuple[float, float]], front: set[str], across: str) -> Markup:
-    lines = [charts.Line(who, [point], (), who in front) for who, point in points.items()]
-    said = "; ".join(f"{who}: {x:.4g} {across}, {y:.2f}" for who, (x, y) in points.items())
-    axes = (across, "closeness to what was trained: -log10 of mean KL")
-    title = f"Quality against {name}; in colour what no other beats in both"
-    return charts.plane(
-        f"formats-{name}", title, said, lines, axes=axes, width=960, height=520, joined=False, lowest=None
-    )
+def _points(rows: list[dict[str, Any]], cost: Callable[[Any], float]) -> dict[str, tuple[float, float]]:
+    """Cost and closeness by format; an adapter apart has its base's weights elsewhere."""
+    whole = [row for row in rows if row["kl_mean"] is not None and row["format"] != "vllm-adapter"]
+    return {row["format"]: (cost(row), bench_charts.closeness(row["kl_mean"])) for row in whole}
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

@@ -25,6 +25,11 @@ class Artifact:
     def runtime(self) -> str:
         return "transformers" if self.name == MERGED else exporter(self.name).RUNTIME
 
+    @property
+    def disk_bytes(self) -> int:
+        """Of all its files; links count as what they lead to."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
 
 def artifacts(run: Run) -> list[Artifact]:
     """The merged model, then the exports in the recipe's order."""

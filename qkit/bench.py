@@ -222,7 +222,7 @@ def _about(run: Run, artifact: Artifact) -> dict[str, Any]:
         "runtime": artifact.runtime,
         "artifact": artifact.name,
         "model_sha256": bench_record.files_sha256(outputs, f"{artifact.path.relative_to(run.root)}/"),
-        "disk_bytes": sum(f.stat().st_size for f in artifact.path.rglob("*") if f.is_file()),
+        "disk_bytes": artifact.disk_bytes,
         "training": {"seconds": training["seconds"], "peak_bytes": training["peak_bytes"]},
         "quality": {
             "metric": figures["metric"],

@@ -1,14 +1,17 @@
-"""Charts of a run's bench for the report's page and for papers: latency against throughput, memory over time, quality against speed."""
+"""Charts of a run's bench for the report's page and for papers: latency against throughput, memory over time, quality against speed
+and size."""
 
 from __future__ import annotations
 
 import html
 import re
 from collections.abc import Mapping, Sequence
+from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import show
+from qkit import served_adapter, show
+from qkit.artifacts import MERGED, Artifact
 from qkit.errors import MissingArtifact, MissingExtra
 from qkit.run import Run, make_folder, write_text
 
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 SERVER = "vllm"  # the runtime that is deployed: in the accent colour among the others
-WIDTH, HEIGHT = 800, 300  # CSS pixels
+WIDTH, HEIGHT, TALL = 800, 300, 460  # CSS pixels
+MB = 1e6
+LEAST_KL = 1e-5
 # What the page's CSS says of a chart, for a file that stands alone, in light colours only.
 STYLE = """
 svg { background: #ffffff; font: 13px system-ui, "Helvetica Neue", "Liberation Sans", Arial, sans-serif; }
@@ -34,6 +39,7 @@ def charts_of(run: Run) -> dict[str, tuple[str, Markup]]:
         "latency": latency_chart(records),
         "memory-over-time": memory_chart(records),
         "quality": quality_chart(show.summary(run)),
+        "size": size_chart(run),
     }
     return {name: drawn for name, drawn in found.items() if drawn is not None}
 
@@ -124,6 +130,40 @@ def _best(figures: show.Summary) -> dict[str, tuple[float, float]]:
         speeds[record["artifact"]] = max(speeds.get(record["artifact"], 0.0), record["output_tokens_per_second"] or 0.0)
     scores = {name: entry["score"] for name, entry in figures["scores"].items() if entry["score"] is not None}
     return {name: (speed, scores[name]) for name, speed in speeds.items() if name in scores}
+
+
+def size_chart(run: Run) -> tuple[str, Markup] | None:
+    """Closeness to the live adapter over bytes on the disk, for every whole model that verify has measured."""
+    parity = show.summary(run)["parity"]
+    folders = {name: run.folder("merge") if name == MERGED else run.folder("export") / name for name in parity}
+    found = {
+        name: (Artifact(name, folder).disk_bytes / MB, closeness(parity[name]["kl_mean"]))
+        for name, folder in folders.items()
+        if parity[name]["kl_mean"] is not None and folder.is_dir() and not served_adapter.is_adapter(folder)
+    }
+    if len(found) < 2:
+        return None
+    front = pareto({name: (-size, near) for name, (size, near) in found.items()})
+    caption = "Closeness to what was trained against size; in the accent colour what no other beats in both."
+    return caption, closeness_chart("size", found, front, "MB on the disk")
+
+
+def closeness(kl: float) -> float:
+    """-log10 of a mean KL; below LEAST_KL nothing is told apart, as the live model computes in bf16."""
+    return -log10(max(kl, LEAST_KL))
+
+
+def closeness_chart(name: str, points: Mapping[str, tuple[float, float]], front: set[str], across: str) -> Markup:
+    """Formats by what they cost (`across`) and how close they are to what was trained; those in `front` stand out."""
+    from qkit import charts
+
+    lines = [charts.Line(who, [point], (), who in front) for who, point in points.items()]
+    said = "; ".join(f"{who}: {x:.4g} {across}, {y:.2f}" for who, (x, y) in points.items())
+    axes = (across, "closeness to what was trained: -log10 of mean KL")
+    title = f"Closeness against {name}"
+    return charts.plane(
+        f"{name}-chart", title, said, lines, axes=axes, width=WIDTH, height=TALL, joined=False, lowest=None
+    )
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> set[str]:

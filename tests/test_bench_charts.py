@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from math import log10
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -74,6 +75,19 @@ def test_charts_say_the_figures_of_the_records(tmp_path: Path) -> None:
     assert (
         f"vllm × 8: at most {record['memory']['rss_tree_peak_bytes'] / 2**30:.2f} GiB" in found["memory-over-time"][1]
     )
+
+
+def test_size_is_that_of_the_folders(tmp_path: Path) -> None:
+    run = open_sample(tmp_path)
+    for name, size in (("onnx-fp32", 5_000_000), ("onnx-int4", 1_000_000), ("vllm", 6_000_000)):
+        folder = run.folder("export") / name
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"x" * size)
+    said = bench_charts.charts_of(run)["size"][1]
+    parity = json.loads((SAMPLE / "verify" / "parity.json").read_text(encoding="utf-8"))["parity"]
+    assert f"onnx-int4: 1 MB on the disk, {-log10(parity['onnx-int4']['kl_mean']):.2f}" in said
+    (run.folder("export") / "vllm" / "adapter_config.json").write_text("{}")
+    assert "vllm" not in bench_charts.charts_of(run)["size"][1]
 
 
 def test_files_stand_alone(tmp_path: Path) -> None:
