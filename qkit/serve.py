@@ -179,7 +179,7 @@ def pick(run: Run, asked: Asked) -> tuple[Artifact, str]:
             f"{run.root}: {', '.join(artifact.name for artifact in found)} failed the gate, so it is not served; "
             f"`qkit show {run.root}` says by how much, --force serves it all the same"
         )
-    best = max(good, key=lambda artifact: _merit(known, artifact))
+    best = max(good, key=lambda artifact: _merit(known, artifact, run.recipe.merge.choose))
     if asked.runtime == "onnxruntime":
         _need_genai(best.path)
     return best, f"{best.name} ({_status(known, best)}, of {', '.join(artifact.name for artifact in found)})"
@@ -218,11 +218,12 @@ def _status(known: Mapping[str, Any], artifact: Artifact) -> str:
     return str(entry.get("status", "unverified"))
 
 
-def _merit(known: Mapping[str, Any], artifact: Artifact) -> tuple[bool, float, float]:
-    """Passed before not judged; then the task's score; then the distance to the live model."""
+def _merit(known: Mapping[str, Any], artifact: Artifact, rule: str) -> tuple[bool, float, float]:
+    """Passed before not judged; then the nearer to what was trained (a few points of a score are chance), or by `rule` the better score."""
     score = known["scores"].get(artifact.name, {}).get("score", float("-inf"))
-    distance = known["parity"].get(artifact.name, {}).get("kl_mean", float("inf"))
-    return _status(known, artifact) == "passed", score, -distance
+    nearness = -known["parity"].get(artifact.name, {}).get("kl_mean", float("inf"))
+    passed = _status(known, artifact) == "passed"
+    return (passed, score, nearness) if rule == "score" else (passed, nearness, score)
 
 
 # --- does it fit --------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def a_run(folder: Path, **statuses: str) -> Run:
     ("statuses", "asked", "picked"),
     [
         ({"vllm": "measured", "onnx_fp32": "measured"}, Asked(), "vllm"),
-        ({"onnx_fp32": "measured", "onnx_int4": "measured"}, Asked("onnxruntime"), "onnx-fp32"),  # the better score
+        ({"onnx_fp32": "measured", "onnx_int4": "measured"}, Asked("onnxruntime"), "onnx-fp32"),  # the nearer one
         ({"onnx_fp32": "failed", "onnx_int4": "passed"}, Asked("onnxruntime"), "onnx-int4"),
         ({"onnx_fp32": "measured", "onnx_int4": "passed"}, Asked("onnxruntime"), "onnx-int4"),
         ({"onnx_fp32": "passed", "onnx_int4": "passed"}, Asked("onnxruntime", "onnx-int4"), "onnx-int4"),
@@ -67,6 +67,17 @@ def a_run(folder: Path, **statuses: str) -> Run:
 def test_the_best_that_passed_its_gate(tmp_path: Path, statuses: dict[str, str], asked: Asked, picked: str) -> None:
     artifact, why = serve.pick(a_run(tmp_path, **statuses), asked)
     assert artifact.name == picked and picked in why
+
+
+@pytest.mark.parametrize(("rule", "picked"), [("fidelity", "vllm"), ("score", "vllm-w8a8")])
+def test_the_nearest_and_not_the_luckiest(tmp_path: Path, rule: str, picked: str) -> None:
+    run = a_run(tmp_path, vllm="passed", vllm_w8a8="passed")
+    known = json.loads((run.folder("verify") / "parity.json").read_text())
+    known["scores"] = {"vllm": {"score": 49.0}, "vllm-w8a8": {"score": 51.0}}
+    edit(run, "verify/parity.json", **known)
+    merge = run.recipe.merge.model_copy(update={"choose": rule})
+    artifact, _ = serve.pick(Run(run.root, run.recipe.model_copy(update={"merge": merge})), Asked())
+    assert artifact.name == picked
 
 
 @pytest.mark.parametrize(
