@@ -40,7 +40,7 @@ from qkit.run import Run, environment, make_folder, write_json, write_text
 from qkit.runtimes.vllm import ENVIRONMENT
 
 PARTS = ("overhead", "crosscheck")
-LOAD = Load(requests=32, output_tokens=32, concurrency=8)
+LOAD = Load(requests=64, output_tokens=32, concurrency=8)
 FIGURES = ("ttft_seconds", "tpot_seconds", "output_tokens_per_second")
 
 
