@@ -297,7 +297,12 @@ def test_a_killed_run_leaves_nothing_half_done(tiny_recipe: Path, tmp_path: Path
 def test_changed_outputs_are_noticed(tiny_recipe: Path, tmp_path: Path) -> None:
     run = _run_data(tiny_recipe, tmp_path / "run")
     assert pipeline.statuses(run)["data"] == "done"
-    os.utime(run.folder("data") / "train.parquet", ns=(1, 1))
+    rows = run.folder("data") / "train.parquet"
+    os.utime(rows, ns=(1, 1))  # as a copy has it: another time, the same content
+    assert pipeline.statuses(run)["data"] == "done"
+    damaged = bytearray(rows.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    rows.write_bytes(bytes(damaged))
     assert pipeline.statuses(run)["data"] == "stale"
     with pytest.raises(MissingArtifact, match="out of date"):
         pipeline.execute(run, "train")

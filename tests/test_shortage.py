@@ -131,7 +131,7 @@ def _limited(whole: Callable[..., Any], spare_bytes: int) -> Callable[..., Any]:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare_bytes, hard))
         try:
-            torch.empty(2 * spare_bytes, dtype=torch.uint8)  # small tensors may find room that the heap has free
+            torch.empty(256 * spare_bytes, dtype=torch.uint8)  # smaller tensors may find room that the heap has free
             return whole(*args, **kwargs)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
