@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import signal
@@ -816,6 +817,9 @@ def _options(
 
 def main() -> NoReturn:
     """Entry point: every error becomes one message and an exit code."""
+    if sys.argv[1:2] == ["plan"]:
+        gc.disable()  # it ends before there is garbage worth a search through all that was imported
+        os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # else every installed package is asked for one
     try:
         code = _asked(sys.argv[1:2])(standalone_mode=False) or 0
     except QkitError as error:
