@@ -97,9 +97,7 @@ def _row(run: Run, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _against_size(rows: list[dict[str, Any]]) -> Markup:
-    points = _points(rows, lambda row: row["disk_bytes"] / MB)
-    front = bench_charts.pareto({name: (-size, near) for name, (size, near) in points.items()})
-    return bench_charts.closeness_chart("size", points, front, "MB on the disk")
+    return bench_charts.against_size(_points(rows, lambda row: row["disk_bytes"] / MB))
 
 
 def _against_speed(rows: list[dict[str, Any]]) -> Markup:

@@ -35,11 +35,12 @@ svg { background: #ffffff; font: 13px system-ui, "Helvetica Neue", "Liberation S
 def charts_of(run: Run) -> dict[str, tuple[str, Markup]]:
     """Every chart that the run has figures for, by the name of its file: (caption, chart)."""
     records = [show.read(path) for path in sorted(run.folder("bench").glob("*.json"))]
+    figures = show.summary(run)
     found = {
         "latency": latency_chart(records),
         "memory-over-time": memory_chart(records),
-        "quality": quality_chart(show.summary(run)),
-        "size": size_chart(run),
+        "quality": quality_chart(figures),
+        "size": size_chart(run, figures),
     }
     return {name: drawn for name, drawn in found.items() if drawn is not None}
 
@@ -132,9 +133,9 @@ def _best(figures: show.Summary) -> dict[str, tuple[float, float]]:
     return {name: (speed, scores[name]) for name, speed in speeds.items() if name in scores}
 
 
-def size_chart(run: Run) -> tuple[str, Markup] | None:
+def size_chart(run: Run, figures: show.Summary) -> tuple[str, Markup] | None:
     """Closeness to the live adapter over bytes on the disk, for every whole model that verify has measured."""
-    parity = show.summary(run)["parity"]
+    parity = figures["parity"]
     folders = {name: run.folder("merge") if name == MERGED else run.folder("export") / name for name in parity}
     found = {
         name: (Artifact(name, folder).disk_bytes / MB, closeness(parity[name]["kl_mean"]))
@@ -143,9 +144,14 @@ def size_chart(run: Run) -> tuple[str, Markup] | None:
     }
     if len(found) < 2:
         return None
-    front = pareto({name: (-size, near) for name, (size, near) in found.items()})
     caption = "Closeness to what was trained against size; in the accent colour what no other beats in both."
-    return caption, closeness_chart("size", found, front, "MB on the disk")
+    return caption, against_size(found)
+
+
+def against_size(points: Mapping[str, tuple[float, float]]) -> Markup:
+    """Formats by MB and closeness: of size the less is the better."""
+    front = pareto({name: (-size, near) for name, (size, near) in points.items()})
+    return closeness_chart("size", points, front, "MB on the disk")
 
 
 def closeness(kl: float) -> float:
