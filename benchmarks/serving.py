@@ -5,7 +5,8 @@
 
 overhead    throughput of a server that `qkit serve` started against vLLM started by hand with the same argv, both up, measured in turn;
             and how long `qkit serve` works before it has started vLLM
-crosscheck  one server, in turn: our figures, `vllm bench serve` run by hand, and an asyncio client that has nothing of ours
+crosscheck  one server, in turn: our figures, `vllm bench serve` run by hand, and an asyncio client that has nothing of ours; for one client at
+            a time (what a request takes, without chance meetings of requests) and for eight
 
 Results go to benchmarks/results/serving.json, part by part, and in words to serving.md. How fast each format is: formats.py.
 Machines are noisy: ratios come from turns, with their range.
@@ -41,6 +42,7 @@ from qkit.runtimes.vllm import ENVIRONMENT
 
 PARTS = ("overhead", "crosscheck")
 LOAD = Load(requests=64, output_tokens=32, concurrency=8)
+CROSSCHECKED = (Load(requests=16, output_tokens=32, concurrency=1), LOAD)
 FIGURES = ("ttft_seconds", "tpot_seconds", "output_tokens_per_second")
 
 
@@ -197,27 +199,36 @@ def _prompts(run: Run) -> HeldOut:
 
 
 def _crosscheck(run: Run, turns: int) -> dict[str, Any]:
-    """Each turn asks the same prompts by all three; who goes first changes every turn."""
+    """By number of clients: each turn asks the same prompts by all three; who goes first changes every turn."""
     prompts = _prompts(run)
     with _served(run) as (_, described), tempfile.TemporaryDirectory() as folder:
         url, name = described["url"], described["model"]
         with Tool(url, name, bench.tokenizer_folder(run), prompts, 0, Path(folder) / "load.log") as tool:
-            asks: dict[str, Callable[[int], dict[str, float]]] = {
-                "qkit": lambda turn: _ours(tool.measure(LOAD, turn)),
-                "vllm bench serve": lambda turn: _tool_by_hand(tool.arguments(LOAD, turn), Path(folder)),
-                "client": lambda turn: asyncio.run(_client(url, name, [p.text for p in tool.picked(LOAD, turn)])),
+            asks: dict[str, Callable[[Load, int], dict[str, float]]] = {
+                "qkit": lambda load, turn: _ours(tool.measure(load, turn)),
+                "vllm bench serve": lambda load, turn: _tool_by_hand(tool.arguments(load, turn), Path(folder)),
+                "client": lambda load, turn: asyncio.run(
+                    _client(url, name, [p.text for p in tool.picked(load, turn)], load)
+                ),
             }
-            found: dict[str, list[dict[str, float]]] = {who: [] for who in asks}
+            found: dict[Load, list[dict[str, dict[str, float]]]] = {load: [] for load in CROSSCHECKED}
             for turn in range(turns + 1):
-                for who in [*asks][turn % 3 :] + [*asks][: turn % 3]:
-                    asked = asks[who](turn)
-                    found[who] += [asked] if turn else []  # the first one warms up
-    medians = {who: {key: median(turn[key] for turn in each) for key in FIGURES} for who, each in found.items()}
-    paired = {
-        who: {key: median(a[key] / b[key] for a, b in zip(found["qkit"], each, strict=True)) - 1 for key in FIGURES}
-        for who, each in found.items()
+                order = [*asks][turn % 3 :] + [*asks][: turn % 3]
+                for load, each in found.items():
+                    each.append({who: asks[who](load, turn) for who in order})
+    return {str(load.concurrency): {"load": vars(load), **_agreement(each[1:])} for load, each in found.items()}
+
+
+def _agreement(turns: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Medians, and how far ours are from the others', turn by turn; the first turn warmed up and is not here."""
+    apart = {
+        who: {key: [turn["qkit"][key] / turn[who][key] - 1 for turn in turns] for key in FIGURES} for who in turns[0]
     }
-    return {"medians": medians, "qkit_over_others": paired, "each": found, "load": vars(LOAD)}
+    return {
+        "medians": {who: {key: median(turn[who][key] for turn in turns) for key in FIGURES} for who in apart},
+        "qkit_over_others": {who: {key: median(each) for key, each in of.items()} for who, of in apart.items()},
+        "each": {who: [turn[who] for turn in turns] for who in apart},
+    }
 
 
 def _ours(repeat: bench_record.Repeat) -> dict[str, float]:
@@ -246,10 +257,10 @@ def _tool_by_hand(arguments: Sequence[str], folder: Path) -> dict[str, float]:
     }
 
 
-async def _client(url: str, name: str, prompts: Sequence[str]) -> dict[str, float]:
+async def _client(url: str, name: str, prompts: Sequence[str], load: Load) -> dict[str, float]:
     """The same prompts at the same concurrency, and the same definitions, with nothing of ours."""
-    slots = asyncio.Semaphore(LOAD.concurrency or 1)
-    body = {"model": name, "max_tokens": LOAD.output_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
+    slots = asyncio.Semaphore(load.concurrency or 1)
+    body = {"model": name, "max_tokens": load.output_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
     body |= {"stream_options": {"include_usage": True}, "add_special_tokens": False, "cache_salt": os.urandom(8).hex()}
 
     async def one(client: httpx.AsyncClient, prompt: str) -> tuple[float, float, float, int]:
@@ -287,12 +298,13 @@ def _markdown(parts: Mapping[str, Any]) -> str:
             f"({found['cpu_seconds_before_vllm_starts']['median']:.2f} s of CPU)."
         )
     if "crosscheck" in parts:
-        sections.append(_crosscheck_table(parts["crosscheck"]["figures"]))
+        sections += [_crosscheck_table(found) for found in parts["crosscheck"]["figures"].values()]
     return "\n\n".join(sections) + "\n"
 
 
 def _crosscheck_table(found: Mapping[str, Any]) -> str:
-    lines = ["| By | TTFT ms | TPOT ms | Tokens/s | qkit over it |", "|---|--:|--:|--:|---|"]
+    lines = [f"| {found['load']['concurrency']} at once, by | TTFT ms | TPOT ms | Tokens/s | qkit over it |"]
+    lines.append("|---|--:|--:|--:|---|")
     for who, each in found["medians"].items():
         apart = ", ".join(f"{100 * value:+.1f} %" for value in found["qkit_over_others"][who].values())
         cells = [who, show.ms_text(each["ttft_seconds"]), show.ms_text(each["tpot_seconds"])]

@@ -107,10 +107,10 @@ def _checked(adapter: Path, folder: Path, base: str) -> list[str]:
         ModelError: it is in this base already, or its note tells of another one.
     """
     config = Deltas(adapter).config
-    provenance.check_not_merged(adapter, folder)
     if (adapter / provenance.NOTE).is_file():
         provenance.check_adapter(adapter, folder)
         return []
+    provenance.check_not_merged(adapter, folder)
     said = str(config.base_model_name_or_path or "nothing")
     held = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path", "")
     agree = Path(said).name.lower() in {Path(name).name.lower() for name in (base, str(folder), held) if name}
