@@ -1,6 +1,7 @@
 """What a deployer copies: each file by the tool of its format, and none of it drifts from what `qkit serve` starts.
 
-promtool, nginx and systemd-analyze come from no Python package; where they are installed they are asked as well.
+promtool and systemd-analyze come from no Python package; where they are installed they are asked as well.
+The proxies at work: test_serve_proxies.py.
 """
 
 from __future__ import annotations
@@ -159,16 +160,6 @@ def test_nginx() -> None:
     parsed = crossplane.parse(str(SERVE / "nginx.conf"), check_ctx=True, check_args=True)
     assert parsed["status"] == "ok", parsed["errors"]
     assert "proxy_buffering off;" in (SERVE / "nginx.conf").read_text()
-
-
-def test_nginx_itself(tmp_path: Path) -> None:
-    for program in ("nginx", "openssl"):
-        tool(program)
-    pair = ("-keyout", tmp_path / "server.key", "-out", tmp_path / "server.crt")
-    run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *pair, "-days", "1", "-subj", "/CN=localhost")
-    text = (SERVE / "nginx.conf").read_text().replace("/etc/nginx/tls", str(tmp_path))
-    (tmp_path / "nginx.conf").write_text(f"error_log {tmp_path}/error.log; pid {tmp_path}/pid;\n{text}")
-    run(tool("nginx"), "-t", "-c", tmp_path / "nginx.conf")
 
 
 def test_prometheus_itself() -> None:
