@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--artifact", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     run = Run(given.run, load(given.run / "recipe.yaml", given.set))
     if given.artifact:
         print(json.dumps(_bench(run, given.artifact)))

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--point", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     if given.point:
         print(json.dumps(measure(json.loads(given.point))))
         return

@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "what": "mean and p99 KL(live || merged), top-1 agreement, held-out loss; nats per completion token",
         "command": f"python benchmarks/merge.py {' '.join(run.name for run in given.runs)} --rows {given.rows}",

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--child", choices=["dequantized", "16bit"], help=argparse.SUPPRESS)
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     if given.child:
         print(json.dumps(_merge(given.disk, given.child)))
         return

@@ -37,7 +37,7 @@ from qkit import bench, bench_load, bench_record, model, show
 from qkit.bench_load import HeldOut, Load, Tool
 from qkit.device import detect
 from qkit.recipe import load
-from qkit.run import Run, environment, make_folder, write_json, write_text
+from qkit.run import Run, environment, write_json, write_text
 from qkit.runtimes.vllm import ENVIRONMENT
 
 PARTS = ("overhead", "crosscheck")
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="of overhead and crosscheck")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     run = Run(given.run, load(given.run / "recipe.yaml", given.set))
     file = given.out / "serving.json"
     result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"parts": {}}
@@ -313,5 +314,4 @@ def _crosscheck_table(found: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    make_folder(Path("benchmarks/results"))
     main()

@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     result = _soak(Run.open(given.run), given)
     write_json(given.out / "soak.json", result)
     print(json.dumps({key: result[key] for key in ("outcomes", "checks", "memory_growth", "seconds_to_end")}, indent=1))

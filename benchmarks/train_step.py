@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     run = Run.open(given.run)
     speeds: dict[str, list[float]] = {way: [] for way in WAYS}
     for repeat in range(given.repeats):
