@@ -6,7 +6,8 @@
 overhead    throughput of a server that `qkit serve` started against vLLM started by hand with the same argv, both up, measured in turn;
             and how long `qkit serve` works before it has started vLLM
 crosscheck  one server, in turn: our figures, `vllm bench serve` run by hand, and an asyncio client that has nothing of ours; for one client at
-            a time (what a request takes, without chance meetings of requests) and for eight
+            a time (what a request takes, without chance meetings of requests) and for eight. Turns of one and the same program differ by
+            tens of percent, so what each reads is set against what the server itself counted of the same requests
 
 Results go to benchmarks/results/serving.json, part by part, and in words to serving.md. How fast each format is: formats.py.
 Machines are noisy: ratios come from turns, with their range.
@@ -27,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import httpx
@@ -43,7 +44,16 @@ from qkit.runtimes.vllm import ENVIRONMENT
 PARTS = ("overhead", "crosscheck")
 LOAD = Load(requests=64, output_tokens=32, concurrency=8)
 CROSSCHECKED = (Load(requests=16, output_tokens=32, concurrency=1), LOAD)
-FIGURES = ("ttft_seconds", "tpot_seconds", "output_tokens_per_second")
+Turn = dict[str, dict[str, dict[str, float]]]  # by who asked: what it read, what the server counted, one over the other
+
+FIGURES = ("ttft_seconds", "tpot_seconds", "output_tokens_per_second")  # means over a turn's requests
+COUNTERS = {
+    "ttft": "vllm:time_to_first_token_seconds_sum",
+    "tpot": "vllm:request_time_per_output_token_seconds_sum",
+    "e2e": "vllm:e2e_request_latency_seconds_sum",
+    "requests": "vllm:e2e_request_latency_seconds_count",
+    "tokens": "vllm:generation_tokens_total",
+}
 
 
 def main() -> None:
@@ -212,33 +222,68 @@ def _crosscheck(run: Run, turns: int) -> dict[str, Any]:
                     _client(url, name, [p.text for p in tool.picked(load, turn)], load)
                 ),
             }
-            found: dict[Load, list[dict[str, dict[str, float]]]] = {load: [] for load in CROSSCHECKED}
+            found: dict[Load, list[Turn]] = {load: [] for load in CROSSCHECKED}
             for turn in range(turns + 1):
                 order = [*asks][turn % 3 :] + [*asks][: turn % 3]
                 for load, each in found.items():
-                    each.append({who: asks[who](load, turn) for who in order})
+                    each.append({who: _beside_the_server(url, load, lambda: asks[who](load, turn)) for who in order})  # noqa: B023
     return {str(load.concurrency): {"load": vars(load), **_agreement(each[1:])} for load, each in found.items()}
 
 
-def _agreement(turns: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Medians, and how far ours are from the others', turn by turn; the first turn warmed up and is not here."""
-    apart = {
-        who: {key: [turn["qkit"][key] / turn[who][key] - 1 for turn in turns] for key in FIGURES} for who in turns[0]
+def _beside_the_server(url: str, load: Load, ask: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    """What a program reads, what the server counted meanwhile, and the one over the other."""
+    before = _counters(url)
+    read = ask()
+    counted = {key: value - before[key] for key, value in _counters(url).items()}
+    if counted["requests"] != load.requests:
+        raise SystemExit(
+            f"{counted['requests']:.0f} requests reached the server, and {load.requests} were meant: is it asked by others?"
+        )
+    server = {
+        "ttft_seconds": counted["ttft"] / counted["requests"],
+        "tpot_seconds": counted["tpot"] / counted["requests"],
+        "output_tokens_per_second": counted["tokens"]
+        / counted["e2e"]
+        * (load.concurrency or 1),  # as if no client paused
     }
+    return {"read": read, "server": server, "over_server": {key: read[key] / server[key] for key in FIGURES}}
+
+
+def _counters(url: str) -> dict[str, float]:
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     return {
-        "medians": {who: {key: median(turn[who][key] for turn in turns) for key in FIGURES} for who in apart},
-        "qkit_over_others": {who: {key: median(each) for key, each in of.items()} for who, of in apart.items()},
-        "each": {who: [turn[who] for turn in turns] for who in apart},
+        key: sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
+        for key, name in COUNTERS.items()
+    }
+
+
+def _agreement(turns: Sequence[Turn]) -> dict[str, Any]:
+    """By who asked: medians of what was read and of that over the server's own, and how far ours is from theirs; without the first turn."""
+    asked = turns[0]
+
+    def medians(of: Callable[[Turn, str, str], float]) -> dict[str, dict[str, float]]:
+        return {who: {key: median(of(turn, who, key) for turn in turns) for key in FIGURES} for who in asked}
+
+    return {
+        "read": medians(lambda turn, who, key: turn[who]["read"][key]),
+        "over_server": medians(lambda turn, who, key: turn[who]["over_server"][key]),
+        "qkit_over_others": medians(
+            lambda turn, who, key: turn["qkit"]["over_server"][key] / turn[who]["over_server"][key] - 1
+        ),
+        "qkit_over_others_as_read": medians(
+            lambda turn, who, key: turn["qkit"]["read"][key] / turn[who]["read"][key] - 1
+        ),
+        "turns": list(turns),
     }
 
 
 def _ours(repeat: bench_record.Repeat) -> dict[str, float]:
     record = bench_record.figures([repeat])
-    return {key: _middle(record[key]) for key in FIGURES}
+    return {key: _mean(record[key]) for key in FIGURES}
 
 
-def _middle(figure: Any) -> float:
-    return float(figure["p50"] if isinstance(figure, dict) else figure)
+def _mean(figure: Any) -> float:
+    return float(figure["mean"] if isinstance(figure, dict) else figure)
 
 
 def _tool_by_hand(arguments: Sequence[str], folder: Path) -> dict[str, float]:
@@ -252,8 +297,8 @@ def _tool_by_hand(arguments: Sequence[str], folder: Path) -> dict[str, float]:
     )
     told = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return {
-        "ttft_seconds": told["median_ttft_ms"] / 1000,
-        "tpot_seconds": told["median_tpot_ms"] / 1000,
+        "ttft_seconds": told["mean_ttft_ms"] / 1000,
+        "tpot_seconds": told["mean_tpot_ms"] / 1000,
         "output_tokens_per_second": told["output_throughput"],
     }
 
@@ -279,8 +324,8 @@ async def _client(url: str, name: str, prompts: Sequence[str], load: Load) -> di
         asked = await asyncio.gather(*(one(client, prompt) for prompt in prompts))
     seconds = max(last for *_, last, _ in asked) - min(begin for begin, *_ in asked)
     return {
-        "ttft_seconds": median(first - begin for begin, first, _, _ in asked),
-        "tpot_seconds": median((last - first) / (tokens - 1) for _, first, last, tokens in asked),
+        "ttft_seconds": mean(first - begin for begin, first, _, _ in asked),
+        "tpot_seconds": mean((last - first) / (tokens - 1) for _, first, last, tokens in asked),
         "output_tokens_per_second": sum(tokens for *_, tokens in asked) / seconds,
     }
 
@@ -304,12 +349,16 @@ def _markdown(parts: Mapping[str, Any]) -> str:
 
 
 def _crosscheck_table(found: Mapping[str, Any]) -> str:
-    lines = [f"| {found['load']['concurrency']} at once, by | TTFT ms | TPOT ms | Tokens/s | qkit over it |"]
-    lines.append("|---|--:|--:|--:|---|")
-    for who, each in found["medians"].items():
+    head = f"{found['load']['concurrency']} at once, by"
+    lines = [
+        f"| {head} | TTFT ms | TPOT ms | Tokens/s | over the server's own counts | qkit over it, by these |",
+        "|---|--:|--:|--:|---|---|",
+    ]
+    for who, each in found["read"].items():
+        over = ", ".join(f"{value:.3f}" for value in found["over_server"][who].values())
         apart = ", ".join(f"{100 * value:+.1f} %" for value in found["qkit_over_others"][who].values())
         cells = [who, show.ms_text(each["ttft_seconds"]), show.ms_text(each["tpot_seconds"])]
-        lines.append(f"| {' | '.join(cells)} | {each['output_tokens_per_second']:.1f} | {apart} |")
+        lines.append(f"| {' | '.join(cells)} | {each['output_tokens_per_second']:.1f} | {over} | {apart} |")
     return "\n".join(lines)
 
 

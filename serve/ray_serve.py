@@ -1,6 +1,8 @@
 """Many replicas over many machines with Ray Serve LLM, scaled by requests in work.
 
-serve run serve.ray_serve:app        (pip install 'ray[serve,llm]' beside vLLM; not started in qkit's tests)
+serve run serve.ray_serve:app        (not started in qkit's tests)
+
+`pip install 'ray[serve,llm]'` in an environment of its own: Ray 2.60 pins vLLM 0.29, qkit's is a newer one. Both read the same exports.
 
 The engine's options are those that `qkit serve` gives vLLM; Ray has routing, scaling, health and draining of its own, so `qkit.admission`
 is left out. Ray's proxy asks for no key: put nginx.conf or envoy.yaml, or a gateway that does, in front of it.
