@@ -29,6 +29,9 @@ MAX_BODY_BYTES = "QKIT_MAX_BODY_BYTES"
 MAX_REQUESTS = "QKIT_MAX_REQUESTS"
 DRAIN_SECONDS = "QKIT_DRAIN_SECONDS"
 API_KEY = "VLLM_API_KEY"
+# A connection that waits for its next request is kept longer than clients and proxies keep theirs (60 s as a rule; vLLM's own 5 s are
+# those of httpx): where the server is the first to close it, a request that is on its way meets nobody.
+KEEP_ALIVE_SECONDS = 75
 OPEN = frozenset({"/health", "/metrics"})  # what probes and scrapers ask without a key
 
 Scope = MutableMapping[str, Any]

@@ -26,7 +26,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
-from qkit.admission import Admission
+from qkit.admission import KEEP_ALIVE_SECONDS, Admission
 from qkit.onnx_engine import Ended, Engine, Sampling
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
@@ -411,7 +411,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     service = Service(given.model, given.served_model_name, given.max_model_len, given.max_num_seqs)
     try:
         app = Admission(build(service))
-        uvicorn.run(app, host=given.host, port=given.port, access_log=False, timeout_graceful_shutdown=5)
+        uvicorn.run(
+            app,
+            host=given.host,
+            port=given.port,
+            access_log=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=5,
+        )
     finally:
         service.engine.close()
 

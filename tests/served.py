@@ -21,6 +21,7 @@ import pytest
 
 KEY = "a-key-of-the-tests"
 TURNS: Any = [{"role": "user", "content": "say a"}]
+IDLE_SECONDS = 6  # uvicorn and vLLM close a connection after 5, unless they are told otherwise
 BUSY_SECONDS = 10  # what takes well below one on a machine of one's own
 
 
@@ -107,6 +108,17 @@ def check_streams_alike(chat: Callable[..., Any], client: openai.OpenAI) -> None
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     whole = chat(client)
     assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
+
+
+def check_keeps_connections(served: Served) -> None:
+    """A connection that has waited for longer than its client or a proxy would keep it is there still, not closed in a request's face."""
+    limits = httpx.Limits(keepalive_expiry=60)
+    ports = set()
+    with httpx.Client(base_url=served.url, limits=limits, timeout=30) as client:
+        for waits in (IDLE_SECONDS, 0):
+            ports.add(client.get("/health").extensions["network_stream"].get_extra_info("client_addr"))
+            time.sleep(waits)
+    assert len(ports) == 1
 
 
 def check_drains(served: Served, chat: Callable[..., Any], tokens: int, seconds: float) -> None:

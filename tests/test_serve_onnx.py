@@ -19,6 +19,7 @@ from served import (
     Served,
     asking,
     check_drains,
+    check_keeps_connections,
     check_streams_alike,
     figure,
     serving,
@@ -186,6 +187,10 @@ def test_metrics(served: Served) -> None:
     assert figure(served, "qkit_generation_tokens_total") > 50
     assert figure(served, "qkit_time_to_first_token_seconds_count") > 5
     assert figure(served, 'qkit_requests_total{status="400"}') > 5
+
+
+def test_a_connection_may_wait(served: Served) -> None:
+    check_keeps_connections(served)
 
 
 def test_a_dead_server_is_seen_and_started_again(served: Served) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import re
 import shutil
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any
 import httpx
 import pytest
 
-from qkit.admission import Admission, Limits
+from qkit.admission import KEEP_ALIVE_SECONDS, Admission, Limits
 
 SERVE = Path(__file__).parent.parent / "serve"
 TOKENS, GAP = 5, 0.25  # of an answer, and seconds between two of them
@@ -266,3 +267,11 @@ def test_one_client_has_limits(proxy: Proxy) -> None:
     assert set(found) == {200, 429}
     most = STREAMS if proxy.name == "nginx" else BURST + 10  # what the bucket is filled with meanwhile
     assert STREAMS <= found.count(200) <= most
+
+
+@pytest.mark.parametrize(
+    ("name", "idle"), [("nginx.conf", r"keepalive_timeout (\d+)s;"), ("envoy.yaml", r"options: {idle_timeout: (\d+)s}")]
+)
+def test_the_proxy_lets_go_of_a_connection_before_the_server_does(name: str, idle: str) -> None:
+    (seconds,) = re.findall(idle, (SERVE / name).read_text(encoding="utf-8"))
+    assert int(seconds) + 10 <= KEEP_ALIVE_SECONDS

@@ -15,7 +15,17 @@ import httpx
 import openai
 import psutil
 import pytest
-from served import BUSY_SECONDS, KEY, Served, asking, check_drains, check_streams_alike, serving, wait_for_nobody
+from served import (
+    BUSY_SECONDS,
+    KEY,
+    Served,
+    asking,
+    check_drains,
+    check_keeps_connections,
+    check_streams_alike,
+    serving,
+    wait_for_nobody,
+)
 
 from qkit.recipe import Recipe
 from qkit.runtimes import vllm
@@ -211,6 +221,10 @@ def test_one_too_many(served: Served, client: openai.OpenAI) -> None:
         chat(client)
     for stream in streams:
         stream.close()
+
+
+def test_a_connection_may_wait(served: Served) -> None:
+    check_keeps_connections(served)
 
 
 def test_a_dead_engine_is_seen_and_started_again(served: Served) -> None:

@@ -25,7 +25,12 @@ from qkit.server import TreeMeter
 TOP_LOGPROBS = 20  # vLLM's default ceiling (--max-logprobs)
 CONCURRENCY = 16
 ADAPTER_ROWS = 16  # are scored through an adapter: each of their tokens is a request
-ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(admission.KEEP_ALIVE_SECONDS),
+}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # what is on this disk needs no hub
 CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
 REQUEST_SECONDS = 600.0
