@@ -23,6 +23,7 @@ WHAT = {
     "dequantized": "merged into the base's 4-bit weights, dequantized: what the adapter was trained against",
     "16bit": "merged into the base's 16-bit weights",
 }
+FINER = "-fp16"  # after the name of a base: merged into that, and rounded to float16, which has three bits more than bfloat16
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,16 @@ def bases(how: Recipe) -> tuple[Base, ...]:
     if how.merge.base != "measured":
         return (how.merge.base,)
     return ("dequantized", "16bit") if how.quantization.load_in_4bit else ("16bit",)
+
+
+def base_of(name: str) -> Base:
+    """The base that a candidate of this name was merged into."""
+    return "dequantized" if name.removesuffix(FINER) == "dequantized" else "16bit"
+
+
+def describe(name: str) -> str:
+    """What a candidate of this name is, in words."""
+    return WHAT[base_of(name)] + (", in float16" if name.endswith(FINER) else "")
 
 
 def choose(candidates: Sequence[Candidate], rule: str) -> Candidate:
@@ -131,7 +142,7 @@ def read_table(run: Run) -> dict[str, Any]:
 
 def other_bases(run: Run) -> Iterator[Base]:
     """The ways that the run's merge has measured and not taken."""
-    chosen = read_table(run)["chosen"]
+    chosen = base_of(read_table(run)["chosen"])
     yield from (base for base in bases(run.recipe) if base != chosen)
 
 

@@ -23,4 +23,4 @@ def _lines(made: Mapping[str, Any]) -> Iterator[str]:
     if rows:
         yield f"KL in nats per completion token to the adapter apart on its base, {rows[0]['parity']['tokens']} tokens"
     yield from (f"note: {note}" for note in [*made["notes"], *filter(None, [made.get("note")])])
-    yield f"{made['out']}: merged into the base's {'4-bit' if made['chosen'] == 'dequantized' else '16-bit'} weights"
+    yield f"{made['out']}: merged into the base's {'4-bit' if made['chosen'].startswith('dequantized') else '16-bit'} weights"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qkit import scoring
 from qkit.errors import ModelError, ParityFailed, ServerError
 from qkit.export._job import split
+from qkit.merged_folder import dtype_of
 from qkit.provenance import NOTE
 from qkit.run import Run, read_json
 from qkit.scoring import HeldOut
@@ -181,7 +182,7 @@ def _dtype(run: Run, served: Path | None) -> Check:
         return Check(name, NOT_CHECKED, "its weights are not safetensors")
     config, note = _read(served / "config.json"), _read(served / NOTE)
     found = config.get("dtype", config.get("torch_dtype"))
-    wanted = DTYPES.get(split(note.get("format", ""))[1], run.recipe.merge.dtype)
+    wanted = DTYPES.get(split(note.get("format", ""))[1], dtype_of(run))
     said = f"its config says {found}, the run made {wanted}"
     return Check(name, OK if found == wanted else DIFFERS, said)
 

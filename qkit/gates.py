@@ -70,10 +70,11 @@ def is_exact(name: str) -> bool:
 def gate_of(name: str, recipe: Recipe) -> Gate:
     """The limits of an artifact: its kind's, with what `verify.gates` says in their place."""
     own = recipe.verify.gates.get(name, Gate()).model_dump()
-    return _default(name, recipe).model_copy(update={key: limit for key, limit in own.items() if limit is not None})
+    return default_gate(name, recipe).model_copy(update={key: limit for key, limit in own.items() if limit is not None})
 
 
-def _default(name: str, recipe: Recipe) -> Gate:
+def default_gate(name: str, recipe: Recipe) -> Gate:
+    """The limits of an artifact's kind."""
     kind, variant = split(name)
     if kind != "merged" and variant in exporter(kind).QUANTIZED:
         return QUANTIZED
@@ -176,4 +177,4 @@ def _remedy(run: Run, name: str, breach: Breach) -> str:
     if split(name)[1] and not is_exact(name) and breach.gate != "top1":
         return f"Choose a wider format in export.formats, or accept it: {accept}"
     where = f"`qkit verify A B --where` names the layer where two models part; to accept it: {accept}."
-    return where + (rounded if run.recipe.merge.dtype == "bfloat16" and breach.gate == "kl_mean" else "")
+    return where + (rounded if run.recipe.merge.dtypes == ("bfloat16",) and breach.gate == "kl_mean" else "")

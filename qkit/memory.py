@@ -166,7 +166,7 @@ def kv_bytes(shape: Shape, length: int) -> int:
 
 def serve_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, ...]:
     """vLLM with the merged model and room for serve.concurrency conversations of full length; more of it serves more users at once."""
-    count, width, overhead = parameters(shape), DTYPE_BYTES[how.merge.dtype], OVERHEADS[device.meter]
+    count, width, overhead = parameters(shape), DTYPE_BYTES[how.merge.dtypes[0]], OVERHEADS[device.meter]
     length, many = how.serve.max_model_len, how.serve.concurrency
     cache = many * kv_bytes(shape, length)
     window = (

@@ -18,6 +18,7 @@ from qkit.device import detect
 from qkit.live import Live
 from qkit.merged_folder import write_folder
 from qkit.merging import Base
+from qkit.recipe import Recipe
 from qkit.run import Run, need_disk, read_json, write_json
 from qkit.runtime import open_runtime
 from qkit.scoring import HeldOut
@@ -45,6 +46,9 @@ def run(run: Run, out: Path) -> None:
     reference = live.recorded(run, held_out.rows)
     measured = [_measured(run, out, candidate, held_out, reference) for candidate in made]
     best = candidates.choose(measured, run.recipe.merge.choose)
+    if _rounds_too_much(run.recipe, best):
+        measured.append(_finer(run, out, best, held_out, reference))
+        best = candidates.choose(measured, run.recipe.merge.choose)
     candidates.refuse_lost(best, "the merged model", LOST)
     _keep(candidates.folder_of(out, best.name), out)
     table = candidates.table(measured, run.recipe.merge.choose, _beside(run, folder, held_out, reference))
@@ -59,6 +63,29 @@ def _made(run: Run, out: Path, base: Base) -> Candidate:
     run.progress.say(f"merge: {base}")
     write_folder(run, target, base)
     return Candidate(base, candidates.WHAT[base])
+
+
+def _rounds_too_much(how: Recipe, best: Candidate) -> bool:
+    """Whether the best merge is beyond the gate of its kind, and there is a finer dtype: small deltas get lost between numbers of bfloat16.
+
+    A gate that the recipe moves changes what is accepted, not what is made: the merge need not be made again for it.
+    """
+    limit = gates.default_gate("merged", how).kl_mean
+    return len(how.merge.dtypes) > 1 and limit is not None and best.parity is not None and best.parity.kl_mean > limit
+
+
+def _finer(run: Run, out: Path, best: Candidate, held_out: HeldOut, reference: Live) -> Candidate:
+    """The best one again in float16; the others make room for it."""
+    assert best.parity is not None
+    run.progress.say(
+        f"merge: {best.name} in bfloat16 is beyond its gate (KL {best.parity.kl_mean:.4f}); float16 is tried"
+    )
+    for folder in candidates.folder_of(out, best.name).parent.iterdir():
+        if folder.name != best.name:
+            shutil.rmtree(folder)
+    base, name = candidates.base_of(best.name), best.name + candidates.FINER
+    write_folder(run, candidates.folder_of(out, name), base, dtype=run.recipe.merge.dtypes[-1])
+    return _measured(run, out, Candidate(name, candidates.describe(name)), held_out, reference)
 
 
 def _measured(run: Run, out: Path, candidate: Candidate, held_out: HeldOut, reference: Live) -> Candidate:

@@ -8,14 +8,17 @@ from pathlib import Path
 
 from qkit import model, provenance
 from qkit.merging import Base, merge
-from qkit.run import Run, make_folder
+from qkit.recipe import Dtype
+from qkit.run import Run, make_folder, read_json
 from qkit.tensor_files import copy_companions
 
 
-def write_folder(run: Run, out: Path, base: Base, adapters: Mapping[str, float] | None = None) -> None:
+def write_folder(
+    run: Run, out: Path, base: Base, adapters: Mapping[str, float] | None = None, dtype: Dtype | None = None
+) -> None:
     """Merge the run's adapter onto its base's weights, as `base` says, into the new folder `out`.
 
-    `adapters`: hashes and weights of those that it was combined from.
+    `adapters`: hashes and weights of those that it was combined from. `dtype`: of the weights; default: the first that the recipe would try.
 
     Raises:
         ModelError: the adapter does not belong to this base, is in it already, or is of a kind that is not merged.
@@ -24,13 +27,21 @@ def write_folder(run: Run, out: Path, base: Base, adapters: Mapping[str, float] 
     folder, adapter = model.resolve(run.recipe.model), run.need("train", "adapter")
     note = provenance.check_adapter(adapter, folder)
     copy_companions(folder, out)
-    merge(folder, adapter, out, base, run.recipe.merge, note, run.progress)  # with a config.json of its own
+    section = run.recipe.merge.model_copy(update={"dtype": dtype or run.recipe.merge.dtypes[0]})
+    merge(folder, adapter, out, base, section, note, run.progress)  # with a config.json of its own
     if run.recipe.model.chat_template or run.recipe.model.add_tokens:
         model.tokenizer_of(run.recipe.model).save_pretrained(str(out))
     if (tokens := run.folder("data") / "tokens.json").is_file():
         _write_stop_tokens(out, json.loads(tokens.read_text(encoding="utf-8"))["stop"])
     merged = adapters or {provenance.adapter_sha256(adapter): 1.0}
     provenance.write_merged(out, folder, run.recipe.model.source, base, merged)
+
+
+def dtype_of(run: Run) -> Dtype:
+    """Of the run's merged weights: what the recipe says, or where that leaves it to measuring what they have become."""
+    made, section = run.folder("merge") / "config.json", run.recipe.merge
+    found: Dtype = section.dtypes[0] if len(section.dtypes) == 1 or not made.is_file() else read_json(made)["dtype"]
+    return found
 
 
 def _write_stop_tokens(out: Path, stop: list[int]) -> None:

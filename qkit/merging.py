@@ -51,17 +51,19 @@ def merge(
 ) -> None:
     """Write `folder`'s weights, as `base` says, with the adapter added, and config.json.
 
-    Holds a few tensors at a time, whatever the model's size. `note`: the adapter's, with what was quantized and how.
+    Holds a few tensors at a time, whatever the model's size. `note`: the adapter's, with what was quantized and how. Of several dtypes
+    that `section` would try the first one is written.
 
     Raises:
         ModelError: the adapter is not one to this base, or of a kind that is not merged.
     """
     work = _Work(folder, Deltas(adapter), base, note)
-    specs = {name: {**spec, "dtype": _kept_dtype(spec["dtype"], section.dtype)} for name, spec in work.specs.items()}
+    dtype = section.dtypes[0]
+    specs = {name: {**spec, "dtype": _kept_dtype(spec["dtype"], dtype)} for name, spec in work.specs.items()}
     with (progress or Progress()).bar("merge", len(specs)) as bar:
         write_model(out, specs, work.tensors(folder, bar), section.max_shard_bytes)
     work.deltas.check_all_used()
-    _write_config(folder, out, section.dtype, work.written)
+    _write_config(folder, out, dtype, work.written)
 
 
 class _Work:

@@ -13,6 +13,7 @@ from typing import Any
 from qkit import show
 from qkit.errors import MissingArtifact
 from qkit.export._traced import is_traced
+from qkit.merged_folder import dtype_of
 from qkit.recipe import Recipe, Serve
 from qkit.run import Run, write_text
 from qkit.source import is_hub_id
@@ -60,6 +61,7 @@ def render(run: Run, export: str | None = None) -> str:
         name=run.root.resolve().name,
         run=run,
         recipe=run.recipe,
+        dtype=dtype_of(run),
         figures=figures,
         show=show,
         data=show.read(run.folder("data") / "summary.json") or {},

@@ -13,13 +13,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qkit import candidates, live, merge, merged_folder, model, parity, pipeline, provenance, recipe, scoring
+from qkit import candidates, gates, live, merge, merged_folder, model, parity, pipeline, provenance, recipe, scoring
 from qkit.candidates import Candidate
 from qkit.device import detect
 from qkit.errors import ModelError, ParityFailed
 from qkit.export import _stage
 from qkit.parity import Parity
-from qkit.recipe import Quantization, load
+from qkit.recipe import Gate, Quantization, load
 from qkit.run import Run, read_json
 from qkit.runtime import open_runtime
 
@@ -132,6 +132,42 @@ def test_a_stage_with_nothing_left_of_the_fine_tune_fails(finished: Run, tmp_pat
     with pytest.raises(ParityFailed, match="train longer"):
         merge.run(run, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("nearest", ["measured", "float16"])
+def test_a_merge_beyond_its_gate_is_tried_in_float16(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nearest: str
+) -> None:
+    """What is exported is made from it where it is the nearest; in a model this small bf16's own products are as far off as its weights."""
+    monkeypatch.setattr(gates, "SIXTEEN_BIT", Gate(kl_mean=1e-9))
+    if nearest == "float16":
+        monkeypatch.setattr(candidates, "choose", lambda rows, _: rows[-1 if len(rows) == 3 else 0])
+    run = _shrunk(finished, tmp_path / "run", 1.0)
+    for name, stage in {"merge": merge, "export": _stage}.items():
+        run.folder(name).mkdir()
+        stage.run(run, run.folder(name))
+    table = candidates.read_table(run)
+    kl = {row["name"]: row["parity"]["kl_mean"] for row in table["candidates"]}
+    assert list(kl) == ["dequantized", "16bit", "dequantized-fp16"]
+    chosen = min(kl, key=lambda name: kl[name]) if nearest == "measured" else "dequantized-fp16"
+    dtype = "float16" if chosen.endswith("-fp16") else "bfloat16"
+    assert table["chosen"] == chosen and len(table["texts"]) == 4
+    weights = load_file(run.need("merge", "model.safetensors"))
+    assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, dtype)}
+    assert merged_folder.dtype_of(run) == read_json(run.need("merge", "config.json"))["dtype"] == dtype
+    assert not list(run.folder("merge").glob(".*"))
+    made = {row["name"] for row in read_json(run.need("export", "candidates.json"))["onnx-int4"]["candidates"]}
+    assert made == {chosen, "16bit"}
+    assert read_json(run.need("export", "onnx-fp32") / "qkit.json")["base"] == chosen
+
+
+def test_a_dtype_that_the_recipe_names_is_kept(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "SIXTEEN_BIT", Gate(kl_mean=1e-12))
+    settings = ["merge.dtype=bfloat16", "merge.base=dequantized"]
+    run = Run(finished.root, load(finished.root / "recipe.yaml", settings))
+    merge.run(run, tmp_path)
+    assert [row["name"] for row in read_json(tmp_path / "candidates.json")["candidates"]] == ["dequantized"]
+    assert read_json(tmp_path / "config.json")["dtype"] == "bfloat16"
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------

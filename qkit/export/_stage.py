@@ -21,7 +21,7 @@ from qkit.candidates import Candidate
 from qkit.device import detect
 from qkit.export._job import Job, exporter, split
 from qkit.live import Live
-from qkit.merged_folder import write_folder
+from qkit.merged_folder import dtype_of, write_folder
 from qkit.run import Run, need_disk, read_json, write_json
 from qkit.runtime import open_runtime
 from qkit.scoring import HeldOut
@@ -108,7 +108,7 @@ def _from_other(run: Run, out: Path, name: str, way: str) -> Path:
     merged, target = _work(out) / way / "merged", _work(out) / way / name
     if not merged.is_dir():
         run.progress.say(f"export: the {way} merge")
-        write_folder(run, merged, "dequantized" if way == "dequantized" else "16bit")
+        write_folder(run, merged, candidates.base_of(way), dtype=dtype_of(run))
     run.progress.say(f"export: {name} from the {way} merge")
     exporter(name).export(replace(job(run), merged=merged), target, split(name)[1])
     return target
@@ -120,7 +120,7 @@ def _measured(run: Run, way: str, folder: Path, runtime: str, held_out: HeldOut,
         rows = held_out.rows[
             : live.BASE_ROWS
         ]  # enough to tell which is nearer; how near it is, `verify` measures on all
-        return Candidate(way, candidates.WHAT[way], parity.measure(reference, opened.score(rows)))
+        return Candidate(way, candidates.describe(way), parity.measure(reference, opened.score(rows)))
 
 
 def _measurable(runtime: str, folder: Path) -> str | None:
