@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 
 ENGINE_TITLE = "VLLM::"  # how vLLM's processes that hold the model call themselves
 WARM_UP_TOKENS = 64
-LAST_WORDS_SECONDS = 2.0
+LAST_WORDS_SECONDS = 0.6  # with the watch before them, an end is seen and explained within a second
+
+KILLED = (
+    "a process of the engine was killed, by the system's out-of-memory killer as a rule; "
+    "lower serve.max_model_len or serve.concurrency"
+)
 
 # What a line of a server's log means, and what to do. The first that is found, from the end of the log, wins.
 EXPLAINED = {
@@ -51,8 +56,7 @@ EXPLAINED = {
     "is not supported for quantization method": "this quantized format does not go with that dtype or device; serve another artifact",
     "is greater than the derived max_model_len": "the model was made for shorter texts; lower serve.max_model_len",
     "greater than max_lora_rank": "the adapter's rank is above the server's; start it with this adapter, so that the rank is raised",
-    "died unexpectedly": "a process of the engine was killed, by the system's out-of-memory killer as a rule; "
-    "lower serve.max_model_len or serve.concurrency",
+    "died unexpectedly": KILLED,
     "No module named": "a package is missing; `make quickstart` installs the set that works, `qkit doctor` names it",
 }
 ANSWERED = "code=4"  # requests that were wrong are logged as errors
@@ -183,14 +187,18 @@ class Server:
 
     def ended(self) -> bool:
         """Whether the program is gone, or one of the processes that hold the model. Costs some 0.1 ms."""
-        return not self.child.running() or any(not _lives(process) for process in self.engine)
+        return not self.child.running() or self._engine_is_gone()
+
+    def _engine_is_gone(self) -> bool:
+        return any(not _lives(process) for process in self.engine)
 
     def ending(self, otherwise: object = "") -> str:
         """Why it ended, from what its log says since it was ready; its last words may come a little after its end."""
         deadline = time.monotonic() + LAST_WORDS_SECONDS
         while not (known := _known(self._log_since_ready())) and time.monotonic() < deadline:
             time.sleep(0.05)
-        return f"{known or otherwise or explain(self._log_since_ready())}\nlog: {self.child.log}"
+        silent = KILLED if self._engine_is_gone() and not _errors(self._log_since_ready()) else ""
+        return f"{known or otherwise or silent or explain(self._log_since_ready())}\nlog: {self.child.log}"
 
     def _log_since_ready(self) -> str:
         """The guard's exit status tells of a signal that the program itself could not speak of."""
@@ -249,8 +257,14 @@ def _lives(process: psutil.Process) -> bool:
 def explain(log: str) -> str:
     """The cause of an end: what we know of the last line that says it, else the last error line that is no echo of another."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line and not any(sign in line for sign in AFTERMATH)]
-    return _known(log) or (errors or lines or ["it said nothing"])[-1][-300:]
+    return _known(log) or (_errors(log) or lines or ["it said nothing"])[-1][-300:]
+
+
+def _errors(log: str) -> list[str]:
+    """The lines that tell of an error of their own."""
+    return [
+        line.strip() for line in log.splitlines() if "Error" in line and not any(sign in line for sign in AFTERMATH)
+    ]
 
 
 def _known(log: str) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,12 @@ def check_streams_alike(chat: Callable[..., Any], client: openai.OpenAI) -> None
     assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
 
 
+def at_once(count: int, ask: Callable[[], Any]) -> list[Any]:
+    """What `ask` gives, asked so many times at once: one after the other the first would be over before the last has been asked."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda _: ask(), range(count)))
+
+
 def check_keeps_connections(served: Served) -> None:
     """A connection that has waited for longer than its client or a proxy would keep it is there still, not closed in a request's face."""
     limits = httpx.Limits(keepalive_expiry=60)
@@ -125,7 +132,7 @@ def check_drains(served: Served, chat: Callable[..., Any], tokens: int, seconds:
     """On SIGTERM what streams goes on to its end, new requests are refused, and the command ends well."""
     client = served.client()
     asked: Any = {"stream": True, "max_tokens": tokens, "extra_body": {"ignore_eos": True}}
-    streams = [chat(client, **asked) for _ in range(6)]
+    streams = at_once(6, lambda: chat(client, **asked))
     served.process.send_signal(signal.SIGTERM)
     assert wait_for_drain(served)["in_flight"] > 0
     with pytest.raises(openai.InternalServerError, match="shutting down"):
