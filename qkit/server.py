@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ENGINE_TITLE = "VLLM::"  # how vLLM's processes that hold the model call themselves
 WARM_UP_TOKENS = 64
-LAST_WORDS_SECONDS = 0.6  # with the watch before them, an end is seen and explained within a second
+LAST_WORDS_SECONDS = 0.6  # for the log to tell a cause, once the end is seen
 
 KILLED = (
     "a process of the engine was killed, by the system's out-of-memory killer as a rule; "

@@ -9,9 +9,7 @@ import asyncio
 import getpass
 import re
 import shutil
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +20,12 @@ from typing import Any
 
 import httpx
 import pytest
+from test_serve_folder import SERVE, tool
 
 from qkit.admission import KEEP_ALIVE_SECONDS, Admission, Limits
+from qkit.recipe import Serve
+from qkit.server import free_port
 
-SERVE = Path(__file__).parent.parent / "serve"
 TOKENS, GAP = 5, 0.25  # of an answer, and seconds between two of them
 BURST, STREAMS = 20, 16  # what both files let one client send at once; nginx.conf: and hold open
 CHAT = "/v1/chat/completions"
@@ -68,16 +68,10 @@ class Proxy:
         return [path for backend in self.backends for path in backend.paths]
 
 
-def free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return int(asked.getsockname()[1])
-
-
 @contextmanager
 def backend(folder: Path) -> Iterator[Backend]:
     uvicorn = pytest.importorskip("uvicorn")
-    made = Backend(free_port(), folder / "drain")
+    made = Backend(free_port(Serve(port=0)), folder / "drain")
     door = Admission(made, Limits(drain_file=str(made.drain), max_requests=256))
     server = uvicorn.Server(uvicorn.Config(door, host="127.0.0.1", port=made.port, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run)
@@ -119,10 +113,7 @@ def nginx_command(folder: Path, port: int, ports: tuple[int, int]) -> list[str]:
 
 
 def envoy_command(folder: Path, port: int, ports: tuple[int, int]) -> list[str]:
-    beside = Path(sys.executable).with_name("envoy")
-    program = str(beside) if beside.exists() else shutil.which("envoy")
-    if program is None:
-        pytest.skip("Envoy is not installed")
+    program = tool("envoy")
     text = changed(
         (SERVE / "envoy.yaml").read_text(encoding="utf-8"),
         **{
@@ -142,7 +133,7 @@ PROGRAMS = {"nginx": nginx_command, "envoy": envoy_command}
 
 @pytest.fixture(scope="module", params=PROGRAMS)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    port, name = free_port(), request.param
+    port, name = free_port(Serve(port=0)), request.param
     folder = tmp_path_factory.mktemp(name)
     (folder / "a").mkdir()
     (folder / "b").mkdir()
@@ -173,11 +164,9 @@ def proxy(running: Proxy) -> Proxy:
 
 
 def certificate(folder: Path) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
     pair = ("-keyout", folder / "server.key", "-out", folder / "server.crt")
     command = [
-        "openssl",
+        tool("openssl"),
         "req",
         "-x509",
         "-newkey",
