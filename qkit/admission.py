@@ -82,8 +82,8 @@ class Admission:
             Path(self.limits.drain_file).unlink(missing_ok=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket" and not _authorized(scope, self.limits.key):
-            await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] == "websocket":
+            await self._converse(scope, receive, send)
         elif scope["type"] != "http":
             await self.app(scope, receive, send)
         elif scope["path"] == "/health" and self.draining():
@@ -93,6 +93,13 @@ class Admission:
         elif refusal := self.refusal(scope):
             error = {"message": refusal.message, "type": refusal.kind, "param": None, "code": refusal.status}
             await _answer(send, refusal.status, {"error": error}, refusal.headers)
+        else:
+            await self._admit(scope, receive, send)
+
+    async def _converse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A websocket is one request for as long as it is open. Closed before it was accepted, its client gets status 403."""
+        if self.refusal(scope):
+            await send({"type": "websocket.close", "code": POLICY_VIOLATION})
         else:
             await self._admit(scope, receive, send)
 
@@ -121,7 +128,7 @@ class Admission:
 
     def _size_refusal(self, headers: Mapping[bytes, bytes]) -> Refusal | None:
         most, size = self.limits.max_body_bytes, headers.get(b"content-length", b"0")
-        if most and b"transfer-encoding" in headers and b"content-length" not in headers:
+        if most and b"transfer-encoding" in headers:  # where both are given, the length is not what counts
             return Refusal(411, "invalid_request_error", "send the body with a Content-Length, not in chunks")
         if most and (not size.isdigit() or int(size) > most):
             message = f"the body has {size.decode('latin-1')} bytes; the limit is {most} (serve.max_body_bytes)"
@@ -129,6 +136,7 @@ class Admission:
         return None
 
 
+POLICY_VIOLATION = 1008  # of a websocket's close
 RETRY_SOON = ((b"retry-after", b"1"),)
 RETRY_ELSEWHERE = ((b"retry-after", b"1"), (b"connection", b"close"))
 
@@ -167,14 +175,20 @@ def drain(url: str, drain_file: Path, seconds: float, ended: Callable[[], bool] 
 
 
 def _in_flight(url: str) -> int:
-    """Requests in work at a draining server; 0 when it does not answer, since then there is nothing to wait for."""
+    """Requests in work at a draining server. One that nobody listens for has none; one that is too busy to answer has some."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2.0):
+        with _DIRECT.open(f"{url}/health", timeout=2.0):
             return 1  # it has not seen the file yet
     except urllib.error.HTTPError as error:
         return int(json.loads(error.read() or b"{}").get("in_flight", 0)) if error.code == 503 else 0
-    except OSError:
-        return 0
+    except OSError as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        return 1 if isinstance(reason, TimeoutError) else 0
+
+
+_DIRECT = urllib.request.build_opener(
+    urllib.request.ProxyHandler({})
+)  # the server is on this machine, whatever http_proxy says
 
 
 if __name__ == "__main__":

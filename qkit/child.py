@@ -50,10 +50,6 @@ class Child:
             self.process.stdin.close()
         return self.process.wait(timeout=2 * GRACE_SECONDS)
 
-    def tail(self, lines: int = 15) -> str:
-        """The end of the log, for an error message."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
 
 def run_to_end(argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
     """Run a program that dies with us until it ends, its output at the end of `log`: its status, and what it wrote there."""
@@ -118,6 +114,8 @@ def _guard(argv: Sequence[str]) -> int:
 
     threading.Thread(target=watch, daemon=True).start()
     status = child.wait()
+    if status < 0:  # said at once, and by us: it could not speak of it itself
+        print(f"ended by {signal.Signals(-status).name}, exit code: {status}", flush=True)
     _end_group()
     return status if status >= 0 else 128 - status
 

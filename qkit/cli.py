@@ -74,6 +74,7 @@ from qkit.options import (
     RunFolder,
     RuntimeName,
     Served,
+    ServedName,
     ServerUrl,
     Set,
     Solve,
@@ -563,6 +564,7 @@ def serve(
     out: Out = None,
     runtime: RuntimeName = "vllm",
     artifact: ArtifactName = None,
+    name: ServedName = None,
     adapter: Beside = None,
     runtime_adapters: Loading = False,
     api_key_file: KeyFile = None,
@@ -581,7 +583,7 @@ def serve(
     if child:
         return _stage("serve", Path(target), overrides, out, as_json, quiet, child)
     key, options, beside = api_key(api_key_file), tuple(_after_dashes(rest)), tuple(adapter or ())
-    asked = Asked(runtime, artifact, beside, runtime_adapters, key, options, force, not no_contract)
+    asked = Asked(runtime, artifact, name, beside, runtime_adapters, key, options, force, not no_contract)
     chosen = _serving(target, overrides, out, asked)
     if form:
         from qkit import manifests
@@ -744,10 +746,10 @@ def _open(target: Path, overrides: list[str] | None, out: Path | None, progress:
 
 
 def _stderr(keep: bool = False) -> Console:
-    """A console on stderr; with `keep` on a copy that still leads to the terminal when fd 2 goes to a log."""
+    """A console on stderr; with `keep` on a copy that still leads to the terminal when fd 2 goes to a log. A `[` in a text is a `[`."""
     from rich.console import Console
 
-    return Console(file=os.fdopen(os.dup(2), "w") if keep else sys.stderr)
+    return Console(file=os.fdopen(os.dup(2), "w") if keep else sys.stderr, markup=False)
 
 
 def _show(as_json: bool, value: Any, screen: Any) -> None:
@@ -758,7 +760,7 @@ def _show(as_json: bool, value: Any, screen: Any) -> None:
     from rich.console import Console
 
     drawn = screen()
-    Console().print(drawn, highlight=False, soft_wrap=isinstance(drawn, str))
+    Console(markup=False).print(drawn, highlight=False, soft_wrap=isinstance(drawn, str))
 
 
 def _progress(console: Console, quiet: bool) -> Progress:
@@ -820,6 +822,7 @@ def main() -> NoReturn:
     if sys.argv[1:2] == ["plan"]:
         gc.disable()  # it ends before there is garbage worth a search through all that was imported
         os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # else every installed package is asked for one
+    _ask_this_machine_directly()
     try:
         code = _asked(sys.argv[1:2])(standalone_mode=False) or 0
     except QkitError as error:
@@ -833,6 +836,12 @@ def main() -> NoReturn:
         code = 130
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _ask_this_machine_directly() -> None:
+    """Servers on this machine are asked by us, by the stages and by the load tool; where http_proxy is set, a proxy would be asked for them."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (known, "127.0.0.1,localhost,::1")))
 
 
 def _asked(verb: list[str]) -> typer.Typer:

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from qkit import admission, serve
-from qkit.errors import UserError
+from qkit.errors import NotDeployable, UserError
 from qkit.runtimes import vllm
 from qkit.serve import Serving
-from qkit.server import limits
+from qkit.served_adapter import is_adapter
+from qkit.server import LOOPBACK, limits
+from qkit.source import cache_dir, is_hub_id
 
 PORT = 8000
-MODEL = "/model"
+MODEL, ADAPTERS = "/model", "/adapters"
 IMAGE = "registry.example/qkit-vllm@sha256:" + 64 * "0"  # a placeholder, which no registry takes for another image
 DRAIN_FILE = "/tmp/qkit-drain"
 USER = 10001  # the one in serve/Dockerfile
@@ -29,11 +31,13 @@ SECRET = ("vllm-api-key", "key")
 
 
 def shell(serving: Serving) -> str:
-    """The environment and the command line, for a shell. The key is to be in VLLM_API_KEY already."""
+    """The environment and the command line, for a shell. The key is to be in VLLM_API_KEY already; beyond loopback nothing starts without."""
     section = serving.how.serve
-    told = {**_told(serving, Path(serving.model).exists()), **limits(section, DRAIN_FILE)}
+    drain_file = cache_dir() / f"drain-{section.port}"  # a folder that others do not write to
+    told = {**_told(serving, Path(serving.model).exists()), **limits(section, drain_file)}
     words = [f"{name}={shlex.quote(value)}" for name, value in told.items()]
-    return " \\\n  ".join([*words, shlex.join(serve.argv(serving, section.port))])
+    key = [] if section.host in LOOPBACK else [f'{admission.API_KEY}="${{{admission.API_KEY}:?holds no key}}"']
+    return " \\\n  ".join([*key, *words, shlex.join(serve.argv(serving, section.port))])
 
 
 def compose(serving: Serving) -> str:
@@ -43,11 +47,12 @@ def compose(serving: Serving) -> str:
 
 def compose_document(serving: Serving) -> dict[str, Any]:
     inside, section = _inside(serving), serving.how.serve
+    mounted = {serving.model: MODEL, **{str(a.path): f"{ADAPTERS}/{a.name}" for a in serving.extras.adapters}}
     service: dict[str, Any] = {
         "image": IMAGE,
         "command": _command(inside),
         "environment": {**_environment(inside), admission.API_KEY: "${VLLM_API_KEY:?set it in .env}"},
-        "volumes": [{"type": "bind", "source": serving.model, "target": MODEL, "read_only": True}],
+        "volumes": [{"type": "bind", "source": a, "target": b, "read_only": True} for a, b in mounted.items()],
         "ports": [f"127.0.0.1:{PORT}:{PORT}"],
         "user": f"{USER}:{USER}",
         "read_only": True,
@@ -80,7 +85,8 @@ def kubernetes(serving: Serving) -> str:
 def kubernetes_documents(serving: Serving) -> list[dict[str, Any]]:
     labels = {"app.kubernetes.io/name": "vllm"}
     meta = {"name": "vllm", "labels": labels}
-    pod = {"metadata": {"labels": labels}, "spec": _pod(serving)}
+    scraped = {"prometheus.io/scrape": "true", "prometheus.io/port": str(PORT), "prometheus.io/path": "/metrics"}
+    pod = {"metadata": {"labels": labels, "annotations": scraped}, "spec": _pod(serving)}
     deployment = {
         "replicas": 2,
         "selector": {"matchLabels": labels},
@@ -100,6 +106,7 @@ def _pod(serving: Serving) -> dict[str, Any]:
     shared = {"medium": "Memory", "sizeLimit": "2Gi"}
     return {
         "automountServiceAccountToken": False,
+        "enableServiceLinks": False,  # else VLLM_PORT is set to the Service's address, and vLLM takes it for a number
         "terminationGracePeriodSeconds": SETTLE_SECONDS + serving.how.serve.drain_seconds + 20,
         "securityContext": {
             "runAsNonRoot": True,
@@ -110,7 +117,10 @@ def _pod(serving: Serving) -> dict[str, Any]:
         },
         "containers": [_container(serving)],
         "volumes": [
-            {"name": "model", "persistentVolumeClaim": {"claimName": "model", "readOnly": True}},
+            *(
+                {"name": name, "persistentVolumeClaim": {"claimName": name, "readOnly": True}}
+                for name in _claims(serving)
+            ),
             {"name": "shm", "emptyDir": shared},
             {"name": "tmp", "emptyDir": {"sizeLimit": "4Gi"}},
         ],
@@ -138,7 +148,7 @@ def _container(serving: Serving) -> dict[str, Any]:
             "capabilities": {"drop": ["ALL"]},
         },
         "volumeMounts": [
-            {"name": "model", "mountPath": MODEL, "readOnly": True},
+            *({"name": name, "mountPath": place, "readOnly": True} for name, place in _claims(serving).items()),
             {"name": "shm", "mountPath": "/dev/shm"},
             {"name": "tmp", "mountPath": "/tmp"},
         ],
@@ -172,12 +182,34 @@ def _has_gpu(serving: Serving) -> bool:
     return serving.device.meter != "rss"
 
 
+def _claims(serving: Serving) -> dict[str, str]:
+    """The claims that a pod reads, and where it sees them. That of adapters holds a folder for each, by its name."""
+    return {"model": MODEL, **({"adapters": ADAPTERS} if serving.extras.adapters else {})}
+
+
 def _inside(serving: Serving) -> Serving:
-    """As the container sees it; adapters are mounted beside the model."""
+    """As the container sees it; adapters are mounted beside the model.
+
+    Raises:
+        NotDeployable: the container would lack what is to be served.
+    """
+    if why := _not_inside(serving):
+        raise NotDeployable(f"{serving.model}: {why}; `--print shell` has the command for this machine")
     section = serving.how.serve.model_copy(update={"host": "0.0.0.0", "port": PORT})
-    beside = tuple(replace(a, path=Path("/adapters") / a.name) for a in serving.extras.adapters)
+    beside = tuple(replace(a, path=Path(ADAPTERS) / a.name) for a in serving.extras.adapters)
     how = serving.how.model_copy(update={"serve": section})
     return replace(serving, model=MODEL, how=how, extras=replace(serving.extras, adapters=beside))
+
+
+def _not_inside(serving: Serving) -> str | None:
+    """Why it is not served by the image of serve/Dockerfile with one folder mounted."""
+    if serving.runtime != "vllm":
+        return f"the image in serve/Dockerfile holds vLLM and not what --runtime {serving.runtime} needs"
+    if is_adapter(Path(serving.model)):
+        return "it is an adapter, which is served with its base: name the base, and the adapter with --adapter NAME=RUN"
+    if is_hub_id(serving.model) and not Path(serving.model).is_dir():
+        return f"it is on the hub, and a container reads a folder: `hf download {serving.model} --local-dir model`, then name that"
+    return None
 
 
 def _command(inside: Serving) -> list[str]:

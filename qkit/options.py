@@ -23,6 +23,9 @@ RuntimeName = Annotated[str, typer.Option("--runtime", help="vllm or onnxruntime
 ArtifactName = Annotated[
     str | None, typer.Option("--artifact", metavar="NAME", help="Which export; default: the best that passed its gate.")
 ]
+ServedName = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="What requests give as model; default: the folder's name.")
+]
 Beside = Annotated[
     list[str] | None, typer.Option("--adapter", metavar="NAME=RUN", help="An adapter beside the base; repeatable.")
 ]

@@ -28,11 +28,11 @@ class Bars(Progress):
         from rich.progress import Progress as Rich
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
         )
         with Rich(*columns, console=self.console, transient=True) as rich:
             task = rich.add_task(name, total=total, completed=int(start), figures="")

@@ -248,7 +248,10 @@ class Serve(Section):
     )
     enforce_eager: bool = False
     concurrency: Positive = Field(1, description="conversations of full length that the cache must hold at once")
-    max_requests: Positive = Field(256, description="requests in work, running or waiting; one more gets status 429")
+    max_requests: Positive = Field(
+        1024,
+        description="requests in work, running or waiting; one more gets status 429; more than run at once, or none ever waits",
+    )
     max_body_bytes: Positive = Field(4 << 20, description="a request with a longer body gets status 413")
     drain_seconds: Positive = Field(30, description="what requests in work are given to end when the server is stopped")
     startup_seconds: Positive = Field(600, description="give up when the server is not healthy by then")

@@ -7,11 +7,12 @@ serve/server.json   url, argv, start-up seconds. What it answers is checked by `
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -25,8 +26,9 @@ from qkit.errors import DoesNotFit, MissingArtifact, MissingExtra, ModelError, N
 from qkit.export._traced import is_traced
 from qkit.memory import kv_bytes
 from qkit.recipe import Recipe
-from qkit.run import Peak, Run, read_json, write_json
+from qkit.run import Peak, Run, make_folder, read_json, write_json
 from qkit.runtimes import vllm
+from qkit.served_adapter import is_adapter
 from qkit.server import Server
 from qkit.shape import shape_of
 from qkit.source import cache_dir, is_hub_id
@@ -36,6 +38,15 @@ ONNX_SEQS = 4  # as many as onnxruntime-genai's own default
 ONNX_CACHE_BYTES = 4  # of a number in the cache
 ONNX_BYTES = 460 << 20
 ONNX_NEEDS = ("onnxruntime_genai", "fastapi", "uvicorn", "prometheus_client", "transformers")
+# Options of the runtime that are not taken after `--`, and how qkit is told the same.
+OWN = {
+    "--host": "write --set serve.host=ADDRESS",
+    "--port": "write --set serve.port=NUMBER",
+    "--uds": "it asks its servers over TCP; write --set serve.port=NUMBER",
+    "--api-key": "write --api-key-file FILE, or set VLLM_API_KEY: command lines can be read by everybody on the machine",
+    "--model": "name the model as what is to be served",
+    "--served-model-name": "write --name NAME",
+}
 BACK_OFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # before the first, second ... start after an end
 STEADY_SECONDS = 600.0  # a server that has run so long begins with the shortest wait again
 WATCH_SECONDS = 0.2
@@ -45,6 +56,7 @@ def run(run: Run, out: Path) -> Peak:
     """Serve for the other stages of `qkit run` until it closes our standard input. Returns the server's peak memory."""
     section = run.recipe.serve.model_copy(update={"port": 0, "host": "127.0.0.1"})
     log = run.log("serve").with_name("vllm.log")
+    log.unlink(missing_ok=True)
     with _ready(vllm.Server(run.need("export", "vllm"), run.root.name, section, detect(), log)) as running:
         write_json(out / "server.json", running.describe())  # from now on verify and bench find it
         while os.read(0, 4096):
@@ -70,11 +82,13 @@ def _ready(running: Server) -> Iterator[Server]:
 class Asked:
     """What the command line says beyond the target and its recipe. `adapters`: name=RUN. `force`: also what failed its gate.
 
+    `name`: what requests give as `model`; None: the folder's name. `rest`: options for vLLM, none of them one that qkit gives itself.
     `contract`: whether the server is asked, once it answers, whether it does with conversations what training did.
     """
 
     runtime: str = "vllm"
     artifact: str | None = None
+    name: str | None = None
     adapters: tuple[str, ...] = ()
     runtime_adapters: bool = False
     key: str = field(default="", repr=False)
@@ -85,18 +99,25 @@ class Asked:
 
 @dataclass(frozen=True)
 class Serving:
-    """A server that can be started. `model`: a folder or a hub id. `chosen`: which artifact, and why; empty for a foreign model."""
+    """A server that can be started. `model`: a folder or a hub id. `chosen`: which artifact, and why; empty for a foreign model.
+
+    `logs`: the folder for its log. Servers on one run, or on folders of one name, may run at once, so a log is named for its port.
+    """
 
     model: str
     name: str
     how: Recipe
     device: Device
-    log: Path
+    logs: Path
     runtime: str
     extras: vllm.Extras
     chosen: str = ""
     run: Run | None = None
     contract: bool = True
+
+    @property
+    def log(self) -> Path:
+        return self.logs / f"serve-{self.how.serve.port}.log"
 
     @property
     def names(self) -> list[str]:
@@ -113,10 +134,12 @@ def of_run(run: Run, asked: Asked) -> Serving:
         ParityFailed: all that it has failed.
     """
     artifact, why = pick(run, asked)
-    log = run.log("serve").with_name(f"{asked.runtime}.log")
-    name = run.root.resolve().name
+    name = asked.name or run.root.resolve().name
+    logs = (
+        run.root / "logs" if os.access(run.root, os.W_OK) else cache_dir() / "logs"
+    )  # it may be mounted to be read only
     made = Serving(
-        str(artifact.path), name, run.recipe, detect(), log, asked.runtime, vllm.Extras(), why, run, asked.contract
+        str(artifact.path), name, run.recipe, detect(), logs, asked.runtime, vllm.Extras(), why, run, asked.contract
     )
     return _completed(made, asked)
 
@@ -139,15 +162,14 @@ def of_model(source: str, how: Recipe, asked: Asked) -> Serving:
         raise ModelError(f"{source}: no such run directory or model folder; a model of the hub is written owner/name")
     if asked.runtime == "vllm" and folder.is_dir():
         _need_loader(folder)
-    name = folder.resolve().name if folder.is_dir() else source
-    log = cache_dir() / "logs" / f"serve-{name.replace('/', '--')}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    place = str(folder.resolve()) if folder.is_dir() else source
-    return _completed(Serving(place, name, how, detect(), log, asked.runtime, vllm.Extras()), asked)
+    name = asked.name or (folder.resolve().name if folder.is_dir() else source)
+    place, logs = str(folder.resolve()) if folder.is_dir() else source, cache_dir() / "logs"
+    return _completed(Serving(place, name, how, detect(), logs, asked.runtime, vllm.Extras()), asked)
 
 
 def _completed(made: Serving, asked: Asked) -> Serving:
     """With adapters checked against the model, and the cache's size."""
+    refuse_own(asked.rest)
     if asked.runtime != "vllm" and (asked.adapters or asked.runtime_adapters):
         raise NotDeployable(f"--runtime {asked.runtime} serves no adapters apart from their base; serve the run itself")
     base = Path(made.model) if Path(made.model).is_dir() else None
@@ -158,6 +180,20 @@ def _completed(made: Serving, asked: Asked) -> Serving:
     beside = tuple(adapters.checked(name, place, base) for name, place in chosen)
     extras = vllm.Extras(beside, asked.runtime_adapters, asked.key, _cache_bytes(made.how), asked.rest)
     return replace(made, extras=extras)
+
+
+def refuse_own(rest: Sequence[str]) -> None:
+    """Options that qkit gives the runtime itself: a second value would be obeyed by the runtime and by nothing around it.
+
+    Raises:
+        ServerError: there is one; the message says how qkit is told instead.
+    """
+    for word in rest:
+        option = word.partition("=")[0].replace("_", "-")
+        if said := [
+            how for own, how in OWN.items() if len(option) > 2 and own.startswith(option)
+        ]:  # vLLM takes `--hos` too
+            raise ServerError(f"`-- {option}`: qkit gives this option itself, and counts on it; {said[0]}")
 
 
 def pick(run: Run, asked: Asked) -> tuple[Artifact, str]:
@@ -171,8 +207,7 @@ def pick(run: Run, asked: Asked) -> tuple[Artifact, str]:
             f"{run.root}: has no export {wanted} for --runtime {asked.runtime}: "
             f"name it in export.formats, then `qkit run {run.root}` makes it"
         )
-    verified = run.folder("verify") / "parity.json"
-    known = read_json(verified) if verified.is_file() else {"parity": {}, "scores": {}}
+    known = _verified(run, found)
     good = [artifact for artifact in found if asked.force or _status(known, artifact) != "failed"]
     if not good:
         raise ParityFailed(
@@ -210,6 +245,22 @@ def _made(run: Run) -> list[Artifact]:
     """The exports of a run that are there and are whole models."""
     named = [Artifact(name, run.folder("export") / name) for name in run.recipe.export.formats if name != MERGED]
     return [a for a in named if any((a.path / file).is_file() for file in ("config.json", "genai_config.json"))]
+
+
+def _verified(run: Run, found: Sequence[Artifact]) -> Mapping[str, Any]:
+    """What verify said of these artifacts; nothing of one that has been made anew since."""
+    file, record = run.folder("verify") / "parity.json", run.manifest()["stages"].get("verify")
+    if not file.is_file() or record is None:
+        return {"parity": {}, "scores": {}}
+    folders = {artifact.name: f"{artifact.path.relative_to(run.root)}/" for artifact in found}
+    then, now = record["inputs"].items(), run.outputs("export").items()
+    same = {name for name, place in folders.items() if _below(place, then) == _below(place, now)}
+    said = read_json(file)
+    return {key: {name: entry for name, entry in said[key].items() if name in same} for key in ("parity", "scores")}
+
+
+def _below(folder: str, files: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
+    return {(name, digest) for name, digest in files if name.startswith(folder)}
 
 
 def _status(known: Mapping[str, Any], artifact: Artifact) -> str:
@@ -287,8 +338,11 @@ def _of_items(made: plan.Plan, items: Sequence[plan.MemoryItem]) -> plan.Plan:
 
 
 def _file_bytes(serving: Serving) -> int:
-    """Of the weights, as far as they are on this disk."""
-    return sum(f.stat().st_size for kind in ("*.safetensors", "*.onnx.data") for f in Path(serving.model).glob(kind))
+    """Of the weights, as far as they are on this disk. Some models hold them twice: Mistral's, as consolidated.safetensors too."""
+    if is_adapter(Path(serving.model)):
+        return 0  # its base's weights are what counts, and they are elsewhere
+    kinds = ("model*.safetensors", "*.onnx.data")
+    return sum(file.stat().st_size for kind in kinds for file in Path(serving.model).glob(kind))
 
 
 # --- starting and ending ------------------------------------------------------------------------------------------------
@@ -347,12 +401,14 @@ def serve(
     """
     server.need_key(serving.how.serve.host, serving.extras.key)
     fixed, ends = _with_port(serving), 0
+    make_folder(fixed.logs)
+    fixed.log.unlink(missing_ok=True)
     while True:
-        running, begin = start(fixed), 0.0
+        begin = 0.0
         try:
-            with _drained(running):
-                begin = time.monotonic()
+            with _drained(start(fixed)) as running:
                 keep_contract(fixed, running)
+                begin = time.monotonic()
                 ready(running)
                 wait(running)
                 return
@@ -409,10 +465,12 @@ def watch(running: Server) -> None:
 
 # --- saying -------------------------------------------------------------------------------------------------------------
 
+HELLO = {"role": "user", "content": "Hello"}
+
 
 def curl(running: Server) -> str:
     """A line to paste into a shell. The key stays where it is: in the shell's environment."""
-    body = f'{{"model": "{running.name}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 64}}'
+    body = json.dumps({"model": running.name, "messages": [HELLO], "max_tokens": 64})
     key = '-H "Authorization: Bearer $VLLM_API_KEY" ' if running.headers else ""
     return f"curl {running.url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
@@ -421,9 +479,9 @@ def python(running: Server) -> str:
     """The same for Python, in one line."""
     key = 'os.environ["VLLM_API_KEY"]' if running.headers else '"none"'
     modules = "os, openai" if running.headers else "openai"
-    turn = '[{"role": "user", "content": "Hello"}]'
     client = f'openai.OpenAI(base_url="{running.url}/v1", api_key={key})'
-    return f'import {modules}; print({client}.chat.completions.create(model="{running.name}", messages={turn}).choices[0].message.content)'
+    asked = f"model={json.dumps(running.name)}, messages={json.dumps([HELLO])}"
+    return f"import {modules}; print({client}.chat.completions.create({asked}).choices[0].message.content)"
 
 
 def describe(running: Server, names: Sequence[str]) -> dict[str, Any]:

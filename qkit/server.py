@@ -35,6 +35,14 @@ KILLED = (
     "a process of the engine was killed, by the system's out-of-memory killer as a rule; "
     "lower serve.max_model_len or serve.concurrency"
 )
+SHOT = (
+    "the engine was killed from outside, by the system's out-of-memory killer as a rule; "
+    "lower serve.max_model_len or serve.concurrency"
+)
+NO_KERNEL = (
+    "the engine has no kernel for this processor (illegal instruction); "
+    "another build of vLLM, or another machine, is needed"
+)
 
 # What a line of a server's log means, and what to do. The first that is found, from the end of the log, wins.
 EXPLAINED = {
@@ -46,10 +54,10 @@ EXPLAINED = {
     "out of memory": "the device ran out of memory; lower serve.gpu_memory_utilization or serve.max_model_len",
     "Cannot allocate memory": "the machine ran out of memory; lower serve.max_model_len or serve.concurrency",
     "Free memory on device": "other programs hold the device's memory; lower serve.gpu_memory_utilization or end them",
-    "exit code: -9": "the engine was killed from outside, by the system's out-of-memory killer as a rule; "
-    "lower serve.max_model_len or serve.concurrency",
-    "exit code: -4": "the engine has no kernel for this processor (illegal instruction); "
-    "another build of vLLM, or another machine, is needed",
+    "exit code: -9": SHOT,
+    "': -9": SHOT,  # of a process of the engine while it starts: {'EngineCore': -9}
+    "exit code: -4": NO_KERNEL,
+    "': -4": NO_KERNEL,
     "Bfloat16 is only supported on GPUs with compute capability": "this GPU has no bfloat16; add `-- --dtype float16`",
     "no kernel image is available": "vLLM's build has no kernels for this GPU; install the build for it",
     "torch.bfloat16 is not supported": "this model is not served in bfloat16 here; add `-- --dtype float16`",
@@ -125,11 +133,13 @@ class Server:
         self.argv = list(program.argv)
         self.begin = time.perf_counter()
         self.startup_seconds = 0.0
+        self.own: list[psutil.Process] = []
         self.engine: list[psutil.Process] = []
-        self.ready_at = 0  # bytes of the log
+        self.read_from = (
+            log.stat().st_size if log.exists() else 0
+        )  # bytes of the log: what is before tells of another start
         self.folder = tempfile.TemporaryDirectory(prefix="qkit-serve-")
         self.drain_file = Path(self.folder.name) / "drain"
-        log.unlink(missing_ok=True)
         told = limits(section, self.drain_file)
         self.child = Child(self.argv, log, {**told, **program.env})
         self.meter = TreeMeter(self.child.pid)
@@ -148,13 +158,13 @@ class Server:
                 time.sleep(0.1)
         self._warm_up()
         self.startup_seconds = time.perf_counter() - self.begin
-        self.engine = _engine(self.child.pid)
-        self.ready_at = self.child.log.stat().st_size
+        self.own, self.engine = _processes(self.child.pid)
+        self.read_from = self.child.log.stat().st_size
 
     def _still_starting(self) -> None:
         if not self.child.running():
             raise ServerError(
-                f"{self.program.title} ended while starting: {explain(self.child.tail(400))}\nlog: {self.child.log}"
+                f"{self.program.title} ended while starting: {explain(self._log())}\nlog: {self.child.log}"
             )
         if time.perf_counter() - self.begin > self.section.startup_seconds:
             self.stop()
@@ -186,27 +196,25 @@ class Server:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     def ended(self) -> bool:
-        """Whether the program is gone, or one of the processes that hold the model. Costs some 0.1 ms."""
-        return not self.child.running() or self._engine_is_gone()
+        """Whether the program is gone, or a process that holds the model; sooner than the guard has tidied up. Costs some 0.1 ms."""
+        return not self.child.running() or not all(map(_lives, self.own)) or self._engine_is_gone()
 
     def _engine_is_gone(self) -> bool:
-        return any(not _lives(process) for process in self.engine)
+        return not all(map(_lives, self.engine))
 
     def ending(self, otherwise: object = "") -> str:
         """Why it ended, from what its log says since it was ready; its last words may come a little after its end."""
         deadline = time.monotonic() + LAST_WORDS_SECONDS
-        while not (known := _known(self._log_since_ready())) and time.monotonic() < deadline:
+        while not (known := _known(log := self._log())) and time.monotonic() < deadline:
             time.sleep(0.05)
-        silent = KILLED if self._engine_is_gone() and not _errors(self._log_since_ready()) else ""
-        return f"{known or otherwise or silent or explain(self._log_since_ready())}\nlog: {self.child.log}"
+        silent = KILLED if self._engine_is_gone() and not _errors(log) else ""
+        return f"{known or otherwise or silent or explain(log)}\nlog: {self.child.log}"
 
-    def _log_since_ready(self) -> str:
-        """The guard's exit status tells of a signal that the program itself could not speak of."""
+    def _log(self) -> str:
+        """What it has said since it was started or, once it was ready, since then."""
         with self.child.log.open("rb") as file:
-            file.seek(self.ready_at)
-            text = file.read().decode(errors="replace")
-        status = self.child.process.poll() or 0
-        return f"{text}\nexit code: -{status - 128}" if status > 128 else text
+            file.seek(self.read_from)
+            return file.read().decode(errors="replace")
 
     def drain(self) -> int:
         """Refuse new requests, /health first, and wait for those in work. Returns how many the limit left unanswered."""
@@ -237,12 +245,13 @@ def _healthy(client: httpx.Client) -> bool:
         return False
 
 
-def _engine(pid: int) -> list[psutil.Process]:
-    """The processes below `pid` that hold the model, where they are others than the server's own."""
+def _processes(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """The server's own process, which the guard `pid` has started; and those below it that hold the model, where they are others."""
     import psutil
 
-    below = psutil.Process(pid).children(recursive=True)
-    return [process for process in below if " ".join(process.cmdline()[:1]).startswith(ENGINE_TITLE)]
+    guard = psutil.Process(pid)
+    below = guard.children(recursive=True)
+    return guard.children(), [process for process in below if " ".join(process.cmdline()[:1]).startswith(ENGINE_TITLE)]
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -96,6 +96,16 @@ def test_nothing_to_serve(
         serve.pick(a_run(tmp_path, **statuses), asked)
 
 
+def test_what_was_said_of_an_export_that_has_been_made_anew_is_not_said_of_this_one(tmp_path: Path) -> None:
+    run = a_run(tmp_path, onnx_int4="passed", onnx_fp32="measured")
+    assert "onnx-int4 (passed" in serve.pick(run, Asked("onnxruntime"))[1]
+    manifest = run.manifest()
+    manifest["stages"]["export"]["outputs"]["export/onnx-int4/model.onnx"]["sha256"] = 64 * "f"
+    edit(run, "run.json", **manifest)
+    assert "onnx-fp32 (measured" in serve.pick(run, Asked("onnxruntime"))[1]
+    assert "onnx-int4 (unverified" in serve.pick(run, Asked("onnxruntime", "onnx-int4"))[1]
+
+
 def foreign(source: object, asked: Asked | None = None, *overrides: str) -> Serving:
     return serve.of_model(str(source), recipe_for(Options(str(source)), overrides), asked or Asked())
 
@@ -141,6 +151,13 @@ def test_weights_and_cache_for_the_length_and_the_number_that_are_wanted(tiny_mo
     items = {item.name: item.bytes for item in made.items}
     assert items["kv_cache"] == 10 * 512 * 256
     assert items["weights"] == (tiny_model / "model.safetensors").stat().st_size
+
+
+def test_weights_that_a_folder_holds_twice_are_loaded_once(tiny_model: Path, tmp_path: Path) -> None:
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "consolidated.safetensors").symlink_to(tiny_model / "model.safetensors")
+    assert serve._file_bytes(foreign(tmp_path)) == (tiny_model / "model.safetensors").stat().st_size
 
 
 def test_too_much_is_refused_with_what_to_change(tiny_model: Path) -> None:
@@ -249,6 +266,30 @@ def test_what_is_printed_is_what_is_started(tiny_model: Path) -> None:
     assert "HF_HUB_OFFLINE=1" in words and "a-secret" not in shell.stdout
 
 
+@pytest.mark.parametrize(("host", "key"), [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_a_printed_line_starts_nothing_open_without_a_key(tiny_model: Path, host: str, key: bool) -> None:
+    shell = qkit("serve", tiny_model, "--print", "shell", "--set", f"serve.host={host}").stdout
+    assert ("${VLLM_API_KEY:?" in shell) == key
+    refused = subprocess.run(["sh", "-c", shell.splitlines()[0].rstrip("\\")], env={}, capture_output=True, text=True)
+    assert (refused.returncode != 0 and "holds no key" in refused.stderr) == key
+
+
+@pytest.mark.parametrize(
+    ("target", "words", "said"),
+    [
+        ("owner/name", [], "hf download owner/name"),
+        (None, ["--runtime", "onnxruntime"], "--print shell"),
+    ],
+)
+def test_what_a_container_would_lack_is_not_printed(
+    tiny_model: Path, tmp_path: Path, target: str | None, words: list[str], said: str
+) -> None:
+    (tmp_path / "genai_config.json").write_text('{"model": {"decoder": {}}}')
+    for form in ("compose", "kubernetes"):
+        done = qkit("serve", target or tmp_path, *words, "--print", form)
+        assert done.returncode == 2 and said in done.stderr and not done.stdout
+
+
 @pytest.mark.parametrize("form", ["compose", "kubernetes"])
 def test_printed_manifests_hold_no_key(tiny_model: Path, form: str) -> None:
     import yaml
@@ -264,6 +305,7 @@ def test_printed_manifests_hold_no_key(tiny_model: Path, form: str) -> None:
         (["--runtime", "tensorrt"], "vllm, onnxruntime"),
         (["a-word-too-many"], "after `--`"),
         (["--dtype", "float32"], "No such option"),
+        (["--", "--host", "0.0.0.0"], "serve.host"),
     ],
 )
 def test_mistakes(tiny_model: Path, words: list[str], said: str) -> None:

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 import yaml
 
 from qkit import manifests
+from qkit.adapters import Adapter
 from qkit.device import Device
 from qkit.recipe import Recipe, Serve
 from qkit.runtimes import vllm
@@ -32,7 +34,7 @@ RATE_WINDOW = "5m"
 def serving(**section: Any) -> Serving:
     how = Recipe.model_validate({"task": "chat", "model": {"source": "none"}, "data": {}, "serve": section})
     card = Device("cuda", "a card", 80 << 30, 8)
-    return Serving("./model", "model", how, card, Path("log"), "vllm", vllm.Extras())
+    return Serving("./model", "model", how, card, Path("logs"), "vllm", vllm.Extras())
 
 
 def documents(name: str) -> list[Any]:
@@ -144,6 +146,28 @@ def test_kubernetes_printed_for_other_settings(tiny_model: Path) -> None:
     pod = manifests.kubernetes_documents(serving(drain_seconds=120))[0]["spec"]["template"]["spec"]
     live = pod["containers"][0]["livenessProbe"]
     assert live["periodSeconds"] * live["failureThreshold"] > 120 < pod["terminationGracePeriodSeconds"]
+
+
+def test_adapters_are_mounted_where_the_command_looks_for_them(tmp_path: Path) -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    beside = (Adapter("sql", Path("/runs/sql/train/adapter"), 16), Adapter("chat", Path("/runs/chat/train/adapter"), 8))
+    made = replace(serving(), extras=vllm.Extras(beside))
+    service = manifests.compose_document(made)["services"]["vllm"]
+    mounted = {volume["target"]: volume["source"] for volume in service["volumes"]}
+    named = dict(word.split("=", 1) for word in service["command"] if word.startswith(("sql=", "chat=")))
+    assert {mounted[place] for place in named.values()} == {str(adapter.path) for adapter in beside}
+    documents = manifests.kubernetes_documents(made)
+    validate.validate(documents[0], "1.35", strict=True)
+    pod = documents[0]["spec"]["template"]["spec"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounts["adapters"] == "/adapters" and set(named.values()) == {"/adapters/sql", "/adapters/chat"}
+    assert {volume["name"] for volume in pod["volumes"]} == set(mounts)
+
+
+def test_kubernetes_says_nothing_that_vllm_takes_for_its_own() -> None:
+    """For a Service named vllm a pod is told VLLM_PORT=tcp://..., unless it wants no such links."""
+    pod = documents("kubernetes/deployment.yaml")[0]["spec"]["template"]["spec"]
+    assert pod["enableServiceLinks"] is False
 
 
 def test_compose() -> None:

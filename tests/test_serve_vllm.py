@@ -80,9 +80,9 @@ def served(tiny_model: Path, adapter: Path, tmp_path_factory: pytest.TempPathFac
     ]
     sets = [word for setting in settings for word in ("--set", setting)]
     own = ["--adapter", f"other={adapter}", "--runtime-adapters", "--restart", *sets]
-    with serving(
-        folder, tiny_model, *own, "--", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"
-    ) as running:
+    proxy = {"http_proxy": "http://127.0.0.1:1"}  # of a company's machine; it is not asked for what is on this one
+    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with serving(folder, tiny_model, *own, "--", *tools, env=proxy) as running:
         yield running
 
 
@@ -107,6 +107,12 @@ def test_the_key_is_in_no_command_line_and_no_log(served: Served) -> None:
     log = Path(served.stderr.read_text().partition("log: ")[2].partition(";")[0].strip())
     assert words and not any(KEY in word for word in words)
     assert "Application startup complete" in log.read_text() and KEY not in log.read_text()
+
+
+def test_no_web_page_of_another_origin_is_answered(served: Served) -> None:
+    asks = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{served.url}/v1/chat/completions", headers=asks)
+    assert "access-control-allow-origin" not in answer.headers
 
 
 def test_chat_with_usage(client: openai.OpenAI) -> None:

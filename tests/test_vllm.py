@@ -29,6 +29,7 @@ CASES = {
     "card": (CARD, Serve(gpu_memory_utilization=0.8, max_num_seqs=64), vllm.Extras()),
     "two adapters": (CARD, Serve(), vllm.Extras((SQL, RAG))),
     "adapters to come": (CARD, Serve(), vllm.Extras(runtime_adapters=True)),
+    "an adapter, and others to come": (CARD, Serve(), vllm.Extras((SQL,), runtime_adapters=True)),
     "key and rest": (CPU, Serve(host="0.0.0.0"), vllm.Extras(key="a-secret", rest=("--dtype", "float32"))),
 }
 

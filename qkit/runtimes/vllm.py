@@ -34,6 +34,7 @@ ENVIRONMENT = {
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # what is on this disk needs no hub
 CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
 REQUEST_SECONDS = 600.0
+USUAL_RANK = 64  # room for adapters that are loaded later
 QUIET = "/health,/metrics"  # probes and scrapers would fill the log
 
 
@@ -77,6 +78,7 @@ def argv(
         *((option.replace("_", "-"), str(getattr(section, option))) for option in device.server_arguments),
         *([("max-num-seqs", str(section.max_num_seqs))] if section.max_num_seqs else []),
         ("middleware", "qkit.admission.Admission"),
+        ("allowed-origins", "[]"),  # vLLM's own is every web page that a browser on this machine shows
         ("disable-access-log-for-endpoints", QUIET),
     ]
     flags = [*(["--enforce-eager"] if section.enforce_eager else []), *(["--enable-lora"] if alone else [])]
@@ -88,7 +90,7 @@ def _lora(extras: Extras) -> list[str]:
     """Room for as many adapters in one batch as there are, of the highest rank among them."""
     if not extras.adapters and not extras.runtime_adapters:
         return []
-    rank = max((adapter.rank for adapter in extras.adapters), default=64)
+    rank = max([*(adapter.rank for adapter in extras.adapters), *([USUAL_RANK] if extras.runtime_adapters else [])])
     count = max(len(extras.adapters), 4 if extras.runtime_adapters else 1)
     options = [("max-lora-rank", str(rank)), ("max-loras", str(count))]
     modules = [f"{adapter.name}={adapter.path}" for adapter in extras.adapters]
@@ -138,6 +140,7 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime:
     live: dict[str, Any] | None = options.get("live")
     if live is not None:
         return VllmRuntime(live, None)
+    options["log"].unlink(missing_ok=True)
     own = Server(artifact, options.get("served_name", artifact.name), options["serve"], device, options["log"])
     try:
         own.wait()
