@@ -115,7 +115,8 @@ def _guard(argv: Sequence[str]) -> int:
     threading.Thread(target=watch, daemon=True).start()
     status = child.wait()
     if status < 0:  # said at once, and by us: it could not speak of it itself
-        print(f"ended by {signal.Signals(-status).name}, exit code: {status}", flush=True)
+        sys.stdout.write(f"ended by {signal.Signals(-status).name}, exit code: {status}\n")
+        sys.stdout.flush()
     _end_group()
     return status if status >= 0 else 128 - status
 

@@ -132,8 +132,10 @@ class Engine:
             _set(options, job.sampling)
             job.turn = job.request.begin_turn(np.array(job.prompt, np.int32), options)
             self.jobs.append(job)
-        except RuntimeError as error:
-            job.put(Ended("error", str(error)))
+        except Exception as error:  # what the bindings refuse is this request's alone
+            if job.request is not None:
+                job.request.close()
+            job.put(Ended("error", f"{type(error).__name__}: {error}"))
 
     def _take(self, event: Any) -> None:
         import onnxruntime_genai as genai

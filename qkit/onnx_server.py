@@ -24,12 +24,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qkit.admission import KEEP_ALIVE_SECONDS, Admission
 from qkit.onnx_engine import Ended, Engine, Sampling
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
+MOST_IDS = 2**31 - 1  # the engine's own integers
 IDLE = ("user", "metadata", "store", "service_tier")  # parameters that change nothing in an answer
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -54,14 +55,20 @@ class Asked(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=-1, le=MOST_IDS)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
     n: int = Field(1, ge=1, le=16)
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
     ignore_eos: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """Clients write null for what they leave to the server."""
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
     def check(self, served: str) -> None:
         """Raise Refused for another model, and for what this server does not do."""
@@ -75,7 +82,7 @@ class Asked(BaseModel):
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else [text for text in self.stop or [] if text]
+        return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text]
 
     def sampling(self, room: int, default: int) -> Sampling:
         """`room`: tokens that are left beside the prompt."""
@@ -96,6 +103,34 @@ class Completion(Asked):
     """POST /v1/completions: one prompt, as text or token ids."""
 
     prompt: str | list[int] | list[str]
+
+
+def as_templates_have_it(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of the API as chat templates read it: content as one text (parts on lines of their own, as vLLM has it), arguments as objects.
+
+    Raises:
+        Refused: a part is no text, or arguments are not JSON.
+    """
+    made = dict(message)
+    if isinstance(content := made.get("content"), list):
+        if odd := [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]:
+            raise Refused(f"`messages`: this server reads text, and got {str(odd[0])[:100]}", "messages")
+        made["content"] = "\n".join(str(part.get("text", "")) for part in content)
+    if calls := made.get("tool_calls"):
+        made["tool_calls"] = [_read_arguments(call) for call in calls]
+    return made
+
+
+def _read_arguments(call: Any) -> Any:
+    try:
+        function = call["function"]
+        arguments = function.get("arguments") or "{}"
+        return {
+            **call,
+            "function": {**function, "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments},
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Refused(f"`messages`: a tool call has a function with arguments in JSON: {error!r}", "messages") from None
 
 
 # --- text ---------------------------------------------------------------------------------------------------------------
@@ -180,9 +215,10 @@ class Service:
         Raises:
             Refused: the template does not take these messages.
         """
+        messages = [as_templates_have_it(message) for message in asked.messages]
         try:
             ids: list[int] = self.tokenizer.apply_chat_template(
-                asked.messages, tools=asked.tools, add_generation_prompt=True, tokenize=True, return_dict=False
+                messages, tools=asked.tools, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except Exception as error:  # templates raise what they like
             raise Refused(f"the chat template does not take these messages: {error}", "messages") from None

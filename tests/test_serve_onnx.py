@@ -133,6 +133,13 @@ def test_tools_reach_the_template(client: openai.OpenAI) -> None:
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"temperature": 9}, "temperature"),
+        ({"extra_body": {"top_k": 10**30}}, "top_k"),
+        ({"extra_body": {"repetition_penalty": 1e300}}, "repetition_penalty"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "messages",
+        ),
         ({"max_tokens": 100_000}, "max_tokens"),
         ({"messages": [{"role": "user", "content": "a" * LENGTH}], "max_tokens": None}, "messages"),
         ({"messages": [{"rôle": "user"}]}, "messages"),
@@ -142,6 +149,52 @@ def test_what_it_lacks_is_named(client: openai.OpenAI, change: dict[str, Any], p
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, **change)
     assert caught.value.param == param and param in str(caught.value)
+
+
+def test_nulls_and_an_empty_stop_are_what_is_left_to_the_server(client: openai.OpenAI) -> None:
+    plain = chat(client)
+    asked = {"top_p": None, "stop": "", "n": None, "presence_penalty": None, "stream": None, "seed": None}
+    assert chat(client, **asked).choices[0].message.content == plain.choices[0].message.content
+
+
+def test_content_in_parts_is_one_text(client: openai.OpenAI) -> None:
+    parts = [{"type": "text", "text": "say"}, {"type": "text", "text": "a"}]
+    said = [chat(client, messages=[{"role": "user", "content": content}]) for content in (parts, "say\na")]
+    assert said[0].usage == said[1].usage and said[0].choices[0].message == said[1].choices[0].message
+
+
+@pytest.mark.parametrize("arguments", ['{"side": "left"}', {"side": "left"}, ""])
+def test_arguments_of_tool_calls_are_objects_to_the_template(arguments: Any) -> None:
+    from qkit.onnx_server import as_templates_have_it
+
+    call = {"id": "1", "type": "function", "function": {"name": "pick", "arguments": arguments}}
+    made = as_templates_have_it({"role": "assistant", "content": None, "tool_calls": [call]})
+    assert made["tool_calls"][0]["function"]["arguments"] == ({"side": "left"} if arguments else {})
+
+
+def test_what_the_engine_s_bindings_refuse_ends_one_request_and_not_the_server(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    import asyncio
+
+    from qkit.onnx_engine import Ended, Engine, Sampling
+
+    recipe = Recipe.model_validate({"task": "chat", "model": {"source": "none"}, "data": {}})
+    job = Job(tiny_model, tiny_model, tiny_model, tiny_model, recipe, tmp_path / "export.log")
+    exporter.export(job, tmp_path / "m", "fp32")
+    engine = Engine(tmp_path / "m", 4, failed=lambda: pytest.fail("the engine gave up"))
+
+    async def answer(sampling: Sampling) -> list[Any]:
+        return [item async for item in engine.generate([1, 2, 3], sampling)]
+
+    async def both() -> list[list[Any]]:
+        asked = answer(Sampling(4, 1.0, top_k=10**30)), answer(Sampling(4, 0.0, min_tokens=4))
+        return list(await asyncio.wait_for(asyncio.gather(*asked), 60))
+
+    wrong, right = asyncio.run(both())
+    engine.close()
+    assert isinstance(wrong[0], Ended) and wrong[0].reason == "error" and not engine.failure
+    assert len(right) == 5 and right[-1] == Ended("length")
 
 
 def test_what_changes_nothing_is_let_through(client: openai.OpenAI) -> None:
