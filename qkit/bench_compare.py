@@ -32,12 +32,12 @@ LOAD = ("kind", "requests", "prompts", "request_rate")
 
 @dataclass(frozen=True)
 class Ratio:
-    """B over A; `low` and `high` are None where there are no repeats to tell."""
+    """B over A, None where A is 0; `low` and `high` are None where there are no repeats to tell."""
 
     name: str
     before: float
     after: float
-    ratio: float
+    ratio: float | None
     low: float | None
     high: float | None
     regressed: bool
@@ -61,18 +61,25 @@ def compare(before: Path, after: Path, threshold: float, anyway: bool = False) -
 
     Raises:
         MissingArtifact: a file is absent or is no bench record, or the folders have no name in common.
-        UserError: the records come from different environments or loads and `anyway` was not said, or one has too few repeats.
+        UserError: the records come from different environments or loads, or the second folder lacks some, and `anyway` was not said;
+            or one has too few repeats.
     """
-    return [_compare(a, b, threshold, anyway) for a, b in _pairs(before, after)]
+    return [_compare(a, b, threshold, anyway) for a, b in _pairs(before, after, anyway)]
 
 
-def _pairs(before: Path, after: Path) -> Iterator[tuple[Path, Path]]:
+def _pairs(before: Path, after: Path, anyway: bool) -> Iterator[tuple[Path, Path]]:
     if not before.is_dir():
         yield before, after
         return
-    names = sorted(path.name for path in before.glob("*-c[0-9]*.json") if (after / path.name).is_file())
+    wanted = sorted(path.name for path in before.glob("*-c[0-9]*.json"))
+    names = [name for name in wanted if (after / name).is_file()]
     if not names:
         raise MissingArtifact(f"{before} and {after} have no bench record of the same name")
+    if len(names) < len(wanted) and not anyway:
+        gone = ", ".join(name for name in wanted if name not in names)
+        raise UserError(
+            f"{after} lacks {gone}, which {before} has: bench them too, or --anyway compares what both have"
+        )
     yield from ((before / name, after / name) for name in names)
 
 
@@ -91,7 +98,13 @@ def _compare(before: Path, after: Path, threshold: float, anyway: bool) -> Compa
     shown = [
         Ratio(name, a[name], b[name], b[name] / a[name], None, None, False) for name in SHOWN if a[name] and b[name]
     ]
-    return Comparison(before.stem, (*judged, *shown), differences)
+    return Comparison(before.stem, (*judged, _failures(a, b), *shown), differences)
+
+
+def _failures(a: Mapping[str, Any], b: Mapping[str, Any]) -> Ratio:
+    """Requests that failed: more of them than before are worse, whatever their number. They are no noise."""
+    then, now = float(a["failed_requests"]), float(b["failed_requests"])
+    return Ratio("failed_requests", then, now, now / then if then else None, None, None, now > then)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -117,12 +130,20 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
     """What makes two records incomparable, one line each: where they were measured, or how."""
     if a["environment"]["sha256"] != b["environment"]["sha256"]:
         yield from _unlike(a["environment"], b["environment"], "environment", skip=("sha256", "git"))
+    if a["runtime"] == b["runtime"] == "url" and (places := (_place(a), _place(b)))[0] != places[1]:
+        yield f"server: {places[0]} and {places[1]}"
     for name in ("concurrency", "output_tokens"):
         if a[name] != b[name]:
             yield f"{name}: {a[name]} and {b[name]}"
     for name in LOAD:
         if a["load"][name] != b["load"][name]:
             yield f"load.{name}: {a['load'][name]} and {b['load'][name]}"
+
+
+def _place(record: Mapping[str, Any]) -> str | None:
+    """Where the load was sent; the environment of such a record is the sender's."""
+    command = record["load"]["command"] or []
+    return str(command[command.index("--base-url") + 1]) if "--base-url" in command else None
 
 
 def _unlike(a: Any, b: Any, place: str, skip: Sequence[str] = ()) -> Iterator[str]:
@@ -165,14 +186,16 @@ def _margin(a: Sequence[float], b: Sequence[float]) -> float:
 
 def regression(comparisons: Sequence[Comparison], threshold: float) -> Regressed | None:
     """The error that fails a build, naming every figure that got worse; None when none did."""
-    worse = [
-        f"{comparison.name}: {r.name} is {r.ratio:.3f} times what it was (interval {r.low:.3f} to {r.high:.3f})"
-        for comparison in comparisons
-        for r in comparison.regressions
-    ]
+    worse = [f"{comparison.name}: {_worse(r)}" for comparison in comparisons for r in comparison.regressions]
     if not worse:
         return None
     return Regressed(f"worse by more than {100 * threshold:g} %, and by more than chance:\n  " + "\n  ".join(worse))
+
+
+def _worse(found: Ratio) -> str:
+    if found.ratio is None or found.low is None:
+        return f"{found.name}: {found.before:g} before, {found.after:g} now"
+    return f"{found.name} is {found.ratio:.3f} times what it was (interval {found.low:.3f} to {found.high:.3f})"
 
 
 def share(text: str) -> float:

@@ -31,6 +31,14 @@ import argparse, json, os, sys
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 from vllm.benchmarks import serve
+if left_out := os.environ.get("QKIT_LEFT_OUT"):
+    from vllm.benchmarks.lib import endpoint_request_func as asking
+    add = asking._update_payload_common
+    def update(payload, asked):
+        add(payload, asked)
+        for name in left_out.split():
+            payload.pop(name, None)
+    asking._update_payload_common = update
 parser = argparse.ArgumentParser()
 serve.add_cli_args(parser)
 for line in sys.stdin:
@@ -54,6 +62,14 @@ NO_TOOL = (
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 HELD_OUT = "held-out rows"
+# What a request has beyond OpenAI's parameters, where the server takes it: no prefix cache from load to load, no special tokens added to
+# prompts that have theirs, and answers of full length. The last is the tool's own, which it always sends.
+BEYOND_OPENAI: Mapping[str, Any] = {
+    "cache_salt": "",
+    "add_special_tokens": False,
+    "ignore_eos": True,
+    "repetition_penalty": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -163,9 +179,11 @@ class Tool:
         seed: int,
         log: Path,
         endpoint: str = COMPLETIONS,
+        takes: frozenset[str] = frozenset(BEYOND_OPENAI),
     ):
+        """`takes`: which of BEYOND_OPENAI the server takes."""
         self.about = {"base-url": url, "model": model, "tokenizer": str(tokenizer), "endpoint": endpoint}
-        self.prompts = prompts
+        self.prompts, self.takes = prompts, takes
         self.seed = seed
         self.log = log
         self.says = prompts.says
@@ -194,12 +212,13 @@ class Tool:
         before = self._cpu_seconds()
         self._ask(command)
         result = json.loads((Path(self._folder.name) / "result.json").read_text(encoding="utf-8"))
-        repeat = parse(result, self._cpu_seconds() - before)
+        repeat = parse(result, self._cpu_seconds() - before, load.output_tokens if "ignore_eos" in self.takes else 1)
         self._check(repeat, self.picked(load, number))
         return repeat
 
     def arguments(self, load: Load, number: int) -> list[str]:
         """The tool's command line for a load. `number` tells repeats apart: each has prompts and a prefix cache of its own."""
+        extra = {"add_special_tokens": False, "cache_salt": uuid.uuid4().hex}
         how = {
             **self.about,
             **self._dataset(load, number),
@@ -208,13 +227,13 @@ class Tool:
             "output-len": load.output_tokens,
             "seed": self.seed + number,
             "temperature": 0,
-            "extra-body": json.dumps({"add_special_tokens": False, "cache_salt": uuid.uuid4().hex}),
+            "extra-body": json.dumps({name: value for name, value in extra.items() if name in self.takes}),
             "result-dir": self._folder.name,
             "result-filename": "result.json",
             "request-rate" if load.request_rate else "max-concurrency": load.request_rate or load.concurrency,
         }
         flags = [
-            "--ignore-eos",
+            *(["--ignore-eos"] if "ignore_eos" in self.takes else []),
             "--save-result",
             "--save-detailed",
             "--disable-tqdm",
@@ -277,7 +296,7 @@ class Tool:
                     stdout=subprocess.PIPE,
                     stderr=sink,
                     text=True,
-                    env={**os.environ, **ENVIRONMENT},
+                    env={**os.environ, **ENVIRONMENT, "QKIT_LEFT_OUT": " ".join(BEYOND_OPENAI.keys() - self.takes)},
                 )
         return self._process
 
@@ -294,13 +313,20 @@ class Tool:
         return "\n".join(lines[-3:]) or "it said nothing"
 
 
-def parse(result: Mapping[str, Any], tool_cpu_seconds: float | None = None) -> Repeat:
-    """The tool's detailed result as a repeat: requests in the order in which they were sent, and what became of those that failed."""
+def parse(result: Mapping[str, Any], tool_cpu_seconds: float | None = None, least: int = 1) -> Repeat:
+    """The tool's detailed result as a repeat: requests in the order in which they were sent, and what became of those that failed.
+
+    `least`: tokens of a whole answer; one that broke off has begun well, which is all that the tool looks at.
+    """
     columns = ("ttfts", "itls", "input_lens", "output_lens", "errors")
     rows = list(zip(*(result[name] for name in columns), strict=True))
-    answered = [Request(ttft, tuple(gaps), prompt, tokens) for ttft, gaps, prompt, tokens, _ in rows if tokens]
-    failed = tuple(error or "no answer" for *_, tokens, error in rows if not tokens)
+    answered = [Request(ttft, tuple(gaps), prompt, tokens) for ttft, gaps, prompt, tokens, _ in rows if tokens >= least]
+    failed = tuple(error or _short(tokens, least) for *_, tokens, error in rows if tokens < least)
     return Repeat(result["duration"], tuple(answered), failed, tool_cpu_seconds)
+
+
+def _short(tokens: int, least: int) -> str:
+    return f"the answer ended after {tokens} of {least} tokens" if tokens else "no answer"
 
 
 def _last(errors: Sequence[str]) -> str:

@@ -92,27 +92,30 @@ def driver() -> str | None:
 
 @dataclass(frozen=True)
 class Counter:
-    """An energy counter that can be read: `joules` so far, and where it wraps to 0 (None: never)."""
+    """Energy counters that can be read, one for each package or card: `joules` so far, and where each wraps to 0 (empty: never)."""
 
     source: str
-    joules: float
-    wraps_at: float | None = None
+    joules: tuple[float, ...]
+    wrap_at: tuple[float, ...] = ()
 
 
 def energy() -> Counter | str:
-    """The counter of this machine as it stands, or why there is none."""
+    """The counters of this machine as they stand, or why there are none. RAPL's `psys` is the whole board, packages and all."""
     if nvml := Nvml.open():
         joules = nvml.energy_joules()
-        return Counter("nvml", joules) if joules is not None else "the card keeps no energy counter"
-    packages = sorted(POWERCAP.glob("intel-rapl:[0-9]"))
-    if not packages:
-        return "no NVML, and no RAPL below /sys/class/powercap"
+        return Counter("nvml", (joules,)) if joules is not None else "the card keeps no energy counter"
     try:
-        joules = sum(int((package / "energy_uj").read_text()) for package in packages) / 1e6
-        wraps = sum(int((package / "max_energy_range_uj").read_text()) for package in packages) / 1e6
+        zones = sorted(POWERCAP.glob("intel-rapl:*"))
+        packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
+        if not packages:
+            return "no NVML, and no RAPL below /sys/class/powercap"
+        spent_so_far, wrap_at = (
+            tuple(int((package / name).read_text()) / 1e6 for package in packages)
+            for name in ("energy_uj", "max_energy_range_uj")
+        )
     except OSError as error:
         return f"RAPL cannot be read here: {error.strerror}"
-    return Counter("rapl", joules, wraps)
+    return Counter("rapl", spent_so_far, wrap_at)
 
 
 def spent(before: Counter | str, after: Counter | str, tokens: int) -> dict[str, Any]:
@@ -120,9 +123,9 @@ def spent(before: Counter | str, after: Counter | str, tokens: int) -> dict[str,
     if isinstance(before, str) or isinstance(after, str):
         why = before if isinstance(before, str) else str(after)
         return {"joules": None, "joules_per_output_token": None, "source": None, "why": why}
-    joules = after.joules - before.joules
-    if joules < 0 and before.wraps_at:
-        joules += before.wraps_at
+    wraps = before.wrap_at or (0.0,) * len(before.joules)
+    apart = zip(before.joules, after.joules, wraps, strict=True)
+    joules = sum(now - then + (wrap if now < then else 0) for then, now, wrap in apart)
     return {"joules": joules, "joules_per_output_token": joules / tokens, "source": before.source, "why": None}
 
 

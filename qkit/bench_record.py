@@ -100,7 +100,7 @@ def figures(repeats: Sequence[Repeat], slo: Slo | None = None) -> dict[str, Any]
         "chunks": sum(1 + len(r.gaps) for r in requests),
         "tokens": sum(r.tokens for r in requests),
         "by_repeat": [_of_repeat(repeat) for repeat in repeats],
-        "steady": all(steady(values) for values in _compared(repeats).values()),
+        "steady": len(repeats) > 1 and all(steady(values) for values in _compared(repeats).values()),
     }
 
 

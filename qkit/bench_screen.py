@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 UNSTEADY = "a figure that ranges over more than 15 % from repeat to repeat is shown as its range"
 
+ALONE = "of one repeat nobody knows how far its figures vary: --set bench.repeats=3 tells"
+
 
 def records(found: Sequence[Mapping[str, Any]]) -> RenderableType:
     """One line for each record; what is not steady as a range."""
@@ -25,7 +27,9 @@ def records(found: Sequence[Mapping[str, Any]]) -> RenderableType:
         rates = (_over_repeats(record, key, show.fixed) for key in ("output_tokens_per_second", "requests_per_second"))
         table.add_row(record["artifact"], load_text(record), *latencies, *rates, str(record["failed_requests"]))
     said = [_cost(record) for record in found if record["cost"]]
-    notes = [UNSTEADY] if not all(record["steady"] for record in found) else []
+    several = [record["steady"] for record in found if record["repeats"] > 1]
+    notes = [UNSTEADY] if not all(several) else []
+    notes += [ALONE] if len(several) < len(found) else []
     return Group(table, *notes, *said)
 
 
@@ -66,13 +70,16 @@ def comparisons(found: Sequence[Comparison]) -> RenderableType:
 def _ratio(ratio: Ratio) -> list[str]:
     interval = show.ABSENT if ratio.low is None else f"{ratio.low:.3f}–{ratio.high:.3f}"
     figures = [f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}" for value in (ratio.before, ratio.after)]
-    return [ratio.name, *figures, f"{ratio.ratio:.3f}", interval, "worse" if ratio.regressed else ""]
+    times = show.ABSENT if ratio.ratio is None else f"{ratio.ratio:.3f}"
+    return [ratio.name, *figures, times, interval, "worse" if ratio.regressed else ""]
 
 
-def training(points: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """One line for each point of a training sweep."""
+def training(record: Mapping[str, Any]) -> RenderableType:
+    """One line for each point of a training sweep, and what became of those that failed."""
+    from rich.console import Group
+
     table = _table("batch tokens", "max length", "tokens/s", "peak GiB", "meter", "MFU", "against")
-    for point in points:
+    for point in record["points"]:
         speed = point["tokens_per_second"]
         figures = [
             str(point["batch_tokens"]),
@@ -81,7 +88,9 @@ def training(points: Sequence[Mapping[str, Any]]) -> RenderableType:
             show.gib_text(point["peak_bytes"]),
         ]
         table.add_row(*figures, point["meter"], show.percent(point["mfu"]), point["against"] or show.ABSENT)
-    return table
+    return Group(
+        table, *(f"batches of {p['batch_tokens']}, rows of {p['max_length']}: {p['why']}" for p in record["failed"])
+    )
 
 
 def _table(*columns: str) -> Table:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +27,8 @@ from qkit.run import Run, environment, make_folder, read_json, write_json
 from qkit.shape import shape_of
 
 FACTORS = (0.5, 1, 2)  # of the recipe's batch, where nothing else is asked for
-SIDE = 2048  # of the square matrices whose product is timed
+SIDES = {"cuda": 8192}  # of the square matrices whose product is timed: enough for a card to be busy
+SIDE = 2048  # on another device
 PRODUCTS = 12
 
 
@@ -60,19 +61,27 @@ def points(how: Recipe, batch_tokens: Sequence[int], lengths: Sequence[int]) -> 
 
 
 def bench(how: Recipe, sweep: Sequence[Point], steps: int, out: Path, progress: Progress) -> dict[str, Any]:
-    """Train each point for a few steps, and write `out/train.json`.
+    """Train each point for a few steps, and write `out/train.json`. A point that fails, for want of memory as a rule, ends no sweep.
 
     Raises:
-        StageFailed: a point's process died; its log says why.
+        StageFailed: every point's process died; the log of the first says why.
     """
-    found = []
+    found: list[dict[str, Any]] = []
+    failed: list[tuple[Point, StageFailed]] = []
     for point in progress.track(sweep, "bench train", len(sweep)):
         progress.say(f"bench train: batches of {point.batch_tokens} tokens, rows of up to {point.max_length}")
-        found.append(_in_a_process(how, point, steps, out))
+        try:
+            found.append(_in_a_process(how, point, steps, out))
+        except StageFailed as error:
+            progress.say(str(error))
+            failed.append((point, error))
+    if not found:
+        raise failed[0][1]
     record = {
         "schema_version": bench_record.SCHEMA_VERSION,
         "recipe_sha256": how.sha256(),
         "points": found,
+        "failed": [{**asdict(point), "why": str(error)} for point, error in failed],
         "environment": bench_record.sealed({**environment(detect().to_dict()), "driver": driver()}),
     }
     write_json(out / "train.json", record)
@@ -156,13 +165,15 @@ def achievable() -> tuple[float, str]:
         return card.bf16_flops, f"the {card.title}'s peak"
     import torch
 
-    a, b = (torch.randn(SIDE, SIDE, dtype=torch.bfloat16) for _ in range(2))
+    kind = detect().kind
+    side = SIDES.get(kind, SIDE)
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=kind) for _ in range(2))
     seconds = []
     for _ in range(PRODUCTS):
         begin = time.perf_counter()
-        torch.mm(a, b)
+        torch.mm(a, b)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - begin)
-    best = 2 * SIDE**3 / min(seconds)
+    best = 2 * side**3 / min(seconds)
     return best, f"{best / 1e9:,.0f} GFLOP/s of bf16 products here"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from pydantic import ValidationError
 
 from qkit import model
 from qkit.bench import as_text, held_out_prompts, measure, record, tokenizer_folder
-from qkit.bench_load import CHAT, COMPLETIONS, HeldOut, Synthetic, Tool
+from qkit.bench_load import BEYOND_OPENAI, CHAT, COMPLETIONS, HeldOut, Synthetic, Tool
 from qkit.errors import RecipeError, ServerError, UserError
 from qkit.progress import Progress
 from qkit.recipe import Bench, override
@@ -20,6 +22,7 @@ from qkit.run import Run, make_folder, write_json
 # What is known of an artifact of a run, and not of a model behind an address.
 UNKNOWN = ("model_sha256", "disk_bytes", "startup_seconds", "argv", "peak_bytes", "meter", "training", "quality")
 SEED = 42
+PROBE_SECONDS = 60.0
 SPREAD = 0.5  # of random prompts: from half to one and a half times as many tokens
 
 
@@ -50,7 +53,10 @@ def run(asked: Asked, out: Path, progress: Progress) -> list[dict[str, Any]]:
     about = {"runtime": "url", "artifact": name, **dict.fromkeys(UNKNOWN)}
     records = []
     endpoint = CHAT if asked.chat else COMPLETIONS
-    with Tool(url, name, tokenizer, prompts, SEED, out / "load.log", endpoint) as source:
+    takes = taken(f"{url}{endpoint}", name)
+    if "ignore_eos" not in takes:
+        progress.say(f"bench: {url} takes no ignore_eos, so answers are as long as the model makes them")
+    with Tool(url, name, tokenizer, prompts, SEED, out / "load.log", endpoint, takes) as source:
         for measured in measure(source, section, None):
             progress.say(f"bench: {name} {measured.name}: {measured.rate('output_tokens_per_second'):.1f} tokens/s")
             records.append(record(measured, source, section, SEED, about))
@@ -87,19 +93,43 @@ def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
         raise RecipeError("\n".join(problems)) from None
 
 
+def taken(place: str, name: str) -> frozenset[str]:
+    """Which of BEYOND_OPENAI a server takes: some refuse a request for a parameter that they do not know. Found out by asking."""
+    if _answers(place, name, BEYOND_OPENAI):
+        return frozenset(BEYOND_OPENAI)
+    return frozenset(key for key, value in BEYOND_OPENAI.items() if _answers(place, name, {key: value}))
+
+
+def _answers(place: str, name: str, extra: Mapping[str, Any]) -> bool:
+    import httpx
+
+    salted = {key: value or uuid.uuid4().hex if key == "cache_salt" else value for key, value in extra.items()}
+    what: dict[str, Any] = {"prompt": "a"}
+    if place.endswith(CHAT):
+        what = {"messages": [{"role": "user", "content": "a"}]}
+    body = {"model": name, **what, "max_tokens": 1, **salted}
+    try:
+        return httpx.post(place, json=body, headers=_key(), timeout=PROBE_SECONDS).status_code == 200
+    except httpx.HTTPError:
+        return False  # of a server that answers nothing the load tells
+
+
+def _key() -> dict[str, str]:
+    """As the load tool has it."""
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def _only_model(url: str) -> str:
     """The model of a server that has one.
 
     Raises:
         ServerError: it does not answer, or has several.
     """
-    import os
-
     import httpx
 
-    key = os.environ.get("OPENAI_API_KEY")
     try:
-        answer = httpx.get(f"{url}/v1/models", timeout=10.0, headers={"Authorization": f"Bearer {key}"} if key else {})
+        answer = httpx.get(f"{url}/v1/models", timeout=10.0, headers=_key())
         answer.raise_for_status()
         names = [entry["id"] for entry in answer.json()["data"]]
     except (httpx.HTTPError, ValueError, KeyError) as error:

@@ -527,7 +527,7 @@ def _bench_train(
     points = bench_train.points(how, sweep[0], sweep[1])
     folder = out or Path("runs") / f"{target.stem}-bench-train"
     record = bench_train.bench(how, points, sweep[2], folder, _progress(_stderr(), quiet))
-    _show(as_json, record, lambda: bench_screen.training(record["points"]))
+    _show(as_json, record, lambda: bench_screen.training(record))
 
 
 def _bench_charts(run: Path, folder: Path, png: bool, as_json: bool) -> None:

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qkit import adapters, cards, contract, plan, server
+from qkit import adapters, cards, contract, model, plan, server
 from qkit.artifacts import MERGED, Artifact
 from qkit.device import Device, detect
 from qkit.errors import DoesNotFit, MissingArtifact, MissingExtra, ModelError, NotDeployable, ParityFailed, ServerError
@@ -177,9 +177,25 @@ def _completed(made: Serving, asked: Asked) -> Serving:
     names = [made.name, *(name for name, _ in chosen)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ServerError(f"--adapter: the name {', '.join(twice)} is given twice, or is the base's own")
-    beside = tuple(adapters.checked(name, place, base) for name, place in chosen)
+    beside = _beside(made, chosen, base)
     extras = vllm.Extras(beside, asked.runtime_adapters, asked.key, _cache_bytes(made.how), asked.rest)
     return replace(made, extras=extras)
+
+
+def _beside(made: Serving, chosen: Sequence[tuple[str, Path]], base: Path | None) -> tuple[adapters.Adapter, ...]:
+    """The adapters, each seen to belong to the base. A run's export has the run's own adapter in it, so those of others seldom do."""
+    try:
+        return tuple(adapters.checked(name, place, base) for name, place in chosen)
+    except ModelError as error:
+        if made.run is None:
+            raise
+        base_model = made.run.recipe.model
+        source = base_model.source if is_hub_id(base_model.source) else model.resolve(base_model)
+        words = " ".join(f"--adapter {name}={place}" for name, place in chosen)
+        raise ModelError(
+            f"{error}\nWhat {made.run.root} exports has its own adapter merged in; beside each other adapters go on their base: "
+            f"`qkit serve {source} --adapter {made.name}={made.run.root} {words}`"
+        ) from None
 
 
 def refuse_own(rest: Sequence[str]) -> None:

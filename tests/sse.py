@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FIRST, GAP = 0.4, 0.15  # seconds from a request to its first chunk, and from chunk to chunk
+ANSWERING = ("steady", "client", "several", "miscounts", "half", "breaks", "strict")
 TEXT = "abc"  # of a chunk: as many tokens as letters for a tokenizer of bytes
 
 
@@ -26,7 +27,9 @@ class Sent:
 
 
 class Fake:
-    """`log` has the requests of each model. The model's name says how to behave: steady, client, several, miscounts, fails, half."""
+    """`log` has the requests of each model. The model's name says how to behave: steady, client, several, miscounts, fails, half,
+    breaks (every second answer ends after a token), strict (takes OpenAI's parameters alone).
+    """
 
     def __init__(self) -> None:
         self.log: dict[str, list[Sent]] = {}
@@ -47,17 +50,23 @@ class Fake:
         sent = self.log.setdefault(body.get("model", ""), [])
         sent.append(Sent(arrived, len(body.get("prompt", ""))))
         mine, model = sent[-1], body.get("model")
-        if model not in ("steady", "client", "several", "miscounts", "half") or (model == "half" and len(sent) % 2):
+        if model == "strict" and (
+            odd := {"cache_salt", "add_special_tokens", "ignore_eos", "repetition_penalty"} & body.keys()
+        ):
+            writer.write(f"HTTP/1.1 400 {'-'.join(odd)}\r\nContent-Length: 0\r\n\r\n".encode())
+            return
+        if model not in ANSWERING or (model == "half" and len(sent) % 2):
             writer.write(b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n")
             return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         size = len(TEXT) if model == "several" else 1
-        for number in range(body["max_tokens"] // size):
+        whole = 1 if model == "breaks" and len(sent) % 2 else body["max_tokens"] // size
+        for number in range(whole):
             await asyncio.sleep(arrived + FIRST + number * GAP - time.perf_counter())
             mine.chunks.append(time.perf_counter())
             mine.tokens += size
             await self.event(writer, {"choices": [{"index": 0, "text": TEXT[:size]}]})
-        counted = len(body["prompt"]) + (model == "miscounts")
+        counted = len(body.get("prompt", "")) + (model == "miscounts")
         await self.event(writer, {"choices": [], "usage": {"prompt_tokens": counted, "completion_tokens": mine.tokens}})
         await self.event(writer, None)
         writer.write(b"0\r\n\r\n")

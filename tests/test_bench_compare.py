@@ -108,6 +108,23 @@ def test_other_loads_are_refused(before: Path, tmp_path: Path) -> None:
         compare(before, record(tmp_path / "c.json", load=load), 0.05)
 
 
+def test_more_failed_requests_are_worse_however_fast_the_others_were(before: Path, tmp_path: Path) -> None:
+    found = compare(before, record(tmp_path / "b.json", [200, 201, 202], failed_requests=3), 0.05)
+    assert "failed_requests: 0 before, 3 now" in str(regression(found, 0.05))
+    assert regression(compare(tmp_path / "b.json", tmp_path / "b.json", 0.05), 0.05) is None
+
+
+def test_two_servers_are_not_one(tmp_path: Path) -> None:
+    load = json.loads(RECORD.read_text(encoding="utf-8"))["load"]
+    files = [
+        record(tmp_path / f"{name}.json", runtime="url", load={**load, "command": ["--base-url", f"http://{name}"]})
+        for name in ("a", "b")
+    ]
+    with pytest.raises(UserError, match="server: http://a and http://b"):
+        compare(*files, 0.05)
+    assert compare(files[0], files[0], 0.05)[0].differences == ()
+
+
 def test_one_repeat_tells_nothing_of_noise(before: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has 1 repeat.*bench\.repeats=3"):
         compare(before, record(tmp_path / "b.json", [120]), 0.05)
@@ -125,7 +142,12 @@ def test_what_is_no_record(before: Path, tmp_path: Path, text: str) -> None:
 def test_folders_are_compared_name_by_name(tmp_path: Path) -> None:
     folders = [shutil.copytree(SAMPLE / "bench", tmp_path / name) for name in ("a", "b")]
     (folders[1] / "vllm-c1.json").unlink()
-    names = [found.name for found in compare(folders[0], folders[1], 0.05)]
+    with pytest.raises(UserError, match=r"b lacks vllm-c1\.json, which .*--anyway"):
+        compare(folders[0], folders[1], 0.05)
+    assert "vllm-c1" not in [
+        found.name for found in compare(folders[1], folders[0], 0.05)
+    ]  # what is new has nothing beside it
+    names = [found.name for found in compare(folders[0], folders[1], 0.05, anyway=True)]
     assert "vllm-c8" in names and "vllm-c1" not in names and "vllm-r0.5" not in names
     with pytest.raises(MissingArtifact, match="no bench record of the same name"):
         compare(folders[0], tmp_path, 0.05)

@@ -182,6 +182,13 @@ def test_failed_requests_are_counted_and_in_no_figure(tool: Tool, fake: Fake) ->
     assert figures([repeat])["failed_requests"] == 3
 
 
+def test_an_answer_that_breaks_off_has_failed(tool: Tool, fake: Fake) -> None:
+    """To the tool it is a success as soon as it has begun."""
+    repeat, told, _ = measured(tool, fake, "breaks", Load(4, 3, 4))
+    assert len(repeat.requests) == len(repeat.errors) == 2 and told["completed"] == 4
+    assert set(repeat.errors) == {"the answer ended after 1 of 3 tokens"}
+
+
 def test_a_server_that_answers_nothing_is_an_error(tool: Tool, fake: Fake) -> None:
     with pytest.raises(ServerError, match="answered none of the requests"):
         measured(tool, fake, "fails", Load(2, 2, 2))
@@ -204,6 +211,16 @@ def test_arguments_of_closed_and_open_loops(tool: Tool) -> None:
     assert value(opened, "--request-rate") == "2.5" and value(opened, "--max-concurrency") is None
     assert value(closed, "--seed") != value(opened, "--seed")
     assert value(closed, "--extra-body") != value(opened, "--extra-body")  # a prefix cache of its own for each repeat
+
+
+def test_what_a_server_does_not_take_is_not_sent(fake: Fake, tiny_model: Path, tmp_path: Path) -> None:
+    made = Tool(
+        fake.url, "m", tiny_model, HeldOut(PROMPTS), 0, tmp_path / "log", takes=frozenset({"add_special_tokens"})
+    )
+    command = made.arguments(LOAD, 1)
+    assert "--ignore-eos" not in command
+    assert json.loads(command[command.index("--extra-body") + 1]) == {"add_special_tokens": False}
+    made.__exit__()
 
 
 def test_repeats_have_other_prompts(tool: Tool) -> None:

@@ -175,6 +175,16 @@ def test_without_a_sweep_the_recipe_says_the_loads() -> None:
     assert [(m.load.concurrency, m.load.requests) for m in found] == [(1, 1), (3, 3)]
 
 
+def test_one_repeat_is_not_called_steady() -> None:
+    (measured,) = bench.measure(Queue(), Bench(concurrency=(1,), repeats=1), None)
+    assert figures(measured.repeats)["steady"] is False and figures([*measured.repeats] * 2)["steady"] is True
+
+
+def test_a_server_elsewhere_has_no_energy_of_this_machine() -> None:
+    (measured,) = bench.measure(Queue(), Bench(concurrency=(1,), repeats=1), None)
+    assert measured.energy["joules"] is None and "another machine" in measured.energy["why"]
+
+
 def test_a_record_of_anything_is_valid() -> None:
     source = Queue()
     section = Bench(repeats=2, price_per_hour=1.0, slo_ttft_seconds=0.3, concurrency=(2,))
@@ -236,19 +246,31 @@ def test_nobodys_memory_is_none() -> None:
 def test_energy_is_read_from_rapl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_meter, "POWERCAP", tmp_path)
     assert bench_meter.energy() == "no NVML, and no RAPL below /sys/class/powercap"
-    for number, joules in enumerate((3, 5)):
-        package = tmp_path / f"intel-rapl:{number}"
-        (package / f"intel-rapl:{number}:0").mkdir(parents=True)  # a part of the package, which is in it already
-        (package / "energy_uj").write_text(f"{joules * 10**6}\n")
-        (package / "max_energy_range_uj").write_text("10000000\n")
-    assert bench_meter.energy() == Counter("rapl", 8.0, 20.0)
+    zones = {
+        "0": "package-0",
+        "0:0": "core",
+        "1": "package-1",
+        "2": "psys",
+    }  # a part of a package, and the board that holds both
+    for number, name in zones.items():
+        zone = tmp_path / f"intel-rapl:{number}"
+        zone.mkdir()
+        for file, text in (("name", name), ("energy_uj", f"{len(name)}000000"), ("max_energy_range_uj", "10000000")):
+            (zone / file).write_text(f"{text}\n")
+    assert bench_meter.energy() == Counter("rapl", (9.0, 9.0), (10.0, 10.0))
 
 
 @pytest.mark.parametrize(
     ("before", "after", "joules", "why"),
     [
-        (Counter("rapl", 5.0, 20.0), Counter("rapl", 9.0, 20.0), 4.0, None),
-        (Counter("rapl", 18.0, 20.0), Counter("rapl", 2.0, 20.0), 4.0, None),
+        (Counter("rapl", (5.0,), (20.0,)), Counter("rapl", (9.0,), (20.0,)), 4.0, None),
+        (
+            Counter("rapl", (18.0, 1.0), (20.0, 20.0)),
+            Counter("rapl", (2.0, 2.0), (20.0, 20.0)),
+            5.0,
+            None,
+        ),  # one has wrapped
+        (Counter("nvml", (5.0,)), Counter("nvml", (9.0,)), 4.0, None),
         ("nothing here", "nothing here", None, "nothing here"),
     ],
 )

@@ -8,7 +8,9 @@ from test_pipeline import qkit
 
 from qkit import bench_train
 from qkit.bench_train import Point
-from qkit.errors import RecipeError
+from qkit.device import Device
+from qkit.errors import RecipeError, StageFailed
+from qkit.progress import Progress
 from qkit.recipe import load
 
 
@@ -34,6 +36,34 @@ def test_training_is_benched_in_a_process_of_its_own(tiny_recipe: Path, tmp_path
     assert point["peak_bytes"] > 100e6 and point["meter"] == "rss"
     assert point["mfu"] == pytest.approx(point["flops_per_second"] / point["achievable_flops_per_second"])
     assert 0 < point["mfu"] < 1 and "bf16 products here" in point["against"]
+
+
+def test_a_point_that_fails_ends_no_sweep(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest batch of a sweep is there to see whether it fits."""
+
+    def point(_: object, one: Point, *__: object) -> dict[str, int]:
+        if one.batch_tokens == 512:
+            raise StageFailed("bench train", tmp_path, tmp_path / "log", "out of memory")
+        return {"batch_tokens": one.batch_tokens}
+
+    monkeypatch.setattr(bench_train, "_in_a_process", point)
+    how, out = load(tiny_recipe), tmp_path / "b"
+    out.mkdir()
+    record = bench_train.bench(how, bench_train.points(how, [], []), 3, out, Progress())
+    assert [found["batch_tokens"] for found in record["points"]] == [128, 256]
+    (failed,) = record["failed"]
+    assert failed["batch_tokens"] == 512 and "out of memory" in failed["why"]
+    with pytest.raises(StageFailed, match="out of memory"):
+        bench_train.bench(how, bench_train.points(how, [512], []), 3, out, Progress())
+
+
+def test_mfu_is_measured_where_the_training_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_train, "SIDE", 64)
+    best, against = bench_train.achievable()
+    assert best > 0 and "bf16 products here" in against
+    monkeypatch.setattr(bench_train, "detect", lambda: Device("meta", "no card of the table", 1, 1))
+    with pytest.raises(Exception, match="meta"):  # its product is asked for on that device
+        bench_train.achievable()
 
 
 def test_a_point_that_cannot_be_trained_says_where(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from test_bench_record import SCHEMA
 from test_pipeline import qkit
 
 from qkit import bench_url
+from qkit.bench_load import BEYOND_OPENAI, CHAT, COMPLETIONS
 from qkit.bench_url import Asked
 from qkit.errors import RecipeError, ServerError, UserError
 from qkit.progress import Progress
@@ -43,6 +44,24 @@ def test_any_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: Path)
     assert record["goodput_per_second"] == pytest.approx(record["requests_per_second"])
     assert record["cost"]["price_per_hour"] == 2 and record["memory"]["rss_tree"] == []
     assert "tokens/s" in done.stderr
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_a_server_takes_is_found_out_by_asking(fake: Fake, chat: bool) -> None:
+    place = fake.url + (CHAT if chat else COMPLETIONS)
+    assert bench_url.taken(place, "steady") == frozenset(BEYOND_OPENAI)
+    assert bench_url.taken(place, "strict") == frozenset()
+
+
+@pytest.mark.slow
+def test_a_strict_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    progress = Progress()
+    progress.say = said.append  # type: ignore[method-assign]
+    asked = Asked(fake.url, "strict", str(tiny_model), 16, overrides=("bench.concurrency=[2]", "bench.output_tokens=3"))
+    (record,) = bench_url.run(asked, tmp_path, progress)
+    assert record["failed_requests"] == 0 and record["tokens"] == 18
+    assert any("takes no ignore_eos" in text for text in said)
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,23 @@ def test_an_adapter_of_another_base(tiny_model: Path, other_model: Path, tmp_pat
     assert done.returncode == 2 and f"was trained on {other_model}" in done.stderr
 
 
+def test_adapters_go_on_the_base_and_not_on_what_a_run_exports(
+    tiny_model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    run = a_run(tmp_path, vllm="passed")
+    for file in tiny_model.iterdir():
+        (run.folder("export") / "vllm" / file.name).unlink(missing_ok=True)
+        (run.folder("export") / "vllm" / file.name).symlink_to(file)
+    base = run.recipe.model.model_copy(update={"source": str(other_model), "format": "safetensors"})
+    run = Run(run.root, run.recipe.model_copy(update={"model": base}))
+    place = adapter(tmp_path / "a", other_model)
+    with pytest.raises(
+        ModelError,
+        match=rf"(?s)was trained on.*`qkit serve {other_model} --adapter sample_run=.* --adapter sql={place}`",
+    ):
+        serve.of_run(run, Asked(adapters=(f"sql={place}",)))
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

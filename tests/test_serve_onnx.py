@@ -26,6 +26,7 @@ from served import (
     wait_for_nobody,
 )
 
+from qkit import bench_url
 from qkit.export import onnx as exporter
 from qkit.export._job import Job
 from qkit.recipe import Recipe
@@ -234,6 +235,12 @@ def test_clients_that_go_away_leave_nothing_running(served: Served, client: open
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{served.url}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=0.02)
     wait_for_nobody(served, "qkit_requests_running")
+
+
+def test_it_can_be_benched_with_what_it_takes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    found = bench_url.taken(f"{served.url}/v1/completions", TEXT_MODEL)
+    assert found == {"add_special_tokens", "ignore_eos", "repetition_penalty"}
 
 
 def test_metrics(served: Served) -> None:
