@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from qkit.candidates import Candidate
 from qkit.deltas import Deltas
 from qkit.device import detect
 from qkit.errors import DataError, MissingArtifact, ModelError, RecipeError
+from qkit.merge import rounds_too_much, write_finer
 from qkit.merged_folder import write_folder
 from qkit.progress import Progress
 from qkit.recipe import Recipe, from_dict
@@ -189,13 +190,19 @@ def _made(run: Run, wish: Wish, adapters: Mapping[str, float]) -> dict[str, Any]
     ways = candidates.bases(run.recipe) if wish.rows else candidates.bases(run.recipe)[:1]
     if wish.rows:
         _prepare(run, wish.rows)
+    spoken = run.folder("train") / "adapter" if len(wish.adapters) > 1 else wish.adapters[0]
     for base in ways:
-        target = candidates.folder_of(run.root, base)
-        write_folder(run, target, base, adapters)
-        _take_tokenizer(run.folder("train") / "adapter" if len(wish.adapters) > 1 else wish.adapters[0], target)
+        write_folder(run, candidates.folder_of(run.root, base), base, adapters)
+        _take_tokenizer(spoken, candidates.folder_of(run.root, base))
     if not wish.rows:
         return {"chosen": ways[0], "note": "not measured: give rows with --data", "candidates": [], "beside": []}
-    return _measured(run, [Candidate(base, candidates.WHAT[base]) for base in ways])
+
+    def finer(best: Candidate) -> str:
+        name = write_finer(run, run.root, best, adapters)
+        _take_tokenizer(spoken, candidates.folder_of(run.root, name))
+        return name
+
+    return _measured(run, ways, finer)
 
 
 def _prepare(run: Run, source: str) -> None:
@@ -213,15 +220,19 @@ def _take_tokenizer(adapter: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-def _measured(run: Run, made: Sequence[Candidate]) -> dict[str, Any]:
+def _measured(run: Run, made: Sequence[str], finer: Callable[[Candidate], str]) -> dict[str, Any]:
+    """Each by its name; where the best has lost too much to bfloat16, what `finer` makes of it too."""
     rows = scoring.read_held_out(run.need("data", "test.parquet")).rows
     reference = live.recorded(run, rows)
-    found = []
-    for candidate in made:
-        run.progress.say(f"merge: measuring {candidate.name}")
-        with open_runtime("transformers", candidates.folder_of(run.root, candidate.name), detect()) as runtime:
-            measured = parity.measure(reference, runtime.score(rows))
-        found.append(Candidate(candidate.name, candidate.what, measured))
+
+    def measured(name: str) -> Candidate:
+        run.progress.say(f"merge: measuring {name}")
+        with open_runtime("transformers", candidates.folder_of(run.root, name), detect()) as runtime:
+            return Candidate(name, candidates.describe(name), parity.measure(reference, runtime.score(rows)))
+
+    found = [measured(name) for name in made]
+    if rounds_too_much(run.recipe, best := candidates.choose(found, "fidelity")):
+        found.append(measured(finer(best)))
     best = candidates.choose(found, "fidelity")
     candidates.refuse_lost(best, "the merged model", LOST)
     table = candidates.table(found, "fidelity", [candidates.base_model(reference), candidates.apart(reference, None)])

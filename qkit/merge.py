@@ -7,7 +7,7 @@ merge/candidates.json   every way with its distance to the live adapter, held-ou
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def run(run: Run, out: Path) -> None:
     reference = live.recorded(run, held_out.rows)
     measured = [_measured(run, out, candidate, held_out, reference) for candidate in made]
     best = candidates.choose(measured, run.recipe.merge.choose)
-    if _rounds_too_much(run.recipe, best):
+    if rounds_too_much(run.recipe, best):
         measured.append(_finer(run, out, best, held_out, reference))
         best = candidates.choose(measured, run.recipe.merge.choose)
     candidates.refuse_lost(best, "the merged model", LOST)
@@ -65,7 +65,7 @@ def _made(run: Run, out: Path, base: Base) -> Candidate:
     return Candidate(base, candidates.WHAT[base])
 
 
-def _rounds_too_much(how: Recipe, best: Candidate) -> bool:
+def rounds_too_much(how: Recipe, best: Candidate) -> bool:
     """Whether the best merge is beyond the gate of its kind, and there is a finer dtype: small deltas get lost between numbers of bfloat16.
 
     A gate that the recipe moves changes what is accepted, not what is made: the merge need not be made again for it.
@@ -74,8 +74,8 @@ def _rounds_too_much(how: Recipe, best: Candidate) -> bool:
     return len(how.merge.dtypes) > 1 and limit is not None and best.parity is not None and best.parity.kl_mean > limit
 
 
-def _finer(run: Run, out: Path, best: Candidate, held_out: HeldOut, reference: Live) -> Candidate:
-    """The best one again in float16; the others make room for it."""
+def write_finer(run: Run, out: Path, best: Candidate, adapters: Mapping[str, float] | None = None) -> str:
+    """The best one again in float16, beside it; the others make room. Returns its name."""
     assert best.parity is not None
     run.progress.say(
         f"merge: {best.name} in bfloat16 is beyond its gate (KL {best.parity.kl_mean:.4f}); float16 is tried"
@@ -83,8 +83,14 @@ def _finer(run: Run, out: Path, best: Candidate, held_out: HeldOut, reference: L
     for folder in candidates.folder_of(out, best.name).parent.iterdir():
         if folder.name != best.name:
             shutil.rmtree(folder)
-    base, name = candidates.base_of(best.name), best.name + candidates.FINER
-    write_folder(run, candidates.folder_of(out, name), base, dtype=run.recipe.merge.dtypes[-1])
+    name = best.name + candidates.FINER
+    base, dtype = candidates.base_of(best.name), run.recipe.merge.dtypes[-1]
+    write_folder(run, candidates.folder_of(out, name), base, adapters, dtype=dtype)
+    return name
+
+
+def _finer(run: Run, out: Path, best: Candidate, held_out: HeldOut, reference: Live) -> Candidate:
+    name = write_finer(run, out, best)
     return _measured(run, out, Candidate(name, candidates.describe(name)), held_out, reference)
 
 

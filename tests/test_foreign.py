@@ -15,10 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qkit import foreign
+from qkit import foreign, gates
 from qkit.errors import MissingArtifact, ModelError, RecipeError
 from qkit.foreign import Wish
 from qkit.progress import Progress
+from qkit.recipe import Gate
 
 FP32 = ["merge.dtype=float32"]
 
@@ -58,6 +59,19 @@ def test_both_ways_are_measured_when_it_was_trained_in_4_bit(tiny_model: Path, t
     assert made["chosen"] == "dequantized" and kl["adapter"] == 0
     assert 10 * kl["dequantized"] < min(kl["16bit"], kl["base"])
     assert json.loads((tmp_path / "merged" / "qkit.json").read_text())["merged"][0]["onto"] == "dequantized"
+
+
+def test_what_bfloat16_rounds_away_is_tried_in_float16(
+    tiny_model: Path, tmp_path: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "SIXTEEN_BIT", Gate(kl_mean=1e-9))
+    adapter = _foreign(tiny_model, tmp_path / "adapter")
+    made = foreign.merge(Wish(str(tiny_model), [adapter], tmp_path / "merged", rows=str(rows_file)), Progress())
+    kl = {row["name"]: row["parity"]["kl_mean"] for row in made["candidates"]}
+    assert list(kl) == ["16bit", "16bit-fp16"] and made["chosen"] == min(kl, key=lambda name: kl[name])
+    dtype = json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"]
+    assert dtype == ("float16" if made["chosen"].endswith("-fp16") else "bfloat16")
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("how", ["linear", "ties", "dare_linear", "cat"])
