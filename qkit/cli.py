@@ -604,8 +604,14 @@ def _serve(chosen: Any, restart: bool, as_json: bool, quiet: bool) -> None:
     def again(why: str, pause: float) -> None:
         console.print(f"{why}\nstarting again in {pause:g} s", highlight=False, soft_wrap=True)
 
+    told: list[Server] = []
+
     def ready(running: Server) -> None:
-        _say_ready(console, chosen, running, as_json)
+        if not (as_json and told):  # one document, however often it is started again
+            _say_ready(chosen, running, as_json)
+        told.append(running)
+        ends = f"ready after {running.startup_seconds:.0f} s; log: {running.child.log}; Ctrl-C stops it"
+        console.print(ends, highlight=False, soft_wrap=True)
 
     with _stoppable():
         serving.serve(chosen, ready, serving.watch, again if restart else None)
@@ -644,17 +650,12 @@ def _say_start(console: Console, chosen: Any, made: Any) -> None:
     console.print(f"memory: {needs}; starting {chosen.runtime} ...", highlight=False, soft_wrap=True)
 
 
-def _say_ready(console: Console, chosen: Any, running: Server, as_json: bool) -> None:
+def _say_ready(chosen: Any, running: Server, as_json: bool) -> None:
     from qkit import serve as serving
 
     lines = [f"serving {', '.join(chosen.names)} at {running.url}/v1", serving.curl(running), serving.python(running)]
     _show(as_json, serving.describe(running, chosen.names), lambda: "\n\n".join(lines) + "\n")
     sys.stdout.flush()
-    console.print(
-        f"ready after {running.startup_seconds:.0f} s; log: {running.child.log}; Ctrl-C stops it",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 adapters_app = typer.Typer(no_args_is_help=True, help="The adapters of a running server: list, load, unload.")

@@ -249,6 +249,7 @@ def test_a_dead_engine_is_seen_and_started_again(served: Served) -> None:
     while served.stderr.read_text().count("ready after") < 2:
         assert time.monotonic() - begin < 30
         time.sleep(0.05)
+    assert json.loads((served.stderr.parent / "stdout").read_text()) == served.told  # still one document
 
 
 def test_sigterm_drains(served: Served) -> None:
