@@ -182,7 +182,9 @@ def _dtype(run: Run, served: Path | None) -> Check:
         return Check(name, NOT_CHECKED, "its weights are not safetensors")
     config, note = _read(served / "config.json"), _read(served / NOTE)
     found = config.get("dtype", config.get("torch_dtype"))
-    wanted = DTYPES.get(split(note.get("format", ""))[1], dtype_of(run))
+    kind, variant = split(note.get("format", ""))
+    always_bf16 = kind == "bnb" or (kind, variant) == ("safetensors", "")
+    wanted = "bfloat16" if always_bf16 else DTYPES.get(variant, dtype_of(run))
     said = f"its config says {found}, the run made {wanted}"
     return Check(name, OK if found == wanted else DIFFERS, said)
 

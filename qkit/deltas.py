@@ -142,12 +142,15 @@ class Deltas:
         learnt = self.config.trainable_token_indices or {}
         if isinstance(learnt, list):  # peft's short form: the embedding alone
             learnt = {key.removesuffix(ROWS): learnt for key in self.tensors if key.endswith(ROWS)}
-        if module not in learnt:
+        named = [
+            key for key in learnt if module == key or module.endswith(f".{key}")
+        ]  # peft takes the end of a name too
+        if not named:
             return None
         # A head that is tied to the embedding has no rows of its own, and stands in some checkpoints all the same.
         own = self._take(f"{module}{ROWS}")
         rows = next(value for key, value in self.tensors.items() if key.endswith(ROWS)) if own is None else own
-        return learnt[module], rows
+        return learnt[named[0]], rows
 
     def _take(self, name: str) -> torch.Tensor | None:
         self.left.discard(name)

@@ -18,9 +18,9 @@ from qkit import added_tokens, candidates, data, live, model, parity, provenance
 from qkit.candidates import Candidate
 from qkit.deltas import Deltas
 from qkit.device import detect
-from qkit.errors import DataError, MissingArtifact, ModelError, RecipeError
+from qkit.errors import DataError, MissingArtifact, ModelError, ParityFailed, RecipeError
 from qkit.merge import rounds_too_much, write_finer
-from qkit.merged_folder import write_folder
+from qkit.merged_folder import add_stop_token, write_folder
 from qkit.progress import Progress
 from qkit.recipe import Recipe, from_dict
 from qkit.run import Run, make_folder, need_disk, write_json
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 LOST = (
     "Measured on the rows given with --data; are they of the kind that it was trained on? Else serve the adapter apart"
 )
+BESIDE_DELTAS = ("use_dora", "modules_to_save", "bias", "lora_bias", "trainable_token_indices")  # of a LoraConfig
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt")
 
 
@@ -141,6 +142,7 @@ def combine(wish: Wish, weights: Sequence[float], folder: Path, out: Path, seed:
     import torch
     from peft import PeftModel
 
+    _need_plain(wish.adapters)
     torch.manual_seed(seed)  # DARE drops at random
     names = [f"adapter{index}" for index in range(len(wish.adapters))]
     try:
@@ -149,6 +151,7 @@ def combine(wish: Wish, weights: Sequence[float], folder: Path, out: Path, seed:
             held.load_adapter(str(adapter), adapter_name=name)
         options = {} if wish.combine in {"linear", "cat", "svd"} else {"density": wish.density}
         held.add_weighted_adapter(names, list(weights), "combined", combination_type=wish.combine, **options)
+        held.peft_config["combined"].use_rslora = False  # each one's scaling is in the sum already
     except (ValueError, RuntimeError) as error:
         raise ModelError(
             f"PEFT does not combine these adapters by {wish.combine}: {str(error).splitlines()[0]}"
@@ -156,6 +159,22 @@ def combine(wish: Wish, weights: Sequence[float], folder: Path, out: Path, seed:
     with tempfile.TemporaryDirectory(dir=_parent(out)) as temporary:
         held.save_pretrained(temporary, selected_adapters=["combined"], save_embedding_layers=False)
         (Path(temporary) / "combined").rename(out)
+
+
+def _need_plain(adapters: Sequence[Path]) -> None:
+    """PEFT sums low-rank deltas; of what else an adapter has it takes the first one's, or zeros, without a word.
+
+    Raises:
+        ModelError: one of them has more than such deltas.
+    """
+    for adapter in adapters:
+        config = Deltas(adapter).config
+        odd = [key for key in BESIDE_DELTAS if getattr(config, key, None) not in (None, False, [], {}, "none")]
+        if odd:
+            raise ModelError(
+                f"{adapter}: has {', '.join(odd)}, which PEFT does not combine or weigh; merge it alone, with no --weight, "
+                "and the next one into what comes of it"
+            )
 
 
 def _parent(out: Path) -> Path:
@@ -214,10 +233,21 @@ def _prepare(run: Run, source: str) -> None:
 
 
 def _take_tokenizer(adapter: Path, out: Path) -> None:
-    """Tokenizer and template of the adapter, where it has its own: they are those that it was trained with."""
-    if (adapter / "tokenizer_config.json").is_file():
-        for file in {file for pattern in TOKENIZER for file in adapter.glob(pattern)}:
-            shutil.copyfile(file, out / file.name)
+    """Tokenizer, template and stop token of the adapter, where it has its own, and none of the base's: it was trained with these."""
+    if not (adapter / "tokenizer_config.json").is_file():
+        return
+    from transformers import AutoTokenizer
+
+    for file in _tokenizer_files(out):
+        file.unlink()
+    for file in _tokenizer_files(adapter):
+        shutil.copyfile(file, out / file.name)
+    if (end := AutoTokenizer.from_pretrained(str(out)).eos_token_id) is not None:
+        add_stop_token(out, end)
+
+
+def _tokenizer_files(folder: Path) -> set[Path]:
+    return {file for pattern in TOKENIZER for file in folder.glob(pattern)}
 
 
 def _measured(run: Run, made: Sequence[str], finer: Callable[[Candidate], str]) -> dict[str, Any]:
@@ -232,7 +262,10 @@ def _measured(run: Run, made: Sequence[str], finer: Callable[[Candidate], str]) 
 
     found = [measured(name) for name in made]
     if rounds_too_much(run.recipe, best := candidates.choose(found, "fidelity")):
-        found.append(measured(finer(best)))
+        try:
+            found.append(measured(finer(best)))
+        except ParityFailed as error:  # a model whose activations float16 cannot hold
+            run.progress.say(f"merge: float16 is left out: {error}")
     best = candidates.choose(found, "fidelity")
     candidates.refuse_lost(best, "the merged model", LOST)
     table = candidates.table(found, "fidelity", [candidates.base_model(reference), candidates.apart(reference, None)])

@@ -6,7 +6,6 @@ fp32 artifact can agree with that to 1e-3. They are measured against the merged 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from qkit.export._job import exporter, split
 from qkit.parity import Parity
 from qkit.recipe import Gate, Recipe
 from qkit.run import Run
-from qkit.show import read
+from qkit.show import read, read_lines
 
 PASSED, FAILED = "passed", "failed"
 
@@ -121,8 +120,9 @@ def gain_over_live(run: Run, right: Sequence[bool]) -> dict[str, float]:
 
 def live_answers(run: Run) -> list[dict[str, Any]]:
     """The live adapter's answers as `evaluate` kept them, in the order of the held-out rows."""
-    lines = run.need("evaluate", "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [answer for answer in map(json.loads, lines) if answer["artifact"] == "adapter"]
+    return [
+        answer for answer in read_lines(run.need("evaluate", "predictions.jsonl")) if answer["artifact"] == "adapter"
+    ]
 
 
 # --- afterwards -----------------------------------------------------------------------------------------------------

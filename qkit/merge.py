@@ -15,6 +15,7 @@ from qkit import candidates, gates, live, model, parity, provenance, scoring
 from qkit.answers import answered
 from qkit.candidates import Candidate
 from qkit.device import detect
+from qkit.errors import ParityFailed
 from qkit.live import Live
 from qkit.merged_folder import write_folder
 from qkit.merging import Base
@@ -47,7 +48,7 @@ def run(run: Run, out: Path) -> None:
     measured = [_measured(run, out, candidate, held_out, reference) for candidate in made]
     best = candidates.choose(measured, run.recipe.merge.choose)
     if rounds_too_much(run.recipe, best):
-        measured.append(_finer(run, out, best, held_out, reference))
+        measured += _finer(run, out, best, held_out, reference)
         best = candidates.choose(measured, run.recipe.merge.choose)
     candidates.refuse_lost(best, "the merged model", LOST)
     _keep(candidates.folder_of(out, best.name), out)
@@ -89,9 +90,14 @@ def write_finer(run: Run, out: Path, best: Candidate, adapters: Mapping[str, flo
     return name
 
 
-def _finer(run: Run, out: Path, best: Candidate, held_out: HeldOut, reference: Live) -> Candidate:
+def _finer(run: Run, out: Path, best: Candidate, held_out: HeldOut, reference: Live) -> list[Candidate]:
+    """The best one in float16, measured; nothing where the model does not run in it, as some do not: their activations overflow."""
     name = write_finer(run, out, best)
-    return _measured(run, out, Candidate(name, candidates.describe(name)), held_out, reference)
+    try:
+        return [_measured(run, out, Candidate(name, candidates.describe(name)), held_out, reference)]
+    except ParityFailed as error:
+        run.progress.say(f"merge: {name} is left out: {error}")
+        return []
 
 
 def _measured(run: Run, out: Path, candidate: Candidate, held_out: HeldOut, reference: Live) -> Candidate:

@@ -44,6 +44,14 @@ def dtype_of(run: Run) -> Dtype:
     return found
 
 
+def add_stop_token(out: Path, token: int) -> None:
+    """See that the generation config stops at this one too; it comes first, as the one that ends a turn."""
+    file = out / "generation_config.json"
+    known = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
+    others = known if isinstance(known, list) else [] if known is None else [known]
+    _write_stop_tokens(out, [token, *(other for other in others if other != token)])
+
+
 def _write_stop_tokens(out: Path, stop: list[int]) -> None:
     """The generation config must stop where training ended its turns, or a runtime talks on."""
     file = out / "generation_config.json"

@@ -10,17 +10,21 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qkit import show
+from qkit import candidates, show
+from qkit.artifacts import MERGED
 from qkit.errors import MissingArtifact
 from qkit.export._traced import is_traced
 from qkit.merged_folder import dtype_of
+from qkit.provenance import NOTE
 from qkit.recipe import Recipe, Serve
-from qkit.run import Run, write_text
+from qkit.run import Run, made_of, write_text
 from qkit.source import is_hub_id
 
 FILE = "README.md"
 # What reads a folder -> the library that the hub names for it.
 LIBRARIES = {"transformers": "transformers", "adapter": "peft", "gguf": "gguf", "onnx": "onnx"}
+JUDGED = ("scores", "parity")
+ONTO = {"dequantized": "the dequantized 4-bit base that the adapter was trained on", "16bit": "the 16-bit base"}
 PROVENANCE = ("data", "train", "merge")  # the stages whose files made these weights
 
 
@@ -44,7 +48,7 @@ def render(run: Run, export: str | None = None) -> str:
 
     import jinja2
 
-    figures = show.summary(run)
+    figures = _current(run, show.summary(run))
     environment = jinja2.Environment(
         autoescape=False,  # Markdown, not HTML
         undefined=jinja2.StrictUndefined,
@@ -62,6 +66,7 @@ def render(run: Run, export: str | None = None) -> str:
         run=run,
         recipe=run.recipe,
         dtype=dtype_of(run),
+        onto=_onto(run, export),
         figures=figures,
         show=show,
         data=show.read(run.folder("data") / "summary.json") or {},
@@ -69,6 +74,32 @@ def render(run: Run, export: str | None = None) -> str:
         curl=_curl(run),
         outputs=list(_outputs(run.manifest())),
     )
+
+
+def _current(run: Run, figures: show.Summary) -> dict[str, Any]:
+    """Without what was measured of weights that have been made anew since."""
+    manifest = run.manifest()
+
+    def holds(stage: str, name: str) -> bool:
+        if name in ("base", "adapter"):
+            return True
+        return made_of(manifest, stage, "merge/" if name == MERGED else f"export/{name}/")
+
+    judged = {key: {name: said for name, said in figures[key].items() if holds("verify", name)} for key in JUDGED}
+    speeds = {
+        key: [said for said in figures[key] if holds("bench", said["artifact"])] for key in ("bench", "bench_open")
+    }
+    return {**figures, **judged, **speeds}
+
+
+def _onto(run: Run, export: str | None) -> str | None:
+    """Onto which of the base's weights these were merged, in words; None of an adapter, or where it is not known."""
+    if kind_of(export) == "adapter":
+        return None
+    folder = run.folder("export") / export if export else run.folder("merge")
+    made = show.read(folder / (NOTE if export else candidates.FILE)) or {}
+    name = made.get("base" if export else "chosen")
+    return ONTO[candidates.base_of(name)] if name else None
 
 
 def kind_of(export: str | None) -> str:

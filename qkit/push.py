@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qkit import candidates
 from qkit.errors import MissingArtifact, MissingExtra, ParityFailed, UserError
 from qkit.provenance import NOTE
+from qkit.run import made_of, read_json
 from qkit.source import HUB_ID
 
 FAILED = "failed"  # an artifact's status in verify/parity.json
+ANSWERS = candidates.FILE  # the model's answers to the held-out rows are in it
 MERGED = "merged"  # its name there, whose folder is RUN/merge
 
 
@@ -44,7 +47,9 @@ def planned(folder: Path, repo: str, private: bool, force: bool = False) -> Uplo
         raise MissingArtifact(f"{folder}: no such folder; name one below RUN/export, or RUN/merge")
     if not force:
         _check(folder)
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder)))
+    found = sorted(
+        p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder)) and p.name != ANSWERS
+    )
     return Upload(folder, repo, private, {str(p.relative_to(folder)): p.stat().st_size for p in found})
 
 
@@ -111,8 +116,10 @@ def _check(folder: Path) -> None:
 def _failed(folder: Path) -> str | None:
     """Why the gate of an artifact failed, when its run has measured it and it did."""
     run, name = (folder.parent, MERGED) if folder.name == "merge" else (folder.parent.parent, folder.name)
-    file = run / "verify" / "parity.json"
+    file, manifest = run / "verify" / "parity.json", run / "run.json"
     if not file.is_file():
         return None
+    if manifest.is_file() and not made_of(read_json(manifest), "verify", f"{folder.relative_to(run)}/"):
+        return None  # it was made anew since, and what was measured is another one
     entry = json.loads(file.read_text(encoding="utf-8")).get("parity", {}).get(name, {})
     return f"{name} failed its gate when it was measured ({file})" if entry.get("status") == FAILED else None

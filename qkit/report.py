@@ -117,7 +117,7 @@ def lead(run: Run, figures: Summary, data: Mapping[str, Any]) -> str:
     """What was trained, on what and where, in a sentence."""
     recipe = run.recipe
     weights = recipe.quantization.bnb_4bit_quant_type.upper() if recipe.quantization.load_in_4bit else "16-bit"
-    rows = f" and {data['train']['rows']:,} rows of data" if data.get("train") else ""
+    rows = f" and {data['splits']['train']['rows']:,} rows of data" if data.get("splits") else ""
     device = figures["environment"]["device"].get("name")
     where = f", on {device}" if device else ""
     how = f"trained for the task {recipe.task} with an adapter of rank {recipe.lora.r} on {weights} weights"

@@ -223,6 +223,16 @@ class Run:
             lock.release()
 
 
+def made_of(manifest: Mapping[str, Any], stage: str, folder: str) -> bool:
+    """Whether a stage that is done read the files below `folder`, such as `export/vllm/`, as they are now."""
+    done, maker = manifest["stages"].get(stage), manifest["stages"].get(folder.partition("/")[0])
+    if done is None or maker is None:
+        return False
+    then = {(name, digest) for name, digest in done["inputs"].items() if name.startswith(folder)}
+    now = {(name, output["sha256"]) for name, output in maker["outputs"].items() if name.startswith(folder)}
+    return then == now
+
+
 def stage_key(stage: str, recipe: Recipe, sections: tuple[str, ...], inputs: Mapping[str, str]) -> str:
     """What a stage's result depends on: its recipe sections and its inputs' hashes. The same key means: nothing to do."""
     dumped = recipe.model_dump(mode="json")

@@ -121,7 +121,8 @@ def divergence(live: RowScores, other: RowScores) -> NDArray[np.float32]:
     import numpy as np
 
     if live.full is not None and other.full is not None:
-        difference: NDArray[np.float32] = np.sum(np.exp(live.full) * (live.full - other.full), axis=1)
+        ours, theirs = _cut(live.full, other.full), _cut(other.full, live.full)
+        difference: NDArray[np.float32] = np.sum(np.exp(ours) * (ours - theirs), axis=1)
         return difference
     ours, theirs, shared = _shared(live, other)
     with np.errstate(invalid="ignore"):
@@ -134,10 +135,23 @@ def divergence(live: RowScores, other: RowScores) -> NDArray[np.float32]:
 def over(live: RowScores, other: RowScores) -> str:
     """What `divergence` sums over, in words."""
     tops = [scores.top.shape[1] for scores in (live, other) if scores.full is None and scores.top is not None]
+    widths = {scores.full.shape[1] for scores in (live, other) if scores.full is not None}
     if not tops:
-        return "all tokens"
+        return "all tokens" if len(widths) == 1 else f"the {min(widths):,} tokens that both have"
     both = "both servers'" if len(tops) > 1 else "the server's"
     return f"{both} top {min(tops)} and the rest as one: a lower bound"
+
+
+def _cut(scores: NDArray[np.float32], beside: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log-probabilities over the tokens that both have: rows that one has more are padding, or tokens of its own."""
+    import numpy as np
+
+    width = beside.shape[1]
+    if scores.shape[1] <= width:
+        return scores
+    kept = scores[:, :width]
+    made: NDArray[np.float32] = kept - np.log(np.exp(kept).sum(axis=1, keepdims=True))
+    return made
 
 
 def _shared(live: RowScores, other: RowScores) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:

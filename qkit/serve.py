@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -26,7 +26,7 @@ from qkit.errors import DoesNotFit, MissingArtifact, MissingExtra, ModelError, N
 from qkit.export._traced import is_traced
 from qkit.memory import kv_bytes
 from qkit.recipe import Recipe
-from qkit.run import Peak, Run, make_folder, read_json, write_json
+from qkit.run import Peak, Run, made_of, make_folder, read_json, write_json
 from qkit.runtimes import vllm
 from qkit.served_adapter import is_adapter
 from qkit.server import Server
@@ -260,23 +260,18 @@ def _need_genai(folder: Path) -> None:
 def _made(run: Run) -> list[Artifact]:
     """The exports of a run that are there and are whole models."""
     named = [Artifact(name, run.folder("export") / name) for name in run.recipe.export.formats if name != MERGED]
-    return [a for a in named if any((a.path / file).is_file() for file in ("config.json", "genai_config.json"))]
+    signs = ("config.json", "genai_config.json", "adapter_config.json")
+    return [a for a in named if any((a.path / file).is_file() for file in signs)]
 
 
 def _verified(run: Run, found: Sequence[Artifact]) -> Mapping[str, Any]:
     """What verify said of these artifacts; nothing of one that has been made anew since."""
-    file, record = run.folder("verify") / "parity.json", run.manifest()["stages"].get("verify")
-    if not file.is_file() or record is None:
+    file, manifest = run.folder("verify") / "parity.json", run.manifest()
+    if not file.is_file():
         return {"parity": {}, "scores": {}}
-    folders = {artifact.name: f"{artifact.path.relative_to(run.root)}/" for artifact in found}
-    then, now = record["inputs"].items(), run.outputs("export").items()
-    same = {name for name, place in folders.items() if _below(place, then) == _below(place, now)}
+    same = {one.name for one in found if made_of(manifest, "verify", f"{one.path.relative_to(run.root)}/")}
     said = read_json(file)
     return {key: {name: entry for name, entry in said[key].items() if name in same} for key in ("parity", "scores")}
-
-
-def _below(folder: str, files: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
-    return {(name, digest) for name, digest in files if name.startswith(folder)}
 
 
 def _status(known: Mapping[str, Any], artifact: Artifact) -> str:

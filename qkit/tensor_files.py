@@ -22,6 +22,7 @@ Spec = Mapping[str, Any]  # dtype (as the format names it) and shape of a tensor
 
 ALIGNMENT = 8  # bytes; what the safetensors library pads its header to
 SAMPLED_BYTES = 4096
+WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".data"}
 TORCH_NAMES = {
     "BF16": "bfloat16",
     "F16": "float16",
@@ -168,8 +169,11 @@ class TensorFile:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Everything beside the weights that a model folder needs: tokenizer, template, generation config, remote code."""
+    """Everything beside the weights that a model folder needs: tokenizer, template, generation config, remote code.
+
+    A checkpoint of a training has its optimizer's state beside them, a clone of the hub the weights of other frameworks.
+    """
     for file in source.iterdir():
-        weights = file.suffix in {".safetensors", ".bin", ".gguf"} or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name != "README.md":
+        weights = file.suffix in WEIGHTS or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name not in {"README.md", "trainer_state.json"}:
             shutil.copyfile(file, target / file.name)

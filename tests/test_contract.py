@@ -140,6 +140,19 @@ def longer_rows(served: Served, folder: Path) -> Run:
     return run
 
 
+@pytest.mark.parametrize(("name", "status"), [("safetensors", "ok"), ("bnb-nf4", "ok"), ("vllm", "differs")])
+def test_a_format_of_one_dtype_is_not_held_to_the_merge_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, status: str
+) -> None:
+    """A merge may be kept in float16; these are always bfloat16."""
+    monkeypatch.setattr(contract, "dtype_of", lambda _: "float16")
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    (tmp_path / "qkit.json").write_text(json.dumps({"format": name}))
+    run: Any = None
+    assert contract._dtype(run, tmp_path).status == status
+
+
 def another_dtype(served: Served, folder: Path) -> Run:
     return trained_otherwise(served, folder, "merge.dtype=float16")
 

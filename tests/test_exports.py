@@ -19,15 +19,17 @@ import pytest
 import torch
 from exporting import ROWS, changed_config, exported, job_of, kl, recipe_of
 from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PhiConfig, PhiForCausalLM
 
 from qkit import provenance, side_env
 from qkit.device import detect
 from qkit.errors import MissingArtifact, MissingExtra, ModelError, NotDeployable
-from qkit.export._compressed import GROUPS, group_size
+from qkit.export._compressed import GROUPS, group_size, left_in_16_bit, quantization_config
 from qkit.export._job import exporter, split
 from qkit.recipe import format_names
 from qkit.runtime import RowScores, open_runtime
 from qkit.runtimes import vllm as server
+from qkit.tensor_files import copy_companions
 
 OWN_TEST = ("onnx",)  # made by a program that takes its time: tests/test_onnx.py has the same contract
 FORMATS = [name for name in format_names() if split(name)[0] not in OWN_TEST]
@@ -213,6 +215,37 @@ def test_an_adapter_that_vllm_refuses(tiny_model: Path, adapter: Path, tmp_path:
     (other / "adapter_config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(NotDeployable, match="vLLM does not serve this adapter"):
         exported(job_of(tiny_model, tmp_path, other), "vllm-adapter", tmp_path)
+
+
+# --- what is left as it was ---------------------------------------------------------------------------------------------
+
+
+def _saved(model: Any, folder: Path) -> Path:
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def test_matrices_that_are_not_quantized_are_named_to_the_loaders(tmp_path: Path) -> None:
+    """Phi's are called otherwise: unnamed they would be looked for in 8 bit, with scales that nobody wrote."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    phi = _saved(PhiForCausalLM(PhiConfig(vocab_size=64, **sizes)), tmp_path / "phi")
+    left = left_in_16_bit(phi)
+    assert {name.rpartition(".")[2] for name in left} == {"lm_head", "fc1", "fc2", "dense"}
+    config = json.loads((phi / "config.json").read_text())
+    assert quantization_config("w8a8", config, left)["ignore"] == left
+    neox = _saved(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=64, **sizes)), tmp_path / "neox")
+    with pytest.raises(ModelError, match="use vllm"):
+        left_in_16_bit(neox)
+
+
+def test_what_a_training_left_beside_the_weights_goes_nowhere(tiny_model: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(tiny_model, tmp_path / "checkpoint-8")
+    for name in ("optimizer.pt", "rng_state.pth", "trainer_state.json", "tf_model.h5", "flax_model.msgpack"):
+        (checkpoint / name).write_bytes(b"large")
+    (tmp_path / "out").mkdir()
+    copy_companions(checkpoint, tmp_path / "out")
+    beside = {file.name for file in tiny_model.iterdir() if file.suffix != ".safetensors"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == beside - {"README.md"}
 
 
 # --- nothing half looks whole -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkit import foreign, gates
 from qkit.errors import MissingArtifact, ModelError, RecipeError
@@ -72,6 +72,48 @@ def test_what_bfloat16_rounds_away_is_tried_in_float16(
     dtype = json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"]
     assert dtype == ("float16" if made["chosen"].endswith("-fp16") else "bfloat16")
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("weights", [(0.5,), (0.7, 0.3)])
+def test_rank_stabilized_adapters_are_weighed_as_they_are(
+    tiny_model: Path, tmp_path: Path, weights: tuple[float, ...]
+) -> None:
+    """What PEFT makes of them says of itself that it is one too, and would be scaled once more."""
+    adapters = [_foreign(tiny_model, tmp_path / f"adapter{n}", n, use_rslora=True) for n in range(len(weights))]
+    foreign.merge(Wish(str(tiny_model), adapters, tmp_path / "merged", weights, "cat", overrides=FP32), Progress())
+    base = load_file(tiny_model / "model.safetensors")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    name, wanted = "model.layers.0.self_attn.q_proj.weight", 0.0
+    for adapter, weight in zip(adapters, weights, strict=True):
+        held = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(str(tiny_model), dtype=torch.float32), str(adapter)
+        )
+        wanted += weight * (held.merge_and_unload().state_dict()[name] - base[name].float())
+    torch.testing.assert_close(found[name] - base[name].float(), wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}])
+def test_what_peft_would_combine_wrongly_is_refused(tiny_model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    adapter = _foreign(tiny_model, tmp_path / "adapter", **options)
+    wish = Wish(str(tiny_model), [adapter], tmp_path / "merged", (0.5,), overrides=FP32)
+    with pytest.raises(ModelError, match=f"has {next(iter(options))}, which PEFT does not combine or weigh"):
+        foreign.merge(wish, Progress())
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_s_own_tokenizer_comes_whole(tiny_model: Path, tmp_path: Path) -> None:
+    """A template of the base beside it would win over the one in its tokenizer_config.json, and the base's stop token would not stop it."""
+    base, adapter = tmp_path / "base", _foreign(tiny_model, tmp_path / "adapter")
+    shutil.copytree(tiny_model, base)
+    (base / "chat_template.jinja").write_text("the base's")
+    (base / "generation_config.json").write_text('{"eos_token_id": 7}')
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
+    tokenizer.chat_template = "the adapter's"
+    tokenizer.save_pretrained(adapter, save_jinja_files=False)
+    foreign.merge(Wish(str(base), [adapter], tmp_path / "merged", overrides=FP32), Progress())
+    assert AutoTokenizer.from_pretrained(str(tmp_path / "merged")).chat_template == "the adapter's"
+    stops = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [tokenizer.eos_token_id, 7]
 
 
 @pytest.mark.parametrize("how", ["linear", "ties", "dare_linear", "cat"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import tiny_settings
+from sample import open_sample
 from test_pipeline import qkit
 
 from qkit import gates, parity, pipeline
@@ -104,6 +105,15 @@ def test_what_is_said_of_each_limit(tmp_path: Path, tiny_recipe: Path) -> None:
     assert "`qkit serve --force`" in str(caught.value)
     for gate in gates.WORDS:
         assert len(gates._remedy(run, "merged", gates.Breach(gate, 0.2, 0.1))) > 40
+
+
+def test_answers_may_hold_any_character(tmp_path: Path) -> None:
+    """U+2028 and U+0085 end a line for splitlines, and none of a file of JSON lines."""
+    run = open_sample(tmp_path)
+    line = {"artifact": "adapter", "correct": True, "text": "a\u2028b\u0085c"}
+    file = run.folder("evaluate") / "predictions.jsonl"
+    file.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert gates.live_answers(run) == [line]
 
 
 def test_a_failed_gate_ends_a_run_after_its_report(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> None:

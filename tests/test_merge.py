@@ -134,6 +134,27 @@ def test_a_stage_with_nothing_left_of_the_fine_tune_fails(finished: Run, tmp_pat
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+def test_a_model_that_float16_breaks_keeps_its_merge(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations of some models overflow in it: they were merged well, and float16 was only tried."""
+    monkeypatch.setattr(gates, "SIXTEEN_BIT", Gate(kl_mean=1e-9))
+    measure = merge._measured
+
+    def measured(run: Run, out: Path, candidate: Candidate, *rest: Any) -> Candidate:
+        if candidate.name.endswith(candidates.FINER):
+            raise ParityFailed("its scores are no numbers")
+        return measure(run, out, candidate, *rest)
+
+    monkeypatch.setattr(merge, "_measured", measured)
+    run = _shrunk(finished, tmp_path / "run", 1.0)
+    run.folder("merge").mkdir()
+    merge.run(run, run.folder("merge"))
+    assert candidates.read_table(run)["chosen"] == "dequantized"
+    assert read_json(run.need("merge", "config.json"))["dtype"] == "bfloat16"
+    assert run.need("merge", "model.safetensors") and not list(run.folder("merge").glob(".*"))
+
+
 @pytest.mark.parametrize("nearest", ["measured", "float16"])
 def test_a_merge_beyond_its_gate_is_tried_in_float16(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nearest: str

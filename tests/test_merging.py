@@ -137,6 +137,11 @@ KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], bool]] = {
     "tied, delta of the head": (_tied, {"target_modules": [*LINEAR, "lm_head"]}, False),
     "tied, head kept whole": (_tied, {"target_modules": LINEAR, "modules_to_save": ["lm_head"]}, False),
     "tied, embedding kept whole": (_tied, {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"]}, False),
+    "learnt rows by the end of a name": (
+        _llama,
+        {"target_modules": LINEAR, "trainable_token_indices": {"embed_tokens": [3, 7]}},
+        True,
+    ),
     "tied, learnt rows": (_tied, {"target_modules": LINEAR, "trainable_token_indices": [3, 7]}, True),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from sample import FILES, SAMPLE, open_sample
+from sample import FILES, SAMPLE, edit, open_sample
 
 from qkit import modelcard
 from qkit.errors import MissingArtifact
@@ -47,6 +47,34 @@ def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
 def test_only_a_hub_id_is_named_as_base(tmp_path: Path, source: str) -> None:
     run = changed(open_sample(tmp_path), model={"source": source})
     assert "base_model" not in front(modelcard.render(run))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"), [("dequantized", "dequantized 4-bit base"), ("16bit-fp16", "| the 16-bit base |")]
+)
+def test_it_says_onto_which_weights_it_was_merged(tmp_path: Path, chosen: str, said: str) -> None:
+    """The recipe leaves it to measuring; the adapter alone was merged onto none."""
+    run = open_sample(tmp_path)
+    run.folder("merge").mkdir()
+    (run.folder("merge") / "candidates.json").write_text(json.dumps({"chosen": chosen}))
+    assert said in modelcard.render(run)
+    assert "Merged onto" not in modelcard.render(run, "vllm-adapter")
+    folder = run.folder("export") / "onnx-int4"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "qkit.json").write_text(json.dumps({"base": chosen}))
+    assert said in modelcard.render(run, "onnx-int4")
+
+
+def test_figures_of_other_weights_are_not_quoted(tmp_path: Path) -> None:
+    """A model that was merged again has not been measured, whatever verify and bench said of the one before."""
+    run = open_sample(tmp_path)
+    assert "| merged |" in modelcard.render(run)
+    manifest = run.manifest()
+    merged = next(name for name in manifest["stages"]["merge"]["outputs"])
+    manifest["stages"]["merge"]["outputs"][merged]["sha256"] = 64 * "f"
+    edit(run, "run.json", **manifest)
+    text = modelcard.render(run)
+    assert "| merged |" not in text and "| adapter |" in text and "| onnx-int4 |" in text
 
 
 def test_a_hub_id_may_hold_dots(tmp_path: Path) -> None:

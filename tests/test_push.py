@@ -56,6 +56,23 @@ def test_without_provenance_it_is_refused(folder: Path) -> None:
         push.planned(folder / "nothing", "me/model", private=False, force=True)
 
 
+def test_answers_to_held_out_rows_stay_here(folder: Path) -> None:
+    (folder / "candidates.json").write_text('{"texts": ["private"]}')
+    assert set(push.planned(folder, "me/model", private=False).files) == {"config.json", "qkit.json"}
+
+
+def test_a_gate_that_failed_with_other_weights_is_not_held_against_these(folder: Path, tmp_path: Path) -> None:
+    judged(tmp_path, vllm_w8a8="failed")
+    read, made = {"export/vllm-w8a8/config.json": "old"}, {"export/vllm-w8a8/config.json": {"sha256": "new"}}
+    stages = {"verify": {"inputs": read, "outputs": {}}, "export": {"inputs": {}, "outputs": made}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"stages": stages}))
+    assert push.planned(folder, "me/model", private=False).files
+    made["export/vllm-w8a8/config.json"]["sha256"] = "old"
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"stages": stages}))
+    with pytest.raises(ParityFailed, match="failed its gate"):
+        push.planned(folder, "me/model", private=False)
+
+
 def test_a_failed_gate_is_refused(folder: Path, tmp_path: Path) -> None:
     judged(tmp_path, vllm_w8a8="failed")
     with pytest.raises(ParityFailed, match="vllm-w8a8 failed its gate"):

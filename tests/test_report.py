@@ -87,6 +87,12 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert str(tmp_path) not in html
 
 
+def test_the_first_line_says_on_how_many_rows_it_was_trained(tmp_path: Path) -> None:
+    run = open_sample(tmp_path)
+    rows = json.loads((run.folder("data") / "summary.json").read_text())["splits"]["train"]["rows"]
+    assert f"and {rows:,} rows of data" in report.page(run)
+
+
 def test_links_within_the_page_lead_somewhere(tmp_path: Path) -> None:
     tags = page(open_sample(tmp_path)).tags
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]

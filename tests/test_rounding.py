@@ -211,6 +211,27 @@ def test_what_is_put_into_a_layer_counts_for_the_next(tiny_model: Path) -> None:
     assert float((second(True) - second(False)).abs().max()) > 1e-3
 
 
+def test_layers_read_what_the_model_gives_them(tmp_path: Path) -> None:
+    """Granite multiplies what is embedded, within its forward."""
+    import torch
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    from qkit.export._layers import Layers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = GraniteForCausalLM(
+        GraniteConfig(vocab_size=64, num_key_value_heads=2, embedding_multiplier=12.0, **sizes)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    row = [5, 6, 7, 8]
+    with torch.no_grad():
+        wanted = model(torch.tensor([row]), output_hidden_states=True).hidden_states
+    for layer in Layers(tmp_path, [row]).walk():
+        (batch,) = layer.batches
+        torch.testing.assert_close(batch.states[0], wanted[layer.index][0], atol=1e-5, rtol=1e-4)
+
+
 def test_models_of_another_make_are_not_walked(tiny_model: Path, tmp_path: Path) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -31,6 +31,21 @@ def test_divergence_is_kl_and_from_the_top_a_lower_bound() -> None:
     np.testing.assert_allclose(scoring.divergence(live, live), 0, atol=1e-6)
 
 
+def test_models_of_other_vocabularies_are_compared_over_what_both_have() -> None:
+    """Qwen2.5 pads its vocabulary to 151,936 or 152,064 rows, by the model's size."""
+    rng = np.random.default_rng(0)
+    p, q = rng.normal(size=(7, 50)), rng.normal(size=(7, 50))
+    wider = np.concatenate([p, np.full((7, 3), 5.0)], axis=1)
+    np.testing.assert_allclose(
+        scoring.divergence(_scores(wider), _scores(q)), scoring.divergence(_scores(p), _scores(q)), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        scoring.divergence(_scores(q), _scores(wider)), scoring.divergence(_scores(q), _scores(p)), rtol=1e-4
+    )
+    assert scoring.over(_scores(wider), _scores(q)) == "the 50 tokens that both have"
+    assert scoring.over(_scores(p), _scores(q)) == "all tokens"
+
+
 def test_bootstrap_intervals() -> None:
     low, high = scoring.bootstrap([True] * 50 + [False] * 50, 0.95, seed=0)
     assert low == pytest.approx(40.2, abs=1.5) and high == pytest.approx(59.8, abs=1.5)  # the normal approximation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ IGNORED = ["lm_head"]
 QUANTIZED = re.compile(
     r"\.layers\.\d+\..*_proj\.weight$"
 )  # the layers' matrices; neither embeddings, head nor a router
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe)$")  # no linear modules
 PER_INT32 = 8  # weights of 4 bit
 
 INT8_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
@@ -67,15 +68,32 @@ def group_size(config: Mapping[str, Any]) -> int:
     return found
 
 
-def quantization_config(variant: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says to the loaders."""
+def left_in_16_bit(merged: Path) -> list[str]:
+    """The linear modules that are not quantized, by name, for loaders to leave alone; the head always, though a tied one is in no file.
+
+    Raises:
+        ModelError: none of the model's matrices would be quantized, as it names them otherwise.
+    """
+    matrices = [
+        name for name, spec in model_specs(merged).items() if name.endswith(".weight") and len(spec["shape"]) == 2
+    ]
+    if not any(map(QUANTIZED.search, matrices)):
+        raise ModelError(
+            f"{merged}: none of its matrices is named `layers.N. ... _proj`, which are those that are quantized; use vllm (16 bit)"
+        )
+    rest = [name.removesuffix(".weight") for name in matrices if not QUANTIZED.search(name)]
+    return [*IGNORED, *(name for name in rest if name not in IGNORED and not EMBEDDING.search(name))]
+
+
+def quantization_config(variant: str, config: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, Any]:
+    """What config.json says to the loaders. `ignored`: names of the linear modules that are as they were."""
     made = FORMATS[variant]
     return {
         "quant_method": "compressed-tensors",
         "format": made,
         "quantization_status": "compressed",
         "config_groups": {"group_0": {**scheme(variant, config), "format": made}},
-        "ignore": IGNORED,
+        "ignore": list(ignored),
     }
 
 

@@ -133,9 +133,8 @@ def _enter(inner: Any, padded: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Ba
     inner.layers = torch.nn.ModuleList(_recorder()() for _ in layers)
     batches, calls = [], []
     for ids, real in padded:
-        states = inner.embed_tokens(ids)
-        inner(inputs_embeds=states, use_cache=False)
-        batches.append(Batch(states, real))
+        inner(inputs_embeds=inner.embed_tokens(ids), use_cache=False)
+        batches.append(Batch(inner.layers[0].states, real))  # some models multiply what is embedded
         calls.append([stand_in.arguments for stand_in in inner.layers])
     inner.layers, inner.norm = layers, norm
     return batches, calls
@@ -146,10 +145,11 @@ def _recorder() -> Any:
     import torch
 
     class Recorder(torch.nn.Module):
+        states: Tensor
         arguments: Mapping[str, Any]
 
         def forward(self, states: Tensor, **arguments: Any) -> Tensor:
-            self.arguments = arguments
+            self.states, self.arguments = states, arguments
             return states
 
     return Recorder

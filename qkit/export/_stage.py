@@ -137,11 +137,13 @@ def _write_provenance(run: Run, folder: Path, name: str, base: str) -> None:
     (folder / candidates.FILE).unlink(missing_ok=True)
     file = folder / provenance.NOTE
     own = read_json(file) if file.exists() else {}
+    *earlier, last = provenance.merged_into(run.folder("merge"))
+    apart = (folder / "adapter_config.json").is_file()
     note = {
         **own,
         "format": name,
-        "base": base,
-        "merged": provenance.merged_into(run.folder("merge")),
+        **({} if apart else {"base": base}),  # an adapter's is the model that it belongs to
+        "merged": earlier if apart else [*earlier, {**last, "onto": candidates.base_of(base)}],
         "made_from": run.outputs("merge"),
         "recipe_sha256": run.recipe.sha256(),
     }

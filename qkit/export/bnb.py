@@ -42,7 +42,7 @@ def export(job: Job, out: Path, variant: str) -> None:
         model.save_pretrained(str(out), max_shard_size=job.recipe.merge.max_shard_bytes)
         del model
     written = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    beside_weights(job.merged, out, quantization_config=written["quantization_config"])
+    beside_weights(job.merged, out, quantization_config=written["quantization_config"], dtype="bfloat16")
     note(out, double_quantization=section.bnb_4bit_use_double_quant)
 
 

@@ -92,13 +92,14 @@ def _adapter(job: Job, out: Path) -> None:
 
 
 def _quantized(job: Job, out: Path, variant: str) -> None:
-    from qkit.export._compressed import quantization_config, scheme, write_nearest
+    from qkit.export._compressed import left_in_16_bit, quantization_config, scheme, write_nearest
 
     config = json.loads((job.merged / "config.json").read_text(encoding="utf-8"))
     method = _method(job, variant)
     if method == NEAREST:
         write_nearest(job.merged, out, variant, config, job.recipe.merge.max_shard_bytes)
-        beside_weights(job.merged, out, quantization_config=quantization_config(variant, config))
+        made = quantization_config(variant, config, left_in_16_bit(job.merged))
+        beside_weights(job.merged, out, quantization_config=made)
         note(out, method=NEAREST)
     else:
         _calibrated(job, out, scheme(variant, config), method)
