@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-COMPANIONS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")  # what stands beside the weights
+# What stands beside the weights; a licence goes on with what is made of them, as most ask for.
+COMPANIONS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
+WEIGHTS = "model*.safetensors"  # Mistral's repositories hold them once more as consolidated.safetensors
 
 
 def resolve(model: recipe.Model) -> Path:
@@ -33,7 +35,7 @@ def resolve(model: recipe.Model) -> Path:
     Raises:
         ModelError: there is no such model, it cannot be had, or it cannot be given these tokens.
     """
-    folder = _resolved(model, (*COMPANIONS, "*.safetensors"))
+    folder = _resolved(model, (*COMPANIONS, WEIGHTS))
     if not model.add_tokens:
         return folder
     target = cache_dir() / "models" / f"tokens-{added_tokens.key(folder, model.add_tokens)[:24]}"

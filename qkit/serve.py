@@ -217,6 +217,8 @@ def pick(run: Run, asked: Asked) -> tuple[Artifact, str]:
     found = [artifact for artifact in _made(run) if artifact.runtime == asked.runtime]
     if asked.artifact:
         found = [artifact for artifact in found if artifact.name == asked.artifact]
+    else:  # the adapter apart is slower than what it was merged into: served where it is asked for, or nothing else is there
+        found = [artifact for artifact in found if not is_adapter(artifact.path)] or found
     if not found:
         wanted = asked.artifact or {"vllm": "vllm", "onnxruntime": "onnx-fp32 or onnx-int4"}[asked.runtime]
         raise MissingArtifact(

@@ -42,7 +42,8 @@ def a_run(folder: Path, **statuses: str) -> Run:
     for name, status in statuses.items():
         place = run.folder("export") / name.replace("_", "-")
         place.mkdir(parents=True)
-        (place / ("config.json" if name.startswith("vllm") else "genai_config.json")).write_text("{}")
+        signs = {"vllm_adapter": "adapter_config.json", "onnx": "genai_config.json"}
+        (place / signs.get(name, signs.get(name.partition("_")[0], "config.json"))).write_text("{}")
         known["parity"][place.name] = {**known["parity"].get(place.name, {"kl_mean": 0.5}), "status": status}
     edit(run, "verify/parity.json", **known)
     formats = tuple(name.replace("_", "-") for name in statuses)
@@ -62,6 +63,9 @@ def a_run(folder: Path, **statuses: str) -> Run:
         ({"onnx_fp32": "measured", "onnx_int4": "passed"}, Asked("onnxruntime"), "onnx-int4"),
         ({"onnx_fp32": "passed", "onnx_int4": "passed"}, Asked("onnxruntime", "onnx-int4"), "onnx-int4"),
         ({"vllm": "failed"}, Asked(force=True), "vllm"),
+        ({"vllm_adapter": "passed", "vllm": "measured"}, Asked(), "vllm"),  # apart it is slower
+        ({"vllm_adapter": "passed", "vllm": "passed"}, Asked(artifact="vllm-adapter"), "vllm-adapter"),
+        ({"vllm_adapter": "passed"}, Asked(), "vllm-adapter"),
     ],
 )
 def test_the_best_that_passed_its_gate(tmp_path: Path, statuses: dict[str, str], asked: Asked, picked: str) -> None:

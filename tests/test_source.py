@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qkit import source
+from qkit import model, recipe, source
 from qkit.errors import DataError, DoesNotFit, ModelError
 from qkit.source import HubId, locate
 
@@ -90,3 +90,29 @@ def test_no_disk_space(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hub_ids_and_paths(tmp_path: Path) -> None:
     assert locate("Qwen/Qwen2.5-7B-Instruct") == HubId("Qwen/Qwen2.5-7B-Instruct")
     assert locate(str(tmp_path)) == tmp_path
+
+
+def test_a_model_of_the_hub_is_fetched_once_and_with_its_licence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mistral's repositories hold the weights twice, Llama's beside them the original ones."""
+    import huggingface_hub
+
+    files = [
+        "config.json",
+        "LICENSE",
+        "USE_POLICY.md",
+        "tokenizer.model",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    others = ["consolidated.safetensors", "original/consolidated.00.pth", "pytorch_model.bin"]
+    asked: list[str] = []
+
+    def download(_: str, allow_patterns: list[str], **__: object) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model.resolve(recipe.Model(source="owner/name"))
+    assert list(huggingface_hub.utils.filter_repo_objects([*files, *others], allow_patterns=asked)) == files
