@@ -25,6 +25,7 @@ from qkit import provenance, side_env
 from qkit.device import detect
 from qkit.errors import MissingArtifact, MissingExtra, ModelError, NotDeployable
 from qkit.export._compressed import GROUPS, group_size, left_in_16_bit, quantization_config
+from qkit.export import _stage
 from qkit.export._job import exporter, split
 from qkit.recipe import format_names
 from qkit.runtime import RowScores, open_runtime
@@ -236,6 +237,15 @@ def test_matrices_that_are_not_quantized_are_named_to_the_loaders(tmp_path: Path
     neox = _saved(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=64, **sizes)), tmp_path / "neox")
     with pytest.raises(ModelError, match="use vllm"):
         left_in_16_bit(neox)
+
+
+@pytest.mark.parametrize(
+    ("names", "share"),
+    [(["vllm"], 0), (["vllm", "onnx-fp32"], 4), (["onnx-fp32", "onnx-int4", "vllm-w4a16"], 5.4), (["gguf-q8_0"], 0.7)],
+)
+def test_disk_is_asked_for_by_what_is_made(names: list[str], share: float) -> None:
+    """Links to the merged weights of a 7B were refused for want of 45 GB."""
+    assert _stage.disk_share(names) == pytest.approx(share)
 
 
 def test_what_a_training_left_beside_the_weights_goes_nowhere(tiny_model: Path, tmp_path: Path) -> None:

@@ -28,6 +28,16 @@ from qkit.scoring import HeldOut
 
 # Formats that a server is for, and that transformers opens as well where this package is: the method in config.json -> the package.
 OPENED_BY_TRANSFORMERS = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
+KEPT = {
+    "vllm": 0.0,
+    "vllm-adapter": 0.1,
+    "onnx-fp32": 2.0,
+    "onnx-fp16": 1.0,
+    "safetensors": 1.0,
+    "safetensors-fp16": 1.0,
+    "gguf-f16": 1.0,
+}
+KEPT_ELSE = 0.7  # of 8 bits and fewer, with embedding and head in 16
 LOST = (
     "Leave this format out of export.formats, take one with more bits, set merge.base=16bit (which most often survives quantization), "
     "or train longer"
@@ -45,7 +55,7 @@ def run(run: Run, out: Path) -> None:
     deploy.check(run.recipe)
     merged = run.need("merge", "config.json").parent
     size = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
-    need_disk(out, 3 * size, "export")  # ONNX in fp32 is twice the 16-bit model, and its builder writes before it moves
+    need_disk(out, int(size * disk_share(names)), "export")
     tables: dict[str, Any] = {}
     for name in run.progress.track(names, "export", len(names)):
         run.progress.say(f"export: {name}")
@@ -55,6 +65,16 @@ def run(run: Run, out: Path) -> None:
             tables[name] = table
     shutil.rmtree(_work(out), ignore_errors=True)
     write_json(out / candidates.FILE, tables)
+
+
+def disk_share(names: Sequence[str]) -> float:
+    """What these formats take on the disk, as a multiple of the 16-bit weights: all of them, and what the hungriest needs beside it.
+
+    An ONNX file is built whole in a temporary folder; links to the merged weights are free.
+    """
+    kept = [KEPT.get(name, KEPT_ELSE) for name in names]
+    beside = [share if name.startswith("onnx") else 0.0 for name, share in zip(names, kept, strict=True)]
+    return sum(kept) + max(beside, default=0.0)
 
 
 def job(run: Run) -> Job:
