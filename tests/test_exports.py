@@ -24,8 +24,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PhiConfig, PhiForCau
 from qkit import provenance, side_env
 from qkit.device import detect
 from qkit.errors import MissingArtifact, MissingExtra, ModelError, NotDeployable
-from qkit.export._compressed import GROUPS, group_size, left_in_16_bit, quantization_config
 from qkit.export import _stage
+from qkit.export._compressed import GROUPS, group_size, left_in_16_bit, quantization_config
 from qkit.export._job import exporter, split
 from qkit.recipe import format_names
 from qkit.runtime import RowScores, open_runtime
