@@ -16,9 +16,11 @@ from data_traps.table import GOOD, HELD_OUT, SEVERAL, THINKING, TOOL, asked, cal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkit import device, preparation, splits
-from qkit.recipe import Split
-from qkit.tokenization import IGNORED, Row, pieces
+from qkit import device, preparation, rowchecks, splits
+from qkit.recipe import Data, Split
+from qkit.task import Conversation
+from qkit.template import renderer
+from qkit.tokenization import IGNORED, Row, pieces, tokenize
 
 SEED = 42
 HALVES = Split(train=0.5, validation=0.2, test=0.3)
@@ -253,6 +255,25 @@ def test_an_answer_that_only_calls_is_learnt_as_the_template_writes_it(family: s
     made = prepare_rows(build(FAMILIES[family], tmp_path / "model"), tmp_path / "made", [*GOOD, row], HELD_OUT)
     assert made.suspicious == {}
     assert "look" in made.rows()[-1]["answer"]
+
+
+@pytest.mark.parametrize("answer", ["10 k\u2126.", "Cafe\u0301.", "\u0958\u0932\u092e", "\u212bngstr\u00f6m"])
+def test_an_answer_that_the_tokenizer_composes_is_learnt_as_it_gives_it_back(
+    answer: str, thinking: Path, tmp_path: Path
+) -> None:
+    made = prepare_rows(thinking, tmp_path, [*GOOD, asked("How much?", answer)], HELD_OUT)
+    assert made.suspicious == {}
+
+
+def test_a_decoder_that_writes_a_space_for_a_block_is_no_fault_of_the_mask() -> None:
+    from tokenizers import decoders
+
+    tokenizer = tokenizer_of(FAMILIES["llama2"])
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\u2581", " ")])
+    reader = renderer(tokenizer)
+    facts, talked = rowchecks.facts(reader, len(tokenizer)), asked("A bar?", "\u2581\u2581 or so")
+    [[row]] = tokenize(reader, [Conversation(tuple(talked["messages"]))], Data())
+    assert not list(rowchecks.examine(reader, facts, row, "completion", closely=True))
 
 
 # --- what is written ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ TEMPLATES = Path(__file__).parent.parent / "templates"
 class Tiny:
     """A byte-level model. `template`: a file in tests/templates, or the template itself; `special`: tokens with no role, only marked special.
 
-    `adds_bos`: the tokenizer writes `bos` before a plain text; `merges`: pairs of tokens that become one.
+    `adds_bos`: the tokenizer writes `bos` before a plain text; `merges`: pairs of tokens that become one; `composes`: it brings text to NFC.
     """
 
     template: str = "chatml"
@@ -24,6 +24,7 @@ class Tiny:
     pad: str | None = "<|endoftext|>"
     adds_bos: bool = False
     merges: tuple[tuple[str, str], ...] = ()
+    composes: bool = False
     positions: int = 8192
 
     @property
@@ -63,7 +64,7 @@ FAMILIES = {
     "phi": Tiny(
         "phi", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), eos="<|endoftext|>", pad="<|placeholder|>"
     ),
-    "qwen3": Tiny("qwen3"),
+    "qwen3": Tiny("qwen3", composes=True),
     "deepseek": Tiny(
         "deepseek",
         (
@@ -94,7 +95,7 @@ def build(model: Tiny, folder: Path) -> Path:
 
 def tokenizer_of(model: Tiny) -> Any:
     """One token per byte, the merges, and the special tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = [token for token in (model.bos, model.eos, model.pad, *model.special) if token]
@@ -103,6 +104,8 @@ def tokenizer_of(model: Tiny) -> Any:
     made = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=list(model.merges)))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
+    if model.composes:
+        made.normalizer = normalizers.NFC()
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     if model.adds_bos:
         made.post_processor = processors.TemplateProcessing(
