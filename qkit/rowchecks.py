@@ -102,12 +102,12 @@ def _labels(row: Row) -> Found:
 
 
 def _bos(seen: Facts, row: Row) -> Found:
-    if seen.bos is None:
+    if seen.bos is None or row.continues:
         return
     first = list(row.input_ids[:2])
     if first == [seen.bos, seen.bos]:
         yield "bos", "begins with it twice"
-    elif seen.expects_bos and first[:1] != [seen.bos] and row.whole_tokens == len(row.input_ids):
+    elif seen.expects_bos and first[:1] != [seen.bos]:
         yield "bos", "begins without it"
 
 

@@ -24,7 +24,7 @@ class Row:
 
     `messages`: those before the answer; `reply`: the turn that answers, `answer` what it says; `text`: the whole conversation as rendered;
     `turns`: the messages that carry loss.
-    `whole_tokens`: its length before anything was cut; `findings`: (check, what was seen).
+    `whole_tokens`: its length before anything was cut; `continues`: a piece of a text, and not its first; `findings`: (check, what was seen).
     """
 
     input_ids: Sequence[int]
@@ -37,6 +37,7 @@ class Row:
     text: str = ""
     turns: tuple[int, ...] = ()
     whole_tokens: int = 0
+    continues: bool = False
     findings: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -320,9 +321,8 @@ def pieces(row: Row, max_length: int) -> Iterator[Row]:
     """A row in pieces. Each begins with the last token of the one before, as context, so that every token is learnt exactly once."""
     for begin in range(0, len(row.input_ids) - 1, max_length - 1):
         ids = row.input_ids[begin : begin + max_length]
-        yield replace(
-            row, input_ids=ids, labels=[IGNORED, *row.labels[begin + 1 : begin + max_length]], whole_tokens=len(ids)
-        )
+        labels = [IGNORED, *row.labels[begin + 1 : begin + max_length]]
+        yield replace(row, input_ids=ids, labels=labels, whole_tokens=len(ids), continues=begin > 0)
 
 
 def _passed_through(example: Tokens) -> Row:

@@ -176,6 +176,24 @@ def test_a_long_text_is_several_parts_in_the_ledger(model: Path, tmp_path: Path)
     assert made.summary["splits"]["train"]["records"] == 1 and made.summary["splits"]["train"]["rows"] == 3
 
 
+@pytest.mark.parametrize("family", ["llama2", "gemma"])
+def test_pieces_after_the_first_need_no_beginning(family: str, tmp_path: Path) -> None:
+    rows = [*GOOD, {"text": "It was a dark and stormy night; the rain fell in torrents. " * 5}]
+    settings = ["data.max_length=128", "data.too_long=split"]
+    made = prepare_rows(build(FAMILIES[family], tmp_path / "model"), tmp_path / "made", rows, HELD_OUT, settings)
+    assert made.suspicious == {} and [row["part"] for row in made.ledger if row["line"] == len(rows)] == [0, 1, 2]
+
+
+def test_a_first_piece_without_its_beginning_is_found(tmp_path: Path) -> None:
+    reader = renderer(tokenizer_of(FAMILIES["llama2"]))
+    facts, ids = rowchecks.facts(reader, 500), list(range(100, 300))
+    found = [
+        dict(rowchecks.examine(reader, facts, piece, "completion", closely=True))
+        for piece in pieces(Row(ids, [IGNORED, *ids[1:]], start=1, whole_tokens=len(ids)), 128)
+    ]
+    assert [row.get("bos") for row in found] == ["begins without it", None]
+
+
 def test_a_cut_prompt_keeps_its_system_turn_and_loses_the_oldest(model: Path, tmp_path: Path) -> None:
     made = prepare_rows(model, tmp_path, [SEVERAL], HELD_OUT, ["data.max_length=192", "data.too_long=truncate_prompt"])
     [text] = texts(made.rows())
