@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -171,7 +172,11 @@ def _message(
 
 
 def _lost(content: str, row: Row, dense: Callable[[], str]) -> bool:
-    return content.strip() not in row.text and _dense(content) not in dense()
+    """Whether a text is in the row neither as it is nor as JSON, in which Llama 3.1's template writes the results of tools."""
+    if content.strip() in row.text:
+        return False
+    escaped = (json.dumps(content.strip(), ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
+    return all(_dense(text) not in dense() for text in (content, *escaped))
 
 
 def _dense(text: str) -> str:

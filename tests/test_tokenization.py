@@ -294,6 +294,23 @@ def test_a_decoder_that_writes_a_space_for_a_block_is_no_fault_of_the_mask() -> 
     assert not list(rowchecks.examine(reader, facts, row, "completion", closely=True))
 
 
+@pytest.mark.parametrize("result", ['{"sky": "grey"}', "C:\\tmp\nD:\\", 'Der "Bär"\n', "\u0958"])
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_a_result_that_the_template_writes_as_json_is_there(result: str, ascii_only: bool, tmp_path: Path) -> None:
+    """As Llama 3.1's template does; one that writes something else is found."""
+    llama = FAMILIES["llama3"].chat_template
+    how = f"(message.content | tojson(ensure_ascii={ascii_only}))"
+    turns = [{"role": "user", "content": "Look!"}, calls("look"), {"role": "tool", "content": result}]
+    row = {"messages": [*turns, {"role": "assistant", "content": "Grey."}], "tools": [TOOL]}
+    for number, (written, found) in enumerate([(how, {}), (f"{how}[:-4]", {"content": "fail"})]):
+        template = llama.replace(
+            "message.content | trim", f"({written} if message.role == 'tool' else message.content)"
+        )
+        folder = tmp_path / str(number)
+        model = build(replace(FAMILIES["llama3"], template=template), folder / "model")
+        assert prepare_rows(model, folder / "made", [*GOOD, row], HELD_OUT).suspicious == found
+
+
 # --- what is written ----------------------------------------------------------------------------------------------------
 
 COLUMNS = {
