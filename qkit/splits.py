@@ -1,13 +1,14 @@
 """Which split a row is in, by a hash of its content: adding rows moves no other row, and rows of one group stay together.
 
 Where rows have labels, each label's groups are ranked by that hash and cut at the fractions, so that every split has its share of every
-label. Then adding rows can move others across a cut, but across each of the two never more of them than were added.
+label; labels with too few groups for a share in every split are ranked together. Then adding rows can move others across a cut, but across
+each of the two never more of them than were added, as long as no label grows out of those ranked together.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from qkit.recipe import Split
 
@@ -20,10 +21,20 @@ def assigned(groups: Sequence[str], labels: Sequence[str | None], split: Split, 
     by_group: dict[str, str | None] = {}
     for group, label in zip(groups, labels, strict=True):
         by_group.setdefault(group, label)
-    chosen = _by_hash([g for g, label in by_group.items() if label is None], split, seed)
-    for label in sorted({label for label in by_group.values() if label is not None}):
-        chosen.update(_by_rank([g for g, found in by_group.items() if found == label], split, seed))
+    by_label: dict[str | None, list[str]] = {}
+    for group, label in by_group.items():
+        by_label.setdefault(label, []).append(group)
+    chosen = _by_hash(by_label.pop(None, []), split, seed)
+    for together in _strata([*by_label.values()], split):
+        chosen.update(_by_rank(together, split, seed))
     return [chosen[group] for group in groups]
+
+
+def _strata(by_label: Sequence[list[str]], split: Split) -> Iterator[list[str]]:
+    """The groups that are ranked together: a label's, and those of all labels that have no group for the smallest split."""
+    enough = 1 / min(share for share in (split.train, split.validation, split.test) if share)
+    yield [group for groups in by_label if len(groups) < enough for group in groups]
+    yield from (groups for groups in by_label if len(groups) >= enough)
 
 
 def _by_hash(groups: Sequence[str], split: Split, seed: int) -> dict[str, str]:

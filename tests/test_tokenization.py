@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -86,6 +87,31 @@ def test_every_split_has_its_share_of_every_label(sizes: Sequence[int]) -> None:
     for label, size in Counter(labels).items():
         for name in splits.SPLITS:
             assert abs(counted[label, name] - getattr(HALVES, name) * size) <= 1
+
+
+@pytest.mark.parametrize("rows_each", [1, 2, 4])
+def test_labels_of_few_rows_are_held_out_too(rows_each: int) -> None:
+    labels = [f"label {row // rows_each}" for row in range(60)]
+    tenths = Split(train=0.8, validation=0.1, test=0.1)
+    drawn = splits.assigned(KEYS[:60], labels, tenths, SEED)
+    assert Counter(drawn) == {"train": 48, "validation": 6, "test": 6}
+    backwards = splits.assigned(KEYS[:60][::-1], labels[::-1], tenths, SEED)
+    assert backwards[::-1] == drawn
+
+
+def test_many_labels_take_no_longer_than_few() -> None:
+    """20,000 labels take the time of as many rows, not of their square (which is half a minute)."""
+    keys = [str(number) for number in range(20_000)]
+    begin = time.process_time()
+    splits.assigned(keys, keys, HALVES, SEED)
+    assert time.process_time() - begin < 2
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 2**32))
+def test_with_labels_of_one_row_no_more_rows_cross_a_cut_than_were_added(before: int, added: int, seed: int) -> None:
+    few, more = (split_of(KEYS[:rows], KEYS[:rows], seed) for rows in (before, before + added))
+    for beyond in ({"train"}, {"train", "validation"}):
+        assert sum((few[key] in beyond) != (more[key] in beyond) for key in few) <= added
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 2**32))
