@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import decisions, preconditions, preparation, template
+from qkit import decisions, formats, preconditions, preparation, template
 from qkit.checks import Findings, failures, refusal
 from qkit.decisions import Fate
 from qkit.device import detect
@@ -23,7 +23,7 @@ from qkit.fast.packs import packed
 from qkit.preparation import Entry, Sourced, Worker
 from qkit.progress import Progress
 from qkit.recipe import Recipe
-from qkit.rows import read
+from qkit.rows import Record, read
 from qkit.run import Run, write_json
 from qkit.splits import SPLITS
 
@@ -140,10 +140,22 @@ def _candidates(own: Worker, file: Path, progress: Progress) -> Iterator[Entry]:
 
 
 def _records(how: Recipe) -> Iterator[Sourced]:
+    """Every record.
+
+    Raises:
+        DataError: there are some, and none has a value in the column data.group.
+    """
+    columns: dict[str, None] = {}
+    grouped = how.data.group is None
     for pool in SPLITS:
         for number, source in enumerate(getattr(how.data, pool)):
             for record in read(source):
                 yield Sourced(pool, number, record)
+                if not grouped and isinstance(record, Record):
+                    columns.update(dict.fromkeys(record.value))
+                    grouped = preparation.value_of(record.value, how.data.group, how) is not None
+    if columns and not grouped:
+        raise DataError(f"data.group={how.data.group}: no row has a value there; there are: {formats.listed(columns)}")
 
 
 # --- the ledger -------------------------------------------------------------------------------------------------------

@@ -144,7 +144,8 @@ def _entry(one: Sourced, example: Example | RowError, how: Recipe) -> Entry:
     value = record.value
     entry.sha256 = likeness.digest(said)
     entry.key = likeness.digest(likeness.normalized(asked))
-    entry.group = entry.key if how.data.group is None else likeness.digest(str(value.get(how.data.group)))
+    found = value_of(value, how.data.group, how)
+    entry.group = entry.key if found is None else likeness.digest(str(found))
     entry.label = _label(value, how)
     entry.near = likeness.signature(said if isinstance(example, Text) else _unframed(example))
     return entry
@@ -180,9 +181,14 @@ def _unframed(example: Conversation | Tokens) -> str:
 
 
 def _label(value: Mapping[str, Any], how: Recipe) -> str | None:
-    column = how.data.stratify and how.data.columns.get(how.data.stratify, how.data.stratify)
-    found = value.get(column) if column else None
+    found = value_of(value, how.data.stratify, how)
     return str(found) if isinstance(found, str | int | bool) else None
+
+
+def value_of(value: Mapping[str, Any], column: str | None, how: Recipe) -> Any:
+    """What a record has in a column, by the name that data.columns gives it; None where there is none, or an empty field."""
+    found = value.get(how.data.columns.get(column, column)) if column else None
+    return None if found == "" else found
 
 
 def _dropped(entry: Entry, error: RowError) -> Entry:

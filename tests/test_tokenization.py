@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkit import device, preparation, rowchecks, splits
+from qkit.errors import DataError
 from qkit.recipe import Data, Split
 from qkit.task import Conversation
 from qkit.template import renderer
@@ -158,6 +159,27 @@ def test_rows_are_divided_and_their_questions_kept_together(divided: tuple[Prepa
     question = {row["line"]: rows[row["line"] - 1]["messages"][0]["content"] for row in made.ledger}
     assert len({(question[row["line"]], row["split"]) for row in made.ledger}) == 30
     assert made.suspicious == {}
+
+
+DIVIDED = "data.split={train: 0.5, test: 0.5}"
+
+
+def test_rows_without_a_group_are_divided_one_by_one(model: Path, tmp_path: Path) -> None:
+    """And those of one group stay together, by the name that data.columns gives its column."""
+    without = ({"by": None}, {}, {"by": ""})
+    rows = [asked(f"Question {i}?", f"Answer {i}.", **without[i % 3]) for i in range(90)]
+    rows += [asked(f"Another {i}?", f"Answer {i}.", by="Ann") for i in range(10)]
+    settings = [DIVIDED, "data.group=author", "data.columns={author: by}"]
+    made = prepare_rows(model, tmp_path, rows, (), settings)
+    alone = Counter(row["split"] for row in made.ledger if row["line"] <= 90)
+    assert min(alone["train"], alone["test"]) > 25
+    assert len({row["split"] for row in made.ledger if row["line"] > 90}) == 1
+
+
+def test_a_group_that_is_no_column_is_refused(model: Path, tmp_path: Path) -> None:
+    rows = [asked(f"Question {i}?", f"Answer {i}.", author="Ann") for i in range(3)]
+    with pytest.raises(DataError, match=r"data\.group=auther: no row has a value there; there are: author, messages"):
+        prepare_rows(model, tmp_path, rows, HELD_OUT, ["data.group=auther"])
 
 
 def test_two_files_are_mixed_and_the_rest_is_in_the_ledger(model: Path, tmp_path: Path) -> None:
