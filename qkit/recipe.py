@@ -10,13 +10,14 @@ import difflib
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from qkit.errors import RecipeError
 
@@ -26,6 +27,17 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 ALL = "all"  # in export.formats
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _compiled(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": str(error)}) from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiled)]
 
 
 class Section(BaseModel):
@@ -177,7 +189,9 @@ class Evaluate(Section):
 
     max_new_tokens: Positive = 96
     batch_size: Positive = 32
-    answer_pattern: str | None = Field(None, description="regular expression; its first group is what is compared")
+    answer_pattern: Pattern | None = Field(
+        None, description="regular expression; of its last match the first group, or all of it, is what is compared"
+    )
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
 

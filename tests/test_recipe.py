@@ -62,6 +62,10 @@ def test_numbers_written_as_yaml_reads_them(tmp_path: Path) -> None:
             MINIMAL + "merge: {base: dequantized}\nquantization: {load_in_4bit: false}\n",
             "needs quantization.load_in_4bit",
         ),
+        (
+            MINIMAL + "evaluate: {answer_pattern: '#### (.+'}\n",
+            r"r\.yaml:4: evaluate\.answer_pattern: not a regular expression: missing \), .* at position 5, got '#### \(\.\+'",
+        ),
         (MINIMAL + "export: {formats: [tflite]}\n", "unknown format 'tflite'"),
         (MINIMAL + "export: {formats: [vllm]}\n", "which export.formats does not make"),
     ],

@@ -42,6 +42,11 @@ def test_chat_reads_any_format() -> None:
         ("#### 3\nno: #### 4", "#### 4", r"#### (.+)", True),
         ("#### 1,004", "#### 1004", r"#### (.+)", True),
         ("#### 5", "It is\n#### 4", r"#### (.+)", False),
+        ("3 apples, so 4 pears", "4 plums", r"(\d+) (\w+)", True),
+        ("3 apples, so 5 pears", "4 pears", r"(\d+) (\w+)", False),
+        ("so it is 4", "4", r"\d+", True),
+        ("none of them", "none", r"#### (\d+)|none", True),
+        ("no match", "no  match", r"#### (\d+)", True),
     ],
 )
 def test_chat_counts_what_equals_the_reference(
