@@ -215,7 +215,7 @@ def _append(columns: dict[str, list[Any]], row: Row, example: Example, place: st
         *(row.input_ids, row.labels, row.start),
         *(compact(list(row.messages)), compact(list(row.tools)), row.answer),
         compact(list(row.reply.get("tool_calls", ()))),
-        *(compact(row.answer if reference is None else reference), place),
+        *(compact(row.reference if reference is None else reference), place),
     )
     for name, value in zip(COLUMNS, values, strict=True):
         columns[name].append(value)

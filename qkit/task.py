@@ -29,7 +29,7 @@ class RowError(ValueError):
 class Conversation:
     """Turns that end with the assistant's. `trained`: by message, True or False where the record decides; else data.loss does.
 
-    `reference` is what predictions of the last turn are compared with; None: the turn's own text.
+    `reference` is what predictions of the last turn are compared with; None: the turn as the template writes it.
     """
 
     messages: tuple[Message, ...]
@@ -70,6 +70,12 @@ class Task(Protocol):
 
     def correct(self, prediction: str, reference: Any, section: Evaluate) -> bool:
         """Whether a prediction counts as right."""
+
+
+def said(text: str) -> str:
+    """What an answer says after its thinking; the prompt may have begun that already."""
+    _, closed, answer = text.partition("</think>")
+    return answer if closed else text
 
 
 def open_task(name: str) -> Task:

@@ -22,8 +22,8 @@ IGNORED = -100  # torch's cross_entropy skips these labels
 class Row:
     """One row to learn from. `input_ids`, `labels`: [tokens]; `start`: where the last completion begins.
 
-    `messages`: those before the answer; `reply`: the turn that answers, `answer` what it says; `text`: the whole conversation as rendered;
-    `turns`: the messages that carry loss.
+    `messages`: those before the answer; `reply`: the turn that answers, `answer` what it says, `reference` how a prediction that is right
+    reads; `text`: the whole conversation as rendered; `turns`: the messages that carry loss.
     `whole_tokens`: its length before anything was cut; `continues`: a piece of a text, and not its first; `findings`: (check, what was seen).
     """
 
@@ -34,6 +34,7 @@ class Row:
     tools: Sequence[Any] = ()
     reply: Mapping[str, Any] = field(default_factory=dict)
     answer: str = ""
+    reference: str = ""
     text: str = ""
     turns: tuple[int, ...] = ()
     whole_tokens: int = 0
@@ -217,6 +218,7 @@ def marked(reader: Renderer, draft: Draft, encoded: list[list[int]], loss: str) 
         tools=draft.conversation.tools,
         reply=messages[draft.last],
         answer=_answer(reader, messages[draft.last], draft),
+        reference=reader.tokenizer.decode(whole[len(last) :], skip_special_tokens=True),  # as answers.py does
         text=draft.whole,
         turns=tuple(turns),
         whole_tokens=len(whole),

@@ -47,6 +47,12 @@ def test_chat_reads_any_format() -> None:
         ("so it is 4", "4", r"\d+", True),
         ("none of them", "none", r"#### (\d+)|none", True),
         ("no match", "no  match", r"#### (\d+)", True),
+        ("<think>\n\n</think>\n\nFour.", ["4", "Four."], None, True),
+        ("<think>5?</think>Four.", "<think>\n\n</think>\n\nFour.", None, True),
+        ("5? No.\n</think>\n\nFour.", "Four.", None, True),
+        ("<think>Four.</think>Five.", "Four.", None, False),
+        ("<think>Four.", "Four.", None, False),
+        ("<think>#### 4</think>none", "#### 4", r"#### (.+)", False),
     ],
 )
 def test_chat_counts_what_equals_the_reference(
@@ -182,6 +188,7 @@ def test_whatever_comes_only_row_errors_leave(function: Any, question: Any, acce
 def test_calls_are_right_by_the_accepted_values(arguments: dict[str, Any], right: bool) -> None:
     text = json.dumps({"name": "area", "arguments": arguments})
     assert function_calling.correct(text, ACCEPTED, Evaluate()) is right
+    assert function_calling.correct(f"<think>\n\n</think>\n\n{text}", ACCEPTED, Evaluate()) is right
     assert not function_calling.correct(text.replace("area", "volume"), ACCEPTED, Evaluate())
 
 

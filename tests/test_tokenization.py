@@ -17,10 +17,11 @@ from data_traps.table import GOOD, HELD_OUT, SEVERAL, THINKING, TOOL, asked, cal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkit import device, preparation, rowchecks, splits
+from qkit import device, preparation, rowchecks, scoring, splits
 from qkit.errors import DataError
-from qkit.recipe import Data, Split
+from qkit.recipe import Data, Evaluate, Split
 from qkit.task import Conversation
+from qkit.tasks import chat
 from qkit.template import renderer
 from qkit.tokenization import IGNORED, Row, pieces, tokenize
 
@@ -357,6 +358,21 @@ def test_a_result_that_the_template_writes_as_json_is_there(result: str, ascii_o
         folder = tmp_path / str(number)
         model = build(replace(FAMILIES["llama3"], template=template), folder / "model")
         assert prepare_rows(model, folder / "made", [*GOOD, row], HELD_OUT).suspicious == found
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_prediction_of_what_is_learnt_is_right(family: str, tmp_path: Path) -> None:
+    """Whatever the template puts around an answer, and whatever special tokens a call has; another answer is wrong."""
+    both = calls("look") | {"content": "I look."}
+    held_out = [asked("How much?", "10 k\u2126."), {"messages": [{"role": "user", "content": "Look!"}, both]}]
+    made = prepare_rows(build(FAMILIES[family], tmp_path / "model"), tmp_path / "made", GOOD, held_out)
+    tokenizer = tokenizer_of(FAMILIES[family])
+    for row, reference in zip(
+        made.rows("test"), scoring.read_held_out(made.folder / "test.parquet").references, strict=True
+    ):
+        prediction = tokenizer.decode(row["input_ids"][row["start"] :], skip_special_tokens=True)
+        assert chat.correct(prediction, reference, Evaluate())
+        assert not chat.correct(prediction[:-3], reference, Evaluate())
 
 
 # --- what is written ----------------------------------------------------------------------------------------------------

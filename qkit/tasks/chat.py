@@ -8,7 +8,7 @@ from typing import Any
 
 from qkit import formats
 from qkit.recipe import Data, Evaluate
-from qkit.task import Example
+from qkit.task import Example, said
 
 METRIC = "exact match"
 
@@ -19,9 +19,9 @@ def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data
 
 
 def correct(prediction: str, reference: Any, section: Evaluate) -> bool:
-    """Equal after the pattern has picked its part, white space and thousands separators aside."""
+    """Equal after the pattern has picked its part, thinking, white space and thousands separators aside."""
     wanted = reference if isinstance(reference, list) else [reference]
-    return _picked(prediction, section) in {_picked(str(text), section) for text in wanted}
+    return _picked(said(prediction), section) in {_picked(said(str(text)), section) for text in wanted}
 
 
 def _picked(text: str, section: Evaluate) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from qkit import formats
 from qkit.recipe import Data, Evaluate
-from qkit.task import Conversation, Example, RowError
+from qkit.task import Conversation, Example, RowError, said
 from qkit.turns import shown
 
 METRIC = "exact call match"
@@ -148,8 +148,8 @@ def _concrete(value: Any) -> Any:
 
 
 def correct(prediction: str, reference: Any, section: Evaluate) -> bool:
-    """Whether the prediction is the call, with an accepted value for every argument."""
-    call = parse(prediction)
+    """Whether the prediction is the call, its thinking aside, with an accepted value for every argument."""
+    call = parse(said(prediction))
     if call is None:
         return False
     ((name, accepted),) = reference[0].items()
