@@ -13,8 +13,9 @@ from typing import Any
 
 from qkit import __version__, data, model, template
 from qkit.errors import DataError
+from qkit.named_files import named_files
 from qkit.progress import Progress
-from qkit.recipe import Recipe, Source, from_dict
+from qkit.recipe import Recipe, from_dict
 from qkit.run import Run, read_json
 from qkit.source import HubId, cache_dir, locate
 from qkit.splits import SPLITS
@@ -104,20 +105,15 @@ def _key(how: Recipe) -> str | None:
         "version": __version__,
         "recipe": {name: dumped[name] for name in ("task", "seed", "model", "data")},
         "served": how.serve.max_model_len,
-        "files": [_stamp(path) for path in _files(how, sources)],
+        "files": [_stamp(path) for path in _files(how)],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _files(how: Recipe, sources: Sequence[Source]) -> Iterator[Path]:
+def _files(how: Recipe) -> Iterator[Path]:
     """Local files that rows, template and tokenizer come from."""
-    texts = [text for source in sources for text in (source.source, source.answers) if text]
-    for found in (locate(text) for text in texts):
-        if isinstance(found, Path):
-            yield from sorted(found.rglob("*")) if found.is_dir() else [found]
+    yield from (file for files in named_files(how).values() for file in files)
     yield from sorted(file for file in model.companions(how.model).iterdir() if file.suffix != ".safetensors")
-    if how.model.chat_template and Path(how.model.chat_template).is_file():
-        yield Path(how.model.chat_template)
 
 
 def _stamp(path: Path) -> list[str | int]:

@@ -29,6 +29,7 @@ class Stage:
     needs: tuple[str, ...]
     sections: tuple[str, ...]
     resumes: bool = False  # goes on from what a killed attempt left
+    reads_sources: bool = False  # the files on this machine that the recipe names
 
 
 BEFORE_REPORT = ("data", "train", "evaluate", "merge", "export", "serve", "verify", "bench")
@@ -37,7 +38,7 @@ SECTIONS = tuple(name for name in Recipe.model_fields)
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("data", (), ("task", "seed", "model", "data")),
+        Stage("data", (), ("task", "seed", "model", "data"), reads_sources=True),
         Stage(
             "train",
             ("data",),
@@ -64,7 +65,13 @@ CARDED = ("merge", "export", "verify", "bench", "report")  # after these the mod
 
 
 def status(run: Run, stage: Stage) -> str:
-    """done, stale (the recipe or an input changed since, or a file is gone), or missing."""
+    """done, stale (the recipe, an input or a file that the recipe names changed since, or a file of its own is gone), or missing."""
+    found = _left(run, stage)
+    return "stale" if found == "done" and run.sources_changed(stage.name) else found
+
+
+def _left(run: Run, stage: Stage) -> str:
+    """The status of what a stage left, whatever became of the files that it read: those may be edited while a run goes on."""
     entry = run.manifest()["stages"].get(stage.name)
     if entry is None:
         return "missing"
@@ -108,6 +115,9 @@ def execute(run: Run, name: str) -> None:
         run.adopt()
         _check_inputs(run, stage)
         key, inputs = _key(run, stage), _inputs(run, stage)
+        sources = (
+            run.hash_sources() if stage.reads_sources else {}
+        )  # before they are read: a change from here on is seen
         work = run.work_folder(name, key, stage.resumes)
         meter = PeakMeter(detect())
         started, begin = datetime.now(UTC), time.perf_counter()
@@ -121,6 +131,7 @@ def execute(run: Run, name: str) -> None:
             peak_bytes=asdict(peak),
             inputs=inputs,
             outputs=run.hash_outputs(name),
+            sources=sources,
         )
         run.record(name, record, environment(detect().to_dict()))
         if name in CARDED:
@@ -129,7 +140,7 @@ def execute(run: Run, name: str) -> None:
 
 def _check_inputs(run: Run, stage: Stage) -> None:
     for needed in _needs(run, stage):
-        found = status(run, needed)
+        found = _left(run, needed)
         if found != "done":
             what = "has not been run" if found == "missing" else "is out of date"
             raise MissingArtifact(

@@ -128,17 +128,21 @@ def _located(source: Source, text: str) -> Iterator[tuple[str, int, Mapping[str,
 
 
 def _files(path: Path) -> list[Path]:
+    inside = data_files(path)
+    if not inside:
+        raise DataError(f"{path}: is a folder with no data in it; it should hold files of {', '.join(SUFFIXES)}")
+    return inside
+
+
+def data_files(path: Path) -> list[Path]:
     """The file itself, or what a folder holds of known files, by name; hidden ones aside."""
     if not path.is_dir():
         return [path]
-    inside = [
+    return [
         file
         for file in sorted(path.rglob("*"))
         if _suffix(file) in SUFFIXES and file.is_file() and not file.name.startswith((".", *ABOUT))
     ]
-    if not inside:
-        raise DataError(f"{path}: is a folder with no data in it; it should hold files of {', '.join(SUFFIXES)}")
-    return inside
 
 
 def _suffix(file: Path) -> str:

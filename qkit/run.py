@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qkit.errors import DoesNotFit, MissingArtifact, RunBusy
+from qkit.named_files import named_files
 from qkit.progress import Progress
 from qkit.recipe import Recipe, load
 from qkit.source import sha256_of
@@ -38,7 +39,10 @@ class Output:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What the manifest says of one stage. `peak_bytes` holds `predicted`, `measured` (bytes or null), `meter`, and both by `lines`."""
+    """What the manifest says of one stage. `peak_bytes` holds `predicted`, `measured` (bytes or null), `meter`, and both by `lines`.
+
+    `sources`: by each file or folder that the recipe names and the stage read, its files.
+    """
 
     status: str
     key: str
@@ -47,6 +51,7 @@ class StageRecord:
     peak_bytes: Mapping[str, Any]
     inputs: Mapping[str, str]
     outputs: Mapping[str, Output] = field(default_factory=dict)
+    sources: Mapping[str, Mapping[str, Output]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,19 @@ class Run:
         entry = self.manifest()["stages"].get(stage)
         return entry is not None and all(_same(self.root / name, output) for name, output in entry["outputs"].items())
 
+    def sources_changed(self, stage: str) -> bool:
+        """Whether a stage would read other files today. What is not where it was read counts as unchanged: runs are copied without it."""
+        then = _sources(self.manifest()["stages"].get(stage, {}))
+        now = named_files(self.recipe) if then else {}
+        return any(_differ(files, then[str(named)]) for named, files in now.items() if str(named) in then)
+
     def adopt(self) -> None:
         """Keep the new times of files that were copied and are what was hashed, so that they are not hashed at each look."""
         manifest = self.manifest()
-        outputs = [item for entry in manifest["stages"].values() for item in entry["outputs"].items()]
+        listed = [
+            files for entry in manifest["stages"].values() for files in (entry["outputs"], *_sources(entry).values())
+        ]
+        outputs = [item for files in listed for item in files.items()]
         copied = [
             (self.root / name, output)
             for name, output in outputs
@@ -160,6 +174,13 @@ class Run:
         return [
             name for name, digest in made if not (self.root / name).is_file() or sha256_of(self.root / name) != digest
         ]
+
+    def hash_sources(self) -> dict[str, dict[str, Output]]:
+        """Hash the files on this machine that the recipe names."""
+        return {
+            str(named): {str(file): _output(file) for file in files}
+            for named, files in named_files(self.recipe).items()
+        }
 
     def hash_outputs(self, stage: str) -> dict[str, Output]:
         """Hash what a stage made; not checkpoints, which are only for going on, nor the model card, which later stages add to."""
@@ -282,6 +303,16 @@ def need_disk(folder: Path, wanted_bytes: int, what: str) -> None:
 def _output(path: Path) -> Output:
     status = path.stat()
     return Output(sha256_of(path), status.st_size, status.st_mtime_ns)
+
+
+def _sources(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a stage read; a run of an earlier version does not say."""
+    found: Mapping[str, Any] = entry.get("sources", {})
+    return found
+
+
+def _differ(files: Sequence[Path], recorded: Mapping[str, Any]) -> bool:
+    return {*map(str, files)} != recorded.keys() or not all(_same(file, recorded[str(file)]) for file in files)
 
 
 def _same(path: Path, output: Mapping[str, Any]) -> bool:

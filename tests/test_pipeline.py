@@ -18,7 +18,7 @@ import jsonschema
 import psutil
 import pytest
 import yaml
-from conftest import build_model, chat_rows, tiny_settings
+from conftest import CHATML, build_model, chat_rows, tiny_settings
 
 from qkit import pipeline, train
 from qkit.device import Device
@@ -306,6 +306,56 @@ def test_changed_outputs_are_noticed(tiny_recipe: Path, tmp_path: Path) -> None:
     assert pipeline.statuses(run)["data"] == "stale"
     with pytest.raises(MissingArtifact, match="out of date"):
         pipeline.execute(run, "train")
+
+
+def test_changed_rows_are_noticed(tiny_recipe: Path, rows_file: Path, tmp_path: Path) -> None:
+    """By their content; what was made of the old ones is still good for the stages of a run that goes on."""
+    run = _run_data(tiny_recipe, tmp_path / "run")
+    before = rows_file.read_bytes()
+    with rows_file.open("ab") as file:
+        file.write(before.splitlines(keepends=True)[0].replace(b"say a", b"say it"))
+    assert pipeline.statuses(run)["data"] == "stale"
+    pipeline._check_inputs(run, pipeline.STAGES["train"])
+    rows_file.write_bytes(before)
+    assert pipeline.statuses(run)["data"] == "done"
+    run.adopt()
+    [[stamp]] = [files.values() for files in run.manifest()["stages"]["data"]["sources"].values()]
+    assert stamp["mtime_ns"] == rows_file.stat().st_mtime_ns
+    rows_file.write_bytes(before.replace(b"say a", b"SAY a", 1))
+    assert pipeline.statuses(run)["data"] == "stale"
+    pipeline.execute(run, "data")
+    assert pipeline.statuses(run)["data"] == "done"
+
+
+def test_a_run_without_its_rows_is_done(tiny_recipe: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Copied to another machine; and a run of a version that did not note what it read."""
+    run = _run_data(tiny_recipe, tmp_path / "run")
+    content = rows_file.read_bytes()
+    rows_file.unlink()
+    assert pipeline.statuses(run)["data"] == "done"
+    rows_file.write_bytes(content[:-1])
+    assert pipeline.statuses(run)["data"] == "stale"
+    manifest = run.manifest()
+    del manifest["stages"]["data"]["sources"]
+    (run.root / "run.json").write_text(json.dumps(manifest))
+    assert pipeline.statuses(run)["data"] == "done"
+
+
+def test_a_changed_folder_or_template_is_noticed(tiny_recipe: Path, rows_file: Path, tmp_path: Path) -> None:
+    folder, template = tmp_path / "rows", tmp_path / "rows" / "mine.jinja"
+    (folder / "deep").mkdir(parents=True)
+    shutil.copy(rows_file, folder / "deep" / "a.jsonl")
+    template.write_text(CHATML)
+    settings = [f"data.train=[{{source: {folder}}}]", "data.test=[]", f"model.chat_template={template}"]
+    run = _run_data(tiny_recipe, tmp_path / "run", *settings)
+    (folder / "README.md").write_text("What these are.")
+    assert pipeline.statuses(run)["data"] == "done"
+    (folder / "b.jsonl").write_text(json.dumps(chat_rows(1)[0]))
+    assert pipeline.statuses(run)["data"] == "stale"
+    (folder / "b.jsonl").unlink()
+    assert pipeline.statuses(run)["data"] == "done"
+    template.write_text(CHATML + " ")
+    assert pipeline.statuses(run)["data"] == "stale"
 
 
 def test_an_adapter_for_another_base(tiny_recipe: Path, tmp_path: Path) -> None:
