@@ -148,7 +148,7 @@ class Data(Section):
     loss: Literal["completion", "assistant", "all"] = Field(
         "completion", description="what is learnt: the last turn of the assistant, each of its turns, every token"
     )
-    max_length: Positive = 2048
+    max_length: Annotated[int, Field(ge=2)] = 2048  # a token to learn, and one before it
     too_long: Literal["drop", "truncate_prompt", "truncate_completion", "split"] = Field(
         "drop", description="rows beyond max_length: dropped, oldest turns first, end of the answer, text in pieces"
     )

@@ -66,6 +66,10 @@ def test_numbers_written_as_yaml_reads_them(tmp_path: Path) -> None:
             MINIMAL + "evaluate: {answer_pattern: '#### (.+'}\n",
             r"r\.yaml:4: evaluate\.answer_pattern: not a regular expression: missing \), .* at position 5, got '#### \(\.\+'",
         ),
+        (
+            MINIMAL.replace("{}", "{max_length: 1, too_long: split}"),
+            r"r\.yaml:3: data\.max_length: Input should be greater than or equal to 2, got 1",
+        ),
         (MINIMAL + "export: {formats: [tflite]}\n", "unknown format 'tflite'"),
         (MINIMAL + "export: {formats: [vllm]}\n", "which export.formats does not make"),
     ],
