@@ -37,8 +37,9 @@ CANDIDATES = ".candidates.arrow"
 class LedgerRow:
     """What became of a record, or of one of the rows that it makes (`part`).
 
-    `status`: trained, held_out or dropped; `reason`: why it is dropped. `tokens`: as used, after `truncated_by` were cut off. `row`: its
-    number in the split's parquet file. `pack` and `position`: which pack it is in and where it begins there. Null where it has none.
+    `status`: trained, held_out or dropped; `reason`: why it is dropped. `tokens`: as used, after `truncated_by` were cut off; all of them
+    where it is dropped for its length. `row`: its number in the split's parquet file. `pack` and `position`: which pack it is in and where
+    it begins there. Null where it has none.
     """
 
     split: str

@@ -192,6 +192,10 @@ def value_of(value: Mapping[str, Any], column: str | None, how: Recipe) -> Any:
 
 
 def _dropped(entry: Entry, error: RowError) -> Entry:
+    """An entry that is not used; its length is known where that is the reason."""
+    row = error.row if isinstance(error, tokenization.Refused) else None
+    if row is not None:
+        entry = replace(entry, tokens=row.whole_tokens, labelled_tokens=row.labelled)
     return replace(entry, rule=error.rule, reason=str(error), findings=((error.rule, str(error)),))
 
 

@@ -48,7 +48,11 @@ class Row:
 
 
 class Refused(RowError):
-    """A row that cannot be learnt from once it is rendered; `rule` is the check that it fails."""
+    """A row that cannot be learnt from once it is rendered; `rule` is the check that it fails, `row` the whole row where there is one."""
+
+    def __init__(self, message: str, rule: str, row: Row | None = None):
+        super().__init__(message, rule)
+        self.row = row
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,7 @@ def _end_of_turn(ids: Sequence[int], begin: int, end: int | None) -> int:
 
 
 def too_long(row: Row, how: Data) -> Refused:
-    return Refused(f"has {row.whole_tokens} tokens, data.max_length is {how.max_length}", "length")
+    return Refused(f"has {row.whole_tokens} tokens, data.max_length is {how.max_length}", "length", row)
 
 
 def _without_oldest_turns(reader: Renderer, draft: Draft, row: Row, how: Data) -> Row:
@@ -265,6 +269,7 @@ def _without_oldest_turns(reader: Renderer, draft: Draft, row: Row, how: Data) -
     raise Refused(
         f"has {row.whole_tokens} tokens, and its last question and answer alone are more than data.max_length={how.max_length}",
         "length",
+        row,
     )
 
 
@@ -289,7 +294,7 @@ def cut_end(row: Row, max_length: int) -> Row:
     """
     kept = replace(row, input_ids=row.input_ids[:max_length], labels=row.labels[:max_length])
     if row.start >= max_length or not kept.labelled:
-        raise Refused(f"has {row.start} tokens before its answer, data.max_length is {max_length}", "length")
+        raise Refused(f"has {row.start} tokens before its answer, data.max_length is {max_length}", "length", row)
     cut = row.whole_tokens - max_length
     found = (
         "answer_cut",

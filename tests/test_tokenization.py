@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from data_traps.models import FAMILIES, Tiny, build, tokenizer_of
 from data_traps.prepared import Prepared, lines, prepare, prepare_rows, recipe
-from data_traps.table import GOOD, HELD_OUT, SEVERAL, THINKING, TOOL, asked, calls, talk, tokens
+from data_traps.table import GOOD, HELD_OUT, LONG, SEVERAL, THINKING, TOOL, asked, calls, talk, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -251,6 +251,17 @@ def test_a_cut_prompt_keeps_its_system_turn_and_loses_the_oldest(model: Path, tm
     [row] = [row for row in made.ledger if row["split"] == "train"]
     whole = prepare_rows(model, tmp_path / "whole", [SEVERAL], HELD_OUT)
     assert row["tokens"] + row["truncated_by"] == len(whole.rows()[0]["input_ids"])
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate_prompt", "truncate_completion"])
+def test_rows_that_are_too_long_are_among_the_lengths(too_long: str, model: Path, tmp_path: Path) -> None:
+    """That is where one looks to choose data.max_length; among the rows and tokens that are used they are not."""
+    whole = prepare_rows(model, tmp_path / "whole", [*GOOD, LONG], HELD_OUT)
+    settings = ["data.max_length=128", f"data.too_long={too_long}"]
+    made = prepare_rows(model, tmp_path / "made", [*GOOD, LONG], HELD_OUT, settings)
+    assert made.summary["lengths"] == whole.summary["lengths"] and made.summary["dropped"] == {"length": 1}
+    train = made.summary["splits"]["train"]
+    assert train["rows"] == len(GOOD) and train["tokens"] == sum(len(row["input_ids"]) for row in made.rows())
 
 
 def test_a_cut_answer_keeps_its_beginning(model: Path, tmp_path: Path) -> None:
