@@ -256,15 +256,13 @@ def too_long(row: Row, how: Data) -> Refused:
 
 
 def _without_oldest_turns(reader: Renderer, draft: Draft, row: Row, how: Data) -> Row:
-    """The row of the same conversation without its oldest exchanges; a system turn stays."""
-    for shorter in _shortened(draft.conversation, draft.last):
-        again = _draft(
-            reader, shorter, [turn for turn in learnt_turns(shorter, how.loss) if turn < len(shorter.messages)]
-        )
+    """The row of the same turns to learn without the oldest exchanges; a system turn stays."""
+    for cut, shorter in _shortened(draft.conversation, draft.last):
+        again = _draft(reader, shorter, [turn - cut for turn in draft.prompts if turn > cut])
         made = marked(reader, again, reader.encode(again.texts), how.loss)
         if len(made.input_ids) <= how.max_length:
-            cut = row.whole_tokens - len(made.input_ids)
-            found = ("prompt_cut", f"its oldest turns are cut: {cut} of {row.whole_tokens} tokens")
+            gone = row.whole_tokens - len(made.input_ids)
+            found = ("prompt_cut", f"its oldest turns are cut: {gone} of {row.whole_tokens} tokens")
             return replace(made, whole_tokens=row.whole_tokens, findings=(*made.findings, found))
     raise Refused(
         f"has {row.whole_tokens} tokens, and its last question and answer alone are more than data.max_length={how.max_length}",
@@ -273,17 +271,13 @@ def _without_oldest_turns(reader: Renderer, draft: Draft, row: Row, how: Data) -
     )
 
 
-def _shortened(example: Conversation, last: int) -> Iterator[Conversation]:
-    """The conversation up to `last`, beginning at ever later user turns, after its system turn."""
+def _shortened(example: Conversation, last: int) -> Iterator[tuple[int, Conversation]]:
+    """How many turns are cut, and the conversation up to `last` without them: its system turn, then from ever later user turns on."""
     head = sum(message["role"] in ("system", "developer") for message in example.messages[:1])
-    marks = example.trained or (None,) * len(example.messages)
     for begin in range(head + 1, last):
         if example.messages[begin]["role"] == "user":
-            yield replace(
-                example,
-                messages=example.messages[:head] + example.messages[begin : last + 1],
-                trained=marks[:head] + marks[begin : last + 1],
-            )
+            messages = example.messages[:head] + example.messages[begin : last + 1]
+            yield begin - head, replace(example, messages=messages, trained=())
 
 
 def cut_end(row: Row, max_length: int) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -251,6 +252,21 @@ def test_a_cut_prompt_keeps_its_system_turn_and_loses_the_oldest(model: Path, tm
     [row] = [row for row in made.ledger if row["split"] == "train"]
     whole = prepare_rows(model, tmp_path / "whole", [SEVERAL], HELD_OUT)
     assert row["tokens"] + row["truncated_by"] == len(whole.rows()[0]["input_ids"])
+
+
+def test_a_cut_prompt_learns_no_turn_twice(tmp_path: Path) -> None:
+    """A turn that reads differently at the end has a row of its own; cut, that learns no turn that the other row learns."""
+    thoughtful = FAMILIES["qwen3"].chat_template.replace(
+        "loop.last or message.reasoning_content", "message.reasoning_content"
+    )
+    model = build(replace(FAMILIES["qwen3"], template=thoughtful), tmp_path / "model")
+    turns = [*LONG["messages"], *ANSWERS["messages"]]
+    turns[5] = turns[5] | {"reasoning_content": "hm"}
+    settings = ["data.loss=assistant", "data.max_length=224", "data.too_long=truncate_prompt"]
+    made = prepare_rows(model, tmp_path / "made", [{"messages": turns}], HELD_OUT, settings)
+    assert made.check("prompt_cut")["found"] == 2
+    learnt = [re.findall(r"No|First|Second|Third", text) for text in texts(made.rows(), learnt=True)]
+    assert learnt == [["First", "Third"], ["Second"]]
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate_prompt", "truncate_completion"])
