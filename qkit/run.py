@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import DoesNotFit, MissingArtifact, RunBusy
-from qkit.named_files import named_files
 from qkit.progress import Progress
 from qkit.recipe import Recipe, load
 from qkit.source import sha256_of
@@ -147,6 +146,8 @@ class Run:
 
     def sources_changed(self, stage: str) -> bool:
         """Whether a stage would read other files today. What is not where it was read counts as unchanged: runs are copied without it."""
+        from qkit.named_files import named_files  # what `qkit plan` does not need, which is to be quick
+
         then = _sources(self.manifest()["stages"].get(stage, {}))
         now = named_files(self.recipe) if then else {}
         return any(_differ(files, then[str(named)]) for named, files in now.items() if str(named) in then)
@@ -177,6 +178,8 @@ class Run:
 
     def hash_sources(self) -> dict[str, dict[str, Output]]:
         """Hash the files on this machine that the recipe names."""
+        from qkit.named_files import named_files
+
         return {
             str(named): {str(file): _output(file) for file in files}
             for named, files in named_files(self.recipe).items()

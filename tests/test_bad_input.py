@@ -133,6 +133,8 @@ def _exported(tiny_model: Path, tiny_recipe: Path, tmp_path: Path) -> Run:
 def test_no_disk_space(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import collections
 
+    import datasets  # noqa: F401 (it keeps what shutil has when it is imported, and would see a full disk ever after)
+
     from qkit import run as running
     from qkit.errors import DoesNotFit
 
