@@ -204,7 +204,7 @@ def sft_config(how: Recipe, device: Device, out: Path) -> SFTConfig:
     """SFTConfig from the recipe's train section, and what our rows and this device need."""
     from trl import SFTConfig
 
-    return SFTConfig(
+    args = SFTConfig(
         output_dir=str(out / "checkpoints"),
         seed=how.seed,
         max_length=None,  # the data stage has decided about lengths; TRL would cut the answer off
@@ -216,6 +216,8 @@ def sft_config(how: Recipe, device: Device, out: Path) -> SFTConfig:
         **device.trainer_arguments,
         **how.train.model_dump(),
     )
+    args._n_gpu = min(args.n_gpu, 1)  # where more are visible, the trainer would spread each batch over all of them
+    return args
 
 
 def lora_config(how: Recipe, learnt_rows: Mapping[str, Sequence[int]] | None = None) -> LoraConfig:

@@ -191,6 +191,22 @@ def test_an_epoch_that_leaves_rows_out_is_seen(
         train.run(run, out)
 
 
+def test_one_card_is_trained_on_where_several_are_visible(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = transformers.TrainingArguments.__post_init__
+
+    def among_two(args: Any) -> None:
+        alone(args)
+        args._n_gpu = 2
+
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", among_two)
+    run, out = _run(tmp_path, tiny_model, train={"max_steps": 2})
+    train.run(run, out)
+    sums = _json(out / "sums.json")
+    assert 0 < sums["in_batches"] == sums["divided_by"]
+
+
 # --- packing ----------------------------------------------------------------------------------------------------------
 
 
