@@ -60,7 +60,7 @@ def run(run: Run, out: Path) -> Peak:
 
     Raises:
         NotDeployable: a format that the recipe names could not be made of the result, or not be loaded where it goes.
-        StageFailed: the labels that were trained on are not those of the ledger.
+        StageFailed: the labels that were trained on are not those of the ledger, or the loss is no number.
     """
     keep_few_kernels()
     how, device = run.recipe, detect()
@@ -212,6 +212,7 @@ def sft_config(how: Recipe, device: Device, out: Path) -> SFTConfig:
         per_device_train_batch_size=1,  # batches come from the token budget
         report_to=[],
         disable_tqdm=True,
+        logging_nan_inf_filter=False,  # it would log 0 for a loss that is none
         save_strategy="steps",
         **device.trainer_arguments,
         **how.train.model_dump(),
@@ -249,7 +250,10 @@ def _total_steps(trainer: Any) -> int:
 
 
 def _counts(run: Run, trainer: Any, ledger: int) -> Any:
-    """A callback that checks the sums at each step, so that a fault costs a step and not the run, and keeps them in each checkpoint."""
+    """A callback that checks sums and loss at each step, before it is saved, and keeps the sums in each checkpoint.
+
+    A fault costs a step and not the run.
+    """
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
 
@@ -258,10 +262,23 @@ def _counts(run: Run, trainer: Any, ledger: int) -> Any:
             return {"args": {}, "attributes": asdict(trainer.sums)}
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if problem := trainer.sums.problem(state.epoch, ledger):
+            if problem := trainer.sums.problem(state.epoch, ledger) or _astray(trainer, state.global_step):
                 raise StageFailed("train", run.root, run.log("train"), problem)
+            trainer.loss = 0.0
 
     return Counts()
+
+
+def _astray(trainer: Any, step: int) -> str:
+    """What to say of a step after which the adapter is no longer made of numbers; empty where it is."""
+    figures = {"loss": float(trainer.loss), "gradient norm": float(trainer.grad_norm)}
+    wrong = [f"its {name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
+    if not wrong:
+        return ""
+    return (
+        f"step {step} has gone astray: {', '.join(wrong)}. Lower train.learning_rate, set quantization.bnb_4bit_compute_dtype=bfloat16 "
+        "if it is another, and look at the rows with `qkit inspect`; the last checkpoint before it is kept"
+    )
 
 
 def _recorder(file: Path, bar: Bar, meter: PeakMeter, trainer: SFTTrainer, resumed_at: int) -> Any:

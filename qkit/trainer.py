@@ -37,6 +37,8 @@ class Counted(Base):
         self.micro_batches = micro_batches
         self.sums = Sums()
         self.real_tokens = 0
+        self.loss: Any = 0.0  # of the step that is being made
+        self.grad_norm: Any = 0.0
         self.pad = pad
         self.batch_tokens = batch_tokens
         self._labelled_head = labelled_head
@@ -76,7 +78,12 @@ class Counted(Base):
         total = 0.0
         for part in parts:
             total += super().training_step(model, dict(zip(inputs, part, strict=True)), num_items_in_batch)
+        self.loss += total
         return total
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.grad_norm
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

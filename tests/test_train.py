@@ -191,6 +191,32 @@ def test_an_epoch_that_leaves_rows_out_is_seen(
         train.run(run, out)
 
 
+@pytest.mark.parametrize("spoilt", ["loss", "gradient norm"])
+def test_training_stops_at_a_step_that_is_no_number(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
+) -> None:
+    """Checkpoints are written every two steps and logs every four, so that step 4 would be kept and step 3 averaged."""
+    step, whole = transformers.Trainer.training_step, transformers.Trainer._clip_grad_norm
+
+    def loss(trainer: Any, *given: Any) -> torch.Tensor:
+        own: torch.Tensor = step(trainer, *given)
+        return own * float("nan") if spoilt == "loss" and trainer.state.global_step == 3 else own
+
+    def norm(trainer: Any, model: Any) -> Any:
+        own = whole(trainer, model)
+        return own * float("inf") if spoilt == "gradient norm" and trainer.state.global_step == 3 else own
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", loss)
+    monkeypatch.setattr(transformers.Trainer, "_clip_grad_norm", norm)
+    run, out = _run(tmp_path, tiny_model, train={"max_steps": 6, "save_steps": 2, "logging_steps": 4})
+    with pytest.raises(
+        StageFailed, match=rf"step 4 has gone astray: its {spoilt} is (nan|inf)\. Lower train\.learning_rate"
+    ):
+        train.run(run, out)
+    kept = train.last_checkpoint(out / "checkpoints")
+    assert kept is not None and kept.name == "checkpoint-2" and not (out / "adapter").exists()
+
+
 def test_one_card_is_trained_on_where_several_are_visible(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
