@@ -62,9 +62,9 @@ class Device:
         return {"use_cpu": self.kind == "cpu", "bf16": True, "dataloader_pin_memory": self.kind == "cuda"}
 
     @property
-    def device_map(self) -> dict[str, int] | None:
-        """`device_map` for from_pretrained: the whole model on this one device."""
-        return {"": 0} if self.kind == "cuda" else None
+    def device_map(self) -> dict[str, int | str]:
+        """`device_map` for from_pretrained: the whole model on this one device, also where torch sees another."""
+        return {"": 0 if self.kind == "cuda" else "cpu"}
 
     @property
     def onnx_providers(self) -> tuple[str, ...]:

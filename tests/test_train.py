@@ -15,7 +15,7 @@ import torch
 import transformers
 import yaml
 
-from qkit import train
+from qkit import model, train
 from qkit.errors import StageFailed
 from qkit.fast import head
 from qkit.fast.batches import IGNORED, TokenBudgetBatches, collate
@@ -215,6 +215,17 @@ def test_training_stops_at_a_step_that_is_no_number(
         train.run(run, out)
     kept = train.last_checkpoint(out / "checkpoints")
     assert kept is not None and kept.name == "checkpoint-2" and not (out / "adapter").exists()
+
+
+def test_a_model_is_loaded_on_the_cpu_where_torch_sees_a_card(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    run, _ = _run(tmp_path, tiny_model)
+    monkeypatch.setattr(Bnb4BitHfQuantizer, "update_device_map", lambda _, asked: asked or {"": "meta"})
+    loaded = model.load_base(tiny_model, run.recipe, train.detect())
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
 
 
 def test_one_card_is_trained_on_where_several_are_visible(
