@@ -6,12 +6,14 @@ Detection needs no torch: `qkit plan` and `qkit doctor` ask it before anything h
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,21 +92,43 @@ class Device:
 
 @functools.cache
 def detect() -> Device:
-    """The first NVIDIA GPU that is visible, else this machine's CPU. QKIT_DEVICE=cpu forces the CPU."""
+    """The first NVIDIA GPU that is visible and that torch can use, else this machine's CPU. QKIT_DEVICE=cpu forces the CPU."""
     if os.environ.get("QKIT_DEVICE") != "cpu" and (gpu := _nvidia()):
         return gpu
     return Device("cpu", _cpu_name(), _machine_memory(), os.cpu_count() or 1, _cpu_features())
 
 
 def _nvidia() -> Device | None:
-    if not shutil.which("nvidia-smi") or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    if not shutil.which("nvidia-smi") or not _torch_has_cuda():
         return None
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
-    if done.returncode or not done.stdout.strip():
+    listed = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    card = _first_visible(listed, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if done.returncode or card is None:
         return None
-    name, mebibytes, capability = (part.strip() for part in done.stdout.splitlines()[0].split(","))
-    return Device("cuda", name, int(mebibytes) * 2**20, os.cpu_count() or 1, (f"sm_{capability.replace('.', '')}",))
+    _, _, name, mebibytes, capability = card
+    # A card that shares the machine's memory has none of its own to tell of: [N/A].
+    memory = int(mebibytes) * 2**20 if mebibytes.isdigit() else _machine_memory()
+    return Device("cuda", name, memory, os.cpu_count() or 1, (f"sm_{capability.replace('.', '')}",))
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the torch that is installed can use a card, read without importing it; where there is none, one to come may."""
+    found = importlib.util.find_spec("torch")
+    file = Path(found.origin).with_name("version.py") if found and found.origin else None
+    text = file.read_text(encoding="utf-8") if file and file.is_file() else ""
+    return re.search(r"^cuda\b.*= *None", text, re.MULTILINE) is None
+
+
+def _first_visible(listed: Sequence[list[str]], visible: str | None) -> list[str] | None:
+    """Of cards by index and UUID, the first that CUDA_VISIBLE_DEVICES lets programs see; None: it lets them see none."""
+    if visible is None:
+        return next(iter(listed), None)
+    first = visible.partition(",")[0].strip()
+    if first.startswith("MIG"):  # part of a card, and only whole ones are listed
+        return next(iter(listed), None)
+    return next((card for card in listed if first and (card[0] == first or card[1].startswith(first))), None)
 
 
 def _machine_memory() -> int:
