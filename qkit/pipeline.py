@@ -16,9 +16,18 @@ from pathlib import Path
 
 from qkit import deploy, fitting, gates, modelcard
 from qkit.device import PeakMeter, detect, out_of_memory
-from qkit.errors import DoesNotFit, MissingArtifact, OutOfMemory, QkitError, StageFailed, UserError
-from qkit.recipe import Recipe
-from qkit.run import LOCK_HELD, Peak, Run, StageRecord, environment, make_folder, stage_key
+from qkit.errors import (
+    DataError,
+    DoesNotFit,
+    MissingArtifact,
+    OutOfMemory,
+    QkitError,
+    RecipeError,
+    StageFailed,
+    UserError,
+)
+from qkit.recipe import Data, Recipe
+from qkit.run import LOCK_HELD, Peak, Run, StageRecord, environment, make_folder, read_json, stage_key
 
 
 @dataclass(frozen=True)
@@ -181,12 +190,15 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
     `fit`: a training that runs out of memory goes on from its last checkpoint with a recipe that needs less, which is then the run's.
 
     Raises:
+        RecipeError: before anything is done, when the recipe holds no rows out to score the result on.
+        DataError: before anything is trained, when its rows leave none to score the result on.
         NotDeployable: before anything is done, when a format that the recipe names is known not to work.
         StageFailed, UserError: as the stage's own process reported it.
         ParityFailed: every stage is done, and an artifact failed its gate.
     """
     done = []
     fitting.check(run.recipe, detect())
+    _check_held_out(run.recipe.data)
     deploy.check(run.recipe)
     with run.locked():
         run.save_recipe()
@@ -199,6 +211,8 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
                 done.append(stage.name)
                 if stage.name == "serve" or (stage.name in SERVED and serves and beside):
                     server.start()
+                if stage.name == "train":
+                    _check_test_rows(run)
                 if stage.name == "train" and fit:
                     run = fitting.train(run, lambda given: _start(given, "train", options), _rekey)
                 elif stage.name != "serve":
@@ -210,6 +224,26 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
             done.append("report")
     gates.check(run)
     return done
+
+
+HOLD_OUT = "give data.test a source, or divide the rows: data.split={train: 0.95, test: 0.05}"
+
+
+def _check_held_out(data: Data) -> None:
+    if not data.test and not (data.split and data.split.test):
+        raise RecipeError(
+            "the recipe names no rows to score the result on, so `qkit run` would train and then stop: "
+            f"{HOLD_OUT}; `qkit train` alone does without"
+        )
+
+
+def _check_test_rows(run: Run) -> None:
+    summary = run.folder("data") / "summary.json"
+    if summary.exists() and not read_json(summary)["splits"]["test"]["rows"]:
+        raise DataError(
+            f"{run.root}: no row is left in data.test to score the result on, so nothing is trained: {HOLD_OUT}; "
+            f"`qkit inspect {run.root}` says what became of them"
+        )
 
 
 SERVED = ("verify", "bench")  # these ask a server; one that is up already is used by both

@@ -73,6 +73,21 @@ def test_base_model_without_chat_template(change: Any, tiny_model: Path, tmp_pat
     refused(qkit("data", recipe, "--out", tmp_path / "run"), "no chat template", "chat_template.jinja")
 
 
+def test_no_rows_to_score_the_result_on(change: Any, rows_file: Path, tmp_path: Path) -> None:
+    """Known before anything is done where the recipe says so, and before training where the rows do; stages alone do without."""
+    recipe = change(lambda s: s["data"].update(test=[]))
+    root = tmp_path / "run"
+    refused(
+        qkit("run", recipe, "--out", root), "no rows to score the result on", "data.split={train: 0.95, test: 0.05}"
+    )
+    assert not (root / "data").exists()
+    assert qkit("data", recipe, "--out", root).returncode == 0
+    assert qkit("train", root).returncode == 0
+    change(lambda s: s["data"].update(test=[{"source": str(rows_file), "rows": "100:"}]))
+    refused(qkit("run", recipe, "--out", tmp_path / "none"), "no row is left in data.test", "data.split={train: 0.95")
+    assert (tmp_path / "none" / "data").exists() and not (tmp_path / "none" / "train").exists()
+
+
 def test_broken_line_is_named(rows_file: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     with rows_file.open("a") as file:
         file.write('{"messages": [\n')
