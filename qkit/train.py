@@ -106,6 +106,9 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
         OutOfMemory: with what was over the plan.
     """
     watcher = tensors_alive.step_watcher(_step_of(checkpoint) + 1)
+    if checkpoint and _step_of(checkpoint) >= _total_steps(trainer):
+        _load_finished(trainer, checkpoint)
+        return watcher
     trainer.add_callback(watcher)
     begin = time.perf_counter()
     try:
@@ -119,6 +122,14 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
         watcher.close()
     _remember(run, trainer, meter.device, time.perf_counter() - begin - watcher.seconds, _step_of(checkpoint))
     return watcher
+
+
+def _load_finished(trainer: Any, checkpoint: Path) -> None:
+    """Stand where a training that has made its last step stood; the trainer itself would make one more."""
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer._load_from_checkpoint(str(checkpoint))
 
 
 def _first_line(error: Exception) -> str:

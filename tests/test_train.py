@@ -337,3 +337,27 @@ def test_a_run_that_goes_on_ends_in_the_same_sums_losses_and_adapter(
     assert _losses(out) == _losses(straight)
     name = "adapter/adapter_model.safetensors"
     assert (out / name).read_bytes() == (straight / name).read_bytes()
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_that_was_killed_after_its_last_step_makes_no_other(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"ledger": {"losses": True}, "train": {"max_steps": 5, "save_steps": 3}}
+    run, straight = _run(tmp_path / "straight", tiny_model, **settings)
+    train.run(run, straight)
+    killed, out = _run(tmp_path / "cut", tiny_model, **settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "_save", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(killed, out)
+    train.run(Run(killed.root, killed.recipe), out)
+    steps = [[line["step"] for line in train._lines(folder / "metrics.jsonl")] for folder in (straight, out)]
+    assert steps[0] == steps[1] == list(range(1, len(steps[0]) + 1))
+    assert _json(out / "sums.json") == _json(straight / "sums.json")
+    assert _losses(out) == _losses(straight)
+    name = "adapter/adapter_model.safetensors"
+    assert (out / name).read_bytes() == (straight / name).read_bytes()
