@@ -403,19 +403,24 @@ def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     for runtime in recipe.bench.runtimes:
         if runtime != "transformers" and not {runtime, ALL} & {*recipe.export.formats}:
             yield ("bench", "runtimes"), f"bench.runtimes has {runtime!r}, which export.formats does not make"
-    yield from _token_clashes(recipe)
+    yield from _target_clashes(recipe)
     yield from _split_clashes(recipe.data)
     yield from _unknown_names(recipe)
 
 
-def _token_clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
-    targets = recipe.lora.target_modules
-    if recipe.model.add_tokens and (
-        both := {"lm_head", "embed_tokens"} & {*([targets] if isinstance(targets, str) else targets)}
-    ):
+def _target_clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    where, targets = ("lora", "target_modules"), recipe.lora.target_modules
+    named = {targets} if isinstance(targets, str) else {*targets}
+    if "lm_head" in named:
         yield (
-            ("lora", "target_modules"),
-            f"lora.target_modules names {', '.join(sorted(both))}, in which model.add_tokens has rows learnt; peft takes only one of both",
+            where,
+            "lora.target_modules names lm_head, whose adapter would never be trained: the loss is made of the head's own weights; "
+            "leave it out",
+        )
+    if recipe.model.add_tokens and "embed_tokens" in named:
+        yield (
+            where,
+            "lora.target_modules names embed_tokens, in which model.add_tokens has rows learnt; peft takes only one of both",
         )
 
 

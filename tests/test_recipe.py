@@ -70,6 +70,11 @@ def test_numbers_written_as_yaml_reads_them(tmp_path: Path) -> None:
             MINIMAL.replace("{}", "{max_length: 1, too_long: split}"),
             r"r\.yaml:3: data\.max_length: Input should be greater than or equal to 2, got 1",
         ),
+        (
+            MINIMAL + "lora: {target_modules: [q_proj, lm_head]}\n",
+            "names lm_head, whose adapter would never be trained",
+        ),
+        (MINIMAL + "lora: {target_modules: lm_head}\n", "names lm_head, whose adapter would never be trained"),
         (MINIMAL + "export: {formats: [tflite]}\n", "unknown format 'tflite'"),
         (MINIMAL + "export: {formats: [vllm]}\n", "which export.formats does not make"),
     ],
