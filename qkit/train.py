@@ -174,6 +174,11 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
 
 def _warn_of_memory(run: Run, device: Device) -> None:
     """Say it before the model is loaded. Only a warning: activations are a bound, and may turn out smaller."""
+    try:
+        shape_of(run.recipe.model)
+    except ModelError as error:  # it may be trained all the same
+        run.progress.say(f"not planned: {error}")
+        return
     planned = plan.plan(run.recipe, device=device)
     if not planned.fits:
         run.progress.say(f"warning: {plan.refusal(planned)}")

@@ -23,7 +23,7 @@ from qkit.fast.packs import packed
 from qkit.progress import Progress
 from qkit.recipe import load
 from qkit.run import Run
-from tests.conftest import tiny_settings
+from tests.conftest import build_tokenizer, tiny_settings
 
 LENGTHS = [10 + (i * 37) % 60 for i in range(21)]
 CAPACITY = 128
@@ -226,6 +226,19 @@ def test_a_model_is_loaded_on_the_cpu_where_torch_sees_a_card(
     monkeypatch.setattr(Bnb4BitHfQuantizer, "update_device_map", lambda _, asked: asked or {"": "meta"})
     loaded = model.load_base(tiny_model, run.recipe, train.detect())
     assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
+
+
+def test_a_model_that_cannot_be_planned_is_trained(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer, folder, heard = build_tokenizer(), tmp_path / "falcon", Heard()
+    config = transformers.FalconConfig(vocab_size=len(tokenizer), alibi=False, **sizes)
+    transformers.FalconForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    exports = {"export": {"formats": ["vllm"]}, "bench": {"runtimes": ["transformers"]}}
+    run, out = _run(tmp_path, folder, heard, train={"max_steps": 2}, **exports)
+    train.run(run, out)
+    assert heard.lines[0].startswith("not planned: ") and "has no intermediate_size" in heard.lines[0]
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_one_card_is_trained_on_where_several_are_visible(
