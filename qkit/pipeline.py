@@ -120,6 +120,8 @@ def execute(run: Run, name: str) -> None:
     """
     stage = STAGES[name]
     with run.locked():
+        if run.log(name).exists():
+            os.truncate(run.log(name), 0)
         run.save_recipe()
         run.adopt()
         _check_inputs(run, stage)
@@ -346,9 +348,12 @@ def _death(code: int) -> str:
 
 @contextlib.contextmanager
 def captured(run: Run, name: str) -> Iterator[None]:
-    """Send what libraries print to the stage's log; the command line keeps the terminal for itself."""
+    """Send what libraries print to the stage's log; the command line keeps the terminal for itself.
+
+    What an earlier attempt has written there goes when the stage begins: until then another process may be writing.
+    """
     make_folder(run.root)
-    log = os.open(run.log(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    log = os.open(run.log(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     saved = os.dup(1), os.dup(2)
     sys.stdout.flush()
     sys.stderr.flush()

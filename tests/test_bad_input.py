@@ -113,7 +113,11 @@ def test_not_a_run_directory(tmp_path: Path) -> None:
 def test_two_processes_on_one_run(tiny_recipe: Path, tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", load(tiny_recipe))
     with run.locked():
+        run.log("data").write_text("what the other has said")
         refused(qkit("data", tiny_recipe, "--out", run.root), f"process {os.getpid()} works on this run directory")
+        assert run.log("data").read_text() == "what the other has said"
+    assert qkit("data", tiny_recipe, "--out", run.root).returncode == 0
+    assert "the other" not in run.log("data").read_text()
 
 
 def test_port_in_use(tiny_model: Path, tiny_recipe: Path, tmp_path: Path) -> None:
