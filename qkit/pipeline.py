@@ -27,7 +27,7 @@ from qkit.errors import (
     UserError,
 )
 from qkit.recipe import Data, Recipe
-from qkit.run import LOCK_HELD, Peak, Run, StageRecord, environment, make_folder, read_json, stage_key
+from qkit.run import LOCK_HELD, Peak, Run, StageRecord, environment, make_folder, read_json, stage_key, writing
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,8 @@ def captured(run: Run, name: str) -> Iterator[None]:
     What an earlier attempt has written there goes when the stage begins: until then another process may be writing.
     """
     make_folder(run.root)
-    log = os.open(run.log(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    with writing(run.log(name)):
+        log = os.open(run.log(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     saved = os.dup(1), os.dup(2)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -5,6 +5,7 @@ A stage works in `RUN/.work/STAGE` and its folder appears whole, so a killed sta
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -226,6 +227,7 @@ class Run:
 
         Raises:
             RunBusy: another process has it.
+            MissingArtifact: it cannot be written.
         """
         if os.environ.get(LOCK_HELD) == str(self.root.resolve()):
             yield
@@ -234,14 +236,16 @@ class Run:
 
         lock = filelock.FileLock(self.root / ".lock")
         try:
-            lock.acquire(timeout=2)  # a run that was just killed needs a moment to let go
+            with writing(self.root):
+                lock.acquire(timeout=2)  # a run that was just killed needs a moment to let go
         except filelock.Timeout:
             holder = (self.root / ".holder").read_text() if (self.root / ".holder").exists() else "unknown"
             raise RunBusy(
                 f"{self.root}: process {holder} works on this run directory; wait for it, or give --out another folder"
             ) from None
         try:
-            (self.root / ".holder").write_text(str(os.getpid()))
+            with writing(self.root):
+                (self.root / ".holder").write_text(str(os.getpid()))
             yield
         finally:
             lock.release()
@@ -265,10 +269,15 @@ def stage_key(stage: str, recipe: Recipe, sections: tuple[str, ...], inputs: Map
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file by rename: a reader sees the old text or the new, never half of it."""
+    """Write a file by rename: a reader sees the old text or the new, never half of it.
+
+    Raises:
+        MissingArtifact: its folder cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with writing(path.parent):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -288,9 +297,27 @@ def make_folder(path: Path) -> None:
         MissingArtifact: a file is in the way, or the place cannot be written.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
         raise MissingArtifact(f"{path}: cannot make this folder: {error.strerror}") from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For what writes to `path`.
+
+    Raises:
+        MissingArtifact: the system does not let this user, or lets nobody, write there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise MissingArtifact(
+            f"{path}: cannot be written: {error.strerror}; make it writable, or give --out another folder"
+        ) from None
 
 
 def need_disk(folder: Path, wanted_bytes: int, what: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import yaml
 
 from qkit import pipeline
+from qkit.errors import MissingArtifact
 from qkit.recipe import load
 from qkit.run import LOCK_HELD, Run
 
@@ -165,6 +169,24 @@ def test_no_disk_space(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(DoesNotFit, match=r"GiB on the disk of .* 0\.0 GiB free"):
         pipeline.execute(run, "train")
     assert run.manifest() == before and not run.folder("train").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+@pytest.mark.parametrize("what", ["make_folder", "lock", "recipe", "log"])
+def test_a_run_directory_that_cannot_be_written(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, number: int
+) -> None:
+    """Permissions do not stop root, so the system's answer is put in their place."""
+    run = Run.create(tmp_path / "run", load(tiny_recipe))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    targets = {"make_folder": (Path, "mkdir"), "lock": (filelock.FileLock, "acquire"), "recipe": (Path, "write_text")}
+    monkeypatch.setattr(*targets.get(what, (os, "open")), refuse)
+    begun = pipeline.captured(run, "data") if what == "log" else contextlib.nullcontext()
+    with pytest.raises(MissingArtifact, match=rf"{run.root}.* cannot be written: {os.strerror(number)}"), begun:
+        pipeline.execute(run, "data")
 
 
 def test_failures_leave_earlier_results_alone(tiny_recipe: Path, rows_file: Path, tmp_path: Path) -> None:
