@@ -110,7 +110,7 @@ def _key(run: Run, stage: Stage) -> str:
 
 
 def execute(run: Run, name: str) -> None:
-    """Run one stage in this process: check its inputs, work, put the result in place, then write the manifest.
+    """Run one stage in this process: check its inputs, work, write the manifest, then put the result in place.
 
     Raises:
         MissingArtifact: an earlier stage has not been run, or its files were changed since.
@@ -133,7 +133,6 @@ def execute(run: Run, name: str) -> None:
         meter = PeakMeter(detect())
         started, begin = datetime.now(UTC), time.perf_counter()
         peak = _call(run, name, work) or Peak(meter.peak_bytes(), meter.meter)
-        run.commit(name)
         record = StageRecord(
             status="done",
             key=key,
@@ -144,7 +143,9 @@ def execute(run: Run, name: str) -> None:
             outputs=run.hash_outputs(name),
             sources=sources,
         )
+        # First the record, which says nothing while its files are not there: a kill in between leaves work to go on from.
         run.record(name, record, environment(detect().to_dict()))
+        run.commit(name)
         if name in CARDED:
             modelcard.write(run)
 

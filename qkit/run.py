@@ -1,6 +1,6 @@
-"""The run directory: the recipe as run, one folder per stage, and a manifest that is written last and by rename.
+"""The run directory: the recipe as run, one folder per stage, and a manifest that is written by rename.
 
-A stage works in `RUN/.work/STAGE` and its folder appears whole, so a killed stage leaves no half-truth and is run again.
+A stage works in `RUN/.work/STAGE` and its folder appears whole, last of all, so a killed stage leaves no half-truth and is run again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from qkit.source import sha256_of
 
 MANIFEST_VERSION = 1
 OWN_FILES = {".lock", ".holder", ".work", "logs"}  # what a run that was killed in its first moments leaves
+KEY = ".key"  # in a work folder: what the work is for
 LOCK_HELD = "QKIT_RUN_LOCK"  # a stage started by `qkit run` works under the lock of its parent
 
 
@@ -141,9 +142,11 @@ class Run:
         return {name: output["sha256"] for name, output in entry["outputs"].items()} if entry else {}
 
     def whole(self, stage: str) -> bool:
-        """Whether every file of a stage is still there as it was written."""
+        """Whether a stage's folder, and every file in it, is still there as it was written."""
         entry = self.manifest()["stages"].get(stage)
-        return entry is not None and all(_same(self.root / name, output) for name, output in entry["outputs"].items())
+        if entry is None or not self.folder(stage).is_dir():
+            return False
+        return all(_same(self.root / name, output) for name, output in entry["outputs"].items())
 
     def sources_changed(self, stage: str) -> bool:
         """Whether a stage would read other files today. What is not where it was read counts as unchanged: runs are copied without it."""
@@ -187,17 +190,21 @@ class Run:
         }
 
     def hash_outputs(self, stage: str) -> dict[str, Output]:
-        """Hash what a stage made; not checkpoints, which are only for going on, nor the model card, which later stages add to."""
-        files = sorted(p for p in self.folder(stage).rglob("*") if p.is_file())
-        kept = (p for p in files if "checkpoints" not in p.relative_to(self.root).parts and p.name != "README.md")
-        return {str(p.relative_to(self.root)): _output(p) for p in kept}
+        """Hash what a stage has made in its work folder, by the names that `commit` gives it.
+
+        Not checkpoints, which are only for going on, nor the model card, which later stages add to.
+        """
+        work = self.root / ".work" / stage
+        files = sorted(p.relative_to(work) for p in work.rglob("*") if p.is_file())
+        kept = (p for p in files if "checkpoints" not in p.parts and p.name not in (KEY, "README.md"))
+        return {str(Path(stage) / p): _output(work / p) for p in kept}
 
     # --- working in it ------------------------------------------------------------------------------------------
 
     def work_folder(self, stage: str, key: str, resumes: bool) -> Path:
         """The folder a stage works in: empty, but for what a killed attempt at the same work left to a stage that resumes."""
         work = self.root / ".work" / stage
-        note = work / ".key"
+        note = work / KEY
         if work.exists() and not (resumes and note.exists() and note.read_text() == key):
             shutil.rmtree(work)
         make_folder(work)
@@ -206,19 +213,19 @@ class Run:
 
     def rekey(self, stage: str, key: str) -> None:
         """Let what a killed attempt left count as work on another key."""
-        note = self.root / ".work" / stage / ".key"
+        note = self.root / ".work" / stage / KEY
         if note.exists():
             write_text(note, key)
 
     def commit(self, stage: str) -> None:
-        """Put the finished work folder in the place of the stage's folder."""
+        """Put the finished work folder in the place of the stage's folder; killed at any point, it is one or the other."""
         work, target = self.root / ".work" / stage, self.folder(stage)
-        (work / ".key").unlink()
         old = self.root / ".work" / f"{stage}.old"
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         work.rename(target)
+        (target / KEY).unlink()
         shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager

@@ -277,6 +277,36 @@ def test_a_killed_training_goes_on_to_the_same_result(tiny_recipe: Path, tmp_pat
     ).read_bytes()
 
 
+@pytest.mark.parametrize("moment", [(Run, "record"), (Run, "commit"), (Path, "rename"), (Path, "unlink")])
+def test_a_training_that_is_killed_at_its_very_end_is_not_done_again(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: tuple[Any, str]
+) -> None:
+    import transformers
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run, whole = _run_data(tiny_recipe, tmp_path / "run"), train.run
+    with monkeypatch.context() as patched:
+
+        def then_killed(given: Run, out: Path) -> Any:
+            peak = whole(given, out)
+            patched.setattr(*moment, killed)
+            return peak
+
+        patched.setattr(train, "run", then_killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.execute(run, "train")
+    monkeypatch.setattr(transformers.Trainer, "training_step", lambda *_: pytest.fail("it trains again"))
+    adapter = next(run.root.rglob("adapter_model.safetensors"))
+    before = adapter.read_bytes()
+    if moment != (Path, "unlink"):  # after that it is in its place
+        assert pipeline.statuses(run)["train"] != "done"
+        pipeline.execute(run, "train")
+    assert pipeline.statuses(run)["train"] == "done"
+    assert (run.folder("train") / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("after_seconds", [0.5, 2.0, 5.0, 9.0])
 def test_a_killed_run_leaves_nothing_half_done(tiny_recipe: Path, tmp_path: Path, after_seconds: float) -> None:
     """SIGKILL to `qkit run` alone: its stage dies with it, and no folder of a stage is there without its record."""
