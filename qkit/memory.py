@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qkit.device import Device
 from qkit.recipe import Recipe
+from qkit.runtime import PREFILL_TOKENS
 from qkit.shape import Shape, linears, parameters
 from qkit.step import OVERHEADS, Moment, Step, around, logits_how, logits_part, moments, step_of
 from qkit.weights import (
@@ -97,24 +99,44 @@ def load_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, .
 
 
 def evaluate_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, ...]:
-    """The 4-bit weights are dequantized once; then the cache of a batch of answers, or the log-probabilities of a row."""
+    """The 4-bit weights are dequantized once; then a batch of answers, its prompts read at once, or the log-probabilities of a row."""
     name, size, formula = OVERHEADS[device.meter].fixed
     trained, count = sum(adapter_sizes(how, shape)), parameters(shape)
-    longest = min(how.data.max_length, how.serve.max_model_len) + how.evaluate.max_new_tokens
-    cache = how.evaluate.batch_size * kv_bytes(shape, longest)
+    answers = _answer_items(how, shape)
     scored = how.data.max_length * shape.vocabulary * (2 + 4 + 4)
-    cached = f"bound: {how.evaluate.batch_size} rows x {longest:,} tokens, keys and values in bf16"
+    answering = sum(item.bytes for item in answers) >= scored
+    logits = f"bound: a row of {how.data.max_length:,} tokens x {shape.vocabulary:,} x (2 + 4 + 4) bytes"
     return (
         MemoryItem("weights", count * BASE_BYTES, shape.exact, f"{count:,} parameters x 2 bytes: dequantized once"),
         MemoryItem("adapter", trained * ADAPTER_BYTES, shape.exact, f"{trained:,} parameters x 4 bytes"),
-        MemoryItem("kv_cache", cache if cache >= scored else 0, False, cached),
-        MemoryItem(
-            "logits",
-            0 if cache >= scored else scored,
-            False,
-            f"bound: a row of {how.data.max_length:,} tokens x {shape.vocabulary:,} x (2 + 4 + 4) bytes",
-        ),
+        *(item if answering else replace(item, bytes=0) for item in answers),
+        MemoryItem("logits", 0 if answering else scored, False, logits),
         MemoryItem(name, size, False, formula),
+    )
+
+
+def _answer_items(how: Recipe, shape: Shape) -> tuple[MemoryItem, ...]:
+    """The cache of a batch of answers, and what a layer makes of its prompts, all of which are read at once.
+
+    A batch has as many prompts as PREFILL_TOKENS lets. Beside a product in 16 bits the adapter, which is in fp32 and not under autocast,
+    makes its own, scales or adds it, and what comes of the gate waits meanwhile.
+    """
+    rows, new, most = (
+        how.evaluate.batch_size,
+        how.evaluate.max_new_tokens,
+        min(how.data.max_length, how.serve.max_model_len),
+    )
+    tokens = min(rows * most, max(PREFILL_TOKENS, most))
+    each = -(-tokens // rows) + new  # as many rows as there may be of as many tokens take most
+    inner = shape.intermediate * (2 * (2 + 4 + 4) if shape.fused else 2 + 2 + 4 + 4)
+    outer = shape.hidden * (
+        4 * 2 + 4
+    )  # the embeddings, what comes into the layer and into its MLP, that normed, and that in fp32
+    read = f"bound: {tokens:,} tokens of prompts x ({inner:,} of the MLP + {outer:,} of its inputs) bytes, in one layer"
+    cached = f"bound: {rows} rows x {each:,} tokens, keys and values in bf16"
+    return (
+        MemoryItem("kv_cache", rows * kv_bytes(shape, each), False, cached),
+        MemoryItem("prefill", tokens * (inner + outer), False, read),
     )
 
 

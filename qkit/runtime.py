@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from qkit.device import Device
 
 
+PREFILL_TOKENS = 8192  # of prompts, padding included, that a model in this process reads at once
+
+
 @dataclass(frozen=True)
 class Row:
     """A prompt and its completion as token ids; `input_ids[start:]` is the completion."""
@@ -61,6 +64,8 @@ class Timing:
 class Runtime(ABC):
     """An opened artifact. Use it as a context manager, or call `close`."""
 
+    most_tokens: int | None = None  # of prompts in a batch; None: the runtime sees to it that they fit
+
     @abstractmethod
     def steps(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
@@ -101,13 +106,24 @@ class Runtime(ABC):
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         completions: list[list[int]] = [[] for _ in prompts]
-        for begin in range(0, len(order), batch_size):
-            batch = order[begin : begin + batch_size]
+        for batch in self._batches(order, prompts, batch_size):
             for step in self.steps([prompts[i] for i in batch], max_new_tokens, stop):
                 for index, token in step.items():
                     completions[batch[index]].append(token)
             advance(len(batch))
         return completions
+
+    def _batches(self, order: Sequence[int], prompts: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
+        """Prompts in their order, the longest last, as many at once as `most` and `most_tokens` let; one always."""
+        batch: list[int] = []
+        for index in order:
+            padded = len(prompts[index]) * (len(batch) + 1)
+            if batch and (len(batch) == most or (self.most_tokens is not None and padded > self.most_tokens)):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
 
     def timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[Timing]:
         """Send all prompts at once and time each of exactly `output_tokens` tokens of each."""

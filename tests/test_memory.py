@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qkit import cards, memory, step, weights
+from qkit import cards, memory, step, tensors_alive, weights
 from qkit.device import Device
 from qkit.recipe import Recipe, from_dict
 from qkit.shape import Shape, from_config, shape_of
@@ -153,6 +153,33 @@ def test_windows_bound_the_cache() -> None:
     assert memory.kv_bytes(windowed, 1000) == memory.kv_bytes(windowed, 100)
     half = from_config({**config, "layer_types": ["sliding_attention", "full_attention"] * 2}, "x")
     assert memory.kv_bytes(half, 1000) == (2 * 1000 + 2 * 100) * 2 * 2 * 64
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "qwen3", "gemma2"])
+def test_a_batch_of_prompts_takes_what_the_formula_says(kind: str) -> None:
+    """Counted on a real model with its adapter in fp32, as answers are generated."""
+    how = recipe(evaluate={"batch_size": 4, "max_new_tokens": 1})
+    made, ids = model(kind, 2, how).eval(), torch.randint(2, 97, (4, TOKENS))
+    with torch.inference_mode(), tensors_alive.watching(made) as alive:
+        before = alive.alive_bytes()
+        made(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+    items = memory._answer_items(how, shape(kind, 2))
+    assert alive.peak_bytes() - before == pytest.approx(sum(item.bytes for item in items), rel=0.01)
+
+
+def test_batches_of_answers_are_bounded_by_their_tokens() -> None:
+    """A 7B model with 32 prompts of 1,024 tokens at once: what a layer made of them was in no item."""
+    few, many = (
+        {item.name: item.bytes for item in memory.evaluate_items(how, shape_of(how.model), GPU)}
+        for how in (_mistral(8), _mistral(32))
+    )
+    assert few["prefill"] == many["prefill"] == 8192 * 12 * (14336 + 4096)
+    assert few["kv_cache"] < many["kv_cache"] == 32 * memory.kv_bytes(shape_of(_mistral(32).model), 8192 // 32 + 512)
+
+
+def _mistral(batch_size: int) -> Recipe:
+    data, evaluate = {"max_length": 1024}, {"batch_size": batch_size, "max_new_tokens": 512}
+    return recipe(model={"source": "mistralai/Mistral-7B-v0.3"}, data=data, evaluate=evaluate)
 
 
 def test_conversations_fill_what_a_server_has_left() -> None:

@@ -82,3 +82,19 @@ def test_timed_counts_every_token(opened: Runtime) -> None:
     timings = opened.timed(PROMPTS, 5)
     assert [len(t.token_seconds) for t in timings] == [5] * 4
     assert all(t.token_seconds == sorted(t.token_seconds) for t in timings)
+
+
+def test_long_prompts_share_smaller_batches(opened: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded to the longest of them, no batch has more tokens than are let; one prompt may have them all. The order stays."""
+    alone, seen, steps = opened.generate(PROMPTS, 12, STOP, batch_size=1), [], opened.steps
+
+    def watched(prompts: Any, *given: Any) -> Any:
+        seen.append([len(prompt) for prompt in prompts])
+        return steps(prompts, *given)
+
+    told: list[int] = []
+    monkeypatch.setattr(opened, "steps", watched)
+    monkeypatch.setattr(opened, "most_tokens", 12)
+    answers = opened.generate(PROMPTS, 12, STOP, batch_size=8, advance=told.append)
+    assert seen == [[4, 6], [9], [17]] and told == [2, 1, 1]
+    assert answers[1:3] == alone[1:3]  # a batch of several rounds otherwise

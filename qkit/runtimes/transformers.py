@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.device import Device, PeakMeter, released
 from qkit.errors import ModelError
 from qkit.fast.head import scaled
-from qkit.runtime import Row, RowScores, Runtime
+from qkit.runtime import PREFILL_TOKENS, Row, RowScores, Runtime
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,8 @@ def _gguf(folder: Path, file: str) -> dict[str, Any]:
 
 class TransformersRuntime(Runtime):
     """Greedy decoding and scoring with a model that is loaded here."""
+
+    most_tokens = PREFILL_TOKENS
 
     def __init__(self, model: PreTrainedModel, meter: PeakMeter):
         self.model = model
