@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,20 @@ def at_once(count: int, ask: Callable[[], Any]) -> list[Any]:
     """What `ask` gives, asked so many times at once: one after the other the first would be over before the last has been asked."""
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(lambda _: ask(), range(count)))
+
+
+@contextmanager
+def holding(served: Served, count: int) -> Iterator[None]:
+    """So many requests that are let in and come to no end: the server waits for the rest of their bodies."""
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    )
+    address = urllib.parse.urlsplit(served.url)
+    with ExitStack() as stack:
+        for _ in range(count):
+            one = stack.enter_context(socket.create_connection((address.hostname, address.port)))
+            one.sendall(f"{head}Content-Length: 100\r\n\r\n".encode())
+        yield
 
 
 def check_keeps_connections(served: Served) -> None:

@@ -173,17 +173,13 @@ def test_arguments_of_tool_calls_are_objects_to_the_template(arguments: Any) -> 
     assert made["tool_calls"][0]["function"]["arguments"] == ({"side": "left"} if arguments else {})
 
 
-def test_what_the_engine_s_bindings_refuse_ends_one_request_and_not_the_server(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_what_the_engine_s_bindings_refuse_ends_one_request_and_not_the_server(served: Served) -> None:
     import asyncio
 
     from qkit.onnx_engine import Ended, Engine, Sampling
 
-    recipe = Recipe.model_validate({"task": "chat", "model": {"source": "none"}, "data": {}})
-    job = Job(tiny_model, tiny_model, tiny_model, tiny_model, recipe, tmp_path / "export.log")
-    exporter.export(job, tmp_path / "m", "fp32")
-    engine = Engine(tmp_path / "m", 4, failed=lambda: pytest.fail("the engine gave up"))
+    folder = served.stderr.parent / TEXT_MODEL
+    engine = Engine(folder, 4, failed=lambda: pytest.fail("the engine gave up"))
 
     async def answer(sampling: Sampling) -> list[Any]:
         return [item async for item in engine.generate([1, 2, 3], sampling)]
