@@ -25,12 +25,9 @@ from qkit.plan_sheet import Options, recipe_for
 from qkit.runtimes import vllm
 from qkit.serve import Serving
 
-# Answers until it has been asked once, then says why and ends; its child stays behind, as an engine may, and ignores SIGTERM.
+# Answers, then does what LAST says: one ends with a cause, the other leaves a child behind that ignores SIGTERM, as an engine may.
 PROGRAM = """
 import http.server, os, signal, sys, threading, time
-if os.fork() == 0:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(600)
 class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self):
         self.send_response(200)
@@ -46,7 +43,7 @@ threading.Thread(target=server.serve_forever, daemon=True).start()
 LAST
 """
 DIES = "time.sleep(1); print('ValueError: [/odd] cause', flush=True); os._exit(1)"
-LIVES = "time.sleep(600)"
+LIVES = "os.fork() or signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
 
 def serving(tmp_path: Path) -> Serving:
