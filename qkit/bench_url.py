@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 
 from qkit import model
 from qkit.bench import as_text, held_out_prompts, measure, record, tokenizer_folder
-from qkit.bench_load import BEYOND_OPENAI, CHAT, COMPLETIONS, HeldOut, Synthetic, Tool
+from qkit.bench_load import BEYOND_OPENAI, CHAT, COMPLETIONS, HeldOut, Synthetic, Tool, beyond_openai
 from qkit.errors import RecipeError, ServerError, UserError
 from qkit.progress import Progress
 from qkit.recipe import Bench, override
@@ -97,17 +96,16 @@ def taken(place: str, name: str) -> frozenset[str]:
     """Which of BEYOND_OPENAI a server takes: some refuse a request for a parameter that they do not know. Found out by asking."""
     if _answers(place, name, BEYOND_OPENAI):
         return frozenset(BEYOND_OPENAI)
-    return frozenset(key for key, value in BEYOND_OPENAI.items() if _answers(place, name, {key: value}))
+    return frozenset(key for key in BEYOND_OPENAI if _answers(place, name, [key]))
 
 
-def _answers(place: str, name: str, extra: Mapping[str, Any]) -> bool:
+def _answers(place: str, name: str, extra: Collection[str]) -> bool:
     import httpx
 
-    salted = {key: value or uuid.uuid4().hex if key == "cache_salt" else value for key, value in extra.items()}
     what: dict[str, Any] = {"prompt": "a"}
     if place.endswith(CHAT):
         what = {"messages": [{"role": "user", "content": "a"}]}
-    body = {"model": name, **what, "max_tokens": 1, **salted}
+    body = {"model": name, **what, "max_tokens": 1, **beyond_openai(extra)}
     try:
         return httpx.post(place, json=body, headers=_key(), timeout=PROBE_SECONDS).status_code == 200
     except httpx.HTTPError:

@@ -21,7 +21,7 @@ from qkit.merged_folder import dtype_of
 from qkit.provenance import NOTE
 from qkit.run import Run, read_json
 from qkit.scoring import HeldOut
-from qkit.tensor_files import read, shards, tensor_specs
+from qkit.tensor_files import SHARDS, read, shards, tensor_specs
 
 if TYPE_CHECKING:
     import httpx
@@ -192,7 +192,7 @@ def _dtype(run: Run, served: Path | None) -> Check:
 def _head(served: Path | None) -> Check:
     """A config that ties the head to the embedding beside weights that hold another head: vLLM takes the one, transformers the other."""
     name = "tied head"
-    if served is None or not any(served.glob("model*.safetensors")):
+    if served is None or not any(served.glob(SHARDS)):
         return Check(name, NOT_CHECKED, "no safetensors on this machine")
     if not _read(served / "config.json").get("tie_word_embeddings"):
         return Check(name, OK, "the head is not tied to the embedding")

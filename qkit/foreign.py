@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ from qkit import added_tokens, candidates, data, live, model, parity, provenance
 from qkit.candidates import Candidate
 from qkit.deltas import Deltas
 from qkit.device import detect
-from qkit.errors import DataError, MissingArtifact, ModelError, ParityFailed, RecipeError
-from qkit.merge import rounds_too_much, write_finer
+from qkit.errors import DataError, MissingArtifact, ModelError, RecipeError
+from qkit.merge import with_finer
 from qkit.merged_folder import add_stop_token, write_folder
 from qkit.progress import Progress
 from qkit.recipe import Recipe, from_dict
@@ -212,16 +212,15 @@ def _made(run: Run, wish: Wish, adapters: Mapping[str, float]) -> dict[str, Any]
     spoken = run.folder("train") / "adapter" if len(wish.adapters) > 1 else wish.adapters[0]
     for base in ways:
         write_folder(run, candidates.folder_of(run.root, base), base, adapters)
-        _take_tokenizer(spoken, candidates.folder_of(run.root, base))
-    if not wish.rows:
-        return {"chosen": ways[0], "note": "not measured: give rows with --data", "candidates": [], "beside": []}
-
-    def finer(best: Candidate) -> str:
-        name = write_finer(run, run.root, best, adapters)
-        _take_tokenizer(spoken, candidates.folder_of(run.root, name))
-        return name
-
-    return _measured(run, ways, finer)
+    unmeasured: dict[str, Any] = {
+        "chosen": ways[0],
+        "note": "not measured: give rows with --data",
+        "candidates": [],
+        "beside": [],
+    }
+    table = _measured(run, ways, adapters) if wish.rows else unmeasured
+    _take_tokenizer(spoken, candidates.folder_of(run.root, table["chosen"]))
+    return table
 
 
 def _prepare(run: Run, source: str) -> None:
@@ -250,8 +249,7 @@ def _tokenizer_files(folder: Path) -> set[Path]:
     return {file for pattern in TOKENIZER for file in folder.glob(pattern)}
 
 
-def _measured(run: Run, made: Sequence[str], finer: Callable[[Candidate], str]) -> dict[str, Any]:
-    """Each by its name; where the best has lost too much to bfloat16, what `finer` makes of it too."""
+def _measured(run: Run, made: Sequence[str], adapters: Mapping[str, float]) -> dict[str, Any]:
     rows = scoring.read_held_out(run.need("data", "test.parquet")).rows
     reference = live.recorded(run, rows)
 
@@ -260,12 +258,7 @@ def _measured(run: Run, made: Sequence[str], finer: Callable[[Candidate], str]) 
         with open_runtime("transformers", candidates.folder_of(run.root, name), detect()) as runtime:
             return Candidate(name, candidates.describe(name), parity.measure(reference, runtime.score(rows)))
 
-    found = [measured(name) for name in made]
-    if rounds_too_much(run.recipe, best := candidates.choose(found, "fidelity")):
-        try:
-            found.append(measured(finer(best)))
-        except ParityFailed as error:  # a model whose activations float16 cannot hold
-            run.progress.say(f"merge: float16 is left out: {error}")
+    found = with_finer(run, run.root, [measured(name) for name in made], "fidelity", measured, adapters)
     best = candidates.choose(found, "fidelity")
     candidates.refuse_lost(best, "the merged model", LOST)
     table = candidates.table(found, "fidelity", [candidates.base_model(reference), candidates.apart(reference, None)])

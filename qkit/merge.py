@@ -7,7 +7,7 @@ merge/candidates.json   every way with its distance to the live adapter, held-ou
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -43,13 +43,15 @@ def run(run: Run, out: Path) -> None:
     size = sum(shard.stat().st_size for shard in shards(folder))
     need_disk(out, size * min(len(ways), 2), "merge")
     held_out = scoring.read_held_out(run.need("data", "test.parquet"))
-    made = [_made(run, out, base) for base in ways]
+    for base in ways:
+        _make(run, out, base)
     reference = live.recorded(run, held_out.rows)
-    measured = [_measured(run, out, candidate, held_out, reference) for candidate in made]
+
+    def measure(name: str) -> Candidate:
+        return _measured(run, out, Candidate(name, candidates.describe(name)), held_out, reference)
+
+    measured = with_finer(run, out, [measure(base) for base in ways], run.recipe.merge.choose, measure)
     best = candidates.choose(measured, run.recipe.merge.choose)
-    if rounds_too_much(run.recipe, best):
-        measured += _finer(run, out, best, held_out, reference)
-        best = candidates.choose(measured, run.recipe.merge.choose)
     candidates.refuse_lost(best, "the merged model", LOST)
     _keep(candidates.folder_of(out, best.name), out)
     table = candidates.table(measured, run.recipe.merge.choose, _beside(run, folder, held_out, reference))
@@ -58,15 +60,13 @@ def run(run: Run, out: Path) -> None:
         run.progress.say(f"merge: {best.name} is kept; {table['otherwise']['words']}")
 
 
-def _made(run: Run, out: Path, base: Base) -> Candidate:
+def _make(run: Run, out: Path, base: Base) -> None:
     """One merged model, whole, in a folder of its own."""
-    target = candidates.folder_of(out, base)
     run.progress.say(f"merge: {base}")
-    write_folder(run, target, base)
-    return Candidate(base, candidates.WHAT[base])
+    write_folder(run, candidates.folder_of(out, base), base)
 
 
-def rounds_too_much(how: Recipe, best: Candidate) -> bool:
+def _rounds_too_much(how: Recipe, best: Candidate) -> bool:
     """Whether the best merge is beyond the gate of its kind, and there is a finer dtype: small deltas get lost between numbers of bfloat16.
 
     A gate that the recipe moves changes what is accepted, not what is made: the merge need not be made again for it.
@@ -75,8 +75,31 @@ def rounds_too_much(how: Recipe, best: Candidate) -> bool:
     return len(how.merge.dtypes) > 1 and limit is not None and best.parity is not None and best.parity.kl_mean > limit
 
 
-def write_finer(run: Run, out: Path, best: Candidate, adapters: Mapping[str, float] | None = None) -> str:
-    """The best one again in float16, beside it; the others make room. Returns its name."""
+def with_finer(
+    run: Run,
+    out: Path,
+    found: Sequence[Candidate],
+    rule: str,
+    measured: Callable[[str], Candidate],
+    adapters: Mapping[str, float] | None = None,
+) -> list[Candidate]:
+    """These, and the best of them in float16 where bfloat16 rounds too much of it away. The others make room for it on the disk.
+
+    `measured`: what measures one by its name. Some models do not run in float16, as their activations overflow: it is left out then.
+    """
+    best = candidates.choose(found, rule)
+    if not _rounds_too_much(run.recipe, best):
+        return [*found]
+    name = _write_finer(run, out, best, adapters)
+    try:
+        return [*found, measured(name)]
+    except ParityFailed as error:
+        run.progress.say(f"merge: {name} is left out: {error}")
+        return [*found]
+
+
+def _write_finer(run: Run, out: Path, best: Candidate, adapters: Mapping[str, float] | None) -> str:
+    """The best one again in float16, beside it and no other. Returns its name."""
     assert best.parity is not None
     run.progress.say(
         f"merge: {best.name} in bfloat16 is beyond its gate (KL {best.parity.kl_mean:.4f}); float16 is tried"
@@ -88,16 +111,6 @@ def write_finer(run: Run, out: Path, best: Candidate, adapters: Mapping[str, flo
     base, dtype = candidates.base_of(best.name), run.recipe.merge.dtypes[-1]
     write_folder(run, candidates.folder_of(out, name), base, adapters, dtype=dtype)
     return name
-
-
-def _finer(run: Run, out: Path, best: Candidate, held_out: HeldOut, reference: Live) -> list[Candidate]:
-    """The best one in float16, measured; nothing where the model does not run in it, as some do not: their activations overflow."""
-    name = write_finer(run, out, best)
-    try:
-        return [_measured(run, out, Candidate(name, candidates.describe(name)), held_out, reference)]
-    except ParityFailed as error:
-        run.progress.say(f"merge: {name} is left out: {error}")
-        return []
 
 
 def _measured(run: Run, out: Path, candidate: Candidate, held_out: HeldOut, reference: Live) -> Candidate:

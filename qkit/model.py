@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qkit import added_tokens, deltas, provenance, recipe, template
 from qkit.errors import ModelError
 from qkit.source import HubId, cache_dir, locate, sha256_of
-from qkit.tensor_files import tensor_specs
+from qkit.tensor_files import SHARDS, tensor_specs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 # What stands beside the weights; a licence goes on with what is made of them, as most ask for.
 COMPANIONS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
-WEIGHTS = "model*.safetensors"  # Mistral's repositories hold them once more as consolidated.safetensors
 
 
 def resolve(model: recipe.Model) -> Path:
@@ -35,7 +34,7 @@ def resolve(model: recipe.Model) -> Path:
     Raises:
         ModelError: there is no such model, it cannot be had, or it cannot be given these tokens.
     """
-    folder = _resolved(model, (*COMPANIONS, WEIGHTS))
+    folder = _resolved(model, (*COMPANIONS, SHARDS))
     if not model.add_tokens:
         return folder
     target = cache_dir() / "models" / f"tokens-{added_tokens.key(folder, model.add_tokens)[:24]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,5 +120,5 @@ def _failed(folder: Path) -> str | None:
         return None
     if manifest.is_file() and not made_of(read_json(manifest), "verify", f"{folder.relative_to(run)}/"):
         return None  # it was made anew since, and what was measured is another one
-    entry = json.loads(file.read_text(encoding="utf-8")).get("parity", {}).get(name, {})
+    entry = read_json(file).get("parity", {}).get(name, {})
     return f"{name} failed its gate when it was measured ({file})" if entry.get("status") == FAILED else None

@@ -150,11 +150,12 @@ class Run:
 
     def sources_changed(self, stage: str) -> bool:
         """Whether a stage would read other files today. What is not where it was read counts as unchanged: runs are copied without it."""
+        if not (then := _sources(self.manifest()["stages"].get(stage, {}))):
+            return False
         from qkit.named_files import named_files  # what `qkit plan` does not need, which is to be quick
 
-        then = _sources(self.manifest()["stages"].get(stage, {}))
-        now = named_files(self.recipe) if then else {}
-        return any(_differ(files, then[str(named)]) for named, files in now.items() if str(named) in then)
+        now = named_files(self.recipe).items()
+        return any(_differ(files, then[str(named)]) for named, files in now if str(named) in then)
 
     def adopt(self) -> None:
         """Keep the new times of files that were copied and are what was hashed, so that they are not hashed at each look."""

@@ -32,6 +32,7 @@ from qkit.served_adapter import is_adapter
 from qkit.server import Server
 from qkit.shape import shape_of
 from qkit.source import cache_dir, is_hub_id
+from qkit.tensor_files import SHARDS
 
 RUNTIMES = ("vllm", "onnxruntime")
 ONNX_SEQS = 4  # as many as onnxruntime-genai's own default
@@ -351,11 +352,10 @@ def _of_items(made: plan.Plan, items: Sequence[plan.MemoryItem]) -> plan.Plan:
 
 
 def _file_bytes(serving: Serving) -> int:
-    """Of the weights, as far as they are on this disk. Some models hold them twice: Mistral's, as consolidated.safetensors too."""
+    """Of the weights, as far as they are on this disk."""
     if is_adapter(Path(serving.model)):
         return 0  # its base's weights are what counts, and they are elsewhere
-    kinds = ("model*.safetensors", "*.onnx.data")
-    return sum(file.stat().st_size for kind in kinds for file in Path(serving.model).glob(kind))
+    return sum(file.stat().st_size for kind in (SHARDS, "*.onnx.data") for file in Path(serving.model).glob(kind))
 
 
 # --- starting and ending ------------------------------------------------------------------------------------------------

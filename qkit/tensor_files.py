@@ -22,6 +22,7 @@ Spec = Mapping[str, Any]  # dtype (as the format names it) and shape of a tensor
 
 ALIGNMENT = 8  # bytes; what the safetensors library pads its header to
 SAMPLED_BYTES = 4096
+SHARDS = "model*.safetensors"  # Mistral's repositories hold them once more as consolidated.safetensors
 WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".data"}
 TORCH_NAMES = {
     "BF16": "bfloat16",
@@ -43,9 +44,9 @@ def shards(folder: Path) -> list[Path]:
     Raises:
         ModelError: there are none.
     """
-    files = sorted(folder.glob("model*.safetensors"))
+    files = sorted(folder.glob(SHARDS))
     if not files:
-        raise ModelError(f"{folder}: holds no model*.safetensors; save the model with `save_pretrained` once")
+        raise ModelError(f"{folder}: holds no {SHARDS}; save the model with `save_pretrained` once")
     return files
 
 
