@@ -6,12 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qkit.device import detect
-from qkit.export._job import exporter
+from qkit.export._job import exporter, split
+from qkit.merged_folder import dtype_of
 from qkit.run import Run, read_json
 from qkit.runtime import Runtime, open_runtime
 
 MERGED = "merged"
 SERVED = "vllm"  # the export that the stage `serve` serves
+# By variant, where the folder's config.json does not say it: a graph has its own dtype, and a .gguf file is dequantized to fp32.
+COMPUTED = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "int4": "float32",
+    "int8": "float32",
+    "f16": "float32",
+    "q8_0": "float32",
+    "q4_0": "float32",
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,13 @@ class Artifact:
     def disk_bytes(self) -> int:
         """Of all its files; links count as what they lead to."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+
+def rounding(run: Run, artifact: Artifact) -> dict[str, str]:
+    """The dtypes that it `computed` in and that its `weights` were merged in, as parity.measure takes them."""
+    variant, config = split(artifact.name)[1], artifact.path / "config.json"
+    own = read_json(config).get("dtype") if config.is_file() and artifact.runtime in ("transformers", "vllm") else None
+    return {"computed": COMPUTED.get(variant, own or "bfloat16"), "weights": dtype_of(run)}
 
 
 def artifacts(run: Run) -> list[Artifact]:

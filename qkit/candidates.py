@@ -12,13 +12,13 @@ from typing import Any
 
 from qkit import parity
 from qkit.errors import ParityFailed
-from qkit.live import Live
 from qkit.merging import Base
-from qkit.parity import Parity
+from qkit.parity import Live, Parity
 from qkit.recipe import Recipe
 from qkit.run import Run, read_json
 
 FILE = "candidates.json"
+APART = "adapter"  # the adapter on its base as it was trained, in bf16; evaluate scores it under this name
 WHAT = {
     "dequantized": "merged into the base's 4-bit weights, dequantized: what the adapter was trained against",
     "16bit": "merged into the base's 16-bit weights",
@@ -80,7 +80,7 @@ def choose(candidates: Sequence[Candidate], rule: str) -> Candidate:
 def refuse_lost(candidate: Candidate, what: str, advice: str) -> None:
     """Raise ParityFailed when the fine-tune is not in it."""
     found = candidate.parity
-    if found is None or not found.lost or found.kl_base is None or found.kl_base_live is None:
+    if found is None or not found.lost:
         return
     raise ParityFailed(
         f"{what} ({candidate.name}) has lost the fine-tune: its mean KL is {found.kl_base:.2g} nats per token to the base model and "
@@ -125,10 +125,8 @@ def base_model(live: Live) -> Candidate:
 
 
 def apart(live: Live, score: Mapping[str, float] | None) -> Candidate:
-    """The adapter kept apart on the base it was trained on, which is what all are measured against."""
-    return Candidate(
-        "adapter", "the adapter apart, on the base as it was trained", parity.measure(live, live.scores), score
-    )
+    """The adapter kept apart on the base it was trained on, computed in bf16 as it was trained: all are measured against the same in fp32."""
+    return Candidate(APART, "the adapter apart, on the base as it was trained, in bf16", live.bf16, score)
 
 
 # --- read by other stages ---------------------------------------------------------------------------------------------

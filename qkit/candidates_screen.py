@@ -21,6 +21,6 @@ def _lines(made: Mapping[str, Any]) -> Iterator[str]:
             f"{row['name']:>16} {found['kl_mean']:9.4f} {found['kl_p99']:8.3f} {found['top1']:7.1%} {found['heldout_loss']:14.4f}{mark}"
         )
     if rows:
-        yield f"KL in nats per completion token to the adapter apart on its base, {rows[0]['parity']['tokens']} tokens"
+        yield f"KL in nats per completion token to the adapter apart on its base, computed in fp32, {rows[0]['parity']['tokens']} tokens"
     yield from (f"note: {note}" for note in [*made["notes"], *filter(None, [made.get("note")])])
     yield f"{made['out']}: merged into the base's {'4-bit' if made['chosen'].startswith('dequantized') else '16-bit'} weights"

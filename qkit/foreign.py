@@ -23,7 +23,7 @@ from qkit.merge import with_finer
 from qkit.merged_folder import add_stop_token, write_folder
 from qkit.progress import Progress
 from qkit.recipe import Recipe, from_dict
-from qkit.run import Run, make_folder, need_disk, write_json
+from qkit.run import Run, make_folder, need_disk, read_json, write_json
 from qkit.runtime import open_runtime
 from qkit.tensor_files import shards
 
@@ -255,8 +255,11 @@ def _measured(run: Run, made: Sequence[str], adapters: Mapping[str, float]) -> d
 
     def measured(name: str) -> Candidate:
         run.progress.say(f"merge: measuring {name}")
-        with open_runtime("transformers", candidates.folder_of(run.root, name), detect()) as runtime:
-            return Candidate(name, candidates.describe(name), parity.measure(reference, runtime.score(rows)))
+        folder = candidates.folder_of(run.root, name)
+        dtype = str(read_json(folder / "config.json")["dtype"])
+        with open_runtime("transformers", folder, detect()) as runtime:
+            found = parity.measure(reference, runtime.score(rows), dtype, dtype)
+        return Candidate(name, candidates.describe(name), found)
 
     found = with_finer(run, run.root, [measured(name) for name in made], "fidelity", measured, adapters)
     best = candidates.choose(found, "fidelity")

@@ -1,5 +1,7 @@
 """What the model that was trained says of the held-out rows: recorded once for an adapter, and read by every stage that measures against it.
 
+It is computed in fp32, from the base's weights as training saw them: in bf16 two runs of one model differ, by more than a right merge does.
+
 The log-probabilities over the whole vocabulary lie in RUN/.work/live/, where `forget` takes them away.
 """
 
@@ -9,26 +11,21 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from qkit import model
+from qkit import model, parity, scoring
 from qkit.device import detect
+from qkit.parity import Live, Parity
 from qkit.run import Run, make_folder, need_disk, read_json, write_json
-from qkit.runtime import Row, RowScores, open_runtime
+from qkit.runtime import Row, RowScores, Runtime, open_runtime
 
 LIVE_BYTES = 4 * 2**30  # parity is measured on as many rows as the live model's log-probabilities fit here
 BASE_ROWS = 32  # enough to tell whether an artifact is nearer to the base model than to the adapter
-DONE = "done.json"  # written last: how many rows each file holds
+LIVE, BASE = "live-fp32", "base-fp32"
+DONE = "done.json"  # written last: how many rows each file holds, and what bf16 makes of them
 ON_WHICH = ("data/test.parquet", "train/adapter/adapter_model.safetensors")
-
-
-@dataclass(frozen=True)
-class Live:
-    """Scores of the live adapter on the first held-out rows, and those of the base model alone on the first few of them."""
-
-    scores: tuple[RowScores, ...]
-    base: tuple[RowScores, ...]
 
 
 def recorded(run: Run, rows: Sequence[Row]) -> Live:
@@ -38,8 +35,9 @@ def recorded(run: Run, rows: Sequence[Row]) -> Live:
         forget(run)
         make_folder(folder)
         _record(run, rows, folder)
-    counts = read_json(folder / DONE)
-    return Live(*(tuple(read(folder / name, rows[: counts[name]])) for name in ("live", "base")))
+    done = read_json(folder / DONE)
+    exact = _read_both(folder, rows, done)
+    return replace(exact, rounding=tuple(done["rounding"]), bf16=Parity(**done["bf16"]))
 
 
 def forget(run: Run) -> None:
@@ -54,20 +52,50 @@ def _home(run: Run) -> Path:
 def _key(run: Run) -> str:
     made = {**run.outputs("data"), **run.outputs("train")}
     quantization = run.recipe.quantization.model_dump(mode="json")
-    text = json.dumps([[made.get(name) for name in ON_WHICH], quantization], sort_keys=True)
+    text = json.dumps([LIVE, [made.get(name) for name in ON_WHICH], quantization], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _record(run: Run, rows: Sequence[Row], folder: Path) -> None:
-    """The adapter first, then the base alone; never two models in memory at once."""
-    base, adapter = model.resolve(run.recipe.model), run.need("train", "adapter")
+    """The adapter first, then the base alone, then the adapter in bf16; never two models in memory at once."""
     need_disk(folder, LIVE_BYTES, "measuring against the live adapter")
-    run.progress.say("the live adapter's log-probabilities on the held-out rows")
-    with open_runtime("transformers", base, detect(), recipe=run.recipe, adapter=adapter) as runtime:
-        counts = {"live": write(runtime.score(rows), folder / "live")}
-    with open_runtime("transformers", base, detect(), recipe=run.recipe, adapter=None) as runtime:
-        counts["base"] = write(runtime.score(rows[: min(BASE_ROWS, counts["live"])]), folder / "base")
-    write_json(folder / DONE, counts)
+    run.progress.say("the trained model's log-probabilities on the held-out rows, in fp32")
+    adapter = run.need("train", "adapter")
+    with _opened(run, adapter, exact=True) as runtime:
+        done: dict[str, Any] = {LIVE: write(runtime.score(rows), folder / LIVE)}
+    with _opened(run, None, exact=True) as runtime:
+        done[BASE] = write(runtime.score(rows[: min(BASE_ROWS, done[LIVE])]), folder / BASE)
+    run.progress.say("the same in bf16: what rounding makes of it")
+    exact = _read_both(folder, rows, done)
+    with _opened(run, adapter, exact=False) as runtime:
+        seen = _Seen(exact.scores, runtime.score(rows))
+        done["bf16"] = parity.measure(exact, seen).to_dict()
+    write_json(folder / DONE, {**done, "rounding": seen.sums})
+
+
+def _opened(run: Run, adapter: Path | None, exact: bool) -> Runtime:
+    base = model.resolve(run.recipe.model)
+    return open_runtime("transformers", base, detect(), recipe=run.recipe, adapter=adapter, exact=exact)
+
+
+def _read_both(folder: Path, rows: Sequence[Row], done: dict[str, Any]) -> Live:
+    scores, base = (tuple(read(folder / name, rows[: done[name]])) for name in (LIVE, BASE))
+    return Live(scores, base)
+
+
+class _Seen:
+    """Scores as they pass by; `sums`: of each row that the exact ones have, the sum of its divergences, in nats."""
+
+    def __init__(self, exact: Sequence[RowScores], scores: Iterable[RowScores]):
+        self.exact, self.scores = exact, scores
+        self.sums: list[float] = []
+
+    def __iter__(self) -> Iterator[RowScores]:
+        for row in self.scores:
+            if len(self.sums) < len(self.exact):
+                kl = scoring.divergence(self.exact[len(self.sums)], row)
+                self.sums.append(float(kl.sum(dtype="float64")))
+            yield row
 
 
 def write(scores: Iterable[RowScores], file: Path) -> int:

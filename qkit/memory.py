@@ -140,8 +140,30 @@ def _answer_items(how: Recipe, shape: Shape) -> tuple[MemoryItem, ...]:
     )
 
 
+def reference_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, ...]:
+    """The trained model computed in fp32: its weights in 16 bits, of which embedding, head and one layer at a time are widened."""
+    name, size, formula = OVERHEADS[device.meter].fixed
+    trained, count = sum(adapter_sizes(how, shape)), parameters(shape)
+    outside = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    layer = (count - outside) // shape.layers
+    wide = outside * 2 + layer * 4
+    scored = how.data.max_length * shape.vocabulary * (4 + 4 + 4)
+    return (
+        MemoryItem("weights", count * BASE_BYTES, shape.exact, f"{count:,} parameters x 2 bytes: dequantized once"),
+        MemoryItem(
+            "float32", wide, False, f"{outside:,} parameters x 2 bytes more, and {layer:,} of a layer x 4 bytes"
+        ),
+        MemoryItem("adapter", trained * ADAPTER_BYTES, shape.exact, f"{trained:,} parameters x 4 bytes"),
+        MemoryItem(
+            "logits", scored, False, f"bound: a row of {how.data.max_length:,} tokens x {shape.vocabulary:,} x 12 bytes"
+        ),
+        MemoryItem(name, size, False, formula),
+    )
+
+
 def merge_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, ...]:
-    """Tensor by tensor on the host; then each merged model is opened and measured, as evaluate does with the live one. The larger of both."""
+    """Tensor by tensor on the host; then what was trained is computed in fp32, and each merged model opened and measured against that, as
+    evaluate does with the live one. The largest of the three."""
     tensor = max(_largest(shape), shape.vocabulary * shape.hidden)
     _, size, formula = OVERHEADS["rss"].fixed
     moving = (
@@ -154,7 +176,8 @@ def merge_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, 
         MemoryItem("process", size, False, formula),
     )
     opened = tuple(item for item in evaluate_items(how, shape, device) if item.name != "adapter")
-    return max(moving, opened, key=lambda items: sum(item.bytes for item in items))
+    ways = (moving, reference_items(how, shape, device), opened)
+    return max(ways, key=lambda items: sum(item.bytes for item in items))
 
 
 # Peak resident size of the builder less a bare process, over the fp32 weights of a 135M model: 1.1 and 1.6 GB measured.

@@ -16,9 +16,9 @@ from qkit.answers import answered
 from qkit.candidates import Candidate
 from qkit.device import detect
 from qkit.errors import ParityFailed
-from qkit.live import Live
 from qkit.merged_folder import write_folder
 from qkit.merging import Base
+from qkit.parity import Live
 from qkit.recipe import Recipe
 from qkit.run import Run, need_disk, read_json, write_json
 from qkit.runtime import open_runtime
@@ -71,8 +71,8 @@ def _rounds_too_much(how: Recipe, best: Candidate) -> bool:
 
     A gate that the recipe moves changes what is accepted, not what is made: the merge need not be made again for it.
     """
-    limit = gates.default_gate("merged", how).kl_mean
-    return len(how.merge.dtypes) > 1 and limit is not None and best.parity is not None and best.parity.kl_mean > limit
+    gate = gates.default_gate("merged", how)
+    return len(how.merge.dtypes) > 1 and best.parity is not None and gates.is_far(gate, best.parity)
 
 
 def with_finer(
@@ -116,9 +116,11 @@ def _write_finer(run: Run, out: Path, best: Candidate, adapters: Mapping[str, fl
 def _measured(run: Run, out: Path, candidate: Candidate, held_out: HeldOut, reference: Live) -> Candidate:
     """Its distance to the live adapter, and its score beside the live adapter's on the same rows."""
     run.progress.say(f"merge: measuring {candidate.name}")
-    with open_runtime("transformers", candidates.folder_of(out, candidate.name), detect()) as runtime:
+    folder = candidates.folder_of(out, candidate.name)
+    dtype = str(read_json(folder / "config.json")["dtype"])
+    with open_runtime("transformers", folder, detect()) as runtime:
         own = answered(run, runtime, held_out)
-        found = parity.measure(reference, runtime.score(held_out.rows))
+        found = parity.measure(reference, runtime.score(held_out.rows), dtype, dtype)
     return replace(
         candidate,
         parity=found,

@@ -1,4 +1,9 @@
-"""How far an opened artifact is from the model that was trained, per completion token of the held-out rows."""
+"""How far an opened artifact is from the model that was trained, per completion token of the held-out rows.
+
+What was trained is the adapter on its base, computed in fp32. The same computed in bf16, as training did it, is already some way from that:
+so is every artifact that computes in 16 bits, and no fault of its own. An artifact is judged by what it is beyond that, and beyond what
+the choice of rows makes of it: rows are drawn again, whole, since the tokens of one row are no independent witnesses.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +13,42 @@ from typing import TYPE_CHECKING, Any
 
 from qkit import scoring
 from qkit.errors import ParityFailed
-from qkit.live import Live
 from qkit.runtime import RowScores
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+CONFIDENCE = 0.95  # of the intervals, two-sided
+DRAWS = 2000
+# What rounding to a dtype does, as a multiple of what the live adapter is from fp32 when it is computed in bf16. A divergence grows with the
+# square of the relative error: fp16 has three bits more than bf16, fp32 sixteen.
+ROUNDING = {"bfloat16": 1.0, "float16": 2.0**-6, "float32": 2.0**-32}
+
+
+@dataclass(frozen=True)
+class Live:
+    """What was trained, computed in fp32: scores of the first held-out rows, and those of the base alone on the first few of them.
+
+    `rounding`: of each of these rows, the sum over its tokens of KL(this || the same adapter computed in bf16), in nats; () where it was not
+    measured. `bf16`: that computation's whole distance.
+    """
+
+    scores: tuple[RowScores, ...]
+    base: tuple[RowScores, ...]
+    rounding: tuple[float, ...] = ()
+    bf16: Parity | None = None
+
 
 @dataclass(frozen=True)
 class Parity:
-    """Distance to the live adapter. KL(live || artifact) in nats per completion token; `top1`: share of tokens with the same most likely one.
+    """Distance to what was trained. KL(trained || artifact) in nats per completion token; `top1`: share of tokens with the same top one.
 
-    `kl_base`: mean KL(base model || artifact) on the rows that the base was scored on, `kl_base_live` mean KL(live || artifact) on these same
-    rows; None without such rows. `max_difference`: the largest difference of any log-probability, None where only the top ones are known.
-    `over`: what the divergence is summed over.
+    `kl_low`, `kl_high`: interval of `kl_mean` over rows. `rounding`: mean KL of the live adapter computed in bf16, on the same rows;
+    `beyond`: the lower end of the interval of `kl_mean` less what rounding does in the artifact's dtypes. None where they were not measured.
+    `kl_base`: mean KL(base model || artifact) on the rows that the base was scored on, `kl_base_live` mean KL(trained || artifact) on these
+    same rows, `nearer_base` the lower end of the interval of their difference; None without such rows. `max_difference`: the largest
+    difference of any log-probability, None where only the top ones are known. `over`: what the divergence is summed over.
     """
 
     kl_mean: float
@@ -35,18 +61,32 @@ class Parity:
     max_difference: float | None = None
     kl_base: float | None = None
     kl_base_live: float | None = None
+    kl_low: float | None = None
+    kl_high: float | None = None
+    rounding: float | None = None
+    beyond: float | None = None
+    nearer_base: float | None = None
 
     @property
     def lost(self) -> bool:
-        """Whether the artifact is as near to the base model as to the adapter: then the fine-tune is not in it."""
-        return self.kl_base is not None and self.kl_base_live is not None and self.kl_base <= self.kl_base_live
+        """Whether the artifact is nearer to the base model than to the adapter, by more than chance: then the fine-tune is not in it."""
+        if self.nearer_base is not None:
+            return self.nearer_base > 0
+        return self.kl_base is not None and self.kl_base_live is not None and self.kl_base < self.kl_base_live
+
+    @property
+    def excess(self) -> float:
+        """What the artifact is certainly farther from the trained model than rounding to 16 bits takes it, in nats per token."""
+        return self.kl_mean if self.beyond is None else self.beyond
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def measure(live: Live, others: Iterable[RowScores]) -> Parity:
+def measure(live: Live, others: Iterable[RowScores], computed: str = "bfloat16", weights: str = "bfloat16") -> Parity:
     """The parity of an artifact from its scores of all held-out rows, in order.
+
+    `computed`, `weights`: the dtypes of its products and sums, and of what the adapter was added to; each rounds once.
 
     Raises:
         ParityFailed: it gives numbers that are none.
@@ -76,9 +116,56 @@ def measure(live: Live, others: Iterable[RowScores]) -> Parity:
         tokens=len(kl),
         over=over,
         max_difference=max(known, default=None),
-        kl_base=_mean(to_base),
-        kl_base_live=_mean(to_live[: len(to_base)]),
+        **_intervals(live, to_live, ROUNDING[computed] + ROUNDING[weights]),
+        **_beside_base(to_live, to_base),
     )
+
+
+def row_sums(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    """The sum of each row's values, [rows]."""
+    import numpy as np
+
+    return np.array([float(row.sum(dtype="float64")) for row in rows])
+
+
+def _intervals(live: Live, to_live: Sequence[NDArray[np.float32]], times: float) -> dict[str, float]:
+    """The interval of the mean, and what is certainly beyond `times` the rounding of bf16."""
+    import numpy as np
+
+    sums, sizes = row_sums(to_live), np.array([len(row) for row in to_live])
+    low, high = interval(sums, sizes)
+    if not live.rounding:
+        return {"kl_low": low, "kl_high": high}
+    rounding = np.array(live.rounding[: len(sums)])
+    beyond, _ = interval(sums - times * rounding, sizes)
+    return {"kl_low": low, "kl_high": high, "rounding": float(rounding.sum() / sizes.sum()), "beyond": beyond}
+
+
+def _beside_base(
+    to_live: Sequence[NDArray[np.float32]], to_base: Sequence[NDArray[np.float32]]
+) -> dict[str, float | None]:
+    """The distance to the base alone, beside that to the adapter on the same rows."""
+    import numpy as np
+
+    if not to_base:
+        return {}
+    same = to_live[: len(to_base)]
+    sizes = np.array([len(row) for row in to_base])
+    nearer, _ = interval(row_sums(same) - row_sums(to_base), sizes)
+    return {"kl_base": _mean(to_base), "kl_base_live": _mean(same), "nearer_base": nearer}
+
+
+def interval(sums: NDArray[np.float64], sizes: NDArray[Any]) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean per token, whole rows drawn with replacement.
+
+    `sums` [rows]: of each row's tokens; `sizes` [rows]: how many there are. The draws are the same at every call.
+    """
+    import numpy as np
+
+    picks = np.random.default_rng(0).integers(0, len(sums), (DRAWS, len(sums)))
+    means = sums[picks].sum(1) / sizes[picks].sum(1)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def _mean(rows: Sequence[NDArray[np.float32]]) -> float | None:

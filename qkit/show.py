@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.bench_record import steady
+from qkit.candidates import APART
 from qkit.errors import MissingArtifact
 from qkit.run import Run
 
@@ -183,8 +184,9 @@ def refused(figures: Summary) -> list[tuple[str, str]]:
 
 
 def farthest(figures: Summary) -> str | None:
-    """The artifact with the largest mean distance to the live adapter."""
-    distances = {name: p["kl_mean"] for name, p in figures["parity"].items() if p["kl_mean"] is not None}
+    """The artifact with the largest mean distance to what was trained; the adapter's own row is what bf16 makes of it."""
+    judged = {name: p for name, p in figures["parity"].items() if name != APART}
+    distances = {name: p["kl_mean"] for name, p in judged.items() if p["kl_mean"] is not None}
     return max(distances, key=lambda name: distances[name], default=None)
 
 

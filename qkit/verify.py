@@ -1,7 +1,7 @@
-"""The stage `verify`: each artifact against the live adapter on the held-out rows, and against its gate.
+"""The stage `verify`: each artifact against what was trained, computed in fp32, on the held-out rows; and against its gate.
 
-Per completion token of the reference answers: KL(live || artifact) and top-1 agreement; and the task's score. An artifact that fails its gate
-fails no measurement: it is kept with a mark, and whoever asks for the artifact is told (`gates.check`).
+Per completion token of the reference answers: KL(trained || artifact) and top-1 agreement; and the task's score. An artifact that fails its
+gate fails no measurement: it is kept with a mark, and whoever asks for the artifact is told (`gates.check`).
 
     verify/parity.json   parity, gate and scores by artifact
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from qkit import candidates, contract, gates, live, parity, scoring
 from qkit.answers import answered
-from qkit.artifacts import MERGED, Artifact, artifacts, open_artifact
+from qkit.artifacts import MERGED, Artifact, artifacts, open_artifact, rounding
 from qkit.device import detect
 from qkit.errors import MissingArtifact, ModelError, ParityFailed, ServerError
 from qkit.parity import Parity
@@ -61,7 +61,13 @@ def run(run: Run, out: Path) -> None:
         score = scoring.score(measured.right, measured.parity.heldout_loss, run.recipe.evaluate, run.recipe.seed)
         scores[artifact.name] = asdict(score)
     live.forget(run)
-    write_json(out / "parity.json", {"parity": distances, "scores": scores})
+    write_json(out / "parity.json", {"parity": {**_rounding(run), **distances}, "scores": scores})
+
+
+def _rounding(run: Run) -> dict[str, Any]:
+    """The row of what was trained itself, computed in bf16: so far from fp32 is what no artifact can be blamed for."""
+    found = next((row for row in candidates.read_table(run)["beside"] if row["name"] == candidates.APART), None)
+    return {candidates.APART: {"status": None, "failed": [], **found["parity"]}} if found and found["parity"] else {}
 
 
 def _check_hashes(run: Run) -> None:
@@ -91,7 +97,8 @@ def _measure(run: Run, artifact: Artifact, held_out: scoring.HeldOut) -> Measure
         with open_artifact(run, artifact, "verify") as runtime:
             checks = _contract(run, artifact, runtime)
             own = answered(run, runtime, held_out)
-            measured = parity.measure(reference, exact.seen(runtime.score(held_out.rows)))
+            scores = exact.seen(runtime.score(held_out.rows))
+            measured = parity.measure(reference, scores, **rounding(run, artifact))
     return Measured(measured, own.right, exact.found(), checks)
 
 
@@ -128,7 +135,7 @@ class _Exact:
         for index, row in enumerate(scores):
             if index < len(self.source):
                 wanted = self.source[index]
-                self.agreements += (wanted.top1 == row.top1).tolist()
+                self.agreements += _same_top(wanted, row)
                 self.differences.append(parity.largest_difference(wanted, row) or 0.0)
             yield row
 
@@ -136,6 +143,17 @@ class _Exact:
         if not self.agreements:
             return None
         return gates.Exactness(sum(self.agreements) / len(self.agreements), max(self.differences))
+
+
+def _same_top(wanted: RowScores, row: RowScores) -> list[bool]:
+    """By token: whether the most likely one is that of `wanted`, or ties with it there within what the numbers may differ by."""
+    import numpy as np
+
+    if wanted.full is None:
+        return [bool(same) for same in wanted.top1 == row.top1]
+    chosen = np.take_along_axis(wanted.full, row.top1[:, None], axis=1)[:, 0]
+    same: list[bool] = (chosen >= wanted.full.max(axis=1) - (gates.EXACT.max_difference or 0.0)).tolist()
+    return same
 
 
 def _judged(run: Run, name: str, measured: Measured) -> dict[str, Any]:

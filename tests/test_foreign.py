@@ -19,7 +19,6 @@ from qkit import foreign, gates
 from qkit.errors import MissingArtifact, ModelError, RecipeError
 from qkit.foreign import Wish
 from qkit.progress import Progress
-from qkit.recipe import Gate
 
 FP32 = ["merge.dtype=float32"]
 
@@ -56,7 +55,7 @@ def test_both_ways_are_measured_when_it_was_trained_in_4_bit(tiny_model: Path, t
     wish = Wish(str(tiny_model), [adapter], tmp_path / "merged", rows=str(rows_file), overrides=how)
     made = foreign.merge(wish, Progress())
     kl = {row["name"]: row["parity"]["kl_mean"] for row in [*made["candidates"], *made["beside"]]}
-    assert made["chosen"] == "dequantized" and kl["adapter"] == 0
+    assert made["chosen"] == "dequantized" and kl["adapter"] < kl["base"] / 20  # what bf16 makes of it
     assert 10 * kl["dequantized"] < min(kl["16bit"], kl["base"])
     assert json.loads((tmp_path / "merged" / "qkit.json").read_text())["merged"][0]["onto"] == "dequantized"
 
@@ -64,7 +63,7 @@ def test_both_ways_are_measured_when_it_was_trained_in_4_bit(tiny_model: Path, t
 def test_what_bfloat16_rounds_away_is_tried_in_float16(
     tiny_model: Path, tmp_path: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gates, "SIXTEEN_BIT", Gate(kl_mean=1e-9))
+    monkeypatch.setattr(gates, "is_far", lambda *_: True)
     adapter = _foreign(tiny_model, tmp_path / "adapter")
     made = foreign.merge(Wish(str(tiny_model), [adapter], tmp_path / "merged", rows=str(rows_file)), Progress())
     kl = {row["name"]: row["parity"]["kl_mean"] for row in made["candidates"]}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qkit import live, parity, pipeline
+from qkit import live, parity, pipeline, scoring
 from qkit.errors import ParityFailed
 from qkit.live import Live
 from qkit.recipe import load
@@ -56,6 +56,9 @@ def test_the_live_model_is_asked_once(tiny_recipe: Path, tmp_path: Path, monkeyp
     assert len(first.scores) == len(first.base) == 4
     apart = parity.measure(first, first.base)
     assert apart.kl_mean > 0 and apart.kl_base == 0 and apart.lost
+    assert first.bf16 is not None and 0 < first.bf16.kl_mean < apart.kl_mean and not first.bf16.lost
+    assert sum(first.rounding) == pytest.approx(first.bf16.kl_mean * first.bf16.tokens)
+    assert again.rounding == first.rounding and again.bf16 == first.bf16
     live.forget(run)
     assert not (run.root / ".work" / "live").exists()
 
@@ -70,3 +73,36 @@ def test_as_many_rows_as_fit_the_disk_budget(
     monkeypatch.setattr(live, "LIVE_BYTES", 10_000)
     recorded = live.recorded(run, rows)
     assert 0 < len(recorded.scores) < len(rows) and len(recorded.base) == len(recorded.scores)
+
+
+def _rows_of(live: Live, step: float, seed: int) -> list[RowScores]:
+    return [_scores(seed + n, row, step) for n, row in enumerate(live.scores)]
+
+
+@pytest.mark.parametrize("step", [0.01, 0.1, 0.3])
+def test_what_rounding_does_is_no_distance(step: float) -> None:
+    """However coarse the rounding: an artifact as far as the live adapter in bf16 is not beyond it, one much farther is."""
+    exact = Live(tuple(_scores(n) for n in range(40)), ())
+    rounded = parity.measure(exact, _rows_of(exact, step, 1000))
+    sums = [
+        float(scoring.divergence(a, b).sum()) for a, b in zip(exact.scores, _rows_of(exact, step, 1000), strict=True)
+    ]
+    reference = Live(exact.scores, (), tuple(sums), rounded)
+    whole = parity.measure(reference, _rows_of(exact, step, 2000))
+    merged = parity.measure(reference, _rows_of(exact, step * 2**0.5, 3000))  # its weights were rounded too
+    broken = parity.measure(reference, _rows_of(exact, step * 3, 4000))
+    assert whole.rounding == pytest.approx(rounded.kl_mean)
+    assert whole.excess < 0 and merged.excess < 0 < broken.excess
+    assert whole.kl_low < whole.kl_mean < whole.kl_high
+    finer = parity.measure(reference, _rows_of(exact, step, 2000), "float16", "float16")
+    assert finer.excess > 0  # fp16 has no such excuse
+
+
+def test_an_interval_draws_whole_rows() -> None:
+    """Tokens of one row go together: twenty rows of a hundred equal tokens tell no more than twenty tokens do."""
+    values = np.random.default_rng(0).normal(1.0, 1.0, 20)
+    low, high = parity.interval(values * 100, np.full(20, 100))
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20**0.5, rel=0.15)
+    assert parity.interval(np.array([3.0]), np.array([2])) == (1.5, 1.5)
+    uneven = parity.interval(np.array([1.0, 300.0]), np.array([1, 100]))
+    assert uneven == (1.0, 3.0)  # the mean per token, not the mean of means

@@ -216,7 +216,10 @@ def test_a_failed_gate_is_seen(tmp_path: Path) -> None:
     check(summary)
     screen = "\n".join(drawn(summary, 160))
     page, card = report.page(run), modelcard.render(run)
-    for said in ("mean KL to the live adapter 0.31 (limit 0.1)", "stop tokens: it talks on after token 2"):
+    for said in (
+        "mean KL to the trained model beyond rounding and chance 0.31 (limit 0.1)",
+        "stop tokens: it talks on after token 2",
+    ):
         assert said in screen and said in page and said in card
     assert "onnx-int4 failed its gate" in screen and "vllm failed" not in screen
 

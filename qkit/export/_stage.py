@@ -20,8 +20,8 @@ from qkit import candidates, deploy, live, model, parity, provenance, scoring
 from qkit.candidates import Candidate
 from qkit.device import detect
 from qkit.export._job import Job, exporter, split
-from qkit.live import Live
 from qkit.merged_folder import dtype_of, write_folder
+from qkit.parity import Live
 from qkit.run import Run, need_disk, read_json, write_json
 from qkit.runtime import open_runtime
 from qkit.scoring import HeldOut

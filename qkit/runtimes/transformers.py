@@ -22,21 +22,24 @@ SCORE_TOKENS = 2048  # right-padded tokens per forward when scoring
 
 def open(artifact: Path, device: Device, **options: Any) -> Runtime:
     """A model folder, in the dtype that it has or in `dtype` of options; one that holds a .gguf file, dequantized to float32. With `recipe` and
-    `adapter` in options: the live model, quantized as it was trained."""
+    `adapter` in options: the live model, quantized as it was trained; with `exact` too: the same numbers, computed in fp32."""
     meter = PeakMeter(device)
     recipe: Recipe | None = options.get("recipe")
-    loaded = (
-        _merged(artifact, device, options)
-        if recipe is None
-        else _live(artifact, recipe, device, options.get("adapter"))
-    )
-    return TransformersRuntime(loaded, meter)
+    if recipe is None:
+        return TransformersRuntime(_merged(artifact, device, options), meter)
+    exact = bool(options.get("exact"))
+    loaded = _live(artifact, recipe, device, options.get("adapter"), exact)
+    return TransformersRuntime(loaded, meter, SCORE_TOKENS // 2 if exact else SCORE_TOKENS)
 
 
-def _live(folder: Path, recipe: Recipe, device: Device, adapter: Path | None) -> PreTrainedModel:
+def _live(folder: Path, recipe: Recipe, device: Device, adapter: Path | None, exact: bool) -> PreTrainedModel:
     from qkit import model
+    from qkit.float32 import compute_in_float32, with_any_dtype
 
-    return model.load_live(folder, recipe, device, adapter)
+    loaded: PreTrainedModel = model.load_live(folder, with_any_dtype(recipe) if exact else recipe, device, adapter)
+    if exact:
+        compute_in_float32(loaded)
+    return loaded
 
 
 def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrainedModel:
@@ -103,9 +106,10 @@ class TransformersRuntime(Runtime):
 
     most_tokens = PREFILL_TOKENS
 
-    def __init__(self, model: PreTrainedModel, meter: PeakMeter):
+    def __init__(self, model: PreTrainedModel, meter: PeakMeter, score_tokens: int = SCORE_TOKENS):
         self.model = model
         self.meter = meter
+        self.score_tokens = score_tokens
 
     def steps(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
@@ -118,7 +122,7 @@ class TransformersRuntime(Runtime):
     def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
         import torch
 
-        for batch in _score_batches(rows):
+        for batch in _score_batches(rows, self.score_tokens):
             with torch.inference_mode():
                 scores = list(_score(self.model, batch))
             yield from scores
@@ -178,12 +182,12 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: Any) -> tuple[torch.T
     return ids.to(device), mask.to(device)
 
 
-def _score_batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-    """Rows in their order, as many at once as fit SCORE_TOKENS when right-padded."""
+def _score_batches(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
+    """Rows in their order, as many at once as fit `most` tokens when right-padded."""
     batch: list[Row] = []
     for row in rows:
         longest = max(len(r.input_ids) for r in [*batch, row])
-        if batch and longest * (len(batch) + 1) > SCORE_TOKENS:
+        if batch and longest * (len(batch) + 1) > most:
             yield batch
             batch = []
         batch.append(row)
