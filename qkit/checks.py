@@ -6,7 +6,7 @@ A check that fails stops the stage `data`: training on these rows would teach so
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qkit.recipe import Data
@@ -93,7 +93,8 @@ KINDS: Mapping[str, Kind] = {
         "every turn's text is in what the model reads",
         "lose text on the way through the template",
         "fail",
-        "take a template that writes every turn (model.chat_template)",
+        "take a template that writes every turn, thinking too (model.chat_template), or do without the thinking "
+        "(data.ignore='[messages.reasoning_content]', or as your rows call it)",
     ),
     "tools": Kind(
         "every offered tool is in what the model reads",
@@ -150,6 +151,12 @@ KINDS: Mapping[str, Kind] = {
         "warn",
         "such a turn is learnt in a row of its own, with the prompt a server would send; that takes more tokens",
     ),
+    "rounded": Kind(
+        "no number was rounded when its table was read",
+        "hold numbers beyond 2**63 that are floats in their table: were they integers, their last digits are gone",
+        "warn",
+        "write such numbers as text, or give the rows as JSON lines, which keep every digit",
+    ),
     "special_text": Kind(
         "no text spells a special token",
         "spell a special token in their text, which the model reads as the token itself",
@@ -186,6 +193,20 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+# What is found under another name than a check's own is the lesser degree of it: said, and no reason to stop.
+LESSER: Mapping[str, tuple[str, Kind]] = {
+    "white_space": (
+        "content",
+        Kind(
+            "",
+            "lose white space on the way through the template, such as the indentation of code: what is learnt is the text without it",
+            "warn",
+            "take a template that writes turns as they are (model.chat_template), or strip the rows if nothing hangs on it",
+        ),
+    )
+}
+
+
 @dataclass
 class Findings:
     """Collects what is found in rows: counts, the first places and the first words, by check."""
@@ -205,9 +226,12 @@ class Findings:
     def checks(self, how: Data, skipped: Iterable[str] = ()) -> Iterator[Check]:
         """Every check over rows, in order."""
         left_out = set(skipped)
+        lesser = {check: (name, kind) for name, (check, kind) in LESSER.items() if name in self.counts}
         for name, kind in KINDS.items():
             if name in self.counts:
                 yield self._found(name, kind, how)
+            elif name in lesser:
+                yield replace(self._found(*lesser[name], how), name=name)
             elif name in left_out:
                 yield Check(name, "skipped", "does not apply to these rows")
             else:

@@ -120,7 +120,7 @@ def _prompts(run: Run, server: _Asked, held_out: HeldOut, numbers: Sequence[int]
     if not numbers:
         return Check(name, NOT_CHECKED, "the held-out rows are plain text: there are no turns to write")
     for number in numbers:
-        answer = server.prompt_ids(held_out.messages[number], held_out.tools[number])
+        answer = server.prompt_ids(held_out.messages[number], held_out.tools[number], held_out.variables[number])
         if answer is None:
             return Check(name, NOT_CHECKED, "the server has no /tokenize that takes messages")
         if isinstance(answer, str):
@@ -230,7 +230,8 @@ def _tools(server: _Asked, held_out: HeldOut, rows: int) -> Check:
     if not numbers:
         return Check(name, NOT_CHECKED, "no held-out answer holds tool calls")
     for number in numbers:
-        answer = server.said(held_out.messages[number], held_out.tools[number], held_out.answers[number])
+        prompt = held_out.messages[number], held_out.tools[number], held_out.variables[number]
+        answer = server.said(*prompt, held_out.answers[number])
         if isinstance(answer, str):
             return Check(name, NOT_CHECKED, f"the server parses no tool calls: {answer}")
         wanted = [_named(call) for call in held_out.calls[number]]
@@ -266,13 +267,17 @@ class _Asked(Protocol):
     def folder(self) -> Path | None:
         """The model folder that it serves, when it is on this machine."""
 
-    def prompt_ids(self, messages: Sequence[Any], tools: Sequence[Any]) -> list[int] | str | None:
+    def prompt_ids(
+        self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any]
+    ) -> list[int] | str | None:
         """The ids that it makes of a conversation; why it refuses; None if it cannot be asked."""
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
         """Whether saying this token ends an answer."""
 
-    def said(self, messages: Sequence[Any], tools: Sequence[Any], text: str) -> dict[str, Any] | str:
+    def said(
+        self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
+    ) -> dict[str, Any] | str:
         """Its message when it can say nothing but `text`; or why it does not take tools."""
 
 
@@ -289,12 +294,14 @@ class _Folder:
     def folder(self) -> Path:
         return self.path
 
-    def prompt_ids(self, messages: Sequence[Any], tools: Sequence[Any]) -> list[int] | str | None:
+    def prompt_ids(
+        self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any]
+    ) -> list[int] | str | None:
         from qkit import model, recipe, template
 
         try:
             self.tokenizer = self.tokenizer or model.load_tokenizer(self.path, recipe.Model(source=str(self.path)))
-            text = template.render(self.tokenizer, messages, tools, answered=False)
+            text = template.render(self.tokenizer, messages, tools, answered=False, variables=variables)
         except (ModelError, template.TemplateRefusal, OSError, ValueError) as error:
             return self.refusal or str(error)[:300]
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -306,7 +313,9 @@ class _Folder:
         named = own.get("eos_token_id", config.get("eos_token_id"))
         return token in (named if isinstance(named, list) else [named])
 
-    def said(self, messages: Sequence[Any], tools: Sequence[Any], text: str) -> dict[str, Any] | str:
+    def said(
+        self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
+    ) -> dict[str, Any] | str:
         return "only a server does"
 
 
@@ -359,9 +368,12 @@ class _Server:
         folder = Path(self.described.get("root") or "")
         return folder if (folder / "config.json").is_file() else None
 
-    def prompt_ids(self, messages: Sequence[Any], tools: Sequence[Any]) -> list[int] | str | None:
+    def prompt_ids(
+        self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any]
+    ) -> list[int] | str | None:
         body = {"model": self.model, "messages": _as_request(messages), "add_generation_prompt": True}
-        answer = self._ask("POST", "/tokenize", {**body, **({"tools": list(tools)} if tools else {})}, refusable=True)
+        more = {**({"tools": list(tools)} if tools else {}), **_given(variables)}
+        answer = self._ask("POST", "/tokenize", {**body, **more}, refusable=True)
         if answer.status_code in (404, 405):
             return None
         if answer.status_code != 200:
@@ -374,11 +386,14 @@ class _Server:
         choice = self._ask("POST", "/v1/completions", {**body, "logit_bias": {str(token): FORCED}}).json()["choices"][0]
         return bool(choice["finish_reason"] == "stop")
 
-    def said(self, messages: Sequence[Any], tools: Sequence[Any], text: str) -> dict[str, Any] | str:
+    def said(
+        self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
+    ) -> dict[str, Any] | str:
         body = {
             "model": self.model,
             "messages": _as_request(messages),
             "tools": list(tools),
+            **_given(variables),
             "tool_choice": "auto",
             "temperature": 0.0,
             "structured_outputs": {"choice": [text]},
@@ -391,8 +406,20 @@ class _Server:
 
 
 def _as_request(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Turns as OpenAI's API has them: a call's arguments are text there."""
-    return [{**turn, **({"tool_calls": _calls(turn)} if turn.get("tool_calls") else {})} for turn in messages]
+    """Turns as OpenAI's API has them: a call's arguments are text there, and thinking goes by vLLM's two names, the newer and the older."""
+    return [
+        {
+            **turn,
+            **({"tool_calls": _calls(turn)} if turn.get("tool_calls") else {}),
+            **({"reasoning": turn["reasoning_content"]} if "reasoning_content" in turn else {}),
+        }
+        for turn in messages
+    ]
+
+
+def _given(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's variables of the template, as a request has them."""
+    return {"chat_template_kwargs": dict(variables)} if variables else {}
 
 
 def _calls(turn: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import decisions, formats, preconditions, preparation, template
+from qkit import decisions, formats, preconditions, preparation, template, unused
 from qkit.checks import Findings, failures, refusal
 from qkit.decisions import Fate
 from qkit.device import detect
@@ -94,7 +94,12 @@ def prepare(how: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     _write_splits(ledger, entries, out)
     _write_ledger(ledger, out / "ledger.parquet")
     counts = decisions.split_counts(entries, fates)
-    found = [*findings.checks(how.data), *overlap, *preconditions.checks(own, entries, fates, tokens, counts)]
+    found = [
+        *findings.checks(how.data),
+        unused.check(entries, own.reads),
+        *overlap,
+        *preconditions.checks(own, entries, fates, tokens, counts),
+    ]
     summary = {
         "sources": decisions.source_counts(entries, fates),
         "template": _template(own, tokens),

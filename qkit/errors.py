@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+SHOWN = 200  # characters of a user's value that a message gives back
+
+
+def short(text: object) -> str:
+    """What a user gave, for a message: as much of it as tells which it is."""
+    found = str(text)
+    return found if len(found) <= SHOWN else f"{found[: SHOWN - 1]}\N{HORIZONTAL ELLIPSIS}"
+
 
 class QkitError(Exception):
     """Base of every error that qkit raises on purpose."""

@@ -3,9 +3,13 @@
 messages            messages (role, content; weight or train), tools, system
 sharegpt            conversations (from, value), tools, system
 tokenized           input_ids, labels, attention_mask
-alpaca              instruction, input, output, system, history
+alpaca              instruction, input, output, history, tools, system
 prompt_completion   prompt, completion: each text or a list of turns; tools, system
 text                text
+
+Beside these a conversation may have chat_template_kwargs, an object, and columns that are called as variables of the chat template are
+(enable_thinking). The thinking of an answer is a key of its turn, or where that is text a column beside it: reasoning_content, reasoning
+or thinking. What nothing reads is noted by its name.
 """
 
 from __future__ import annotations
@@ -13,13 +17,28 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qkit.errors import short
 from qkit.recipe import Data
-from qkit.task import Conversation, Example, Message, RowError, Text, Tokens
-from qkit.turns import Turn, listing, plain, printable, shown, string, tools_of, turns_of
+from qkit.task import NO_MORE, THINKING, Conversation, Example, Message, Reads, RowError, Text, Tokens
+from qkit.turns import (
+    Notes,
+    Turn,
+    listing,
+    loaded,
+    parsed,
+    plain,
+    printable,
+    shown,
+    string,
+    thought_of,
+    tools_of,
+    turns_of,
+    without_fillers,
+)
 
 SYSTEM = ("system", "developer")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -27,6 +46,26 @@ UNUSABLE = re.compile("[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\ufffd]")
 NAMES = {"\x00": "NUL", "\ufffd": "the replacement character"}
 IGNORED = -100
 MAX_ID = 2**31 - 1  # token ids are kept in 32 bits
+KWARGS = "chat_template_kwargs"  # TRL's and vLLM's name for a template's variables
+BESIDE_TURNS = ("tools", "system", KWARGS)
+# Arguments of transformers' apply_chat_template that decide what is done with the text: no variables of a template.
+RESERVED = {
+    *(
+        "conversation",
+        "messages",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+    ),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "processor_kwargs"),
+}
+TRUTH = {
+    "true": True,
+    "false": False,
+}  # tables of text have no other way to write them, and a template takes any text for true
 
 View = Mapping[str, Any]  # a record by our names
 
@@ -37,7 +76,7 @@ class Form:
 
     needs: tuple[str, ...]
     takes: tuple[str, ...]
-    build: Callable[[View], Example]
+    build: Callable[[View, Notes], Example]
 
 
 def recognised(record: Mapping[str, Any], section: Data) -> str:
@@ -54,24 +93,99 @@ def recognised(record: Mapping[str, Any], section: Data) -> str:
     raise RowError(_not_recognised(record, section))
 
 
-def example(record: Mapping[str, Any], format: str, section: Data, accepted: Any = None) -> Example:
+def example(
+    record: Mapping[str, Any], format: str, section: Data, accepted: Any = None, reads: Reads = NO_MORE
+) -> Example:
     """A record of that format ("auto": recognised) as an example, checked by the rules of `data.clean`.
 
-    `accepted` answers become a conversation's `reference`.
+    `accepted` answers become a conversation's `reference`. `reads`: what the model's template reads.
 
     Raises:
         RowError: it cannot be used, or a rule that is not "keep" is against it.
     """
     name = recognised(record, section) if format == "auto" else format
+    notes = Notes(section, reads)
     try:
-        found = FORMS[name].build(_view(record, name, section))
-        return checked(replace(found, reference=accepted) if isinstance(found, Conversation) else found, section)
+        found = FORMS[name].build(_view(record, name, section), notes)
+        if isinstance(found, Conversation):
+            variables = _variables(record, name, section, notes)
+            found = replace(found, reference=accepted, variables=variables)
+        note_columns(record, _taken(record, FORMS[name], section), section, notes, found, accepted)
+        return checked(replace(found, unread=tuple(notes.unread)), section)
     except RecursionError:
         raise RowError("is nested too deeply to be written down") from None
     except RowError as error:
         if error.rule == "empty" and section.clean.empty == "keep":
             raise RowError(str(error)) from None  # there is nothing that could be kept
         raise
+
+
+def _variables(record: Mapping[str, Any], name: str, section: Data, notes: Notes) -> dict[str, Any]:
+    """What a record gives to the template beside turns and tools: chat_template_kwargs, and columns that the template reads.
+
+    Raises:
+        RowError: the two do not say the same, or there is one that is no variable.
+    """
+    theirs = _column(KWARGS, list(record), section)
+    read = theirs is not None and record[theirs] and not notes.left_out(theirs)
+    given = _kwargs(record[theirs], theirs) if read and theirs is not None else {}
+    for key in given:
+        if key not in notes.reads.variables:
+            notes.add(f"{theirs}.{key}", given[key])
+    for key, value in _variable_columns(record, name, section, notes):
+        if key in given and given[key] != value:
+            raise RowError(
+                f"{key} is {shown(value)} in its column and {shown(given[key])} in {theirs}: keep one of both"
+            )
+        given[key] = value
+    return given
+
+
+def _kwargs(value: Any, column: str) -> dict[str, Any]:
+    found = parsed(value, column)
+    if not isinstance(found, Mapping):
+        raise RowError(f"{column} is not an object: {shown(value)}")
+    if reserved := RESERVED & found.keys():
+        raise RowError(
+            f"{column} holds {', '.join(sorted(reserved))}, which no row decides: only variables of the template"
+        )
+    return {str(key): item for key, item in without_fillers(found).items()}
+
+
+def _variable_columns(record: Mapping[str, Any], name: str, section: Data, notes: Notes) -> Iterator[tuple[str, Any]]:
+    """Columns that the template reads and the format does not."""
+    own = _taken(record, FORMS[name], section)
+    for key in sorted(notes.reads.variables):
+        theirs = _column(key, list(record), section)
+        if theirs is None or theirs in own or notes.left_out(theirs) or record[theirs] in (None, ""):
+            continue
+        value = without_fillers(record[theirs])
+        yield key, TRUTH.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _taken(record: Mapping[str, Any], form: Form, section: Data) -> set[str]:
+    """The columns of a record that a format takes, by their own names."""
+    found = (_column(ours, list(record), section) for ours in (*form.needs, *form.takes))
+    return {theirs for theirs in found if theirs is not None}
+
+
+def note_columns(
+    record: Mapping[str, Any], taken: Set[str], section: Data, notes: Notes, found: Example, accepted: Any = None
+) -> None:
+    """Note the columns that neither the format (`taken` are its) nor the template nor the recipe reads."""
+    names = [*(found.variables if isinstance(found, Conversation) else ()), section.group]
+    names += [section.stratify] if section.split is not None else []
+    used = taken | {section.columns.get(name, name) for name in names if name is not None}
+    used |= {"id"} if accepted is not None else set()
+    label = section.columns.get(section.stratify or "", section.stratify)
+    for column in record:
+        if column not in used or (column == label and _is_missed(found, record[column])):
+            notes.add(str(column), record[column])
+
+
+def _is_missed(found: Example, label: Any) -> bool:
+    """Whether a label that the recipe spreads over the splits looks like what should have been learnt: a text's, or a verdict."""
+    return isinstance(found, Text) or isinstance(label, bool)
 
 
 def checked(found: Example, section: Data) -> Example:
@@ -105,7 +219,12 @@ def _view(record: Mapping[str, Any], name: str, section: Data) -> View:
         if theirs is None and (ours in form.needs or ours in section.columns):
             raise RowError(_missing(ours, name, columns, section))
     view = {ours: record[theirs] for ours, theirs in found.items() if theirs is not None}
-    return {ours: value for ours, value in view.items() if value is not None or ours in form.needs}
+    left_out = {ours for ours, theirs in found.items() if theirs in section.ignore}
+    return {
+        ours: value
+        for ours, value in view.items()
+        if ours in form.needs or (value is not None and ours not in left_out)
+    }
 
 
 def _missing(ours: str, name: str, columns: Sequence[str], section: Data) -> str:
@@ -131,32 +250,42 @@ def _not_recognised(record: Mapping[str, Any], section: Data) -> str:
 
 def listed(columns: Iterable[str]) -> str:
     """Names of columns, for a message."""
-    return printable(", ".join(sorted(map(str, columns)))) or "(none)"
+    return short(printable(", ".join(sorted(map(str, columns))))) or "(none)"
 
 
-def _messages(view: View) -> Conversation:
-    return _conversation(turns_of(view["messages"], "messages"), view)
+def _messages(view: View, notes: Notes) -> Conversation:
+    return _conversation(turns_of(view["messages"], "messages", notes), view, notes)
 
 
-def _sharegpt(view: View) -> Conversation:
-    return _conversation(turns_of(view["conversations"], "conversations"), view)
+def _sharegpt(view: View, notes: Notes) -> Conversation:
+    return _conversation(turns_of(view["conversations"], "conversations", notes), view, notes)
 
 
-def _prompt_completion(view: View) -> Conversation:
-    prompt = _text_or_turns(view["prompt"], "prompt", "user")
-    return _conversation([*prompt, *_text_or_turns(view["completion"], "completion", "assistant")], view)
+def _prompt_completion(view: View, notes: Notes) -> Conversation:
+    prompt = _text_or_turns(view["prompt"], "prompt", "user", notes)
+    if isinstance(view["completion"], str):
+        return _conversation([*prompt, _answer(view["completion"], view)], view, notes)
+    for name in THINKING:  # a list of turns says itself what was thought
+        notes.add(notes.path(name), view.get(name))
+    return _conversation([*prompt, *_text_or_turns(view["completion"], "completion", "assistant", notes)], view, notes)
 
 
-def _text_or_turns(value: Any, column: str, role: str) -> list[Turn]:
-    problem = "is neither text nor a list of turns"
-    return [plain(role, value)] if isinstance(value, str) else turns_of(value, column, problem)
+def _answer(said: str, view: View) -> Turn:
+    """The assistant's turn with the thinking that the record has in a column of its own."""
+    message, decided = plain("assistant", said)
+    return {**message, **thought_of(view, "the record")}, decided
 
 
-def _alpaca(view: View) -> Conversation:
+def _text_or_turns(value: Any, column: str, role: str, notes: Notes) -> list[Turn]:
+    problem = f"is neither text nor a list of turns{loaded(value)}"
+    return [plain(role, value)] if isinstance(value, str) else turns_of(value, column, notes, problem)
+
+
+def _alpaca(view: View, notes: Notes) -> Conversation:
     asked = [string(view.get(column, ""), column) for column in ("instruction", "input")]
     prompt = plain("user", "\n\n".join(text for text in asked if text.strip()))
-    answer = plain("assistant", string(view["output"], "output"))
-    return _conversation([*_history(view.get("history", [])), prompt, answer], view)
+    answer = _answer(string(view["output"], "output"), view)
+    return _conversation([*_history(view.get("history", [])), prompt, answer], view, notes)
 
 
 def _history(value: Any) -> Iterator[Turn]:
@@ -168,11 +297,11 @@ def _history(value: Any) -> Iterator[Turn]:
             yield plain(role, string(said, f"pair {number} of history"))
 
 
-def _text(view: View) -> Text:
+def _text(view: View, _: Notes) -> Text:
     return Text(string(view["text"], "text"))
 
 
-def _tokenized(view: View) -> Tokens:
+def _tokenized(view: View, _: Notes) -> Tokens:
     ids = _ints(view["input_ids"], "input_ids")
     labels = _ints(view["labels"], "labels") if "labels" in view else ids
     if len(labels) != len(ids):
@@ -213,14 +342,14 @@ def _unmasked(value: Any, count: int) -> tuple[int, int]:
     return first, first + ones
 
 
-def _conversation(said: Sequence[Turn], view: View) -> Conversation:
+def _conversation(said: Sequence[Turn], view: View, notes: Notes) -> Conversation:
     """Turns with what the record's other columns say: the system turn and the tools."""
     system = string(view.get("system", ""), "system")
     turns = [plain("system", system), *said] if system.strip() else said
     trained = tuple(decided for _, decided in turns)
     return Conversation(
         messages=tuple(message for message, _ in turns),
-        tools=tuple(tools_of(view.get("tools", []))),
+        tools=tuple(tools_of(view.get("tools", []), notes)),
         trained=trained if any(decided is not None for decided in trained) else (),
     )
 
@@ -234,6 +363,7 @@ def _check_texts(found: Example, section: Data) -> None:
             said = message["content"] if len(message) == 2 else message
             check_text(said, f"turn {number} ({message['role']})", section)
         check_text(found.tools, "tools", section)
+        check_text(found.variables, KWARGS, section)
         check_text(found.reference, "the accepted answer", section)
 
 
@@ -252,17 +382,21 @@ def check_text(value: Any, where: str, section: Data) -> None:
         raise RowError(f"{where} holds U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
 
 
-def _strings(value: Any, where: str) -> Iterator[str]:
+def _strings(value: Any, where: str, key: str = "") -> Iterator[str]:
+    """Every text in a value. `key`: under which it stands, for a message."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for pair in value.items():
-            yield from _strings(pair, where)
+        for name, item in value.items():
+            yield from _strings(name, where)
+            yield from _strings(item, where, f"{key}.{name}")
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _strings(item, where)
+            yield from _strings(item, where, key)
     elif not (value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
-        raise RowError(f"{where} holds {shown(value)}, a {type(value).__name__}, which JSON has no way to write")
+        at = f" (in {short(printable(key[1:]))})" if key else ""
+        kind = type(value).__name__
+        raise RowError(f"{where} holds {shown(value)}, a {kind}, which JSON has no way to write{at}{loaded(value)}")
 
 
 def _check_empty(found: Example) -> None:
@@ -310,11 +444,11 @@ def _with_system(found: Conversation, system: str) -> Conversation:
 
 
 FORMS = {  # in the order in which columns are tried
-    "messages": Form(("messages",), ("tools", "system"), _messages),
-    "sharegpt": Form(("conversations",), ("tools", "system"), _sharegpt),
+    "messages": Form(("messages",), BESIDE_TURNS, _messages),
+    "sharegpt": Form(("conversations",), BESIDE_TURNS, _sharegpt),
     "tokenized": Form(("input_ids",), ("labels", "attention_mask"), _tokenized),
-    "alpaca": Form(("instruction", "output"), ("input", "system", "history"), _alpaca),
-    "prompt_completion": Form(("prompt", "completion"), ("tools", "system"), _prompt_completion),
+    "alpaca": Form(("instruction", "output"), ("input", "history", *THINKING, *BESIDE_TURNS), _alpaca),
+    "prompt_completion": Form(("prompt", "completion"), (*THINKING, *BESIDE_TURNS), _prompt_completion),
     "text": Form(("text",), (), _text),
 }
 KNOWN = {column for form in FORMS.values() for column in (*form.needs, *form.takes)}

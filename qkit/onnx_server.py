@@ -26,6 +26,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from qkit import template
 from qkit.admission import KEEP_ALIVE_SECONDS, Admission
 from qkit.onnx_engine import Ended, Engine, Sampling
 
@@ -97,6 +98,7 @@ class Chat(Asked):
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # beyond OpenAI's API, as vLLM has it
 
 
 class Completion(Asked):
@@ -116,6 +118,8 @@ def as_templates_have_it(message: Mapping[str, Any]) -> dict[str, Any]:
         if odd := [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]:
             raise Refused(f"`messages`: this server reads text, and got {str(odd[0])[:100]}", "messages")
         made["content"] = "\n".join(str(part.get("text", "")) for part in content)
+    if (thought := made.pop("reasoning", None)) is not None:  # today's name; templates are given what they read
+        made["reasoning_content"] = thought
     if calls := made.get("tool_calls"):
         made["tool_calls"] = [_read_arguments(call) for call in calls]
     return made
@@ -216,9 +220,16 @@ class Service:
             Refused: the template does not take these messages.
         """
         messages = [as_templates_have_it(message) for message in asked.messages]
+        known = template.reads(self.tokenizer).variables
+        variables = {key: value for key, value in asked.chat_template_kwargs.items() if key in known}
         try:
             ids: list[int] = self.tokenizer.apply_chat_template(
-                messages, tools=asked.tools, add_generation_prompt=True, tokenize=True, return_dict=False
+                template.spelled(messages, self.tokenizer),
+                **variables,
+                tools=asked.tools,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
             )
         except Exception as error:  # templates raise what they like
             raise Refused(f"the chat template does not take these messages: {error}", "messages") from None

@@ -18,7 +18,7 @@ from qkit import formats, likeness, model, rowchecks, tokenization
 from qkit.child import death_wish
 from qkit.recipe import Recipe
 from qkit.rows import Broken, Record
-from qkit.task import Conversation, Example, RowError, Task, Text, Tokens, open_task
+from qkit.task import Conversation, Example, Reads, RowError, Task, Text, Tokens, open_task
 from qkit.template import Renderer, compact, renderer, texts_of
 from qkit.tokenization import IGNORED, Row
 
@@ -45,6 +45,7 @@ class Entry:
     """What is known of a record, or of one of the rows it makes. `rule`: the check under which it is dropped, or "".
 
     `record` counts records from 0, `row` the rows of the candidates file (-1: none). `key` is the digest of its prompt in plain writing.
+    `unread`: what of the record nothing reads.
     """
 
     pool: str
@@ -66,6 +67,7 @@ class Entry:
     rule: str = ""
     reason: str = ""
     findings: tuple[tuple[str, str], ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 @dataclass
@@ -84,6 +86,7 @@ class Worker:
     task: Task
     reader: Renderer
     facts: rowchecks.Facts
+    reads: Reads
 
     def prepare(self, chunk: Sequence[Sourced]) -> Prepared:
         """Read, tokenize and look at a chunk of records."""
@@ -107,13 +110,15 @@ class Worker:
             return RowError(one.record.reason)
         record = one.record
         try:
-            return self.task.example(record.value, record.accepted, record.format, self.how.data)
+            return self.task.example(record.value, record.accepted, record.format, self.how.data, self.reads)
         except RowError as error:
             return error
 
     def _kept(self, entry: Entry, part: int, row: Row) -> Entry:
         closely = entry.line <= CLOSELY_FIRST or entry.line % CLOSELY == 0
-        found = rowchecks.examine(self.reader, self.facts, row, self.how.data.loss, closely)
+        found: dict[str, str] = {}  # a check counts a row once, whatever it finds there
+        for name, words in rowchecks.examine(self.reader, self.facts, row, self.how.data.loss, closely):
+            found.setdefault(name, words)
         return replace(
             entry,
             part=part,
@@ -121,7 +126,7 @@ class Worker:
             tokens=len(row.input_ids),
             labelled_tokens=row.labelled,
             truncated_by=row.whole_tokens - len(row.input_ids),
-            findings=tuple(found),
+            findings=tuple(found.items()),
         )
 
 
@@ -129,7 +134,8 @@ def worker(how: Recipe) -> Worker:
     """Load what is needed to work on a recipe's records."""
     tokenizer = model.tokenizer_of(how.model)
     reader = renderer(tokenizer)
-    return Worker(how, open_task(how.task), reader, rowchecks.facts(reader, model.vocabulary(how.model, tokenizer)))
+    seen = rowchecks.facts(reader, model.vocabulary(how.model, tokenizer))
+    return Worker(how, open_task(how.task), reader, seen, reader.reads)
 
 
 def _entry(one: Sourced, example: Example | RowError, how: Recipe) -> Entry:
@@ -140,6 +146,7 @@ def _entry(one: Sourced, example: Example | RowError, how: Recipe) -> Entry:
     entry.format = _format(record, how)
     if isinstance(example, RowError):
         return entry
+    entry.unread = example.unread
     asked, said = _contents(example)
     value = record.value
     entry.sha256 = likeness.digest(said)
@@ -170,7 +177,8 @@ def _contents(example: Example) -> tuple[str, str]:
         asked = [i for i, label in zip(example.input_ids, example.labels, strict=True) if label == IGNORED]
         return compact(asked) if len(asked) > 1 else said, said + compact(example.labels)
     tools = compact(example.tools) if example.tools else ""
-    return tools + texts_of(example.messages[:-1]), tools + compact(example.messages) + compact(example.trained)
+    given = compact(example.variables) if example.variables else ""
+    return tools + texts_of(example.messages[:-1]), tools + given + compact(example.messages) + compact(example.trained)
 
 
 def _unframed(example: Conversation | Tokens) -> str:
@@ -201,7 +209,7 @@ def _dropped(entry: Entry, error: RowError) -> Entry:
 
 # --- Arrow ------------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("input_ids", "labels", "start", "messages", "tools", "answer", "calls", "reference", "place")
+COLUMNS = ("input_ids", "labels", "start", "messages", "tools", "variables", "answer", "calls", "reference", "place")
 
 
 def schema() -> pa.Schema:
@@ -217,7 +225,7 @@ def _append(columns: dict[str, list[Any]], row: Row, example: Example, place: st
     reference = example.reference if isinstance(example, Conversation) else None
     values = (
         *(row.input_ids, row.labels, row.start),
-        *(compact(list(row.messages)), compact(list(row.tools)), row.answer),
+        *(compact(list(row.messages)), compact(list(row.tools)), compact(row.variables), row.answer),
         compact(list(row.reply.get("tool_calls", ()))),
         *(compact(row.reference if reference is None else reference), place),
     )

@@ -144,6 +144,9 @@ class Data(Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="prompt / completion / messages ... -> your column"
     )
+    ignore: tuple[str, ...] = Field(
+        (), description="columns, and keys such as messages.id, that are not read and not named for it; * is any text"
+    )
     system: str | None = Field(None, description="a system turn put before conversations that have none")
     loss: Literal["completion", "assistant", "all"] = Field(
         "completion", description="what is learnt: the last turn of the assistant, each of its turns, every token"

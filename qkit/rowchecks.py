@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qkit.rows import Rounded
+from qkit.task import THINKING
 from qkit.template import ASKED, Renderer, TemplateRefusal, compact
 from qkit.tokenization import IGNORED, Row
 
@@ -70,6 +72,8 @@ def examine(reader: Renderer, seen: Facts, row: Row, loss: str, closely: bool) -
     yield from _labels(row)
     yield from _bos(seen, row)
     yield from _vocabulary(seen, row)
+    yield from _rounded([message.get("tool_calls") for message in (*row.messages, row.reply)])
+    yield from _rounded([row.tools, row.variables])
     if row.text:
         yield from _conversation(reader, seen, row, loss, closely)
     elif row.start > 1 or IGNORED in row.labels[1:]:
@@ -119,6 +123,17 @@ def _vocabulary(seen: Facts, row: Row) -> Found:
         yield "vocabulary", f"has the id {worst}; the model has 0 to {seen.vocabulary - 1}"
 
 
+def _rounded(value: Any) -> Found:
+    """Numbers out of a table that have lost digits where they were integers."""
+    if isinstance(value, Rounded):
+        yield "rounded", f"holds {value!r}"
+    elif isinstance(value, Mapping):
+        yield from _rounded(list(value.values()))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _rounded(item)
+
+
 def _ends_learnt(seen: Facts, row: Row) -> bool:
     """Whether every stretch of learnt tokens is closed by a token that ends a turn."""
     labels = row.labels
@@ -146,24 +161,50 @@ def _foreign(seen: Facts, row: Row) -> Found:
 # --- what is said, and whether it is still there ------------------------------------------------------------------------
 
 
+@dataclass
+class _Walk:
+    """Through a row's text, turn by turn: what is said later is looked for behind what was said before, and found nowhere else."""
+
+    text: str
+    at: int = 0
+
+    def kept(self, said: str) -> str:
+        """How much of a text comes next: "exact" but for white space around it, "dense" but for any, or nothing ("").
+
+        As it is, or as JSON, in which Llama 3.1's template writes the results of tools.
+        """
+        bare = said.strip()
+        forms = (bare, *(json.dumps(bare, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)))
+        for form in forms:
+            if (found := self.text.find(form, self.at)) >= 0:
+                self.at = found + len(form)
+                return "exact"
+        rest = _dense(self.text[self.at :])
+        return "dense" if any(_dense(form) in rest for form in forms) else ""
+
+
 def _said(reader: Renderer, seen: Facts, row: Row) -> Found:
-    dense: Callable[[], str] = _once(lambda: _dense(row.text))
-    for number, message in enumerate([*row.messages, row.reply], start=1):
-        yield from _message(reader, seen, row, number, message, dense)
+    messages, walk = [*row.messages, row.reply], _Walk(row.text)
+    for number, message in enumerate(messages, start=1):
+        yield from _message(reader, seen, row, number, message, walk)
+    yield from _white_space(reader, row, messages)
     if row.tools and not seen.writes_tools:
         yield "tools", f"offers {len(row.tools)} tools"
 
 
-def _message(
-    reader: Renderer, seen: Facts, row: Row, number: int, message: Mapping[str, Any], dense: Callable[[], str]
-) -> Found:
+def _message(reader: Renderer, seen: Facts, row: Row, number: int, message: Mapping[str, Any], walk: _Walk) -> Found:
     role, content = message["role"], message.get("content") or ""
-    if role in ("system", "developer") and not seen.writes_system and content.strip():
-        yield "system", f"its system turn {content.strip()[:40]!r}"
-    elif _lost(content, row, dense):
-        earlier = role == "assistant" and message is not row.reply
-        name = "prefix_stable" if earlier else "content"
-        yield name, f"its turn {number} ({role}): {content.strip()[:40]!r}"
+    earlier = role == "assistant" and message is not row.reply
+    thought = "" if earlier else message.get(THINKING[0]) or ""  # a server leaves out earlier thinking as well
+    if role in ("system", "developer"):
+        if content.strip() and not seen.writes_system:
+            yield "system", f"its system turn {content.strip()[:40]!r}"
+            content = ""
+        walk = _Walk(row.text)  # some templates write it into the last question
+    for said, what in ((thought, "the thinking of "), (content, "")):
+        if (kept := walk.kept(said)) != "exact":
+            lost = "white_space" if kept else "prefix_stable" if earlier else "content"
+            yield lost, f"{what}its turn {number} ({role}): {said.strip()[:40]!r}"
     if message.get("tool_calls") and not seen.writes_calls:
         yield "tool_calls", f"its turn {number}"
     written = content if len(message) == 2 else compact(message)  # thinking and calls are read as well
@@ -171,28 +212,39 @@ def _message(
         yield "special_text", f"{mark.group()!r} in turn {number} ({role})"
 
 
-def _lost(content: str, row: Row, dense: Callable[[], str]) -> bool:
-    """Whether a text is in the row neither as it is nor as JSON, in which Llama 3.1's template writes the results of tools."""
-    if content.strip() in row.text:
-        return False
-    escaped = (json.dumps(content.strip(), ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
-    return all(_dense(text) not in dense() for text in (content, *escaped))
+def _white_space(reader: Renderer, row: Row, messages: Sequence[Mapping[str, Any]]) -> Found:
+    """Learnt turns of which the template leaves out white space at the beginning or the end: it writes them as it writes them without.
+
+    (Of a question it is left out by a server too.) Rendered again, since white space that is gone cannot be told from the white space
+    that a template puts around a turn.
+    """
+    whole = -1
+    for number, message in ((turn + 1, messages[turn]) for turn in row.turns):
+        for key in ("content", THINKING[0]):
+            text = message.get(key) or ""
+            if text == text.strip() or not text.strip() or text.strip() not in row.text:
+                continue
+            whole = whole if whole >= 0 else _written(reader, row, messages)
+            for where, cut in (("beginning", text.lstrip()), ("end", text.rstrip())):
+                gone = len(text) - len(cut)
+                changed = [*messages[: number - 1], {**message, key: cut}, *messages[number:]]
+                if gone and whole - _written(reader, row, changed) < gone:
+                    what = "" if key == "content" else "the thinking of "
+                    white = text[:gone] if where == "beginning" else text[-gone:]
+                    yield "white_space", f"{white[:20]!r} at the {where} of {what}its turn {number} ({message['role']})"
+
+
+def _written(reader: Renderer, row: Row, messages: Sequence[Mapping[str, Any]]) -> int:
+    """How many characters the template writes for these turns; 0 where it refuses them."""
+    try:
+        return len(reader.render(messages, row.tools, True, row.variables))
+    except TemplateRefusal:
+        return 0
 
 
 def _dense(text: str) -> str:
     """Text without white space, which templates trim and add."""
     return "".join(text.split())
-
-
-def _once(make: Callable[[], str]) -> Callable[[], str]:
-    kept: list[str] = []
-
-    def get() -> str:
-        if not kept:
-            kept.append(make())
-        return kept[0]
-
-    return get
 
 
 # --- the mask, read back ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
-from qkit.errors import DataError
+from qkit.errors import DataError, short
 from qkit.recipe import Source
 from qkit.source import HubId, locate
 
@@ -32,9 +32,17 @@ SHOWN = 60  # characters of a broken line
 WHITE = re.compile(r"[ \t\r\n]*")
 
 
+class Struct(dict[str, Any]):
+    """An object out of a table: it has the keys of all others there, and null where it has nothing. What is null in JSON is meant."""
+
+
+class Rounded(float):
+    """A number of a table that its loader may have rounded: what JSON writes as an integer beyond 2**63 is a float there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a source. `source` is its file; `line` counts records from 1 (in JSON lines: lines), in a hub data set from 0."""
+    """One record of a source. `source` is its file; `line` counts records from 1 (in JSON lines: lines), in a saved or hub data set from 0."""
 
     source: str
     line: int
@@ -115,10 +123,14 @@ def _answers(source: Source) -> dict[str, Any]:
 
 
 def _located(source: Source, text: str) -> Iterator[tuple[str, int, Mapping[str, Any] | str]]:
-    """(file, line, record) of a file, of every file in a folder, or of a hub data set."""
+    """(file, line, record) of a file, of every file in a folder, of a saved data set, or of one on the hub."""
     found = locate(text, sha256=source.sha256)
     if isinstance(found, HubId):
         for index, row in enumerate(_from_hub(found.name, source)):
+            yield text, index, row
+        return
+    if kind := saved_kind(found):
+        for index, row in enumerate(_from_saved(found, text, kind, source)):
             yield text, index, row
         return
     for file in _files(found):
@@ -134,10 +146,19 @@ def _files(path: Path) -> list[Path]:
     return inside
 
 
+def saved_kind(path: Path) -> str:
+    """Whether datasets' save_to_disk wrote a folder: "Dataset" or "DatasetDict", or ""."""
+    if (path / "dataset_dict.json").is_file():
+        return "DatasetDict"
+    return "Dataset" if (path / "state.json").is_file() and (path / "dataset_info.json").is_file() else ""
+
+
 def data_files(path: Path) -> list[Path]:
     """The file itself, or what a folder holds of known files, by name; hidden ones aside."""
     if not path.is_dir():
         return [path]
+    if saved_kind(path):
+        return sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".json"))
     return [
         file
         for file in sorted(path.rglob("*"))
@@ -160,7 +181,9 @@ def _from_file(file: Path, name: str, source: Source) -> Numbered:
         elif suffix in JSON_SUFFIXES:
             yield from _from_json(file, name, whole=suffix == ".json")
         else:
-            raise DataError(f"{name}: no format is known by the suffix {suffix!r}; there are {', '.join(SUFFIXES)}")
+            folder = "; the folder that save_to_disk wrote is read as a whole: name that" if suffix == ".arrow" else ""
+            known = ", ".join(SUFFIXES)
+            raise DataError(f"{name}: no format is known by the suffix {suffix!r}; there are {known}{folder}")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -171,12 +194,37 @@ def _from_hub(name: str, source: Source) -> Iterator[Mapping[str, Any]]:
 
     split = source.split or "train"
     try:
-        yield from load_dataset(name, source.name, split=split, revision=source.revision, streaming=source.streaming)
+        loaded = load_dataset(name, source.name, split=split, revision=source.revision, streaming=source.streaming)
+        yield from _meant(loaded)
     except (DatasetsError, ConnectionError, ValueError, OSError) as error:
         raise DataError(
             f"{name}: could not be loaded from the hub ({type(error).__name__}: {_one_line(error)}); "
             "check its name, configuration and split, and the network, or give data.*.source a local file"
         ) from error
+
+
+def _from_saved(folder: Path, name: str, kind: str, source: Source) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set that was written by save_to_disk; of several, the one that data.*.split names."""
+    from datasets import load_from_disk
+
+    where = f"{name}: a {kind} written by save_to_disk"
+    chosen = folder
+    if kind == "DatasetDict":
+        splits = decode((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        wanted = source.split or (splits[0] if len(splits) == 1 else None)
+        if wanted is None:
+            raise DataError(f"{where} holds the splits {' and '.join(splits)}; name one: data.*.split={splits[0]}")
+        if wanted not in splits:
+            raise DataError(f"{where} has no split {short(repr(wanted))}; there are {' and '.join(splits)}")
+        chosen = folder / wanted
+    elif source.split is not None:
+        raise DataError(
+            f"{where} is one data set, with no splits in it: leave data.*.split out, or take a part with data.*.rows"
+        )
+    try:
+        yield from _meant(load_from_disk(str(chosen)))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{where} cannot be read: {_one_line(error)}") from error
 
 
 def _from_datasets(kind: str, file: Path, source: Source) -> Numbered:
@@ -187,9 +235,29 @@ def _from_datasets(kind: str, file: Path, source: Source) -> Numbered:
     options = {"sample_by": source.sample_by, "encoding": "utf-8-sig"} if kind == "text" else {}
     try:
         rows = load_dataset(kind, data_files=glob.escape(str(file)), split="train", streaming=True, **options)
-        yield from enumerate(rows, start=1)
+        yield from enumerate(_meant(rows), start=1)
     except (DatasetsError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as {kind}: {_one_line(error.__cause__ or error)}") from error
+
+
+def _meant(rows: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set, with what came out of structs told apart from what was JSON."""
+    features = getattr(rows, "features", None)
+    for row in rows:
+        yield {name: _typed(value, (features or {}).get(name), features is None) for name, value in row.items()}
+
+
+def _typed(value: Any, feature: Any, unknown: bool) -> Any:
+    """A value by its type in the table; `unknown`: nobody says, so that every object may have come out of a struct."""
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+        return [_typed(item, inner, unknown) for item in value] if inner is not None or unknown else value
+    if isinstance(value, dict) and (unknown or isinstance(feature, dict)):
+        inside = feature if isinstance(feature, dict) else {}
+        return Struct({key: _typed(item, inside.get(key), unknown) for key, item in value.items()})
+    if isinstance(value, float) and abs(value) >= 2**63 and value.is_integer():
+        return Rounded(value)
+    return value
 
 
 def _one_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out rows as the data stage left them. `calls`: the tool calls of each answer."""
+    """The held-out rows as the data stage left them. `calls`: the tool calls of each answer; `variables`: what its template is given."""
 
     rows: tuple[Row, ...]
     messages: tuple[list[dict[str, Any]], ...]
@@ -30,6 +30,7 @@ class HeldOut:
     references: tuple[Any, ...]
     answers: tuple[str, ...]
     calls: tuple[list[dict[str, Any]], ...]
+    variables: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def read_held_out(file: Path) -> HeldOut:
         references=tuple(json.loads(r["reference"]) for r in records),
         answers=tuple(r["answer"] for r in records),
         calls=tuple(json.loads(r.get("calls") or "[]") for r in records),
+        variables=tuple(json.loads(r.get("variables") or "{}") for r in records),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from qkit.recipe import Data, Evaluate
@@ -26,16 +26,33 @@ class RowError(ValueError):
 
 
 @dataclass(frozen=True)
+class Reads:
+    """What a model's template reads beside what every template does: `variables`, and `keys` of a turn."""
+
+    variables: frozenset[str] = frozenset()
+    keys: frozenset[str] = frozenset()
+
+
+NO_MORE = Reads()
+# The thinking of a turn, by the names that vLLM, OpenRouter and others gave it. Rows have it under the first, templates are given theirs.
+THINKING = ("reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
 class Conversation:
     """Turns that end with the assistant's. `trained`: by message, True or False where the record decides; else data.loss does.
 
-    `reference` is what predictions of the last turn are compared with; None: the turn as the template writes it.
+    `reference` is what predictions of the last turn are compared with; None: the turn as the template writes it. `variables`: what the
+    record gives to the template beside turns and tools, such as enable_thinking. `unread`: what of the record nothing reads, such as
+    messages.id.
     """
 
     messages: tuple[Message, ...]
     reference: Any = None
     tools: tuple[Mapping[str, Any], ...] = ()
     trained: tuple[bool | None, ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,7 @@ class Text:
     """Plain text, learnt from its first token to its last."""
 
     text: str
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,7 @@ class Tokens:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 Example = Conversation | Text | Tokens
@@ -61,8 +80,12 @@ class Task(Protocol):
 
     METRIC: str
 
-    def example(self, record: Mapping[str, Any], accepted: Any, format: str, section: Data) -> Example:
+    def example(
+        self, record: Mapping[str, Any], accepted: Any, format: str, section: Data, reads: Reads = NO_MORE
+    ) -> Example:
         """A record as an example. `accepted` is its entry in the source's answers file, or None; `format` the source's, or "auto".
+
+        `reads`: what the model's template reads.
 
         Raises:
             RowError: the record is not of this task's form.

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.errors import ModelError
+from qkit.task import THINKING, Reads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, Any]]
+NO_VARIABLES: Mapping[str, Any] = {}
 FOLDER = Path(__file__).parent / "templates"
 ASKED = {"role": "user", "content": "a"}
 ANSWERED = {"role": "assistant", "content": "b"}
@@ -51,6 +53,110 @@ def _text(wanted: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
+# --- what a template reads --------------------------------------------------------------------------------------------
+
+
+def reads(tokenizer: PreTrainedTokenizerBase) -> Reads:
+    """What a tokenizer's template, or any of its named ones, reads of a record and of a turn."""
+    held = tokenizer.chat_template
+    texts = tuple(held.values()) if isinstance(held, dict) else (held or "",)
+    given = {"messages", "tools", "add_generation_prompt", "continue_final_message", *tokenizer.special_tokens_map}
+    found = [_reads(text) for text in texts]
+    variables = frozenset[str]().union(*(one.variables for one in found)) - given
+    return Reads(variables, frozenset[str]().union(*(one.keys for one in found)))
+
+
+@functools.lru_cache(maxsize=32)
+def _reads(template: str) -> Reads:
+    """Variables that are looked up before the template sets them itself, and the names that it takes from objects."""
+    from jinja2 import TemplateError, ext, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols])
+    environment.globals.update(raise_exception=None, strftime_now=None)  # transformers gives these two
+    try:
+        parsed = environment.parse(GENERATION.sub("", template))
+        free = meta.find_undeclared_variables(parsed)
+    except TemplateError:  # what is wrong with it is said when it is first rendered
+        return Reads()
+    first: dict[str, bool] = {}
+    for name, loaded in _names(parsed):
+        first.setdefault(name, loaded)
+    return Reads(frozenset(name for name in free if first.get(name, True)), frozenset(_keys(parsed)))
+
+
+GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # transformers' own tag
+
+
+def _names(node: Any) -> Iterator[tuple[str, bool]]:
+    """Every variable in the order in which it is looked up (True) or set (False)."""
+    from jinja2 import nodes
+
+    if isinstance(node, nodes.Name):
+        yield node.name, node.ctx == "load"
+    if isinstance(node, nodes.Assign):  # its target stands first, and is set last
+        yield from _names(node.node)
+        yield from _names(node.target)
+        return
+    for child in node.iter_child_nodes():
+        yield from _names(child)
+
+
+def _keys(parsed: Any) -> Iterator[str]:
+    """What is taken from a turn by name: turn.key, turn['key'], turn.get('key'), 'key' in turn."""
+    from jinja2 import nodes
+
+    turns = _turns(parsed)
+    for node in parsed.find_all((nodes.Getattr, nodes.Getitem, nodes.Call, nodes.Compare)):
+        if isinstance(node, nodes.Getattr) and _is_turn(node.node, turns):
+            yield from {node.attr} - {"get", "items", "keys"}
+        elif isinstance(node, nodes.Getitem) and _is_turn(node.node, turns):
+            yield from _literal(node.arg)
+        elif isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr == "get":
+            yield from (_literal(node.args[0]) if node.args and _is_turn(node.node.node, turns) else ())
+        elif isinstance(node, nodes.Compare) and any(
+            each.op in ("in", "notin") and _is_turn(each.expr, turns) for each in node.ops
+        ):
+            yield from _literal(node.expr)
+
+
+def _turns(parsed: Any) -> set[str]:
+    """Variables that stand for turns, or for lists of them: those made of `messages`, and what macros call them."""
+    from jinja2 import nodes
+
+    found = {"messages", "message", "msg", "m", "turn"}
+    for node in parsed.find_all((nodes.Assign, nodes.For)):
+        made_of = node.node if isinstance(node, nodes.Assign) else node.iter
+        if _is_turn(made_of, found) and isinstance(node.target, nodes.Name):
+            found.add(node.target.name)
+    return found
+
+
+def _is_turn(node: Any, turns: set[str]) -> bool:
+    from jinja2 import nodes
+
+    while isinstance(node, nodes.Getitem | nodes.Filter) and not list(_literal(getattr(node, "arg", None))):
+        node = node.node
+    return isinstance(node, nodes.Name) and node.name in turns
+
+
+def _literal(node: Any) -> Iterator[str]:
+    """The text that a node is."""
+    value = getattr(node, "value", None)
+    if isinstance(value, str):
+        yield value
+
+
+def spelled(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[Mapping[str, Any]]:
+    """Messages with the thinking of each turn under the name that the template reads."""
+    ours = THINKING[0]
+    if not any(ours in message for message in messages):
+        return list(messages)
+    keys = reads(tokenizer).keys
+    wanted = next((name for name in THINKING if name in keys), ours)
+    return [{wanted if key == ours else key: message[key] for key in message} for message in messages]
+
+
 class TemplateRefusal(ValueError):
     """The template does not take this conversation; the message is its own."""
 
@@ -70,13 +176,24 @@ class Renderer:
     end: int | None
     marks: re.Pattern[str]
 
-    def render(self, messages: Messages, tools: Sequence[Any] = (), answered: bool = False) -> str:
-        """Messages as the template writes them, ready for the assistant to go on unless `answered`.
+    def render(
+        self,
+        messages: Messages,
+        tools: Sequence[Any] = (),
+        answered: bool = False,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+    ) -> str:
+        """Messages as the template writes them with these variables, ready for the assistant to go on unless `answered`.
 
         Raises:
             TemplateRefusal: the template raises an error on them.
         """
-        return render(self.tokenizer, messages, tools, answered)
+        return render(self.tokenizer, messages, tools, answered, variables)
+
+    @property
+    def reads(self) -> Reads:
+        """What the template reads of a conversation beside what every template does."""
+        return reads(self.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts; nothing is added."""
@@ -125,9 +242,13 @@ def _common_suffix(left: str, right: str) -> str:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Sequence[Any] = (), answered: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    tools: Sequence[Any] = (),
+    answered: bool = False,
+    variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> str:
-    """Messages as the tokenizer's template writes them.
+    """Messages as the tokenizer's template writes them. `variables`: what it reads beside them, such as enable_thinking.
 
     Raises:
         TemplateRefusal: the template raises an error on them.
@@ -137,7 +258,11 @@ def render(
     try:
         return str(
             tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=not answered
+                spelled(messages, tokenizer),
+                **variables,
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=not answered,
             )
         )
     except (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:

@@ -22,8 +22,9 @@ IGNORED = -100  # torch's cross_entropy skips these labels
 class Row:
     """One row to learn from. `input_ids`, `labels`: [tokens]; `start`: where the last completion begins.
 
-    `messages`: those before the answer; `reply`: the turn that answers, `answer` what it says, `reference` how a prediction that is right
-    reads; `text`: the whole conversation as rendered; `turns`: the messages that carry loss.
+    `messages`: those before the answer; `variables`: what the template is given beside them and the tools; `reply`: the turn that
+    answers, `answer` what it says, `reference` how a prediction that is right reads; `text`: the whole conversation as rendered;
+    `turns`: the messages that carry loss.
     `whole_tokens`: its length before anything was cut; `continues`: a piece of a text, and not its first; `findings`: (check, what was seen).
     """
 
@@ -32,6 +33,7 @@ class Row:
     start: int
     messages: Messages = ()
     tools: Sequence[Any] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
     reply: Mapping[str, Any] = field(default_factory=dict)
     answer: str = ""
     reference: str = ""
@@ -152,9 +154,9 @@ def drafts(reader: Renderer, example: Conversation, loss: str) -> Iterator[Draft
 
 def _draft(reader: Renderer, example: Conversation, turns: Sequence[int]) -> Draft:
     last = turns[-1]
-    messages, tools = example.messages, example.tools
-    whole = reader.through_end(reader.render(messages[: last + 1], tools, answered=True))
-    prompts = {turn: reader.render(messages[:turn], tools) for turn in turns}
+    messages, tools, variables = example.messages, example.tools, example.variables
+    whole = reader.through_end(reader.render(messages[: last + 1], tools, True, variables))
+    prompts = {turn: reader.render(messages[:turn], tools, False, variables) for turn in turns}
     if not whole.startswith(prompts[last]):
         raise Refused(
             "is written by the chat template, once answered, in another way than the prompt it would be asked with, first at "
@@ -171,9 +173,8 @@ def _stays(reader: Renderer, example: Conversation, turn: int, prompt: str, whol
     """Whether a turn reads, further on in the conversation, as it did when it was the last one."""
     if not whole.startswith(prompt):
         return False
-    return whole.startswith(
-        reader.through_end(reader.render(example.messages[: turn + 1], example.tools, answered=True))
-    )
+    answered = reader.render(example.messages[: turn + 1], example.tools, True, example.variables)
+    return whole.startswith(reader.through_end(answered))
 
 
 def _first_difference(left: str, right: str) -> str:
@@ -220,6 +221,7 @@ def marked(reader: Renderer, draft: Draft, encoded: list[list[int]], loss: str) 
         start=max(len(last), 1),
         messages=messages[: draft.last],
         tools=draft.conversation.tools,
+        variables=draft.conversation.variables,
         reply=messages[draft.last],
         answer=_answer(reader, messages[draft.last], draft),
         reference=reader.tokenizer.decode(whole[len(last) :], skip_special_tokens=True),  # as answers.py does

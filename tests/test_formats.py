@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import datetime as dt
+import decimal
+import inspect
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkit import formats
-from qkit.recipe import Clean, Data
-from qkit.task import Conversation, Example, RowError, Text, Tokens
+from qkit.recipe import Clean, Data, Split
+from qkit.rows import Struct
+from qkit.task import Conversation, Example, Reads, RowError, Text, Tokens
 from qkit.turns import SPEAKERS
 
 ASKED = {"role": "user", "content": "q"}
@@ -169,7 +174,10 @@ def test_columns_that_are_not_there_are_named(columns: dict[str, str], record: d
             {"content": "so:", "tool_calls": [{**CALL, "id": "1"}]},
             {"content": "so:", "tool_calls": [{**CALL, "id": "1"}]},
         ),
-        ({"tool_calls": [{"name": "f", "arguments": {"x": 1, "y": None}}]}, {"content": "", "tool_calls": [CALL]}),
+        (
+            {"tool_calls": [{"name": "f", "arguments": Struct(x=1, y=None)}]},
+            {"content": "", "tool_calls": [CALL]},
+        ),
         ({"function_call": {"name": "f", "arguments": '{"x": 1}'}}, {"content": "", "tool_calls": [CALL]}),
         (
             {"tool_calls": [{"function": {"name": "f", "arguments": '{"x": null}'}}]},
@@ -210,11 +218,15 @@ def test_tools(tools: Any, column: str) -> None:
     assert isinstance(found, Conversation) and found.tools == (OFFERED,)
 
 
-def test_nulls_are_dropped_from_tables_and_kept_in_text() -> None:
-    function = {"name": "f", "parameters": {"properties": {"x": {"default": None, "enum": [None, 1]}}}}
+def test_nulls_are_dropped_from_tables_and_kept_in_json() -> None:
+    meant = {"default": None, "enum": [None, 1]}
+    function = {"name": "f", "parameters": {"properties": {"x": meant}}}
+    table = Struct(name="f", parameters=Struct(properties=Struct(x=Struct(meant))))
     for tools, spec in (
-        ([function], {"enum": [None, 1]}),
-        (json.dumps([function]), {"default": None, "enum": [None, 1]}),
+        ([table], {"enum": [None, 1]}),
+        ([Struct(type="function", function=table)], {"enum": [None, 1]}),
+        ([function], meant),
+        (json.dumps([function]), meant),
     ):
         found = made({"messages": [ASKED, SAID], "tools": tools})
         assert isinstance(found, Conversation)
@@ -250,6 +262,255 @@ def test_accepted_answers_are_the_reference() -> None:
     found = formats.example({"prompt": "q", "completion": "a"}, "auto", Data(), ["x"])
     assert isinstance(found, Conversation) and found.reference == ["x"]
     assert formats.example({"text": "t"}, "auto", Data(), ["x"]) == Text("t")
+
+
+# What the template is given, and what nothing reads
+
+THINKING_TEMPLATE = Reads(frozenset({"enable_thinking", "documents"}), frozenset({"role", "content", "tool_plan"}))
+
+
+def read(record: dict[str, Any], reads: Reads = THINKING_TEMPLATE, **section: Any) -> Conversation:
+    found = formats.example(record, "auto", Data(**section), reads=reads)
+    assert isinstance(found, Conversation)
+    return found
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda key: {"messages": [ASKED, {**SAID, key: "so"}]},
+        lambda key: {"messages": json.dumps([ASKED, {**SAID, key: "so"}])},
+        lambda key: {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", key: "so"}]},
+        lambda key: {"prompt": [ASKED], "completion": [{**SAID, key: "so"}]},
+        lambda key: {"prompt": "q", "completion": "a", key: "so"},
+        lambda key: {"instruction": "q", "output": "a", key: "so"},
+    ],
+    ids=["messages", "text", "sharegpt", "turns", "prompt_completion", "alpaca"],
+)
+def test_thinking_is_learnt_by_each_of_its_names(record: Callable[[str], dict[str, Any]], name: str) -> None:
+    found = read(record(name))
+    assert found.messages == (ASKED, {**SAID, "reasoning_content": "so"}) and found.unread == ()
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        ({"reasoning": "so", "reasoning_content": "so"}, "so"),
+        ({"reasoning": "so", "reasoning_content": None}, "so"),
+        ({"reasoning": "so", "reasoning_content": ""}, "so"),
+        ({"reasoning": ""}, ""),
+    ],
+)
+def test_thinking_by_two_names_is_one(turn: dict[str, Any], expected: str) -> None:
+    assert messages({"messages": [ASKED, {**SAID, **turn}]})[1] == {**SAID, "reasoning_content": expected}
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        (
+            {"reasoning": "a", "reasoning_content": "b"},
+            "turn 2 of messages has reasoning_content and reasoning, two names for one thing, and they differ: 'b' and 'a'",
+        ),
+        ({"reasoning": "a", "thinking": "b"}, "turn 2 of messages has reasoning and thinking, two names for one thing"),
+        (
+            {"value": "b"},
+            "turn 2 of messages has content and value, two names for one thing, and they differ: 'a' and 'b'",
+        ),
+        ({"from": "human"}, "turn 2 of messages has the role 'assistant' and is from 'human': keep one of both"),
+        ({"reasoning": ["a"]}, "reasoning of turn 2 of messages is not text: ['a']"),
+    ],
+)
+def test_two_names_that_differ_are_an_error(turn: dict[str, Any], words: str) -> None:
+    assert refusal({"messages": [ASKED, {**SAID, **turn}]})[1].startswith(words)
+
+
+def test_two_names_that_agree_are_one() -> None:
+    turns = [{**ASKED, "from": "human", "value": "q"}, {**SAID, "from": "gpt"}]
+    assert messages({"messages": turns}) == [ASKED, SAID]
+    twice = {**CALLING, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
+    assert messages({"messages": [ASKED, twice]}) == [ASKED, CALLING]
+
+
+@pytest.mark.parametrize(
+    ("columns", "variables"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}),
+        ({"chat_template_kwargs": '{"enable_thinking": false}'}, {"enable_thinking": False}),
+        ({"chat_template_kwargs": Struct(enable_thinking=True, documents=None)}, {"enable_thinking": True}),
+        ({"chat_template_kwargs": {"enable_thinking": None}}, {"enable_thinking": None}),
+        *(({"chat_template_kwargs": nothing}, {}) for nothing in (None, "", {}, "{}")),
+        ({"enable_thinking": False}, {"enable_thinking": False}),
+        ({"enable_thinking": "False"}, {"enable_thinking": False}),
+        ({"enable_thinking": None, "documents": ""}, {}),
+        ({"documents": [Struct(title="t", text=None)]}, {"documents": [{"title": "t"}]}),
+        (
+            {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True, "documents": ["d"]},
+            {"enable_thinking": True, "documents": ["d"]},
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [ASKED, SAID]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": "q", "completion": "a"},
+        {"instruction": "q", "output": "a"},
+    ],
+    ids=["messages", "sharegpt", "prompt_completion", "alpaca"],
+)
+def test_variables_of_the_template(record: dict[str, Any], columns: dict[str, Any], variables: dict[str, Any]) -> None:
+    found = read({**record, **columns})
+    assert found.variables == variables and found.unread == ()
+
+
+def test_variables_by_another_column() -> None:
+    record = {"messages": [ASKED, SAID], "think": False, "kwargs": {"documents": ["d"]}}
+    found = read(record, columns={"enable_thinking": "think", "chat_template_kwargs": "kwargs"})
+    assert found.variables == {"enable_thinking": False, "documents": ["d"]} and found.unread == ()
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs is not an object: [1]"),
+        ({"chat_template_kwargs": "{"}, "chat_template_kwargs is text that is not JSON"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs holds tokenize, which no row decides"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs holds messages, which no row decides"),
+        (
+            {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": False},
+            "enable_thinking is False in its column and True in chat_template_kwargs: keep one of both",
+        ),
+        (
+            {"documents": dt.date(2024, 7, 26)},
+            "chat_template_kwargs holds datetime.date(2024, 7, 26), a date, which JSON",
+        ),
+        ({"chat_template_kwargs": {"documents": "\x00"}}, "chat_template_kwargs holds U+0000 (NUL)"),
+    ],
+)
+def test_variables_that_cannot_be_given(columns: dict[str, Any], words: str) -> None:
+    with pytest.raises(RowError) as caught:
+        read({"messages": [ASKED, SAID], **columns})
+    assert str(caught.value).startswith(words)
+
+
+def test_what_is_reserved_is_what_transformers_takes_itself() -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    takes = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    own = {name for name, one in takes.items() if one.kind is not one.VAR_KEYWORD} - {"self", "documents"}
+    assert own <= formats.RESERVED
+
+
+PARTS = [{"type": "text", "text": "q", "cache_control": {"type": "ephemeral"}, "image": None}]
+
+
+@pytest.mark.parametrize(
+    ("record", "unread"),
+    [
+        ({"messages": [ASKED, {**SAID, "id": 7}], "id": 3, "source": "web"}, ["messages.id", "id", "source"]),
+        ({"messages": [{**ASKED, "content": PARTS}, SAID]}, ["messages.content.cache_control"]),
+        (
+            {"messages": [ASKED, {**CALLING, "tool_calls": [{**CALL, "index": 0}]}]},
+            ["messages.tool_calls.index"],
+        ),
+        (
+            {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "parameters": {"x": 1}}]}]},
+            ["messages.tool_calls.parameters"],
+        ),
+        (
+            {"messages": [ASKED, {"role": "assistant", "function_call": {"name": "f", "args": {"x": 1}}}]},
+            ["messages.function_call.args"],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_call", "value": '{"name": "f", "y": 1}'},
+                ]
+            },
+            ["conversations.y"],
+        ),
+        ({"messages": [ASKED, SAID], "tools": [{**OFFERED, "strict": True}]}, ["tools.strict"]),
+        ({"messages": [{**ASKED, "train": True, "reasoning": "so"}, SAID]}, ["messages.train", "messages.reasoning"]),
+        ({"messages": [{**ASKED, "weight": 0}, {**SAID, "weight": 1}]}, []),
+        ({"messages": [ASKED, {**SAID, "tool_plan": "p"}]}, []),
+        ({"messages": [ASKED, SAID], "empty": "", "none": None, "list": [], "object": {}}, []),
+        ({"messages": [ASKED, SAID], "chat_template_kwargs": {"other": 1}}, ["chat_template_kwargs.other"]),
+        ({"messages": [ASKED, SAID], "text": "t", "prompt": "p"}, ["text", "prompt"]),
+        ({"prompt": [ASKED], "completion": [SAID], "reasoning": "so"}, ["reasoning"]),
+        ({"prompt": "q", "completion": "a", "chosen": "c"}, ["chosen"]),
+        ({"instruction": "q", "output": "a", "category": "c"}, ["category"]),
+        ({"text": "t", "label": 1, "chat_template_kwargs": {"x": 1}}, ["label", "chat_template_kwargs"]),
+        ({"input_ids": [1, 2], "completion_mask": [0, 1]}, ["completion_mask"]),
+    ],
+)
+def test_what_nothing_reads_is_noted(record: dict[str, Any], unread: list[str]) -> None:
+    assert list(formats.example(record, "auto", Data(), reads=THINKING_TEMPLATE).unread) == unread
+
+
+def test_what_the_recipe_uses_is_read() -> None:
+    record = {"messages": [ASKED, SAID], "source": "web", "label": "x", "id": 1}
+    division = Split(train=0.5, test=0.5)
+    assert formats.example(record, "auto", Data(group="source", split=division), "accepted").unread == ()
+    assert formats.example(record, "auto", Data(group="origin", columns={"origin": "source"})).unread == ("label", "id")
+    for ambiguous in ({"prompt": "q", "completion": "a", "label": True}, {"text": "t", "label": "x"}):
+        assert formats.example(ambiguous, "auto", Data(split=division)).unread == ("label",)
+
+
+def test_what_is_ignored_is_neither_read_nor_noted() -> None:
+    record = {"messages": [ASKED, {**SAID, "reasoning": "so", "id": 7}], "tools": [OFFERED], "id": 1, "idea": 2}
+    found = read(record, ignore=["messages.reasoning", "id", "tools"])
+    assert found.messages == (ASKED, SAID) and found.tools == () and found.unread == ("messages.id", "idea")
+    assert read(record, ignore=["messages.*", "id*"]).messages[1]["reasoning_content"] == "so"
+    assert read(record, ignore=["messages.*", "id*"]).unread == ()
+    assert read({"messages": [ASKED, SAID], "enable_thinking": True}, ignore=["enable_thinking"]).variables == {}
+
+
+def test_keys_that_the_template_reads_reach_it() -> None:
+    turn = {**SAID, "tool_plan": Struct(first="f", second=None)}
+    assert read({"messages": [ASKED, turn]}).messages[1] == {**SAID, "tool_plan": {"first": "f"}}
+    assert read({"messages": [ASKED, turn]}, Reads()).messages[1] == SAID
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (dt.datetime(2024, 7, 26), "datetime"),
+        (dt.date(2024, 7, 26), "date"),
+        (dt.time(1, 2), "time"),
+        (dt.timedelta(1), "timedelta"),
+        (decimal.Decimal("1.5"), "Decimal"),
+        (b"a", "bytes"),
+    ],
+)
+def test_what_a_loader_made_of_text_is_named(value: Any, kind: str) -> None:
+    remedy = f"{kind} is the data set's own type, or what its loader took text for; make it text first (datasets: cast_column"
+    call = {"name": "f", "arguments": {"when": {"day": value}}}
+    for record, words in (
+        ({"prompt": "q", "completion": value}, f"completion is neither text nor a list of turns: {kind}"),
+        ({"instruction": "q", "output": value}, "output is not text: "),
+        ({"text": value}, "text is not text: "),
+        (
+            {"messages": [ASKED, {**SAID, "content": value}]},
+            "turn 2 of messages needs a role and a content, both text: ",
+        ),
+        ({"messages": [ASKED, {**SAID, "reasoning": value}]}, "reasoning of turn 2 of messages is not text: "),
+        ({"messages": [ASKED, {"role": "assistant", "tool_calls": [call]}]}, "turn 2 (assistant) holds "),
+    ):
+        said = refusal(record)[1]
+        assert said.startswith(words) and remedy in said
+    assert "(in tool_calls.function.arguments.when.day)" in said
+
+
+def test_a_message_is_short_whatever_the_value() -> None:
+    deep: Any = "x" * 1000
+    for _ in range(8):
+        deep = [deep] * 8
+    assert len(refusal({"messages": deep})[1]) < 300
+    assert len(refusal({f"column {number}": 1 for number in range(1000)})[1]) < 500
 
 
 # Rules

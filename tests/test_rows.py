@@ -14,7 +14,7 @@ import pytest
 from qkit import rows
 from qkit.errors import DataError
 from qkit.recipe import Source
-from qkit.rows import Broken, Record, read
+from qkit.rows import Broken, Record, Rounded, Struct, read
 
 Write = Callable[..., Path]
 
@@ -277,3 +277,81 @@ def test_a_hub_data_set_that_cannot_be_had_is_named() -> None:
         DataError, match=r"nobody/nothing: could not be loaded from the hub \(.*give data\.\*\.source a local"
     ):
         list(read(Source(source="nobody/nothing")))
+
+
+# What tables make of values
+
+
+def test_objects_of_a_table_are_told_from_json(tmp_path: Path) -> None:
+    """Nulls of a struct are fillers; those of datasets' Json type, and of JSON in a text, are meant."""
+    from datasets import Dataset, Features, Json, List, Value
+
+    struct = {"city": Value("string"), "unit": Value("string")}
+    turn = {"arguments": struct, "json": Json(), "text": Value("string")}
+    features = Features({"turns": List(turn), "plain": struct, "tools": List(Json())})
+    given = {"city": "Oslo", "unit": None}
+    row = {
+        "turns": [{"arguments": given, "json": given, "text": json.dumps(given)}],
+        "plain": given,
+        "tools": [{"default": None}],
+    }
+    table = Dataset.from_list([row], features=features)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for source in (tmp_path / "a.parquet", tmp_path / "saved"):
+        (_, read), *_ = found(source)
+        [turn] = read["turns"]
+        assert read == row
+        assert type(turn) is type(turn["arguments"]) is type(read["plain"]) is Struct
+        assert type(turn["json"]) is type(read["tools"][0]) is dict
+
+
+def test_objects_of_json_lines_are_json(write: Write) -> None:
+    ((_, value),) = found(write("a.jsonl", '{"a": {"b": null, "c": 18446744073709551617}}'))
+    assert value == {"a": {"b": None, "c": 2**64 + 1}} and type(value["a"]) is dict
+
+
+def test_objects_of_nobody_knows_what_are_of_a_table() -> None:
+    [row] = rows._meant([{"a": [{"b": None}], "n": 2.0**64}])
+    assert type(row["a"][0]) is Struct and type(row["n"]) is Rounded
+
+
+def test_numbers_that_a_table_has_rounded_are_marked(tmp_path: Path) -> None:
+    values = [float(2**63), 2.0**53, -(2.0**70), 1e300, 0.5, float("inf")]
+    pq.write_table(pa.table({"n": [values], "s": [{"x": 2.0**64}]}), tmp_path / "a.parquet")
+    ((_, value),) = found(tmp_path / "a.parquet")
+    assert [type(number) is Rounded for number in value["n"]] == [True, False, True, True, False, False]
+    assert type(value["s"]["x"]) is Rounded and value["n"] == values
+
+
+def test_a_saved_data_set_is_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    one, other = (Dataset.from_list([{"text": f"{name}{i}"} for i in range(3)]) for name in "ab")
+    one.save_to_disk(tmp_path / "one", num_shards=2)
+    DatasetDict(train=one, test=other).save_to_disk(tmp_path / "both")
+    assert found(tmp_path / "one") == [(i, {"text": f"a{i}"}) for i in range(3)]
+    assert found(tmp_path / "both", split="test", rows="1:") == [(1, {"text": "b1"}), (2, {"text": "b2"})]
+    assert found(tmp_path / "both" / "train")[0] == (0, {"text": "a0"})
+    with pytest.raises(DataError, match=r"both: .* holds the splits train and test; name one: data\.\*\.split"):
+        found(tmp_path / "both")
+    with pytest.raises(DataError, match=r"both: .* no split 'dev'.*train and test"):
+        found(tmp_path / "both", split="dev")
+    with pytest.raises(DataError, match=r"one: .* one data set, with no splits in it"):
+        found(tmp_path / "one", split="test")
+    (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(DataError, match=r"one: .* cannot be read"):
+        found(tmp_path / "one")
+
+
+def test_a_saved_data_set_of_one_split_needs_no_name(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict(train=Dataset.from_list([{"text": "a"}])).save_to_disk(tmp_path / "d")
+    assert found(tmp_path / "d") == [(0, {"text": "a"})]
+
+
+def test_arrow_files_by_themselves_are_named(write: Write, tmp_path: Path) -> None:
+    write("data-00000-of-00001.arrow", b"")
+    with pytest.raises(DataError, match=r"suffix '\.arrow'.*save_to_disk"):
+        found(tmp_path / "data-00000-of-00001.arrow")

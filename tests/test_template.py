@@ -10,7 +10,7 @@ import pytest
 
 from qkit import rowchecks, template
 from qkit.recipe import Data
-from qkit.task import Conversation
+from qkit.task import THINKING, Conversation, Reads
 from qkit.template import Renderer
 from qkit.tokenization import Row, tokenize
 from tests.conftest import build_tokenizer
@@ -144,3 +144,72 @@ def test_plain_reads_as_words() -> None:
 def test_plain_refuses_tools_and_says_which_template_takes_them(messages: Any, tools: Any) -> None:
     with pytest.raises(template.TemplateRefusal, match="take chatml"):
         reader("plain").render(messages, tools, answered=True)
+
+
+# What a template reads. The parts are written after those of public templates.
+LLAMA = (
+    "{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}"
+    "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] | trim %}"
+    "{%- else %}{%- set system_message = '' %}{%- endif %}{{ bos_token + system_message + date_string }}"
+)
+QWEN_VL = (
+    "{% set count = namespace(images=0) %}{% for message in messages %}{% if add_vision_id %}Picture: {% endif %}"
+    "{{ message.role }}{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}"
+)
+COHERE = (
+    "{% set loop_messages = messages[1:] %}{% for m in loop_messages %}{{ m['tool_plan'] }}{{ m.get('citations') }}"
+    "{% if 'prefix' in m %}{{ m.prefix }}{% endif %}{% endfor %}{{ messages[-1].partial }}{{ documents | tojson }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "variables", "keys"),
+    [
+        (LLAMA, {"custom_tools", "date_string"}, {"role", "content"}),
+        (QWEN_VL, {"add_vision_id"}, {"role", "content"}),
+        (COHERE, {"documents"}, {"tool_plan", "citations", "prefix", "partial"}),
+        (
+            "{% set enable_thinking = enable_thinking | default(true) %}{{ enable_thinking }}",
+            {"enable_thinking"},
+            set(),
+        ),
+        (
+            "{% macro say(message, times=2) %}{{ message.name * times }}{% endmacro %}{{ say(messages[0]) }}",
+            set(),
+            {"name"},
+        ),
+        ("{% generation %}{{ messages[0].x }}{{ eos_token }}{% endgeneration %}{% break_off %}", set(), set()),
+        ("{% for m in messages %}{% generation %}{{ m.x }}{% endgeneration %}{% break %}{% endfor %}", set(), {"x"}),
+    ],
+)
+def test_what_a_template_reads(text: str, variables: set[str], keys: set[str]) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = text
+    assert template.reads(tokenizer) == Reads(frozenset(variables), frozenset(keys))
+    tokenizer.chat_template = {"default": "{{ messages[0].role }}", "tool_use": text}
+    assert template.reads(tokenizer) == Reads(frozenset(variables), frozenset({*keys, "role"}))
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_thinking_has_the_name_that_the_template_reads(name: str) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ (m.{name} or '') + '|' + m.content }}}}{{% endfor %}}"
+    turn = {"role": "assistant", "content": "a", "reasoning_content": "so"}
+    assert template.render(tokenizer, [turn], answered=True) == "so|a"
+
+
+def test_variables_reach_the_template() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content + ('!' if loud else '') + (documents or [{'text': 'none'}])[0].text }}"
+    turn = {"role": "user", "content": "a"}
+    assert template.render(tokenizer, [turn]) == "anone"
+    assert template.render(tokenizer, [turn], variables={"loud": True, "documents": [{"text": "d"}]}) == "a!d"
+
+
+def test_an_answer_keeps_its_indentation_in_our_templates() -> None:
+    for name in template.named():
+        of = reader(name)
+        code = {"role": "assistant", "content": "    return x\n"}
+        [row] = rows(of, [{"role": "user", "content": "def f(x):"}, code])
+        assert learnt(of, row) == [f"    return x\n{of.tokenizer.eos_token}"]

@@ -406,7 +406,7 @@ def test_a_prediction_of_what_is_learnt_is_right(family: str, tmp_path: Path) ->
 
 COLUMNS = {
     **dict.fromkeys(("input_ids", "labels"), "list<element: int32>"),
-    **dict.fromkeys(("messages", "tools", "answer", "calls", "reference", "place"), "string"),
+    **dict.fromkeys(("messages", "tools", "variables", "answer", "calls", "reference", "place"), "string"),
     **dict.fromkeys(("start", "pack", "position"), "int32"),
 }
 

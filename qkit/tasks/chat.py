@@ -8,14 +8,14 @@ from typing import Any
 
 from qkit import formats
 from qkit.recipe import Data, Evaluate
-from qkit.task import Example, said
+from qkit.task import NO_MORE, Example, Reads, said
 
 METRIC = "exact match"
 
 
-def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data) -> Example:
+def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data, reads: Reads = NO_MORE) -> Example:
     """A record of any format; accepted answers, where there are some, are what predictions are compared with."""
-    return formats.example(record, format, section, accepted)
+    return formats.example(record, format, section, accepted, reads)
 
 
 def correct(prediction: str, reference: Any, section: Evaluate) -> bool:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from qkit import formats
 from qkit.recipe import Data, Evaluate
-from qkit.task import Conversation, Example, RowError, said
-from qkit.turns import shown
+from qkit.task import NO_MORE, Conversation, Example, Reads, RowError, said
+from qkit.turns import Notes, shown
 
 METRIC = "exact call match"
 
@@ -62,7 +63,7 @@ class Row(BaseModel):
     accepted: list[dict[str, dict[str, list[Any]]]] = Field(min_length=1)
 
 
-def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data) -> Example:
+def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data, reads: Reads = NO_MORE) -> Example:
     """A leaderboard row; the answer holds the first accepted value of every argument that may not be left out."""
     if "function" not in record or "question" not in record:
         raise RowError(f"has the columns {formats.listed(record)}; wanted question and function")
@@ -74,7 +75,9 @@ def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data
         formats.check_text([record["question"], record["function"]], "the row", section)
         formats.check_text(accepted, "the accepted answer", section)
         _check(record, accepted)
-        return formats.checked(_conversation(record, accepted, section), section)
+        found, notes = _conversation(record, accepted, section), Notes(section, reads)
+        formats.note_columns(record, {"question", "function"}, section, notes, found, accepted)
+        return formats.checked(replace(found, unread=tuple(notes.unread)), section)
     except RecursionError:
         raise RowError("is nested too deeply to be written down") from None
 

@@ -114,6 +114,42 @@ ESSAY = " ".join(f"word{number}" for number in range(60))
 NONE_LEFT = {"rows": "fail", "held_out": "warn"}  # the check leaves out every row, the held-out ones too
 TOKENIZED = tokens(PLAIN, (SPOKEN, False), ("yes<|im_end|>", True))
 NO_SYSTEM = "{% if m.role != 'system' %}" + TURN + "{% endif %}"
+TRIMMING = chatml(TURN.replace("m.content", "m.content | trim"))
+ANSWER = {"role": "assistant", "content": "This one."}
+
+
+def parquet(table: Any) -> bytes:
+    """A table as a Parquet file."""
+    import io
+
+    import pyarrow.parquet as pq
+
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return file.getvalue()
+
+
+def table_of(number: int) -> bytes:
+    """Rows that call a tool with a number, as the loader of a data set types what is too large for 64 bits."""
+    import pyarrow as pa
+
+    rows = [dict(row) for row in GOOD[: LINE - 1]]
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": float(number)}}}
+    turns = [{"role": "user", "content": "Look!"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return parquet(pa.Table.from_pylist([*rows, {"messages": turns}]))
+
+
+def dated() -> bytes:
+    """Rows of which a column holds dates."""
+    import datetime as dt
+
+    import pyarrow as pa
+
+    said = pa.array([None, None, dt.datetime(2024, 7, 26)], pa.timestamp("s"))
+    turns = [row["messages"] for row in GOOD[: LINE - 1]]
+    return parquet(pa.table({"messages": [*turns, None], "prompt": ["", "", "When?"], "completion": said}))
+
+
 THINKING = {
     "messages": [*thought("Why?", "They want a reason.", "Because.")["messages"], *asked("Really?", "Yes.")["messages"]]
 }
@@ -260,6 +296,103 @@ TRAPS = [
         *("thinking that is left out of earlier turns", "prefix_stable", "warn", THINKING),
         model=FAMILIES["qwen3"],
         settings=("data.loss=assistant",),
+    ),
+    Trap(
+        *("thinking under a template that writes none", "content", "fail"),
+        row=thought("Why?", "They want a reason.", "Because."),
+        cure={"model": FAMILIES["qwen3"]},
+    ),
+    Trap(
+        *("indentation of code that the template trims", "content", "warn"),
+        row=asked("Complete: def f(x):", "    return x"),
+        model=TRIMMING,
+        cure={"model": PLAIN},
+    ),
+    Trap(
+        *("indentation that stands in the question as well", "content", "warn"),
+        row=asked("What comes after def f(x): return or    return x?", "    return x"),
+        model=TRIMMING,
+        cure={"model": PLAIN},
+    ),
+    Trap(
+        *("a line end before an answer, where the template puts one too", "content", "warn"),
+        row=asked("Go on", "\nreturn x"),
+        model=TRIMMING,
+        cure={"model": PLAIN},
+    ),
+    Trap(
+        *("a tab before an answer", "content", "warn", asked("Go on", "\treturn x")),
+        model=TRIMMING,
+        cure={"model": PLAIN},
+    ),
+    Trap(
+        *("white space after an answer", "content", "warn", asked("Go on", "return x\n\n")),
+        model=TRIMMING,
+        cure={"model": PLAIN},
+    ),
+    Trap(
+        *("line ends inside an answer", "content", "warn", asked("Go on", "def f(x):\n    return x")),
+        model=chatml(TURN.replace("m.content", "m.content.split() | join(' ')")),
+        cure={"model": PLAIN},
+    ),
+    Trap(
+        *("indentation of thinking", "content", "warn", thought("Why?", "    so:\n    x", "Because.")),
+        model=FAMILIES["qwen3"],
+        cure={"row": thought("Why?", "so:\n    x", "Because.")},
+    ),
+    Trap(
+        *(
+            "an answer that is left out, and said in the question",
+            "content",
+            "fail",
+            asked("Is it Yes. or No.?", "Yes."),
+        ),
+        model=chatml(
+            "{% if not (m.role == 'assistant' and m.content == 'Yes.') %}"
+            + TURN
+            + "{% else %}{{ '<|im_start|>assistant\n<|im_end|>\n' }}{% endif %}"
+        ),
+        cure={"model": PLAIN},
+    ),
+    # what nothing reads
+    *(
+        Trap(name, "unused", "warn", row)
+        for name, row in (
+            ("a column that nothing reads", asked("Which?", "This.", note="from a friend")),
+            ("a misspelt column", asked("Which?", "This.", sytem="Be brief.")),
+            ("a label beside a text", {"text": "a good film", "label": "positive"}),
+            ("a verdict on an answer", {"prompt": "Which?", "completion": "This.", "label": False}),
+            ("a variable that the template does not read", asked("Which?", "This.", enable_thinking=False)),
+            (
+                "a kwarg that it does not read",
+                asked("Which?", "This.", chat_template_kwargs={"enable_thinking": False}),
+            ),
+            ("masks of another tool", {**TOKENIZED, "completion_mask": [1] * len(TOKENIZED["labels"])}),
+            ("a key of a turn", {"messages": [{"role": "user", "content": "Which?", "images": ["a.png"]}, ANSWER]}),
+            (
+                "a user's turn that is to be learnt",
+                {"messages": [{"role": "user", "content": "a?", "train": True}, ANSWER]},
+            ),
+            (
+                "a key of ShareGPT's",
+                {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b", "thougt": "c"}]},
+            ),
+        )
+    ),
+    Trap(
+        *("a number that its table has rounded", "rounded", "warn"),
+        train=table_of(2**64),
+        file="train.parquet",
+        place=("train.parquet", LINE),
+        model=FAMILIES["qwen3"],
+        cure={"train": table_of(2**53)},
+    ),
+    Trap(
+        *("a date where text should be", "malformed", "fail"),
+        train=dated(),
+        file="train.parquet",
+        place=("train.parquet", LINE),
+        cure={"train": lines(GOOD), "file": "train.jsonl"},
     ),
     Trap(
         *("today's date", "date", "warn"),
