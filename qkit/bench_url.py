@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from qkit import model
 from qkit.bench import as_text, held_out_prompts, measure, record, tokenizer_folder
 from qkit.bench_load import BEYOND_OPENAI, CHAT, COMPLETIONS, HeldOut, Synthetic, Tool, beyond_openai
-from qkit.errors import RecipeError, ServerError, UserError
+from qkit.errors import RecipeError, ServerError, UserError, short
 from qkit.progress import Progress
 from qkit.recipe import Bench, override
 from qkit.run import Run, make_folder, write_json
@@ -88,7 +88,9 @@ def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
     try:
         return Bench.model_validate(raw["bench"])
     except ValidationError as error:
-        problems = [f"bench.{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+        problems = [
+            f"bench.{'.'.join(map(str, e['loc']))}: {e['msg']}, got {short(repr(e['input']))}" for e in error.errors()
+        ]
         raise RecipeError("\n".join(problems)) from None
 
 

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 from qkit.device import Device
-from qkit.errors import UserError
+from qkit.errors import UserError, short
 
 GIB = 2**30
 UNKNOWN_CARD_SHARE = (
@@ -69,7 +69,7 @@ def device(name: str) -> Device:
     if card is None:
         close = difflib.get_close_matches(name.lower(), CARDS, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
-        raise UserError(f"unknown card {name!r}{hint}; there are: {', '.join(CARDS)}")
+        raise UserError(f"unknown card {short(repr(name))}{hint}; there are: {', '.join(CARDS)}")
     return Device("cuda", card.title, card.memory_bytes, cores=1)
 
 

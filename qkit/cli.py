@@ -193,7 +193,7 @@ def inspect(
 ) -> None:
     """What will be learnt, row by row and token by token, and what is likely wrong. Exits with 2 when a check fails."""
     from qkit import inspection, inspection_page, inspection_screen
-    from qkit.checks import failures
+    from qkit.checks import failures, refusal
 
     console = _stderr(keep=True)
     with _errors_only():
@@ -203,7 +203,9 @@ def inspect(
             inspection_page.write(seen, html)
     shown = inspection_screen.row_screen(view) if view else inspection_screen.screen(seen, losses)
     _show(as_json, inspection_screen.to_dict(seen, view, losses), lambda: shown)
-    if failures(seen.summary["checks"]):
+    if failed := failures(seen.summary["checks"]):
+        if view:  # the screen of all rows names them
+            console.print(refusal(failed), highlight=False, soft_wrap=True)
         raise typer.Exit(2)
 
 

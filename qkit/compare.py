@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit import contract, gates, live, model, provenance, scoring
 from qkit.artifacts import MERGED, Artifact, open_artifact
+from qkit.data import left_out
 from qkit.device import detect
 from qkit.errors import DataError, MissingArtifact, ParityFailed
 from qkit.export._job import exporter
@@ -218,7 +219,10 @@ def _of_lines(a: Side, b: Side, data: Path, progress: Progress) -> Questions:
         how = local.run.recipe.model_copy(update={"data": section})
     else:
         how = inspection.recipe_for(str(local.path), str(data), "auto", ())
-    return _asked(inspection.inspect(how, progress).folder / "train.parquet", how, str(data), None)
+    seen = inspection.inspect(how, progress)
+    gone = left_out(seen.summary, "train")
+    where = f"{data}; {gone}" if gone else str(data)
+    return _asked(seen.folder / "train.parquet", how, where, None)
 
 
 def _asked(file: Path, how: Recipe, where: str, own_of: Run | None) -> Questions:

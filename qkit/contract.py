@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qkit import scoring
-from qkit.errors import ModelError, ParityFailed, ServerError
+from qkit.errors import ModelError, ParityFailed, ServerError, short
 from qkit.export._job import split
 from qkit.merged_folder import dtype_of
 from qkit.provenance import NOTE
@@ -239,8 +239,8 @@ def _tools(server: _Asked, held_out: HeldOut, rows: int) -> Check:
             return Check(
                 name,
                 DIFFERS,
-                f"held-out row {number}: from {held_out.answers[number]!r} the server's parser reads {parsed or 'no call'}, "
-                f"the row holds {wanted}: another --tool-call-parser fits this template",
+                f"held-out row {number}: from {short(repr(held_out.answers[number]))} the server's parser reads {short(parsed or 'no call')}, "
+                f"the row holds {short(wanted)}: another --tool-call-parser fits this template",
             )
     return Check(name, OK, f"{len(numbers)} trained answers: the server's parser returns the calls that the rows hold")
 

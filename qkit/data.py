@@ -17,7 +17,7 @@ from qkit import decisions, formats, preconditions, preparation, template, unuse
 from qkit.checks import Findings, failures, refusal
 from qkit.decisions import Fate
 from qkit.device import detect
-from qkit.errors import DataError
+from qkit.errors import DataError, short
 from qkit.fast.batches import TokenBudgetBatches, padded_length
 from qkit.fast.packs import packed
 from qkit.preparation import Entry, Sourced, Worker
@@ -77,6 +77,15 @@ def sums(summary: Mapping[str, Any]) -> str:
         f"data: {train['records']:,} records = {train['kept']:,} trained + {train['dropped']:,} dropped; "
         f"{train['rows']:,} rows, {train['tokens']:,} tokens, {train['labelled_tokens']:,} of them carry loss"
     )
+
+
+def left_out(summary: Mapping[str, Any], split: str) -> str:
+    """Which records of somebody's own rows are not used, by the rule that left them out; "" where all are."""
+    counts = summary["splits"][split]
+    if not counts["dropped"]:
+        return ""
+    rules = ", ".join(f"{rule} {count:,}" for rule, count in summary["dropped"].items())
+    return f"{counts['dropped']:,} of {counts['records']:,} records are left out ({rules}): `qkit inspect` names them"
 
 
 def prepare(how: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
@@ -161,7 +170,9 @@ def _records(how: Recipe) -> Iterator[Sourced]:
                     columns.update(dict.fromkeys(record.value))
                     grouped = preparation.value_of(record.value, how.data.group, how) is not None
     if columns and not grouped:
-        raise DataError(f"data.group={how.data.group}: no row has a value there; there are: {formats.listed(columns)}")
+        raise DataError(
+            f"data.group={short(how.data.group)}: no row has a value there; there are: {formats.listed(columns)}"
+        )
 
 
 # --- the ledger -------------------------------------------------------------------------------------------------------

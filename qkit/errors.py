@@ -7,16 +7,22 @@ from pathlib import Path
 SHOWN = 200  # characters of a user's value that a message gives back
 
 
-def short(text: object) -> str:
+LINE = 2000  # characters of a line of a message: more is a value that somebody forgot to shorten
+
+
+def short(text: object, limit: int = SHOWN) -> str:
     """What a user gave, for a message: as much of it as tells which it is."""
     found = str(text)
-    return found if len(found) <= SHOWN else f"{found[: SHOWN - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return found if len(found) <= limit else f"{found[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 class QkitError(Exception):
     """Base of every error that qkit raises on purpose."""
 
     exit_code = 1
+
+    def __init__(self, message: object = ""):
+        super().__init__("\n".join(short(line, LINE) for line in str(message).split("\n")))
 
 
 class UserError(QkitError):

@@ -207,8 +207,7 @@ def _quantized(folder: Path, how: Recipe) -> list[str]:
 def _made(run: Run, wish: Wish, adapters: Mapping[str, float]) -> dict[str, Any]:
     """The candidates, each a folder, and which of them to take."""
     ways = candidates.bases(run.recipe) if wish.rows else candidates.bases(run.recipe)[:1]
-    if wish.rows:
-        _prepare(run, wish.rows)
+    gone = _prepare(run, wish.rows) if wish.rows else ""
     spoken = run.folder("train") / "adapter" if len(wish.adapters) > 1 else wish.adapters[0]
     for base in ways:
         write_folder(run, candidates.folder_of(run.root, base), base, adapters)
@@ -220,15 +219,16 @@ def _made(run: Run, wish: Wish, adapters: Mapping[str, float]) -> dict[str, Any]
     }
     table = _measured(run, ways, adapters) if wish.rows else unmeasured
     _take_tokenizer(spoken, candidates.folder_of(run.root, table["chosen"]))
-    return table
+    return {**table, "note": f"measured on {wish.rows}; {gone}"} if gone else table
 
 
-def _prepare(run: Run, source: str) -> None:
-    """The rows to measure on, tokenized as held-out ones."""
+def _prepare(run: Run, source: str) -> str:
+    """The rows to measure on, tokenized as held-out ones; what is left out of them, in words."""
     make_folder(run.folder("data"))
     summary = data.prepare(run.recipe, run.folder("data"), run.progress)
     if not summary["splits"]["test"]["rows"]:
         raise DataError(f"--data {source}: no row of it can be used: {summary['dropped'] or 'it has none'}")
+    return data.left_out(summary, "test")
 
 
 def _take_tokenizer(adapter: Path, out: Path) -> None:

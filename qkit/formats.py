@@ -231,8 +231,8 @@ def _missing(ours: str, name: str, columns: Sequence[str], section: Data) -> str
     theirs = section.columns.get(ours, ours)
     mapped = f" (data.columns maps {ours} to it)" if ours in section.columns else f", which format {name} needs"
     close = difflib.get_close_matches(theirs, list(map(str, columns)), n=1)
-    nearest = f"; did you mean {close[0]!r}?" if close else ""
-    return f"has no column {theirs!r}{mapped}; it has the columns {listed(columns)}{nearest}"
+    nearest = f"; did you mean {short(repr(close[0]))}?" if close else ""
+    return f"has no column {short(repr(theirs))}{mapped}; it has the columns {listed(columns)}{nearest}"
 
 
 def _not_recognised(record: Mapping[str, Any], section: Data) -> str:

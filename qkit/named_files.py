@@ -11,12 +11,13 @@ from pathlib import Path
 from qkit import template
 from qkit.recipe import Recipe
 from qkit.rows import data_files
+from qkit.source import is_there
 from qkit.splits import SPLITS
 
 
 def named_files(how: Recipe) -> dict[Path, list[Path]]:
     """By each file or folder that is named, the files that are read there; what is not there, or empty, is left out."""
-    found = {path.resolve(): data_files(path.resolve()) for path in map(_path, _texts(how)) if path.exists()}
+    found = {path.resolve(): data_files(path.resolve()) for path in map(_path, _texts(how)) if is_there(path)}
     return {named: files for named, files in found.items() if files}
 
 

@@ -19,13 +19,14 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from qkit.errors import RecipeError
+from qkit.errors import LINE, RecipeError, short
 
 Positive = Annotated[int, Field(gt=0)]
 Limit = Annotated[float, Field(ge=0)] | None
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 ALL = "all"  # in export.formats
+PROBLEMS = 20  # of a recipe, how many a message names: a file of another kind has thousands
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -341,9 +342,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from None
+        raise RecipeError(f"{path}: not YAML: {short(error, LINE)}") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, train ...), this is {raw!r}")
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of sections (model, data, train ...), this is {short(repr(raw))}"
+        )
     return from_dict(raw, overrides, str(path), {key: f"{path}:{line}" for key, line in _lines(node)})
 
 
@@ -374,7 +377,8 @@ def _validated(raw: dict[str, Any], origins: dict[Key, str], default: str) -> Re
     if recipe is not None:
         problems += [f"{_origin(key, origins, default)}: {text}" for key, text in clashes(recipe)]
     if problems:
-        raise RecipeError("\n".join(problems))
+        more = [f"and {len(problems) - PROBLEMS:,} more"] if len(problems) > PROBLEMS else []
+        raise RecipeError("\n".join([*problems[:PROBLEMS], *more]))
     return recipe
 
 
@@ -405,7 +409,10 @@ def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         )
     for runtime in recipe.bench.runtimes:
         if runtime != "transformers" and not {runtime, ALL} & {*recipe.export.formats}:
-            yield ("bench", "runtimes"), f"bench.runtimes has {runtime!r}, which export.formats does not make"
+            yield (
+                ("bench", "runtimes"),
+                f"bench.runtimes has {short(repr(runtime))}, which export.formats does not make",
+            )
     yield from _target_clashes(recipe)
     yield from _split_clashes(recipe.data)
     yield from _unknown_names(recipe)
@@ -441,7 +448,10 @@ def _split_clashes(data: Data) -> Iterator[tuple[Key, str]]:
 def _unknown_names(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     """Tasks are files in tasks/, formats files in export/ (before the dash): the folder is the registry."""
     if recipe.task not in (tasks := names("tasks")):
-        yield ("task",), f"unknown task {recipe.task!r}{_nearest(recipe.task, tasks)}; there are: {', '.join(tasks)}"
+        yield (
+            ("task",),
+            f"unknown task {short(repr(recipe.task))}{_nearest(recipe.task, tasks)}; there are: {', '.join(tasks)}",
+        )
     from qkit.export._job import accepts
 
     for name in recipe.export.formats:
@@ -456,7 +466,7 @@ def _unknown_names(recipe: Recipe) -> Iterator[tuple[Key, str]]:
 
 
 def _instead(name: str, known: Sequence[str]) -> str:
-    return f"{name!r}{_nearest(name, known)}; there are: {', '.join(known)}"
+    return f"{short(repr(name))}{_nearest(name, known)}; there are: {', '.join(known)}"
 
 
 def format_names() -> Iterator[str]:
@@ -474,14 +484,14 @@ def names(folder: str) -> list[str]:
 def _describe(detail: ErrorDetails, origins: dict[Key, str], default: str) -> str:
     """One line for one problem that pydantic found."""
     loc = detail["loc"]
-    dotted = ".".join(map(str, loc))
+    dotted = short(".".join(map(str, loc)))
     if detail["type"] == "extra_forbidden":
         siblings = list(_fields(loc[:-1]))
         problem = f"unknown key {dotted!r}{_nearest(str(loc[-1]), siblings)}"
     elif detail["type"] == "missing":
         problem = f"{dotted!r} is missing"
     else:
-        problem = f"{dotted}: {detail['msg']}, got {detail['input']!r}"
+        problem = f"{dotted}: {detail['msg']}, got {short(repr(detail['input']))}"
     return f"{_origin(loc, origins, default)}: {problem}"
 
 
@@ -529,18 +539,19 @@ def override(raw: dict[str, Any], text: str) -> list[Key]:
         RecipeError: it is not of this form.
     """
     dotted, equals, value = text.partition("=")
+    shown = short(text)
     keys = dotted.split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"--set {text}: write it as section.key=value, such as --set train.learning_rate=1e-5")
+        raise RecipeError(f"--set {shown}: write it as section.key=value, such as --set train.learning_rate=1e-5")
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise RecipeError(f"--set {text}: {value!r} is not YAML; quote it for the shell") from None
+        raise RecipeError(f"--set {shown}: {short(repr(value))} is not YAML; quote it for the shell") from None
     where = raw
     for key in keys[:-1]:
         where = where.setdefault(key, {})
         if not isinstance(where, dict):
-            raise RecipeError(f"--set {text}: {key!r} is not a section")
+            raise RecipeError(f"--set {shown}: {short(repr(key))} is not a section")
     where[keys[-1]] = parsed
     return [tuple(keys)]
 

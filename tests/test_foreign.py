@@ -155,10 +155,13 @@ def test_what_is_not_clear_is_refused(tiny_model: Path, other_model: Path, tmp_p
 def test_from_the_command_line(tiny_model: Path, tmp_path: Path, rows_file: Path) -> None:
     adapter = _foreign(tiny_model, tmp_path / "adapter")
     command = [sys.executable, "-m", "qkit", "merge", "--base", str(tiny_model), "--adapter", str(adapter)]
+    with rows_file.open("a", encoding="utf-8") as file:
+        file.write(rows_file.read_text(encoding="utf-8").splitlines(keepends=True)[0])
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "merged"), "--data", str(rows_file)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "16bit" in done.stdout and "<- kept" in done.stdout and "only names and shapes" in done.stdout
+    assert "1 of 25 records are left out (duplicate 1)" in done.stdout
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and "--base, --adapter and --out" in refused.stderr

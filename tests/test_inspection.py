@@ -145,3 +145,39 @@ def test_the_page_holds_every_row_and_no_row_can_end_its_script(
     assert len(rows["train"]) == 21 and len(rows["test"]) == 4
     assert evil in "".join(text for _, text in rows["train"][-1]["segments"])
     assert not re.search(r"(src|href)=", page)
+
+
+def test_a_row_is_shown_with_the_check_that_fails(rows_file: Path, tiny_recipe: Path) -> None:
+    with rows_file.open("a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
+    done = qkit("inspect", tiny_recipe, "--row", 0)
+    assert done.returncode == 2 and done.stdout.startswith("train row 0")
+    assert "check roles: 1 row have turns" in done.stderr and "rows.jsonl:25" in done.stderr
+    assert "data.clean.roles=drop" in done.stderr
+
+
+def test_what_nothing_reads_is_counted_and_named(tiny_model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"say {i},{i % 2}\n" for i in range(20)), encoding="utf-8")
+    how = inspection.recipe_for(str(tiny_model), str(rows), "auto", ())
+    [check] = [c for c in inspection.inspect(how, Progress()).summary["checks"] if c["name"] == "unused"]
+    assert check["status"] == "warn" and check["found"] == 20
+    assert check["message"] == f"20 records hold what nothing reads: label in 20; the first is {rows}:1"
+    assert check["remedy"].startswith("these rows train as plain text, and label is not learnt")
+    how = inspection.recipe_for(str(tiny_model), str(rows), "auto", ("data.ignore=[label]",))
+    [check] = [c for c in inspection.inspect(how, Progress()).summary["checks"] if c["name"] == "unused"]
+    assert check["status"] == "pass"
+    how = inspection.recipe_for(str(tiny_model), str(rows), "auto", ("data.columns={prompt: text, completion: label}",))
+    assert "unused" not in {
+        c["name"] for c in inspection.inspect(how, Progress()).summary["checks"] if c["status"] == "warn"
+    }
+
+
+def test_records_that_are_left_out_are_counted_in_words(tiny_model: Path, rows_file: Path) -> None:
+    with rows_file.open("a") as file:
+        file.write(rows_file.read_text(encoding="utf-8"))
+    seen = inspection.inspect(inspection.recipe_for(str(tiny_model), str(rows_file), "auto", ()), Progress())
+    assert data.left_out(seen.summary, "train") == (
+        "24 of 48 records are left out (duplicate 24): `qkit inspect` names them"
+    )
+    assert data.left_out(seen.summary, "test") == ""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,35 @@ def test_the_hash_does_not_depend_on_what_is_left_to_defaults(tmp_path: Path) ->
     plain = load(_write(tmp_path, MINIMAL))
     spelt = load(_write(tmp_path, MINIMAL + f"seed: {Recipe.model_fields['seed'].default}\n"))
     assert plain.sha256() == spelt.sha256() != load(_write(tmp_path, MINIMAL), ["seed=7"]).sha256()
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        (json.dumps([{"messages": [{"role": "user", "content": LONG}]}] * 50), [], "a recipe is a mapping of sections"),
+        (json.dumps({"data": [{"text": LONG}], "version": 1}), [], "data: Input should be"),
+        (json.dumps({f"{LONG[:900]}{number}": 1 for number in range(1000)}), [], "\nand 983 more"),
+        (json.dumps({"task": LONG, "model": {"source": "m"}, "data": {}}), [], "unknown task 'xxx"),
+        (MINIMAL + f"export: {{formats: [{LONG}]}}\n", [], "unknown format 'xxx"),
+        (MINIMAL + f"bench: {{runtimes: [{LONG}]}}\n", [], "bench.runtimes has 'xxx"),
+        (MINIMAL + f"train: {{learning_rate: {LONG}}}\n", [], "train.learning_rate: Input should be a valid number"),
+        (MINIMAL + f"train: {{? {LONG} : 1}}\n", [], "unknown key 'train.xxx"),
+        (f"a: !{LONG} 1\n", [], "not YAML"),
+        (MINIMAL, [LONG], "write it as section.key=value"),
+        (MINIMAL, [f"train.optim=[{LONG}"], "is not YAML"),
+        (MINIMAL, [f"task.{LONG}.y=1"], "is not a section"),
+    ],
+)
+def test_what_is_given_back_is_short(tmp_path: Path, text: str, overrides: list[str], words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(_write(tmp_path, text), overrides)
+    said = str(caught.value)
+    assert words in said and len(said) < 300 * (said.count("\n") + 1) + 2000 and "x" * 2000 not in said
+
+
+def test_a_line_of_a_message_ends_somewhere() -> None:
+    said = str(RecipeError(f"{LONG}\nsecond"))
+    assert len(said) < 2100 and said.endswith("\N{HORIZONTAL ELLIPSIS}\nsecond")

@@ -116,3 +116,10 @@ def test_a_model_of_the_hub_is_fetched_once_and_with_its_licence(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model.resolve(recipe.Model(source="owner/name"))
     assert list(huggingface_hub.utils.filter_repo_objects([*files, *others], allow_patterns=asked)) == files
+
+
+@pytest.mark.parametrize("text", ["x" * 100_000, '{"text": "' + "x" * 5000 + '"}', "owner/" + "x" * 5000 + "!"])
+def test_a_text_that_is_no_name_is_given_back_short(text: str) -> None:
+    with pytest.raises(DataError) as caught:
+        locate(text)
+    assert "no such file or folder" in str(caught.value) and len(str(caught.value)) < 500

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from qkit import formats
+from qkit.errors import short
 from qkit.recipe import Data, Evaluate
 from qkit.task import NO_MORE, Conversation, Example, Reads, RowError, said
 from qkit.turns import Notes, shown
@@ -88,7 +89,7 @@ def _check(record: Mapping[str, Any], accepted: Any) -> None:
         Row.model_validate({**record, "accepted": accepted})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise RowError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise RowError(f"{short('.'.join(map(str, first['loc'])))}: {first['msg']}") from None
     if len(accepted[0]) != 1:
         raise RowError(f"accepted.0 holds {len(accepted[0])} calls; wanted one")
     ((name, arguments),) = accepted[0].items()
