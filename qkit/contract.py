@@ -128,7 +128,11 @@ def _prompts(run: Run, server: _Asked, held_out: HeldOut, numbers: Sequence[int]
         if answer != list(held_out.rows[number].prompt):
             return Check(name, DIFFERS, _parting(run, number, held_out.rows[number].prompt, answer))
     tools = sum(bool(held_out.tools[number]) for number in numbers)
-    return Check(name, OK, f"{len(numbers)} held-out conversations, {tools} with tools: the ids that training saw")
+    given = [held_out.variables[number] for number in numbers if held_out.variables[number]]
+    such = f", such as {short(json.dumps(given[0]))}, which its clients have to send" if given else ""
+    more = f", {len(given)} with chat_template_kwargs{such}" if given else ""
+    said = f"{len(numbers)} held-out conversations, {tools} with tools{more}: the ids that training saw"
+    return Check(name, OK, said)
 
 
 def _parting(run: Run, number: int, trained: Sequence[int], served: Sequence[int]) -> str:

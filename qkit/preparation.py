@@ -146,7 +146,7 @@ def _entry(one: Sourced, example: Example | RowError, how: Recipe) -> Entry:
     entry.format = _format(record, how)
     if isinstance(example, RowError):
         return entry
-    entry.unread = example.unread
+    entry.unread = (*example.unread, *(name for name in record.unread if name not in how.data.ignore))
     asked, said = _contents(example)
     value = record.value
     entry.sha256 = likeness.digest(said)

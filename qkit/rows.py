@@ -42,13 +42,17 @@ class Rounded(float):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a source. `source` is its file; `line` counts records from 1 (in JSON lines: lines), in a saved or hub data set from 0."""
+    """One record of a source, with its `accepted` answers; of these `unread` is what nothing reads.
+
+    `source` is its file; `line` counts records from 1 (in JSON lines: lines), in a saved or hub data set from 0.
+    """
 
     source: str
     line: int
     value: Mapping[str, Any]
     accepted: Any = None
     format: str = "auto"
+    unread: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
@@ -106,19 +110,39 @@ def read(source: Source) -> Iterator[Record | Broken]:
         if isinstance(value, str):
             yield Broken(name, line, value)
         else:
-            accepted = answers.get(str(value["id"])) if answers and value.get("id") is not None else None
-            yield Record(name, line, value, accepted, source.format)
+            own = answers.get(str(value["id"])) if answers and value.get("id") is not None else None
+            accepted, unread = own or (None, ())
+            yield Record(name, line, value, accepted, source.format, unread)
 
 
-def _answers(source: Source) -> dict[str, Any]:
-    """id, as text -> accepted answers; their field is called ground_truth in the leaderboard's files."""
+ANSWER = ("id", "ground_truth")  # what the leaderboard's files call them
+
+
+def _answers(source: Source) -> dict[str, tuple[Any, tuple[str, ...]]]:
+    """id, as text -> accepted answers, and the names of what else their record holds.
+
+    Raises:
+        DataError: a record cannot be read, an id has two answers, or no record has one.
+    """
     if source.answers is None:
         return {}
-    found = {}
+    found: dict[str, tuple[Any, tuple[str, ...]]] = {}
+    columns: dict[str, None] = {}
     for name, line, value in _located(source, source.answers):
         if isinstance(value, str):
             raise DataError(f"{name}:{line}: {value}; without its answers data.*.source cannot be used")
-        found[str(value.get("id"))] = value.get("ground_truth")
+        key = str(value.get("id"))
+        unread = tuple(f"answers.{short(other)}" for other in value if other not in ANSWER and value[other] is not None)
+        accepted = value.get("ground_truth")
+        if value.get("id") is not None and key in found and found[key][0] != accepted:
+            raise DataError(
+                f"{name}:{line}: the id {short(key)} stands there twice, with other answers; keep one of both"
+            )
+        found[key] = (accepted, unread)
+        columns.update(dict.fromkeys(value))
+    if found and all(accepted is None for accepted, _ in found.values()):
+        names = short(", ".join(map(str, columns)))
+        raise DataError(f"{source.answers}: holds no answers: it has the columns {names}; wanted id and ground_truth")
     return found
 
 

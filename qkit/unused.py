@@ -13,11 +13,13 @@ from qkit.checks import NAMED_ROWS, Check, Place
 from qkit.errors import short
 from qkit.formats import KNOWN, KWARGS
 from qkit.preparation import Entry
+from qkit.rows import ANSWER as ANSWERS
 from qkit.task import Reads
 from qkit.turns import ANSWER, CALL, FUNCTION, MARKS, PART, TOOL, TURN, printable
 
 NAMED = 8  # names that the message has, the most frequent ones
 INSIDE = {
+    "answers": ANSWERS,
     "content": PART,
     "tool_calls": CALL + FUNCTION,
     "function_call": FUNCTION,

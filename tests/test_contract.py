@@ -26,7 +26,10 @@ PARSER = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 # Tools in the first turn, and calls as Hermes and Qwen write them.
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] or '' }}"
+    "{% if terse %}<|im_start|>system\nBe terse.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['reasoning_content'] %}<think>{{ message['reasoning_content'] }}</think>{% endif %}"
+    "{{ message['content'] or '' }}"
     "{% for call in message['tool_calls'] or [] %}<tool_call>\n"
     "{\"name\": \"{{ call['function']['name'] }}\", \"arguments\": {{ call['function']['arguments'] | tojson }}}\n</tool_call>{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -42,7 +45,7 @@ TOOL = {
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """Every other one calls a tool; one has called before."""
+    """Every other one calls a tool; one has called before, one has thought before, and one has a variable of the template."""
     for i in range(8):
         call = {"type": "function", "function": {"name": "add", "arguments": {"a": i, "b": 2 * i}}}
         turns = [
@@ -55,7 +58,12 @@ def rows() -> Iterator[dict[str, Any]]:
         elif i % 2 == 0:
             yield {"messages": turns, "tools": [TOOL]}
         else:
-            yield {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": str(i)}]}
+            turns = [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": str(i)}]
+            thought = [turns[0], {**turns[1], "reasoning": "It asks for a number."}]
+            yield {
+                "messages": [*(thought if i == 5 else []), *turns],
+                "chat_template_kwargs": {"terse": True} if i == 3 else None,
+            }
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,10 @@ def test_a_server_that_keeps_the_contract(served: Served) -> None:
         "default sampling": "noted",
     }
     assert checks["prompt tokens"].detail.startswith("8 held-out conversations, 4 with tools")
+    assert (
+        '1 with chat_template_kwargs, such as {"terse": true}, which its clients have to send'
+        in checks["prompt tokens"].detail
+    )
     assert checks["tool calls"].detail.startswith("4 trained answers")
 
 

@@ -355,3 +355,26 @@ def test_arrow_files_by_themselves_are_named(write: Write, tmp_path: Path) -> No
     write("data-00000-of-00001.arrow", b"")
     with pytest.raises(DataError, match=r"suffix '\.arrow'.*save_to_disk"):
         found(tmp_path / "data-00000-of-00001.arrow")
+
+
+def test_what_nothing_reads_of_answers_is_noted(write: Write) -> None:
+    file = write("a.jsonl", '{"id": 1}\n{"id": 2}\n')
+    answers = write("answers.jsonl", '{"id": 1, "ground_truth": ["x"], "groundtruth": ["y"], "note": null}\n')
+    joined = [row for row in read(Source(source=str(file), answers=str(answers))) if isinstance(row, Record)]
+    assert [row.unread for row in joined] == [("answers.groundtruth",), ()]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ('{"id": 1, "answer": ["x"]}\n', "holds no answers: it has the columns id, answer; wanted id and ground_truth"),
+        (
+            '{"id": 1, "ground_truth": ["x"]}\n{"id": 1, "ground_truth": ["y"]}\n',
+            ":2: the id 1 stands there twice, with other answers",
+        ),
+    ],
+)
+def test_answers_that_are_none(write: Write, lines: str, words: str) -> None:
+    file, answers = write("a.jsonl", '{"id": 1}\n'), write("answers.jsonl", lines)
+    with pytest.raises(DataError, match=re.escape(words)):
+        list(read(Source(source=str(file), answers=str(answers))))
