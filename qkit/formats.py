@@ -160,6 +160,8 @@ def _variable_columns(record: Mapping[str, Any], name: str, section: Data, notes
         if theirs is None or theirs in own or notes.left_out(theirs) or record[theirs] in (None, ""):
             continue
         value = without_fillers(record[theirs])
+        if key == "documents":  # a list, as transformers has it; in a table often the text of one
+            value = listing(value, theirs, "is not a list of documents")
         yield key, TRUTH.get(value.lower(), value) if isinstance(value, str) else value
 
 

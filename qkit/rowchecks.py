@@ -216,22 +216,29 @@ def _white_space(reader: Renderer, row: Row, messages: Sequence[Mapping[str, Any
     """Learnt turns of which the template leaves out white space at the beginning or the end: it writes them as it writes them without.
 
     (Of a question it is left out by a server too.) Rendered again, since white space that is gone cannot be told from the white space
-    that a template puts around a turn.
+    that a template puts around a turn. What is learnt all the same, as the line ends within <think> are, is not lost.
     """
-    whole = -1
-    for number, message in ((turn + 1, messages[turn]) for turn in row.turns):
+    whole, learnt = -1, ""
+    for turn in row.turns:
         for key in ("content", THINKING[0]):
-            text = message.get(key) or ""
+            text = messages[turn].get(key) or ""
             if text == text.strip() or not text.strip() or text.strip() not in row.text:
                 continue
             whole = whole if whole >= 0 else _written(reader, row, messages)
-            for where, cut in (("beginning", text.lstrip()), ("end", text.rstrip())):
+            learnt = learnt or _learnt(reader, row)
+            for place, cut in (("beginning", text.lstrip()), ("end", text.rstrip())):
                 gone = len(text) - len(cut)
-                changed = [*messages[: number - 1], {**message, key: cut}, *messages[number:]]
-                if gone and whole - _written(reader, row, changed) < gone:
+                changed = [*messages[:turn], {**messages[turn], key: cut}, *messages[turn + 1 :]]
+                around = text[: len(text.rstrip())] if place == "beginning" else text[len(text) - len(text.lstrip()) :]
+                if gone and whole - _written(reader, row, changed) < gone and around not in learnt:
+                    white = text[:gone] if place == "beginning" else text[-gone:]
                     what = "" if key == "content" else "the thinking of "
-                    white = text[:gone] if where == "beginning" else text[-gone:]
-                    yield "white_space", f"{white[:20]!r} at the {where} of {what}its turn {number} ({message['role']})"
+                    yield "white_space", f"{white[:20]!r} at the {place} of {what}its turn {turn + 1} (assistant)"
+
+
+def _learnt(reader: Renderer, row: Row) -> str:
+    """What carries loss, as text."""
+    return "\0".join(reader.tokenizer.decode(row.input_ids[begin:end]) for begin, end in spans(row.labels))
 
 
 def _written(reader: Renderer, row: Row, messages: Sequence[Mapping[str, Any]]) -> int:

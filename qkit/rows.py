@@ -104,7 +104,7 @@ def read(source: Source) -> Iterator[Record | Broken]:
     Raises:
         DataError: the source is missing or cannot be read at all, or its answers cannot.
     """
-    answers = _answers(source)
+    answers, joined, missed = _answers(source), 0, ""
     first, last = (int(text) if text else None for text in source.rows.split(":"))
     for name, line, value in islice(_located(source, source.source), first or 0, last):
         if isinstance(value, str):
@@ -112,7 +112,13 @@ def read(source: Source) -> Iterator[Record | Broken]:
         else:
             own = answers.get(str(value["id"])) if answers and value.get("id") is not None else None
             accepted, unread = own or (None, ())
+            joined, missed = joined + (own is not None), missed or f"{name}:{line} has the id {short(value.get('id'))}"
             yield Record(name, line, value, accepted, source.format, unread)
+
+    if answers and missed and not joined:
+        raise DataError(
+            f"{source.answers}: holds no answer to any record: {missed}, there {short(next(iter(answers)))}"
+        )
 
 
 ANSWER = ("id", "ground_truth")  # what the leaderboard's files call them
@@ -277,6 +283,8 @@ def _typed(value: Any, feature: Any, unknown: bool) -> Any:
     """A value by its type in the table; `unknown`: nobody says, so that every object may have come out of a struct."""
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+        if not getattr(inner, "dtype", "float").startswith("float"):
+            return value  # token ids and their like: nothing in them can be of another kind
         return [_typed(item, inner, unknown) for item in value] if inner is not None or unknown else value
     if isinstance(value, dict) and (unknown or isinstance(feature, dict)):
         inside = feature if isinstance(feature, dict) else {}

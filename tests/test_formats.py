@@ -345,6 +345,7 @@ def test_two_names_that_agree_are_one() -> None:
         ({"enable_thinking": "False"}, {"enable_thinking": False}),
         ({"enable_thinking": None, "documents": ""}, {}),
         ({"documents": [Struct(title="t", text=None)]}, {"documents": [{"title": "t"}]}),
+        ({"documents": '[{"title": "t"}]'}, {"documents": [{"title": "t"}]}),
         (
             {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True, "documents": ["d"]},
             {"enable_thinking": True, "documents": ["d"]},
@@ -376,6 +377,7 @@ def test_variables_by_another_column() -> None:
     ("columns", "words"),
     [
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs is not an object: [1]"),
+        ({"documents": "t"}, "documents is text that is not JSON"),
         ({"chat_template_kwargs": "{"}, "chat_template_kwargs is text that is not JSON"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs holds tokenize, which no row decides"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs holds messages, which no row decides"),
@@ -384,7 +386,7 @@ def test_variables_by_another_column() -> None:
             "enable_thinking is False in its column and True in chat_template_kwargs: keep one of both",
         ),
         (
-            {"documents": dt.date(2024, 7, 26)},
+            {"enable_thinking": dt.date(2024, 7, 26)},
             "chat_template_kwargs holds datetime.date(2024, 7, 26), a date, which JSON",
         ),
         ({"chat_template_kwargs": {"documents": "\x00"}}, "chat_template_kwargs holds U+0000 (NUL)"),

@@ -369,6 +369,10 @@ def test_what_nothing_reads_of_answers_is_noted(write: Write) -> None:
     [
         ('{"id": 1, "answer": ["x"]}\n', "holds no answers: it has the columns id, answer; wanted id and ground_truth"),
         (
+            '{"id": "a-1", "ground_truth": ["x"]}\n',
+            "holds no answer to any record: ",
+        ),
+        (
             '{"id": 1, "ground_truth": ["x"]}\n{"id": 1, "ground_truth": ["y"]}\n',
             ":2: the id 1 stands there twice, with other answers",
         ),

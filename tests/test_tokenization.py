@@ -474,3 +474,16 @@ def test_several_processes_give_what_one_gives(model: Path, tmp_path: Path, monk
 
     (tmp_path / "train.jsonl").write_bytes(lines(rows))
     assert written(cores=2, alone=0) == written(cores=1, alone=100)
+
+
+def test_line_ends_that_the_template_writes_itself_are_not_lost(thinking: Path, tmp_path: Path) -> None:
+    """Qwen's template trims thinking and puts it on lines of its own: what is learnt is what the row says."""
+    said = {"role": "assistant", "content": "So.", "reasoning_content": "\nBecause.\n"}
+    made = prepare_rows(thinking, tmp_path, [{"messages": [{"role": "user", "content": "Why?"}, said]}, *GOOD])
+    assert "content" not in made.suspicious
+    learnt = [
+        token
+        for token, label in zip(made.rows()[0]["input_ids"], made.rows()[0]["labels"], strict=True)
+        if label != IGNORED
+    ]
+    assert tokenizer_of(FAMILIES["qwen3"]).decode(learnt) == "<think>\nBecause.\n</think>\n\nSo.<|im_end|>"

@@ -341,6 +341,11 @@ TRAPS = [
         cure={"row": thought("Why?", "so:\n    x", "Because.")},
     ),
     Trap(
+        *("indentation before code, after an empty line", "content", "warn", asked("Go on", "\n\n    return x")),
+        model=TRIMMING,
+        cure={"row": asked("Go on", "return x")},
+    ),
+    Trap(
         *(
             "an answer that is left out, and said in the question",
             "content",
