@@ -72,8 +72,7 @@ def examine(reader: Renderer, seen: Facts, row: Row, loss: str, closely: bool) -
     yield from _labels(row)
     yield from _bos(seen, row)
     yield from _vocabulary(seen, row)
-    yield from _rounded([message.get("tool_calls") for message in (*row.messages, row.reply)])
-    yield from _rounded([row.tools, row.variables])
+    yield from _rounded(row)
     if row.text:
         yield from _conversation(reader, seen, row, loss, closely)
     elif row.start > 1 or IGNORED in row.labels[1:]:
@@ -123,15 +122,20 @@ def _vocabulary(seen: Facts, row: Row) -> Found:
         yield "vocabulary", f"has the id {worst}; the model has 0 to {seen.vocabulary - 1}"
 
 
-def _rounded(value: Any) -> Found:
+def _rounded(row: Row) -> Found:
     """Numbers out of a table that have lost digits where they were integers."""
-    if isinstance(value, Rounded):
-        yield "rounded", f"holds {value!r}"
-    elif isinstance(value, Mapping):
-        yield from _rounded(list(value.values()))
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for item in value:
-            yield from _rounded(item)
+    calls = [message.get("tool_calls") for message in (*row.messages, row.reply)]
+    if (found := _first_rounded([*filter(None, calls), *row.tools, row.variables])) is not None:
+        yield "rounded", f"holds {found!r}"
+
+
+def _first_rounded(value: Any) -> Rounded | None:
+    if isinstance(value, str):
+        return None
+    if isinstance(value, dict | list | tuple):
+        inside = map(_first_rounded, value.values() if isinstance(value, dict) else value)
+        return next((found for found in inside if found is not None), None)
+    return value if isinstance(value, Rounded) else None
 
 
 def _ends_learnt(seen: Facts, row: Row) -> bool:
