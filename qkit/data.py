@@ -67,7 +67,16 @@ def run(run: Run, out: Path) -> None:
     summary = prepare(run.recipe, out, run.progress)
     if failed := failures(summary["checks"]):
         raise DataError(refusal(failed))
-    run.progress.say(sums(summary))
+    for line in (sums(summary), *warnings(summary)):
+        run.progress.say(line)
+
+
+def warnings(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Before training: what of a text would not be learnt, in full, and which other checks have a word to say."""
+    warned = {check["name"]: check for check in summary["checks"] if check["status"] == "warn"}
+    yield from (f"data: {name}: {warned[name]['message']}" for name in ("unused", "content") if name in warned)
+    if others := [name for name in warned if name not in ("unused", "content")]:
+        yield f"data: worth a look with `qkit inspect`: {', '.join(others)}"
 
 
 def sums(summary: Mapping[str, Any]) -> str:

@@ -181,3 +181,16 @@ def test_records_that_are_left_out_are_counted_in_words(tiny_model: Path, rows_f
         "24 of 48 records are left out (duplicate 24): `qkit inspect` names them"
     )
     assert data.left_out(seen.summary, "test") == ""
+
+
+def test_the_stage_says_what_is_not_learnt_before_training(tiny_recipe: Path, rows_file: Path, tmp_path: Path) -> None:
+    row = {
+        "messages": [{"role": "user", "content": "say z"}, {"role": "assistant", "content": "z", "reasonning": "so"}]
+    }
+    with rows_file.open("a") as file:
+        file.write(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    done = qkit("data", tiny_recipe, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "data: unused: 2 records hold what nothing reads: messages.reasonning in 2 (did you mean reasoning?)" in said
+    assert "data: worth a look with `qkit inspect`: duplicate" in said
