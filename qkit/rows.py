@@ -275,8 +275,27 @@ def _from_datasets(kind: str, file: Path, source: Source) -> Numbered:
 def _meant(rows: Any) -> Iterator[Mapping[str, Any]]:
     """The rows of a data set, with what came out of structs told apart from what was JSON."""
     features = getattr(rows, "features", None)
+    if features is not None and (raw := _undecoded(features)) != features:
+        streamed = (
+            rows.to_iterable_dataset() if hasattr(rows, "to_iterable_dataset") else rows
+        )  # else a copy is written
+        rows, features = streamed.cast(type(features)(raw)), raw
     for row in rows:
         yield {name: _typed(value, (features or {}).get(name), features is None) for name, value in row.items()}
+
+
+def _undecoded(feature: Any) -> Any:
+    """A type in which JSON stays the text that it is: datasets reads it with pandas' ujson, to which 1234567890123456789012 is
+    17082781258626382356 (pandas 3.1)."""
+    from datasets import Json, LargeList, List
+
+    if isinstance(feature, Json):
+        return Json(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), feature.length)
+    return LargeList(_undecoded(feature.feature)) if isinstance(feature, LargeList) else feature
 
 
 def _typed(value: Any, feature: Any, unknown: bool) -> Any:
@@ -289,6 +308,8 @@ def _typed(value: Any, feature: Any, unknown: bool) -> Any:
     if isinstance(value, dict) and (unknown or isinstance(feature, dict)):
         inside = feature if isinstance(feature, dict) else {}
         return Struct({key: _typed(item, inside.get(key), unknown) for key, item in value.items()})
+    if getattr(feature, "decode", True) is False and isinstance(value, str):
+        return decode(value)
     if isinstance(value, float) and abs(value) >= 2**63 and value.is_integer():
         return Rounded(value)
     return value

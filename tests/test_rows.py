@@ -382,3 +382,21 @@ def test_answers_that_are_none(write: Write, lines: str, words: str) -> None:
     file, answers = write("a.jsonl", '{"id": 1}\n'), write("answers.jsonl", lines)
     with pytest.raises(DataError, match=re.escape(words)):
         list(read(Source(source=str(file), answers=str(answers))))
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64 - 1, 1234567890123456789012, -(2**64) - 1])
+def test_json_in_a_table_keeps_every_digit(number: int, tmp_path: Path) -> None:
+    """ujson, with which datasets reads its Json type, takes the third for 17082781258626382356 and the fourth for -1."""
+    from datasets import Dataset, Features, Json, List, Value
+
+    nested = {"name": Value("string"), "arguments": Json()}
+    features = Features({"a": Json(), "calls": List(nested), "nothing": Json()})
+    text = json.dumps({"b": number, "c": None})
+    columns = {"a": [text], "calls": [[{"name": "f", "arguments": text}]], "nothing": [None]}
+    table = Dataset.from_dict(columns, features=features)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for source in (tmp_path / "a.parquet", tmp_path / "saved"):
+        ((_, value),) = found(source)
+        assert value["a"] == value["calls"][0]["arguments"] == {"b": number, "c": None} and value["nothing"] is None
+        assert type(value["a"]) is dict and type(value["calls"][0]) is Struct

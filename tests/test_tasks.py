@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkit.recipe import Clean, Data, Evaluate, names
+from qkit.rows import Struct
 from qkit.task import Conversation, RowError, Text, open_task
 from qkit.tasks import chat, function_calling
 
@@ -98,6 +99,21 @@ def test_a_row_of_the_leaderboard() -> None:
         "name": "area",
         "arguments": {"base": 10, "tags": ["A b"], "at": {"x": 1}},
     }
+
+
+def test_a_row_of_the_leaderboard_out_of_a_table() -> None:
+    """There each function has the parameters of all, and null where it has none."""
+
+    def tabled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return Struct({**{key: tabled(item) for key, item in value.items()}, "of_another_row": None})
+        return [tabled(item) for item in value] if isinstance(value, list) else value
+
+    record = {"id": "1", "question": [[{"role": "user", "content": "q"}]], "function": [AREA]}
+    accepted = [{"area": {"base": [1], "height": [2]}}]
+    plain = function_calling.example({**record, "note": "n"}, accepted, "auto", Data())
+    assert function_calling.example(tabled(record), tabled(accepted), "auto", Data()) == plain
+    assert plain.unread == ("note",)
 
 
 @pytest.mark.parametrize(

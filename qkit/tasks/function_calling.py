@@ -19,7 +19,7 @@ from qkit import formats
 from qkit.errors import short
 from qkit.recipe import Data, Evaluate
 from qkit.task import NO_MORE, Conversation, Example, Reads, RowError, said
-from qkit.turns import Notes, shown
+from qkit.turns import Notes, shown, without_fillers
 
 METRIC = "exact call match"
 
@@ -73,6 +73,7 @@ def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data
             f"no accepted answer for id {shown(record.get('id'))}: give data.*.answers the file that holds it"
         )
     try:
+        record, accepted = {key: without_fillers(item) for key, item in record.items()}, without_fillers(accepted)
         formats.check_text([record["question"], record["function"]], "the row", section)
         formats.check_text(accepted, "the accepted answer", section)
         _check(record, accepted)
