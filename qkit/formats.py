@@ -167,8 +167,12 @@ def _variable_columns(record: Mapping[str, Any], name: str, section: Data, notes
 
 def _taken(record: Mapping[str, Any], form: Form, section: Data) -> set[str]:
     """The columns of a record that a format takes, by their own names."""
-    found = (_column(ours, list(record), section) for ours in (*form.needs, *form.takes))
-    return {theirs for theirs in found if theirs is not None}
+    found = {ours: _column(ours, list(record), section) for ours in (*form.needs, *form.takes)}
+    return {
+        theirs
+        for ours, theirs in found.items()
+        if theirs is not None and (ours not in THINKING or isinstance(record[theirs], str))  # a switch is no thinking
+    }
 
 
 def note_columns(
@@ -275,7 +279,14 @@ def _prompt_completion(view: View, notes: Notes) -> Conversation:
 def _answer(said: str, view: View) -> Turn:
     """The assistant's turn with the thinking that the record has in a column of its own."""
     message, decided = plain("assistant", said)
-    return {**message, **thought_of(view, "the record")}, decided
+    return {
+        **message,
+        **thought_of({name: view[name] for name in THINKING if _is_text(view, name)}, "the record"),
+    }, decided
+
+
+def _is_text(view: View, name: str) -> bool:
+    return isinstance(view.get(name), str)
 
 
 def _text_or_turns(value: Any, column: str, role: str, notes: Notes) -> list[Turn]:

@@ -293,6 +293,15 @@ def test_thinking_is_learnt_by_each_of_its_names(record: Callable[[str], dict[st
     assert found.messages == (ASKED, {**SAID, "reasoning_content": "so"}) and found.unread == ()
 
 
+@pytest.mark.parametrize("record", [{"prompt": "q", "completion": "a"}, {"instruction": "q", "output": "a"}])
+def test_a_switch_is_no_thinking(record: dict[str, Any]) -> None:
+    """DeepSeek's template has a variable of that name."""
+    found = read({**record, "thinking": True}, Reads(frozenset({"thinking"})))
+    assert found.messages == (ASKED, SAID) and found.variables == {"thinking": True} and found.unread == ()
+    found = read({**record, "thinking": True})
+    assert found.messages == (ASKED, SAID) and found.variables == {} and found.unread == ("thinking",)
+
+
 @pytest.mark.parametrize(
     ("turn", "expected"),
     [
