@@ -159,7 +159,10 @@ def _located(source: Source, text: str) -> Iterator[tuple[str, int, Mapping[str,
         for index, row in enumerate(_from_hub(found.name, source)):
             yield text, index, row
         return
-    if kind := saved_kind(found):
+    kind = saved_kind(found)
+    if text == source.source:
+        _check_settings(source, kind)
+    if kind:
         for index, row in enumerate(_from_saved(found, text, kind, source)):
             yield text, index, row
         return
@@ -167,6 +170,17 @@ def _located(source: Source, text: str) -> Iterator[tuple[str, int, Mapping[str,
         name = text if file == found else str(file)
         for line, value in _from_file(file, name, source):
             yield name, line, value
+
+
+def _check_settings(source: Source, kind: str) -> None:
+    """Refuse what is of a hub data set, or of a package, where the source is a file or folder: it would change nothing."""
+    own = {"sha256"} if source.source.startswith("pypi:") else {"split"} if kind else set()
+    what = "a package's file" if "sha256" in own else "a saved data set" if kind else "a file or folder"
+    idle = [name for name in ("name", "split", "revision", "sha256") if getattr(source, name) and name not in own]
+    if idle:
+        raise DataError(
+            f"{source.source}: data.*.{idle[0]} says nothing of {what}; leave it out (a part of the rows: data.*.rows)"
+        )
 
 
 def _files(path: Path) -> list[Path]:

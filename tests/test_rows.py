@@ -400,3 +400,11 @@ def test_json_in_a_table_keeps_every_digit(number: int, tmp_path: Path) -> None:
         ((_, value),) = found(source)
         assert value["a"] == value["calls"][0]["arguments"] == {"b": number, "c": None} and value["nothing"] is None
         assert type(value["a"]) is dict and type(value["calls"][0]) is Struct
+
+
+@pytest.mark.parametrize("setting", [{"split": "test"}, {"name": "main"}, {"revision": "abc"}, {"sha256": "0" * 64}])
+def test_settings_of_another_kind_of_source_are_refused(write: Write, setting: dict[str, str]) -> None:
+    """Else they would be taken, and change nothing."""
+    file = write("a.jsonl", '{"id": 1}\n')
+    with pytest.raises(DataError, match=rf"a\.jsonl: data\.\*\.{next(iter(setting))} says nothing of a file or folder"):
+        found(file, **setting)
