@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from qkit import added_tokens, deltas, provenance, recipe, template
 from qkit.errors import ModelError
+from qkit.four_bit import FourBit
 from qkit.source import HubId, cache_dir, locate, sha256_of
 from qkit.tensor_files import SHARDS, tensor_specs
 
 if TYPE_CHECKING:
+    from bitsandbytes.nn import Linear4bit
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -156,6 +158,7 @@ def load_base(folder: Path, how: recipe.Recipe, device: Device) -> PreTrainedMod
         str(folder), device_map=device.device_map, trust_remote_code=how.model.trust_remote_code, **options
     )
     loaded.config.use_cache = False
+    leave_as_quantized(loaded)
     if how.quantization.load_in_4bit and device.gives_back:
         _let_go_of_files(loaded)
     return loaded
@@ -166,6 +169,29 @@ def _let_go_of_files(model: PreTrainedModel) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.clone()
+
+
+def leave_as_quantized(model: PreTrainedModel, also_packable: bool = True) -> None:
+    """Have bitsandbytes compute with its 4-bit weights as they were quantized, in evaluation as in training.
+
+    On a CPU with AVX512-BF16 it would pack them anew, for good, at their first forward in evaluation without gradients: widths that are no
+    multiple of a pack's fail there, a state_dict (saving an adapter is enough) turns them back wrongly, and dequantizing reads them wrongly.
+    `also_packable` False: only those that it cannot pack.
+    """
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and (also_packable or not _can_be_packed(module)):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _can_be_packed(layer: Linear4bit) -> bool:
+    """Whether bitsandbytes' packs, 32 rows of whole quantization blocks, hold its weight."""
+    return layer.out_features % 32 == 0 and layer.in_features % FourBit.BLOCK == 0
 
 
 def quantization_config(section: recipe.Quantization) -> Any:
@@ -207,10 +233,7 @@ def _resize(base: PreTrainedModel, adapter: Path) -> None:
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Put an ordinary bf16 Linear in the place of every 4-bit one.
-
-    Must come before the first forward: on a CPU bitsandbytes then repacks the weights, and dequantizing reads the wrong layout.
-    """
+    """Put an ordinary bf16 Linear in the place of every 4-bit one; of a model that was loaded by `load_base`, so that none is packed anew."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit

@@ -56,18 +56,13 @@ def mean_losses(trainer: Any, progress: Progress, name: str) -> list[float | Non
 
 @contextmanager
 def _inference(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout and no checkpointing, but 4-bit layers as in training: on a CPU bitsandbytes repacks them for good at their first
-    forward in evaluation mode, and the backward pass reads the old layout.
-    """
-    from bitsandbytes.nn import Linear4bit
-
+    """No dropout and no checkpointing."""
     was_training = model.training
     model.eval()
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.training = True
-    yield
-    model.train(was_training)
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _write(file: Path, before: list[float | None], after: list[float | None]) -> None:

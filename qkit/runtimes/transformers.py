@@ -51,6 +51,8 @@ def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrai
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from qkit.model import leave_as_quantized
+
     gguf = next(folder.glob("*.gguf"), None)
     how = _gguf(folder, gguf.name) if gguf else {"dtype": options.get("dtype", "auto"), **_unpacked(folder)}
     try:
@@ -69,6 +71,7 @@ def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrai
         if names := sorted(name for name in report[what] if name.endswith(".weight")):
             words = {"missing_keys": "lacks", "unexpected_keys": "has, and its config.json knows nothing of,"}[what]
             raise ModelError(f"{folder}: {words} {names[0]} and {len(names) - 1} more weights; make the folder again")
+    leave_as_quantized(loaded, also_packable=False)
     return loaded.eval()
 
 
