@@ -191,7 +191,7 @@ def leave_as_quantized(model: PreTrainedModel, also_packable: bool = True) -> No
 
 def _can_be_packed(layer: Linear4bit) -> bool:
     """Whether bitsandbytes' packs, 32 rows of whole quantization blocks, hold its weight."""
-    return layer.out_features % 32 == 0 and layer.in_features % FourBit.BLOCK == 0
+    return bool(layer.out_features % 32 == 0 and layer.in_features % FourBit.BLOCK == 0)
 
 
 def quantization_config(section: recipe.Quantization) -> Any:

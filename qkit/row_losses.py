@@ -24,10 +24,20 @@ if TYPE_CHECKING:
 
 
 def write_before(file: Path, trainer: Any, progress: Progress) -> None:
-    """Write the losses before the first step, unless a run that was killed has."""
-    if not file.exists():
+    """Write the losses before the first step, unless a run that was killed has. The adapter is still the fresh one, checkpoint or not."""
+    if not _readable(file):
         before = mean_losses(trainer, progress, "losses before")
         _write(file, before, [None] * len(before))
+
+
+def _readable(file: Path) -> bool:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return bool(pq.read_table(file).num_rows)
+    except (OSError, pa.ArrowException):  # there is none, or it is damaged
+        return False
 
 
 def write_after(file: Path, trainer: Any, progress: Progress) -> None:

@@ -6,7 +6,7 @@ train/sums.json       the labels that the loss is made of, from the ledger to th
 train/packing.json    whether packed documents were found to see themselves alone (with data.packing)
 train/losses.parquet  each row's loss before and after (with ledger.losses)
 train/memory.json     memory planned and measured, by line
-train/checkpoints/    the last one; a killed run goes on from it
+train/checkpoints/    the last train.save_total_limit; a killed run goes on from the newest whole one
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit import (
     added_tokens,
+    checkpoints,
     deploy,
     fitting,
     memory_seen,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight and two Adam moments
 COUNTS = "Counts"  # the callback that keeps the sums, as a checkpoint names it
 UNPACKED = 8  # Arrow bytes for a byte of Parquet: ids of two bytes take four, and labels hardly anything in Parquet
-CHECKPOINTS_AT_ONCE = 2  # the new one is written before the old one goes
 
 
 def run(run: Run, out: Path) -> Peak:
@@ -70,7 +70,8 @@ def run(run: Run, out: Path) -> Peak:
     _warn_of_memory(run, device)
     folder = model.resolve(how.model)
     trainer = build_trainer(run, folder, device, out)
-    need_disk(out, _checkpoint_bytes(trainer.model) * CHECKPOINTS_AT_ONCE, "checkpoints")
+    at_once = how.train.save_total_limit + 1  # a new one is whole before an old one goes
+    need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
     if how.data.packing:
         _pack_if_isolated(run, trainer, out)
     if how.ledger.losses:
@@ -86,8 +87,8 @@ def run(run: Run, out: Path) -> Peak:
 
 def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
     """All steps that are still to be done; returns the watcher of the second of them."""
-    checkpoint = last_checkpoint(out / "checkpoints")
-    done, ledger = _step_of(checkpoint), read_json(run.need("data", "summary.json"))["splits"]["train"]
+    checkpoint = _going_on_from(run, out / "checkpoints")
+    done, ledger = checkpoints.step_of(checkpoint), read_json(run.need("data", "summary.json"))["splits"]["train"]
     if checkpoint:
         state = read_json(checkpoint / "trainer_state.json")["stateful_callbacks"]
         trainer.sums = Sums(**state[COUNTS]["attributes"])
@@ -99,14 +100,23 @@ def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
     return watcher
 
 
+def _going_on_from(run: Run, folder: Path) -> Path | None:
+    """The checkpoint to go on from, said where an attempt before this one has left any; damaged ones are taken away."""
+    found = checkpoints.newest_whole(folder, lambda text: run.progress.say(f"train: warning: {text}"))
+    if any(folder.glob("checkpoint-*")):
+        run.progress.say(f"train: going on from {found.name}" if found else "train: from the beginning")
+    checkpoints.drop_after(folder, found)
+    return found
+
+
 def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) -> Any:
     """Train from a checkpoint or from the start with all tensors of the second step watched; how fast it went is remembered.
 
     Raises:
         OutOfMemory: with what was over the plan.
     """
-    watcher = tensors_alive.step_watcher(_step_of(checkpoint) + 1)
-    if checkpoint and _step_of(checkpoint) >= _total_steps(trainer):
+    watcher = tensors_alive.step_watcher(checkpoints.step_of(checkpoint) + 1)
+    if checkpoint and checkpoints.step_of(checkpoint) >= _total_steps(trainer):
         _load_finished(trainer, checkpoint)
         return watcher
     trainer.add_callback(watcher)
@@ -120,7 +130,9 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
         raise OutOfMemory("train", run.root, run.log("train"), f"out of memory: {_first_line(error)}; {why}") from error
     finally:
         watcher.close()
-    _remember(run, trainer, meter.device, time.perf_counter() - begin - watcher.seconds, _step_of(checkpoint))
+    _remember(
+        run, trainer, meter.device, time.perf_counter() - begin - watcher.seconds, checkpoints.step_of(checkpoint)
+    )
     return watcher
 
 
@@ -208,6 +220,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         labelled_head=device.uses_labelled_head,
         packing=how.data.packing,
         micro_batches=how.micro_batches,
+        checkpoints_kept=how.train.save_total_limit,
     )
     if how.model.add_tokens:
         added_tokens.show_head(made.model)
@@ -231,7 +244,9 @@ def sft_config(how: Recipe, device: Device, out: Path) -> SFTConfig:
         logging_nan_inf_filter=False,  # it would log 0 for a loss that is none
         save_strategy="steps",
         **device.trainer_arguments,
-        **how.train.model_dump(),
+        **how.train.model_dump(
+            exclude={"save_total_limit"}
+        ),  # the trainer would delete the old one before the new one is whole
     )
     args._n_gpu = min(args.n_gpu, 1)  # where more are visible, the trainer would spread each batch over all of them
     return args
@@ -337,16 +352,6 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole]
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole: the trainer's state is its last file."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(whole, key=_step_of, default=None)
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-
-
 def _checkpoint_bytes(trained: PreTrainedModel) -> int:
     parameters: int = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     return parameters * CHECKPOINT_BYTES_PER_PARAMETER
@@ -362,4 +367,4 @@ def _save(trainer: SFTTrainer, folder: Path, how: Recipe, adapter: Path) -> None
     provenance.write_adapter_note(adapter, folder, how, names)
 
 
-__all__ = ["build_trainer", "last_checkpoint", "lora_config", "run", "sft_config"]
+__all__ = ["build_trainer", "lora_config", "run", "sft_config"]

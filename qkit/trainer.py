@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import isolation
+from qkit import checkpoints, isolation
 from qkit.fast.batches import IGNORED, SeededBatches, TokenBudgetBatches, collate, part_sizes
 from qkit.fast.head import labelled_loss
 from qkit.fast.packs import PackBatches, collate_pack
@@ -31,8 +32,10 @@ class Counted(Base):
         labelled_head: bool,
         packing: bool = False,
         micro_batches: int = 1,
+        checkpoints_kept: int = 1,
         **kwargs: Any,
     ):
+        self.checkpoints_kept = checkpoints_kept
         self.packing = packing
         self.micro_batches = micro_batches
         self.sums = Sums()
@@ -80,6 +83,13 @@ class Counted(Base):
             total += super().training_step(model, dict(zip(inputs, part, strict=True)), num_items_in_batch)
         self.loss += total
         return total
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Sealed when it is whole, and only then are older ones deleted."""
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir)
+        checkpoints.seal(folder / f"checkpoint-{self.state.global_step}")
+        checkpoints.thin(folder, self.checkpoints_kept)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self.grad_norm = super()._get_grad_norm(model, grad_norm)

@@ -21,6 +21,7 @@ import yaml
 from conftest import CHATML, build_model, chat_rows, tiny_settings
 
 from qkit import pipeline, train
+from qkit.checkpoints import SEAL
 from qkit.device import Device
 from qkit.errors import MissingArtifact
 from qkit.recipe import load
@@ -262,8 +263,7 @@ def test_a_killed_training_goes_on_to_the_same_result(tiny_recipe: Path, tmp_pat
     assert qkit("train", whole.root).returncode == 0
     cut = _run_data(tiny_recipe, tmp_path / "cut", *settings)
     process = subprocess.Popen([sys.executable, "-m", "qkit", "train", str(cut.root), "--quiet"])
-    checkpoints = cut.root / ".work" / "train" / "checkpoints"
-    while train.last_checkpoint(checkpoints) is None:
+    while not any((cut.root / ".work" / "train" / "checkpoints").glob(f"checkpoint-*/{SEAL}")):
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()

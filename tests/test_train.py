@@ -15,7 +15,7 @@ import torch
 import transformers
 import yaml
 
-from qkit import model, train
+from qkit import checkpoints, model, train
 from qkit.errors import StageFailed
 from qkit.fast import head
 from qkit.fast.batches import IGNORED, TokenBudgetBatches, collate
@@ -213,7 +213,7 @@ def test_training_stops_at_a_step_that_is_no_number(
         StageFailed, match=rf"step 4 has gone astray: its {spoilt} is (nan|inf)\. Lower train\.learning_rate"
     ):
         train.run(run, out)
-    kept = train.last_checkpoint(out / "checkpoints")
+    kept = checkpoints.newest_whole(out / "checkpoints")
     assert kept is not None and kept.name == "checkpoint-2" and not (out / "adapter").exists()
 
 
@@ -342,7 +342,7 @@ def test_a_run_that_goes_on_ends_in_the_same_sums_losses_and_adapter(
     stopped, out = _run(tmp_path / "cut", tiny_model, Heard(stop_at=steps - 2), **settings)
     with pytest.raises(KeyboardInterrupt):
         train.run(stopped, out)
-    checkpoint = train.last_checkpoint(out / "checkpoints")
+    checkpoint = checkpoints.newest_whole(out / "checkpoints")
     assert checkpoint is not None and not (out / "sums.json").exists()
     assert [row["loss_after"] for row in _losses(out)] == [None] * len(LENGTHS)
     train.run(Run(stopped.root, stopped.recipe), out)

@@ -1,0 +1,138 @@
+"""Going on from checkpoints of which the newest are damaged, each in another way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qkit import checkpoints, train
+from qkit.run import Run
+from tests.test_train import Heard, _losses, _run
+
+STEPS = 6
+ADAPTER = "adapter/adapter_model.safetensors"
+FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+    checkpoints.SEAL,
+)
+SETTINGS = {"ledger": {"losses": True}, "train": {"max_steps": STEPS, "save_steps": 2, "save_total_limit": 2}}
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _zero(file: Path) -> None:
+    """As a power cut leaves files whose size was written before their bytes."""
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+HARMS = (_cut, _empty, _zero, Path.unlink)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    run, out = _run(tmp_path_factory.mktemp("straight"), tiny_model, **SETTINGS)
+    train.run(run, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A run that was stopped in its fifth step, and has checkpoints of the second and the fourth."""
+    run, out = _run(tmp_path_factory.mktemp("interrupted"), tiny_model, Heard(stop_at=5), **SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(run, out)
+    assert _names(out) == ["checkpoint-2", "checkpoint-4"]
+    return run.root
+
+
+def _names(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").glob("checkpoint-*"))
+
+
+def _again(interrupted: Path, root: Path, tiny_model: Path) -> tuple[Run, Path, Heard]:
+    shutil.copytree(interrupted, root)
+    heard = Heard()
+    run, out = _run(root, tiny_model, heard, **SETTINGS)
+    return run, out, heard
+
+
+@pytest.mark.parametrize("harm", HARMS, ids=["cut in half", "empty", "zeros", "missing"])
+def test_any_damage_to_any_file_is_seen(interrupted: Path, tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    found = sorted(file.name for file in (interrupted / "train/checkpoints/checkpoint-4").iterdir())
+    assert [name for name in found if not name.endswith((".md", ".jinja")) and "token" not in name] == sorted(FILES)
+    for name in found:
+        shutil.copytree(interrupted / "train/checkpoints", folder := tmp_path / name)
+        harm(folder / "checkpoint-4" / name)
+        said: list[str] = []
+        assert checkpoints.newest_whole(folder, said.append) == folder / "checkpoint-2"
+        assert len(said) == 1 and said[0].startswith("checkpoint-4 is not whole (") and name in said[0]
+
+
+def test_training_goes_on_from_the_newest_whole_one_to_the_same_result(
+    interrupted: Path, straight: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run, out, heard = _again(interrupted, tmp_path / "run", tiny_model)
+    for file in (out / "checkpoints/checkpoint-4").iterdir():
+        _cut(file)
+    _cut(out / "losses.parquet")
+    train.run(run, out)
+    assert [line for line in heard.lines if "not whole" in line or "going on" in line] == [
+        f"train: warning: checkpoint-4 is not whole (its {checkpoints.SEAL} cannot be read), so it is not gone on from",
+        "train: going on from checkpoint-2",
+    ]
+    assert (out / ADAPTER).read_bytes() == (straight / ADAPTER).read_bytes()
+    assert _losses(out) == _losses(straight)
+    assert json.loads((out / "sums.json").read_text()) == json.loads((straight / "sums.json").read_text())
+
+
+def test_training_begins_anew_where_no_checkpoint_is_whole(
+    interrupted: Path, straight: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run, out, heard = _again(interrupted, tmp_path / "run", tiny_model)
+    _empty(out / "checkpoints/checkpoint-4/trainer_state.json")
+    (out / "checkpoints/checkpoint-2/optimizer.pt").unlink()
+    train.run(run, out)
+    assert "train: from the beginning" in heard.lines and sum("not whole" in line for line in heard.lines) == 2
+    assert (out / ADAPTER).read_bytes() == (straight / ADAPTER).read_bytes()
+
+
+def test_the_last_whole_one_stays_until_the_next_is_whole(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at the end of a save, before the seal: with save_total_limit 1 the older one is still there."""
+    settings = {"train": {**SETTINGS["train"], "save_total_limit": 1}}
+    run, out = _run(tmp_path, tiny_model, **settings)
+    whole = checkpoints.seal
+
+    def killed(checkpoint: Path) -> None:
+        if checkpoint.name == "checkpoint-4":
+            raise KeyboardInterrupt
+        whole(checkpoint)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "seal", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(run, out)
+    assert checkpoints.newest_whole(out / "checkpoints") == out / "checkpoints" / "checkpoint-2"
+    train.run(run, out)
+    assert _names(out) == [f"checkpoint-{STEPS}"]
+
+
+def test_as_many_are_kept_as_asked_for(straight: Path) -> None:
+    assert _names(straight) == ["checkpoint-4", "checkpoint-6"]
