@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from qkit import shape
+from qkit import prequantized, shape
 from qkit.errors import NotDeployable
 from qkit.export._job import exporter, split
 from qkit.recipe import ALL, Recipe, format_names
@@ -23,7 +23,7 @@ def refusals(how: Recipe) -> tuple[Refusal, ...]:
     """The formats of `export.formats` that are known not to work.
 
     Raises:
-        ModelError: the model's config.json cannot be had.
+        ModelError: the model's config.json cannot be had, or says that it is quantized in a way that is not dequantized here.
     """
     return tuple(_refused(how, [name for name in how.export.formats if name != ALL]))
 
@@ -52,6 +52,7 @@ def resolved(how: Recipe) -> tuple[Recipe, tuple[Refusal, ...]]:
 
 def _refused(how: Recipe, names: Iterable[str]) -> Iterator[Refusal]:
     config = shape.config_of(how.model)
+    prequantized.check(config, how.model.source)
     for name in names:
         if reason := exporter(name).unsupported(split(name)[1], how, config):
             yield Refusal(name, reason)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, deltas, provenance, recipe, template
+from qkit import added_tokens, deltas, prequantized, provenance, recipe, template
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
 from qkit.source import HubId, cache_dir, locate, sha256_of
@@ -30,17 +30,25 @@ COMPANIONS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*",
 
 
 def resolve(model: recipe.Model) -> Path:
-    """A local folder that `from_pretrained` takes, downloaded from the hub or converted from .gguf if need be; with model.add_tokens
-    one whose tokenizer and weights have them.
+    """A local folder that `from_pretrained` takes, downloaded from the hub or converted from .gguf if need be; of a quantized model one
+    in 16 bit, with model.add_tokens one whose tokenizer and weights have them.
 
     Raises:
-        ModelError: there is no such model, it cannot be had, or it cannot be given these tokens.
+        ModelError: there is no such model, it cannot be had, not be dequantized, or not be given these tokens.
     """
     folder = _resolved(model, (*COMPANIONS, SHARDS))
+    if kind := prequantized.of_folder(folder):
+        folder = _dequantized(folder, kind, model.trust_remote_code)
     if not model.add_tokens:
         return folder
     target = cache_dir() / "models" / f"tokens-{added_tokens.key(folder, model.add_tokens)[:24]}"
     return _kept(target, lambda out: added_tokens.prepare(folder, model.add_tokens, model.trust_remote_code, out))
+
+
+def _dequantized(folder: Path, kind: str, trust_remote_code: bool) -> Path:
+    """The model in 16 bit, dequantized once and kept in the cache."""
+    target = cache_dir() / "models" / f"plain-{added_tokens.key(folder, ())[:24]}"
+    return _kept(target, lambda out: prequantized.dequantize(folder, kind, trust_remote_code, out))
 
 
 def companions(model: recipe.Model) -> Path:

@@ -9,7 +9,7 @@ from qkit.plan import Anchor, LengthTable, Plan, Solved, refusal
 from qkit.plan_sheet import Sheet
 from qkit.remedies import Remedy
 from qkit.roofline import Pace
-from qkit.weights import GIB, MemoryItem, gib
+from qkit.weights import BASE_BYTES, GIB, MemoryItem, gib
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -101,6 +101,9 @@ def _notes(found: Sheet) -> Iterator[str]:
     if not found.exact:
         why = "its family is not known, or tokens are added that may find spare rows"
         yield f"This model's parameters, and all that follows from them, are an estimate: {why}."
+    if found.comes_quantized:
+        size = gib(found.parameters * BASE_BYTES)
+        yield f"The base comes quantized ({found.comes_quantized}): it is dequantized once, on the host, to {size} in 16 bit in the cache."
     counts = ", ".join(f"{count:,} of {length:,} tokens" for length, count in found.conversations)
     yield f"{found.parameters:,} parameters. A server holds at once, in conversations: {counts}."
     yield _pace(found.pace)

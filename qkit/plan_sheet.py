@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit import deploy, memory, plan, recipe, roofline
+from qkit import deploy, memory, plan, prequantized, recipe, roofline
 from qkit.deploy import Refusal
 from qkit.device import Device, detect
 from qkit.errors import RecipeError
@@ -16,7 +16,7 @@ from qkit.recipe import Recipe
 from qkit.remedies import Remedy
 from qkit.roofline import Pace
 from qkit.run import read_json
-from qkit.shape import parameters, shape_of, source_of
+from qkit.shape import config_of, parameters, shape_of, source_of
 from qkit.weights import MemoryItem
 
 CONVERSATIONS = (1024, 4096, 16384)  # tokens; how many of each a server holds is said
@@ -40,6 +40,7 @@ class Sheet:
     anchors: tuple[Anchor, ...]
     solved: Solved | None
     refused: tuple[Refusal, ...]
+    comes_quantized: str | None  # how the base is quantized as it comes
 
 
 def sheet(
@@ -48,7 +49,7 @@ def sheet(
     """Everything about a recipe on a device, by default this machine's. `lengths`: of the training rows, where they are known.
 
     Raises:
-        ModelError: the model's shape cannot be had.
+        ModelError: the model's shape cannot be had, or it is quantized in a way that is not dequantized here.
     """
     device = device or detect()
     shape, labelled = shape_of(how.model), plan.labelled_of(lengths, how)
@@ -70,6 +71,7 @@ def sheet(
         anchors=plan.anchors(how, device),
         solved=plan.solve(how, ask, device=device) if ask else None,
         refused=deploy.refusals(how),
+        comes_quantized=prequantized.method(config_of(how.model)),
     )
 
 
@@ -89,6 +91,7 @@ def to_dict(found: Sheet) -> dict[str, Any]:
         "lengths": asdict(found.lengths) if found.lengths else None,
         "alternatives": [asdict(remedy) for remedy in found.alternatives],
         "anchors": [asdict(anchor) for anchor in found.anchors],
+        "comes_quantized": found.comes_quantized,
         "not_deployable": [asdict(refusal) for refusal in found.refused],
     }
     if found.solved:
