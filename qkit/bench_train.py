@@ -94,7 +94,11 @@ def _in_a_process(how: Recipe, point: Point, steps: int, out: Path) -> dict[str,
     make_folder(root)
     changed = how.model_dump(mode="json")
     changed["data"].update(batch_tokens=point.batch_tokens, max_length=point.max_length)
-    changed["train"].update(max_steps=steps + 1, logging_steps=1, save_steps=steps + 1)
+    # Speed depends on none of these, and a schedule for the whole training may be longer than a few steps.
+    changed["train"].update(
+        max_steps=steps + 1, num_train_epochs=1.0, warmup_steps=0, logging_steps=1, save_steps=steps + 1
+    )
+    changed["train"]["lr_scheduler_type"] = "constant"
     run = Run.create(root, from_dict(changed, (), str(root)))
     run.save_recipe()
     with run.log("bench-train").open("w") as log:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qkit import deploy, fitting, gates, modelcard
+from qkit import deploy, fitting, gates, idle, modelcard
 from qkit.device import PeakMeter, detect, out_of_memory
 from qkit.errors import (
     DataError,
@@ -125,6 +125,7 @@ def execute(run: Run, name: str) -> None:
         run.save_recipe()
         run.adopt()
         _check_inputs(run, stage)
+        _remark(run, stage)
         key, inputs = _key(run, stage), _inputs(run, stage)
         sources = (
             run.hash_sources() if stage.reads_sources else {}
@@ -148,6 +149,13 @@ def execute(run: Run, name: str) -> None:
         run.commit(name)
         if name in CARDED:
             modelcard.write(run)
+
+
+def _remark(run: Run, stage: Stage) -> None:
+    """Say which values of the recipe nothing uses, in the stage that they are written for."""
+    for key, text in idle.remarks(run.recipe):
+        if key[0] == stage.name or (key[0] == "quantization" and stage.name == "train"):
+            run.progress.say(f"{stage.name}: warning: {text}")
 
 
 def _check_inputs(run: Run, stage: Stage) -> None:

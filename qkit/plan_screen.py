@@ -22,8 +22,10 @@ def screen(found: Sheet) -> RenderableType:
     from rich.text import Text
 
     style = "bold green" if found.made.fits else "bold red"
+    idle = [f"warning: {text}" for text in found.remarks]
     refused = [f"warning: not deployable as {refusal.format}: {refusal.reason}" for refusal in found.refused]
     after = [
+        *idle,
         *refused,
         *_notes(found),
         *_remedy_lines(found),

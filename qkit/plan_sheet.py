@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qkit import deploy, memory, plan, prequantized, recipe, roofline
+from qkit import deploy, idle, memory, plan, prequantized, recipe, roofline, schedule
 from qkit.deploy import Refusal
 from qkit.device import Device, detect
 from qkit.errors import RecipeError
@@ -41,6 +41,7 @@ class Sheet:
     solved: Solved | None
     refused: tuple[Refusal, ...]
     comes_quantized: str | None  # how the base is quantized as it comes
+    remarks: tuple[str, ...]  # on values of the recipe that nothing will use
 
 
 def sheet(
@@ -49,14 +50,18 @@ def sheet(
     """Everything about a recipe on a device, by default this machine's. `lengths`: of the training rows, where they are known.
 
     Raises:
+        RecipeError: the training is too short for its schedule.
         ModelError: the model's shape cannot be had, or it is quantized in a way that is not dequantized here.
     """
     device = device or detect()
     shape, labelled = shape_of(how.model), plan.labelled_of(lengths, how)
     stages = plan.stages(how, device, labelled)
+    if (steps := schedule.planned_steps(how, lengths)) is not None:
+        schedule.check(how.train, steps)
     made = max(stages[:2], key=lambda stage: stage.peak_bytes)
     serve = stages[-1]
     rows = roofline.kept(lengths, how.data.max_length) if lengths else None
+    pace = roofline.pace(how, shape, device, rows)
     return Sheet(
         made=made,
         exact=shape.exact,
@@ -65,12 +70,13 @@ def sheet(
         conversations=tuple(
             (length, memory.conversations(serve.items, serve.device_bytes, shape, length)) for length in CONVERSATIONS
         ),
-        pace=roofline.pace(how, shape, device, rows),
+        pace=replace(pace, steps=steps or pace.steps),
         lengths=plan.length_table(lengths, how, device) if lengths else None,
         alternatives=() if made.fits else plan.alternatives(how, made, device, labelled),
         anchors=plan.anchors(how, device),
         solved=plan.solve(how, ask, device=device) if ask else None,
         refused=deploy.refusals(how),
+        remarks=tuple(text for _, text in idle.remarks(how)),
         comes_quantized=prequantized.method(config_of(how.model)),
     )
 
@@ -91,6 +97,7 @@ def to_dict(found: Sheet) -> dict[str, Any]:
         "lengths": asdict(found.lengths) if found.lengths else None,
         "alternatives": [asdict(remedy) for remedy in found.alternatives],
         "anchors": [asdict(anchor) for anchor in found.anchors],
+        "remarks": list(found.remarks),
         "comes_quantized": found.comes_quantized,
         "not_deployable": [asdict(refusal) for refusal in found.refused],
     }

@@ -19,6 +19,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from qkit import idle
 from qkit.errors import LINE, RecipeError, short
 
 Positive = Annotated[int, Field(gt=0)]
@@ -167,13 +168,30 @@ class Ledger(Section):
     losses: bool = Field(False, description="each row's mean loss before and after training")
 
 
+def _whole_or_share(value: float) -> int | float:
+    """transformers would cut 2.5 steps to 2."""
+    if value >= 1 and value != int(value):
+        raise PydanticCustomError("steps", "steps are whole, and a share of them is below 1")
+    return int(value) if value >= 1 or not value else value
+
+
+def _steps_or_epochs(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("steps", "0 steps train nothing; leave it out for train.num_train_epochs")
+    return value
+
+
 class Train(Section):
     """trl.SFTConfig."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    max_steps: Annotated[int, Field(ge=-1)] = -1
+    warmup_steps: Annotated[int | float, Field(ge=0), AfterValidator(_whole_or_share)] = Field(
+        0, description="steps that the rate rises for; below 1 a share of all of them; the first has a rate above 0"
+    )
+    max_steps: Annotated[int, Field(ge=-1), AfterValidator(_steps_or_epochs)] = Field(
+        -1, description="-1: as many as train.num_train_epochs makes"
+    )
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     gradient_accumulation_steps: Positive = 1
     gradient_checkpointing: bool = False
@@ -415,6 +433,7 @@ def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             )
     yield from _target_clashes(recipe)
     yield from _split_clashes(recipe.data)
+    yield from idle.mistakes(recipe)
     yield from _unknown_names(recipe)
 
 

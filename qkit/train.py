@@ -32,6 +32,7 @@ from qkit import (
     provenance,
     roofline,
     row_losses,
+    schedule,
     tensors_alive,
 )
 from qkit.device import Device, PeakMeter, detect, keep_few_kernels, out_of_memory
@@ -74,6 +75,7 @@ def run(run: Run, out: Path) -> Peak:
     need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
     if how.data.packing:
         _pack_if_isolated(run, trainer, out)
+    _check_steps(run, trainer)
     if how.ledger.losses:
         row_losses.write_before(out / "losses.parquet", trainer, run.progress)
     watcher = _train(run, trainer, meter, out)
@@ -83,6 +85,18 @@ def run(run: Run, out: Path) -> Peak:
     memory = memory_seen.seen(how, device, meter, watcher, _most_labelled(trainer))
     write_json(out / "memory.json", memory.to_dict())
     return memory.peak()
+
+
+def _check_steps(run: Run, trainer: Any) -> None:
+    """See that the recipe goes together with the number of steps, which is known only now.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    total, section = _total_steps(trainer), run.recipe.train
+    schedule.check(section, total)
+    if section.save_steps >= total:
+        run.progress.say(f"train: no checkpoint before the end: train.save_steps={section.save_steps}, {total} steps")
 
 
 def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
@@ -273,11 +287,7 @@ def _most_labelled(trainer: Any) -> int:
 
 
 def _total_steps(trainer: Any) -> int:
-    if trainer.args.max_steps > 0:
-        return int(trainer.args.max_steps)
-    steps_per_epoch = math.ceil(len(trainer.batches()) / trainer.args.gradient_accumulation_steps)
-    steps: int = math.ceil(trainer.args.num_train_epochs * steps_per_epoch)
-    return steps
+    return schedule.steps(trainer.args, len(trainer.batches()))
 
 
 def _counts(run: Run, trainer: Any, ledger: int) -> Any:

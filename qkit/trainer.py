@@ -84,6 +84,21 @@ class Counted(Base):
         self.loss += total
         return total
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' schedule, but that the rate is above 0 from the first step of a warm-up on and at its full height after the last."""
+        from torch.optim.lr_scheduler import LambdaLR
+        from transformers import get_scheduler
+
+        rising = self.args.get_warmup_steps(num_training_steps)
+        made = super().create_scheduler(num_training_steps, optimizer)
+        if not rising:
+            return made
+        optimizer = optimizer or self.optimizer
+        later = get_scheduler(self.args.lr_scheduler_type, optimizer, rising + 1, num_training_steps + 1)
+        rate = later.lr_lambdas[0]
+        self.lr_scheduler = LambdaLR(optimizer, lambda step: rate(step + 1))
+        return self.lr_scheduler
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Sealed when it is whole, and only then are older ones deleted."""
         super()._save_checkpoint(model, trial)

@@ -183,7 +183,7 @@ def from_settings(values: dict[str, Any]) -> Recipe:
                 "max_length": values["max_length"],
             },
             "lora": {"r": values["r"]},
-            "quantization": {"load_in_4bit": four_bit, "bnb_4bit_use_double_quant": values["double"]},
+            "quantization": {"load_in_4bit": four_bit, "bnb_4bit_use_double_quant": values["double"] or not four_bit},
             "train": {
                 "gradient_checkpointing": values["checkpointing"],
                 "gradient_accumulation_steps": values["accumulation"],

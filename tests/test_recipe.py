@@ -45,7 +45,7 @@ def test_numbers_written_as_yaml_reads_them(tmp_path: Path) -> None:
     recipe = load(
         _write(
             tmp_path,
-            MINIMAL.replace("{source: x}", "{source: x, revision: 695e0514}") + "train: {learning_rate: 2e-4}\n",
+            MINIMAL.replace("{source: x}", "{source: owner/x, revision: 695e0514}") + "train: {learning_rate: 2e-4}\n",
         ),
         [],
     )

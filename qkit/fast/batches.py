@@ -66,6 +66,23 @@ class TokenBudgetBatches(SeededBatches):
         return batches
 
 
+def count_batches(lengths: Sequence[tuple[int, int]], budget: int) -> int:
+    """How many batches TokenBudgetBatches makes of rows: (tokens, how many rows) of each length."""
+    alike: dict[int, int] = {}
+    for tokens, rows in lengths:
+        alike[padded_length(tokens)] = alike.get(padded_length(tokens), 0) + rows
+    batches = held = 0
+    for length, left in sorted(alike.items()):
+        rows = left
+        while rows:
+            room = budget // length - held
+            if batches == 0 or room < 1:  # a row that is longer than the budget has a batch to itself
+                batches, held, room = batches + 1, 0, max(1, budget // length)
+            taken = min(rows, room)
+            rows, held = rows - taken, held + taken
+    return batches
+
+
 def padded_length(length: int) -> int:
     """Few distinct shapes: each new one costs a CPU backend a set of kernels that it keeps, and the heap a new cut."""
     return -(-length // LENGTH_STEP) * LENGTH_STEP

@@ -1,0 +1,152 @@
+"""Values of a recipe that another value makes idle: refused, or said in the plan and in the stage; both values are named."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qkit import idle, pipeline, plan_screen, plan_sheet
+from qkit.errors import RecipeError
+from qkit.recipe import Recipe, from_dict, load
+from qkit.run import Run
+from tests.conftest import chat_rows, tiny_settings
+from tests.test_train import Heard
+
+ROWS: dict[str, Any] = {"source": "rows.jsonl"}
+
+
+def _recipe(**sections: Any) -> Recipe:
+    raw = {"task": "chat", "model": {"source": "owner/x"}, "data": {}}
+    return from_dict({**raw, **sections}, (), "the test")
+
+
+MISTAKES = [
+    (
+        {"train": {"lr_scheduler_type": "constant", "warmup_steps": 4}},
+        "train.warmup_steps=4 is not looked at beside train.lr_scheduler_type=constant",
+    ),
+    ({"serve": {"concurrency": 9, "max_num_seqs": 8}}, "serve.concurrency=9 .* serve.max_num_seqs=8"),
+    ({"serve": {"max_num_seqs": 8, "max_requests": 4}}, "serve.max_num_seqs=8 .* serve.max_requests=4"),
+    (
+        {"merge": {"base": "16bit", "dtype": "float16", "choose": "score"}},
+        "merge.choose=score .* merge.base=16bit and merge.dtype=float16",
+    ),
+    ({"model": {"source": "pypi:a==1!b.gguf", "revision": "main"}}, "model.revision=main .* the source is pypi:a==1!b"),
+    (
+        {"model": {"source": "owner/x", "sha256": "0" * 64}},
+        "model.sha256=0+ .* a pypi: source, and the source is owner/x",
+    ),
+    ({"data": {"train": [{**ROWS, "sha256": "0" * 64}]}}, "data.train.0.sha256=0+ .* the source is rows.jsonl"),
+    *(
+        ({"data": {"test": [ROWS, {**ROWS, name: value}]}}, f"data.test.1.{name}=.* the source is rows.jsonl")
+        for name, value in (("split", "train"), ("name", "main"), ("revision", "main"), ("streaming", True))
+    ),
+    ({"data": {"train": [{**ROWS, "sample_by": "line"}]}}, r"sample_by=line .* text files \(.txt, .md\)"),
+    ({"data": {"train": [{**ROWS, "weight": 2.0}]}}, "data.train.0.weight=2 .* there is one only"),
+    ({"data": {"group": "user"}}, "data.group=user .* no data.split"),
+    ({"data": {"stratify": "topic"}}, "data.stratify=topic .* no data.split"),
+    (
+        {"data": {"too_long": "split", "train": [{**ROWS, "format": "messages"}]}},
+        "data.too_long=split divides plain text, and data.train is all messages",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"), MISTAKES, ids=lambda value: "" if isinstance(value, str) else str(value)[:60]
+)
+def test_what_can_only_be_a_mistake_is_refused(sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        _recipe(**sections)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"serve": {"concurrency": 8, "max_num_seqs": 8, "max_requests": 8}},
+        {"serve": {"concurrency": 8}},
+        {"merge": {"base": "16bit", "choose": "score"}},  # between bfloat16 and float16
+        {"model": {"source": "owner/x", "revision": "main"}},
+        {"data": {"train": [{"source": "owner/rows", "split": "test", "streaming": True, "sample_by": "line"}]}},
+        {
+            "data": {
+                "train": [{"source": "rows.txt.gz", "sample_by": "line"}, {"source": "folder", "sample_by": "line"}]
+            }
+        },
+        {"data": {"train": [{**ROWS, "weight": 2.0}, ROWS]}},
+        {"data": {"train": [ROWS], "group": "user", "stratify": "topic", "split": {"train": 0.9, "test": 0.1}}},
+        {"data": {"too_long": "split", "train": [{**ROWS, "format": "messages"}, {**ROWS, "format": "text"}]}},
+        {"data": {"train": [{**ROWS, "answers": "pypi:a==1!b.json", "sha256": "0" * 64}]}},
+    ],
+)
+def test_what_has_an_effect_is_taken(sections: dict[str, Any]) -> None:
+    assert not list(idle.remarks(_recipe(**sections)))
+
+
+REMARKS = [
+    (
+        {"train": {"max_steps": 20, "num_train_epochs": 2.0}},
+        "train.num_train_epochs=2 is not looked at beside train.max_steps=20",
+    ),
+    *(
+        ({"quantization": {"load_in_4bit": False, name: value}}, f"quantization.{name}={said} is not looked at beside")
+        for name, value, said in (
+            ("bnb_4bit_quant_type", "fp4", "fp4"),
+            ("bnb_4bit_use_double_quant", False, "false"),
+            ("bnb_4bit_compute_dtype", "float32", "float32"),
+        )
+    ),
+    (
+        {"export": {"formats": ["vllm"], "method": "awq"}, "bench": {"runtimes": []}},
+        "export.method=awq is for vllm-w4a16",
+    ),
+    (
+        {"export": {"formats": ["vllm"], "calibration_rows": 9}, "bench": {"runtimes": []}},
+        "export.calibration_rows=9 is for vllm-w4a16 and vllm-w8a8",
+    ),
+    ({"data": {"validation": [ROWS]}}, "data.validation: these rows are held out, and no stage reads them"),
+    (
+        {"data": {"train": [ROWS], "split": {"train": 0.8, "validation": 0.1, "test": 0.1}}},
+        "data.split.validation=0.1: these rows are held out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sections", "said"), REMARKS, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_a_trial_makes_idle_is_said(sections: dict[str, Any], said: str) -> None:
+    (text,) = [text for _, text in idle.remarks(_recipe(**sections))]
+    assert text.startswith(said)
+
+
+def test_the_plan_and_the_stage_say_it(tiny_model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(24)), encoding="utf-8")
+    settings = tiny_settings(tiny_model, rows)
+    settings["data"].update(validation=[{"source": str(rows), "rows": "20:"}], max_overlap=1.0)
+    how = from_dict(settings, (), "the test")
+    ((_, text),) = idle.remarks(how)
+    found = plan_sheet.sheet(how)
+    assert plan_sheet.to_dict(found)["remarks"] == [text]
+    drawn = io.StringIO()
+    Console(width=300, file=drawn).print(plan_screen.screen(found))
+    assert f"warning: {text}" in drawn.getvalue()
+    heard = Heard()
+    pipeline.execute(Run.create(tmp_path / "run", how, heard), "data")
+    assert f"data: warning: {text}" in heard.lines
+
+
+def test_a_whole_data_set_given_for_a_recipe_is_not_printed_back(tmp_path: Path) -> None:
+    many = [{"messages": "x" * 1000}] * 85
+    for name, content in (
+        ("rows.json", json.dumps(many)),
+        ("one.json", json.dumps({"task": many, "model": {"source": "x"}, "data": {}, "y" * 900: 1})),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        with pytest.raises(RecipeError) as caught:
+            load(tmp_path / name)
+        assert len(str(caught.value)) < 2000 and "characters)" in str(caught.value)
