@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from qkit import bench_record, cards, model, pipeline, roofline, train
+from qkit import bench_record, cards, model, pipeline, plan, roofline, train
 from qkit.bench_meter import driver
 from qkit.device import PeakMeter, detect, keep_few_kernels
 from qkit.errors import RecipeError, StageFailed
@@ -115,8 +115,10 @@ def _in_a_process(how: Recipe, point: Point, steps: int, out: Path) -> dict[str,
 def measure(run: Run) -> dict[str, Any]:
     """In the point's own process: tokenize, load, train; the first step warms up and is in no figure of speed."""
     keep_few_kernels()
-    how, device = run.recipe, detect()
+    device = detect()
     pipeline.execute(run, "data")
+    how = plan.decided(run.recipe, device)
+    run = Run(run.root, how)
     meter = PeakMeter(device)
     trainer = train.build_trainer(run, model.resolve(how.model), device, run.root / "train")
     clock = _clock(trainer)

@@ -154,7 +154,7 @@ def plan(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Does it fit? Memory, line by line, and time, before anything is loaded."""
+    """Does it fit? Memory, line by line, and time, before anything is loaded. Exits with 2 when a stage does not fit."""
     from qkit import plan as planning
     from qkit import plan_screen, plan_sheet
 
@@ -166,6 +166,8 @@ def plan(
         _show(as_json, [item.to_dict() for item in items], lambda: plan_screen.explanation(items))
         return
     _show(as_json, plan_sheet.to_dict(found), lambda: plan_screen.screen(found))
+    if found.short and not ask:  # who asks what would fit has been answered
+        raise typer.Exit(2)
 
 
 def _planned(target: Path | None, overrides: list[str] | None, options: Any) -> Any:

@@ -7,16 +7,18 @@ shape of the adapter as they are is changed then: the same rows in the same orde
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from qkit import plan
 from qkit.device import Device, detect
 from qkit.errors import DoesNotFit, ModelError, OutOfMemory, RecipeError
 from qkit.recipe import Recipe, load
 from qkit.remedies import Remedy
-from qkit.run import Run
+from qkit.run import Run, decisions
 from qkit.weights import gib
 
-RESUMABLE = ("micro_batches", "train.gradient_checkpointing", "train.activation_offloading")
+CHECKPOINTING = "train.gradient_checkpointing"
+RESUMABLE = ("micro_batches", CHECKPOINTING, "train.activation_offloading")
 
 
 def fitted(run: Run, device: Device | None = None) -> Run:
@@ -46,10 +48,11 @@ def _as_it_held(run: Run) -> Recipe:
     if not file.is_file():
         return run.recipe
     wanted, held = run.recipe, load(file)
-    train = {
-        key: getattr(wanted.train, key) or getattr(held.train, key)
-        for key in ("gradient_checkpointing", "activation_offloading")
+    train: dict[str, Any] = {
+        "activation_offloading": wanted.train.activation_offloading or held.train.activation_offloading
     }
+    if wanted.train.gradient_checkpointing in (False, "auto"):
+        train["gradient_checkpointing"] = held.train.gradient_checkpointing
     both = {
         "micro_batches": max(wanted.micro_batches, held.micro_batches),
         "train": wanted.train.model_copy(update=train),
@@ -73,13 +76,22 @@ def train(run: Run, attempt: Callable[[Run], None], rekey: Callable[[Run], None]
             attempt(run)
             return run
         except OutOfMemory as error:
-            remedy = next_remedy(run.recipe, device or detect())
+            recipe = settled(run)
+            remedy = next_remedy(recipe, device or detect())
             if remedy is None:
                 raise
             why = error.reason.partition(";")[0]
             run.progress.say(f"train: {why}; going on from the last checkpoint with {_said(remedy)}")
-            run = Run(run.root, plan.apply(run.recipe, [remedy]), run.progress)
+            run = Run(run.root, plan.apply(recipe, [remedy]), run.progress)
             rekey(run)
+
+
+def settled(run: Run) -> Recipe:
+    """The recipe with what an attempt at its training has decided, where there was one."""
+    found = decisions(run.root / ".work" / "train").get(CHECKPOINTING)
+    if found is None or run.recipe.train.gradient_checkpointing != "auto":
+        return run.recipe
+    return plan.apply(run.recipe, [Remedy((f"{CHECKPOINTING}={str(found).lower()}",), 0, "")])
 
 
 def next_remedy(recipe: Recipe, device: Device) -> Remedy | None:

@@ -27,7 +27,18 @@ from qkit.errors import (
     UserError,
 )
 from qkit.recipe import Data, Recipe
-from qkit.run import LOCK_HELD, Peak, Run, StageRecord, environment, make_folder, read_json, stage_key, writing
+from qkit.run import (
+    LOCK_HELD,
+    Peak,
+    Run,
+    StageRecord,
+    decisions,
+    environment,
+    make_folder,
+    read_json,
+    stage_key,
+    writing,
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,7 @@ def execute(run: Run, name: str) -> None:
             inputs=inputs,
             outputs=run.hash_outputs(name),
             sources=sources,
+            decided=decisions(work),
         )
         # First the record, which says nothing while its files are not there: a kill in between leaves work to go on from.
         run.record(name, record, environment(detect().to_dict()))
@@ -344,7 +356,7 @@ def _raise_for(name: str, run: Run, code: int) -> None:
     if code == OutOfMemory.exit_code:
         raise ReportedShortage(name, run.root, run.log(name), "out of memory")
     if code == KILLED and name == "train":
-        reason = f"{_death(code)}; {fitting.shortage(run.recipe, name, detect())}"
+        reason = f"{_death(code)}; {fitting.shortage(fitting.settled(run), name, detect())}"
         raise OutOfMemory(name, run.root, run.log(name), reason)
     raise StageFailed(name, run.root, run.log(name), _death(code))
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from qkit import cards, memory, remedies, roofline
 from qkit.device import Device, detect
 from qkit.errors import ModelError, RecipeError
-from qkit.recipe import Recipe
+from qkit.recipe import ALL, Recipe
 from qkit.remedies import Remedy, apply
 from qkit.roofline import Pace
 from qkit.shape import Shape, shape_of
@@ -37,6 +37,7 @@ LENGTH_STEP = 16  # rows are padded to a multiple of this
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 LONGEST = 2**22  # no search goes further
 NOT_ON_THE_DEVICE = ("export",)  # these work in the host's memory, whatever the device
+ON_THE_HOST_TOO = ("evaluate", "merge")  # these may be run there apart from the rest
 
 ITEMS: Mapping[str, Callable[[Recipe, Shape, Device], tuple[MemoryItem, ...]]] = {
     "load": memory.load_items,
@@ -52,7 +53,7 @@ STAGES = ("load", "train", "evaluate", "merge", "export", "serve")
 class Plan:
     """What a stage needs at its peak: the items, summing to `peak_bytes`. `device_bytes`: what the device gives.
 
-    `remedies`: the shortest list that makes it fit, or all there is when nothing does.
+    `remedies`: the shortest list that makes it fit, or all there is when nothing does. `elsewhere`: where it might run, when it does not fit.
     """
 
     fits: bool
@@ -62,6 +63,42 @@ class Plan:
     stage: str
     items: tuple[MemoryItem, ...]
     remedies: tuple[Remedy, ...] = ()
+    elsewhere: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Whether layers are computed once more in the backward pass (train.gradient_checkpointing), and why that was decided."""
+
+    on: bool
+    why: str
+
+
+def checkpointing(
+    recipe: Recipe, device: Device, labelled_tokens: int | None = None, device_bytes: int | None = None
+) -> Checkpointing:
+    """As the recipe says; for `auto`, off where the plan of training then fits, else on."""
+    if recipe.train.gradient_checkpointing != "auto":
+        return Checkpointing(bool(recipe.train.gradient_checkpointing), "the recipe says so")
+    try:
+        shape = shape_of(recipe.model)
+    except ModelError:
+        return Checkpointing(True, "there is no plan for this model, and on needs less")
+    limit = cards.usable_bytes(device) if device_bytes is None else device_bytes
+    peak = _peak(shape, device, "train", labelled_tokens)(_checkpointed(recipe, False))
+    room = f"{gib(peak)} of the {gib(limit)} on {cards.title(device)}"
+    return Checkpointing(peak > limit, f"without it training {'would need' if peak > limit else 'needs'} {room}")
+
+
+def decided(
+    recipe: Recipe, device: Device, labelled_tokens: int | None = None, device_bytes: int | None = None
+) -> Recipe:
+    """The recipe with train.gradient_checkpointing decided where it is `auto`."""
+    return _checkpointed(recipe, checkpointing(recipe, device, labelled_tokens, device_bytes).on)
+
+
+def _checkpointed(recipe: Recipe, on: bool) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"gradient_checkpointing": on})})
 
 
 def plan(
@@ -83,13 +120,17 @@ def plan(
     shape = shape_of(recipe.model)
     limit = cards.usable_bytes(device) if device_bytes is None else device_bytes
     available = _server_share(recipe, device, limit) if stage == "serve" else limit
+    if stage == "train":
+        recipe = decided(recipe, device, labelled_tokens, limit)
     items = stage_items(recipe, shape, device, stage, labelled_tokens)
     peak = sum(item.bytes for item in items)
     made = Plan(peak <= available, cards.title(device), available, peak, stage, items)
     if made.fits:
         return made
     found = remedies.shortest(recipe, stage, shape, device, available, _peak(shape, device, stage, labelled_tokens))
-    return replace(made, remedies=found)
+    host = stage in ON_THE_HOST_TOO and device.offloads
+    elsewhere = f"`QKIT_DEVICE=cpu qkit {stage} RUN` does this stage in the host's memory." if host else ""
+    return replace(made, remedies=found, elsewhere=elsewhere)
 
 
 def stage_items(
@@ -111,21 +152,24 @@ def _server_share(how: Recipe, device: Device, limit: int) -> int:
 
 
 def stages(recipe: Recipe, device: Device | None = None, labelled_tokens: int | None = None) -> tuple[Plan, ...]:
-    """The plans of all stages, in order; those that work in the host's memory are held against nothing."""
+    """The plans of all stages, in order; those that work in the host's memory, or that the recipe lacks, are held against nothing."""
     made = [plan(recipe, None, device, stage, labelled_tokens) for stage in STAGES]
-    return tuple(replace(p, fits=True, remedies=()) if p.stage in NOT_ON_THE_DEVICE else p for p in made)
+    served = {ALL, "vllm"} & {*recipe.export.formats}
+    free = NOT_ON_THE_DEVICE if served else (*NOT_ON_THE_DEVICE, "serve")
+    return tuple(replace(p, fits=True, remedies=(), elsewhere="") if p.stage in free else p for p in made)
 
 
 def alternatives(recipe: Recipe, made: Plan, device: Device, labelled_tokens: int | None = None) -> tuple[Remedy, ...]:
     """Every single change that lowers the peak of a plan, each alone."""
-    shape = shape_of(recipe.model)
+    shape, recipe = shape_of(recipe.model), decided(recipe, device, labelled_tokens)
     return remedies.alternatives(recipe, made.stage, shape, device, _peak(shape, device, made.stage, labelled_tokens))
 
 
 def predicted_items(recipe: Recipe, device: Device, labelled_tokens: int | None = None) -> dict[str, int]:
     """Bytes by name of what the device's meter should see at the peak of training; empty when the shape is unknown."""
     try:
-        items = memory.train_items(recipe, shape_of(recipe.model), device, labelled_tokens)
+        how = decided(recipe, device, labelled_tokens)
+        items = memory.train_items(how, shape_of(recipe.model), device, labelled_tokens)
     except ModelError:
         return {}
     return {item.name: item.bytes for item in items if item.name not in OVERHEADS[device.meter].unmetered}
@@ -273,7 +317,9 @@ def _choice(
     shape, rows = shape_of(recipe.model), roofline.kept(lengths, length)
     batch = max(length, recipe.data.batch_tokens)
     how = apply(recipe, (Remedy((f"data.max_length={length}", f"data.batch_tokens={batch}"), 0, ""),))
-    peak = _peak(shape, device, "train", labelled_of(lengths, how))(how)
+    labelled = labelled_of(lengths, how)
+    how = decided(how, device, labelled)
+    peak = _peak(shape, device, "train", labelled)(how)
     return LengthChoice(
         max_length=length,
         rows=rows.rows,
@@ -398,12 +444,13 @@ def refusal(made: Plan) -> str:
     if left > made.device_bytes:
         even = f"Even so it needs {gib(left)}: take" if made.remedies else "Take"
         text += f" {even} a smaller model or a larger device."
-    return text
+    return f"{text} Or {made.elsewhere}" if made.elsewhere else text
 
 
 __all__ = [
     "GIB",
     "MIB",
+    "Checkpointing",
     "MemoryItem",
     "Pace",
     "Plan",
@@ -414,6 +461,8 @@ __all__ = [
     "alternatives",
     "anchors",
     "apply",
+    "checkpointing",
+    "decided",
     "device_for",
     "labelled_of",
     "layer_bytes_per_token",

@@ -29,6 +29,7 @@ def screen(found: Sheet) -> RenderableType:
         *refused,
         *_notes(found),
         *_remedy_lines(found),
+        *_other_stages(found),
         *_solved_lines(found.solved),
         *_anchor_lines(found.anchors),
     ]
@@ -108,6 +109,7 @@ def _notes(found: Sheet) -> Iterator[str]:
         yield f"The base comes quantized ({found.comes_quantized}): it is dequantized once, on the host, to {size} in 16 bit in the cache."
     counts = ", ".join(f"{count:,} of {length:,} tokens" for length, count in found.conversations)
     yield f"{found.parameters:,} parameters. A server holds at once, in conversations: {counts}."
+    yield f"Gradient checkpointing is {'on' if found.checkpointing.on else 'off'}: {found.checkpointing.why}."
     yield _pace(found.pace)
 
 
@@ -136,6 +138,16 @@ def _remedy_lines(found: Sheet) -> Iterator[str]:
     if others := [remedy for remedy in found.alternatives if remedy.set not in chosen]:
         yield "each alone:"
         yield from map(_remedy, others)
+
+
+def _other_stages(found: Sheet) -> Iterator[str]:
+    """What to do for the further stages that do not fit."""
+    for made in found.short:
+        if made.stage != found.made.stage:
+            yield ""
+            yield verdict(made)
+            if made.peak_bytes - sum(remedy.saves_bytes for remedy in made.remedies) <= made.device_bytes:
+                yield " ".join(f"--set {text}" for remedy in made.remedies for text in remedy.set)
 
 
 def _remedy(remedy: Remedy) -> str:

@@ -11,7 +11,7 @@ from qkit import deploy, idle, memory, plan, prequantized, recipe, roofline, sch
 from qkit.deploy import Refusal
 from qkit.device import Device, detect
 from qkit.errors import RecipeError
-from qkit.plan import Anchor, LengthTable, Plan, Question, Solved
+from qkit.plan import Anchor, Checkpointing, LengthTable, Plan, Question, Solved
 from qkit.recipe import Recipe
 from qkit.remedies import Remedy
 from qkit.roofline import Pace
@@ -30,6 +30,7 @@ class Sheet:
     """
 
     made: Plan
+    checkpointing: Checkpointing
     exact: bool
     parameters: int
     stages: tuple[Plan, ...]
@@ -43,6 +44,11 @@ class Sheet:
     comes_quantized: str | None  # how the base is quantized as it comes
     remarks: tuple[str, ...]  # on values of the recipe that nothing will use
 
+    @property
+    def short(self) -> tuple[Plan, ...]:
+        """The stages that do not fit."""
+        return tuple(stage for stage in self.stages if not stage.fits)
+
 
 def sheet(
     how: Recipe, device: Device | None = None, lengths: Sequence[Sequence[int]] = (), ask: Question | None = None
@@ -55,6 +61,8 @@ def sheet(
     """
     device = device or detect()
     shape, labelled = shape_of(how.model), plan.labelled_of(lengths, how)
+    asked, checkpointing = how, plan.checkpointing(how, device, labelled)
+    how = plan.decided(how, device, labelled)
     stages = plan.stages(how, device, labelled)
     if (steps := schedule.planned_steps(how, lengths)) is not None:
         schedule.check(how.train, steps)
@@ -64,6 +72,7 @@ def sheet(
     pace = roofline.pace(how, shape, device, rows)
     return Sheet(
         made=made,
+        checkpointing=checkpointing,
         exact=shape.exact,
         parameters=parameters(shape),
         stages=stages,
@@ -71,10 +80,10 @@ def sheet(
             (length, memory.conversations(serve.items, serve.device_bytes, shape, length)) for length in CONVERSATIONS
         ),
         pace=replace(pace, steps=steps or pace.steps),
-        lengths=plan.length_table(lengths, how, device) if lengths else None,
+        lengths=plan.length_table(lengths, asked, device) if lengths else None,
         alternatives=() if made.fits else plan.alternatives(how, made, device, labelled),
         anchors=plan.anchors(how, device),
-        solved=plan.solve(how, ask, device=device) if ask else None,
+        solved=plan.solve(asked, ask, device=device) if ask else None,
         refused=deploy.refusals(how),
         remarks=tuple(text for _, text in idle.remarks(how)),
         comes_quantized=prequantized.method(config_of(how.model)),
@@ -85,10 +94,15 @@ def to_dict(found: Sheet) -> dict[str, Any]:
     """The sheet as a JSON document: the plan's own keys on top."""
     entry = {
         **plan.to_dict(found.made),
+        "checkpointing": asdict(found.checkpointing),
         "exact": found.exact,
         "parameters": found.parameters,
         "stages": [
-            {key: getattr(stage, key) for key in ("stage", "peak_bytes", "device_bytes", "fits")}
+            {
+                **{key: getattr(stage, key) for key in ("stage", "peak_bytes", "device_bytes", "fits")},
+                "remedies": [asdict(remedy) for remedy in stage.remedies],
+                "refusal": "" if stage.fits else plan.refusal(stage),
+            }
             for stage in found.stages
         ],
         "conversations": [{"tokens": length, "at_once": count} for length, count in found.conversations],

@@ -194,7 +194,10 @@ class Train(Section):
     )
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     gradient_accumulation_steps: Positive = 1
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="auto: off where the plan then fits the device, else on; what was decided stays for a run that goes on",
+    )
     activation_offloading: bool = Field(
         False, description="what is kept for the backward pass waits in the host's memory"
     )

@@ -19,6 +19,9 @@ WORTH_SAYING = 16 * MIB  # what saves less is not worth a line
 MOST_PARTS = 64
 SMALLEST_RANK = 8
 SMALLEST_LENGTH = 256
+SHORTEST_ANSWER = 16
+
+IN_4_BIT = (("quantization.load_in_4bit=true",),)
 
 Peak = Callable[[Recipe], int]
 
@@ -133,8 +136,10 @@ def _changes(recipe: Recipe, stage: str, device: Device) -> Iterator[_Change]:
     """Everything that the stage honours, in the order in which to try it."""
     if stage == "serve":
         yield from _serving(recipe)
-    elif stage == "evaluate":
-        yield from _halved("smaller batches of answers", "evaluate.batch_size", recipe.evaluate.batch_size, 1, True)
+    elif stage in ("evaluate", "merge"):  # a merged model is measured as evaluate does
+        yield from _answering(recipe)
+    elif stage == "load":
+        yield from (change for change in _costly(recipe) if change.strengths == IN_4_BIT)
     elif stage == "train":
         yield from _harmless(recipe, device)
         yield from _costly(recipe)
@@ -172,7 +177,7 @@ def _smaller_batch(recipe: Recipe) -> Iterator[_Change]:
 def _costly(recipe: Recipe) -> Iterator[_Change]:
     """Changes that alter what is learnt."""
     if not recipe.quantization.load_in_4bit:
-        yield _Change("the base model is rounded to 4 bit", (("quantization.load_in_4bit=true",),), same_result=False)
+        yield _Change("the base model is rounded to 4 bit", IN_4_BIT, same_result=False)
     yield from _halved("a smaller adapter", "lora.r", recipe.lora.r, SMALLEST_RANK, False)
     lengths = [recipe.data.max_length // n for n in (2, 4, 8) if recipe.data.max_length // n >= SMALLEST_LENGTH]
     sets = tuple((f"data.max_length={length}", *_shorter_batch(recipe, length)) for length in lengths)
@@ -184,6 +189,16 @@ def _shorter_batch(recipe: Recipe, length: int) -> Iterator[str]:
     """With shorter rows a batch need not hold more than one of them; the effective batch shrinks with it."""
     if recipe.data.batch_tokens > length:
         yield f"data.batch_tokens={length}"
+
+
+def _answering(recipe: Recipe) -> Iterator[_Change]:
+    section = recipe.evaluate
+    yield from _halved("smaller batches of answers", "evaluate.batch_size", section.batch_size, 1, True)
+    yield from _halved("shorter answers", "evaluate.max_new_tokens", section.max_new_tokens, SHORTEST_ANSWER, False)
+    lengths = [recipe.data.max_length // n for n in (2, 4, 8) if recipe.data.max_length // n >= SMALLEST_LENGTH]
+    if lengths:
+        sets = tuple((f"data.max_length={length}",) for length in lengths)
+        yield _Change("longer rows are left out or cut", sets, same_result=False)
 
 
 def _serving(recipe: Recipe) -> Iterator[_Change]:

@@ -26,6 +26,9 @@ from qkit.source import sha256_of
 MANIFEST_VERSION = 1
 OWN_FILES = {".lock", ".holder", ".work", "logs"}  # what a run that was killed in its first moments leaves
 KEY = ".key"  # in a work folder: what the work is for
+DECIDED = (
+    "decided.json"  # in a stage's folder: what it decided where the recipe leaves it open, by the key in the recipe
+)
 LOCK_HELD = "QKIT_RUN_LOCK"  # a stage started by `qkit run` works under the lock of its parent
 
 
@@ -42,7 +45,7 @@ class Output:
 class StageRecord:
     """What the manifest says of one stage. `peak_bytes` holds `predicted`, `measured` (bytes or null), `meter`, and both by `lines`.
 
-    `sources`: by each file or folder that the recipe names and the stage read, its files.
+    `sources`: by each file or folder that the recipe names and the stage read, its files. `decided`: what the recipe left open.
     """
 
     status: str
@@ -53,6 +56,7 @@ class StageRecord:
     inputs: Mapping[str, str]
     outputs: Mapping[str, Output] = field(default_factory=dict)
     sources: Mapping[str, Mapping[str, Output]] = field(default_factory=dict)
+    decided: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -296,6 +300,15 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON document."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def decisions(folder: Path) -> dict[str, Any]:
+    """What a stage has decided in its folder; where that cannot be read, it decides anew."""
+    try:
+        found: dict[str, Any] = read_json(folder / DECIDED)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found
 
 
 def make_folder(path: Path) -> None:

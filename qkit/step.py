@@ -137,7 +137,7 @@ def step_of(how: Recipe, shape: Shape, device: Device, labelled: int | None) -> 
         shared_inputs=shared,
         rank=how.lora.r,
         dropout=how.lora.lora_dropout > 0,
-        checkpointing=how.train.gradient_checkpointing,
+        checkpointing=bool(how.train.gradient_checkpointing),  # auto, as long as nothing has decided: what needs least
         offloading=how.train.activation_offloading and device.offloads,
         eager=eager,
         packed=how.data.packing and not how.model.attn_implementation.startswith("flash"),

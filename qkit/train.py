@@ -6,6 +6,7 @@ train/sums.json       the labels that the loss is made of, from the ledger to th
 train/packing.json    whether packed documents were found to see themselves alone (with data.packing)
 train/losses.parquet  each row's loss before and after (with ledger.losses)
 train/memory.json     memory planned and measured, by line
+train/decided.json    what the recipe left open: gradient checkpointing
 train/checkpoints/    the last train.save_total_limit; a killed run goes on from the newest whole one
 """
 
@@ -40,7 +41,7 @@ from qkit.errors import MissingArtifact, ModelError, OutOfMemory, StageFailed
 from qkit.fast.batches import part_sizes
 from qkit.progress import Bar
 from qkit.recipe import Recipe
-from qkit.run import Peak, Run, need_disk, read_json, write_json
+from qkit.run import DECIDED, Peak, Run, decisions, need_disk, read_json, write_json
 from qkit.shape import shape_of
 from qkit.source import cache_dir
 from qkit.sums import Sums
@@ -64,9 +65,11 @@ def run(run: Run, out: Path) -> Peak:
         StageFailed: the labels that were trained on are not those of the ledger, or the loss is no number.
     """
     keep_few_kernels()
-    how, device = run.recipe, detect()
-    fitting.check(how, device)
-    deploy.check(how)
+    device = detect()
+    fitting.check(run.recipe, device)
+    deploy.check(run.recipe)
+    run = Run(run.root, _decided(run, device, out), run.progress)
+    how = run.recipe
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
     folder = model.resolve(how.model)
@@ -85,6 +88,21 @@ def run(run: Run, out: Path) -> Peak:
     memory = memory_seen.seen(how, device, meter, watcher, _most_labelled(trainer))
     write_json(out / "memory.json", memory.to_dict())
     return memory.peak()
+
+
+def _decided(run: Run, device: Device, out: Path) -> Recipe:
+    """The recipe with gradient checkpointing on or off; a run that goes on keeps what it had."""
+    if run.recipe.train.gradient_checkpointing != "auto":
+        return run.recipe
+    lengths = read_json(run.need("data", "summary.json")).get("lengths", [])
+    found = plan.checkpointing(run.recipe, device, plan.labelled_of(lengths, run.recipe))
+    before = decisions(out).get(fitting.CHECKPOINTING)
+    if before is not None and before != found.on:
+        found = plan.Checkpointing(before, "it was when this training began")
+    write_json(out / DECIDED, {fitting.CHECKPOINTING: found.on, "why": found.why})
+    run.progress.say(f"train: gradient checkpointing is {'on' if found.on else 'off'}: {found.why}")
+    train = run.recipe.train.model_copy(update={"gradient_checkpointing": found.on})
+    return run.recipe.model_copy(update={"train": train})
 
 
 def _check_steps(run: Run, trainer: Any) -> None:
@@ -247,6 +265,7 @@ def sft_config(how: Recipe, device: Device, out: Path) -> SFTConfig:
     """SFTConfig from the recipe's train section, and what our rows and this device need."""
     from trl import SFTConfig
 
+    how = plan.decided(how, device)
     args = SFTConfig(
         output_dir=str(out / "checkpoints"),
         seed=how.seed,

@@ -11,7 +11,7 @@ from qkit.device import Device
 from qkit.errors import DoesNotFit, OutOfMemory
 from qkit.plan import GIB, MIB
 from qkit.recipe import Recipe
-from qkit.run import Run
+from qkit.run import DECIDED, Run, write_json
 
 
 def small_device(budget_bytes: int) -> Device:
@@ -25,6 +25,7 @@ def run(tmp_path: Path) -> Run:
             "task": "chat",
             "model": {"source": "HuggingFaceTB/SmolLM2-135M"},
             "data": {"batch_tokens": 16384, "max_length": 1024},
+            "train": {"gradient_checkpointing": False},
         }
     )
     return Run(tmp_path, recipe)
@@ -83,3 +84,36 @@ def test_when_nothing_is_left_to_change_the_error_gets_through(run: Run) -> None
 
     with pytest.raises(OutOfMemory, match="CUDA out of memory"):
         fitting.train(run, attempt, lambda _: None, small_device(GIB))
+
+
+def _with_auto(run: Run) -> Run:
+    train = run.recipe.train.model_copy(update={"gradient_checkpointing": "auto"})
+    return Run(run.root, run.recipe.model_copy(update={"train": train}), run.progress)
+
+
+def test_checkpointing_that_was_decided_off_is_what_a_shortage_may_change(run: Run) -> None:
+    """Decided by the attempt, whatever the plan of this process says; and what was changed then stays for the next `--fit`."""
+    tried: list[Recipe] = []
+    asked = _with_auto(run)
+    (run.root / ".work/train").mkdir(parents=True)
+    write_json(run.root / ".work/train" / DECIDED, {fitting.CHECKPOINTING: False})
+
+    def attempt(given: Run) -> None:
+        tried.append(given.recipe)
+        if given.recipe.train.gradient_checkpointing is not True:
+            raise OutOfMemory("train", given.root, given.log("train"), "CUDA out of memory")
+
+    held = fitting.train(asked, attempt, lambda _: None, small_device(GIB))
+    assert [recipe.train.gradient_checkpointing for recipe in tried][0 :: len(tried) - 1] == ["auto", True]
+    held.save_recipe()
+    again = fitting.fitted(asked, small_device(100 * GIB))
+    assert again.recipe == held.recipe
+
+
+def test_a_shortage_where_layers_are_computed_twice_already_changes_something_else(run: Run) -> None:
+    (run.root / ".work/train").mkdir(parents=True)
+    write_json(run.root / ".work/train" / DECIDED, {fitting.CHECKPOINTING: True})
+    settled = fitting.settled(_with_auto(run))
+    assert settled.train.gradient_checkpointing is True
+    remedy = fitting.next_remedy(settled, small_device(100 * GIB))
+    assert remedy is not None and fitting.CHECKPOINTING not in remedy.set[0]

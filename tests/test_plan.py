@@ -17,7 +17,7 @@ from qkit.device import Device
 from qkit.errors import ModelError, UserError
 from qkit.plan import GIB, MIB
 from qkit.recipe import Recipe, from_dict
-from qkit.shape import Linear, shape_of
+from qkit.shape import Linear, known_models, parameters, shape_of
 
 CPU = Device("cpu", "Some CPU", 16 * GIB, 2)
 RTX_4090 = cards.device("rtx-4090")
@@ -241,7 +241,13 @@ def set_one_by_one(how: Recipe, chosen: tuple[plan.Remedy, ...]) -> Recipe:
 
 
 def test_the_same_result_comes_before_another_and_the_cheaper_before_the_dearer() -> None:
-    how = recipe(MISTRAL, data={"batch_tokens": 16384}, quantization={"load_in_4bit": False}, merge={"base": "16bit"})
+    how = recipe(
+        MISTRAL,
+        data={"batch_tokens": 16384},
+        quantization={"load_in_4bit": False},
+        merge={"base": "16bit"},
+        train={"gradient_checkpointing": False},
+    )
     found = plan.plan(how, device=cards.device("rtx-4060")).remedies
     kept = [remedy.same_result for remedy in found]
     assert kept == sorted(kept, reverse=True)
@@ -267,6 +273,73 @@ def test_a_cpu_has_no_host_to_send_activations_to() -> None:
     for device, expected in ((CPU, False), (RTX_4090, True)):
         found = plan.alternatives(how, plan.plan(how, device=device), device)
         assert expected == any("activation_offloading" in remedy.set[0] for remedy in found)
+
+
+# --- gradient checkpointing where the recipe leaves it open ---------------------------------------------------------
+
+SEVEN_BILLION = [
+    name
+    for name in known_models()
+    if 6e9 < parameters(shape_of(recipe(name).model)) < 8.6e9 and not shape_of(recipe(name).model).sparse
+]
+
+
+@pytest.mark.parametrize("card", ["rtx-3090", "rtx-4090", "l4", "a10g"])
+def test_a_7b_at_defaults_fits_24_gb_without_a_hand_on_it(card: str) -> None:
+    assert len(SEVEN_BILLION) > 4
+    for name in SEVEN_BILLION:
+        made = plan.plan(recipe(name), device=cards.device(card))
+        assert made.fits, (name, plan.refusal(made))
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096, 16384])
+@pytest.mark.parametrize(
+    "device", [RTX_4090, cards.device("rtx-3060-12gb"), cards.device("h200"), CPU], ids=lambda d: d.name
+)
+def test_layers_are_computed_twice_only_where_the_plan_has_no_room_otherwise(device: Device, tokens: int) -> None:
+    asked = recipe(MISTRAL, data={"batch_tokens": tokens, "max_length": 1024})
+    on, off = (
+        plan.plan(plan.apply(asked, [plan.Remedy((f"train.gradient_checkpointing={word}",), 0, "")]), device=device)
+        for word in ("true", "false")
+    )
+    found, made = plan.checkpointing(asked, device), plan.plan(asked, device=device)
+    assert found.on == (not off.fits) and made == (on if found.on else off)
+    assert f"{off.peak_bytes / GIB:.1f} GiB" in found.why
+    assert plan.decided(asked, device).train.gradient_checkpointing is found.on
+    assert sum(plan.predicted_items(asked, device).values()) == sum(
+        plan.predicted_items(plan.decided(asked, device), device).values()
+    )
+
+
+def test_what_the_recipe_says_of_checkpointing_stands() -> None:
+    for word in (True, False):
+        asked = recipe(MISTRAL, train={"gradient_checkpointing": word})
+        assert plan.decided(asked, cards.device("t4")) == asked == plan.decided(asked, cards.device("h200"))
+
+
+def test_a_model_without_a_plan_takes_what_needs_least(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    assert plan.checkpointing(recipe(str(tmp_path)), RTX_4090).on
+
+
+# --- the further stages ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "limit"), [("evaluate", 15 * GIB), ("merge", 15 * GIB), ("serve", 17 * GIB), ("load", 9 * GIB)]
+)
+def test_every_stage_that_does_not_fit_has_remedies_that_make_it_fit(stage: str, limit: int) -> None:
+    sections: dict[str, Any] = {"serve": {"concurrency": 8}, "evaluate": {"batch_size": 64}}
+    how = recipe(MISTRAL, quantization={"load_in_4bit": stage != "load"}, merge={"base": "16bit"}, **sections)
+    made = plan.plan(how, limit, RTX_4090, stage)
+    assert not made.fits and made.remedies
+    assert plan.plan(set_one_by_one(how, made.remedies), limit, RTX_4090, stage).fits
+
+
+def test_evaluate_and_merge_may_be_done_on_the_host() -> None:
+    for stage, device, expected in (("evaluate", RTX_4090, True), ("merge", RTX_4090, True), ("evaluate", CPU, False)):
+        made = plan.plan(recipe("Qwen/Qwen2.5-14B"), GIB, device, stage)
+        assert (f"Or `QKIT_DEVICE=cpu qkit {stage} RUN`" in plan.refusal(made)) == expected
 
 
 # --- asked the other way round --------------------------------------------------------------------------------------
@@ -314,7 +387,7 @@ LENGTHS = [[100, 50, 500], [300, 40, 800], [1500, 9, 450], [5000, 1, 250]]
 
 
 def test_choices_of_length_keep_rows_and_tokens() -> None:
-    table = plan.length_table(LENGTHS, recipe(MISTRAL), RTX_4090)
+    table = plan.length_table(LENGTHS, recipe(MISTRAL, train={"gradient_checkpointing": True}), RTX_4090)
     assert table.percentiles == {"p50": 100, "p90": 300, "p99": 1500, "max": 5000}
     assert [choice.max_length for choice in table.choices] == [256, 512, 1024, 2048, 4096, 8192]
     assert [choice.rows for choice in table.choices] == [50, 90, 90, 99, 99, 100]
@@ -348,8 +421,8 @@ def test_published_lines_stand_beside_ours_and_differences_have_a_reason() -> No
 
 
 def test_refusal_names_numbers_the_largest_item_and_what_to_set() -> None:
-    how = recipe(MISTRAL, data={"batch_tokens": 4096, "max_length": 4096})
-    made = plan.plan(how, device=RTX_4090)
+    sections = {"data": {"batch_tokens": 4096, "max_length": 4096}, "train": {"gradient_checkpointing": False}}
+    made = plan.plan(recipe(MISTRAL, **sections), device=RTX_4090)
     assert not made.fits
     text = plan.refusal(made)
     assert text.startswith(f"needs {made.peak_bytes / GIB:.1f} GiB; the RTX 4090 has 23.5 GiB. Largest: activations ")

@@ -23,9 +23,9 @@ def qkit(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=RECIPE.parent.parent)
 
 
-def answer(*arguments: str) -> dict[str, Any]:
+def answer(*arguments: str, code: int = 0) -> dict[str, Any]:
     done = qkit(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return document
 
@@ -42,15 +42,32 @@ def test_json_has_the_plan_its_stages_and_its_time() -> None:
 
 
 def test_what_does_not_fit_comes_with_a_line_of_sets_that_does() -> None:
-    document = answer(str(RECIPE), "--memory", "6GiB", "--set", "train.gradient_checkpointing=false")
+    document = answer(str(RECIPE), "--memory", "6GiB", "--set", "train.gradient_checkpointing=false", code=2)
     assert document["fits"] is False
     sets = [text for remedy in document["remedies"] for text in remedy["set"]]
     options = [option for text in sets for option in ("--set", text)]
-    after = answer(str(RECIPE), "--memory", "7GiB", "--set", "train.gradient_checkpointing=false", *options)
+    # its 16-bit weights are more than such a card holds, so that other stages do not fit
+    after = answer(str(RECIPE), "--memory", "7GiB", "--set", "train.gradient_checkpointing=false", *options, code=2)
     assert after["fits"] is True
     assert " ".join(f"--set {text}" for text in sets) in " ".join(
         qkit(str(RECIPE), "--memory", "6GiB", "--set", "train.gradient_checkpointing=false").stdout.split()
     )
+
+
+def test_a_stage_that_does_not_fit_ends_with_2_and_says_what_to_do() -> None:
+    """Training fits here and serving does not; then nothing does, on the screen and in the document."""
+    small = ["--card", "rtx-3060-12gb", "--model", "Qwen2.5-3B"]
+    long = ["--set", "serve.max_model_len=32768", "--set", "serve.concurrency=8"]
+    assert qkit(*small).returncode == 0
+    done = qkit(*small, *long)
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 2 and said.startswith("train fits: ") and "serve does not fit: needs " in said
+    stage = next(stage for stage in answer(*small, *long, code=2)["stages"] if stage["stage"] == "serve")
+    sets = [f"--set {text}" for remedy in stage["remedies"] for text in remedy["set"]]
+    assert sets and " ".join(sets) in said
+    assert qkit(*small, *long, *" ".join(sets).split()).returncode == 0
+    assert qkit(*small, *long, "--set", "export.formats=[safetensors]", "--set", "bench.runtimes=[]").returncode == 0
+    assert qkit(*small, *long, "--solve", "rank").returncode == 0
 
 
 @pytest.mark.parametrize("question", plan.QUESTIONS)

@@ -37,9 +37,10 @@ def test_does_not_fit_on_8_gb_and_the_remedy_is_enough(recipe: Recipe) -> None:
     assert made.peak_bytes - sum(remedy.saves_bytes for remedy in made.remedies) <= made.device_bytes
 
 
-def test_quantizes_twice_and_checkpoints(recipe: Recipe) -> None:
+def test_quantizes_twice_and_checkpoints_where_there_is_no_room(recipe: Recipe) -> None:
     assert recipe.quantization.bnb_4bit_use_double_quant
-    assert recipe.train.gradient_checkpointing
+    found = [plan.checkpointing(recipe, cards.device(card)).on for card in ("rtx-4090", "h200")]
+    assert found == [True, False]
     assert recipe.lora.target_modules == "all-linear"
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 import yaml
 
-from qkit import checkpoints, model, train
+from qkit import cards, checkpoints, model, pipeline, train
 from qkit.errors import StageFailed
 from qkit.fast import head
 from qkit.fast.batches import IGNORED, TokenBudgetBatches, collate
@@ -322,6 +322,46 @@ def test_losses_leave_the_training_as_it_is(tiny_model: Path, tmp_path: Path) ->
         train.run(run, out)
         adapters.append((out / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
+
+
+# --- gradient checkpointing where the recipe leaves it open -----------------------------------------------------------
+
+
+def test_checkpointing_is_decided_said_kept_and_recorded(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off where there is room; stopped and gone on where there is none, it stays off, and run.json has it."""
+    seen: list[bool] = []
+    config = train.sft_config
+
+    def watched(*given: Any) -> Any:
+        args = config(*given)
+        seen.append(args.gradient_checkpointing)
+        return args
+
+    monkeypatch.setattr(train, "sft_config", watched)
+    heard = Heard(stop_at=3)
+    run = Run.create(tmp_path / "run", load(tiny_recipe), heard)
+    pipeline.execute(run, "data")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.execute(run, "train")
+    assert any(
+        line.startswith("train: gradient checkpointing is off: without it training needs ") for line in heard.lines
+    )
+    monkeypatch.setattr(cards, "usable_bytes", lambda device: 1)
+    heard.stop_at, heard.steps = float("inf"), 0
+    pipeline.execute(run, "train")
+    assert (
+        heard.lines[-3:] != []
+        and "train: gradient checkpointing is off: it was when this training began" in heard.lines
+    )
+    recorded = run.manifest()["stages"]["train"]["decided"]
+    assert recorded["train.gradient_checkpointing"] is False and seen == [False, False]
+    assert load(run.root / "recipe.yaml").train.gradient_checkpointing == "auto"
+    other = Run.create(tmp_path / "other", run.recipe)
+    pipeline.execute(other, "data")
+    pipeline.execute(other, "train")
+    assert other.manifest()["stages"]["train"]["decided"]["train.gradient_checkpointing"] is True and seen[-1]
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
