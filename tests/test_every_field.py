@@ -1,0 +1,361 @@
+"""Every field of every section of a recipe changes something: the plan, what a library or a server is given, the rows, or a named place.
+
+A new field fails here until its line is in the table. A probe is asked twice, with a field as it is and changed, and must answer otherwise.
+Where showing that would take a whole stage, the line names the file that reads the field, and the words it reads it by.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from qkit import cards, idle, model, pipeline, plan, plan_sheet, recipe, scoring, server, train
+from qkit.errors import UserError
+from qkit.recipe import Recipe, Section, from_dict
+from qkit.run import Run
+from qkit.runtimes import vllm
+from tests.conftest import chat_rows
+
+PACKAGE = Path(__file__).parent.parent / "qkit"
+
+
+# --- probes -------------------------------------------------------------------------------------------------------------
+
+
+def planned(how: Recipe) -> Any:
+    """All lines of the plan, in bytes, and its time."""
+    found = plan_sheet.to_dict(plan_sheet.sheet(how, cards.device("rtx-4090")))
+    every = [plan.stage_items(how, plan_sheet.shape_of(how.model), cards.device("rtx-4090"), s) for s in plan.STAGES]
+    return json.dumps(found, sort_keys=True), [[(item.name, item.bytes) for item in items] for items in every]
+
+
+def trainer(how: Recipe) -> Any:
+    return train.sft_config(how, train.detect(), Path("out")).to_dict()
+
+
+def adapter(how: Recipe) -> Any:
+    return train.lora_config(how).to_dict()
+
+
+def bitsandbytes(how: Recipe) -> Any:
+    return model.quantization_config(how.quantization).to_dict()
+
+
+def served(how: Recipe) -> Any:
+    """vLLM's command line on a card, and what the middleware is told."""
+    given = vllm.argv("merged", "merged", how.serve, how.serve.port, cards.device("rtx-4090"))
+    return given, server.limits(how.serve, "drain")
+
+
+def scored(how: Recipe) -> Any:
+    return scoring.score([True, False, True, True], 0.5, how.evaluate, how.seed)
+
+
+def data(how: Recipe) -> Any:
+    """What the stage makes: the rows of each split, the ledger's reasons and the checks; or its refusal."""
+    root = Path(how.data.train[0].source).parent / f"run-{len(list(Path(how.data.train[0].source).parent.iterdir()))}"
+    run = Run.create(root, how)
+    try:
+        pipeline.execute(run, "data")
+    except UserError as error:
+        return str(error)
+    folder = run.folder("data")
+    tables = [
+        pq.read_table(folder / f"{name}.parquet").to_pydict() for name in ("train", "validation", "test", "ledger")
+    ]
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return tables, [(check["name"], check["status"]) for check in summary["checks"]]
+
+
+def said(how: Recipe) -> Any:
+    return list(idle.remarks(how))
+
+
+Probe = Callable[[Recipe], Any]
+Line = tuple[Probe, dict[str, Any]] | tuple[Probe, dict[str, Any], dict[str, Any]]
+Place = tuple[str, str]
+
+# By section and field: a probe, the change, and what else must be set before and after; or the file that reads it, and by which words.
+TABLE: dict[str, Line | Place] = {
+    "Recipe.task": ("evaluate.py", "open_task(run.recipe.task)"),
+    "Recipe.seed": (trainer, {"seed": 7}),
+    "Recipe.micro_batches": (planned, {"micro_batches": 4}, {"data.batch_tokens": 8192}),
+    "Model.source": (planned, {"model.source": "Qwen/Qwen2.5-3B"}),
+    "Model.revision": ("model.py", "model.revision"),
+    "Model.sha256": ("model.py", "sha256=model.sha256"),
+    "Model.trust_remote_code": ("model.py", "trust_remote_code=how.model.trust_remote_code"),
+    "Model.attn_implementation": (planned, {"model.attn_implementation": "eager"}),
+    "Model.chat_template": (data, {"model.chat_template": "plain.jinja"}),
+    "Model.pad_token": ("data.py", "how.model.pad_token"),
+    "Model.add_tokens": (planned, {"model.add_tokens": ["<a>", "<b>"]}),
+    "Quantization.load_in_4bit": (planned, {"quantization.load_in_4bit": False}),
+    "Quantization.bnb_4bit_quant_type": (bitsandbytes, {"quantization.bnb_4bit_quant_type": "fp4"}),
+    "Quantization.bnb_4bit_use_double_quant": (planned, {"quantization.bnb_4bit_use_double_quant": False}),
+    "Quantization.bnb_4bit_compute_dtype": (bitsandbytes, {"quantization.bnb_4bit_compute_dtype": "float16"}),
+    "Lora.r": (planned, {"lora.r": 8}),
+    "Lora.lora_alpha": (adapter, {"lora.lora_alpha": 8}),
+    "Lora.lora_dropout": (planned, {"lora.lora_dropout": 0.1}),
+    "Lora.target_modules": (planned, {"lora.target_modules": ["q_proj"]}),
+    "Lora.use_rslora": (adapter, {"lora.use_rslora": True}),
+    "Source.source": (data, {"data.train": [{"source": "other.jsonl"}]}),
+    "Source.name": ("rows.py", "load_dataset(name, source.name"),
+    "Source.split": ("rows.py", "source.split"),
+    "Source.revision": ("rows.py", "revision=source.revision"),
+    "Source.streaming": ("rows.py", "streaming=source.streaming"),
+    "Source.sha256": ("rows.py", "sha256=source.sha256"),
+    "Source.answers": (
+        data,
+        {"data.train": [{"source": "calls.jsonl", "answers": "accepted.jsonl"}]},
+        {"data.train": [{"source": "calls.jsonl"}], "task": "function_calling"},
+    ),
+    "Source.rows": (data, {"data.train": [{"source": "rows.jsonl", "rows": "4:12"}]}),
+    "Source.format": (data, {"data.train": [{"source": "rows.jsonl", "format": "text"}]}),
+    "Source.sample_by": (
+        data,
+        {"data.train": [{"source": "text.txt", "sample_by": "line"}]},
+        {"data.train": [{"source": "text.txt"}]},
+    ),
+    "Source.weight": (
+        data,
+        {"data.train": [{"source": "rows.jsonl", "weight": 1.0}, {"source": "other.jsonl", "weight": 9.0}]},
+        {"data.train": [{"source": "rows.jsonl"}, {"source": "other.jsonl"}]},
+    ),
+    "Split.train": (data, {"data.split": {"train": 0.5, "test": 0.5}}, {"data.split": {"train": 0.8, "test": 0.2}}),
+    "Split.validation": (
+        data,
+        {"data.split": {"train": 0.5, "validation": 0.3, "test": 0.2}},
+        {"data.split": {"train": 0.8, "test": 0.2}},
+    ),
+    "Split.test": (data, {"data.split": {"train": 0.4, "test": 0.6}}, {"data.split": {"train": 0.8, "test": 0.2}}),
+    "Clean.malformed": (data, {"data.clean": {"malformed": "drop"}}, {"data.train": [{"source": "malformed.jsonl"}]}),
+    "Clean.roles": (data, {"data.clean": {"roles": "drop"}}, {"data.train": [{"source": "roles.jsonl"}]}),
+    "Clean.unicode": (data, {"data.clean": {"unicode": "keep"}}, {"data.train": [{"source": "unicode.jsonl"}]}),
+    "Clean.empty": (data, {"data.clean": {"empty": "fail"}}, {"data.train": [{"source": "empty.jsonl"}]}),
+    "Clean.duplicate": (data, {"data.clean": {"duplicate": "keep"}}, {"data.train": [{"source": "twice.jsonl"}]}),
+    "Clean.near_duplicate": (
+        data,
+        {"data.clean": {"near_duplicate": "drop"}},
+        {"data.train": [{"source": "near.jsonl"}]},
+    ),
+    "Clean.overlap": (
+        data,
+        {"data.clean": {"overlap": "drop"}},
+        {"data.test": [{"source": "rows.jsonl", "rows": ":3"}], "data.max_overlap": 1.0},
+    ),
+    "Clean.near_overlap": (
+        data,
+        {"data.clean": {"near_overlap": "drop"}},
+        {"data.train": [{"source": "near.jsonl", "rows": ":1"}], "data.test": [{"source": "near.jsonl", "rows": "1:"}]},
+    ),
+    "Data.train": (data, {"data.train": [{"source": "other.jsonl"}]}),
+    "Data.validation": (data, {"data.validation": [{"source": "other.jsonl"}]}),
+    "Data.test": (data, {"data.test": [{"source": "other.jsonl"}]}),
+    "Data.split": (data, {"data.split": {"train": 0.5, "test": 0.5}}),
+    "Data.group": (data, {"data.group": "user"}, {"data.split": {"train": 0.5, "test": 0.5}}),
+    "Data.stratify": (data, {"data.stratify": "topic"}, {"data.split": {"train": 0.5, "test": 0.5}}),
+    "Data.max_overlap": (data, {"data.max_overlap": 1.0}, {"data.test": [{"source": "rows.jsonl", "rows": ":3"}]}),
+    "Data.max_near_overlap": (
+        data,
+        {"data.max_near_overlap": 0.0},
+        {"data.train": [{"source": "near.jsonl", "rows": ":1"}], "data.test": [{"source": "near.jsonl", "rows": "1:"}]},
+    ),
+    "Data.columns": (
+        data,
+        {"data.columns": {"prompt": "q", "completion": "a"}},
+        {"data.train": [{"source": "columns.jsonl"}]},
+    ),
+    "Data.system": (data, {"data.system": "Be brief."}),
+    "Data.loss": (data, {"data.loss": "all"}),
+    "Data.max_length": (planned, {"data.max_length": 512}),
+    "Data.too_long": (
+        data,
+        {"data.too_long": "split"},
+        {"data.train": [{"source": "text.txt"}], "data.max_length": 20},
+    ),
+    "Data.packing": (planned, {"data.packing": True}),
+    "Data.batch_tokens": (planned, {"data.batch_tokens": 8192}),
+    "Data.clean": (data, {"data.clean": {"duplicate": "keep"}}, {"data.train": [{"source": "twice.jsonl"}]}),
+    "Ledger.losses": ("train.py", "how.ledger.losses"),
+    "Train.learning_rate": (trainer, {"train.learning_rate": 1e-5}),
+    "Train.lr_scheduler_type": (trainer, {"train.lr_scheduler_type": "linear"}),
+    "Train.warmup_steps": (trainer, {"train.warmup_steps": 0.1}),
+    "Train.max_steps": (planned, {"train.max_steps": 10}),
+    "Train.num_train_epochs": (trainer, {"train.num_train_epochs": 3.0}),
+    "Train.gradient_accumulation_steps": (trainer, {"train.gradient_accumulation_steps": 4}),
+    "Train.gradient_checkpointing": (
+        planned,
+        {"train.gradient_checkpointing": True},
+        {"train.gradient_checkpointing": False},
+    ),
+    "Train.activation_offloading": (planned, {"train.activation_offloading": True}),
+    "Train.weight_decay": (trainer, {"train.weight_decay": 0.1}),
+    "Train.max_grad_norm": (trainer, {"train.max_grad_norm": 0.3}),
+    "Train.optim": (planned, {"train.optim": "paged_adamw_8bit"}),
+    "Train.logging_steps": (trainer, {"train.logging_steps": 5}),
+    "Train.save_steps": (trainer, {"train.save_steps": 5}),
+    "Train.save_total_limit": ("train.py", "checkpoints_kept=how.train.save_total_limit"),
+    "Evaluate.max_new_tokens": (planned, {"evaluate.max_new_tokens": 512}, {"data.max_length": 64}),
+    "Evaluate.batch_size": (planned, {"evaluate.batch_size": 4}, {"data.max_length": 64}),
+    "Evaluate.answer_pattern": ("tasks/chat.py", "section.answer_pattern"),
+    "Evaluate.confidence": (scored, {"evaluate.confidence": 0.5}),
+    "Merge.base": ("candidates.py", "how.merge.base"),
+    "Merge.choose": ("merge.py", "run.recipe.merge.choose"),
+    "Merge.dtype": (planned, {"merge.dtype": "float32"}),
+    "Merge.max_shard_bytes": ("export/bnb.py", "merge.max_shard_bytes"),
+    "Export.formats": (planned, {"export.formats": ["safetensors"], "bench.runtimes": []}, {"bench.runtimes": []}),
+    "Export.method": (said, {"export.method": "awq"}),
+    "Export.calibration_rows": (said, {"export.calibration_rows": 7}),
+    "Verify.gates": ("gates.py", "verify.gates"),
+    **{f"Gate.{name}": ("gates.py", name) for name in ("kl_mean", "kl_p99", "top1", "max_difference", "score")},
+    "Serve.host": (served, {"serve.host": "127.0.0.2"}),
+    "Serve.port": (served, {"serve.port": 9000}),
+    "Serve.max_model_len": (served, {"serve.max_model_len": 1024}),
+    "Serve.gpu_memory_utilization": (served, {"serve.gpu_memory_utilization": 0.5}),
+    "Serve.max_num_seqs": (served, {"serve.max_num_seqs": 16}),
+    "Serve.enforce_eager": (served, {"serve.enforce_eager": True}),
+    "Serve.concurrency": (planned, {"serve.concurrency": 4}),
+    "Serve.max_requests": (served, {"serve.max_requests": 16}),
+    "Serve.max_body_bytes": (served, {"serve.max_body_bytes": 1000}),
+    "Serve.drain_seconds": (served, {"serve.drain_seconds": 3}),
+    "Serve.startup_seconds": ("server.py", "self.section.startup_seconds"),
+    "Bench.runtimes": ("bench.py", "section.runtimes"),
+    "Bench.concurrency": ("bench.py", "section.concurrency"),
+    "Bench.output_tokens": ("bench.py", "section.output_tokens"),
+    "Bench.repeats": ("bench.py", "section.repeats"),
+    "Bench.rounds": ("bench.py", "section.rounds"),
+    "Bench.sweep": ("bench.py", "section.sweep"),
+    "Bench.price_per_hour": ("bench.py", "section.price_per_hour"),
+    "Bench.slo_ttft_seconds": ("bench.py", "section.slo_ttft_seconds"),
+    "Bench.slo_tpot_seconds": ("bench.py", "section.slo_tpot_seconds"),
+    "Bench.slo_e2e_seconds": ("bench.py", "section.slo_e2e_seconds"),
+}
+
+
+def _sections() -> Iterator[type[Section]]:
+    yield from (found for found in vars(recipe).values() if isinstance(found, type) and issubclass(found, Section))
+
+
+def _fields() -> list[str]:
+    """All fields of all sections but those that are sections themselves."""
+    every = [(section, name, field) for section in _sections() for name, field in section.model_fields.items()]
+    whole = {
+        "model",
+        "quantization",
+        "lora",
+        "data",
+        "ledger",
+        "train",
+        "evaluate",
+        "merge",
+        "export",
+        "verify",
+        "serve",
+    }
+    inner = {f"Recipe.{name}" for name in (*whole, "bench")}
+    return [key for section, name, _ in every if (key := f"{section.__name__}.{name}") not in inner]
+
+
+# --- what the probes are asked about ------------------------------------------------------------------------------------
+
+
+def _chat(question: str, answer: str, **columns: str) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **columns}
+
+
+LONG = " ".join(f"w{number}" for number in range(80))
+FILES: dict[str, list[Any]] = {
+    "rows.jsonl": [{**row, "user": f"u{i % 3}", "topic": "abcd"[i % 4]} for i, row in enumerate(chat_rows(24))],
+    "other.jsonl": [_chat(f"count to {i}", "one two") for i in range(12)],
+    "malformed.jsonl": [_chat("a", "b"), {"nothing": "known"}],
+    "roles.jsonl": [
+        _chat("a", "b"),
+        {"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]},
+    ],
+    "unicode.jsonl": [_chat("a", "b"), _chat("c", "d \ufffd e")],
+    "empty.jsonl": [_chat("a", "b"), _chat("c", "  ")],
+    "twice.jsonl": [_chat("a", "b"), _chat("a", "b")],
+    "near.jsonl": [_chat(LONG + " now", "b"), _chat(LONG + " then", "b")],
+    "columns.jsonl": [{"q": "a", "a": "b", "prompt": "other", "completion": "one"}],
+    "calls.jsonl": [
+        {
+            "id": "1",
+            "question": [[{"role": "user", "content": "weather in Oslo"}]],
+            "function": [{"name": "weather", "description": "d", "parameters": {"type": "dict", "properties": {}}}],
+        }
+    ],
+    "accepted.jsonl": [{"id": "1", "ground_truth": [{"weather": {}}]}],
+}
+PLAIN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("fields")
+    for name, rows in FILES.items():
+        (made / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (made / "text.txt").write_text("one line of text\nanother line of text\n", encoding="utf-8")
+    (made / "plain.jinja").write_text(PLAIN, encoding="utf-8")
+    return made
+
+
+def _recipe(folder: Path, tiny_model: Path, probe: Probe, changes: dict[str, Any]) -> Recipe:
+    """For the data stage on a tiny model and real files; for anything else on a known model of which nothing is read."""
+    rows = probe is data
+    raw: dict[str, Any] = {"task": "chat", "model": {"source": str(tiny_model) if rows else "Qwen/Qwen2.5-1.5B"}}
+    raw |= {"data": {"train": [{"source": "rows.jsonl"}], **({"max_length": 512} if rows else {})}, "train": {}}
+    for key, value in changes.items():
+        where, (*sections, last) = raw, key.split(".")
+        for section in sections:
+            where = where.setdefault(section, {})
+        where[last] = value
+    placed = json.loads(json.dumps(raw), object_hook=lambda found: _placed(found, folder))
+    return from_dict(placed, (), "the test")
+
+
+def _placed(found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    names = {*FILES, "text.txt", "plain.jinja"}
+    return {
+        key: str(folder / value) if isinstance(value, str) and value in names else value for key, value in found.items()
+    }
+
+
+# --- the tests ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_field_is_missing_and_none_is_gone() -> None:
+    assert sorted(TABLE) == sorted(_fields())
+
+
+@pytest.mark.parametrize("field", [name for name, line in TABLE.items() if callable(line[0])])
+def test_the_field_changes_something(field: str, folder: Path, tiny_model: Path) -> None:
+    probe, change, *rest = TABLE[field]
+    assert callable(probe)
+    before = rest[0] if rest else {}
+    one, other = ({**before}, {**before, **change})  # type: ignore[dict-item]
+    found = [probe(_recipe(folder, tiny_model, probe, changes)) for changes in (one, other)]
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    "field", ["Clean.malformed", "Data.loss", "Lora.r", "Lora.lora_alpha", "Train.optim", "Serve.host", "Export.method"]
+)
+def test_a_probe_answers_the_same_when_nothing_is_changed(field: str, folder: Path, tiny_model: Path) -> None:
+    probe, _, *rest = TABLE[field]
+    assert callable(probe)
+    before: Any = rest[0] if rest else {}
+    assert probe(_recipe(folder, tiny_model, probe, before)) == probe(_recipe(folder, tiny_model, probe, before))
+
+
+@pytest.mark.parametrize("field", [name for name, line in TABLE.items() if isinstance(line[0], str)])
+def test_the_field_is_read_where_the_table_says(field: str) -> None:
+    file, words = TABLE[field]
+    assert str(words) in (PACKAGE / str(file)).read_text(encoding="utf-8")
