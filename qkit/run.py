@@ -124,11 +124,20 @@ class Run:
     # --- the manifest -------------------------------------------------------------------------------------------
 
     def manifest(self) -> dict[str, Any]:
-        """`run.json`, or an empty one."""
+        """`run.json`, or an empty one.
+
+        Raises:
+            MissingArtifact: it is damaged.
+        """
         path = self.root / "run.json"
         if not path.exists():
             return {"manifest_version": MANIFEST_VERSION, "stages": {}}
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise MissingArtifact(
+                f"{path}: is damaged ({error}); take it away (`qkit run {self.root}` then makes every stage again), or put a copy back"
+            ) from None
         return loaded
 
     def record(self, stage: str, entry: StageRecord, environment: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ train/checkpoints/    the last train.save_total_limit; a killed run goes on from
 from __future__ import annotations
 
 import contextlib
+import difflib
 import itertools
 import json
 import math
@@ -37,7 +38,7 @@ from qkit import (
     tensors_alive,
 )
 from qkit.device import Device, PeakMeter, detect, keep_few_kernels, out_of_memory
-from qkit.errors import MissingArtifact, ModelError, OutOfMemory, StageFailed
+from qkit.errors import MissingArtifact, ModelError, OutOfMemory, RecipeError, StageFailed
 from qkit.fast.batches import part_sizes
 from qkit.progress import Bar
 from qkit.recipe import Recipe
@@ -235,6 +236,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     from qkit.fast.heap import give_back_between_layers
 
     how = run.recipe
+    args = sft_config(how, device, out)
     columns = ["input_ids", "labels", *(("pack", "position") if how.data.packing else ())]
     file, cache = run.need("data", "train.parquet"), cache_dir() / "datasets"
     cache.mkdir(parents=True, exist_ok=True)
@@ -243,7 +245,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     base, tokenizer = model.load_base(folder, how, device), model.load_tokenizer(folder, how.model)
     made: SFTTrainer = trainer_class()(
         model=base,
-        args=sft_config(how, device, out),
+        args=args,
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=lora_config(how, added_tokens.learnt_rows(base, tokenizer, how.model.add_tokens)),
@@ -262,9 +264,19 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
 
 
 def sft_config(how: Recipe, device: Device, out: Path) -> SFTConfig:
-    """SFTConfig from the recipe's train section, and what our rows and this device need."""
+    """SFTConfig from the recipe's train section, and what our rows and this device need.
+
+    Raises:
+        RecipeError: transformers has no such optimizer.
+    """
+    from transformers.training_args import OptimizerNames
     from trl import SFTConfig
 
+    if how.train.optim not in (known := [str(name.value) for name in OptimizerNames]):
+        near = difflib.get_close_matches(how.train.optim, known, n=3, cutoff=0.4)
+        raise RecipeError(
+            f"train.optim={how.train.optim}: transformers has none of this name; near it are {', '.join(near or known)}"
+        )
     how = plan.decided(how, device)
     args = SFTConfig(
         output_dir=str(out / "checkpoints"),

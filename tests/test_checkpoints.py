@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from qkit import checkpoints, train
-from qkit.run import Run
+from qkit.errors import MissingArtifact
+from qkit.run import DECIDED, Run, decisions
 from tests.test_train import Heard, _losses, _run
 
 STEPS = 6
@@ -136,3 +137,18 @@ def test_the_last_whole_one_stays_until_the_next_is_whole(
 
 def test_as_many_are_kept_as_asked_for(straight: Path) -> None:
     assert _names(straight) == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("harm", [_cut, _empty, _zero])
+def test_a_damaged_manifest_is_said_and_not_a_traceback(
+    trained_run: Run, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    shutil.copyfile(trained_run.root / "run.json", tmp_path / "run.json")
+    harm(tmp_path / "run.json")
+    with pytest.raises(MissingArtifact, match=r"run\.json: is damaged .* take it away"):
+        Run(tmp_path, trained_run.recipe).manifest()
+
+
+def test_a_damaged_decision_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / DECIDED).write_text('{"train.gradient_checkp', encoding="utf-8")
+    assert decisions(tmp_path) == {}

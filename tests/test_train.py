@@ -16,7 +16,7 @@ import transformers
 import yaml
 
 from qkit import cards, checkpoints, model, pipeline, train
-from qkit.errors import StageFailed
+from qkit.errors import RecipeError, StageFailed
 from qkit.fast import head
 from qkit.fast.batches import IGNORED, TokenBudgetBatches, collate
 from qkit.fast.packs import packed
@@ -239,6 +239,15 @@ def test_a_model_that_cannot_be_planned_is_trained(tmp_path: Path) -> None:
     train.run(run, out)
     assert heard.lines[0].startswith("not planned: ") and "has no intermediate_size" in heard.lines[0]
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_an_unknown_optimizer_is_refused_before_the_model_is_loaded(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "load_base", _interrupted)
+    run, out = _run(tmp_path, tiny_model, train={"optim": "paged_adam_8bit"})
+    with pytest.raises(RecipeError, match=r"train\.optim=paged_adam_8bit: .* near it are paged_adamw_8bit"):
+        train.run(run, out)
 
 
 def test_one_card_is_trained_on_where_several_are_visible(
