@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Problems = Iterator[tuple[Key, str]]
 
 FITTED = ("vllm-w4a16", "vllm-w8a8")  # the formats that export.method and its rows are for
+FREE_TEXT = ("chat",)  # the tasks whose answers are text, of which a pattern may take a part
 TEXT = (".txt", ".md")  # the files that sample_by divides
 ONE_LINERS = (
     "messages",
@@ -42,6 +43,12 @@ def mistakes(how: Recipe) -> Problems:
     yield from _steps(how.train)
     yield from _serving(how.serve)
     yield from _merging(how.merge)
+    if how.evaluate.answer_pattern is not None and how.task not in FREE_TEXT:
+        yield (
+            ("evaluate", "answer_pattern"),
+            f"evaluate.answer_pattern={how.evaluate.answer_pattern} is looked at for task={', '.join(FREE_TEXT)}, and task={how.task} "
+            "compares calls: leave it out",
+        )
     yield from _base(how.model)
     yield from _division(how.data)
     for name in ("train", "validation", "test"):

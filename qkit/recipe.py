@@ -77,7 +77,7 @@ class Lora(Section):
 
     r: Positive = 16
     lora_alpha: Positive = 32
-    lora_dropout: Fraction = 0.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # at 1 nothing would pass the adapter
     target_modules: str | tuple[str, ...] = "all-linear"
     use_rslora: bool = False
 

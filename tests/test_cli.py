@@ -42,7 +42,7 @@ def test_plan_and_help_do_not_load_the_world(tmp_path: Path) -> None:
 def test_plan_refuses_what_does_not_fit() -> None:
     arguments = [sys.executable, "-m", "qkit", "plan", "recipes/llama-3.1-8b-24gb.yaml", "--memory", "4GiB"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "GiB" in done.stdout
+    assert done.returncode == 2 and "GiB" in done.stdout
 
 
 @pytest.mark.parametrize(("system", "serves"), [("Linux", True), ("Darwin", False)])

@@ -36,6 +36,12 @@ MISTAKES = [
         {"merge": {"base": "16bit", "dtype": "float16", "choose": "score"}},
         "merge.choose=score .* merge.base=16bit and merge.dtype=float16",
     ),
+    (
+        {"task": "function_calling", "evaluate": {"answer_pattern": "A"}},
+        "evaluate.answer_pattern=A is looked at for task=chat, and task=function_calling compares calls",
+    ),
+    ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout: Input should be less than 1, got 1.0"),
+    ({"lora": {"lora_alpha": 0}}, "lora.lora_alpha: Input should be greater than 0, got 0"),
     ({"model": {"source": "pypi:a==1!b.gguf", "revision": "main"}}, "model.revision=main .* the source is pypi:a==1!b"),
     (
         {"model": {"source": "owner/x", "sha256": "0" * 64}},
@@ -70,6 +76,7 @@ def test_what_can_only_be_a_mistake_is_refused(sections: dict[str, Any], said: s
     [
         {"serve": {"concurrency": 8, "max_num_seqs": 8, "max_requests": 8}},
         {"serve": {"concurrency": 8}},
+        {"task": "chat", "evaluate": {"answer_pattern": "A"}},
         {"merge": {"base": "16bit", "choose": "score"}},  # between bfloat16 and float16
         {"model": {"source": "owner/x", "revision": "main"}},
         {"data": {"train": [{"source": "owner/rows", "split": "test", "streaming": True, "sample_by": "line"}]}},
