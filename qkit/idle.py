@@ -36,6 +36,9 @@ def remarks(how: Recipe) -> Problems:
     yield from _quantization(how.quantization)
     yield from _exporting(how.export)
     yield from _unread(how.data)
+    if how.bench.sweep and _set(how.bench, "concurrency"):
+        at_once = ", ".join(map(str, how.bench.concurrency))
+        yield ("bench", "concurrency"), f"bench.concurrency=[{at_once}] is not looked at beside bench.sweep=true"
 
 
 def mistakes(how: Recipe) -> Problems:

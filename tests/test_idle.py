@@ -116,6 +116,10 @@ REMARKS = [
         {"export": {"formats": ["vllm"], "calibration_rows": 9}, "bench": {"runtimes": []}},
         "export.calibration_rows=9 is for vllm-w4a16 and vllm-w8a8",
     ),
+    (
+        {"bench": {"sweep": True, "concurrency": [1, 4]}},
+        "bench.concurrency=[1, 4] is not looked at beside bench.sweep=true",
+    ),
     ({"data": {"validation": [ROWS]}}, "data.validation: these rows are held out, and no stage reads them"),
     (
         {"data": {"train": [ROWS], "split": {"train": 0.8, "validation": 0.1, "test": 0.1}}},
