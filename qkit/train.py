@@ -230,7 +230,11 @@ def _warn_of_memory(run: Run, device: Device) -> None:
 
 
 def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrainer:
-    """The trainer on the run's tokenized rows, with the model loaded as the recipe says."""
+    """The trainer on the run's tokenized rows, with the model loaded as the recipe says.
+
+    Raises:
+        RecipeError: transformers has no such optimizer, or the model does not do gradient checkpointing.
+    """
     from datasets import Dataset
 
     from qkit.fast.heap import give_back_between_layers
@@ -243,6 +247,11 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     need_disk(cache, file.stat().st_size * UNPACKED, "the training rows, unpacked")
     rows = Dataset.from_parquet(str(file), columns=columns, cache_dir=str(cache))
     base, tokenizer = model.load_base(folder, how, device), model.load_tokenizer(folder, how.model)
+    if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
+        raise RecipeError(
+            f"{type(base).__name__} cannot compute its layers twice: set train.gradient_checkpointing=false (it is "
+            f"{how.train.gradient_checkpointing})"
+        )
     made: SFTTrainer = trainer_class()(
         model=base,
         args=args,
