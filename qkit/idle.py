@@ -156,15 +156,10 @@ def _base(section: Model) -> Problems:
 
 
 def _source(source: Source, where: Sequence[str | int]) -> Problems:
+    """What a data set's name alone tells; `qkit.rows` knows the rest once it has looked at the place."""
     dotted = ".".join(map(str, where))
-    if not is_hub_id(source.source):
-        for name in _set(source, "name", "split", "revision", "streaming"):
-            said = _only(f"{dotted}.{name}", _written(getattr(source, name)), "a data set of the hub", source.source)
-            yield (*where, name), said
-    if source.sha256 is not None and not any(
-        (text or "").startswith("pypi:") for text in (source.source, source.answers)
-    ):
-        yield (*where, "sha256"), _only(f"{dotted}.sha256", source.sha256, "a pypi: source", source.source)
+    if source.streaming and not is_hub_id(source.source):
+        yield (*where, "streaming"), _only(f"{dotted}.streaming", "true", "a data set of the hub", source.source)
     path = Path(source.source.removesuffix(".gz"))
     if _set(source, "sample_by") and path.suffix and path.suffix.lower() not in TEXT and not is_hub_id(source.source):
         said = _only(f"{dotted}.sample_by", source.sample_by, f"text files ({', '.join(TEXT)})", source.source)

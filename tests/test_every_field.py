@@ -170,6 +170,7 @@ TABLE: dict[str, Line | Place] = {
         {"data.train": [{"source": "columns.jsonl"}]},
     ),
     "Data.system": (data, {"data.system": "Be brief."}),
+    "Data.ignore": (data, {"data.ignore": ["user", "topic"]}),
     "Data.loss": (data, {"data.loss": "all"}),
     "Data.max_length": (planned, {"data.max_length": 512}),
     "Data.too_long": (
