@@ -201,7 +201,9 @@ def test_thinking_has_the_name_that_the_template_reads(name: str) -> None:
 
 def test_variables_reach_the_template() -> None:
     tokenizer = build_tokenizer()
-    tokenizer.chat_template = "{{ messages[0].content + ('!' if loud else '') + (documents or [{'text': 'none'}])[0].text }}"
+    tokenizer.chat_template = (
+        "{{ messages[0].content + ('!' if loud else '') + (documents or [{'text': 'none'}])[0].text }}"
+    )
     turn = {"role": "user", "content": "a"}
     assert template.render(tokenizer, [turn]) == "anone"
     assert template.render(tokenizer, [turn], variables={"loud": True, "documents": [{"text": "d"}]}) == "a!d"
