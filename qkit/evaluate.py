@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qkit import model, scoring
 from qkit.answers import answered
+from qkit.conversation import text_of
 from qkit.device import detect
 from qkit.errors import DataError
 from qkit.run import Run, write_json, write_text
@@ -62,7 +63,7 @@ def _evaluate(
         {
             "artifact": name,
             "row": index,
-            "prompt": held_out.messages[index][-1]["content"],
+            "prompt": text_of(held_out.messages[index][-1]["content"]),
             "prediction": own.texts[index],
             "token_ids": own.token_ids[index],
             "reference": held_out.answers[index],

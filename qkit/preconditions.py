@@ -11,7 +11,7 @@ from qkit.checks import NAMED_ROWS, Check, Place
 from qkit.decisions import HELD_OUT, Fate
 from qkit.preparation import Entry, Worker
 from qkit.recipe import Recipe
-from qkit.template import ASKED, date_formats
+from qkit.template import ASKED, OFFERED, date_formats, texts
 
 UNSCORED = ("text", "tokenized")  # formats that hold no question to answer
 
@@ -65,9 +65,9 @@ def _padding(own: Worker, tokens: Mapping[str, Any]) -> Check:
 
 
 def _date(own: Worker) -> Check:
-    template = own.reader.tokenizer.chat_template
-    formats = date_formats(template if isinstance(template, str) else "")
-    text = own.reader.render((ASKED,)) if formats else ""
+    formats = [found for template in texts(own.reader.tokenizer) for found in date_formats(template)]
+    offers: list[Sequence[Any]] = [(), (OFFERED,)] if own.reader.offering else [()]
+    text = "\n".join(own.reader.render((ASKED,), tools) for tools in offers) if formats else ""
     today = dt.datetime.now()
     written = [today.strftime(text_format) for text_format in formats]
     if not any(date in text for date in written):

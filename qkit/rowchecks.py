@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qkit.conversation import Parted, text_of, texts_in
 from qkit.rows import Rounded
 from qkit.task import THINKING
 from qkit.template import ASKED, Renderer, TemplateRefusal, compact
 from qkit.tokenization import IGNORED, Row
 
-PROBE = "qkit_probe_1729"
+PROBE, SAID, CALLED = "qkit_probe_1729", "qkit_said_1729", "qkit_called_1729"  # a tool, a text, a call's argument
 PROBE_TOOL = {
     "type": "function",
     "function": {"name": PROBE, "description": "d", "parameters": {"type": "object", "properties": {}}},
@@ -20,7 +21,7 @@ PROBE_TOOL = {
 PROBE_CALL = {
     "role": "assistant",
     "content": "",
-    "tool_calls": [{"id": "call00000", "type": "function", "function": {"name": PROBE, "arguments": {"x": PROBE}}}],
+    "tool_calls": [{"id": "call00000", "type": "function", "function": {"name": PROBE, "arguments": {"x": CALLED}}}],
 }
 
 Found = Iterator[tuple[str, str]]
@@ -28,7 +29,10 @@ Found = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Facts:
-    """What template, tokenizer and model were seen to do. `openings`: special tokens that begin a turn; `vocabulary`: its size."""
+    """What template, tokenizer and model were seen to do. `openings`: special tokens that begin a turn; `vocabulary`: its size.
+
+    `offering`: what they do where a conversation offers tools; a template may do something else then, or be another one.
+    """
 
     writes_system: bool
     writes_tools: bool
@@ -38,19 +42,25 @@ class Facts:
     stops: frozenset[int]
     openings: frozenset[int]
     vocabulary: int
+    offering: Facts | None = None
 
 
 def facts(reader: Renderer, vocabulary: int) -> Facts:
     """Probe a template with marked conversations. `vocabulary`: rows of the model's embedding."""
+    return replace(_facts(reader, vocabulary, ()), offering=_facts(reader, vocabulary, (PROBE_TOOL,)))
+
+
+def _facts(reader: Renderer, vocabulary: int, tools: Sequence[Any]) -> Facts:
+    reader = reader.meeting(tools)
     tokenizer = reader.tokenizer
     plain: list[int] = tokenizer("a")["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    user = reader.encode([reader.render((ASKED,), answered=True)])[0]
+    user = reader.encode([_asked(reader, tools)])[0]
     stops = frozenset({reader.end, eos} - {None})
     return Facts(
-        writes_system=_writes(reader, [{"role": "system", "content": PROBE}, ASKED]),
-        writes_tools=_writes(reader, [ASKED], [PROBE_TOOL]),
-        writes_calls=_writes(reader, [ASKED, PROBE_CALL]),
+        writes_system=_writes(reader, SAID, [{"role": "system", "content": SAID}, ASKED], tools),
+        writes_tools=_writes(reader, PROBE, [ASKED], [PROBE_TOOL]),
+        writes_calls=_writes(reader, CALLED, [ASKED, PROBE_CALL], tools),
         expects_bos=bos is not None and plain[:1] == [bos],
         bos=bos,
         stops=stops,
@@ -59,15 +69,24 @@ def facts(reader: Renderer, vocabulary: int) -> Facts:
     )
 
 
-def _writes(reader: Renderer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> bool:
+def _asked(reader: Renderer, tools: Sequence[Any]) -> str:
+    """A question as the template writes it; one that takes no tools is asked without them."""
     try:
-        return PROBE in reader.render(messages, tools, answered=True)
+        return reader.render((ASKED,), tools, answered=True)
+    except TemplateRefusal:
+        return reader.render((ASKED,), answered=True)
+
+
+def _writes(reader: Renderer, mark: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> bool:
+    try:
+        return mark in reader.render(messages, tools, answered=True)
     except TemplateRefusal:
         return False
 
 
 def examine(reader: Renderer, seen: Facts, row: Row, loss: str, closely: bool) -> Found:
     """Everything that is found in a row: (check, words). `closely`: also what takes the time of decoding it."""
+    reader, seen = reader.meeting(row.tools), (row.tools and seen.offering) or seen
     yield from row.findings
     yield from _labels(row)
     yield from _bos(seen, row)
@@ -197,15 +216,16 @@ def _said(reader: Renderer, seen: Facts, row: Row) -> Found:
 
 
 def _message(reader: Renderer, seen: Facts, row: Row, number: int, message: Mapping[str, Any], walk: _Walk) -> Found:
-    role, content = message["role"], message.get("content") or ""
+    role, content = message["role"], text_of(message.get("content"))
     earlier = role == "assistant" and message is not row.reply
     thought = "" if earlier else message.get(THINKING[0]) or ""  # a server leaves out earlier thinking as well
+    texts = texts_in(message.get("content"))
     if role in ("system", "developer"):
         if content.strip() and not seen.writes_system:
             yield "system", f"its system turn {content.strip()[:40]!r}"
-            content = ""
+            texts = []
         walk = _Walk(row.text)  # some templates write it into the last question
-    for said, what in ((thought, "the thinking of "), (content, "")):
+    for said, what in ((thought, "the thinking of "), *((text, "") for text in texts)):
         if (kept := walk.kept(said)) != "exact":
             lost = "white_space" if kept else "prefix_stable" if earlier else "content"
             yield lost, f"{what}its turn {number} ({role}): {said.strip()[:40]!r}"
@@ -226,6 +246,8 @@ def _white_space(reader: Renderer, row: Row, messages: Sequence[Mapping[str, Any
     for turn in row.turns:
         for key in ("content", THINKING[0]):
             text = messages[turn].get(key) or ""
+            if isinstance(text, Parted | list):  # where the template may write each part in its own way
+                continue
             if text == text.strip() or not text.strip() or text.strip() not in row.text:
                 continue
             whole = whole if whole >= 0 else _written(reader, row, messages)
@@ -282,7 +304,7 @@ def _mask(reader: Renderer, row: Row) -> Found:
     if stretches and stretches[-1][0] != row.start:
         yield "mask", f"learns from token {stretches[-1][0]} on; its answer begins at {row.start}"
         return
-    said = [*(row.messages[turn].get("content") or "" for turn in row.turns[:-1]), row.answer]
+    said = [*(text_of(row.messages[turn].get("content")) for turn in row.turns[:-1]), row.answer]
     for (begin, end), content in zip(stretches, said, strict=True):
         learnt = _dense(reader.tokenizer.decode(row.input_ids[begin:end]))
         if not _holds(reader, learnt, content) or not learnt.endswith(_dense(reader.ending)):

@@ -6,10 +6,11 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit import conversation
 from qkit.errors import ModelError, short
 from qkit.source import is_there
 from qkit.task import THINKING, Reads
@@ -22,6 +23,14 @@ NO_VARIABLES: Mapping[str, Any] = {}
 FOLDER = Path(__file__).parent / "templates"
 ASKED = {"role": "user", "content": "a"}
 ANSWERED = {"role": "assistant", "content": "b"}
+DEFAULT, WITH_TOOLS = (
+    "default",
+    "tool_use",
+)  # of several templates the one for conversations that offer tools, and the one for all others
+OFFERED = {
+    "type": "function",
+    "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 def named() -> list[str]:
@@ -43,6 +52,19 @@ def choose(tokenizer: PreTrainedTokenizerBase, wanted: str | None, folder: Path)
             "or set model.chat_template=chatml (others: "
             f"{', '.join(named())}; or a file such as chat_template.jinja)"
         )
+    if isinstance(tokenizer.chat_template, dict) and DEFAULT not in tokenizer.chat_template:
+        raise ModelError(
+            f"{folder}: of its chat templates {', '.join(sorted(tokenizer.chat_template))} none is called {DEFAULT}, so no server knows "
+            f"which to take; copy one to chat_template.jinja there, or name a file as model.chat_template"
+        )
+
+
+def texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The templates that a conversation may meet: one, or the one for all and the one for those that offer tools."""
+    found = tokenizer.chat_template
+    if not isinstance(found, dict):
+        return [str(found)]
+    return [found[name] for name in (DEFAULT, WITH_TOOLS) if name in found]
 
 
 def _text(wanted: str) -> str:
@@ -60,9 +82,9 @@ def _text(wanted: str) -> str:
 def reads(tokenizer: PreTrainedTokenizerBase) -> Reads:
     """What a tokenizer's template, or any of its named ones, reads of a record and of a turn."""
     held = tokenizer.chat_template
-    texts = tuple(held.values()) if isinstance(held, dict) else (held or "",)
+    held_texts = tuple(held.values()) if isinstance(held, dict) else (held or "",)
     given = {"messages", "tools", "add_generation_prompt", "continue_final_message", *tokenizer.special_tokens_map}
-    found = [_reads(text) for text in texts]
+    found = [_reads(text) for text in held_texts]
     variables = frozenset[str]().union(*(one.variables for one in found)) - given
     return Reads(variables, frozenset[str]().union(*(one.keys for one in found)))
 
@@ -148,14 +170,10 @@ def _literal(node: Any) -> Iterator[str]:
         yield value
 
 
-def spelled(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[Mapping[str, Any]]:
-    """Messages with the thinking of each turn under the name that the template reads."""
-    ours = THINKING[0]
-    if not any(ours in message for message in messages):
-        return list(messages)
-    keys = reads(tokenizer).keys
-    wanted = next((name for name in THINKING if name in keys), ours)
-    return [{wanted if key == ours else key: message[key] for key in message} for message in messages]
+def _thinking(template: str) -> Sequence[str]:
+    """The names under which the thinking of a turn is given to a template: a server's two, or the one that it reads where that is another."""
+    read = [name for name in THINKING if name in _reads(template).keys]
+    return read if read and not set(read) & set(conversation.REASONING) else conversation.REASONING
 
 
 class TemplateRefusal(ValueError):
@@ -167,7 +185,8 @@ class Renderer:
     """A tokenizer with what its template was seen to do.
 
     `suffix` is what the template writes after an answer, `ending` the part of it through the token that ends the turn, `end` that token's id
-    (None: no special token ends a turn). `marks` finds special tokens in a text.
+    (None: no special token ends a turn). `marks` finds special tokens in a text. `offering`: the same of another template that conversations
+    with tools meet.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -176,6 +195,11 @@ class Renderer:
     ending: str
     end: int | None
     marks: re.Pattern[str]
+    offering: Renderer | None = None
+
+    def meeting(self, tools: Sequence[Any]) -> Renderer:
+        """The one for a conversation that offers these tools."""
+        return self.offering if tools and self.offering else self
 
     def render(
         self,
@@ -211,16 +235,22 @@ class Renderer:
 
 
 def renderer(tokenizer: PreTrainedTokenizerBase) -> Renderer:
-    """Try the template on one short conversation, and note how it ends a turn.
+    """Try the template, or each of those that a conversation may meet, on one short conversation, and note how it ends a turn.
 
     Raises:
         ModelError: it refuses even that.
     """
+    made = _renderer(tokenizer, ())
+    return replace(made, offering=_renderer(tokenizer, (OFFERED,))) if len(texts(tokenizer)) > 1 else made
+
+
+def _renderer(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any]) -> Renderer:
+    talks = [(ASKED, {**ANSWERED, "content": word}) for word in ("b", "c")]
     try:
-        texts = [render(tokenizer, (ASKED, {**ANSWERED, "content": word}), answered=True) for word in ("b", "c")]
+        left, right = (render(tokenizer, talk, tools, answered=True) for talk in talks)
     except TemplateRefusal as error:
         raise ModelError(f"the chat template refuses a question and its answer: {error}") from None
-    suffix = _common_suffix(*texts)
+    suffix = _common_suffix(left, right)
     special = special_ids(tokenizer)
     marks = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
     found = marks.search(suffix)
@@ -245,27 +275,25 @@ def _common_suffix(left: str, right: str) -> str:
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
-    tools: Sequence[Any] = (),
+    tools: Sequence[Any] | None = (),
     answered: bool = False,
     variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> str:
-    """Messages as the tokenizer's template writes them. `variables`: what it reads beside them, such as enable_thinking.
+    """Messages as the tokenizer's template writes them once a server has handed them on; of several templates the one that it would choose.
+
+    `variables`: what the template reads beside them, such as enable_thinking.
 
     Raises:
         TemplateRefusal: the template raises an error on them.
     """
     from jinja2 import TemplateError
 
+    offered = conversation.tools_sent(tools) or None
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                spelled(messages, tokenizer),
-                **variables,
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=not answered,
-            )
-        )
+        chosen = tokenizer.get_chat_template(tools=offered)
+        turns = conversation.served(messages, chosen, _thinking(chosen), answered)
+        options = {"add_generation_prompt": not answered, **variables}
+        return str(tokenizer.apply_chat_template(turns, tools=offered, chat_template=chosen, tokenize=False, **options))
     except (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
         # a template is a program; on a conversation that it was not written for it may raise anything of these
         raise TemplateRefusal(f"{type(error).__name__}: {str(error)[:300]}") from error
@@ -285,7 +313,7 @@ def special_tokens(reader: Renderer, pad_token: str | None) -> dict[str, Any]:
         raise ModelError(
             "no special token ends a turn and the tokenizer has no eos_token: the model could not learn to stop"
         )
-    stop = sorted({end, tokenizer.eos_token_id} - {None})
+    stop = sorted({end, reader.meeting((OFFERED,)).end, tokenizer.eos_token_id} - {None})
     if pad_token is not None:
         return {"stop": stop, "pad": _known_id(tokenizer, pad_token), "end_of_turn": end}
     ids = [
@@ -318,5 +346,6 @@ def compact(value: Any) -> str:
 def texts_of(messages: Iterable[Mapping[str, Any]]) -> str:
     """What is said in messages, tool calls included, one after the other."""
     return "\n".join(
-        f"{m.get('content') or ''}{compact(m['tool_calls']) if m.get('tool_calls') else ''}" for m in messages
+        f"{conversation.text_of(m.get('content'))}{compact(m['tool_calls']) if m.get('tool_calls') else ''}"
+        for m in messages
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qkit import conversation
 from qkit.recipe import Data
 from qkit.task import Conversation, Example, RowError, Text, Tokens
 from qkit.template import Messages, Renderer, TemplateRefusal
@@ -22,10 +23,10 @@ IGNORED = -100  # torch's cross_entropy skips these labels
 class Row:
     """One row to learn from. `input_ids`, `labels`: [tokens]; `start`: where the last completion begins.
 
-    `messages`: those before the answer; `variables`: what the template is given beside them and the tools; `reply`: the turn that
-    answers, `answer` what it says, `reference` how a prediction that is right reads; `text`: the whole conversation as rendered;
-    `turns`: the messages that carry loss.
-    `whole_tokens`: its length before anything was cut; `continues`: a piece of a text, and not its first; `findings`: (check, what was seen).
+    `messages`: those before the answer, they and `tools` as they are once they were sent to a server; `variables`: what the template is
+    given beside them; `reply`: the turn that answers, `answer` what it says, `reference` how a prediction that is right reads; `text`: the
+    whole conversation as rendered; `turns`: the messages that carry loss. `whole_tokens`: its length before anything was cut; `continues`:
+    a piece of a text, and not its first; `findings`: (check, what was seen).
     """
 
     input_ids: Sequence[int]
@@ -140,7 +141,7 @@ def drafts(reader: Renderer, example: Conversation, loss: str) -> Iterator[Draft
     Raises:
         Refused: no turn is to be learnt, or the template does not take the conversation.
     """
-    turns = learnt_turns(example, loss)
+    reader, turns = reader.meeting(example.tools), learnt_turns(example, loss)
     if not turns:
         raise Refused("has no turn that may be learnt: every assistant turn is marked not to be trained", "loss_tokens")
     try:
@@ -183,6 +184,7 @@ def _first_difference(left: str, right: str) -> str:
 
 
 def _conversation_row(reader: Renderer, draft: Draft, encoded: list[list[int]], how: Data) -> Row:
+    reader = reader.meeting(draft.conversation.tools)
     row = marked(reader, draft, encoded, how.loss)
     if len(row.input_ids) <= how.max_length:
         return row
@@ -219,8 +221,8 @@ def marked(reader: Renderer, draft: Draft, encoded: list[list[int]], loss: str) 
         input_ids=whole,
         labels=labels,
         start=max(len(last), 1),
-        messages=messages[: draft.last],
-        tools=draft.conversation.tools,
+        messages=tuple(map(conversation.sent, messages[: draft.last])),
+        tools=tuple(conversation.tools_sent(draft.conversation.tools)),
         variables=draft.conversation.variables,
         reply=messages[draft.last],
         answer=_answer(reader, messages[draft.last], draft),
@@ -233,9 +235,13 @@ def marked(reader: Renderer, draft: Draft, encoded: list[list[int]], loss: str) 
 
 
 def _answer(reader: Renderer, message: Mapping[str, Any], draft: Draft) -> str:
-    """What the last turn says; for one that only calls tools, the call as the template writes it."""
+    """What the last turn says; for one that only calls tools, or speaks in parts, all of it as the template writes it."""
     content = message.get("content")
-    return content if content else draft.whole[len(draft.prompts[draft.last]) :].removesuffix(reader.ending)
+    return (
+        content
+        if content and isinstance(content, str)
+        else draft.whole[len(draft.prompts[draft.last]) :].removesuffix(reader.ending)
+    )
 
 
 def _seam(reader: Renderer, prompt: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from qkit.conversation import content_of
 from qkit.errors import short
 from qkit.recipe import Data
 from qkit.rows import Struct, decode
@@ -29,7 +30,7 @@ EXTRAS = ("name", "tool_call_id")  # what chat templates read of any turn beside
 TURN = ("role", "from", "content", "value", *EXTRAS)
 MARKS = ("train", "weight")
 ANSWER = (*THINKING, "tool_calls", "function_call")  # of an assistant's turn
-PART = ("type", "text")
+PART = ("type", "text", "refusal")
 TOOL = ("type", "function")
 CALL = ("id", "type", "function")
 FUNCTION = ("name", "arguments")
@@ -169,30 +170,22 @@ def _decided(given: Mapping[str, Any], where: str) -> bool | None:
 
 
 def _content(value: Any, where: str, path: str, notes: Notes, optional: bool) -> str:
-    """The text of a turn; text in parts is joined."""
-    if value is None and optional:
-        return ""
-    if isinstance(value, list):
-        inside = f"{path}.content"
-        parts = enumerate(value, start=1)
-        return "".join(_part(part, f"part {number} of {where}", inside, notes) for number, part in parts)
-    if not isinstance(value, str):
+    """The text of a turn; text in parts is one text."""
+    if not isinstance(value, str | list) and not (value is None and optional):
         raise RowError(f"{where} needs a role and a content, both text: {shown(value)}{loaded(value)}")
-    return value
-
-
-def _part(value: Any, where: str, path: str, notes: Notes) -> str:
-    part = _mapping(value, where, path, notes)
-    if part.get("type") != "text":
-        raise RowError(f"{where} is of type {shown(part.get('type'))}; only text can be learnt")
-    notes.take(part, PART, path)
-    return string(part.get("text"), where)
+    for number, part in enumerate(value if isinstance(value, list) else (), start=1):
+        inside = f"{path}.content"
+        notes.take(_mapping(part, f"part {number} of {where}", inside, notes), PART, inside)
+    try:
+        return content_of(value, where, "only text can be learnt")
+    except ValueError as error:
+        raise RowError(short(printable(str(error)))) from None
 
 
 def tools_of(value: Any, notes: Notes) -> Iterator[Mapping[str, Any]]:
     """Function descriptions as templates read them: {"type": "function", "function": {"name": ...}}."""
-    path = notes.path("tools")
-    for number, tool in enumerate(listing(value or [], "tools", "is not a list of functions"), start=1):
+    path, found = notes.path("tools"), parsed(value or [], "tools")
+    for number, tool in enumerate(listing(found or [], "tools", "is not a list of functions"), start=1):
         where = f"function {number} of tools"
         given = _mapping(tool, where, path, notes)
         if "function" in given:
@@ -204,10 +197,10 @@ def tools_of(value: Any, notes: Notes) -> Iterator[Mapping[str, Any]]:
 
 def _calls(given: Mapping[str, Any], where: str, path: str, notes: Notes) -> list[Message]:
     """A turn's tool calls; `function_call` is what they were called before there could be several."""
-    said = listing(given.get("tool_calls", []), f"tool_calls of {where}", "is not a list of calls")
+    said = listing(given.get("tool_calls") or [], f"tool_calls of {where}", "is not a list of calls")
     inside = f"{path}.tool_calls"
     calls = [_call(call, f"call {number} of {where}", inside, notes) for number, call in enumerate(said, start=1)]
-    if "function_call" in given:
+    if given.get("function_call"):
         old = _call(given["function_call"], f"call {len(calls) + 1} of {where}", f"{path}.function_call", notes)
         calls += [] if any(call["function"] == old["function"] for call in calls) else [old]  # under both names
     return calls

@@ -165,7 +165,11 @@ def test_columns_that_are_not_there_are_named(columns: dict[str, str], record: d
 @pytest.mark.parametrize(
     ("turn", "expected"),
     [
-        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]}, {"content": "ab"}),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]}, {"content": "a\nb"}),
+        ({"content": [{"type": "text", "text": ""}, {"type": "output_text", "text": "b"}]}, {"content": "b"}),
+        ({"content": [], "tool_calls": [CALL]}, {"content": "", "tool_calls": [CALL]}),
+        ({"content": "a", "tool_calls": ""}, {"content": "a"}),
+        ({"content": "a", "tool_calls": [], "function_call": {}}, {"content": "a"}),
         ({"content": "a", "reasoning_content": "so", "id": 7}, {"content": "a", "reasoning_content": "so"}),
         ({"content": "a", "name": "bot", "tool_calls": None}, {"content": "a", "name": "bot"}),
         ({"content": None, "tool_calls": [CALL]}, {"content": "", "tool_calls": [CALL]}),

@@ -1,0 +1,251 @@
+"""What a chat template is given, held against what vLLM gives it: golden/vllm_conversations.json is vLLM's own answer.
+
+QKIT_UPDATE_GOLDEN=1 asks the installed vLLM again; a slow test does so without writing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_traps.models import FAMILIES, Tiny, build, tokenizer_of
+
+from qkit import conversation, template
+from qkit.recipe import Data
+from qkit.runtimes import vllm
+from qkit.task import Conversation, RowError
+from qkit.tokenization import Row, tokenize
+from qkit.turns import tools_of, turns_of
+
+FILE = Path(__file__).parent / "golden" / "vllm_conversations.json"
+ORACLE = Path(__file__).parent / "vllm_oracle.py"
+MODEL = Tiny(bos="<s>")
+
+# Forms that templates of well-known models have; each shows all that it is given.
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}'{{ m.content }}'{% else %}"
+    "{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endif %}{{ m.tool_calls | tojson if m.tool_calls else '' }}"
+    "{{ m.reasoning_content }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+FORMS = {
+    "parts": PARTS,
+    "parts in a macro": "{% macro write(c) %}{% for p in c %}[{{ p.text }}]{% endfor %}{% endmacro %}{% set turns = messages[0:] %}"
+    "{% for m in turns %}{{ m.role }}{{ write(m['content']) }}<|im_end|>\n{% endfor %}",
+    "parts by a name": "{% for m in messages %}{% set content = m.content %}{{ m.role }}{% for p in content %}[{{ p.text }}]{% endfor %}"
+    "{% generation %}<|im_end|>{% endgeneration %}\n{% endfor %}",
+    "developer": "{% for m in messages %}{{ 'system' if m.role == 'developer' else m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}",
+    "whole": "{{ tools | tojson }}{{ messages | tojson }}<|im_end|>",
+}
+TEMPLATES = {name: Tiny(name).chat_template for name in FAMILIES} | FORMS
+
+
+def parts(*texts: str | None) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def call(number: int, name: str = "add", arguments: Any = None) -> dict[str, Any]:
+    written = json.dumps({"b": 1, "a": None}) if arguments is None else arguments
+    return {"type": "function", "id": f"call{number:05d}", "function": {"name": name, "arguments": written}}
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def system(content: Any, role: str = "system") -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def said(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def result(content: Any, number: int = 0, **more: Any) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": f"call{number:05d}", "content": content, **more}
+
+
+ADD = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"b": {}, "a": {}}}},
+}
+FIND = {
+    "function": {
+        "parameters": {"type": "object"},
+        "description": "<é&'",
+        "name": "find",
+        "strict": True,
+        "returns": "x",
+    },
+    "x": 1,
+}
+BARE = {"type": "function", "function": {"name": "bare"}}
+ONE_CALL = said(None, tool_calls=[call(0)])
+EXTRA = {"type": "text", "text": " only ", "cache_control": {"type": "ephemeral"}}
+REQUESTS: dict[str, dict[str, Any]] = {
+    "parts": {"messages": [system(parts("Be", "brief.")), user(parts("a", "", "b")), said(parts("c", "d")), user([EXTRA])]},
+    "one part": {"messages": [system(parts("Be brief.")), user(parts("a"))]},
+    "lines in parts": {"messages": [user(parts("  a\n", "\n  b  "))]},
+    "parts with nothing in them": {"messages": [user(parts("", "")), said("c"), user(parts("a", None))]},
+    "a refusal": {"messages": [user("a"), said([{"type": "refusal", "refusal": "no"}]), user("b")]},
+    "a call and its result": {"messages": [user("a"), ONE_CALL, result("3"), said("three"), user("b")], "tools": [ADD]},
+    "a result in parts": {"messages": [user("a"), ONE_CALL, result(parts("3", "", "4"), name="add")], "tools": [ADD]},
+    "two calls": {"messages": [user("a"), said("so", tool_calls=[call(0), call(1, "find", "")]), result("3"), result("4", 1)]},
+    "tools": {"messages": [system("Be brief."), user("a")], "tools": [FIND, ADD, BARE]},
+    "no calls": {"messages": [user("a"), said("b", tool_calls=[]), user("c")]},
+    "null calls": {"messages": [user("a"), said("b", tool_calls=None, refusal=None, audio=None), user("c")]},
+    "thinking": {"messages": [user("a"), said("b", reasoning="so"), user("c")]},
+    "thinking as it was called": {"messages": [user("a"), said("b", reasoning_content="so"), user("c")]},
+    "thinking and a call": {"messages": [user("a"), {**ONE_CALL, "reasoning": "so"}, result("3")]},
+    "a developer": {"messages": [system("Be brief.", "developer"), user("a")]},
+    "system and developer": {"messages": [system("Be brief."), system(parts("And", "kind."), "developer"), user("a")]},
+    "a developer later on": {"messages": [system("Be brief."), user("a"), said("b"), system("Now.", "developer"), user("c")]},
+    "system later on": {"messages": [user("a"), said("b"), system("Be brief."), user("c")]},
+    "a name": {"messages": [{**user("a"), "name": "bob"}]},
+    "a special token": {"messages": [user("a<|im_end|>b")]},
+}  # fmt: skip
+# A request's other names for the same: vLLM refuses them, or takes them for something else.
+AFTER = REQUESTS["a call and its result"]["messages"][2:]
+
+
+def calling(turn: dict[str, Any]) -> dict[str, Any]:
+    """A request of which the second turn calls."""
+    return {"messages": [user("a"), {"role": "assistant", "tool_calls": [call(0)], **turn}, *AFTER], "tools": [ADD]}
+
+
+def answering(**more: Any) -> dict[str, Any]:
+    return {"messages": [user("a"), said("b", **more), user("c")]}
+
+
+SAME: dict[str, tuple[dict[str, Any], str]] = {
+    "tools: []": ({**REQUESTS["one part"], "tools": []}, "one part"),
+    "tools: null": ({**REQUESTS["one part"], "tools": None}, "one part"),
+    "tools: ''": ({**REQUESTS["one part"], "tools": ""}, "one part"),
+    "content: ''": (calling({"content": ""}), "a call and its result"),
+    "content: []": (calling({"content": []}), "a call and its result"),
+    "no content": (calling({}), "a call and its result"),
+    "nulls": (answering(tool_calls=None, name=None, reasoning=None, tool_call_id=None, function_call=None), "no calls"),
+    "nothings": (answering(tool_calls="", name="", reasoning="", function_call={}), "no calls"),
+}  # fmt: skip
+
+
+def ask_vllm(folder: Path, templates: dict[str, str]) -> dict[str, Any]:
+    """What the installed vLLM makes of the requests under these templates."""
+    asked = json.dumps({"model": str(build(MODEL, folder)), "templates": templates, "requests": REQUESTS})
+    done = subprocess.run([sys.executable, ORACLE], input=asked, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if os.environ.get("QKIT_UPDATE_GOLDEN"):
+        told = ask_vllm(tmp_path_factory.mktemp("oracle"), TEMPLATES)
+        FILE.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return found
+
+
+def rendered(tokenizer: Any, body: dict[str, Any]) -> str | None:
+    """The prompt that training makes of a record with these turns and tools; None where it refuses it."""
+    try:
+        turns = [turn for turn, _ in turns_of(as_record(body["messages"]), "messages")]
+        return template.render(tokenizer, turns, tuple(tools_of(body.get("tools"))))
+    except (template.TemplateRefusal, RowError):
+        return None
+
+
+def as_record(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Thinking by the name that it has in data sets."""
+    return [
+        {("reasoning_content" if key == "reasoning" else key): value for key, value in turn.items()}
+        for turn in messages
+    ]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_training_gives_a_template_what_vllm_gives_it(name: str, golden: dict[str, Any]) -> None:
+    tokenizer = tokenizer_of(MODEL)
+    tokenizer.chat_template = TEMPLATES[name]
+    told = golden[name]
+    assert conversation.goes_through_parts(TEMPLATES[name]) == (told["form"] == "openai")
+    prompts = {request: rendered(tokenizer, body) for request, body in REQUESTS.items()}
+    assert prompts == told["prompts"] and sum(prompt is not None for prompt in prompts.values()) >= 8
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_way_to_say_nothing_says_nothing(name: str) -> None:
+    tokenizer = tokenizer_of(MODEL)
+    tokenizer.chat_template = TEMPLATES[name]
+    for way, (body, same) in SAME.items():
+        assert rendered(tokenizer, body) == rendered(tokenizer, REQUESTS[same]), way
+
+
+def test_the_golden_file_tells_the_forms_apart(golden: dict[str, Any]) -> None:
+    """The parts that it is about are in it: one text of two lines, two parts, and a call in the order of the API."""
+    assert "Be\nbrief." in golden["chatml"]["prompts"]["parts"]
+    assert "[Be][brief.]" in golden["parts"]["prompts"]["parts"] and "[][" not in golden["parts"]["prompts"]["one part"]
+    assert '"function": {"arguments": {"b": 1, "a": null}, "name": "add"}' in golden["whole"]["prompts"]["two calls"]
+    assert '"name": "bare", "description": null, "parameters": null' in golden["whole"]["prompts"]["tools"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not vllm.installed(), reason="vLLM is not installed")
+def test_the_installed_vllm_still_does_so(golden: dict[str, Any], tmp_path: Path) -> None:
+    """And of the templates that TRL ships, which are those of models that people train, it takes the form that we take."""
+    import trl
+
+    shipped = {file.name: file.read_text(encoding="utf-8") for file in Path(trl.__file__).parent.glob("chat_templates/*.jinja")}  # fmt: skip
+    told = ask_vllm(tmp_path, TEMPLATES | shipped)
+    assert {name: told[name] for name in TEMPLATES} == golden
+    forms = {name: conversation.goes_through_parts(text) for name, text in shipped.items()}
+    assert forms == {name: told[name]["form"] == "openai" for name in shipped} and 0 < sum(forms.values()) < len(forms)
+    for name, text in shipped.items():
+        tokenizer = tokenizer_of(MODEL)
+        tokenizer.chat_template = text
+        assert {request: rendered(tokenizer, body) for request, body in REQUESTS.items()} == told[name]["prompts"], name
+
+
+# --- what is learnt ---------------------------------------------------------------------------------------------------
+
+
+def rows_of(name: str, messages: list[dict[str, Any]], loss: str = "assistant") -> tuple[Any, list[Row]]:
+    tokenizer = tokenizer_of(MODEL)
+    tokenizer.chat_template = TEMPLATES[name]
+    turns = tuple(turn for turn, _ in turns_of(messages, "messages"))
+    [made] = tokenize(
+        template.renderer(tokenizer), [Conversation(turns, tools=tuple(tools_of([ADD])))], Data(loss=loss)
+    )
+    assert isinstance(made, list), made
+    return tokenizer, made
+
+
+def test_a_call_is_learnt_with_its_name_first_and_asked_about_as_servers_write_it() -> None:
+    """A turn that calls is a row of its own where the template shows that a server has handed the call on."""
+    tokenizer, made = rows_of("qwen3", [user("a"), ONE_CALL, result("3"), user("b"), said("c")])
+    assert len(made) == 2
+    learnt = [tokenizer.decode([label for label in row.labels if label != -100]) for row in made]
+    assert "c<|im_end|>" in learnt[0] and '{"name": "add", "arguments": {"b": 1, "a": null}}' in learnt[1]
+    assert '{"arguments": {"b": 1, "a": null}, "name": "add"}' in tokenizer.decode(made[0].input_ids[: made[0].start])
+
+
+@pytest.mark.parametrize("name", ["chatml", "parts", "qwen3"])
+def test_the_turns_that_are_kept_make_the_prompt_again(name: str) -> None:
+    """Through JSON, as they are kept in test.parquet and sent by the serve contract."""
+    messages = [system(parts("Be", "brief.")), user(parts("a", "b")), ONE_CALL, result(parts("3", "4")), said("c")]
+    tokenizer, made = rows_of(name, messages, "completion")
+    [row] = made
+    kept = json.loads(json.dumps([row.messages, row.tools]))
+    again = template.render(tokenizer, *kept)
+    assert tokenizer(again, add_special_tokens=False)["input_ids"] == list(row.input_ids[: row.start])
+
+
+def test_a_text_in_parts_goes_to_another_process_whole() -> None:
+    text = pickle.loads(pickle.dumps(conversation.Parted(("a", "", "b"))))
+    assert text == "a\nb" and text.parts == ("a", "", "b")
