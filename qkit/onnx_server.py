@@ -2,7 +2,8 @@
 
 What it lacks, and says with status 400 and the parameter's name: logprobs, seed (but for temperature 0), penalties other than
 `repetition_penalty`, guided and tool-call decoding. `tools` reach the chat template; the answer is text, never `tool_calls`. No adapters.
-Requests are batched statically: see `qkit.onnx_engine`.
+A parameter that it lacks is let through with a value that changes nothing, and so is every way to write nothing: null, "", [] and {}.
+Prompts are made as training made them (`qkit.template`); `/tokenize` shows their ids. Requests are batched statically: see `qkit.onnx_engine`.
 """
 
 from __future__ import annotations
@@ -24,15 +25,43 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qkit import template
 from qkit.admission import KEEP_ALIVE_SECONDS, Admission
+from qkit.conversation import call_of, content_of, tools_sent
+from qkit.formats import RESERVED
 from qkit.onnx_engine import Ended, Engine, Sampling
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
 MOST_IDS = 2**31 - 1  # the engine's own integers
-IDLE = ("user", "metadata", "store", "service_tier")  # parameters that change nothing in an answer
+# Parameters that change nothing in an answer, and values of others that do not.
+IDLE = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+    }
+)
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "top_logprobs", "min_p", "min_tokens", "priority"), (0,)),
+    **dict.fromkeys(("length_penalty", "best_of"), (1,)),
+    **dict.fromkeys(("echo", "logprobs", "use_beam_search", "early_stopping", "include_stop_str_in_output"), (False,)),
+    **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids"), (False,)),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "include_reasoning"), (True,)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("auto", "none")),
+    "parallel_tool_calls": (True, False),  # of an answer that holds none
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+}
+NOTHING: tuple[Any, ...] = ("", [], {})
+NEEDED = frozenset({"model", "messages", "prompt"})  # where nothing is not the same as no such parameter
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -67,16 +96,18 @@ class Asked(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        """Clients write null for what they leave to the server."""
-        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+    def _without_nothings(cls, given: Any) -> Any:
+        """Clients write null, and what else is nothing, for what they leave to the server."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if name in NEEDED or not _nothing(value)}
 
     def check(self, served: str) -> None:
         """Raise Refused for another model, and for what this server does not do."""
         if self.model != served:
             raise Refused(f"the model `{self.model}` does not exist; there is `{served}`", "model", 404)
         for name, value in (self.model_extra or {}).items():
-            if name not in IDLE and value not in (None, False, 0, [], {}, "auto", "none", {"type": "text"}):
+            if name not in IDLE and not any(_same(value, neutral) for neutral in NEUTRAL.get(name, ())):
                 raise Refused(f"`{name}` is not supported by this server", name)
         if self.seed is not None and self.temperature > 0:
             raise Refused("`seed` is not supported by this server, but for temperature 0", "seed")
@@ -98,43 +129,76 @@ class Chat(Asked):
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # beyond OpenAI's API, as vLLM has it
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+
+    def variables(self) -> dict[str, Any]:
+        """What the chat template is given beside messages and tools; an effort switches thinking on or off, as vLLM has it."""
+        effort = self.reasoning_effort
+        given = {} if effort is None else {"enable_thinking": effort != "none"}
+        given |= self.chat_template_kwargs | ({} if effort is None else {"reasoning_effort": effort})
+        if reserved := RESERVED & given.keys():
+            raise Refused(f"`chat_template_kwargs` cannot hold {', '.join(sorted(reserved))}", "chat_template_kwargs")
+        asked = {"add_generation_prompt": self.add_generation_prompt}
+        asked |= {"continue_final_message": True} if self.continue_final_message else {}
+        return {**given, **asked, **({"documents": self.documents} if self.documents else {})}
 
 
 class Completion(Asked):
-    """POST /v1/completions: one prompt, as text or token ids."""
+    """POST /v1/completions: one prompt, as text or token ids, or a list that holds one."""
 
-    prompt: str | list[int] | list[str]
+    prompt: Any
+    add_special_tokens: bool = True
 
 
-def as_templates_have_it(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message of the API as chat templates read it: content as one text (parts on lines of their own, as vLLM has it), arguments as objects.
+def _nothing(value: Any) -> bool:
+    return value is None or any(type(value) is type(nothing) and value == nothing for nothing in NOTHING)
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal, where false is not 0 and true is not 1."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
+def as_templates_have_it(message: Mapping[str, Any], where: str = "messages") -> dict[str, Any]:
+    """A message of the API, its content as text that remembers its parts, the arguments of its calls as objects.
 
     Raises:
-        Refused: a part is no text, or arguments are not JSON.
+        Refused: it has no role, a part of it is no text, or a call has no function with arguments in JSON.
     """
-    made = dict(message)
-    if isinstance(content := made.get("content"), list):
-        if odd := [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]:
-            raise Refused(f"`messages`: this server reads text, and got {str(odd[0])[:100]}", "messages")
-        made["content"] = "\n".join(str(part.get("text", "")) for part in content)
-    if (thought := made.pop("reasoning", None)) is not None:  # today's name; templates are given what they read
-        made["reasoning_content"] = thought
-    if calls := made.get("tool_calls"):
-        made["tool_calls"] = [_read_arguments(call) for call in calls]
-    return made
-
-
-def _read_arguments(call: Any) -> Any:
+    if not isinstance(message.get("role"), str):
+        raise Refused(f"`{where}.role` is missing, or no text", "messages")
+    if message.get("function_call"):
+        raise Refused(f"`{where}.function_call` is not supported by this server; write `tool_calls`", "messages")
     try:
-        function = call["function"]
-        arguments = function.get("arguments") or "{}"
+        content = content_of(message.get("content"), f"`{where}`", "this server reads text")
         return {
-            **call,
-            "function": {**function, "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments},
+            **message,
+            "content": content,
+            "tool_calls": [call_of(call) for call in message.get("tool_calls") or ()],
         }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Refused(f"`messages`: a tool call has a function with arguments in JSON: {error!r}", "messages") from None
+    except ValueError as error:
+        raise Refused(f"`{where}`: {error}", "messages") from None
+
+
+def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """The functions that a request offers, as a template is given them.
+
+    Raises:
+        Refused: one is not a function with a name, or its description and parameters are no text and no object.
+    """
+    for number, tool in enumerate(tools or ()):
+        function = tool.get("function")
+        if tool.get("type", "function") != "function" or not isinstance(function, Mapping):
+            raise Refused(f"`tools[{number}]` is not of the form {{'type': 'function', 'function': {{...}}}}", "tools")
+        for key, kind in (("name", str), ("description", str | None), ("parameters", dict | None)):
+            if not isinstance(function.get(key), kind):
+                raise Refused(f"`tools[{number}].function.{key}` is missing, or not of the right type", "tools")
+    return tools_sent(tools)
 
 
 # --- text ---------------------------------------------------------------------------------------------------------------
@@ -206,7 +270,7 @@ class Service:
     def __init__(self, folder: Path, name: str, max_model_len: int, max_num_seqs: int):
         from transformers import AutoTokenizer
 
-        self.name = name
+        self.name, self.folder = name, folder
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         context = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"]
         self.room = min(max_model_len, context)
@@ -219,32 +283,30 @@ class Service:
         Raises:
             Refused: the template does not take these messages.
         """
-        messages = [as_templates_have_it(message) for message in asked.messages]
-        known = template.reads(self.tokenizer).variables
-        variables = {key: value for key, value in asked.chat_template_kwargs.items() if key in known}
+        messages = [
+            as_templates_have_it(message, f"messages[{number}]") for number, message in enumerate(asked.messages)
+        ]
+        tools = read_tools(asked.tools)
         try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                template.spelled(messages, self.tokenizer),
-                **variables,
-                tools=asked.tools,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
-        except Exception as error:  # templates raise what they like
+            text = template.render(self.tokenizer, messages, tools, variables=asked.variables())
+        except template.TemplateRefusal as error:
             raise Refused(f"the chat template does not take these messages: {error}", "messages") from None
+        ids: list[int] = self.tokenizer(text, add_special_tokens=asked.add_special_tokens)["input_ids"]
         return ids
 
     def prompt(self, asked: Completion) -> list[int]:
         given: Any = asked.prompt
-        if isinstance(given, list) and given and isinstance(given[0], str):
+        if isinstance(given, list) and given and isinstance(given[0], str | list):
             if len(given) > 1:
                 raise Refused("`prompt`: one at a time is supported by this server", "prompt")
             given = given[0]
-        ids: list[int] = self.tokenizer(given)["input_ids"] if isinstance(given, str) else given
-        if not ids or not all(0 <= token < len(self.tokenizer) for token in ids):
+        if isinstance(given, str):
+            given = self.tokenizer(given, add_special_tokens=asked.add_special_tokens)["input_ids"]
+        if not isinstance(given, list) or not all(type(token) is int for token in given):
+            raise Refused("`prompt` is a text, or token ids, or a list that holds one of these", "prompt")
+        if not given or not all(0 <= token < len(self.tokenizer) for token in given):
             raise Refused("`prompt` is empty, or holds ids that the vocabulary lacks", "prompt")
-        return ids
+        return given
 
     def space(self, prompt: Sequence[int], wanted: int | None) -> int:
         """Tokens that an answer may have.
@@ -319,7 +381,8 @@ def build(service: Service) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": service.name, "object": "model", "created": 0, "owned_by": "qkit", "max_model_len": service.room}
+        entry = {"id": service.name, "object": "model", "created": 0, "owned_by": "qkit", "root": str(service.folder)}
+        entry["max_model_len"] = service.room
         return {"object": "list", "data": [entry]}
 
     @app.post("/v1/chat/completions")
@@ -329,6 +392,17 @@ def build(service: Service) -> FastAPI:
         asked.max_tokens = asked.max_completion_tokens or asked.max_tokens
         left = service.space(prompt, asked.max_tokens)
         return await _answered(service, asked, prompt, asked.sampling(left, left), CHAT, request)
+
+    @app.post("/tokenize")
+    async def tokenize(given: dict[str, Any]) -> dict[str, Any]:
+        """The ids that a request to either endpoint would be answered from; the same as vLLM's."""
+        try:
+            asked = (Chat if "messages" in given else Completion).model_validate({"model": service.name, **given})
+        except ValidationError as error:
+            raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
+        asked.check(service.name)
+        ids = service.chat_prompt(asked) if isinstance(asked, Chat) else service.prompt(asked)
+        return {"count": len(ids), "max_model_len": service.room, "tokens": ids}
 
     @app.post("/v1/completions")
     async def completions(asked: Completion, request: Request) -> Response:
@@ -352,9 +426,9 @@ def _handle_errors(app: FastAPI, figures: Figures) -> None:
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) if first["type"] != "json_invalid" else ""
+        param = str(first["loc"][1]) if first["type"] != "json_invalid" and len(first["loc"]) > 1 else None
         figures.requests.labels(400).inc()
-        return JSONResponse(_error(f"{where}: {first['msg']}" if where else str(first["msg"]), where or None, 400), 400)
+        return JSONResponse(_error(f"`{param}`: {first['msg']}" if param else str(first["msg"]), param, 400), 400)
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid)
