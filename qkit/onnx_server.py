@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from qkit import template
 from qkit.admission import KEEP_ALIVE_SECONDS, Admission
-from qkit.conversation import call_of, content_of, tools_sent
+from qkit.conversation import NOTHING, call_of, content_of, tools_sent
 from qkit.formats import RESERVED
 from qkit.onnx_engine import Ended, Engine, Sampling
 
@@ -60,7 +60,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "verbosity": ("medium",),
 }
-NOTHING: tuple[Any, ...] = ("", [], {})
 NEEDED = frozenset({"model", "messages", "prompt"})  # where nothing is not the same as no such parameter
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -100,14 +99,15 @@ class Asked(BaseModel):
         """Clients write null, and what else is nothing, for what they leave to the server."""
         if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if name in NEEDED or not _nothing(value)}
+        return {name: value for name, value in given.items() if name in NEEDED or value not in NOTHING}
 
     def check(self, served: str) -> None:
         """Raise Refused for another model, and for what this server does not do."""
         if self.model != served:
             raise Refused(f"the model `{self.model}` does not exist; there is `{served}`", "model", 404)
         for name, value in (self.model_extra or {}).items():
-            if name not in IDLE and not any(_same(value, neutral) for neutral in NEUTRAL.get(name, ())):
+            neutral = NEUTRAL.get(name, (False,))  # what is switched off needs no support
+            if name not in IDLE and not any(_same(value, one) for one in neutral):
                 raise Refused(f"`{name}` is not supported by this server", name)
         if self.seed is not None and self.temperature > 0:
             raise Refused("`seed` is not supported by this server, but for temperature 0", "seed")
@@ -153,10 +153,6 @@ class Completion(Asked):
 
     prompt: Any
     add_special_tokens: bool = True
-
-
-def _nothing(value: Any) -> bool:
-    return value is None or any(type(value) is type(nothing) and value == nothing for nothing in NOTHING)
 
 
 def _same(value: Any, other: Any) -> bool:

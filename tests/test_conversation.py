@@ -21,11 +21,12 @@ from qkit.recipe import Data
 from qkit.runtimes import vllm
 from qkit.task import Conversation, RowError
 from qkit.tokenization import Row, tokenize
-from qkit.turns import tools_of, turns_of
+from qkit.turns import Notes, tools_of, turns_of
 
 FILE = Path(__file__).parent / "golden" / "vllm_conversations.json"
 ORACLE = Path(__file__).parent / "vllm_oracle.py"
 MODEL = Tiny(bos="<s>")
+NOTES = Notes(Data())
 
 # Forms that templates of well-known models have; each shows all that it is given.
 PARTS = (
@@ -155,18 +156,10 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def rendered(tokenizer: Any, body: dict[str, Any]) -> str | None:
     """The prompt that training makes of a record with these turns and tools; None where it refuses it."""
     try:
-        turns = [turn for turn, _ in turns_of(as_record(body["messages"]), "messages")]
-        return template.render(tokenizer, turns, tuple(tools_of(body.get("tools"))))
+        turns = [turn for turn, _ in turns_of(body["messages"], "messages", NOTES)]
+        return template.render(tokenizer, turns, tuple(tools_of(body.get("tools"), NOTES)))
     except (template.TemplateRefusal, RowError):
         return None
-
-
-def as_record(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Thinking by the name that it has in data sets."""
-    return [
-        {("reasoning_content" if key == "reasoning" else key): value for key, value in turn.items()}
-        for turn in messages
-    ]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -218,9 +211,9 @@ def test_the_installed_vllm_still_does_so(golden: dict[str, Any], tmp_path: Path
 def rows_of(name: str, messages: list[dict[str, Any]], loss: str = "assistant") -> tuple[Any, list[Row]]:
     tokenizer = tokenizer_of(MODEL)
     tokenizer.chat_template = TEMPLATES[name]
-    turns = tuple(turn for turn, _ in turns_of(messages, "messages"))
+    turns = tuple(turn for turn, _ in turns_of(messages, "messages", NOTES))
     [made] = tokenize(
-        template.renderer(tokenizer), [Conversation(turns, tools=tuple(tools_of([ADD])))], Data(loss=loss)
+        template.renderer(tokenizer), [Conversation(turns, tools=tuple(tools_of([ADD], NOTES)))], Data(loss=loss)
     )
     assert isinstance(made, list), made
     return tokenizer, made
