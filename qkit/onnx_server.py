@@ -143,6 +143,8 @@ class Chat(Asked):
         given |= self.chat_template_kwargs | ({} if effort is None else {"reasoning_effort": effort})
         if reserved := RESERVED & given.keys():
             raise Refused(f"`chat_template_kwargs` cannot hold {', '.join(sorted(reserved))}", "chat_template_kwargs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise Refused("`continue_final_message` goes with `add_generation_prompt` false", "continue_final_message")
         asked = {"add_generation_prompt": self.add_generation_prompt}
         asked |= {"continue_final_message": True} if self.continue_final_message else {}
         return {**given, **asked, **({"documents": self.documents} if self.documents else {})}
@@ -195,6 +197,42 @@ def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]
             if not isinstance(function.get(key), kind):
                 raise Refused(f"`tools[{number}].function.{key}` is missing, or not of the right type", "tools")
     return tools_sent(tools)
+
+
+def chat_prompt(tokenizer: Any, asked: Chat) -> list[int]:
+    """The ids of a conversation, rendered by the model's own template as training rendered it.
+
+    Raises:
+        Refused: the template does not take these messages.
+    """
+    messages = [as_templates_have_it(message, f"messages[{number}]") for number, message in enumerate(asked.messages)]
+    tools = read_tools(asked.tools)
+    try:
+        text = template.render(tokenizer, messages, tools, variables=asked.variables())
+    except template.TemplateRefusal as error:
+        raise Refused(f"the chat template does not take these `messages`: {error}", "messages") from None
+    ids: list[int] = tokenizer(text, add_special_tokens=asked.add_special_tokens)["input_ids"]
+    return ids
+
+
+def text_prompt(tokenizer: Any, asked: Completion) -> list[int]:
+    """The ids of a prompt: its own, or those of its text.
+
+    Raises:
+        Refused: it is neither, or several, or has ids that the vocabulary lacks.
+    """
+    given: Any = asked.prompt
+    if isinstance(given, list) and given and isinstance(given[0], str | list):
+        if len(given) > 1:
+            raise Refused("`prompt`: one at a time is supported by this server", "prompt")
+        given = given[0]
+    if isinstance(given, str):
+        given = tokenizer(given, add_special_tokens=asked.add_special_tokens)["input_ids"]
+    if not isinstance(given, list) or not all(type(token) is int for token in given):
+        raise Refused("`prompt` is a text, or token ids, or a list that holds one of these", "prompt")
+    if not given or not all(0 <= token < len(tokenizer) for token in given):
+        raise Refused("`prompt` is empty, or holds ids that the vocabulary lacks", "prompt")
+    return given
 
 
 # --- text ---------------------------------------------------------------------------------------------------------------
@@ -272,37 +310,6 @@ class Service:
         self.room = min(max_model_len, context)
         self.engine = Engine(folder, max_num_seqs, failed=lambda: os.kill(os.getpid(), signal.SIGTERM))
         self.figures = Figures(self.engine)
-
-    def chat_prompt(self, asked: Chat) -> list[int]:
-        """Rendered by the model's own template.
-
-        Raises:
-            Refused: the template does not take these messages.
-        """
-        messages = [
-            as_templates_have_it(message, f"messages[{number}]") for number, message in enumerate(asked.messages)
-        ]
-        tools = read_tools(asked.tools)
-        try:
-            text = template.render(self.tokenizer, messages, tools, variables=asked.variables())
-        except template.TemplateRefusal as error:
-            raise Refused(f"the chat template does not take these messages: {error}", "messages") from None
-        ids: list[int] = self.tokenizer(text, add_special_tokens=asked.add_special_tokens)["input_ids"]
-        return ids
-
-    def prompt(self, asked: Completion) -> list[int]:
-        given: Any = asked.prompt
-        if isinstance(given, list) and given and isinstance(given[0], str | list):
-            if len(given) > 1:
-                raise Refused("`prompt`: one at a time is supported by this server", "prompt")
-            given = given[0]
-        if isinstance(given, str):
-            given = self.tokenizer(given, add_special_tokens=asked.add_special_tokens)["input_ids"]
-        if not isinstance(given, list) or not all(type(token) is int for token in given):
-            raise Refused("`prompt` is a text, or token ids, or a list that holds one of these", "prompt")
-        if not given or not all(0 <= token < len(self.tokenizer) for token in given):
-            raise Refused("`prompt` is empty, or holds ids that the vocabulary lacks", "prompt")
-        return given
 
     def space(self, prompt: Sequence[int], wanted: int | None) -> int:
         """Tokens that an answer may have.
@@ -384,7 +391,7 @@ def build(service: Service) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(asked: Chat, request: Request) -> Response:
         asked.check(service.name)
-        prompt = service.chat_prompt(asked)
+        prompt = chat_prompt(service.tokenizer, asked)
         asked.max_tokens = asked.max_completion_tokens or asked.max_tokens
         left = service.space(prompt, asked.max_tokens)
         return await _answered(service, asked, prompt, asked.sampling(left, left), CHAT, request)
@@ -397,13 +404,15 @@ def build(service: Service) -> FastAPI:
         except ValidationError as error:
             raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
         asked.check(service.name)
-        ids = service.chat_prompt(asked) if isinstance(asked, Chat) else service.prompt(asked)
+        ids = (
+            chat_prompt(service.tokenizer, asked) if isinstance(asked, Chat) else text_prompt(service.tokenizer, asked)
+        )
         return {"count": len(ids), "max_model_len": service.room, "tokens": ids}
 
     @app.post("/v1/completions")
     async def completions(asked: Completion, request: Request) -> Response:
         asked.check(service.name)
-        prompt = service.prompt(asked)
+        prompt = text_prompt(service.tokenizer, asked)
         left = service.space(prompt, asked.max_tokens)
         return await _answered(service, asked, prompt, asked.sampling(left, DEFAULT_MAX_TOKENS), PLAIN, request)
 
