@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qkit import scoring
+from qkit import request_forms, scoring
 from qkit.errors import ModelError, ParityFailed, ServerError, short
 from qkit.export._job import split
 from qkit.merged_folder import dtype_of
@@ -25,9 +25,11 @@ from qkit.tensor_files import SHARDS, read, shards, tensor_specs
 
 if TYPE_CHECKING:
     import httpx
+    from transformers import PreTrainedTokenizerBase
 
 OK, DIFFERS, NOTED, NOT_CHECKED = "ok", "differs", "noted", "not checked"
 ROWS = 8
+FORM_ROWS = 2  # of them are tried in the forms that users write, one with tools where there is one
 FORCED = 100.0  # added to the logit of a token that shall be said: the most that OpenAI's logit_bias takes
 # What vLLM takes from generation_config.json for requests that do not name it, and its own value where that does not either.
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -126,25 +128,60 @@ def _prompts(run: Run, server: _Asked, held_out: HeldOut, numbers: Sequence[int]
         if isinstance(answer, str):
             return Check(name, DIFFERS, f"held-out row {number}: refused: {answer}")
         if answer != list(held_out.rows[number].prompt):
-            return Check(name, DIFFERS, _parting(run, number, held_out.rows[number].prompt, answer))
-    tools = sum(bool(held_out.tools[number]) for number in numbers)
+            trained = held_out.rows[number].prompt
+            return Check(name, DIFFERS, _parting(_tokenizer(run), f"held-out row {number}", trained, answer))
+    tools = [number for number in numbers if held_out.tools[number]]
     given = [held_out.variables[number] for number in numbers if held_out.variables[number]]
     such = f", such as {short(json.dumps(given[0]))}, which its clients have to send" if given else ""
     more = f", {len(given)} with chat_template_kwargs{such}" if given else ""
-    said = f"{len(numbers)} held-out conversations, {tools} with tools{more}: the ids that training saw"
-    return Check(name, OK, said)
+    said = f"{len(numbers)} held-out conversations, {len(tools)} with tools{more}: the ids that training saw"
+    tried = [*tools[:1], *(number for number in numbers if number not in tools)][:FORM_ROWS]
+    return _as_users_write(run, server, held_out, tried, Check(name, OK, said))
 
 
-def _parting(run: Run, number: int, trained: Sequence[int], served: Sequence[int]) -> str:
-    """Where two prompts part, in words and in tokens."""
+def _as_users_write(run: Run, server: _Asked, held_out: HeldOut, numbers: Sequence[int], plain: Check) -> Check:
+    """The same of conversations in forms that rows seldom hold; `plain`, which their own form gave, where these agree as well."""
+    tokenizer, kept, refused = _tokenizer(run), dict[str, None](), dict[str, str]()
+    for number in numbers:
+        variables = held_out.variables[number]
+        for form in request_forms.forms(_as_request(held_out.messages[number]), held_out.tools[number]):
+            trained = request_forms.trained(tokenizer, form, variables)
+            answer = None if trained is None else server.prompt_ids(form.messages, form.tools, variables)
+            where = f"held-out row {number}, with {form.words}"
+            if isinstance(answer, list) and trained is not None and answer != trained:
+                return Check(plain.name, DIFFERS, _parting(tokenizer, where, trained, answer))
+            kept |= {form.words: None} if isinstance(answer, list) else {}
+            refused |= {form.words: answer} if isinstance(answer, str) else {}
+        if not held_out.tools[number] and (words := _without_tools(server, held_out, number)):
+            return Check(plain.name, DIFFERS, words)
+    more = f"; the ids that training makes also of {', '.join(kept)}" if kept else ""
+    more += "".join(f"; {words} is refused: {why[:100]}" for words, why in refused.items())
+    return replace(plain, detail=plain.detail + more)
+
+
+def _without_tools(server: _Asked, held_out: HeldOut, number: int) -> str:
+    """What is wrong with an empty list of tools: it is refused, or no tools at all."""
+    made = server.counted(held_out.messages[number], held_out.variables[number])
+    wanted = len(held_out.rows[number].prompt)
+    if made in (None, wanted):
+        return ""
+    return f"held-out row {number}, with tools: []: it makes {made} prompt tokens where training saw {wanted} of no tools at all"
+
+
+def _tokenizer(run: Run) -> PreTrainedTokenizerBase:
+    """The one that training had."""
     from qkit.model import tokenizer_of
 
+    return tokenizer_of(run.recipe.model)
+
+
+def _parting(tokenizer: PreTrainedTokenizerBase, where: str, trained: Sequence[int], served: Sequence[int]) -> str:
+    """Where two prompts part, in words and in tokens."""
     pairs = zip(trained, served, strict=False)
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(trained), len(served)))
-    tokenizer = tokenizer_of(run.recipe.model)
     seen, made = (tokenizer.decode(list(ids[place : place + 12])) for ids in (trained, served))
     return (
-        f"held-out row {number}: it makes {len(served)} prompt tokens where training saw {len(trained)}; from token {place} on "
+        f"{where}: it makes {len(served)} prompt tokens where training saw {len(trained)}; from token {place} on "
         f"training saw {seen!r}, it writes {made!r}: the template or the tokenizer changed on the way"
     )
 
@@ -272,9 +309,12 @@ class _Asked(Protocol):
         """The model folder that it serves, when it is on this machine."""
 
     def prompt_ids(
-        self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any]
+        self, messages: Sequence[Any], tools: Sequence[Any] | None, variables: Mapping[str, Any]
     ) -> list[int] | str | None:
         """The ids that it makes of a conversation; why it refuses; None if it cannot be asked."""
+
+    def counted(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> int | None:
+        """How many tokens the prompt of an answer has where the request says `tools: []`; None if that is refused."""
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
         """Whether saying this token ends an answer."""
@@ -299,23 +339,29 @@ class _Folder:
         return self.path
 
     def prompt_ids(
-        self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any]
+        self, messages: Sequence[Any], tools: Sequence[Any] | None, variables: Mapping[str, Any]
     ) -> list[int] | str | None:
         from qkit import model, recipe, template
 
         try:
             self.tokenizer = self.tokenizer or model.load_tokenizer(self.path, recipe.Model(source=str(self.path)))
-            text = template.render(self.tokenizer, messages, tools, answered=False, variables=variables)
+            text = template.render(self.tokenizer, messages, tools, variables=variables)
         except (ModelError, template.TemplateRefusal, OSError, ValueError) as error:
             return self.refusal or str(error)[:300]
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
+    def counted(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> int | None:
+        made = self.prompt_ids(messages, [], variables)
+        return len(made) if isinstance(made, list) else None
+
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
-        """The generation config decides; without one transformers and vLLM take the config's."""
+        """The generation config decides; without one transformers and vLLM take the config's. onnxruntime-genai has a config of its own."""
+        if genai := _read(self.path / "genai_config.json"):
+            return token in _listed(genai["model"]["eos_token_id"])
         own, config = _read(self.path / "generation_config.json"), _read(self.path / "config.json")
         named = own.get("eos_token_id", config.get("eos_token_id"))
-        return token in (named if isinstance(named, list) else [named])
+        return token in _listed(named)
 
     def said(
         self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
@@ -365,18 +411,23 @@ class _Server:
                 f"no server answers at {self.url} ({type(error).__name__}); start one with `qkit serve`"
             ) from None
         if answer.status_code != 200 and not refusable:
-            raise ServerError(f"the server at {self.url} answered {answer.status_code} to {path}: {answer.text[:300]}")
+            raise self._unexpected(answer)
         return answer
+
+    def _unexpected(self, answer: httpx.Response) -> ServerError:
+        path = answer.request.url.path
+        return ServerError(f"the server at {self.url} answered {answer.status_code} to {path}: {answer.text[:300]}")
 
     def folder(self) -> Path | None:
         folder = Path(self.described.get("root") or "")
         return folder if (folder / "config.json").is_file() else None
 
     def prompt_ids(
-        self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any]
+        self, messages: Sequence[Any], tools: Sequence[Any] | None, variables: Mapping[str, Any]
     ) -> list[int] | str | None:
         body = {"model": self.model, "messages": _as_request(messages), "add_generation_prompt": True}
-        more = {**({"tools": list(tools)} if tools else {}), **_given(variables)}
+        offered: dict[str, Any] = {"tools": list(tools)} if tools else {} if tools is not None else {"tools": None}
+        more = {**offered, **_given(variables)}
         answer = self._ask("POST", "/tokenize", {**body, **more}, refusable=True)
         if answer.status_code in (404, 405):
             return None
@@ -385,10 +436,23 @@ class _Server:
         tokens: list[int] = answer.json()["tokens"]
         return tokens
 
+    def counted(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> int | None:
+        body = {"model": self.model, "messages": _as_request(messages), "tools": [], **_given(variables)}
+        answer = self._ask(
+            "POST", "/v1/chat/completions", {**body, "max_tokens": 1, "temperature": 0.0}, refusable=True
+        )
+        return int(answer.json()["usage"]["prompt_tokens"]) if answer.status_code == 200 else None
+
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
+        """A server that cannot be made to say a token is taken at the word of its folder."""
         body = {"model": self.model, "prompt": list(prompt), "max_tokens": 3, "temperature": 0.0}
-        choice = self._ask("POST", "/v1/completions", {**body, "logit_bias": {str(token): FORCED}}).json()["choices"][0]
-        return bool(choice["finish_reason"] == "stop")
+        asked, folder = {**body, "logit_bias": {str(token): FORCED}}, self.folder()
+        answer = self._ask("POST", "/v1/completions", asked, refusable=folder is not None)
+        if answer.status_code == 400 and folder is not None:
+            return _Folder(folder).stops_at(prompt, token)
+        if answer.status_code != 200:
+            raise self._unexpected(answer)
+        return bool(answer.json()["choices"][0]["finish_reason"] == "stop")
 
     def said(
         self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
@@ -407,6 +471,10 @@ class _Server:
             return answer.text[:300]
         message: dict[str, Any] = answer.json()["choices"][0]["message"]
         return message
+
+
+def _listed(tokens: Any) -> list[Any]:
+    return tokens if isinstance(tokens, list) else [tokens]
 
 
 def _as_request(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -101,6 +101,12 @@ class Asked(BaseModel):
             return given
         return {name: value for name, value in given.items() if name in NEEDED or value not in NOTHING}
 
+    def take(self, own: Mapping[str, Any]) -> None:
+        """The model's own values for what the request does not say."""
+        for name, value in own.items():
+            if name not in self.model_fields_set:
+                setattr(self, name, value)
+
     def check(self, served: str) -> None:
         """Raise Refused for another model, and for what this server does not do."""
         if self.model != served:
@@ -298,6 +304,16 @@ class Piece:
 # --- the server ---------------------------------------------------------------------------------------------------------
 
 
+OWN = ("temperature", "top_p", "top_k", "repetition_penalty")  # of a generation config, as vLLM takes them for requests
+
+
+def own_sampling(folder: Path) -> dict[str, Any]:
+    """How the model wants to be sampled where a request does not say."""
+    file = folder / "generation_config.json"
+    held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {name: held[name] for name in OWN if held.get(name) is not None}
+
+
 class Service:
     """The model, its tokenizer and its figures."""
 
@@ -307,6 +323,7 @@ class Service:
         self.name, self.folder = name, folder
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         context = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"]
+        self.own = own_sampling(folder)
         self.room = min(max_model_len, context)
         self.engine = Engine(folder, max_num_seqs, failed=lambda: os.kill(os.getpid(), signal.SIGTERM))
         self.figures = Figures(self.engine)
@@ -390,6 +407,7 @@ def build(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(asked: Chat, request: Request) -> Response:
+        asked.take(service.own)
         asked.check(service.name)
         prompt = chat_prompt(service.tokenizer, asked)
         asked.max_tokens = asked.max_completion_tokens or asked.max_tokens
@@ -411,6 +429,7 @@ def build(service: Service) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(asked: Completion, request: Request) -> Response:
+        asked.take(service.own)
         asked.check(service.name)
         prompt = text_prompt(service.tokenizer, asked)
         left = service.space(prompt, asked.max_tokens)

@@ -442,10 +442,7 @@ def keep_contract(serving: Serving, running: Server) -> None:
     """
     if serving.run is None or not serving.contract:
         return
-    if serving.runtime == "vllm":
-        found = contract.check(serving.run, running.url, running.name, headers=running.headers)
-    else:  # qkit's own server reads template and stop tokens from the folder, and has no endpoint that shows tokens
-        found = contract.check_folder(serving.run, Path(serving.model))
+    found = contract.check(serving.run, running.url, running.name, headers=running.headers)
     found.enforce()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ import yaml
 from conftest import tiny_settings
 from test_pipeline import qkit
 
-from qkit import compare, contract, pipeline
+from qkit import compare, contract, conversation, pipeline, server
 from qkit.device import detect
 from qkit.errors import ParityFailed, ServerError
+from qkit.export import onnx as exporter
+from qkit.export._job import Job
 from qkit.progress import Progress
 from qkit.recipe import Serve, load
 from qkit.run import Run, read_json, write_json
@@ -66,6 +69,12 @@ def rows() -> Iterator[dict[str, Any]]:
             }
 
 
+FORMS = (
+    "text in parts, a question in two parts, an earlier call and its result, an earlier answer with its thinking, "
+    "a system turn in parts, a developer turn in parts"
+)
+
+
 @dataclass(frozen=True)
 class Served:
     run: Run
@@ -98,12 +107,12 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
         plain = vllm.argv
         patch.setattr(vllm, "argv", lambda *given: [*plain(*given), *PARSER])
         section = Serve(port=0, max_model_len=512, enforce_eager=True)
-        server = vllm.Server(run.folder("merge"), "tiny", section, detect(), folder / "vllm.log")
+        running = vllm.Server(run.folder("merge"), "tiny", section, detect(), folder / "vllm.log")
     try:
-        server.wait()
-        yield Served(run, server.url)
+        running.wait()
+        yield Served(run, running.url)
     finally:
-        server.stop()
+        running.stop()
 
 
 def by_name(found: contract.Contract) -> dict[str, contract.Check]:
@@ -123,7 +132,70 @@ def test_a_server_that_keeps_the_contract(served: Served) -> None:
         '1 with chat_template_kwargs, such as {"terse": true}, which its clients have to send'
         in checks["prompt tokens"].detail
     )
+    assert checks["prompt tokens"].detail.endswith(f"; the ids that training makes also of {FORMS}")
     assert checks["tool calls"].detail.startswith("4 trained answers")
+
+
+@pytest.fixture(scope="module")
+def ours(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of qkit's own server on the ONNX export of the same merged model."""
+    pytest.importorskip("onnxruntime_genai")
+    folder = tmp_path_factory.mktemp("onnx")
+    merged, how = served.run.folder("merge"), served.run.recipe
+    exporter.export(Job(merged, merged, merged, merged, how, folder / "export.log"), folder / "tiny", "fp32")
+    section = Serve(port=0, max_model_len=512)
+    port = server.free_port(section)
+    options = {"model": str(folder / "tiny"), "served-model-name": "tiny", "port": str(port), "max-model-len": "512"}
+    argv = (sys.executable, "-m", "qkit.onnx_server", *server.command(tuple(options.items())))
+    running = server.Server(server.Program("the ONNX server", argv), "tiny", section, port, folder / "server.log")
+    try:
+        running.wait()
+        yield running.url
+    finally:
+        running.stop()
+
+
+def test_our_own_server_keeps_it_too(served: Served, ours: str) -> None:
+    """It cannot be made to say a token: its folder says where it stops."""
+    found = contract.check(served.run, ours)
+    found.enforce()
+    checks = by_name(found)
+    assert {name: check.status for name, check in checks.items()} == {
+        **dict.fromkeys(("prompt tokens", "stop tokens", "length"), "ok"),
+        **dict.fromkeys(("dtype", "tied head", "tool calls"), "not checked"),
+        "default sampling": "noted",
+    }
+    assert checks["prompt tokens"].detail.endswith(f"; the ids that training makes also of {FORMS}")
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "form"),
+    [
+        ("content", lambda text: text.replace("\nAnd now?", "And now?"), "a question in two parts"),
+        ("tool_calls", lambda _: [], "an earlier call and its result"),
+    ],
+)
+def test_a_rule_that_only_users_requests_show_is_found_out(
+    key: str, change: Any, form: str, served: Served, ours: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out rows hold nothing of the kind; here it is training that has the other rule."""
+    rule = conversation.served
+
+    def otherwise(*given: Any) -> list[dict[str, Any]]:
+        return [{**turn, **({key: change(turn[key])} if key in turn else {})} for turn in rule(*given)]
+
+    monkeypatch.setattr(conversation, "served", otherwise)
+    found = contract.check(served.run, ours)
+    assert [check.name for check in found.broken] == ["prompt tokens"]
+    assert f"row 0, with {form}: it makes" in found.broken[0].detail
+
+
+def test_an_empty_list_of_tools_that_changes_the_prompt_is_found_out(
+    served: Served, ours: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contract._Server, "counted", lambda *_: 31)
+    [broken] = contract.check(served.run, ours).broken
+    assert "with tools: []: it makes 31 prompt tokens where training saw" in broken.detail
 
 
 def trained_otherwise(served: Served, folder: Path, *settings: str) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("prometheus_client")
 from pydantic import ValidationError
 
 from qkit import template
-from qkit.onnx_server import Chat, Completion, Refused, chat_prompt, text_prompt
+from qkit.onnx_server import Chat, Completion, Refused, chat_prompt, own_sampling, text_prompt
 
 GOLDEN = json.loads(FILE.read_text(encoding="utf-8"))
 TALK = {"messages": [user("a")]}
@@ -154,3 +155,14 @@ def test_what_is_needed_is_not_left_out() -> None:
     for body in ({}, {"messages": None}, {"messages": []}, {"messages": ""}):
         with pytest.raises(ValidationError, match="messages"):
             asked(body)
+
+
+def test_the_model_s_own_sampling_is_what_a_request_gets_that_does_not_say(tmp_path: Path) -> None:
+    assert own_sampling(tmp_path) == {}
+    held = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": None, "eos_token_id": 2}
+    (tmp_path / "generation_config.json").write_text(json.dumps(held))
+    own = own_sampling(tmp_path)
+    made = [asked({**TALK, **said}) for said in ({}, {"temperature": 0}, {"temperature": None, "top_k": 5})]
+    for one in made:
+        one.take(own)
+    assert [(one.temperature, one.top_k, one.top_p) for one in made] == [(0.6, 20, 1.0), (0, 20, 1.0), (0.6, 5, 1.0)]
