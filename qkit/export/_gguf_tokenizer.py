@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.tensor_files import TEMPLATES
+
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+DEFAULT = "default"  # llama.cpp takes the one called tool_use where tools are offered, as transformers does
 FILE = "tokenizer.json"
 # How text is cut before merging, and what llama.cpp calls it (src/llama-vocab.cpp, the table of tokenizer_pre).
 SPLITS = {
@@ -64,8 +67,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
     merges = tokenizer["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     _special(writer, folder, tokens)
-    if template := template_of(folder):
-        writer.add_chat_template(template)
+    if templates := templates_of(folder):
+        writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items()])
 
 
 def stops(folder: Path) -> list[int]:
@@ -75,14 +78,17 @@ def stops(folder: Path) -> list[int]:
 
 
 def template_of(folder: Path) -> str | None:
-    """The chat template, from its own file or from the tokenizer's settings."""
-    file = folder / "chat_template.jinja"
-    found = (
-        file.read_text(encoding="utf-8")
-        if file.is_file()
-        else _read(folder / "tokenizer_config.json").get("chat_template")
-    )
-    return found if isinstance(found, str) else None
+    """The chat template for conversations that offer no tools."""
+    return templates_of(folder).get(DEFAULT)
+
+
+def templates_of(folder: Path) -> dict[str, str]:
+    """The chat templates by name, from their own files or from the tokenizer's settings."""
+    held = _read(folder / "tokenizer_config.json").get("chat_template")
+    listed = held if isinstance(held, list) else [{"name": DEFAULT, "template": held}] if isinstance(held, str) else []
+    files = [*folder.glob("chat_template.jinja"), *sorted((folder / TEMPLATES).glob("*.jinja"))]
+    named = {DEFAULT if file.parent == folder else file.stem: file.read_text(encoding="utf-8") for file in files}
+    return {one["name"]: one["template"] for one in listed} | named
 
 
 def _read(file: Path) -> dict[str, Any]:
