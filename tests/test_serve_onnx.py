@@ -120,6 +120,43 @@ def test_completions(client: openai.OpenAI) -> None:
     assert said[0].choices[0].text == said[1].choices[0].text and said[0].usage.completion_tokens == 16
 
 
+def test_a_prompt_of_ids_says_what_its_text_says(served: Served, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": TEXT_MODEL, "temperature": 0}
+    ids = tokens(served, prompt="abc")
+    said = [client.completions.create(**asked, prompt=prompt) for prompt in ("abc", ids, [ids])]
+    assert len({one.choices[0].text for one in said}) == 1 and {one.usage.prompt_tokens for one in said} == {len(ids)}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**asked, prompt=[ids, ids])
+    assert caught.value.param == "prompt"
+
+
+def tokens(served: Served, **body: Any) -> list[int]:
+    """What /tokenize makes of a request."""
+    answer = httpx.post(f"{served.url}/tokenize", headers={"Authorization": f"Bearer {KEY}"}, json=body)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    assert found["count"] == len(found["tokens"]) and found["max_model_len"] == LENGTH
+    return list(found["tokens"])
+
+
+def test_it_shows_the_ids_of_a_prompt(served: Served, client: openai.OpenAI, tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(tiny_model).apply_chat_template(
+        TURNS, add_generation_prompt=True, return_dict=False
+    )
+    assert (
+        tokens(served, messages=TURNS) == tokens(served, model=TEXT_MODEL, messages=TURNS, tools=[], stop=None) == ids
+    )
+    assert {chat(client, **more).usage.prompt_tokens for more in ({}, {"tools": []}, {"tools": None})} == {len(ids)}
+    for body, param in (({"messages": "a"}, "messages"), ({"prompt": [[1], [2]]}, "prompt"), ({}, "prompt")):
+        answer = httpx.post(f"{served.url}/tokenize", headers={"Authorization": f"Bearer {KEY}"}, json=body)
+        error = answer.json()["error"]
+        assert (
+            answer.status_code == 400 and error["param"] == param and set(error) == {"message", "type", "param", "code"}
+        )
+
+
 def test_tools_reach_the_template(client: openai.OpenAI) -> None:
     tool: Any = {"type": "function", "function": {"name": "pick", "parameters": {}}}
     assert chat(client, tools=[tool]).choices[0].message.content
@@ -141,6 +178,8 @@ def test_tools_reach_the_template(client: openai.OpenAI) -> None:
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
             "messages",
         ),
+        ({"stop": [["a"]]}, "stop"),
+        ({"extra_body": {"n": "two"}}, "n"),
         ({"max_tokens": 100_000}, "max_tokens"),
         ({"messages": [{"role": "user", "content": "a" * LENGTH}], "max_tokens": None}, "messages"),
         ({"messages": [{"rôle": "user"}]}, "messages"),
@@ -196,7 +235,18 @@ def test_what_the_engine_s_bindings_refuse_ends_one_request_and_not_the_server(s
 
 def test_what_changes_nothing_is_let_through(client: openai.OpenAI) -> None:
     assert chat(
-        client, seed=1, user="me", frequency_penalty=0, logprobs=False, response_format={"type": "text"}
+        client,
+        seed=1,
+        user="me",
+        frequency_penalty=0,
+        logprobs=False,
+        response_format={"type": "text"},
+        parallel_tool_calls=True,
+        store=False,
+        service_tier="auto",
+        n=1,
+        logit_bias={},
+        tools=[],
     ).choices
 
 
