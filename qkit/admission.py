@@ -1,8 +1,8 @@
 """What a server lets in, as ASGI middleware: readiness, draining, the key on every path, and limits on size and number.
 
 vLLM loads it (`--middleware qkit.admission.Admission`) into its own process, qkit's ONNX server too. vLLM has no limit on a request's
-size, guards only some of its paths with the key, and answers 200 on /health while it shuts down. A request costs one `stat` and a few
-comparisons more; tokens pass untouched. Nothing beyond the standard library is imported.
+size, guards only some of its paths with the key, answers 200 on /health while it shuts down, and refuses some ways to write nothing
+(`qkit.absence`). A request costs one `stat` and a few comparisons more; tokens pass untouched. Nothing beyond the standard library is imported.
 
     /health   200, or 503 while draining; then `{"draining": true, "in_flight": N}`
     else      401 without the key, 503 while draining, 429 beyond the number, 411 and 413 for bodies without or beyond a size
@@ -23,6 +23,8 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from qkit import absence
 
 DRAIN_FILE = "QKIT_DRAIN_FILE"  # the server drains while this file is there
 MAX_BODY_BYTES = "QKIT_MAX_BODY_BYTES"
@@ -106,7 +108,8 @@ class Admission:
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.in_flight += 1
         try:
-            await self.app(scope, receive, send)
+            asks = scope["type"] == "http" and scope["path"].endswith(absence.PATHS)
+            await self.app(scope, await absence.received(receive) if asks else receive, send)
         finally:
             self.in_flight -= 1
 

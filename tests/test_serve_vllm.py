@@ -121,6 +121,18 @@ def test_chat_with_usage(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens <= 8 and answer.usage.prompt_tokens == 24
 
 
+def test_what_says_nothing_changes_nothing(client: openai.OpenAI) -> None:
+    """vLLM itself refuses an empty list of tools, and a name that is null."""
+    turn = {"role": "user", "name": None, "content": [{"type": "text", "text": "say a"}]}
+    for asked in (
+        {"tools": [], "tool_choice": "auto"},
+        {"tools": None},
+        {"messages": [turn]},
+        {"stop": [], "logit_bias": {}},
+    ):
+        assert chat(client, **asked).usage.prompt_tokens == 24, asked
+
+
 def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
     check_streams_alike(chat, client)
 

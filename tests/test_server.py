@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from qkit import admission, serve, server
+from qkit import absence, admission, serve, server
 from qkit.admission import Admission, Limits
 from qkit.device import Device
 from qkit.errors import ServerError
@@ -182,6 +183,58 @@ class Asking:
             self.sent.append(message)
 
         await self.door({"type": kind, "path": path, "method": "POST", "headers": list(headers)}, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("sent", "handed_on"),
+    [
+        ({"tools": [], "stop": []}, {"stop": []}),
+        ({"tools": [], "tool_choice": "auto"}, {}),
+        ({"tools": [], "tool_choice": "required"}, {"tool_choice": "required"}),
+        ({"messages": [{"role": "user", "name": None}]}, {"messages": [{"role": "user"}]}),
+        ({"messages": [{"role": "user", "name": "é"}], "tools": []}, {"messages": [{"role": "user", "name": "é"}]}),
+    ],
+)
+def test_what_says_nothing_is_taken_out(sent: dict[str, Any], handed_on: dict[str, Any]) -> None:
+    assert json.loads(absence.without_nothings(json.dumps(sent).encode())) == handed_on
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages": [{"content": "\\"tools\\": []"}]}',
+        b'{"tools": [{"name": "f"}], "a": 1e999}',
+        b'{"tools": [], ',
+        b'[{"tools": []}]',
+        b'{"metadata": {"tools": []},  "tools": null}',
+        b'{"tools": [], "a": 1e999}',
+        b"\xff",
+        b"",
+    ],
+)
+def test_other_bodies_are_handed_on_to_the_byte(body: bytes) -> None:
+    assert absence.without_nothings(body) == body
+
+
+def test_a_body_in_pieces_is_one_request_and_a_client_that_goes_is_heard_of() -> None:
+    events = [
+        {"type": "http.request", "body": b'{"tools"', "more_body": True},
+        {"type": "http.request", "body": b": []}", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+
+    async def asked(events: list[Any]) -> list[Any]:
+        async def receive() -> Any:
+            return events.pop(0)
+
+        again = await absence.received(receive)
+        return [await again() for _ in range(1 + len(events))]
+
+    assert asyncio.run(asked(list(events))) == [
+        {"type": "http.request", "body": b"{}", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+    assert asyncio.run(asked([events[0], events[2]])) == [{"type": "http.disconnect"}]
 
 
 @pytest.mark.parametrize(
