@@ -35,7 +35,7 @@ TEXTS = {
 }  # by type: where a part has its text
 FUNCTION = ("name", "description", "parameters")
 OPTIONAL = ("strict", "defer_loading")
-KNOWN = frozenset({*FUNCTION, *OPTIONAL})
+FUNCTION_KEYS = (*FUNCTION, *OPTIONAL)
 REASONING = ("reasoning", "reasoning_content")  # what a server gives the thinking of a turn as
 THOUGHTS = (*REASONING, "thinking")  # the first that is there counts
 OWN = frozenset({"role", "content", "tool_calls", "tool_call_id", *THOUGHTS})

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qkit.conversation import content_of
+from qkit.conversation import FUNCTION_KEYS, content_of
 from qkit.errors import short
 from qkit.recipe import Data
 from qkit.rows import Struct, decode
@@ -32,6 +32,7 @@ MARKS = ("train", "weight")
 ANSWER = (*THINKING, "tool_calls", "function_call")  # of an assistant's turn
 PART = ("type", "text", "refusal")
 TOOL = ("type", "function")
+OFFERED = (*FUNCTION_KEYS, *TOOL)  # of a function that is offered: what a server hands on
 CALL = ("id", "type", "function")
 FUNCTION = ("name", "arguments")
 NOTED = 40  # names of a record that nothing reads
@@ -191,7 +192,9 @@ def tools_of(value: Any, notes: Notes) -> Iterator[Mapping[str, Any]]:
         if "function" in given:
             notes.take(given, TOOL, path)
         function = given.get("function", tool)
-        _name(_mapping(function, where, path, notes), where)
+        held = _mapping(function, where, path, notes)
+        _name(held, where)
+        notes.take(held, OFFERED, f"{path}.function" if "function" in given else path)
         yield {"type": "function", "function": without_fillers(function)}
 
 

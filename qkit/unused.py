@@ -15,7 +15,7 @@ from qkit.formats import KNOWN, KWARGS
 from qkit.preparation import Entry
 from qkit.rows import ANSWER as ANSWERS
 from qkit.task import Reads
-from qkit.turns import ANSWER, CALL, FUNCTION, MARKS, PART, TOOL, TURN, printable
+from qkit.turns import ANSWER, CALL, FUNCTION, MARKS, OFFERED, PART, TURN, printable
 
 NAMED = 8  # names that the message has, the most frequent ones
 INSIDE = {
@@ -24,7 +24,7 @@ INSIDE = {
     "tool_calls": CALL + FUNCTION,
     "function_call": FUNCTION,
     "function": FUNCTION,
-    "tools": TOOL,
+    "tools": OFFERED,
 }
 LABELS = {"label", "labels", "class", "category", "intent", "sentiment", "tags", "ner_tags", "target"}
 REMEDY = (
@@ -61,6 +61,8 @@ def _known(name: str, reads: Reads) -> Iterable[str]:
         return {*KNOWN, *reads.variables}
     if above == KWARGS:
         return reads.variables
+    if above.endswith("tools.function"):
+        return OFFERED
     return INSIDE.get(above.rpartition(".")[2]) or {*TURN, *MARKS, *ANSWER, *reads.keys}
 
 

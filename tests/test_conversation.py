@@ -205,6 +205,12 @@ def test_the_installed_vllm_still_does_so(golden: dict[str, Any], tmp_path: Path
         assert {request: rendered(tokenizer, body) for request, body in REQUESTS.items()} == told[name]["prompts"], name
 
 
+def test_what_a_server_leaves_out_of_a_function_is_noted() -> None:
+    notes = Notes(Data())
+    assert list(tools_of([FIND, BARE, {"name": "f", "required": ["a"]}], notes))
+    assert list(notes.unread) == ["tools.x", "tools.function.returns", "tools.required"]
+
+
 # --- what is learnt ---------------------------------------------------------------------------------------------------
 
 
