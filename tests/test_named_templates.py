@@ -163,7 +163,11 @@ def test_a_gguf_file_names_them(kind: str, tmp_path: Path, request: pytest.Fixtu
 def test_vllm_is_given_an_adapter_s_tokenizer_where_one_template_would_not_do(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from transformers import AutoTokenizer
+
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "b"}')
+    (folder / "config.json").unlink()
+    assert AutoTokenizer.from_pretrained(folder).chat_template == NAMED  # as vLLM loads what --tokenizer names
     monkeypatch.setattr(served_adapter, "check_adapter", lambda *_: {"max_lora_rank": 8})
     assert served_adapter.options(folder, "a")["tokenizer"] == str(folder)
     assert "chat-template" not in served_adapter.options(folder, "a")
