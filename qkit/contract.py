@@ -182,8 +182,17 @@ def _parting(tokenizer: PreTrainedTokenizerBase, where: str, trained: Sequence[i
     seen, made = (tokenizer.decode(list(ids[place : place + 12])) for ids in (trained, served))
     return (
         f"{where}: it makes {len(served)} prompt tokens where training saw {len(trained)}; from token {place} on "
-        f"training saw {seen!r}, it writes {made!r}: the template or the tokenizer changed on the way"
+        f"training saw {seen!r}, it writes {made!r}: {_why(tokenizer)}"
     )
+
+
+def _why(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What makes prompts part, as far as it can be known."""
+    from qkit.template import date_formats, texts
+
+    if any(date_formats(text) for text in texts(tokenizer)):
+        return "the template writes today's date, or it changed on the way; a copy with the date left out, as model.chat_template, lasts"
+    return "the template or the tokenizer changed on the way"
 
 
 def _stop(run: Run, server: _Asked, held_out: HeldOut) -> Check:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import tiny_settings
+from conftest import build_tokenizer, tiny_settings
 from test_pipeline import qkit
 
 from qkit import compare, contract, conversation, pipeline, server
@@ -286,6 +286,19 @@ def test_what_a_request_gets_that_names_no_temperature(
     write_json(tmp_path / "generation_config.json", config)
     found = contract._sampling(tmp_path)
     assert found.status == status and said in found.detail
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", "the template writes today's date"),
+        ("{{ messages }}", "the tokenizer changed"),
+    ],
+)
+def test_a_template_that_writes_the_date_is_named_as_the_cause(text: str, said: str) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = text
+    assert said in contract._parting(tokenizer, "row 0", [3, 4], [3, 5])
 
 
 def test_no_server_and_no_such_model(served: Served) -> None:

@@ -165,7 +165,10 @@ def test_columns_that_are_not_there_are_named(columns: dict[str, str], record: d
 @pytest.mark.parametrize(
     ("turn", "expected"),
     [
-        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]}, {"content": "a\nb"}),
+        (
+            {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]},
+            {"content": "a\nb"},
+        ),
         ({"content": [{"type": "text", "text": ""}, {"type": "output_text", "text": "b"}]}, {"content": "b"}),
         ({"content": [], "tool_calls": [CALL]}, {"content": "", "tool_calls": [CALL]}),
         ({"content": "a", "tool_calls": ""}, {"content": "a"}),
