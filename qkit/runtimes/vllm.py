@@ -229,6 +229,16 @@ class VllmRuntime(Runtime):
         base = {"model": self.live["model"], "prompt": list(prompt), "temperature": 0.0, "return_token_ids": True}
         return {**base, **extra}
 
+    def prompt_ids(self, messages: Sequence[Any], tools: Sequence[Any] = ()) -> list[int]:
+        """The token ids that the server makes of a conversation, ready for the assistant to answer."""
+        body = {"model": self.live["model"], "messages": list(messages), "add_generation_prompt": True}
+        if tools:
+            body["tools"] = list(tools)
+        answer = self.client.post("/tokenize", json=body)
+        answer.raise_for_status()
+        tokens: list[int] = answer.json()["tokens"]
+        return tokens
+
     def timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[Timing]:
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(lambda prompt: self._timed(prompt, output_tokens), prompts))
