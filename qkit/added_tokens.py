@@ -22,7 +22,7 @@ from qkit import template
 from qkit.errors import ModelError
 from qkit.run import need_disk
 from qkit.source import sha256_of
-from qkit.tensor_files import TEMPLATES, TensorFile, fingerprint, read, shards, tensor_specs
+from qkit.tensor_files import TensorFile, fingerprint, read, shards, tensor_specs
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,7 @@ def settle(model: PeftModel) -> None:
 
 def key(folder: Path, tokens: Sequence[str]) -> str:
     """Hash of a model and the tokens that are added to it."""
-    files = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
+    files = [*folder.iterdir(), *(folder / template.OTHERS).glob("*.jinja")]
     beside = {file.name: sha256_of(file) for file in sorted(files) if _beside_weights(file)}
     return hashlib.sha256(json.dumps([fingerprint(folder), beside, list(tokens)]).encode()).hexdigest()
 

@@ -25,7 +25,7 @@ from qkit.progress import Progress
 from qkit.recipe import Recipe, from_dict
 from qkit.run import Run, make_folder, need_disk, read_json, write_json
 from qkit.runtime import open_runtime
-from qkit.tensor_files import copy_templates, shards
+from qkit.tensor_files import shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -241,7 +241,6 @@ def _take_tokenizer(adapter: Path, out: Path) -> None:
         file.unlink()
     for file in _tokenizer_files(adapter):
         shutil.copyfile(file, out / file.name)
-    copy_templates(adapter, out)
     if (end := AutoTokenizer.from_pretrained(str(out)).eos_token_id) is not None:
         add_stop_token(out, end)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from qkit import model, provenance
 from qkit.merging import Base, merge
-from qkit.recipe import Dtype, Model
+from qkit.recipe import Dtype
 from qkit.run import Run, make_folder, read_json
-from qkit.tensor_files import TEMPLATES, copy_companions
+from qkit.tensor_files import copy_companions
 
 
 def write_folder(
@@ -31,17 +30,11 @@ def write_folder(
     section = run.recipe.merge.model_copy(update={"dtype": dtype or run.recipe.merge.dtypes[0]})
     merge(folder, adapter, out, base, section, note, run.progress)  # with a config.json of its own
     if run.recipe.model.chat_template or run.recipe.model.add_tokens:
-        write_tokenizer(run.recipe.model, out)
+        model.tokenizer_of(run.recipe.model).save_pretrained(str(out))
     if (tokens := run.folder("data") / "tokens.json").is_file():
         _write_stop_tokens(out, json.loads(tokens.read_text(encoding="utf-8"))["stop"])
     merged = adapters or {provenance.adapter_sha256(adapter): 1.0}
     provenance.write_merged(out, folder, run.recipe.model.source, base, merged)
-
-
-def write_tokenizer(section: Model, out: Path) -> None:
-    """The tokenizer as training had it, with the template that the recipe names alone where it names one."""
-    shutil.rmtree(out / TEMPLATES, ignore_errors=True)  # it writes those that it has
-    model.tokenizer_of(section).save_pretrained(str(out))
 
 
 def dtype_of(run: Run) -> Dtype:

@@ -13,7 +13,7 @@ from typing import Any
 from qkit.errors import NotDeployable
 from qkit.provenance import check_adapter
 from qkit.recipe import Recipe
-from qkit.tensor_files import TEMPLATES
+from qkit.template import OTHERS
 
 # An adapter of any rank up to its server's --max-lora-rank is served; that option takes these (vllm/config/lora.py, MaxLoRARanks).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -92,7 +92,7 @@ def options(folder: Path, name: str) -> dict[str, str]:
         "max-lora-rank": str(note["max_lora_rank"]),
         "generation-config": str(folder),
     }
-    if (folder / TEMPLATES).is_dir():  # --chat-template takes one, for every conversation
+    if (folder / OTHERS).is_dir():  # --chat-template takes one, for every conversation
         return {**made, "tokenizer": str(folder)}
     template = folder / "chat_template.jinja"
     return {**made, "chat-template": str(template)} if template.is_file() else made

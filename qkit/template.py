@@ -23,10 +23,9 @@ NO_VARIABLES: Mapping[str, Any] = {}
 FOLDER = Path(__file__).parent / "templates"
 ASKED = {"role": "user", "content": "a"}
 ANSWERED = {"role": "assistant", "content": "b"}
-DEFAULT, WITH_TOOLS = (
-    "default",
-    "tool_use",
-)  # of several templates the one for conversations that offer tools, and the one for all others
+# Of several templates the one for all conversations, and the one for those that offer tools; and where they are in a model's folder: NAME.jinja
+# is the template NAME to transformers and vLLM.
+DEFAULT, WITH_TOOLS, OTHERS = "default", "tool_use", "additional_chat_templates"
 OFFERED = {
     "type": "function",
     "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},

@@ -23,7 +23,6 @@ Spec = Mapping[str, Any]  # dtype (as the format names it) and shape of a tensor
 ALIGNMENT = 8  # bytes; what the safetensors library pads its header to
 SAMPLED_BYTES = 4096
 SHARDS = "model*.safetensors"  # Mistral's repositories hold them once more as consolidated.safetensors
-TEMPLATES = "additional_chat_templates"  # a folder: NAME.jinja is what transformers and vLLM know as the template NAME
 WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".data"}
 TORCH_NAMES = {
     "BF16": "bfloat16",
@@ -179,11 +178,3 @@ def copy_companions(source: Path, target: Path) -> None:
         weights = file.suffix in WEIGHTS or file.name.endswith(".index.json")
         if file.is_file() and not weights and file.name not in {"README.md", "trainer_state.json"}:
             shutil.copyfile(file, target / file.name)
-    copy_templates(source, target)
-
-
-def copy_templates(source: Path, target: Path) -> None:
-    """The chat templates beside the default one: `target` has these then, and no others."""
-    shutil.rmtree(target / TEMPLATES, ignore_errors=True)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, target / TEMPLATES)

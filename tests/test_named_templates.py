@@ -10,14 +10,11 @@ import pytest
 from data_traps.models import Tiny, build, tokenizer_of
 from test_conversation import ADD, REQUESTS, call, result, said, user
 
-from qkit import foreign, merged_folder, model, recipe, rowchecks, served_adapter, template
+from qkit import model, recipe, rowchecks, served_adapter, template
 from qkit.errors import ModelError
-from qkit.export import _folder
-from qkit.export import onnx as onnx_export
 from qkit.export._gguf_tokenizer import template_of, templates_of
 from qkit.recipe import Data
 from qkit.task import Conversation
-from qkit.tensor_files import TEMPLATES
 from qkit.tokenization import tokenize
 
 PLAIN = (
@@ -47,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
     """A model with the templates in files of their own."""
     made = build(MODEL, tmp_path / "base")
     tokenizer().save_pretrained(made)
-    assert {file.name for file in (made / TEMPLATES).iterdir()} == {"tool_use.jinja", "rag.jinja"}
+    assert {file.name for file in (made / template.OTHERS).iterdir()} == {"tool_use.jinja", "rag.jinja"}
     return made
 
 
@@ -60,11 +57,6 @@ def older(tmp_path: Path) -> Path:
     listed = [{"name": name, "template": text} for name, text in NAMED.items()]
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": listed}))
     return made
-
-
-def templates(at: Path) -> Any:
-    """What a program gets that loads the folder."""
-    return model.load_tokenizer(at, recipe.Model(source=str(at))).chat_template
 
 
 def test_rows_with_tools_meet_the_template_for_tools() -> None:
@@ -109,39 +101,6 @@ def test_a_model_without_a_default_one_is_refused_in_words(tmp_path: Path) -> No
     made.chat_template = {"rag": PLAIN, "tool_use": WITH_TOOLS}
     with pytest.raises(ModelError, match=r"rag, tool_use none is called default"):
         template.choose(made, None, tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["folder", "older"])
-def test_every_copy_of_a_model_has_them_all(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    base: Path = request.getfixturevalue(kind)
-    assert templates(base) == NAMED
-    for number, copy in enumerate((_folder.beside_weights, _completed, _foreign)):
-        out = tmp_path / f"out{number}"
-        out.mkdir()
-        copy(base, out)
-        assert templates(out) == NAMED, copy
-
-
-def _completed(base: Path, out: Path) -> None:
-    onnx_export._complete(base, out)
-
-
-def _foreign(base: Path, out: Path) -> None:
-    """A merge of somebody's adapter that comes with its tokenizer, onto a base with another one."""
-    other = build(Tiny("phi", ("<|user|>",)), out.with_name(f"{out.name}-other"))
-    _folder.beside_weights(other, out)
-    (out / TEMPLATES).mkdir()
-    (out / TEMPLATES / "of_the_base.jinja").write_text("x")
-    foreign._take_tokenizer(base, out)
-
-
-def test_a_template_that_the_recipe_names_is_the_only_one(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    _folder.beside_weights(folder, out)
-    section = recipe.Model(source=str(folder), chat_template="chatml")
-    merged_folder.write_tokenizer(section, out)
-    assert templates(out) == (template.FOLDER / "chatml.jinja").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["folder", "older"])

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.tensor_files import TEMPLATES
+from qkit.template import DEFAULT, OTHERS
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-DEFAULT = "default"  # llama.cpp takes the one called tool_use where tools are offered, as transformers does
 FILE = "tokenizer.json"
 # How text is cut before merging, and what llama.cpp calls it (src/llama-vocab.cpp, the table of tokenizer_pre).
 SPLITS = {
@@ -83,10 +82,10 @@ def template_of(folder: Path) -> str | None:
 
 
 def templates_of(folder: Path) -> dict[str, str]:
-    """The chat templates by name, from their own files or from the tokenizer's settings."""
+    """The chat templates by name, from their own files or from the tokenizer's settings; llama.cpp takes tool_use for tools as well."""
     held = _read(folder / "tokenizer_config.json").get("chat_template")
     listed = held if isinstance(held, list) else [{"name": DEFAULT, "template": held}] if isinstance(held, str) else []
-    files = [*folder.glob("chat_template.jinja"), *sorted((folder / TEMPLATES).glob("*.jinja"))]
+    files = [*folder.glob("chat_template.jinja"), *sorted((folder / OTHERS).glob("*.jinja"))]
     named = {DEFAULT if file.parent == folder else file.stem: file.read_text(encoding="utf-8") for file in files}
     return {one["name"]: one["template"] for one in listed} | named
 

@@ -29,7 +29,6 @@ from qkit.export._job import Job
 from qkit.export._traced import MARK, TRACER, refusal
 from qkit.recipe import Recipe
 from qkit.run import read_json, write_json
-from qkit.tensor_files import copy_templates
 
 RUNTIME = "onnxruntime"
 
@@ -252,7 +251,6 @@ def _complete(model: Path, out: Path) -> None:
     for file in _texts(model):
         if not (out / file.name).exists():
             shutil.copyfile(file, out / file.name)
-    copy_templates(model, out)
     if not (out / "genai_config.json").exists():
         return  # traced
     config = read_json(out / "genai_config.json")
