@@ -37,6 +37,7 @@ FUNCTION = ("name", "description", "parameters")
 OPTIONAL = ("strict", "defer_loading")
 FUNCTION_KEYS = (*FUNCTION, *OPTIONAL)
 REASONING = ("reasoning", "reasoning_content")  # what a server gives the thinking of a turn as
+HARMONY = "<|channel|>"  # gpt-oss: a server writes its turns by itself, thinking included, and its template reads that by another name
 THOUGHTS = (*REASONING, "thinking")  # the first that is there counts
 OWN = frozenset({"role", "content", "tool_calls", "tool_call_id", *THOUGHTS})
 NOTHING: tuple[Any, ...] = (None, "", [], {})
@@ -111,12 +112,15 @@ def served(
 ) -> list[dict[str, Any]]:
     """Turns as a server hands them to this template.
 
-    `thinking`: the names that it is given the thinking of a turn under. `answered`: the last one is said now, not sent: its calls are
-    learnt as they are.
+    `answered`: the last one is said now, not sent: its calls are learnt as they are, its thinking by the names `thinking`.
     """
     in_parts = goes_through_parts(template)
     last = len(messages) - 1 if answered else len(messages)
-    made = [_turn(turn, in_parts, thinking, said=number == last) for number, turn in enumerate(messages)]
+    sent_as = thinking if HARMONY in template else REASONING
+    made = [
+        _turn(turn, in_parts, thinking if number == last else sent_as, number == last)
+        for number, turn in enumerate(messages)
+    ]
     knows = '"developer"' in template or "'developer'" in template
     return made if knows or all(turn["role"] != "developer" for turn in made) else _with_one_system(made)
 
