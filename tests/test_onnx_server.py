@@ -124,6 +124,24 @@ def test_variables_of_the_template() -> None:
     assert [text.endswith("<think>\n\n</think>\n\n") for text in begun] == [True, True, False, True, False]
 
 
+def test_variables_and_thinking_reach_the_template() -> None:
+    """As vLLM has them: variables that the template does not read change nothing, and what is no variable is refused."""
+    of = tokenizer(
+        "{% for m in messages %}{{ (m.reasoning_content or '') + m.content }}{% endfor %}{% if loud %}!{% endif %}<|im_end|>"
+    )
+    for name, nothing in (
+        ("reasoning", {}),
+        ("reasoning_content", {"reasoning": None}),
+        ("reasoning", {"reasoning_content": ""}),
+    ):
+        turns = [user("a"), said("c", **{**nothing, name: "b"})]
+        body = {"messages": turns, "chat_template_kwargs": {"loud": True, "other": 1}}
+        assert of.decode(chat_prompt(of, asked(body))) == "abc!<|im_end|>", name
+    with pytest.raises(Refused, match="`chat_template_kwargs` cannot hold tokenize") as caught:
+        chat_prompt(of, asked({**TALK, "chat_template_kwargs": {"tokenize": False}}))
+    assert caught.value.param == "chat_template_kwargs"
+
+
 def test_an_answer_that_is_begun_is_gone_on_with() -> None:
     of = tokenizer()
     begun = {"messages": [user("a"), said("so it")], "add_generation_prompt": False}

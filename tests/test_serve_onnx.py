@@ -317,25 +317,3 @@ def test_sigterm_drains(served: Served) -> None:
     below = served.below()
     check_drains(served, chat, tokens=200, seconds=30)
     assert not psutil.wait_procs(below, timeout=5)[1]
-
-
-def test_a_request_s_variables_and_thinking_reach_the_template(tiny_model: Path) -> None:
-    """As vLLM has them: those that the template does not read change nothing."""
-    from transformers import AutoTokenizer
-
-    from qkit.onnx_server import Chat, Service
-
-    service = Service.__new__(Service)  # without its engine: what is looked at is what comes before
-    service.tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    service.tokenizer.chat_template = (
-        "{% for m in messages %}{{ (m.thinking or '') + m.content }}{% endfor %}{% if loud %}!{% endif %}"
-    )
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c", "reasoning": "b"}]
-    given = {"loud": True, "other": 1, "tokenize": False}
-    asked = Chat.model_validate({"model": "m", "messages": turns, "chat_template_kwargs": given})
-    asked.check("m")
-    assert service.tokenizer.decode(service.chat_prompt(asked)) == "abc!"
-    older = Chat.model_validate(
-        {"model": "m", "messages": [turns[0], {**turns[1], "reasoning": None, "reasoning_content": "b"}]}
-    )
-    assert service.tokenizer.decode(service.chat_prompt(older)) == "abc"
