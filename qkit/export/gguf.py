@@ -16,6 +16,7 @@ from qkit.export._folder import beside_weights, start
 from qkit.export._gguf_tokenizer import add_tokenizer, unwritten
 from qkit.export._job import Job
 from qkit.export._modelfile import write_modelfile
+from qkit.llama_cpp import ROPE_FACTORS, rope_factors
 from qkit.recipe import Recipe
 from qkit.shard_writer import model_specs
 from qkit.tensor_files import Spec, read
@@ -41,7 +42,6 @@ TYPES = {
     "q4_0": ("Q4_0", "Q8_0"),
 }  # of the layers, of embeddings and head
 FILE_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-ROPE_FACTORS = "rope_freqs.weight"
 LARGEST = 65504.0  # of float16
 
 
@@ -202,11 +202,4 @@ def _rope_factors(config: Mapping[str, Any]) -> np.ndarray[Any, Any] | None:
     rope = _rope(config)
     if rope.get("rope_type", "default") != "llama3":
         return None
-    import numpy as np
-
-    width = shape.from_config(config, "the merged model").head_dim
-    frequencies = float(rope["rope_theta"]) ** -(np.arange(0, width, 2, dtype=np.float64) / width)
-    turns = float(rope["original_max_position_embeddings"]) * frequencies / (2 * np.pi)
-    low, high, factor = (float(rope[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 / (smooth + (1 - smooth) / factor)).astype(np.float32)
+    return rope_factors(rope, shape.from_config(config, "the merged model").head_dim)
