@@ -88,8 +88,8 @@ class Header:
         return {**({"default": own} if own else {}), **named} if named else own
 
 
-def build(file: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a .gguf file.
+def build(file: Path, served: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a .gguf file; `served`: as llama.cpp's own patterns cut, where they are not those that models were trained with.
 
     Raises:
         ModelError: it is of a kind, or cuts text in a way, that cannot be built.
@@ -105,6 +105,8 @@ def build(file: Path) -> PreTrainedTokenizerBase:
             "and gemma4. Give model.source the folder or hub id that the file was made from"
         )
     description = made(header)
+    if served and header.model == "gpt2" and header.cut.served:
+        description["pre_tokenizer"]["pretokenizers"] = [dict(step) for step in header.cut.served]
     try:
         backend = Tokenizer.from_str(json.dumps(description))
     except Exception as error:  # the bindings raise Exception itself

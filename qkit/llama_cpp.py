@@ -23,12 +23,14 @@ DIGITS: Step = {"type": "Digits", "individual_digits": True}
 @dataclass(frozen=True)
 class Cut:
     """How text is cut before merging. `whole`: a piece that is a token as it stands is not merged anew; `begins`: a text begins with
-    bos_token where the header does not say; `raw`: tokens are text with ▁ for a space, not spelled in GPT-2's alphabet of bytes."""
+    bos_token where the header does not say; `raw`: tokens are text with ▁ for a space, not spelled in GPT-2's alphabet of bytes; `served`:
+    the steps that llama.cpp itself takes, where they are not these."""
 
     steps: tuple[Step, ...]
     whole: bool = False
     begins: bool = False
     raw: bool = False
+    served: tuple[Step, ...] = ()
 
 
 def _split(pattern: str) -> Step:
@@ -47,10 +49,16 @@ _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
+# Letters in llama.cpp have no case beyond ASCII, and marks are no letters: "aÉ" is one piece there, a Hindi word several.
+_SERVED_CASED = (
+    r"[^\r\n\p{L}\p{N}]?((?=\p{L})[^a-z])*((?=\p{L})[^A-Z])+",
+    r"[^\r\n\p{L}\p{N}]?((?=\p{L})[^a-z])+((?=\p{L})[^A-Z])*",
+)
 _LLAMA3 = rf"{_SHORT}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACE}"
 _QWEN2 = rf"{_SHORT}|{_WORD}|\p{{N}}|{_SIGNS}|{_SPACE}"
 _CASED_SHORT = f"{_CASED[0]}{_SHORT}?|{_CASED[1]}{_SHORT}?"
-_GPT4O = rf"{_CASED_SHORT}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACE}"
+_GPT4O = rf"%s|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACE}"
+_TEKKEN = rf"%s|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACE}"
 _WIDE_SPACE = "|".join(rf"\s{{{2**n}}}(?!\S)" for n in range(9, 1, -1)) + r"|\s{1,2}(?!\S)|\s{1}"
 _HAN_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _PUNCTUATED = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
@@ -102,11 +110,17 @@ CUTS: Mapping[str, Cut] = {
         rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACE}"
     ),
     "tekken": replace(
-        _cut(rf"{'|'.join(_CASED)}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACE}"), whole=True, begins=True
+        _cut(_TEKKEN % "|".join(_CASED)), whole=True, begins=True, served=_cut(_TEKKEN % "|".join(_SERVED_CASED)).steps
     ),
-    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _cut(_GPT4O)),
-    "granite-embed-multi-97m": replace(_cut(_GPT4O), whole=True),
-    **dict.fromkeys(("tiny_aya", "cohere2moe"), _cut(r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)),
+    **dict.fromkeys(
+        ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"),
+        replace(
+            _cut(_GPT4O % _CASED_SHORT),
+            served=_cut(_GPT4O % f"{_SERVED_CASED[0]}{_SHORT}?|{_SERVED_CASED[1]}{_SHORT}?").steps,
+        ),
+    ),
+    "granite-embed-multi-97m": replace(_cut(_GPT4O % _CASED_SHORT), whole=True),
+    **dict.fromkeys(("tiny_aya", "cohere2moe"), _cut(r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O % _CASED_SHORT)),
     "jais-2": _cut(rf"{_SHORT}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|\s*[\r\n]+|{_WIDE_SPACE}"),
     "deepseek-llm": _cut(
         r"[\r\n]",

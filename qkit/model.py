@@ -145,6 +145,15 @@ def vocabulary(section: recipe.Model, tokenizer: PreTrainedTokenizerBase) -> int
     return max(rows, known) if section.add_tokens else rows or known
 
 
+def named_tokens(section: recipe.Model) -> dict[str, int]:
+    """Ids that the model's config names, by their keys there; of a list, the largest."""
+    found = {
+        key: value for key, value in _config(section).items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    flat = {key: max(value, default=None) if isinstance(value, list) else value for key, value in found.items()}
+    return {key: int(value) for key, value in flat.items() if value is not None}
+
+
 def max_positions(section: recipe.Model) -> int | None:
     """The most tokens that the model's config says it takes."""
     found = _config(section).get("max_position_embeddings")

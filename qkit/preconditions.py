@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from qkit import model
+from qkit import added_tokens, model
 from qkit.checks import NAMED_ROWS, Check, Place
 from qkit.decisions import HELD_OUT, Fate
 from qkit.preparation import Entry, Worker
@@ -49,6 +51,48 @@ def _left(entries: Sequence[Entry], fates: Sequence[Fate], train: Mapping[str, i
             "rows", "warn", message, len(gone), rows, "look at the reasons in the ledger: most rows are not used"
         )
     return Check("rows", "pass", message)
+
+
+def vocabulary(own: Worker, tokens: Mapping[str, Any], rows: Check) -> Check:
+    """The check `vocabulary` over rows; where these are well, tokenizer and embedding held against each other. Other checks as they are."""
+    if rows.name != "vocabulary":
+        return rows
+    size = own.facts.vocabulary
+    beyond = {text: number for text, number in own.reader.tokenizer.get_vocab().items() if number >= size}
+    named = {key: number for key, number in model.named_tokens(own.how.model).items() if number >= size}
+    words = ", ".join(f"{text} ({number})" for text, number in [*beyond.items(), *named.items()][:NAMED_ROWS])
+    if not words:
+        return rows
+    sought = f"the tokenizer has tokens that the model has no row for (it has 0 to {size - 1}): {words}"
+    remedy = "take the tokenizer that belongs to these weights"
+    if beyond:
+        remedy += f", or give the tokens rows with model.add_tokens={json.dumps(sorted(beyond)[:NAMED_ROWS], ensure_ascii=False)}"
+    if rows.status == "fail":
+        return replace(rows, message=f"{rows.message}; {sought}", remedy=remedy)
+    if "pad_token_id" in named:  # the embedding cannot even be made
+        return Check(
+            "vocabulary", "fail", f"config.json pads with a token that the model has no row for: {words}", remedy=remedy
+        )
+    if used := sorted(_used(own, tokens) & set(beyond.values())):
+        names = ", ".join(map(own.reader.tokenizer.convert_ids_to_tokens, used))
+        return Check("vocabulary", "fail", f"{sought}; every conversation may hold {names}", len(beyond), remedy=remedy)
+    pads = own.reader.tokenizer.convert_ids_to_tokens(tokens["pad"])
+    message = f"{sought}; no row holds one, {pads} pads; a text that spells one is an error in training and on a server"
+    return Check("vocabulary", "warn", message, len(beyond), remedy=remedy)
+
+
+def _used(own: Worker, tokens: Mapping[str, Any]) -> set[int]:
+    """Ids that come up whatever the rows say: what begins a text, what ends a turn, the padding, and what the template writes."""
+    tokenizer = own.reader.tokenizer
+    written = own.reader.encode(added_tokens.markers(tokenizer))
+    begins = tokenizer("a")["input_ids"]
+    return {
+        *tokens["stop"],
+        tokens["pad"],
+        tokens["end_of_turn"],
+        *begins,
+        *(number for ids in written for number in ids),
+    }
 
 
 def _padding(own: Worker, tokens: Mapping[str, Any]) -> Check:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from qkit import shape
 from qkit.errors import NotDeployable
-from qkit.export._folder import beside_weights, start
-from qkit.export._gguf_tokenizer import add_tokenizer, unwritten
+from qkit.export._folder import beside_weights, note, start
+from qkit.export._gguf_served import otherwise
+from qkit.export._gguf_tokenizer import add_tokenizer, placed_stops, unwritten
 from qkit.export._job import Job
 from qkit.export._modelfile import write_modelfile
 from qkit.llama_cpp import ROPE_FACTORS, rope_factors
@@ -65,6 +66,23 @@ def export(job: Job, out: Path, variant: str) -> None:
         _tensors(writer, job.merged, config, variant)
     beside_weights(job.merged, out)
     write_modelfile(out, FILE)
+    _say(job, out, variant)
+
+
+def _say(job: Job, out: Path, variant: str) -> None:
+    """What llama.cpp does otherwise than training did: into qkit.json, from where the model card takes it, and to the user."""
+    texts, (_, unstopped) = otherwise(job.rows, job.merged, out / FILE), placed_stops(job.merged)
+    note(out, served_otherwise=texts, unstopped=unstopped)
+    if texts and texts["differ"]:
+        share = texts["differ"] / texts["rows"]
+        why = ", ".join(texts["because"]) or "its own patterns"
+        job.say(
+            f"gguf-{variant}: llama.cpp reads {share:.1%} of {texts['rows']:,} rows in other tokens than training ({why})"
+        )
+    if unstopped:
+        job.say(
+            f"gguf-{variant}: llama.cpp does not stop at the tokens {unstopped}: a header has room for three; the Modelfile has all"
+        )
 
 
 def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
