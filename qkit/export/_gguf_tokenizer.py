@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FILE = "tokenizer.json"
 STOPS = ("eos", "eot", "eom")  # the places that a header has for what ends an answer
+SENTENCEPIECE = "its tokenizer is no byte-level BPE (it comes from sentencepiece): such are not written by this version"
 PLAIN = "Steps: 1. Write a plain sentence, as anybody would."
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 SPECIAL = {"bos_token": "bos", "pad_token": "pad", "unk_token": "unk"}
@@ -25,7 +26,7 @@ def unwritten(folder: Path) -> str | None:
         return f"{folder} has no {FILE}; save the tokenizer with `save_pretrained` once"
     tokenizer = _read(folder / FILE)
     if tokenizer["model"].get("type") != "BPE" or tokenizer["model"].get("byte_fallback"):
-        return "its tokenizer is no byte-level BPE (it comes from sentencepiece): such are not written by this version"
+        return SENTENCEPIECE
     if cut(tokenizer) is None:
         return "its tokenizer cuts text in a way that llama.cpp has no name for, or none that is known here"
     return _changes_plain_text(tokenizer)
