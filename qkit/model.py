@@ -141,7 +141,7 @@ def load_tokenizer(folder: Path, section: recipe.Model) -> PreTrainedTokenizerBa
 
 def vocabulary(section: recipe.Model, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many token ids the model has an embedding for, those of model.add_tokens included."""
-    known, rows = len(tokenizer), int(_config(section).get("vocab_size") or 0)
+    known, rows = 1 + max(tokenizer.get_vocab().values()), int(_config(section).get("vocab_size") or 0)
     return max(rows, known) if section.add_tokens else rows or known
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHATML, build_tokenizer
-from exporting import ROWS, exported, job_of, kl
+from exporting import ROWS, changed_config, exported, job_of, kl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qkit.device import detect
@@ -307,6 +307,7 @@ def test_tokens_that_the_model_has_no_row_for_have_no_place(tiny_model: Path, tm
     ("texts", "template", "placed", "unstopped"),
     [
         (["<|a|>", "<|b|>"], "", ["<|a|>", "<|b|>"], []),
+        (["<|a|>", "x"], "", ["<|a|>", "x"], []),  # a token of the ordinary kind ends answers as well
         (["<|a|>", "<|im_end|>", "<|b|>", "<|c|>"], "", ["<|a|>", "<|b|>", "<|c|>"], []),  # llama.cpp knows the other
         (["<|a|>", "<|b|>", "<|c|>", "<|d|>"], "", ["<|a|>", "<|b|>", "<|c|>"], ["<|d|>"]),
         (["<|a|>", "<|im_end|>"], "{{ eos_token }}", ["<|im_end|>", "<|a|>"], []),  # what the template writes so
@@ -320,6 +321,7 @@ def test_which_stop_tokens_have_a_place_in_the_header(
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|a|>", "<|b|>", "<|c|>", "<|d|>"]})
     tokenizer.save_pretrained(str(model))
     (model / "chat_template.jinja").write_text(CHATML + template)
+    changed_config(model, vocab_size=len(tokenizer))
     ids = tokenizer.convert_tokens_to_ids(texts)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     found = [tokenizer.convert_ids_to_tokens(part) for part in placed_stops(model)]

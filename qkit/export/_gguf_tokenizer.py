@@ -78,8 +78,10 @@ def placed_stops(folder: Path) -> tuple[list[int], list[int]]:
 
     First the one that the template writes as eos_token, else the first; then those that llama.cpp does not know by their names.
     """
-    texts = {added["id"]: added["content"] for added in _read(folder / FILE).get("added_tokens", ())}
-    wanted = [number for number in stops(folder) if number in texts] or stops(folder)
+    tokenizer, rows = _read(folder / FILE), int(_read(folder / "config.json")["vocab_size"])
+    texts = {number: text for text, number in tokenizer["model"]["vocab"].items()}
+    texts |= {added["id"]: added["content"] for added in tokenizer.get("added_tokens", ())}
+    wanted = [number for number in stops(folder) if number in texts and number < rows]
     eos = _special_ids(folder, texts).get("eos_token")
     first = [eos] if eos in wanted and "eos_token" in (template_of(folder) or "") else wanted[:1]
     others = sorted((number for number in wanted if number not in first), key=lambda number: texts.get(number) in ENDS)
