@@ -223,6 +223,7 @@ def skeleton(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    config.get_text_config().pad_token_id = None  # one that the embedding has no row for would be refused
     with torch.device("meta"):
         made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return made

@@ -112,7 +112,7 @@ def prepare(how: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     _write_splits(ledger, entries, out)
     _write_ledger(ledger, out / "ledger.parquet")
     counts = decisions.split_counts(entries, fates)
-    of_rows = (preconditions.vocabulary(own, tokens, check) for check in findings.checks(how.data))
+    of_rows = (preconditions.held_together(own, tokens, check) for check in findings.checks(how.data))
     found = [
         *of_rows,
         unused.check(entries, own.reads),

@@ -25,6 +25,7 @@ def screen(found: Sheet) -> RenderableType:
     refused = [f"warning: not deployable as {refusal.format}: {refusal.reason}" for refusal in found.refused]
     after = [
         *refused,
+        *([f"warning: {found.vocabulary}; `qkit inspect` says whether one comes up"] if found.vocabulary else []),
         *_notes(found),
         *_remedy_lines(found),
         *_solved_lines(found.solved),

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit import deploy, memory, plan, recipe, roofline
+from qkit import deploy, memory, plan, recipe, roofline, vocabulary
 from qkit.deploy import Refusal
 from qkit.device import Device, detect
 from qkit.errors import RecipeError
@@ -40,6 +40,7 @@ class Sheet:
     anchors: tuple[Anchor, ...]
     solved: Solved | None
     refused: tuple[Refusal, ...]
+    vocabulary: str | None = None  # tokens that the model has no row for
 
 
 def sheet(
@@ -70,6 +71,7 @@ def sheet(
         anchors=plan.anchors(how, device),
         solved=plan.solve(how, ask, device=device) if ask else None,
         refused=deploy.refusals(how),
+        vocabulary=vocabulary.without_a_row(how.model),
     )
 
 
@@ -90,6 +92,7 @@ def to_dict(found: Sheet) -> dict[str, Any]:
         "alternatives": [asdict(remedy) for remedy in found.alternatives],
         "anchors": [asdict(anchor) for anchor in found.anchors],
         "not_deployable": [asdict(refusal) for refusal in found.refused],
+        "vocabulary": found.vocabulary,
     }
     if found.solved:
         answer = found.solved

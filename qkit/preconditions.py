@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qkit import added_tokens, model
+from qkit import added_tokens, model, vocabulary
 from qkit.checks import NAMED_ROWS, Check, Place
 from qkit.decisions import HELD_OUT, Fate
 from qkit.preparation import Entry, Worker
@@ -53,25 +53,22 @@ def _left(entries: Sequence[Entry], fates: Sequence[Fate], train: Mapping[str, i
     return Check("rows", "pass", message)
 
 
-def vocabulary(own: Worker, tokens: Mapping[str, Any], rows: Check) -> Check:
+def held_together(own: Worker, tokens: Mapping[str, Any], rows: Check) -> Check:
     """The check `vocabulary` over rows; where these are well, tokenizer and embedding held against each other. Other checks as they are."""
     if rows.name != "vocabulary":
         return rows
     size = own.facts.vocabulary
     beyond = {text: number for text, number in own.reader.tokenizer.get_vocab().items() if number >= size}
     named = {key: number for key, number in model.named_tokens(own.how.model).items() if number >= size}
-    words = ", ".join(f"{text} ({number})" for text, number in [*beyond.items(), *named.items()][:NAMED_ROWS])
-    if not words:
+    sought = vocabulary.said({**beyond, **named}, size)
+    if sought is None:
         return rows
-    sought = f"the tokenizer has tokens that the model has no row for (it has 0 to {size - 1}): {words}"
-    remedy = "take the tokenizer that belongs to these weights"
-    if beyond:
-        remedy += f", or give the tokens rows with model.add_tokens={json.dumps(sorted(beyond)[:NAMED_ROWS], ensure_ascii=False)}"
+    remedy = _rows_for(beyond)
     if rows.status == "fail":
         return replace(rows, message=f"{rows.message}; {sought}", remedy=remedy)
     if "pad_token_id" in named:  # the embedding cannot even be made
         return Check(
-            "vocabulary", "fail", f"config.json pads with a token that the model has no row for: {words}", remedy=remedy
+            "vocabulary", "fail", f"{sought}; config.json pads with one, so the model cannot be loaded", remedy=remedy
         )
     if used := sorted(_used(own, tokens) & set(beyond.values())):
         names = ", ".join(map(own.reader.tokenizer.convert_ids_to_tokens, used))
@@ -79,6 +76,14 @@ def vocabulary(own: Worker, tokens: Mapping[str, Any], rows: Check) -> Check:
     pads = own.reader.tokenizer.convert_ids_to_tokens(tokens["pad"])
     message = f"{sought}; no row holds one, {pads} pads; a text that spells one is an error in training and on a server"
     return Check("vocabulary", "warn", message, len(beyond), remedy=remedy)
+
+
+def _rows_for(beyond: Mapping[str, int]) -> str:
+    """What to do about tokens that the model has no row for; ids without a token are a mistake of the config."""
+    if not beyond:
+        return "correct the id in the model's config.json"
+    named = json.dumps(sorted(beyond)[:NAMED_ROWS], ensure_ascii=False)
+    return f"take the tokenizer that belongs to these weights, or give the tokens rows with model.add_tokens={named}"
 
 
 def _used(own: Worker, tokens: Mapping[str, Any]) -> set[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from qkit import data, inspection, inspection_page, inspection_screen, pipeline
+from qkit import data, inspection, inspection_page, inspection_screen, pipeline, recipe, vocabulary
 from qkit.errors import DataError, ModelError
 from qkit.progress import Progress
 from qkit.recipe import load
@@ -254,6 +254,23 @@ def test_the_remedy_gives_them_rows(tiny_model: Path, rows_file: Path, tmp_path:
     assert vocabulary_of(model, rows_file, 'model.add_tokens=["<|end|>"]')["status"] == "pass"
 
 
+def test_the_remedy_is_good_for_a_padding_token_that_the_config_names(
+    tiny_model: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """As a Llama 2 with [PAD] is often saved: its weights have no row for it, and the model cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    from qkit import model as models
+
+    pads = with_tokens(
+        tiny_model, tmp_path / "model", lambda t: t.add_special_tokens({"pad_token": "[PAD]"}), pad_token_id=259
+    )
+    assert vocabulary_of(pads, rows_file)["status"] == "fail"
+    assert vocabulary_of(pads, rows_file, 'model.add_tokens=["[PAD]"]')["status"] == "pass"
+    grown = AutoModelForCausalLM.from_pretrained(models.resolve(recipe.Model(source=str(pads), add_tokens=("[PAD]",))))
+    assert grown.get_input_embeddings().weight.shape[0] == 260
+
+
 def test_padding_is_chosen_within_the_embedding(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     model = with_tokens(tiny_model, tmp_path / "model", lambda t: t.add_special_tokens({"pad_token": "[PAD]"}))
     how = inspection.recipe_for(str(model), str(rows_file), "messages", ())
@@ -283,3 +300,13 @@ def test_more_rows_than_tokens_are_well(tiny_model: Path, rows_file: Path, tmp_p
     """As Phi-3 and Qwen have them: the embedding is padded to a multiple."""
     model = with_tokens(tiny_model, tmp_path / "model", lambda t: None, vocab_size=320)
     assert vocabulary_of(model, rows_file)["status"] == "pass"
+
+
+def test_the_plan_says_it_too(tiny_model: Path, tmp_path: Path) -> None:
+    model = with_tokens(tiny_model, tmp_path / "model", lambda t: t.add_special_tokens({"pad_token": "[PAD]"}))
+    found = vocabulary.without_a_row(recipe.Model(source=str(model)))
+    assert found is not None and "[PAD] (259)" in found and "0 to 258" in found
+    assert vocabulary.without_a_row(recipe.Model(source=str(model), add_tokens=("[PAD]",))) is None
+    assert vocabulary.without_a_row(recipe.Model(source=str(tiny_model))) is None
+    done = qkit("plan", "--model", model)
+    assert f"warning: {found}" in " ".join(done.stdout.split()), done.stdout
