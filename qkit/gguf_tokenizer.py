@@ -196,14 +196,9 @@ def _around(header: Header, begins: bool, ends: bool) -> dict[str, Any] | None:
 def _byte_pairs(header: Header) -> dict[str, Any]:
     """Byte pair encoding with the file's own merges."""
     cut = CUTS["gemma4"] if header.model == "gemma4" else header.cut
-    merges = [
-        [merge[:at], merge[at + 1 :]]
-        for merge in header.all.get(f"{KEY}merges") or ()
-        if (at := merge.find(" ", 1)) > 0
-    ]
-    gemma = (
-        cut is CUTS["gemma4"]
-    )  # llama.cpp: line ends that are one token are taken as it, and bos_token comes first whatever is said
+    merges = list(_written_merges(header))
+    # llama.cpp: line ends that are one token are taken as it, and bos_token comes first whatever is said
+    gemma = cut is CUTS["gemma4"]
     begins = header.flag("add_bos_token", cut.begins) or gemma
     own = [merge for merge in merges if "\n" in merge[0]]
     lines = [merge for merge in _line_ends(header) if merge not in own] if gemma else []
@@ -216,6 +211,23 @@ def _byte_pairs(header: Header) -> dict[str, Any]:
         pre_tokenizer={"type": "Sequence", "pretokenizers": [dict(step) for step in cut.steps]},
         decoder=_decoder(prefixed=False) if cut.raw else dict(BYTES),
     )
+
+
+def _written_merges(header: Header) -> Iterator[list[str]]:
+    """The file's merges.
+
+    Raises:
+        ModelError: one is of tokens that the file does not have.
+    """
+    known = set(header.tokens)
+    for merge in header.all.get(f"{KEY}merges") or ():
+        at = merge.find(" ", 1)
+        first, second = merge[:at], merge[at + 1 :]
+        if at < 1 or not {first, second, first + second} <= known:
+            raise ModelError(
+                f"{header.file}: its tokenizer has a merge of tokens that it does not have ({merge!r}); download it again"
+            )
+        yield [first, second]
 
 
 def _line_ends(header: Header) -> list[list[str]]:

@@ -99,7 +99,13 @@ def _convert_gguf(file: Path, out: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     tokenizer = gguf_tokenizer.build(file)
-    config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    try:
+        config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"{file}: transformers cannot read it ({str(error).splitlines()[0]}); give model.source the folder or hub id that the file was "
+            "made from"
+        ) from None
     if rope := getattr(config, "rope_parameters", None):
         config.rope_parameters = {**rope, **gguf_rope.scaling(file, rope["rope_theta"])}
     loaded = AutoModelForCausalLM.from_pretrained(

@@ -94,12 +94,13 @@ def write(
     file: Path, tokens: Sequence[str], types: Sequence[int], kind: str = "gpt2", name: str = "tiny", **keys: Any
 ) -> Path:
     """A .gguf file of one small layer. `keys`: more of the header, by the writer's methods."""
-    writer = gguf.GGUFWriter(str(file), "llama")
+    writer = gguf.GGUFWriter(str(file), keys.pop("arch", "llama"))
     writer.add_name(name)
     writer.add_tokenizer_model(kind)
     writer.add_token_list(list(tokens))
     writer.add_token_types(list(types))
     sizes = {"context_length": 512, "embedding_length": HIDDEN, "block_count": 1, "feed_forward_length": HIDDEN}
+    factors = keys.pop("factors", None)
     more = {"head_count": 2, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": HIDDEN // 2}
     for key, value in {**sizes, **more, "rope_freq_base": 10000.0, "vocab_size": len(tokens), **keys}.items():
         getattr(writer, f"add_{key}")(value)
@@ -109,6 +110,8 @@ def write(
     shapes |= {"output_norm": (HIDDEN,), "blk.0.attn_norm": (HIDDEN,), "blk.0.ffn_norm": (HIDDEN,)}
     for key, shape in (shapes | {f"blk.0.{part}": (HIDDEN, HIDDEN) for part in layer}).items():
         writer.add_tensor(f"{key}.weight", random.normal(size=shape).astype(np.float32) / 10)
+    if factors is not None:
+        writer.add_tensor(llama_cpp.ROPE_FACTORS, factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -188,6 +191,7 @@ def test_names_that_transformers_knows_mean_the_same_here() -> None:
         ({"kind": "t5"}, "of the kind 't5'"),
         ({"kind": "bert"}, "of the kind 'bert'"),
         ({"kind": "llama"}, "no scores"),
+        ({"tokenizer_pre": "gpt-2"}, "merge of tokens that it does not have"),
     ],
 )
 def test_what_is_not_known_is_refused(keys: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -361,3 +365,30 @@ def test_positions_that_are_scaled_in_an_unknown_way_are_refused(tmp_path: Path)
     file = write(tmp_path / "m.gguf", ["a", "b", "ab"], [1] * 3, **keys)
     with pytest.raises(ModelError, match="longrope"):
         model.companions(recipe.Model(source=str(file)))
+
+
+def test_an_architecture_that_transformers_does_not_read_is_a_message(tmp_path: Path) -> None:
+    file = write(tmp_path / "m.gguf", ["a", "aa"], [1, 1], arch="brandnew", tokenizer_pre="gpt-2", token_merges=["a a"])
+    with pytest.raises(ModelError, match=r"transformers cannot read it .*brandnew"):
+        model.companions(recipe.Model(source=str(file)))
+
+
+def test_llama_31s_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
+    """The file holds by what frequencies are divided, and transformers passes over that tensor."""
+    wanted = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    factors = llama_cpp.rope_factors({**wanted, "rope_theta": 500000.0}, 32)
+    keys = {"tokenizer_pre": "gpt-2", "token_merges": ["a b"], "rope_freq_base": 500000.0}
+    file = write(tmp_path / "m.gguf", ["a", "b", "ab"], [1] * 3, factors=factors, **keys)
+    config = json.loads((model.companions(recipe.Model(source=str(file))) / "config.json").read_text())
+    assert wanted.items() <= config["rope_parameters"].items()
+    odd = write(
+        tmp_path / "odd.gguf", ["a", "b", "ab"], [1] * 3, factors=np.linspace(1, 5, 16, dtype=np.float32), **keys
+    )
+    with pytest.raises(ModelError, match="not as Llama 3"):
+        model.companions(recipe.Model(source=str(odd)))
