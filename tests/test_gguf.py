@@ -288,6 +288,13 @@ def test_what_a_token_takes_of_the_space_around_it_is_counted(tiny_model: Path, 
     assert (found["rows"], found["differ"], found["because"]) == (2, 2, ["<|im_end|> (rstrip)"])
 
 
+def test_rows_without_their_texts_cannot_be_compared_and_the_loss_is_named(trained: Path, tmp_path: Path) -> None:
+    model = with_tokenizer(trained, tmp_path / "model", normalizer={"type": "NFC"})
+    out = exported(job_of(model, tmp_path), "gguf-f16", tmp_path)
+    found = json.loads((out / NOTE).read_text())["served_otherwise"]
+    assert found == {"rows": 0, "differ": 0, "because": ["the normalizer NFC"]}
+
+
 def test_where_nothing_is_lost_no_row_differs(tiny_model: Path, tmp_path: Path) -> None:
     job = replace(job_of(tiny_model, tmp_path), rows=rows_of(tmp_path, "Grüße 123\n\n  x", "e\u0301"))
     out = exported(job, "gguf-f16", tmp_path)

@@ -188,6 +188,8 @@ def test_the_card_says_how_many_rows_llama_cpp_reads_otherwise(tmp_path: Path) -
         in text
     )
     assert "does not stop at the tokens 7" in text
+    text = noted(run, "gguf-f16", served_otherwise={"rows": 0, "differ": 0, "because": ["the normalizer NFC"]})
+    assert "leaves out what this tokenizer does to texts (the normalizer NFC)" in text
     text = noted(run, "gguf-f16", served_otherwise={"rows": 400, "differ": 0}, unstopped=[])
     assert "reads 400 training rows in the tokens that they were trained on" in text and "does not stop" not in text
 

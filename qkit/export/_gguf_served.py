@@ -22,8 +22,9 @@ TEXTS = ("messages", "tools", "answer", "calls")
 
 
 def otherwise(rows: Path, folder: Path, file: Path) -> dict[str, Any] | None:
-    """Of how many of the training rows llama.cpp would make other tokens; None where the rows' texts are not at hand.
+    """Of how many of the training rows llama.cpp would make other tokens, and why; None where nothing is lost and no texts are at hand.
 
+    Rows of plain text and of tokens keep no text as it was before it was normalized: nothing can be said of them.
     `folder`: with the tokenizer as trained; `file`: the .gguf file.
     """
     from transformers import AutoTokenizer
@@ -31,7 +32,7 @@ def otherwise(rows: Path, folder: Path, file: Path) -> dict[str, Any] | None:
     trained, served = AutoTokenizer.from_pretrained(str(folder)), gguf_tokenizer.build(file, served=True)
     texts = [*_texts(rows, trained)]
     if not texts:
-        return None
+        return {"rows": 0, "differ": 0, "because": because} if (because := lost(folder)) else None
     ids = [tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in (trained, served)]
     differing = [text for text, ours, theirs in zip(texts, *ids, strict=True) if ours != theirs]
     found: dict[str, Any] = {"rows": len(texts), "differ": len(differing)}
