@@ -147,15 +147,17 @@ def _described(header: Header, model: Mapping[str, Any], begins: bool, ends: boo
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {text: number for number, text in enumerate(header.tokens) if not _is_filler(header, number)},
+            "vocab": {text: number for number, text in enumerate(header.tokens[: _last(header) + 1])},
             **model,
         },
     }
 
 
-def _is_filler(header: Header, number: int) -> bool:
-    """Rows that pad the embedding have a name in the file, and no token."""
-    return header.types[number] == UNUSED and header.tokens[number] == f"[PAD{number}]"
+def _last(header: Header) -> int:
+    """The last id that is a token. Rows that pad the embedding have a name in the file, and come after all tokens."""
+    fillers = zip(header.types, header.tokens, strict=True)
+    real = [number for number, (kind, text) in enumerate(fillers) if kind != UNUSED or text != f"[PAD{number}]"]
+    return real[-1]
 
 
 def _added(header: Header) -> Iterator[dict[str, Any]]:
