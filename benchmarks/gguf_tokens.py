@@ -65,10 +65,13 @@ json.dump(found, open(sys.argv[2], "w"))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--only", nargs="*", help="names of pre-tokenizers, and sentencepiece; default: one of every way"
+    )
     given = parser.parse_args()
     texts = [*TEXTS, *_sampled()]
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder) / f"{name}.gguf" for name in [*_ways(), "sentencepiece"]}
+        files = {name: Path(folder) / f"{name}.gguf" for name in given.only or [*_ways(), "sentencepiece"]}
         for name, file in files.items():
             _sentencepiece(file) if name == "sentencepiece" else _byte_pairs(file, name)
         theirs = _llama_cpp(Path(folder), list(files.values()), texts)
@@ -116,8 +119,8 @@ def _byte_pairs(file: Path, name: str) -> None:
 def _sentencepiece(file: Path) -> None:
     """The first and third control token are no bos_token, so that templates' marks come up as well."""
     written = [text.replace(" ", "▁") for text in TEXTS]
-    parts = {text[at : at + size] for text in written for size in (1, 2, 3) for at in range(len(text) - size)}
-    made = sorted(part for part in parts if "<" not in part and (len(part) > 1 or ord(part) < 128))
+    parts = {text[at : at + size] for text in written for size in (1, 2, 3) for at in range(len(text) - size + 1)}
+    made = sorted(part for part in parts if "<" not in part)  # every letter of a piece is one itself, as in real models
     random.Random(0).shuffle(made)
     head = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
     types = [UNKNOWN, *[CONTROL] * 4, *[BYTE] * 256, *[NORMAL] * len(made)]
