@@ -304,7 +304,7 @@ def _known_id(tokenizer: PreTrainedTokenizerBase, token: str, rows: int) -> int:
         raise ModelError(f"model.pad_token={short(token)}: the tokenizer has no such token")
     if found >= rows:
         raise ModelError(
-            f"model.pad_token={short(token)}: its id is {found}, and the model has 0 to {rows - 1}; leave model.pad_token out, or give the token a "
+            f"model.pad_token={short(token)}: its id is {found}, and the model has 0 to {rows - 1}; leave model.pad_token out, or give it a "
             f"row with model.add_tokens={json.dumps([token])}"
         )
     return int(found)

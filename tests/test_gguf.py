@@ -254,6 +254,7 @@ def rows_of(root: Path, *said: str) -> Path:
             "input_ids": [1],
             "messages": json.dumps([{"role": "user", "content": text}]),
             "tools": "[]",
+            "variables": "{}",
             "answer": "a",
             "calls": "[]",
         }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MOST = 2000  # rows that are compared
 SHOWN = 60  # characters of the first that differs
-TEXTS = ("messages", "tools", "answer", "calls")
+TEXTS = ("messages", "tools", "variables", "answer", "calls")
 
 
 def otherwise(rows: Path, folder: Path, file: Path) -> dict[str, Any] | None:
@@ -73,7 +73,8 @@ def _rendered(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str
     calls = json.loads(row["calls"] or "[]")
     reply: dict[str, Any] = {"role": "assistant", "content": row["answer"], **({"tool_calls": calls} if calls else {})}
     try:
-        return template.render(tokenizer, [*messages, reply], json.loads(row["tools"] or "[]"), answered=True)
+        tools, variables = json.loads(row["tools"] or "[]"), json.loads(row["variables"] or "{}")
+        return template.render(tokenizer, [*messages, reply], tools, answered=True, variables=variables)
     except template.TemplateRefusal:
         return "\n".join(str(message.get("content") or "") for message in [*messages, reply])
 
