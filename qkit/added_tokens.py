@@ -169,7 +169,8 @@ def prepare(folder: Path, tokens: Sequence[str], trust_remote_code: bool, out: P
     """
     tokenizer = bare_tokenizer(folder, trust_remote_code)
     known = 1 + max(tokenizer.get_vocab().values())
-    growth = _growth(folder, trust_remote_code, add(tokenizer, tokens), known)
+    add(tokenizer, tokens)
+    growth = _growth(folder, trust_remote_code, 1 + max(tokenizer.get_vocab().values()), known)
     changed = (
         [shard for shard in shards(folder) if growth.matrices & tensor_specs(shard).keys()] if growth.drawn else []
     )
@@ -186,13 +187,17 @@ def prepare(folder: Path, tokens: Sequence[str], trust_remote_code: bool, out: P
     _write_sizes(out, growth.rows)
 
 
-def _growth(folder: Path, trust_remote_code: bool, new: Sequence[int], known: int) -> Growth:
-    """Spare rows beyond the tokenizer's last token are used first. A vocabulary that is padded to a multiple stays one of it."""
+def _growth(folder: Path, trust_remote_code: bool, wanted: int, known: int) -> Growth:
+    """Spare rows beyond the tokenizer's last token are used first. A vocabulary that is padded to a multiple stays one of it.
+
+    `known`: ids that the tokenizer had; it may have more than the model has rows. `wanted`: those that it has now.
+    """
     matrices = _matrices(folder, trust_remote_code)
     held = next(iter(matrices.values()))
     multiple = gcd(held, PADDED_TO) if held > known else 1
-    rows = max(held, ceil((max(new, default=0) + 1) / multiple) * multiple)
-    return Growth(frozenset(matrices), rows, tuple(sorted({*new, *range(held, rows)})), min(known, held))
+    rows = max(held, ceil(wanted / multiple) * multiple)
+    drawn = {*range(min(known, held), wanted), *range(held, rows)}
+    return Growth(frozenset(matrices), rows, tuple(sorted(drawn)), min(known, held))
 
 
 def _matrices(folder: Path, trust_remote_code: bool) -> dict[str, int]:
@@ -219,6 +224,7 @@ def skeleton(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    config.get_text_config().pad_token_id = None  # one that the embedding has no row for would be refused
     with torch.device("meta"):
         made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return made

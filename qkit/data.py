@@ -104,7 +104,7 @@ def prepare(how: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
         DataError, ModelError: a source, or the tokenizer, cannot be read at all.
     """
     own = preparation.worker(how)
-    tokens = template.special_tokens(own.reader, how.model.pad_token)
+    tokens = template.special_tokens(own.reader, how.model.pad_token, own.facts.vocabulary)
     entries = list(_candidates(own, out / CANDIDATES, progress))
     findings = Findings()
     fates, overlap = decisions.decide(entries, how, findings)
@@ -112,8 +112,9 @@ def prepare(how: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     _write_splits(ledger, entries, out)
     _write_ledger(ledger, out / "ledger.parquet")
     counts = decisions.split_counts(entries, fates)
+    of_rows = (preconditions.held_together(own, tokens, check) for check in findings.checks(how.data))
     found = [
-        *findings.checks(how.data),
+        *of_rows,
         unused.check(entries, own.reads),
         *overlap,
         *preconditions.checks(own, entries, fates, tokens, counts),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, deltas, prequantized, provenance, recipe, template
+from qkit import added_tokens, deltas, gguf_rope, gguf_tokenizer, prequantized, provenance, recipe, template
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
 from qkit.source import HubId, cache_dir, locate, sha256_of
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+CONVERSION = 2  # of .gguf files: what the cache holds of an earlier one is made anew
 # What stands beside the weights; a licence goes on with what is made of them, as most ask for.
 COMPANIONS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
@@ -86,7 +87,7 @@ def _from_hub(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
 
 def _from_gguf(file: Path) -> Path:
     """The model of a .gguf file as a safetensors folder in bf16, converted once and kept in the cache."""
-    target = cache_dir() / "models" / f"{file.stem}-{sha256_of(file)[:12]}"
+    target = cache_dir() / "models" / f"{file.stem}-{sha256_of(file)[:12]}-{CONVERSION}"
     return _kept(target, lambda out: _convert_gguf(file, out))
 
 
@@ -103,14 +104,33 @@ def _kept(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _convert_gguf(file: Path, out: Path) -> None:
+    """Weights as transformers reads them; the tokenizer, what ends an answer and scaled positions, which it does not, as llama.cpp does."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(file.parent), gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    tokenizer = gguf_tokenizer.build(file)
+    try:
+        config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"{file}: transformers cannot read it ({str(error).splitlines()[0]}); give model.source the folder or hub id that the file was "
+            "made from"
+        ) from None
+    if rope := getattr(config, "rope_parameters", None):
+        config.rope_parameters = {**rope, **gguf_rope.scaling(file, rope["rope_theta"])}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        str(file.parent),
+        gguf_file=file.name,
+        config=config,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
     )
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(out)
+    stops = gguf_tokenizer.Header(file).stops
+    for section in (loaded.config, loaded.generation_config):
+        section.bos_token_id, section.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+        section.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    loaded.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 def tokenizer_of(model: recipe.Model) -> PreTrainedTokenizerBase:
@@ -137,8 +157,17 @@ def load_tokenizer(folder: Path, section: recipe.Model) -> PreTrainedTokenizerBa
 
 def vocabulary(section: recipe.Model, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many token ids the model has an embedding for, those of model.add_tokens included."""
-    known, rows = len(tokenizer), int(_config(section).get("vocab_size") or 0)
+    known, rows = 1 + max(tokenizer.get_vocab().values()), int(_config(section).get("vocab_size") or 0)
     return max(rows, known) if section.add_tokens else rows or known
+
+
+def named_tokens(section: recipe.Model) -> dict[str, int]:
+    """Ids that the model's config names, by their keys there; of a list, the largest."""
+    found = {
+        key: value for key, value in _config(section).items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    flat = {key: max(value, default=None) if isinstance(value, list) else value for key, value in found.items()}
+    return {key: int(value) for key, value in flat.items() if value is not None}
 
 
 def max_positions(section: recipe.Model) -> int | None:

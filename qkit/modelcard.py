@@ -49,6 +49,7 @@ def render(run: Run, export: str | None = None) -> str:
     import jinja2
 
     figures = _current(run, show.summary(run))
+    said = (show.read(run.folder("export") / export / NOTE) or {}) if export else {}
     environment = jinja2.Environment(
         autoescape=False,  # Markdown, not HTML
         undefined=jinja2.StrictUndefined,
@@ -67,6 +68,8 @@ def render(run: Run, export: str | None = None) -> str:
         recipe=run.recipe,
         dtype=dtype_of(run),
         onto=_onto(run, export),
+        served=said.get("served_otherwise"),
+        unstopped=said.get("unstopped"),
         figures=figures,
         show=show,
         data=show.read(run.folder("data") / "summary.json") or {},

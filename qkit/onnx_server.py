@@ -322,9 +322,9 @@ class Service:
 
         self.name, self.folder = name, folder
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        context = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"]
+        sizes = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.own = own_sampling(folder)
-        self.room = min(max_model_len, context)
+        self.room, self.rows = min(max_model_len, sizes["context_length"]), sizes["vocab_size"]
         self.engine = Engine(folder, max_num_seqs, failed=lambda: os.kill(os.getpid(), signal.SIGTERM))
         self.figures = Figures(self.engine)
 
@@ -332,8 +332,12 @@ class Service:
         """Tokens that an answer may have.
 
         Raises:
-            Refused: prompt and answer together are too long.
+            Refused: prompt and answer together are too long, or the prompt has a token that the model has no row for.
         """
+        if prompt and max(prompt) >= self.rows:
+            raise Refused(
+                f"the prompt has the token id {max(prompt)}, and the model has 0 to {self.rows - 1}", "prompt"
+            )
         left: int = self.room - len(prompt)
         if left < (wanted or 1):
             param = "messages" if wanted is None else "max_tokens"

@@ -27,6 +27,7 @@ def screen(found: Sheet) -> RenderableType:
     after = [
         *idle,
         *refused,
+        *([f"warning: {found.vocabulary}; `qkit inspect` says whether one comes up"] if found.vocabulary else []),
         *_notes(found),
         *_remedy_lines(found),
         *_other_stages(found),

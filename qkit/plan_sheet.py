@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qkit import deploy, idle, memory, plan, prequantized, recipe, roofline, schedule
+from qkit import deploy, idle, memory, plan, prequantized, recipe, roofline, schedule, vocabulary
 from qkit.deploy import Refusal
 from qkit.device import Device, detect
 from qkit.errors import RecipeError
@@ -43,6 +43,7 @@ class Sheet:
     refused: tuple[Refusal, ...]
     comes_quantized: str | None  # how the base is quantized as it comes
     remarks: tuple[str, ...]  # on values of the recipe that nothing will use
+    vocabulary: str | None = None  # tokens that the model has no row for
 
     @property
     def short(self) -> tuple[Plan, ...]:
@@ -87,6 +88,7 @@ def sheet(
         refused=deploy.refusals(how),
         remarks=tuple(text for _, text in idle.remarks(how)),
         comes_quantized=prequantized.method(config_of(how.model)),
+        vocabulary=vocabulary.without_a_row(how.model),
     )
 
 
@@ -114,6 +116,7 @@ def to_dict(found: Sheet) -> dict[str, Any]:
         "remarks": list(found.remarks),
         "comes_quantized": found.comes_quantized,
         "not_deployable": [asdict(refusal) for refusal in found.refused],
+        "vocabulary": found.vocabulary,
     }
     if found.solved:
         answer = found.solved

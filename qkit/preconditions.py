@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from qkit import model
+from qkit import added_tokens, model, vocabulary
 from qkit.checks import NAMED_ROWS, Check, Place
 from qkit.decisions import HELD_OUT, Fate
 from qkit.preparation import Entry, Worker
@@ -49,6 +51,53 @@ def _left(entries: Sequence[Entry], fates: Sequence[Fate], train: Mapping[str, i
             "rows", "warn", message, len(gone), rows, "look at the reasons in the ledger: most rows are not used"
         )
     return Check("rows", "pass", message)
+
+
+def held_together(own: Worker, tokens: Mapping[str, Any], rows: Check) -> Check:
+    """The check `vocabulary` over rows; where these are well, tokenizer and embedding held against each other. Other checks as they are."""
+    if rows.name != "vocabulary":
+        return rows
+    size = own.facts.vocabulary
+    beyond = {text: number for text, number in own.reader.tokenizer.get_vocab().items() if number >= size}
+    named = {key: number for key, number in model.named_tokens(own.how.model).items() if number >= size}
+    sought = vocabulary.said({**beyond, **named}, size)
+    if sought is None:
+        return rows
+    remedy = _rows_for(beyond)
+    if rows.status == "fail":
+        return replace(rows, message=f"{rows.message}; {sought}", remedy=remedy)
+    if "pad_token_id" in named:  # the embedding cannot even be made
+        return Check(
+            "vocabulary", "fail", f"{sought}; config.json pads with one, so the model cannot be loaded", remedy=remedy
+        )
+    if used := sorted(_used(own, tokens) & set(beyond.values())):
+        names = ", ".join(map(own.reader.tokenizer.convert_ids_to_tokens, used))
+        return Check("vocabulary", "fail", f"{sought}; every conversation may hold {names}", len(beyond), remedy=remedy)
+    pads = own.reader.tokenizer.convert_ids_to_tokens(tokens["pad"])
+    message = f"{sought}; no row holds one, {pads} pads; a text that spells one is an error in training and on a server"
+    return Check("vocabulary", "warn", message, len(beyond), remedy=remedy)
+
+
+def _rows_for(beyond: Mapping[str, int]) -> str:
+    """What to do about tokens that the model has no row for; ids without a token are a mistake of the config."""
+    if not beyond:
+        return "correct the id in the model's config.json"
+    named = json.dumps(sorted(beyond)[:NAMED_ROWS], ensure_ascii=False)
+    return f"take the tokenizer that belongs to these weights, or give the tokens rows with model.add_tokens={named}"
+
+
+def _used(own: Worker, tokens: Mapping[str, Any]) -> set[int]:
+    """Ids that come up whatever the rows say: what begins a text, what ends a turn, the padding, and what the template writes."""
+    tokenizer = own.reader.tokenizer
+    written = own.reader.encode(added_tokens.markers(tokenizer))
+    begins = tokenizer("a")["input_ids"]
+    return {
+        *tokens["stop"],
+        tokens["pad"],
+        tokens["end_of_turn"],
+        *begins,
+        *(number for ids in written for number in ids),
+    }
 
 
 def _padding(own: Worker, tokens: Mapping[str, Any]) -> Check:

@@ -424,8 +424,8 @@ def _gguf_config(file: Path) -> dict[str, Any]:
         raise ModelError(f"{file}: its GGUF header is damaged or cut off ({error!r}); download it again") from None
 
 
-def read_gguf(file: Path) -> tuple[dict[str, Any], set[str]]:
-    """Metadata of a .gguf file (of an array, its length) and the names of its tensors."""
+def read_gguf(file: Path, arrays: str = "") -> tuple[dict[str, Any], set[str]]:
+    """Metadata of a .gguf file and the names of its tensors. Of an array, its length; where its key begins with `arrays`, all of it."""
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise ModelError(f"{file}: is no GGUF file (it does not begin with GGUF)")
@@ -434,7 +434,7 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], set[str]]:
             if version not in (2, 3):
                 raise ModelError(f"{file}: is GGUF version {version}; versions 2 and 3 are read, convert it again")
             reader = _Reader(data, 24)
-            metadata = {reader.text(): reader.value(reader.scalar("I")) for _ in range(key_count)}
+            metadata = dict(reader.entry(arrays) for _ in range(key_count))
             return metadata, set(reader.tensor_names(tensor_count))
 
 
@@ -454,6 +454,13 @@ class _Reader:
         length = self.scalar("Q")
         self.at += length
         return self.data[self.at - length : self.at].decode()
+
+    def entry(self, arrays: str) -> tuple[str, Any]:
+        key, kind = self.text(), self.scalar("I")
+        if kind == ARRAY and arrays and key.startswith(arrays):
+            inner, count = self.scalar("I"), self.scalar("Q")
+            return key, [self.value(inner) for _ in range(count)]
+        return key, self.value(kind)
 
     def value(self, kind: int) -> Any:
         if kind == STRING:

@@ -183,6 +183,17 @@ def refused(figures: Summary) -> list[tuple[str, str]]:
     return [(name, Breach(**breach).words) for name, breach in marked]
 
 
+def remarks(figures: Summary) -> list[tuple[str, str]]:
+    """(artifact, what to know about its distance) where the runtime that measured it is not the one that will run it."""
+    from qkit.export._job import remark
+
+    return [
+        (name, words)
+        for name, found in figures["parity"].items()
+        if found["kl_mean"] is not None and (words := remark(name))
+    ]
+
+
 def farthest(figures: Summary) -> str | None:
     """The artifact with the largest mean distance to what was trained; the adapter's own row is what bf16 makes of it."""
     judged = {name: p for name, p in figures["parity"].items() if name != APART}
@@ -294,6 +305,7 @@ def screen(figures: Summary) -> RenderableType:
     beside.add_row(_stages_table(figures), *([_quality_table(figures)] if quality(figures) else []))
     parts: list[RenderableType] = [Text(headline(figures), style="bold"), Text(), beside]
     parts += [Text(f"{name} failed its gate: {why}", style=STYLES["failed"]) for name, why in refused(figures)]
+    parts += [Text(f"{name}: {words}", style="dim") for name, words in remarks(figures)]
     if figures["bench"]:
         parts += [Text(), _bench_table(figures)]
     return Group(*parts)

@@ -295,13 +295,14 @@ def render(
         raise TemplateRefusal(f"{type(error).__name__}: {str(error)[:300]}") from error
 
 
-def special_tokens(reader: Renderer, pad_token: str | None) -> dict[str, Any]:
-    """`stop` (ids that end a turn), `pad`, and `end_of_turn`.
+def special_tokens(reader: Renderer, pad_token: str | None, rows: int) -> dict[str, Any]:
+    """`stop` (ids that end a turn), `pad`, and `end_of_turn`. `rows`: of the model's embedding.
 
-    The padding is a token that ends no turn, where there is one: other tools mask the end of an answer together with the padding.
+    The padding is a token that the embedding has and that ends no turn, where there is one: other tools mask the end of an answer together
+    with the padding.
 
     Raises:
-        ModelError: model.pad_token names no token; or no special token ends a turn.
+        ModelError: model.pad_token names no token, or one that the embedding lacks; or no special token ends a turn.
     """
     tokenizer = reader.tokenizer
     end = tokenizer.eos_token_id if reader.end is None else reader.end
@@ -311,20 +312,25 @@ def special_tokens(reader: Renderer, pad_token: str | None) -> dict[str, Any]:
         )
     stop = sorted({end, reader.meeting((OFFERED,)).end, tokenizer.eos_token_id} - {None})
     if pad_token is not None:
-        return {"stop": stop, "pad": _known_id(tokenizer, pad_token), "end_of_turn": end}
+        return {"stop": stop, "pad": _known_id(tokenizer, pad_token, rows), "end_of_turn": end}
     ids = [
         tokenizer.convert_tokens_to_ids(token)
         for token in (tokenizer.pad_token, tokenizer.unk_token, *special_ids(tokenizer))
         if token
     ]
-    usable = [token for token in ids if token is not None and token not in stop]
+    usable = [token for token in ids if token is not None and token < rows and token not in stop]
     return {"stop": stop, "pad": (usable or [end])[0], "end_of_turn": end}
 
 
-def _known_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+def _known_id(tokenizer: PreTrainedTokenizerBase, token: str, rows: int) -> int:
     found = tokenizer.get_vocab().get(token)
     if found is None:
         raise ModelError(f"model.pad_token={short(token)}: the tokenizer has no such token")
+    if found >= rows:
+        raise ModelError(
+            f"model.pad_token={short(token)}: its id is {found}, and the model has 0 to {rows - 1}; leave model.pad_token out, or give it a "
+            f"row with model.add_tokens={json.dumps([token])}"
+        )
     return int(found)
 
 

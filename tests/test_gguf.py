@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHATML, build_tokenizer
-from exporting import ROWS, exported, job_of, kl
+from exporting import ROWS, changed_config, exported, job_of, kl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qkit.device import detect
 from qkit.errors import NotDeployable
 from qkit.export import gguf
-from qkit.export._gguf_tokenizer import SPLITS, cut, unwritten
-from qkit.export._modelfile import turns_of
+from qkit.export._gguf_tokenizer import cut, placed_stops, unwritten
+from qkit.export._modelfile import turns_of, write_modelfile
+from qkit.gguf_tokenizer import build as build_from
+from qkit.llama_cpp import CUTS
+from qkit.provenance import NOTE
 from qkit.runtime import open_runtime
 from qkit.shape import read_gguf
 
@@ -135,7 +139,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
     folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("trained") / "model")
     tokenizer = Tokenizer(models.BPE())
-    split = next(regex for regex, name in SPLITS.items() if name == "qwen2")
+    split = CUTS["qwen2"].steps[0]["pattern"]["Regex"]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(split), behavior="isolated"),
@@ -168,6 +172,13 @@ def steps(*kinds: dict[str, Any]) -> dict[str, Any]:
     return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(kinds)}}
 
 
+def as_named(name: str, ignore_merges: bool | None = None, **split: Any) -> dict[str, Any]:
+    """A tokenizer.json that cuts as the name says."""
+    whole = CUTS[name].whole if ignore_merges is None else ignore_merges
+    cuts = [{**step, **split} if step["type"] == "Split" else dict(step) for step in CUTS[name].steps]
+    return {**steps(*cuts), "model": {"ignore_merges": whole}}
+
+
 BYTES, REST = {"type": "ByteLevel", "add_prefix_space": False}, {"type": "ByteLevel", "use_regex": False}
 
 
@@ -176,7 +187,14 @@ BYTES, REST = {"type": "ByteLevel", "add_prefix_space": False}, {"type": "ByteLe
     [
         ({"pre_tokenizer": BYTES}, "gpt-2"),
         (steps({"type": "Digits", "individual_digits": True}, BYTES), "smollm"),
-        *((steps({"type": "Split", "pattern": {"Regex": regex}}, REST), name) for regex, name in SPLITS.items()),
+        *(
+            (as_named(name), name)
+            for name in ("llama-bpe", "dbrx", "qwen2", "qwen35", "tekken", "gpt-4o", "deepseek-v3", "falcon")
+        ),
+        (as_named("llama-bpe", ignore_merges=False), "dbrx"),
+        (as_named("dbrx", ignore_merges=True), "llama-bpe"),
+        (as_named("qwen2", ignore_merges=True), None),
+        (as_named("qwen2", behavior="MergedWithNext"), None),
         (steps({"type": "Split", "pattern": {"Regex": "[a-z]+"}}, REST), None),
         ({"pre_tokenizer": {**BYTES, "add_prefix_space": True}}, None),
         ({"pre_tokenizer": {"type": "Metaspace"}}, None),
@@ -185,14 +203,6 @@ BYTES, REST = {"type": "ByteLevel", "add_prefix_space": False}, {"type": "ByteLe
 )
 def test_how_text_is_cut_has_a_name_or_is_refused(tokenizer: dict[str, Any], name: str | None) -> None:
     assert cut(tokenizer) == name
-
-
-def test_the_splits_are_those_that_transformers_reads_back() -> None:
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    assert {name: GGUF_PRE_TOKENIZER_SPLITS[name] for name in SPLITS.values()} == {
-        name: split for split, name in SPLITS.items()
-    }
 
 
 @pytest.mark.parametrize(
@@ -207,6 +217,140 @@ def test_a_tokenizer_that_is_not_written(tiny_model: Path, tmp_path: Path, chang
         exported(job_of(model, tmp_path), "gguf-f16", tmp_path)
     (model / "tokenizer.json").unlink()
     assert "has no tokenizer.json" in str(unwritten(model))
+
+
+def with_tokenizer(model: Path, target: Path, **change: Any) -> Path:
+    """A copy of a model with other parts in its tokenizer.json."""
+    shutil.copytree(model, target)
+    file = target / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    return target
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"type": "Lowercase"},
+        {"type": "Prepend", "prepend": "_"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "_"},
+        {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
+    ],
+)
+def test_what_is_done_to_every_text_before_it_is_cut_cannot_be_left_out(
+    tiny_model: Path, tmp_path: Path, rule: dict[str, Any]
+) -> None:
+    model = with_tokenizer(tiny_model, tmp_path / "model", normalizer=rule)
+    assert rule.get("normalizers", [rule])[-1]["type"] in str(unwritten(model))
+    with pytest.raises(NotDeployable, match=r"llama\.cpp changes no text"):
+        exported(job_of(model, tmp_path), "gguf-f16", tmp_path)
+
+
+def rows_of(root: Path, *said: str) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "input_ids": [1],
+            "messages": json.dumps([{"role": "user", "content": text}]),
+            "tools": "[]",
+            "variables": "{}",
+            "answer": "a",
+            "calls": "[]",
+        }
+        for text in said
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), root / "texts.parquet")
+    return root / "texts.parquet"
+
+
+def test_rows_that_llama_cpp_reads_in_other_tokens_are_counted(trained: Path, tmp_path: Path) -> None:
+    """NFC makes one letter of a letter and its mark, which is two bytes in training and three in llama.cpp."""
+    model = with_tokenizer(trained, tmp_path / "model", normalizer={"type": "NFC"})
+    said: list[str] = []
+    job = replace(
+        job_of(model, tmp_path), rows=rows_of(tmp_path, "the e\u0301 thing", "the", "thing", "then"), say=said.append
+    )
+    out = exported(job, "gguf-f16", tmp_path)
+    found = json.loads((out / NOTE).read_text())["served_otherwise"]
+    assert (found["rows"], found["differ"], found["because"]) == (4, 1, ["the normalizer NFC"])
+    assert "e\u0301" in found["first"] and "25.0% of 4 rows" in said[0]
+    back = AutoTokenizer.from_pretrained(model)
+    assert len(back("e\u0301").input_ids) == 2 and len(build_from(out / gguf.FILE)("e\u0301").input_ids) == 3
+
+
+def test_what_a_token_takes_of_the_space_around_it_is_counted(tiny_model: Path, tmp_path: Path) -> None:
+    added = json.loads((tiny_model / "tokenizer.json").read_text())["added_tokens"]
+    marks = [{**one, "rstrip": one["content"] == "<|im_end|>"} for one in added]
+    model = with_tokenizer(tiny_model, tmp_path / "model", added_tokens=marks)
+    job = replace(job_of(model, tmp_path), rows=rows_of(tmp_path, "a", "b"))
+    out = exported(job, "gguf-f16", tmp_path)
+    found = json.loads((out / NOTE).read_text())["served_otherwise"]
+    assert (found["rows"], found["differ"], found["because"]) == (2, 2, ["<|im_end|> (rstrip)"])
+
+
+def test_rows_without_their_texts_cannot_be_compared_and_the_loss_is_named(trained: Path, tmp_path: Path) -> None:
+    model = with_tokenizer(trained, tmp_path / "model", normalizer={"type": "NFC"})
+    out = exported(job_of(model, tmp_path), "gguf-f16", tmp_path)
+    found = json.loads((out / NOTE).read_text())["served_otherwise"]
+    assert found == {"rows": 0, "differ": 0, "because": ["the normalizer NFC"]}
+
+
+def test_where_nothing_is_lost_no_row_differs(tiny_model: Path, tmp_path: Path) -> None:
+    job = replace(job_of(tiny_model, tmp_path), rows=rows_of(tmp_path, "Grüße 123\n\n  x", "e\u0301"))
+    out = exported(job, "gguf-f16", tmp_path)
+    assert json.loads((out / NOTE).read_text())["served_otherwise"] == {"rows": 2, "differ": 0}
+
+
+def test_tokens_that_the_model_has_no_row_for_have_no_place(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(str(model))
+    header, _ = read_gguf(exported(job_of(model, tmp_path), "gguf-f16", tmp_path) / gguf.FILE)
+    assert header["tokenizer.ggml.tokens"] == 259 and "tokenizer.ggml.padding_token_id" not in header
+
+
+@pytest.mark.parametrize(
+    ("texts", "template", "placed", "unstopped"),
+    [
+        (["<|a|>", "<|b|>"], "", ["<|a|>", "<|b|>"], []),
+        (["<|a|>", "x"], "", ["<|a|>", "x"], []),  # a token of the ordinary kind ends answers as well
+        (["<|a|>", "<|im_end|>", "<|b|>", "<|c|>"], "", ["<|a|>", "<|b|>", "<|c|>"], []),  # llama.cpp knows the other
+        (["<|a|>", "<|b|>", "<|c|>", "<|d|>"], "", ["<|a|>", "<|b|>", "<|c|>"], ["<|d|>"]),
+        (["<|a|>", "<|im_end|>"], "{{ eos_token }}", ["<|im_end|>", "<|a|>"], []),  # what the template writes so
+    ],
+)
+def test_which_stop_tokens_have_a_place_in_the_header(
+    tiny_model: Path, tmp_path: Path, texts: list[str], template: str, placed: list[str], unstopped: list[str]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|a|>", "<|b|>", "<|c|>", "<|d|>"]})
+    tokenizer.save_pretrained(str(model))
+    (model / "chat_template.jinja").write_text(CHATML + template)
+    changed_config(model, vocab_size=len(tokenizer))
+    ids = tokenizer.convert_tokens_to_ids(texts)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    found = [tokenizer.convert_ids_to_tokens(part) for part in placed_stops(model)]
+    assert found == [placed, unstopped]
+    write_modelfile(model, gguf.FILE)
+    assert (model / "Modelfile").read_text().count("PARAMETER stop") == len(texts)
+
+
+def test_the_header_names_three_stop_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, 1]}))
+    header, _ = read_gguf(exported(job_of(model, tmp_path), "gguf-f16", tmp_path) / gguf.FILE)
+    assert [header[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [2, 1, 0]
+
+
+def test_a_stop_token_without_a_text_is_no_line_of_the_modelfile(tiny_model: Path, tmp_path: Path) -> None:
+    """The embedding may have more rows than there are tokens."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 300]}))
+    write_modelfile(model, gguf.FILE)
+    assert "None" not in (model / "Modelfile").read_text()
 
 
 # --- positions --------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from qkit import data, inspection, inspection_page, inspection_screen, pipeline
-from qkit.errors import DataError
+from qkit import data, inspection, inspection_page, inspection_screen, pipeline, recipe, vocabulary
+from qkit.errors import DataError, ModelError
 from qkit.progress import Progress
 from qkit.recipe import load
 from qkit.run import Run
@@ -194,3 +194,119 @@ def test_the_stage_says_what_is_not_learnt_before_training(tiny_recipe: Path, ro
     said = " ".join(done.stderr.split())
     assert "data: unused: 2 records hold what nothing reads: messages.reasonning in 2 (did you mean reasoning?)" in said
     assert "data: worth a look with `qkit inspect`: duplicate" in said
+
+
+# --- tokenizer and embedding ----------------------------------------------------------------------------------------------
+
+
+def with_tokens(model: Path, target: Path, change: Any, **config: Any) -> Path:
+    """A copy of a model whose tokenizer was changed, and its weights were not."""
+    import shutil
+
+    shutil.copytree(model, target)
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    change(tokenizer)
+    tokenizer.save_pretrained(str(target))
+    file = target / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return target
+
+
+def vocabulary_of(model: Path, rows: Path, *overrides: str) -> dict[str, Any]:
+    how = inspection.recipe_for(str(model), str(rows), "messages", overrides)
+    (check,) = (c for c in inspection.inspect(how, Progress()).summary["checks"] if c["name"] == "vocabulary")
+    return dict(check)
+
+
+def another_end(tokenizer: Any) -> None:
+    """Turns end with a token that came later."""
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|end|>")
+
+
+BEYOND = {
+    "a padding token": (lambda t: t.add_special_tokens({"pad_token": "[PAD]"}), "warn", "[PAD] (259)"),
+    "an added token": (lambda t: t.add_tokens(["<think>"]), "warn", "<think> (259)"),
+    "a special token": (lambda t: t.add_special_tokens({"extra_special_tokens": ["<x>"]}), "warn", "<x> (259)"),
+    "what ends a turn": (another_end, "fail", "<|end|> (259)"),
+    "a mark of the template": (
+        lambda t: (
+            t.add_special_tokens({"extra_special_tokens": ["<|start|>"]}),
+            setattr(t, "chat_template", t.chat_template.replace("<|im_start|>", "<|start|>")),
+        ),
+        "fail",
+        "<|start|> (259)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BEYOND)
+def test_tokens_that_the_model_has_no_row_for(what: str, tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    change, status, words = BEYOND[what]
+    model = with_tokens(tiny_model, tmp_path / "model", change)
+    check = vocabulary_of(model, rows_file)
+    assert (check["status"], words in check["message"], "0 to 258" in check["message"]) == (status, True, True)
+    assert "model.add_tokens" in check["remedy"]
+
+
+def test_the_remedy_gives_them_rows(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    model = with_tokens(tiny_model, tmp_path / "model", another_end)
+    assert vocabulary_of(model, rows_file, 'model.add_tokens=["<|end|>"]')["status"] == "pass"
+
+
+def test_the_remedy_is_good_for_a_padding_token_that_the_config_names(
+    tiny_model: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """As a Llama 2 with [PAD] is often saved: its weights have no row for it, and the model cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    from qkit import model as models
+
+    pads = with_tokens(
+        tiny_model, tmp_path / "model", lambda t: t.add_special_tokens({"pad_token": "[PAD]"}), pad_token_id=259
+    )
+    assert vocabulary_of(pads, rows_file)["status"] == "fail"
+    assert vocabulary_of(pads, rows_file, 'model.add_tokens=["[PAD]"]')["status"] == "pass"
+    grown = AutoModelForCausalLM.from_pretrained(models.resolve(recipe.Model(source=str(pads), add_tokens=("[PAD]",))))
+    assert grown.get_input_embeddings().weight.shape[0] == 260
+
+
+def test_padding_is_chosen_within_the_embedding(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    model = with_tokens(tiny_model, tmp_path / "model", lambda t: t.add_special_tokens({"pad_token": "[PAD]"}))
+    how = inspection.recipe_for(str(model), str(rows_file), "messages", ())
+    assert json.loads((inspection.inspect(how, Progress()).folder / "tokens.json").read_text())["pad"] < 259
+    with pytest.raises(ModelError, match=r"its id is 259, and the model has 0 to 258"):
+        vocabulary_of(model, rows_file, 'model.pad_token="[PAD]"')
+
+
+def test_a_row_that_spells_a_token_without_a_row(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    model = with_tokens(tiny_model, tmp_path / "model", lambda t: t.add_tokens(["<think>"]))
+    rows_file.write_text(rows_file.read_text().replace("say b ", "say <think>"))
+    check = vocabulary_of(model, rows_file)
+    assert check["status"] == "fail" and check["rows"][0]["line"] == 2
+    assert (
+        "has the id 259" in check["message"] and "<think> (259)" in check["message"] and "add_tokens" in check["remedy"]
+    )
+
+
+def test_a_config_that_names_a_token_without_a_row(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    """The embedding could not even be made with such a padding index."""
+    model = with_tokens(tiny_model, tmp_path / "model", lambda t: None, pad_token_id=300)
+    check = vocabulary_of(model, rows_file)
+    assert check["status"] == "fail" and "pad_token_id (300)" in check["message"]
+
+
+def test_more_rows_than_tokens_are_well(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    """As Phi-3 and Qwen have them: the embedding is padded to a multiple."""
+    model = with_tokens(tiny_model, tmp_path / "model", lambda t: None, vocab_size=320)
+    assert vocabulary_of(model, rows_file)["status"] == "pass"
+
+
+def test_the_plan_says_it_too(tiny_model: Path, tmp_path: Path) -> None:
+    model = with_tokens(tiny_model, tmp_path / "model", lambda t: t.add_special_tokens({"pad_token": "[PAD]"}))
+    found = vocabulary.without_a_row(recipe.Model(source=str(model)))
+    assert found is not None and "[PAD] (259)" in found and "0 to 258" in found
+    assert vocabulary.without_a_row(recipe.Model(source=str(model), add_tokens=("[PAD]",))) is None
+    assert vocabulary.without_a_row(recipe.Model(source=str(tiny_model))) is None
+    done = qkit("plan", "--model", model)
+    assert f"warning: {found}" in " ".join(done.stdout.split()), done.stdout

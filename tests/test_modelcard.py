@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 import shlex
@@ -170,3 +171,49 @@ def test_an_export_is_used_as_what_it_is(tmp_path: Path, export: str, library: s
     assert (front(text)["base_model_relation"] == "adapter") is (export == "vllm-adapter")
     if library in ("transformers", "onnx"):
         ast.parse(code(text, "python"))
+
+
+def noted(run: Run, export: str, **keys: Any) -> str:
+    (run.folder("export") / export).mkdir(parents=True, exist_ok=True)
+    (run.folder("export") / export / "qkit.json").write_text(json.dumps(keys))
+    return modelcard.render(run, export)
+
+
+def test_the_card_says_how_many_rows_llama_cpp_reads_otherwise(tmp_path: Path) -> None:
+    run = open_sample(tmp_path)
+    found = {"rows": 400, "differ": 10, "first": "caf\u00e9 `x`", "because": ["the normalizer NFC"]}
+    text = noted(run, "gguf-f16", served_otherwise=found, unstopped=[7])
+    assert (
+        "llama.cpp reads 2.5 % of 400 training rows in other tokens than they were trained on (the normalizer NFC)"
+        in text
+    )
+    assert "does not stop at the tokens 7" in text
+    text = noted(run, "gguf-f16", served_otherwise={"rows": 0, "differ": 0, "because": ["the normalizer NFC"]})
+    assert "leaves out what this tokenizer does to texts (the normalizer NFC)" in text
+    text = noted(run, "gguf-f16", served_otherwise={"rows": 400, "differ": 0}, unstopped=[])
+    assert "reads 400 training rows in the tokens that they were trained on" in text and "does not stop" not in text
+
+
+def test_what_was_measured_with_another_runtime_is_said_beside_the_figure(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from qkit import report, show
+
+    run = open_sample(tmp_path)
+    distances = {
+        "kl_mean": 0.0025,
+        "kl_p99": 0.1,
+        "top1": 0.99,
+        "status": "passed",
+        "failed": [],
+        "tokens": 9,
+        "over": "all",
+    }
+    parity = json.loads((run.folder("verify") / "parity.json").read_text())["parity"]
+    edit(run, "verify/parity.json", parity={**parity, "gguf-q8_0": distances, "gguf-q4_0": distances})
+    for said in (modelcard.render(run), report.page(run)):
+        assert "0.0025 here and 0.0071 there" in said and "Q4_K_M" in said
+    assert {name for name, _ in show.remarks(show.summary(run))} == {"gguf-q8_0", "gguf-q4_0"}
+    drawn = Console(width=80, record=True, file=io.StringIO())
+    drawn.print(show.screen(show.summary(run)))
+    assert "and 0.0071 there" in " ".join(drawn.export_text().split())

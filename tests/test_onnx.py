@@ -441,3 +441,28 @@ def test_a_kill_half_way_leaves_no_artifact(model: Path, tmp_path: Path) -> None
     assert child.wait() == -signal.SIGKILL
     assert list(tmp_path.rglob("model.onnx*"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ({"eos_token_id": [2, 300], "pad_token_id": 300}, {"eos_token_id": [2], "pad_token_id": 2}),
+        ({"eos_token_id": 2, "pad_token_id": 0}, {"eos_token_id": 2}),
+        ({"eos_token_id": 2, "pad_token_id": 259}, {"eos_token_id": 2, "pad_token_id": 2}),
+    ],
+)
+def test_no_id_beyond_the_embedding_is_named(said: dict[str, Any], wanted: dict[str, Any]) -> None:
+    from qkit.export.onnx import _within
+
+    assert _within({"vocab_size": 259, **said}) == wanted
+
+
+def test_the_server_refuses_a_token_that_the_model_has_no_row_for() -> None:
+    """A text may spell a token that the tokenizer has and the embedding has not."""
+    from qkit.onnx_server import Refused, Service
+
+    service = Service.__new__(Service)
+    service.room, service.rows = 10, 259
+    assert service.space([258], 1) == 9
+    with pytest.raises(Refused, match="has the token id 259, and the model has 0 to 258"):
+        service.space([5, 259], 1)

@@ -132,7 +132,7 @@ def test_every_turn_is_learnt_once(family: str, readers: dict[str, Renderer]) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_ends_with_the_token_that_ends_the_turn(family: str, readers: dict[str, Renderer]) -> None:
     reader = readers[family]
-    tokens = special_tokens(reader, None)
+    tokens = special_tokens(reader, None, len(reader.tokenizer))
     end = reader.tokenizer.convert_tokens_to_ids(ENDS[family])
     assert tokens["end_of_turn"] == end and end in tokens["stop"] and tokens["pad"] not in tokens["stop"]
     for _, rows in taken(reader, "completion"):

@@ -7,22 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.llama_cpp import ENDS, cut_name
 from qkit.template import DEFAULT, OTHERS
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 FILE = "tokenizer.json"
-# How text is cut before merging, and what llama.cpp calls it (src/llama-vocab.cpp, the table of tokenizer_pre).
-SPLITS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-    (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ): "tekken",
-}
+STOPS = ("eos", "eot", "eom")  # the places that a header has for what ends an answer
+SENTENCEPIECE = "its tokenizer is no byte-level BPE (it comes from sentencepiece): such are not written by this version"
+PLAIN = "Steps: 1. Write a plain sentence, as anybody would."
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 SPECIAL = {"bos_token": "bos", "pad_token": "pad", "unk_token": "unk"}
 
@@ -33,30 +27,34 @@ def unwritten(folder: Path) -> str | None:
         return f"{folder} has no {FILE}; save the tokenizer with `save_pretrained` once"
     tokenizer = _read(folder / FILE)
     if tokenizer["model"].get("type") != "BPE" or tokenizer["model"].get("byte_fallback"):
-        return "its tokenizer is no byte-level BPE (it comes from sentencepiece): such are not written by this version"
+        return SENTENCEPIECE
     if cut(tokenizer) is None:
         return "its tokenizer cuts text in a way that llama.cpp has no name for, or none that is known here"
-    return None
+    return _changes_plain_text(tokenizer)
+
+
+def _changes_plain_text(tokenizer: Mapping[str, Any]) -> str | None:
+    """llama.cpp normalizes nothing: what is done to every text, such as lower case or a space put first, cannot be left out."""
+    from tokenizers import Tokenizer
+
+    if not (rule := tokenizer.get("normalizer")):
+        return None
+    found = Tokenizer.from_str(json.dumps({**tokenizer, "post_processor": None})).normalizer.normalize_str(PLAIN)
+    if found == PLAIN:
+        return None
+    kinds = ", ".join(step["type"] for step in rule.get("normalizers", [rule]))
+    return f"its tokenizer makes {found!r} of {PLAIN!r} before it is cut ({kinds}), and llama.cpp changes no text: all prompts would be others"
 
 
 def cut(tokenizer: Mapping[str, Any]) -> str | None:
     """llama.cpp's name for how a tokenizer.json cuts text before merging; None when it is not known."""
     outer = tokenizer.get("pre_tokenizer") or {}
     steps = outer.get("pretokenizers", [outer])
-    kinds = [step.get("type") for step in steps]
-    if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
-        return None
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        return SPLITS.get(steps[0]["pattern"].get("Regex", ""))
-    return None
+    return cut_name(steps, bool(tokenizer.get("model", {}).get("ignore_merges")))
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
-    """Put tokens, merges, special tokens, stop token and chat template of `folder` into the file's header."""
+    """Put tokens, merges, special tokens, stop tokens and chat template of `folder` into the file's header."""
     tokenizer = _read(folder / FILE)
     tokens, types = _tokens(tokenizer, vocabulary)
     writer.add_tokenizer_model("gpt2")
@@ -74,6 +72,34 @@ def stops(folder: Path) -> list[int]:
     """Ids of the tokens that end a turn, as the generation config has them."""
     found = _read(folder / "generation_config.json").get("eos_token_id")
     return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def placed_stops(folder: Path) -> tuple[list[int], list[int]]:
+    """The stop tokens that have a place in a header, in its order, and those that llama.cpp will not stop at.
+
+    First the one that the template writes as eos_token, else the first; then those that llama.cpp does not know by their names.
+    """
+    tokenizer, rows = _read(folder / FILE), int(_read(folder / "config.json")["vocab_size"])
+    texts = {number: text for text, number in tokenizer["model"]["vocab"].items()}
+    texts |= {added["id"]: added["content"] for added in tokenizer.get("added_tokens", ())}
+    wanted = [number for number in stops(folder) if number in texts and number < rows]
+    eos = _special_ids(folder, texts).get("eos_token")
+    first = [eos] if eos in wanted and "eos_token" in (template_of(folder) or "") else wanted[:1]
+    others = sorted((number for number in wanted if number not in first), key=lambda number: texts.get(number) in ENDS)
+    ordered = [*(number for number in first if number is not None), *others]
+    return ordered[: len(STOPS)], [number for number in ordered[len(STOPS) :] if texts.get(number) not in ENDS]
+
+
+def _special_ids(folder: Path, texts: Mapping[int, str]) -> dict[str, int]:
+    """Ids of the special tokens that tokenizer_config.json names."""
+    ids = {text: number for number, text in texts.items()}
+    settings = _read(folder / "tokenizer_config.json")
+    named = {
+        key: value["content"] if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key.endswith("_token")
+    }
+    return {key: ids[text] for key, text in named.items() if isinstance(text, str) and text in ids}
 
 
 def template_of(folder: Path) -> str | None:
@@ -96,11 +122,14 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _tokens(tokenizer: Mapping[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
-    """Text and type of each id; ids that no token has are unused."""
+    """Text and type of each id; ids that no token has are unused, and tokens that the model has no row for have no place."""
     tokens, types = [f"[PAD{number}]" for number in range(vocabulary)], [UNUSED] * vocabulary
     for text, number in tokenizer["model"]["vocab"].items():
-        tokens[number], types[number] = text, NORMAL
+        if number < vocabulary:
+            tokens[number], types[number] = text, NORMAL
     for added in tokenizer.get("added_tokens", ()):
+        if added["id"] >= vocabulary:
+            continue
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     return tokens, types
@@ -117,7 +146,9 @@ def _special(writer: GGUFWriter, folder: Path, tokens: list[str]) -> None:
     ids = {SPECIAL[key]: tokens.index(text) for key, text in texts.items() if text in tokens}
     for name, number in ids.items():
         getattr(writer, f"add_{name}_token_id")(number)
-    for number, name in zip(stops(folder), ("eos", "eot"), strict=False):
+    placed, _ = placed_stops(folder)
+    for number, name in zip(placed, STOPS, strict=False):
         getattr(writer, f"add_{name}_token_id")(number)
     encoded = tokenizers.Tokenizer.from_file(str(folder / FILE)).encode("a").ids
     writer.add_add_bos_token(encoded[0] == ids.get("bos"))
+    writer.add_add_eos_token(bool(placed) and encoded[-1] == placed[0])

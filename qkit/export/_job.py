@@ -58,6 +58,13 @@ def accepts(name: str) -> bool:
     return variant in found.VARIANTS or variant in getattr(found, "BY_HAND", ())
 
 
+def remark(name: str) -> str | None:
+    """What its exporter has to say on a format's measured distance (REMARKS); None where that is what a server will show."""
+    kind, variant = split(name)
+    found: str | None = getattr(exporter(name), "REMARKS", {}).get(variant) if kind in names("export") else None
+    return found
+
+
 def exporter(name: str) -> Exporter:
     """The exporter of a format."""
     module: Any = importlib.import_module(f"qkit.export.{split(name)[0]}")

@@ -42,7 +42,10 @@ def write_modelfile(folder: Path, weights: str) -> None:
     lines = [f"FROM ./{weights}\n", NO_WORDS if turns is None else _template(turns, tokenizer)]
     if turns and turns.default:
         lines.append(f'SYSTEM """{turns.default}"""\n')
-    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(number)}"\n' for number in stops(folder)]
+    ends = (tokenizer.convert_ids_to_tokens(number) for number in stops(folder))
+    lines += [
+        f'PARAMETER stop "{text}"\n' for text in ends if text is not None
+    ]  # the embedding may have more rows than there are tokens
     (folder / "Modelfile").write_text("".join(lines), encoding="utf-8")
 
 

@@ -257,8 +257,18 @@ def _complete(model: Path, out: Path) -> None:
     if (out / "generation_config.json").exists():
         stop = read_json(out / "generation_config.json").get("eos_token_id")
         config["model"]["eos_token_id"] = config["model"]["eos_token_id"] if stop is None else stop
+    config["model"] |= _within(config["model"])
     config["model"]["decoder"]["session_options"]["provider_options"] = []  # the CPU; others are added where they are
     write_json(out / "genai_config.json", config)
+
+
+def _within(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What ends an answer and what pads, without ids that the embedding has no row for: the library would look them up."""
+    rows, stop = model["vocab_size"], model["eos_token_id"]
+    stops = [number for number in (stop if isinstance(stop, list) else [stop]) if number < rows]
+    pad = model.get("pad_token_id")
+    padded = {"pad_token_id": stops[0]} if stops and pad is not None and pad >= rows else {}
+    return {"eos_token_id": stops if isinstance(stop, list) or not stops else stops[0], **padded}
 
 
 def _texts(model: Path) -> list[Path]:

@@ -98,7 +98,7 @@ def tokenizer_of(model: Tiny) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = [token for token in (model.bos, model.eos, model.pad, *model.special) if token]
+    special = list(dict.fromkeys(token for token in (model.bos, model.eos, model.pad, *model.special) if token))
     merged = ["".join(pair) for pair in model.merges]
     vocabulary = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *merged]
     made = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=list(model.merges)))
