@@ -349,7 +349,7 @@ def merge(
     base: ForeignBase = None,
     adapter: ForeignAdapters = None,
     weight: Weights = None,
-    combine: Combine = "linear",
+    combine: Combine = "sum",
     density: Density = 0.5,
     data: MergeRows = None,
     as_json: Json = False,

@@ -82,19 +82,20 @@ def _norms(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Deltas:
-    """The changes of an adapter, by the name of the checkpoint's tensor.
+    """The changes of an adapter, by the name of the checkpoint's tensor; with None for an adapter there are none.
 
     Raises:
         MissingArtifact: the folder holds no adapter in safetensors.
         ModelError: it is of a kind that is not merged.
     """
 
-    def __init__(self, adapter: Path):
+    def __init__(self, adapter: Path | None):
+        from peft import LoraConfig
         from safetensors.torch import load_file
 
         self.adapter = adapter
-        self.config = _config(adapter)
-        pairs = load_file(adapter / WEIGHTS)
+        self.config = LoraConfig() if adapter is None else _config(adapter)
+        pairs = {} if adapter is None else load_file(adapter / WEIGHTS)
         self.tensors = {name.removeprefix(PREFIX).replace(".base_layer.", "."): pairs[name] for name in pairs}
         self.left = set(self.tensors)
 

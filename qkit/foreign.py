@@ -1,7 +1,8 @@
 """`qkit merge --base B --adapter A --out D`: adapters and bases from anywhere, one or several, measured on somebody's own rows.
 
-What a run would hold is made in a folder beside `D` (the adapter, a combined one if there are several; the rows, tokenized), so that the
-merge and its measurement are those of the stage.
+What a run would hold is made in a folder beside `D` (the adapter, or all of them; the rows, tokenized), so that the merge and its
+measurement are those of the stage. Whatever way several are combined in, they are measured against all of them active at once, each with
+its weight (several.py): never against what combining made of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, candidates, data, live, model, parity, provenance, scoring
+from qkit import added_tokens, candidates, data, distances, live, model, parity, provenance, scoring, several
 from qkit.candidates import Candidate
 from qkit.deltas import Deltas
 from qkit.device import detect
@@ -33,13 +34,24 @@ if TYPE_CHECKING:
 LOST = (
     "Measured on the rows given with --data; are they of the kind that it was trained on? Else serve the adapter apart"
 )
-BESIDE_DELTAS = ("use_dora", "modules_to_save", "bias", "lora_bias", "trainable_token_indices")  # of a LoraConfig
+SUM = "sum"
+WHOLE = (
+    "linear",
+    "cat",
+    "svd",
+)  # of PEFT's ways, its add_weighted_adapter's combination_type, those that keep every value
+THINNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")  # these drop some; and with svd, whatever the ranks
+PEFTS = (*WHOLE, *THINNED, *(f"{name}_svd" for name in THINNED))
+SHOWN_APART = 1e-3  # of the change: less is rounding
+BESIDE_DELTAS = ("use_dora", "modules_to_save", "bias", "lora_bias", "trainable_token_indices", "target_parameters")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt")
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What to merge. `weights`: one for each adapter, or none: 1 each. `combine`, `density`: PEFT's add_weighted_adapter's.
+    """What to merge. `weights`: one for each adapter, or none: 1 each.
+
+    `combine`: "sum" adds weight * delta of each to the base, exactly; the others, and `density`, are PEFT's add_weighted_adapter's.
 
     `rows`: a data set to measure on, in the formats of `data.test`.
     """
@@ -48,7 +60,7 @@ class Wish:
     adapters: Sequence[Path]
     out: Path
     weights: Sequence[float] = ()
-    combine: str = "linear"
+    combine: str = SUM
     density: float = 0.5
     rows: str | None = None
     overrides: Sequence[str] = ()
@@ -61,7 +73,7 @@ def merge(wish: Wish, progress: Progress) -> dict[str, Any]:
         ModelError, MissingArtifact: the adapter, or the base, cannot be merged, or the one is known not to belong to the other.
         RecipeError, DataError: the wish is not clear, or no row can be used. ParityFailed: the fine-tune is not in the merged model.
     """
-    weights = _weights(wish)
+    weights, combined = _weights(wish), _is_combined(wish)
     if wish.out.exists() and (not wish.out.is_dir() or any(wish.out.iterdir())):
         raise MissingArtifact(f"{wish.out}: is there already and is not empty; give --out a new folder")
     make_folder(wish.out.parent)
@@ -71,8 +83,12 @@ def merge(wish: Wish, progress: Progress) -> dict[str, Any]:
     need_disk(wish.out.parent, 2 * sum(shard.stat().st_size for shard in shards(folder)), "merge")
     with tempfile.TemporaryDirectory(dir=wish.out.parent, prefix=f".{wish.out.name}-") as temporary:
         run = Run(Path(temporary), how, progress)
-        _take_in(wish, weights, folder, run.folder("train") / "adapter", how)
-        table = _made(run, wish, {provenance.adapter_sha256(a): w for a, w in zip(wish.adapters, weights, strict=True)})
+        alone = Run(run.root / "alone", how, progress) if combined else run  # whose adapters are as they were given
+        _take_in(wish, weights, folder, alone.folder("train") / "adapter", how)
+        if combined:
+            notes += _combined(wish, weights, folder, run, how)
+        hashes = {provenance.adapter_sha256(a): w for a, w in zip(wish.adapters, weights, strict=True)}
+        table = _made(run, alone, wish, hashes)
         if wish.out.exists():
             wish.out.rmdir()
         candidates.folder_of(run.root, table["chosen"]).rename(wish.out)
@@ -87,6 +103,17 @@ def _weights(wish: Wish) -> list[float]:
             f"{len(wish.adapters)} times --adapter and {len(wish.weights)} times --weight: give one for each"
         )
     return list(wish.weights) or [1.0] * len(wish.adapters)
+
+
+def _is_combined(wish: Wish) -> bool:
+    """Whether PEFT makes one adapter of several, or of one with a weight.
+
+    Raises:
+        RecipeError: it knows no such way.
+    """
+    if wish.combine != SUM and wish.combine not in PEFTS:
+        raise RecipeError(f"--combine {wish.combine}: there is {SUM} (the default), and PEFT's {', '.join(PEFTS)}")
+    return wish.combine != SUM and (len(wish.adapters) > 1 or _weights(wish) != [1.0])
 
 
 def _recipe(wish: Wish) -> Recipe:
@@ -123,14 +150,32 @@ def _checked(adapter: Path, folder: Path, base: str) -> list[str]:
 
 
 def _take_in(wish: Wish, weights: Sequence[float], folder: Path, out: Path, how: Recipe) -> None:
-    """The one adapter to merge, in `out`, with a note."""
-    if len(wish.adapters) == 1 and weights == [1.0]:
-        shutil.copytree(wish.adapters[0], out, ignore=shutil.ignore_patterns("checkpoint*", "*.bin", "*.pt"))
+    """The adapter to merge, or a folder of all of them, in `out`, with a note."""
+    if list(weights) == [1.0]:
+        shutil.copytree(wish.adapters[0], out, ignore=shutil.ignore_patterns(*several.LEFT_OUT))
     else:
-        combine(wish, weights, folder, out, how.seed)
+        several.write(out, wish.adapters, weights)
+    _note(out, folder, how)
+
+
+def _note(out: Path, folder: Path, how: Recipe) -> None:
     if not (out / provenance.NOTE).is_file():
         names = _quantized(folder, how) if how.quantization.load_in_4bit else []
         provenance.write_adapter_note(out, folder, how, names)
+
+
+def _combined(wish: Wish, weights: Sequence[float], folder: Path, run: Run, how: Recipe) -> list[str]:
+    """Have PEFT make the run's one adapter; how far it is from the sum of what it was made of, whatever rows there are."""
+    out = run.folder("train") / "adapter"
+    combine(wish, weights, folder, out, how.seed)
+    _note(out, folder, how)
+    apart = distances.apart(out, list(zip(wish.adapters, weights, strict=True)))
+    if apart < SHOWN_APART:
+        return []
+    return [
+        f"--combine {wish.combine}: what it changes differs from the sum of weight * delta by {apart:.0%} of that sum's size (Frobenius "
+        f"norm over all weights); --combine {SUM}, the default, is that sum"
+    ]
 
 
 def combine(wish: Wish, weights: Sequence[float], folder: Path, out: Path, seed: int) -> None:
@@ -149,7 +194,7 @@ def combine(wish: Wish, weights: Sequence[float], folder: Path, out: Path, seed:
         held = PeftModel.from_pretrained(_weightless(folder), str(wish.adapters[0]), adapter_name=names[0])
         for name, adapter in zip(names[1:], wish.adapters[1:], strict=True):
             held.load_adapter(str(adapter), adapter_name=name)
-        options = {} if wish.combine in {"linear", "cat", "svd"} else {"density": wish.density}
+        options = {} if wish.combine in WHOLE else {"density": wish.density}
         held.add_weighted_adapter(names, list(weights), "combined", combination_type=wish.combine, **options)
         held.peft_config["combined"].use_rslora = False  # each one's scaling is in the sum already
     except (ValueError, RuntimeError) as error:
@@ -172,8 +217,8 @@ def _need_plain(adapters: Sequence[Path]) -> None:
         odd = [key for key in BESIDE_DELTAS if getattr(config, key, None) not in (None, False, [], {}, "none")]
         if odd:
             raise ModelError(
-                f"{adapter}: has {', '.join(odd)}, which PEFT does not combine or weigh; merge it alone, with no --weight, "
-                "and the next one into what comes of it"
+                f"{adapter}: has {', '.join(odd)}, which PEFT does not combine or weigh: --combine {SUM}, the default, adds "
+                "up what each adapter changes"
             )
 
 
@@ -204,8 +249,8 @@ def _quantized(folder: Path, how: Recipe) -> list[str]:
     return model.quantized_names(made)
 
 
-def _made(run: Run, wish: Wish, adapters: Mapping[str, float]) -> dict[str, Any]:
-    """The candidates, each a folder, and which of them to take."""
+def _made(run: Run, alone: Run, wish: Wish, adapters: Mapping[str, float]) -> dict[str, Any]:
+    """The candidates, each a folder, and which of them to take. `alone`: with the adapters that they are measured against."""
     ways = candidates.bases(run.recipe) if wish.rows else candidates.bases(run.recipe)[:1]
     gone = _prepare(run, wish.rows) if wish.rows else ""
     spoken = run.folder("train") / "adapter" if len(wish.adapters) > 1 else wish.adapters[0]
@@ -217,7 +262,7 @@ def _made(run: Run, wish: Wish, adapters: Mapping[str, float]) -> dict[str, Any]
         "candidates": [],
         "beside": [],
     }
-    table = _measured(run, ways, adapters) if wish.rows else unmeasured
+    table = _measured(run, alone, ways, adapters) if wish.rows else unmeasured
     _take_tokenizer(spoken, candidates.folder_of(run.root, table["chosen"]))
     return {**table, "note": f"measured on {wish.rows}; {gone}"} if gone else table
 
@@ -249,9 +294,9 @@ def _tokenizer_files(folder: Path) -> set[Path]:
     return {file for pattern in TOKENIZER for file in folder.glob(pattern)}
 
 
-def _measured(run: Run, made: Sequence[str], adapters: Mapping[str, float]) -> dict[str, Any]:
+def _measured(run: Run, alone: Run, made: Sequence[str], adapters: Mapping[str, float]) -> dict[str, Any]:
     rows = scoring.read_held_out(run.need("data", "test.parquet")).rows
-    reference = live.recorded(run, rows)
+    reference = live.recorded(alone, rows)
 
     def measured(name: str) -> Candidate:
         run.progress.say(f"merge: measuring {name}")
@@ -263,7 +308,14 @@ def _measured(run: Run, made: Sequence[str], adapters: Mapping[str, float]) -> d
 
     found = with_finer(run, run.root, [measured(name) for name in made], "fidelity", measured, adapters)
     best = candidates.choose(found, "fidelity")
-    candidates.refuse_lost(best, "the merged model", LOST)
+    if (
+        alone is run
+    ):  # another way than the sum was asked for by name: its distance is shown, and what it is for is not known
+        candidates.refuse_lost(best, "the merged model", LOST)
     table = candidates.table(found, "fidelity", [candidates.base_model(reference), candidates.apart(reference, None)])
+    if best.parity and best.parity.lost:
+        table["note"] = (
+            f"nearer to the base alone than to all adapters active at once: --combine {SUM} is what keeps them"
+        )
     write_json(candidates.folder_of(run.root, best.name) / candidates.FILE, table)
     return table

@@ -7,13 +7,13 @@ again), or to the base's 16-bit ones. Which of the two is nearer to what was tra
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qkit import added_tokens, recipe
+from qkit import added_tokens, recipe, several
 from qkit.deltas import Deltas, LowRank
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
@@ -51,31 +51,35 @@ def merge(
 ) -> None:
     """Write `folder`'s weights, as `base` says, with the adapter added, and config.json.
 
-    Holds a few tensors at a time, whatever the model's size. `note`: the adapter's, with what was quantized and how. Of several dtypes
-    that `section` would try the first one is written.
+    Holds a few tensors at a time, whatever the model's size. `adapter` may be a folder of several (several.py). `note`: the adapter's,
+    with what was quantized and how. Of several dtypes that `section` would try the first one is written.
 
     Raises:
         ModelError: the adapter is not one to this base, or of a kind that is not merged.
     """
-    work = _Work(folder, Deltas(adapter), base, note)
+    one_only = not several.is_several(adapter)
+    work = _Work(folder, Deltas(adapter), base, note) if one_only else _Sum(folder, adapter, base, note)
     dtype = section.dtypes[0]
     specs = {name: {**spec, "dtype": _kept_dtype(spec["dtype"], dtype)} for name, spec in work.specs.items()}
     with (progress or Progress()).bar("merge", len(specs)) as bar:
         write_model(out, specs, work.tensors(folder, bar), section.max_shard_bytes)
-    work.deltas.check_all_used()
+    work.check_all_used()
     _write_config(folder, out, dtype, work.written)
 
 
 class _Work:
     """The merge of one tensor, and what all of them will look like."""
 
-    def __init__(self, folder: Path, deltas: Deltas, base: Base, note: Mapping[str, Any]):
+    def __init__(
+        self, folder: Path, deltas: Deltas, base: Base, note: Mapping[str, Any], head: tuple[str, str] | None = None
+    ):
+        """`head`: name of a head to be made, and of the embedding that it begins as; None: decided by the adapter."""
         found = model_specs(folder)
         self.deltas = deltas
         self.quantized = set(note["quantized"]) if base == "dequantized" else set()
         self.quantization = note["quantization"]
         self.transposed = _stored_transposed(folder)
-        self.head, self.embedding = _head_of_its_own(folder, found, deltas)
+        self.head, self.embedding = _head_of_its_own(folder, found, deltas) if head is None else head
         if self.head:
             found[self.head] = found[self.embedding]
         self.specs = {
@@ -90,6 +94,10 @@ class _Work:
             yield name, self.merged(name, weight)
             del weight  # the next one is being read
             bar.advance()
+
+    def check_all_used(self) -> None:
+        """Raises ModelError when the adapter changes a weight that the base does not have."""
+        self.deltas.check_all_used()
 
     def source(self, name: str) -> str:
         """The base's tensor that becomes `name`."""
@@ -116,6 +124,66 @@ class _Work:
             seen = FourBit(weight.T.contiguous(), self.quantization)
             return _parts(seen.rows(0, weight.shape[1]).T, None, change)
         return _parts(weight, FourBit(weight, self.quantization), change)
+
+
+class _Sum:
+    """The merge of several adapters: each is merged alone, and what it changed is added up, in lockstep and in fp32."""
+
+    def __init__(self, folder: Path, adapters: Path, base: Base, note: Mapping[str, Any]):
+        members = several.members(adapters)
+        self.weights = [weight for _, weight in members]
+        each = [Deltas(adapter) for adapter, _ in members]
+        heads = [_head_of_its_own(folder, model_specs(folder), deltas) for deltas in each]
+        head = next(filter(any, heads), ("", ""))
+        self.alone = [_Work(folder, deltas, base, note, head) for deltas in each]
+        self.base = _Work(folder, Deltas(None), base, note, head)
+        self.specs, self.written = self.base.specs, self.base.written
+        for work in self.alone:
+            if work.written.vocabulary is not None:
+                raise ModelError(
+                    f"{work.deltas.adapter}: has resized embeddings, which have no sum with those of the base or of another adapter; "
+                    "merge it alone, with no --weight, and the next one into what comes of it"
+                )
+
+    def tensors(self, folder: Path, bar: Bar) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+        """Every merged tensor, in the order of `specs`. The base is read once more for each adapter: none holds what another one changes."""
+        with Progress().bar("merge", None) as silent:
+            others = [work.tensors(folder, silent) for work in self.alone]
+            for (name, own), *merged in zip(self.base.tensors(folder, bar), *others, strict=True):
+                yield name, self.added(own, [parts for _, parts in merged])
+
+    def added(self, own: Iterator[torch.Tensor], merged: Sequence[Iterator[torch.Tensor]]) -> Iterator[torch.Tensor]:
+        """Rows of the base + the sum of weight * (rows with one adapter - rows of the base)."""
+        for base, *parts in _aligned([own, *merged]):
+            if not base.is_floating_point():
+                yield base
+                continue
+            total = base.float().clone()
+            for weight, part in zip(self.weights, parts, strict=True):
+                total += weight * (part.float() - base.float())
+            yield total
+
+    def check_all_used(self) -> None:
+        """Raises ModelError when one of the adapters changes a weight that the base does not have."""
+        for work in self.alone:
+            work.check_all_used()
+
+
+def _aligned(streams: Sequence[Iterator[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
+    """The same rows of each of the streams, which cut a tensor into blocks in ways of their own."""
+    held = [next(stream) for stream in streams]
+    while True:
+        if held[0].ndim == 0:
+            yield held
+            return
+        rows = min(map(len, held))
+        yield [part[:rows] for part in held]
+        rest = [
+            part[rows:] if len(part) > rows else next(stream, None) for part, stream in zip(held, streams, strict=True)
+        ]
+        held = [part for part in rest if part is not None]
+        if not held:
+            return
 
 
 def _parts(weight: torch.Tensor, seen: FourBit | None, change: LowRank | None) -> Iterator[torch.Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, deltas, gguf_rope, gguf_tokenizer, prequantized, provenance, recipe, template
+from qkit import added_tokens, deltas, gguf_rope, gguf_tokenizer, prequantized, provenance, recipe, several, template
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
 from qkit.source import HubId, cache_dir, locate, sha256_of
@@ -252,10 +252,12 @@ def load_live(folder: Path, how: recipe.Recipe, device: Device, adapter: Path | 
     return base.eval()
 
 
-def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PeftModel:
+def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PreTrainedModel | PeftModel:
     from peft import PeftModel
 
     provenance.check_adapter(adapter, folder)
+    if several.is_several(adapter):
+        return several.put_on(base, adapter)
     _resize(base, adapter)
     live = PeftModel.from_pretrained(base, str(adapter))
     added_tokens.settle(live)

@@ -127,7 +127,11 @@ ForeignAdapters = Annotated[
 Weights = Annotated[list[float] | None, typer.Option("--weight", help="Of each --adapter, in their order; default: 1.")]
 Combine = Annotated[
     str,
-    typer.Option("--combine", help="Several adapters: linear, cat, ties, dare_linear, dare_ties ... as PEFT has it."),
+    typer.Option(
+        "--combine",
+        help="Several adapters: sum adds weight * delta of each, exactly; linear, cat, svd, ties, dare_linear, magnitude_prune ... as "
+        "PEFT has it.",
+    ),
 ]
 Density = Annotated[float, typer.Option("--density", min=0, max=1, help="Share of values that ties and dare keep.")]
 MergeRows = Annotated[

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit import several
 from qkit.deltas import WEIGHTS
 from qkit.errors import MissingArtifact, ModelError
 from qkit.tensor_files import fingerprint, tensor_specs
@@ -42,9 +43,9 @@ def merged_into(folder: Path) -> list[dict[str, Any]]:
 def check_not_merged(adapter: Path, folder: Path) -> None:
     """Raise ModelError when the model in `folder` has this adapter in it already."""
     entries = merged_into(folder)
-    digest = adapter_sha256(adapter) if entries else ""
+    digests = {adapter_sha256(one) for one, _ in several.members(adapter)} if entries else set()
     for entry in entries:
-        if digest in entry["adapters"]:
+        if digests & set(entry["adapters"]):
             raise ModelError(
                 f"{adapter}: this adapter is in {folder} already (its {NOTE} says so); folded in twice it would be accepted and answer worse: "
                 f"give the base it was trained on, {entry['base']}"
@@ -80,7 +81,8 @@ def check_adapter(adapter: Path, folder: Path) -> Mapping[str, Any]:
         ModelError: it was trained on another model, or is in this one already.
     """
     note_file = adapter / NOTE
-    if not note_file.is_file() or not (adapter / "adapter_config.json").is_file():
+    config = adapter / (several.FILE if several.is_several(adapter) else "adapter_config.json")
+    if not note_file.is_file() or not config.is_file():
         raise MissingArtifact(f"{adapter}: not an adapter made by `qkit train` (it has no {NOTE})")
     check_not_merged(adapter, folder)
     note: dict[str, Any] = json.loads(note_file.read_text(encoding="utf-8"))

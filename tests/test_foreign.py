@@ -94,7 +94,7 @@ def test_rank_stabilized_adapters_are_weighed_as_they_are(
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}])
 def test_what_peft_would_combine_wrongly_is_refused(tiny_model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     adapter = _foreign(tiny_model, tmp_path / "adapter", **options)
-    wish = Wish(str(tiny_model), [adapter], tmp_path / "merged", (0.5,), overrides=FP32)
+    wish = Wish(str(tiny_model), [adapter], tmp_path / "merged", (0.5,), "cat", overrides=FP32)
     with pytest.raises(ModelError, match=f"has {next(iter(options))}, which PEFT does not combine or weigh"):
         foreign.merge(wish, Progress())
     assert not (tmp_path / "merged").exists()
@@ -144,7 +144,7 @@ def test_what_is_not_clear_is_refused(tiny_model: Path, other_model: Path, tmp_p
     with pytest.raises(RecipeError, match="2 times --adapter and 1 times --weight"):
         foreign.merge(Wish(str(tiny_model), [one, other], tmp_path / "out", (1.0,)), Progress())
     with pytest.raises(ModelError, match="does not combine these adapters by linear"):
-        foreign.merge(Wish(str(tiny_model), [one, other], tmp_path / "out"), Progress())
+        foreign.merge(Wish(str(tiny_model), [one, other], tmp_path / "out", (), "linear"), Progress())
     noted = shutil.copytree(one, tmp_path / "noted")
     (noted / "qkit.json").write_text(json.dumps({"base": "that one", "base_fingerprint": "0"}))
     with pytest.raises(ModelError, match="was trained on that one"):

@@ -1,0 +1,207 @@
+"""Several adapters at once: weight + the sum of weight * delta, in the merged weights and in the model that they are measured against."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from qkit import distances, foreign, several
+from qkit.errors import ModelError, RecipeError
+from qkit.foreign import Wish
+from qkit.progress import Progress
+
+FP32 = ["merge.dtype=float32"]
+TOKENS = torch.arange(3, 33)[None]
+Q, UP = {"target_modules": ["q_proj"]}, {"target_modules": ["up_proj", "q_proj"]}
+
+
+def _adapter(base: Path, out: Path, seed: int, **options: Any) -> Path:
+    """A LoRA folder as PEFT alone saves it, every trained tensor of it random."""
+    torch.manual_seed(seed)
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": False, **options}
+    held = get_peft_model(_loaded(base), LoraConfig(**fields))
+    for parameter in held.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+            parameter.data = parameter.data.bfloat16().float()  # learnt rows are rounded to the base's dtype, as a live model holds them
+    held.save_pretrained(out, save_embedding_layers=False)
+    return out
+
+
+def _loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+
+
+def _biased(folder: Path, **options: Any) -> Path:
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.2,
+        **options,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+# The two adapters' options, and how the base differs.
+PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "alike": (Q, Q, {}),
+    "ranks and alphas": ({**Q, "r": 2, "lora_alpha": 3}, {**UP, "r": 8, "lora_alpha": 32}, {}),
+    "rank-stabilized": ({**Q, "use_rslora": True}, {**UP, "r": 6}, {}),
+    "by pattern": ({**UP, "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"q_proj": 5}}, UP, {}),
+    "other modules": (Q, {"target_modules": ["down_proj", "embed_tokens"]}, {}),
+    "DoRA": ({**UP, "use_dora": True}, {**UP, "use_dora": True}, {}),
+    "DoRA and plain": ({**Q, "use_dora": True}, UP, {}),
+    "a head of its own": ({**Q, "modules_to_save": ["lm_head"]}, {**Q, "modules_to_save": ["lm_head", "norm"]}, {}),
+    "a head, tied": ({**Q, "modules_to_save": ["lm_head"]}, Q, {"tie_word_embeddings": True}),
+    "an embedding, tied": ({"target_modules": ["embed_tokens"]}, UP, {"tie_word_embeddings": True}),
+    "learnt tokens": (
+        {**Q, "trainable_token_indices": {"embed_tokens": [1, 5]}},
+        {**Q, "trainable_token_indices": {"embed_tokens": [5, 9]}},
+        {},
+    ),
+    "learnt biases": ({**UP, "bias": "lora_only"}, {**UP, "bias": "all"}, {"attention_bias": True}),
+    "biases of deltas": ({**Q, "lora_bias": True}, Q, {"attention_bias": True}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # peft: what is tied parts, which is what is asked for
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft takes the bias of a delta for a damaged matrix
+@pytest.mark.parametrize("kind", PAIRS)
+def test_the_sum_is_exact_in_weights_and_live(kind: str, tmp_path: Path, tiny_model: Path) -> None:
+    *options, base = PAIRS[kind]
+    folder = _biased(tmp_path / "base", **base) if base else tiny_model
+    adapters = [_adapter(folder, tmp_path / f"adapter{n}", n, **how) for n, how in enumerate(options)]
+    weights = (0.7, -1.3)
+    foreign.merge(Wish(str(folder), adapters, tmp_path / "merged", weights, overrides=FP32), Progress())
+    own = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    wanted = {name: tensor.clone() for name, tensor in own.items()}
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    if "lm_head.weight" not in own:  # one matrix for both, until an adapter changes one of them
+        own["lm_head.weight"] = wanted["lm_head.weight"] = own["model.embed_tokens.weight"].clone()
+        wanted["lm_head.weight"] = wanted["lm_head.weight"].clone()
+        _add(wanted, own, folder, adapters, weights, untied=True)
+    else:
+        _add(wanted, own, folder, adapters, weights, untied=False)
+    change = sum(((wanted[name] - own[name]) ** 2).sum() for name in found)
+    off = sum(((found[name] - wanted[name]) ** 2).sum() for name in found)
+    assert change > 0.1 and (off / change) ** 0.5 < 2e-6
+    several.write(tmp_path / "several", adapters, weights)
+    with torch.no_grad():
+        live = several.put_on(_loaded(folder), tmp_path / "several")(TOKENS).logits
+        merged = _loaded(tmp_path / "merged")(TOKENS).logits
+        alone = _loaded(folder)(TOKENS).logits
+    assert (live - merged).abs().max() < 1e-3 * (live - alone).abs().max()
+
+
+def _add(wanted: Any, own: Any, folder: Path, adapters: list[Path], weights: Any, untied: bool) -> None:
+    """weight * (what PEFT makes of the base with one adapter alone - the base)."""
+    for adapter, weight in zip(adapters, weights, strict=True):
+        base = _loaded(folder)
+        if untied:
+            base.config.tie_word_embeddings = False
+            base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+        one = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
+        for name in wanted:
+            wanted[name] += weight * (one[name] - own[name])
+
+
+@pytest.mark.parametrize("kind", ["alike", "ranks and alphas", "rank-stabilized", "by pattern", "other modules"])
+def test_plain_ones_are_what_peft_does_with_both_active(kind: str, tmp_path: Path, tiny_model: Path) -> None:
+    one, other, _ = PAIRS[kind]
+    adapters = [_adapter(tiny_model, tmp_path / f"adapter{n}", n, **how) for n, how in enumerate((one, other))]
+    foreign.merge(Wish(str(tiny_model), adapters, tmp_path / "merged", (1.0, 0.5), overrides=FP32), Progress())
+    both = PeftModel.from_pretrained(_loaded(tiny_model), str(adapters[0]), adapter_name="a")
+    both.load_adapter(str(adapters[1]), adapter_name="b")
+    for module in both.modules():
+        if "b" in getattr(module, "lora_A", {}) or "b" in getattr(module, "lora_embedding_A", {}):
+            module.scaling["b"] *= 0.5
+    both.base_model.set_adapter(["a", "b"])
+    several.write(tmp_path / "several", adapters, (1.0, 0.5))
+    with torch.no_grad():
+        wanted = both(TOKENS).logits
+        found = _loaded(tmp_path / "merged")(TOKENS).logits
+        live = several.put_on(_loaded(tiny_model), tmp_path / "several")(TOKENS).logits
+        moved = (wanted - _loaded(tiny_model)(TOKENS).logits).abs().max()
+    assert (found - wanted).abs().max() < 1e-4 * moved and (live - wanted).abs().max() < 1e-4 * moved
+
+
+def test_the_default_keeps_both_and_pefts_linear_is_seen_not_to(
+    tiny_model: Path, tmp_path: Path, rows_file: Path
+) -> None:
+    """Both against the same reference, which neither way of combining has made."""
+    adapters = [_adapter(tiny_model, tmp_path / f"adapter{n}", n, **UP) for n in (1, 2)]
+
+    def made(name: str, *more: str) -> dict[str, Any]:
+        command = [
+            sys.executable,
+            "-m",
+            "qkit",
+            "merge",
+            "--base",
+            str(tiny_model),
+            "--out",
+            str(tmp_path / name),
+            "--json",
+            *more,
+        ]
+        command += [f"--adapter={adapter}" for adapter in adapters]
+        done = subprocess.run([*command, "--data", str(rows_file)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    exact, linear = made("exact"), made("linear", "--combine", "linear")
+    kl = [table["candidates"][0]["parity"]["kl_mean"] for table in (exact, linear)]
+    base = next(row["parity"]["kl_mean"] for row in exact["beside"] if row["name"] == "base")
+    assert kl[0] < 0.02 * base and kl[1] > 0.2 * base
+    assert "--combine linear: what it changes differs from the sum of weight * delta by" in " ".join(linear["notes"])
+    assert not any("--combine" in note for note in exact["notes"])
+
+
+def test_how_far_a_combined_one_is_from_the_sum(tiny_model: Path, tmp_path: Path) -> None:
+    adapters = [_adapter(tiny_model, tmp_path / f"adapter{n}", n, **UP) for n in (1, 2)]
+    parts = list(zip(adapters, (0.7, 0.3), strict=True))
+    far = {}
+    for how in ("cat", "linear", "ties"):
+        wish = Wish(str(tiny_model), adapters, tmp_path / "out", combine=how)
+        foreign.combine(wish, (0.7, 0.3), tiny_model, tmp_path / how, 42)
+        far[how] = distances.apart(tmp_path / how, parts)
+    assert far["cat"] < 1e-6
+    one, other, both = (
+        PeftModel.from_pretrained(_loaded(tiny_model), str(f)) for f in (*adapters, tmp_path / "linear")
+    )
+    size = difference = 0.0
+    for name, module in one.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            wanted = 0.7 * module.get_delta_weight("default") + 0.3 * other.get_submodule(name).get_delta_weight(
+                "default"
+            )
+            size += float((wanted**2).sum())
+            difference += float(((both.get_submodule(name).get_delta_weight("default") - wanted) ** 2).sum())
+    assert far["linear"] == pytest.approx((difference / size) ** 0.5, rel=1e-4) and far["linear"] > 0.5
+    assert far["ties"] > 0.1
+
+
+def test_what_has_no_sum_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    base = _loaded(tiny_model)
+    base.resize_token_embeddings(300, mean_resizing=False)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "resized", save_embedding_layers=False)
+    with pytest.raises(ModelError, match="resized embeddings, which have no sum"):
+        foreign.merge(Wish(str(tiny_model), [tmp_path / "resized"], tmp_path / "out", (0.5,)), Progress())
+    with pytest.raises(RecipeError, match="--combine tiess: there is sum"):
+        foreign.merge(Wish(str(tiny_model), [tmp_path / "resized"], tmp_path / "out", (), "tiess"), Progress())
+    assert not (tmp_path / "out").exists()
