@@ -18,7 +18,7 @@ from math import ceil, gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import template
+from qkit import older_forms, template
 from qkit.errors import ModelError
 from qkit.run import need_disk
 from qkit.source import sha256_of
@@ -184,6 +184,7 @@ def prepare(folder: Path, tokens: Sequence[str], trust_remote_code: bool, out: P
     for shard in changed:
         _rewrite(folder, shard, out / shard.name, growth)
     tokenizer.save_pretrained(str(out))
+    older_forms.settle(out, folder)
     _write_sizes(out, growth.rows)
 
 

@@ -15,18 +15,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, candidates, data, distances, live, model, parity, provenance, scoring, several
+from qkit import (
+    added_tokens,
+    candidates,
+    data,
+    distances,
+    live,
+    model,
+    older_forms,
+    parity,
+    provenance,
+    scoring,
+    several,
+)
 from qkit.candidates import Candidate
 from qkit.deltas import Deltas
 from qkit.device import detect
 from qkit.errors import DataError, MissingArtifact, ModelError, RecipeError
 from qkit.merge import with_finer
-from qkit.merged_folder import add_stop_token, write_folder
+from qkit.merged_folder import add_stop_tokens, write_folder
 from qkit.progress import Progress
 from qkit.recipe import Recipe, from_dict
 from qkit.run import Run, make_folder, need_disk, read_json, write_json
 from qkit.runtime import open_runtime
-from qkit.tensor_files import shards
+from qkit.tensor_files import copy_companions, shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +56,17 @@ THINNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")  # these drop 
 PEFTS = (*WHOLE, *THINNED, *(f"{name}_svd" for name in THINNED))
 SHOWN_APART = 1e-3  # of the change: less is rounding
 BESIDE_DELTAS = ("use_dora", "modules_to_save", "bias", "lora_bias", "trainable_token_indices", "target_parameters")
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt")
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+)
+TOKENIZER = (*TOKENIZER, "additional_chat_templates", "spiece.model")
+SAMPLE = "Steps:\n\n1. Do it\u0301 by 2025-01-02, \u3053\u3093\u306b\u3061\u306f 🙂\n\treturn x['a']  # 1234567"
 
 
 @dataclass(frozen=True)
@@ -252,8 +274,8 @@ def _quantized(folder: Path, how: Recipe) -> list[str]:
 def _made(run: Run, alone: Run, wish: Wish, adapters: Mapping[str, float]) -> dict[str, Any]:
     """The candidates, each a folder, and which of them to take. `alone`: with the adapters that they are measured against."""
     ways = candidates.bases(run.recipe) if wish.rows else candidates.bases(run.recipe)[:1]
-    gone = _prepare(run, wish.rows) if wish.rows else ""
-    spoken = run.folder("train") / "adapter" if len(wish.adapters) > 1 else wish.adapters[0]
+    spoken = _spoken(wish)
+    gone = _prepare(run, wish.rows, spoken) if wish.rows else ""
     for base in ways:
         write_folder(run, candidates.folder_of(run.root, base), base, adapters)
     unmeasured: dict[str, Any] = {
@@ -263,35 +285,64 @@ def _made(run: Run, alone: Run, wish: Wish, adapters: Mapping[str, float]) -> di
         "beside": [],
     }
     table = _measured(run, alone, ways, adapters) if wish.rows else unmeasured
-    _take_tokenizer(spoken, candidates.folder_of(run.root, table["chosen"]))
-    return {**table, "note": f"measured on {wish.rows}; {gone}"} if gone else table
+    if spoken:
+        _take_tokenizer(spoken, candidates.folder_of(run.root, table["chosen"]))
+    return {**table, "note": "; ".join(filter(None, [f"measured on {wish.rows}", gone, table.get("note")]))} if gone else table
 
 
-def _prepare(run: Run, source: str) -> str:
-    """The rows to measure on, tokenized as held-out ones; what is left out of them, in words."""
+def _spoken(wish: Wish) -> Path | None:
+    """The adapter whose tokenizer and template the merged model speaks: one that has its own, where all that have say the same.
+
+    Raises:
+        ModelError: they do not.
+    """
+    having = [adapter for adapter in wish.adapters if (adapter / "tokenizer_config.json").is_file()]
+    if len(having) > 1 and len({_said(adapter) for adapter in having}) > 1:
+        raise ModelError(
+            f"{having[0]} and {having[1]} hold tokenizers or chat templates that differ, and one model speaks one: take the tokenizer's files "
+            "out of all folders but the one whose prompts the merged model is to be given"
+        )
+    return having[0] if having else None
+
+
+def _said(adapter: Path) -> str:
+    """Template, and what text becomes: two saved by different versions of a library may differ in all else."""
+    tokenizer = added_tokens.bare_tokenizer(adapter, trust_remote_code=False)
+    ids = tokenizer(SAMPLE, add_special_tokens=True)["input_ids"]
+    return json.dumps([tokenizer.chat_template, sorted(tokenizer.get_vocab().items()), ids], sort_keys=True)
+
+
+def _prepare(run: Run, source: str, spoken: Path | None) -> str:
+    """The rows to measure on, tokenized as held-out ones by the tokenizer that the merged model will have; what is left out, in words."""
+    how = run.recipe
+    if spoken:
+        words = run.root / "spoken"
+        make_folder(words)
+        copy_companions(model.companions(how.model), words)
+        _take_tokenizer(spoken, words)
+        how = how.model_copy(
+            update={"model": how.model.model_copy(update={"source": str(words), "revision": None, "sha256": None})}
+        )
     make_folder(run.folder("data"))
-    summary = data.prepare(run.recipe, run.folder("data"), run.progress)
+    summary = data.prepare(how, run.folder("data"), run.progress)
     if not summary["splits"]["test"]["rows"]:
         raise DataError(f"--data {source}: no row of it can be used: {summary['dropped'] or 'it has none'}")
     return data.left_out(summary, "test")
 
 
 def _take_tokenizer(adapter: Path, out: Path) -> None:
-    """Tokenizer, template and stop token of the adapter, where it has its own, and none of the base's: it was trained with these."""
-    if not (adapter / "tokenizer_config.json").is_file():
-        return
-    from transformers import AutoTokenizer
-
+    """Tokenizer, template and stop token of the adapter, and none of the base's: it was trained with these."""
     for file in _tokenizer_files(out):
-        file.unlink()
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
     for file in _tokenizer_files(adapter):
-        shutil.copyfile(file, out / file.name)
-    if (end := AutoTokenizer.from_pretrained(str(out)).eos_token_id) is not None:
-        add_stop_token(out, end)
+        (shutil.copytree if file.is_dir() else shutil.copyfile)(file, out / file.name)
+    if (end := added_tokens.bare_tokenizer(out, trust_remote_code=False).eos_token_id) is not None:
+        add_stop_tokens(out, [end])
+    older_forms.settle(out, adapter)
 
 
 def _tokenizer_files(folder: Path) -> set[Path]:
-    return {file for pattern in TOKENIZER for file in folder.glob(pattern)}
+    return {file for pattern in (*TOKENIZER, *TEMPLATES) for file in folder.glob(pattern)}
 
 
 def _measured(run: Run, alone: Run, made: Sequence[str], adapters: Mapping[str, float]) -> dict[str, Any]:

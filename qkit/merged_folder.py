@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qkit import model, provenance
+from qkit import model, older_forms, provenance
 from qkit.merging import Base, merge
 from qkit.recipe import Dtype
 from qkit.run import Run, make_folder, read_json
@@ -31,8 +31,9 @@ def write_folder(
     merge(folder, adapter, out, base, section, note, run.progress)  # with a config.json of its own
     if run.recipe.model.chat_template or run.recipe.model.add_tokens:
         model.tokenizer_of(run.recipe.model).save_pretrained(str(out))
+    older_forms.settle(out, model.companions(run.recipe.model))
     if (tokens := run.folder("data") / "tokens.json").is_file():
-        _write_stop_tokens(out, json.loads(tokens.read_text(encoding="utf-8"))["stop"])
+        add_stop_tokens(out, json.loads(tokens.read_text(encoding="utf-8"))["stop"])
     merged = adapters or {provenance.adapter_sha256(adapter): 1.0}
     provenance.write_merged(out, folder, run.recipe.model.source, base, merged)
 
@@ -44,17 +45,18 @@ def dtype_of(run: Run) -> Dtype:
     return found
 
 
-def add_stop_token(out: Path, token: int) -> None:
-    """See that the generation config stops at this one too; it comes first, as the one that ends a turn."""
-    file = out / "generation_config.json"
-    known = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
-    others = known if isinstance(known, list) else [] if known is None else [known]
-    _write_stop_tokens(out, [token, *(other for other in others if other != token)])
+def add_stop_tokens(out: Path, trained: Sequence[int]) -> None:
+    """See that whoever loads the folder stops where training ended its turns, and where the base stopped: in generation_config.json and in
+    config.json, as each is read by some. The trained ones come first: of several, some readers take one."""
+    files = [out / "generation_config.json", out / "config.json"]
+    configs = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files]
+    known = [token for config in configs for token in _as_list(config.get("eos_token_id"))]
+    stop = list(dict.fromkeys([*trained, *known]))
+    for file, config in zip(files, configs, strict=True):
+        if config or file is files[0]:
+            config["eos_token_id"] = stop[0] if len(stop) == 1 else stop
+            file.write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _write_stop_tokens(out: Path, stop: list[int]) -> None:
-    """The generation config must stop where training ended its turns, or a runtime talks on."""
-    file = out / "generation_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    config["eos_token_id"] = stop[0] if len(stop) == 1 else stop
-    file.write_text(json.dumps(config, indent=1), encoding="utf-8")
+def _as_list(found: int | Sequence[int] | None) -> list[int]:
+    return [] if found is None else [found] if isinstance(found, int) else list(found)

@@ -13,7 +13,7 @@ from math import ceil, gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qkit import added_tokens, recipe, several
+from qkit import added_tokens, older_forms, recipe, several
 from qkit.deltas import Deltas, LowRank
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
@@ -228,17 +228,24 @@ def _head_of_its_own(folder: Path, found: Mapping[str, Spec], deltas: Deltas) ->
 
     Deltas and whole matrices of a tied pair are PEFT's own on each side: merged into one matrix they would change the other side too.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not {**config, **config.get("text_config", {})}.get("tie_word_embeddings", _tied_by_default(folder)):
+    if not _says_tied(folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))):
         return "", ""
-    embedding, head = (f"{name}.weight" for name in added_tokens.names(added_tokens.skeleton(folder, False)))
+    embedding, head = _ends(folder)
     if not (deltas.changes(embedding) or deltas.changes(head)):
         return "", ""
+    if head in found and embedding in found and _differ(folder, (embedding, head)):
+        return "", ""  # two already, whatever the config says: transformers loads them as they are
     sizes = [shape for shape in (deltas.shape(embedding), deltas.shape(head)) if shape]
     rows = int(found[embedding]["shape"][0])
     if any(shape[0] != rows for shape in sizes) and len(sizes) == 1:
         return "", ""  # resized, and tied still: the one matrix that the adapter holds is both
     return head, embedding
+
+
+def _says_tied(folder: Path, config: Mapping[str, Any]) -> bool:
+    """What a config.json says, or means by saying nothing."""
+    said = {**config, **(config.get("text_config") or {})}
+    return bool(said.get("tie_word_embeddings", _tied_by_default(folder)))
 
 
 def _tied_by_default(folder: Path) -> bool:
@@ -281,14 +288,47 @@ def _kept_dtype(found: str, wanted: str) -> str:
 
 
 def _write_config(folder: Path, out: Path, dtype: str, written: Written) -> None:
-    """The base's config, with the dtype that the weights have now, no quantization, and what of their shape is new."""
+    """The base's config, with the dtype that the weights have now, no quantization, and what of their shape is new; whether one matrix is
+    embedding and head is read off the weights that were written, whatever the base's config said."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype
-    for section in (config, config.get("text_config", {})):
+    sections = [section for section in (config, config.get("text_config")) if isinstance(section, dict)]
+    for section in sections:
+        if section is config or {"dtype", "torch_dtype"} & section.keys():
+            section.pop("torch_dtype", None)
+            section["dtype"] = dtype
         if written.vocabulary is not None and "vocab_size" in section:
             section["vocab_size"] = written.vocabulary
-        if written.untied and ("tie_word_embeddings" in section or section is config):
-            section["tie_word_embeddings"] = False
-    (out / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    if (tied := _is_tied(folder, out, config)) is not None:
+        for section in sections:
+            if section is config or "tie_word_embeddings" in section:
+                section["tie_word_embeddings"] = tied
+    (out / "config.json").write_text(
+        json.dumps(older_forms.config(config), indent=1, ensure_ascii=False), encoding="utf-8"
+    )
+
+
+def _is_tied(folder: Path, out: Path, config: Mapping[str, Any]) -> bool | None:
+    """Whether the weights in `out` hold one matrix for embedding and head; None where they cannot be told from the others."""
+    try:
+        names = _ends(folder)
+    except (OSError, ValueError):
+        return None  # a model of remote code
+    specs = model_specs(out)
+    held = [name for name in names if name in specs]
+    if len(held) == 2:
+        return _says_tied(folder, config) and not _differ(out, names)
+    alike = [name for name in specs if held and list(specs[name]["shape"]) == list(specs[held[0]]["shape"])]
+    return True if len(alike) == 1 else None  # another one of that shape may be the other end, under another name
+
+
+def _ends(folder: Path) -> tuple[str, str]:
+    """The weights that are embedding and head."""
+    embedding, head = (f"{name}.weight" for name in added_tokens.names(added_tokens.skeleton(folder, False)))
+    return embedding, head
+
+
+def _differ(folder: Path, names: Sequence[str]) -> bool:
+    """Whether two matrices of a folder hold other values; they are read whole."""
+    (_, one), (_, other) = read(folder, list(names))
+    return not one.equal(other)

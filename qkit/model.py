@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, deltas, gguf_rope, gguf_tokenizer, prequantized, provenance, recipe, several, template
+from qkit import added_tokens, deltas, gguf_rope, gguf_tokenizer, older_forms, prequantized, provenance, recipe, several, template
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
 from qkit.source import HubId, cache_dir, locate, sha256_of
@@ -131,6 +131,7 @@ def _convert_gguf(file: Path, out: Path) -> None:
         section.eos_token_id = stops[0] if len(stops) == 1 else stops or None
     loaded.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    older_forms.settle(out)
 
 
 def tokenizer_of(model: recipe.Model) -> PreTrainedTokenizerBase:
