@@ -22,7 +22,7 @@ from qkit import older_forms, template
 from qkit.errors import ModelError
 from qkit.run import need_disk
 from qkit.source import sha256_of
-from qkit.tensor_files import TensorFile, fingerprint, read, shards, tensor_specs
+from qkit.tensor_files import TensorFile, copy_companions, fingerprint, read, shards, tensor_specs
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,7 @@ LEGACY = ("added_tokens.json", "special_tokens_map.json")  # older forms of what
 MARKER = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<[a-z]+(?:_[a-z]+)+>|</?s>")
 PADDED_TO = 128  # the largest multiple that a vocabulary is known to be padded to on purpose
 ROWS_AT_ONCE = 8192  # are held in fp64 at a time
+FORM = 2  # of what `prepare` writes: another number makes it anew where it is kept
 SEED = 0  # the same tokens on the same base are the same model
 
 
@@ -141,9 +142,9 @@ def settle(model: PeftModel) -> None:
 
 def key(folder: Path, tokens: Sequence[str]) -> str:
     """Hash of a model and the tokens that are added to it."""
-    files = [*folder.iterdir(), *(folder / template.OTHERS).glob("*.jinja")]
-    beside = {file.name: sha256_of(file) for file in sorted(files) if _beside_weights(file)}
-    return hashlib.sha256(json.dumps([fingerprint(folder), beside, list(tokens)]).encode()).hexdigest()
+    files = (file for file in sorted(folder.rglob("*")) if _beside_weights(file))
+    beside = {str(file.relative_to(folder)): sha256_of(file) for file in files}
+    return hashlib.sha256(json.dumps([FORM, fingerprint(folder), beside, list(tokens)]).encode()).hexdigest()
 
 
 def _beside_weights(file: Path) -> bool:
@@ -176,10 +177,11 @@ def prepare(folder: Path, tokens: Sequence[str], trust_remote_code: bool, out: P
     )
     out.mkdir(parents=True)
     need_disk(out, sum(shard.stat().st_size for shard in changed), "model.add_tokens")
+    copy_companions(folder, out, but=LEGACY)
     for file in folder.iterdir():
         if file.suffix == ".safetensors" and file not in changed:
             _link(file, out / file.name)
-        elif _beside_weights(file) and file.name not in LEGACY:
+        elif file.name == INDEX:
             shutil.copyfile(file, out / file.name)
     for shard in changed:
         _rewrite(folder, shard, out / shard.name, growth)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qkit import request_forms, scoring
+from qkit import older_forms, request_forms, scoring
 from qkit.errors import ModelError, ParityFailed, ServerError, short
 from qkit.export._job import split
 from qkit.merged_folder import dtype_of
@@ -80,10 +80,12 @@ def check(
         return Contract(url, server.model, tuple(_checks(run, server, held_out, rows)))
 
 
-def check_folder(run: Run, folder: Path, rows: int = ROWS) -> Contract:
-    """The same of a model folder: what any program will do that loads its tokenizer, template and generation config."""
+def check_folder(run: Run, folder: Path, rows: int = ROWS, others: bool = True) -> Contract:
+    """The same of a model folder: what any program will do that loads its tokenizer, template and generation config; `others`: those of
+    earlier versions as well."""
     held_out = scoring.read_held_out(run.need("data", "test.parquet"))
-    return Contract(str(folder), folder.name, tuple(_checks(run, _Folder(folder), held_out, rows)))
+    checks = tuple(_checks(run, _Folder(folder), held_out, rows))
+    return Contract(str(folder), folder.name, (*checks, _older(folder)) if others else checks)
 
 
 def offered(url: str) -> dict[str, Any]:
@@ -253,6 +255,19 @@ def _head(served: Path | None) -> Check:
         said = f"config.json ties the head to the embedding, and {pair[0]} and {pair[1]} differ: runtimes will not agree on the head"
         return Check(name, DIFFERS, f"{said}; set tie_word_embeddings to false")
     return Check(name, OK, "one matrix is embedding and head")
+
+
+def _older(folder: Path) -> Check:
+    """Whether transformers 4, and what is built on it or reads the same files, finds what it needs: a rule for what was tried with it."""
+    name = "transformers 4"
+    found = list(older_forms.unreadable(folder))
+    if found:
+        return Check(
+            name,
+            DIFFERS,
+            f"{'; '.join(found)}: transformers 4, older vLLM, mlx-lm and llama.cpp's converter would refuse it or take a default in its place",
+        )
+    return Check(name, OK, "what it says in newer words it says in the older ones as well")
 
 
 def _sampling(served: Path | None) -> Check:

@@ -47,25 +47,14 @@ LOST = (
     "Measured on the rows given with --data; are they of the kind that it was trained on? Else serve the adapter apart"
 )
 SUM = "sum"
-WHOLE = (
-    "linear",
-    "cat",
-    "svd",
-)  # of PEFT's ways, its add_weighted_adapter's combination_type, those that keep every value
-THINNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")  # these drop some; and with svd, whatever the ranks
-PEFTS = (*WHOLE, *THINNED, *(f"{name}_svd" for name in THINNED))
+# PEFT's ways, its add_weighted_adapter's combination_type: those that keep every value, and those that drop some.
+WHOLE = ("linear", "cat", "svd")
+THINNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+PEFTS = (*WHOLE, *THINNED, *(f"{name}_svd" for name in THINNED))  # with svd: whatever the ranks
 SHOWN_APART = 1e-3  # of the change: less is rounding
 BESIDE_DELTAS = ("use_dora", "modules_to_save", "bias", "lora_bias", "trainable_token_indices", "target_parameters")
-TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-)
-TOKENIZER = (*TOKENIZER, "additional_chat_templates", "spiece.model")
+VOCABULARY = ("vocab*", "merges.txt", "*.tiktoken", "spiece.model")
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", *VOCABULARY)
 SAMPLE = "Steps:\n\n1. Do it\u0301 by 2025-01-02, \u3053\u3093\u306b\u3061\u306f 🙂\n\treturn x['a']  # 1234567"
 
 
@@ -114,7 +103,20 @@ def merge(wish: Wish, progress: Progress) -> dict[str, Any]:
         if wish.out.exists():
             wish.out.rmdir()
         candidates.folder_of(run.root, table["chosen"]).rename(wish.out)
-    return {"out": str(wish.out), "notes": notes, **table}
+    return {"out": str(wish.out), "notes": [*notes, *_read_otherwise(wish.out)], **table}
+
+
+def _read_otherwise(out: Path) -> list[str]:
+    """Whether transformers 5, which measured here, cuts texts in another way than the tokenizer.json that all others read."""
+    if not (out / older_forms.TOKENIZER).is_file():
+        return []
+    tokenizer = added_tokens.bare_tokenizer(out, trust_remote_code=False)
+    if older_forms.cuts_alike(tokenizer, out):
+        return []
+    return [
+        f"transformers 5 cuts texts by rules that its {type(tokenizer).__name__} has for this kind of model, all other readers by those in "
+        f"{older_forms.CUTS}, and they differ: prompts may become other tokens; compare them with what the adapter was trained on"
+    ]
 
 
 def _weights(wish: Wish) -> list[float]:
@@ -332,8 +334,9 @@ def _prepare(run: Run, source: str, spoken: Path | None) -> str:
 
 def _take_tokenizer(adapter: Path, out: Path) -> None:
     """Tokenizer, template and stop token of the adapter, and none of the base's: it was trained with these."""
+    older_forms.drop_templates(out)
     for file in _tokenizer_files(out):
-        shutil.rmtree(file) if file.is_dir() else file.unlink()
+        file.unlink()
     for file in _tokenizer_files(adapter):
         (shutil.copytree if file.is_dir() else shutil.copyfile)(file, out / file.name)
     if (end := added_tokens.bare_tokenizer(out, trust_remote_code=False).eos_token_id) is not None:
@@ -342,7 +345,7 @@ def _take_tokenizer(adapter: Path, out: Path) -> None:
 
 
 def _tokenizer_files(folder: Path) -> set[Path]:
-    return {file for pattern in (*TOKENIZER, *TEMPLATES) for file in folder.glob(pattern)}
+    return {file for pattern in (*TOKENIZER, *older_forms.TEMPLATES) for file in folder.glob(pattern)}
 
 
 def _measured(run: Run, alone: Run, made: Sequence[str], adapters: Mapping[str, float]) -> dict[str, Any]:

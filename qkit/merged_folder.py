@@ -29,13 +29,27 @@ def write_folder(
     copy_companions(folder, out)
     section = run.recipe.merge.model_copy(update={"dtype": dtype or run.recipe.merge.dtypes[0]})
     merge(folder, adapter, out, base, section, note, run.progress)  # with a config.json of its own
-    if run.recipe.model.chat_template or run.recipe.model.add_tokens:
-        model.tokenizer_of(run.recipe.model).save_pretrained(str(out))
+    _write_tokenizer(run, out, ours=adapters is None)
     older_forms.settle(out, model.companions(run.recipe.model))
     if (tokens := run.folder("data") / "tokens.json").is_file():
         add_stop_tokens(out, json.loads(tokens.read_text(encoding="utf-8"))["stop"])
     merged = adapters or {provenance.adapter_sha256(adapter): 1.0}
     provenance.write_merged(out, folder, run.recipe.model.source, base, merged)
+
+
+def _write_tokenizer(run: Run, out: Path, ours: bool) -> None:
+    """The tokenizer as training had it, where that is not what the base's files say: with a template or tokens of the recipe's; or because
+    transformers 5 puts rules of its own in the place of those in the file, by the name of the class. `ours`: the adapter is the run's own."""
+    section = run.recipe.model
+    if not (section.chat_template or section.add_tokens or ours):
+        return
+    tokenizer = model.tokenizer_of(section)
+    if section.chat_template:
+        older_forms.drop_templates(out)  # the base's, of which one for tools would be taken before this one
+    if section.chat_template or section.add_tokens:
+        tokenizer.save_pretrained(str(out))
+    elif not older_forms.cuts_alike(tokenizer, out):
+        tokenizer.backend_tokenizer.save(str(out / older_forms.CUTS))
 
 
 def dtype_of(run: Run) -> Dtype:
@@ -50,8 +64,12 @@ def add_stop_tokens(out: Path, trained: Sequence[int]) -> None:
     config.json, as each is read by some. The trained ones come first: of several, some readers take one."""
     files = [out / "generation_config.json", out / "config.json"]
     configs = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files]
+    rows = {**configs[1], **(configs[1].get("text_config") or {})}.get("vocab_size")
     known = [token for config in configs for token in _as_list(config.get("eos_token_id"))]
-    stop = list(dict.fromkeys([*trained, *known]))
+    said = [
+        token for token in known if rows is None or token < rows
+    ]  # a default of the library may be none of this vocabulary
+    stop = list(dict.fromkeys([*trained, *said]))
     for file, config in zip(files, configs, strict=True):
         if config or file is files[0]:
             config["eos_token_id"] = stop[0] if len(stop) == 1 else stop

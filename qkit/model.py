@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 
 
 CONVERSION = 2  # of .gguf files: what the cache holds of an earlier one is made anew
-# What stands beside the weights; a licence goes on with what is made of them, as most ask for.
-COMPANIONS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
+# What stands beside the weights, in folders too; a licence goes on with what is made of them, as most ask for.
+TEXTS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "*.txt", "*.py")
+LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+COMPANIONS = (*TEXTS, *LICENCES)
 
 
 def resolve(model: recipe.Model) -> Path:
@@ -187,9 +189,12 @@ def _config(section: recipe.Model) -> dict[str, Any]:
 def load_base(folder: Path, how: recipe.Recipe, device: Device) -> PreTrainedModel:
     """The base model as training sees it: in 4 bit when the recipe says so, the rest in bf16."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": how.model.attn_implementation}
+    options["generation_config"] = (
+        GenerationConfig()
+    )  # decoding is ours; the library refuses a file that contradicts itself
     if how.quantization.load_in_4bit:
         options["quantization_config"] = quantization_config(how.quantization)
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -8,11 +8,13 @@ newer words find these as they were: both forms say the same, which is what tran
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+CONFIG, TOKENIZER, CUTS = "config.json", "tokenizer_config.json", "tokenizer.json"
+TEMPLATES = ("chat_template*", "additional_chat_templates")
 NEW_CLASSES = {"TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend"}
 OLD_CLASS = "PreTrainedTokenizerFast"  # what reads tokenizer.json and nothing else, in 4 and in 5
 
@@ -27,6 +29,8 @@ BY_LAYER = {
 }
 BASES = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base"}  # else rope_theta
 SHARES = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}  # else partial_rotary_factor
+# Keys with another name there. Of all text models that both know, these have one that 5 does not write: by comparing their classes.
+RENAMED = {"qwen3_moe": {"num_local_experts": "num_experts"}, "qwen3_vl_moe_text": {"num_local_experts": "num_experts"}}
 # Phi-3 takes its scaling with these three and no more, and the length that it was trained for beside it.
 LONGROPE = ("type", "short_factor", "long_factor")
 BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
@@ -41,11 +45,15 @@ def config(found: Mapping[str, Any]) -> dict[str, Any]:
     dtype = made.get("dtype", made.get("torch_dtype"))
     if dtype is not None:
         made["dtype"] = made["torch_dtype"] = dtype
-    rope = made.get("rope_parameters")
-    if isinstance(rope, dict) and rope:
-        for key, value in _rope(str(made.get("model_type")), rope).items():
-            made.setdefault(key, value)
-    return made
+    older = _older(made)
+    return {**made, **{key: value for key, value in older.items() if made.get(key) is None}}
+
+
+def _older(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What one section of a config.json says in newer words alone, in the older ones."""
+    kind, rope = str(found.get("model_type")), found.get("rope_parameters")
+    older = {old: found[new] for new, old in RENAMED.get(kind, {}).items() if new in found}
+    return {**older, **(_rope(kind, rope) if isinstance(rope, dict) and rope else {})}
 
 
 def _rope(kind: str, rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,20 +127,50 @@ def settle(folder: Path, base: Path | None = None) -> None:
 def unreadable(folder: Path) -> Iterator[str]:
     """What readers of the older words would refuse, or take for something else without a word; nothing for a folder that has both."""
     found, spoken = _read(folder / CONFIG), _read(folder / TOKENIZER)
-    for key in _lacking(found):
-        yield f"{CONFIG} does not say {key}, which it says in newer words"
+    yield from _unsaid(found)
     if spoken.get("tokenizer_class") in NEW_CLASSES:
         yield f"{TOKENIZER} names the class {spoken['tokenizer_class']}, which transformers 4 does not have"
     if isinstance(spoken.get("extra_special_tokens"), list):
         yield f"{TOKENIZER} holds extra_special_tokens as a list, which transformers 4 cannot read"
 
 
-def _lacking(found: Mapping[str, Any], place: str = "") -> Iterator[str]:
-    for key, value in config(found).items():
-        if key not in found:
-            yield place + key
-        elif isinstance(value, dict) and isinstance(found[key], dict) and key.endswith("_config"):
-            yield from _lacking(found[key], f"{place}{key}.")
+def _unsaid(found: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """Of a config.json, or a section of it."""
+    made = config(found)
+    for key in made.keys() - found.keys():
+        yield f"{CONFIG} says {place}{key} in newer words alone"
+    for key, value in _older(found).items():
+        if isinstance(value, float | int) and found.get(key, value) != value:
+            yield f"{CONFIG} says {place}{key} {found[key]:g}, and {value:g} in newer words"
+    for key, value in found.items():
+        if key.endswith("_config") and isinstance(value, dict):
+            yield from _unsaid(value, f"{place}{key}.")
+
+
+def cuts_alike(tokenizer: Any, folder: Path) -> bool:
+    """Whether the tokenizer cuts texts by the rules of the folder's tokenizer.json, which is all that others read; True where it has none.
+
+    Padding and truncation are no rules of cutting: a tokenizer is given them by its user.
+    """
+    from tokenizers import Tokenizer
+
+    file = folder / CUTS
+    if not file.is_file() or not hasattr(tokenizer, "backend_tokenizer"):
+        return True
+    held = [json.loads(made.to_str()) for made in (Tokenizer.from_file(str(file)), tokenizer.backend_tokenizer)]
+    for rules in held:
+        rules.pop("padding", None)
+        rules.pop("truncation", None)
+    return bool(held[0] == held[1])
+
+
+def drop_templates(folder: Path) -> None:
+    """Take a folder's chat templates away, wherever they are kept."""
+    for pattern in TEMPLATES:
+        for file in folder.glob(pattern):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    if (spoken := _read(folder / TOKENIZER)) and spoken.pop("chat_template", None) is not None:
+        (folder / TOKENIZER).write_text(json.dumps(spoken, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _read(file: Path) -> dict[str, Any]:

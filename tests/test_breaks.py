@@ -175,7 +175,10 @@ BREAKS = {
         inside="self_attn.k_proj",
     ),
     "another rope base": Break(
-        texts("config.json", rope_parameters={"rope_theta": 5e5, "rope_type": "default"}), FAR, place="positions"
+        texts("config.json", rope_parameters={"rope_theta": 5e5, "rope_type": "default"}),
+        FAR,
+        {"transformers 4": "says rope_theta 10000, and 500000 in newer words"},
+        place="positions",
     ),
     "another norm epsilon": Break(
         texts("config.json", rms_norm_eps=1.0), FAR, place="layer 0", inside="input_layernorm"

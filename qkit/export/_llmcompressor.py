@@ -15,14 +15,18 @@ def main(job: Mapping[str, Any]) -> None:
     """Read `model`, quantize it, write the folder `out`."""
     import torch
     from llmcompressor import oneshot
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     if (
         not torch.accelerator.is_available()
     ):  # llm-compressor 0.14's AWQ pins memory, which needs one (pipelines/cache.py)
         torch.Tensor.pin_memory = lambda tensor, *_: tensor
     torch.manual_seed(job["seed"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"],
+        dtype="auto",
+        generation_config=GenerationConfig(),  # the base's is carried over as it stands: the library may refuse to load or save it
+    )
     oneshot(
         model=model,
         dataset=_rows(job),

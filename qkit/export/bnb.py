@@ -26,7 +26,7 @@ def export(job: Job, out: Path, variant: str) -> None:
     """
     start(out, "bnb", variant, VARIANTS)
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
     section = job.recipe.quantization.model_copy(update={"load_in_4bit": True, "bnb_4bit_quant_type": variant})
     config = BitsAndBytesConfig(**section.model_dump())
@@ -36,6 +36,7 @@ def export(job: Job, out: Path, variant: str) -> None:
             dtype=torch.bfloat16,
             device_map=detect().device_map,
             quantization_config=config,
+            generation_config=GenerationConfig(),  # the base's is carried over as it stands: the library may refuse to load or save it
             trust_remote_code=job.recipe.model.trust_remote_code,
         )
         # No forward before this: on a CPU bitsandbytes would repack the weights, and the repacked ones would be saved.

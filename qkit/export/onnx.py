@@ -27,8 +27,10 @@ from qkit.errors import DoesNotFit, MissingExtra, NotDeployable
 from qkit.export._folder import note
 from qkit.export._job import Job
 from qkit.export._traced import MARK, TRACER, refusal
+from qkit.provenance import NOTE
 from qkit.recipe import Recipe
 from qkit.run import read_json, write_json
+from qkit.tensor_files import copy_companions
 
 RUNTIME = "onnxruntime"
 
@@ -247,10 +249,9 @@ def _note(log: Path, line: str) -> None:
 
 
 def _complete(model: Path, out: Path) -> None:
-    """Add the model's texts that are not there; onnxruntime-genai stops where the generation config says."""
-    for file in _texts(model):
-        if not (out / file.name).exists():
-            shutil.copyfile(file, out / file.name)
+    """What stands beside the model's weights, in the place of what the builder has saved anew; onnxruntime-genai stops where the generation
+    config says."""
+    copy_companions(model, out, but=(NOTE,) if (out / NOTE).exists() else ())
     if not (out / "genai_config.json").exists():
         return  # traced
     config = read_json(out / "genai_config.json")

@@ -49,7 +49,7 @@ def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrai
         ModelError: weights are damaged, missing, of another shape, or more than the model has.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     from qkit.model import leave_as_quantized
 
@@ -57,7 +57,11 @@ def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrai
     how = _gguf(folder, gguf.name) if gguf else {"dtype": options.get("dtype", "auto"), **_unpacked(folder)}
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            str(folder), device_map=device.device_map, output_loading_info=True, **how
+            str(folder),
+            device_map=device.device_map,
+            output_loading_info=True,
+            generation_config=GenerationConfig(),
+            **how,
         )
     except SafetensorError as error:
         raise ModelError(f"{folder}: its weights are damaged ({error}); make the folder again") from None
