@@ -738,10 +738,20 @@ def _recipe(target: Path, overrides: list[str] | None) -> Any:
 
 
 def _open(target: Path, overrides: list[str] | None, out: Path | None, progress: Progress) -> Run:
-    """The run of a recipe (made when it is new), or the run directory itself."""
+    """The run of a recipe (made when it is new), or the run directory itself.
+
+    Raises:
+        RecipeError: `out` is given for a run directory, whose stages write into it and nowhere else.
+    """
+    from qkit.errors import RecipeError
     from qkit.run import Run
 
     if target.is_dir():
+        if out is not None and out.resolve() != target.resolve():
+            raise RecipeError(
+                f"--out {out}: names the directory of a new run, and {target} is a run already, whose stages write into it (its merged model "
+                f"is {target / 'merge'}); leave --out out, copy what you want from there, or give a recipe in the run's place"
+            )
         Run.open(target)
         return Run(target, _recipe(target, overrides), progress)
     return Run.create(out or Path("runs") / target.stem, _recipe(target, overrides), progress)

@@ -6,8 +6,11 @@ biases, whole tensors that were trained or resized, and rows of learnt tokens. W
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +37,7 @@ REFUSED = {
     "use_bdlora": "the matrices are block-diagonal",
     "use_qalora": "inputs are pooled in groups",
 }
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})  # what a key says that is not set
 # Ways of starting that take the adapter's first state off the base: the delta is not one to the base as it comes.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -185,6 +189,7 @@ def _config(adapter: Path) -> Any:
             f"{adapter}: not an adapter (it has no adapter_config.json and {WEIGHTS}); older ones in .bin are saved anew with "
             "PeftModel.save_pretrained"
         )
+    _check_known(adapter)
     config = PeftConfig.from_pretrained(str(adapter))
     if config.peft_type != "LORA":
         raise ModelError(f"{adapter}: an adapter of type {config.peft_type.value}; merged are those of type LORA")
@@ -198,3 +203,17 @@ def _config(adapter: Path) -> Any:
             "PeftModel.save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     return config
+
+
+def _check_known(adapter: Path) -> None:
+    """Raises ModelError when the adapter's config has a key that is set, and that this peft does not know: it would leave it out of account."""
+    from peft import LoraConfig
+
+    raw = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    unknown = [f"{key}={value!r:.60}" for key, value in raw.items() if key not in fields and value not in NOTHING]
+    if raw.get("peft_type") == "LORA" and unknown:
+        raise ModelError(
+            f"{adapter}: its adapter_config.json says {', '.join(unknown)}, which peft {version('peft')} does not know and would leave out of "
+            "account; merge it with the peft that wrote it, or take the key out where it changes nothing of a forward"
+        )

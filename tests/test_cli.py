@@ -55,3 +55,14 @@ def test_the_quickstart_of_each_system(system: str, serves: bool) -> None:
     words = shlex.split(done.stdout.splitlines()[-1])
     recipe = load(Path(words[2]), [words[i + 1] for i, word in enumerate(words) if word == "--set"])
     assert ("serve" in {stage.name for stage in stages_of(recipe)}) is serves
+
+
+def test_out_is_refused_where_it_would_do_nothing(tiny_recipe: Path, tmp_path: Path) -> None:
+    """A run's stages write into the run; a folder that is asked for and never made would be looked for in vain."""
+    from qkit.recipe import load
+    from qkit.run import Run
+
+    Run.create(tmp_path / "run", load(tiny_recipe))
+    command = [sys.executable, "-m", "qkit", "merge", str(tmp_path / "run"), "--out", str(tmp_path / "elsewhere")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and f"its merged model is {tmp_path / 'run' / 'merge'}" in done.stderr.replace("\n", "")

@@ -100,6 +100,15 @@ def test_what_peft_would_combine_wrongly_is_refused(tiny_model: Path, tmp_path: 
     assert not (tmp_path / "merged").exists()
 
 
+def test_what_a_newer_peft_has_set_is_not_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    """peft itself warns and goes on without; a key that is not set says nothing."""
+    adapter = _foreign(tiny_model, tmp_path / "adapter")
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**said, "use_of_2027": {"scale": 2}, "of_2028": None}))
+    with pytest.raises(ModelError, match=r"says use_of_2027={'scale': 2}, which peft .* does not know"):
+        foreign.merge(Wish(str(tiny_model), [adapter], tmp_path / "merged"), Progress())
+
+
 def test_an_adapter_s_own_tokenizer_comes_whole(tiny_model: Path, tmp_path: Path) -> None:
     """A template of the base beside it would win over the one in its tokenizer_config.json, and the base's stop token would not stop it."""
     base, adapter = tmp_path / "base", _foreign(tiny_model, tmp_path / "adapter")
