@@ -91,6 +91,7 @@ def merge(wish: Wish, progress: Progress) -> dict[str, Any]:
     how = _recipe(wish)
     folder = model.resolve(how.model)
     notes = [note for adapter in wish.adapters for note in _checked(adapter, folder, wish.base)]
+    notes += _trained_otherwise(wish, how)
     need_disk(wish.out.parent, 2 * sum(shard.stat().st_size for shard in shards(folder)), "merge")
     with tempfile.TemporaryDirectory(dir=wish.out.parent, prefix=f".{wish.out.name}-") as temporary:
         run = Run(Path(temporary), how, progress)
@@ -141,16 +142,32 @@ def _is_combined(wish: Wish) -> bool:
 
 
 def _recipe(wish: Wish) -> Recipe:
-    """The base as the adapter's note says that it was quantized; without such a note it is taken as it is."""
-    note = wish.adapters[0] / provenance.NOTE
-    known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    """The base as the first adapter with a note says that it was quantized; without such a note it is taken as it is."""
+    known = next(filter(None, map(_quantization, wish.adapters)), {"load_in_4bit": False})
     raw: dict[str, Any] = {
         "task": "chat",
         "model": {"source": wish.base},
-        "quantization": known.get("quantization", {"load_in_4bit": False}),
+        "quantization": known,
         "data": {"test": [{"source": wish.rows}]} if wish.rows else {},
     }
     return from_dict(raw, wish.overrides, "qkit merge --base")
+
+
+def _quantization(adapter: Path) -> dict[str, Any] | None:
+    """How the base was quantized that an adapter was trained on, where a note of ours says so."""
+    note = adapter / provenance.NOTE
+    return json.loads(note.read_text(encoding="utf-8")).get("quantization") if note.is_file() else None
+
+
+def _trained_otherwise(wish: Wish, how: Recipe) -> list[str]:
+    """The adapters that were trained on the base in other precision than the one that they are measured on together."""
+    taken, names = how.quantization.load_in_4bit, {True: "4 bit", False: "16 bit"}
+    found = [(adapter, _quantization(adapter)) for adapter in wish.adapters]
+    return [
+        f"{adapter}: was trained on the base in {names[not taken]}, and is measured on it in {names[taken]}"
+        for adapter, known in found
+        if known is not None and bool(known.get("load_in_4bit")) != taken
+    ]
 
 
 def _checked(adapter: Path, folder: Path, base: str) -> list[str]:

@@ -187,7 +187,11 @@ def _config(section: recipe.Model) -> dict[str, Any]:
 
 
 def load_base(folder: Path, how: recipe.Recipe, device: Device) -> PreTrainedModel:
-    """The base model as training sees it: in 4 bit when the recipe says so, the rest in bf16."""
+    """The base model as training sees it: in 4 bit when the recipe says so, the rest in bf16.
+
+    Raises:
+        ModelError: the folder lacks some of its weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -197,9 +201,19 @@ def load_base(folder: Path, how: recipe.Recipe, device: Device) -> PreTrainedMod
     )  # decoding is ours; the library refuses a file that contradicts itself
     if how.quantization.load_in_4bit:
         options["quantization_config"] = quantization_config(how.quantization)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), device_map=device.device_map, trust_remote_code=how.model.trust_remote_code, **options
+    loaded: PreTrainedModel
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        device_map=device.device_map,
+        trust_remote_code=how.model.trust_remote_code,
+        output_loading_info=True,
+        **options,
     )
+    if missing := sorted(name for name in report["missing_keys"] if name.endswith(".weight")):
+        raise ModelError(
+            f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more, which would be made up with random numbers; make the folder "
+            "again, or where a head is lacking that is the embedding once more set tie_word_embeddings to true in its config.json"
+        )
     loaded.config.use_cache = False
     leave_as_quantized(loaded)
     if how.quantization.load_in_4bit and device.gives_back:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkit import foreign, model
 from qkit.device import detect
+from qkit.errors import ModelError
 from qkit.export import bnb, onnx, safetensors, vllm
 from qkit.export._job import Job
 from qkit.foreign import Wish
@@ -164,3 +165,21 @@ def test_a_head_that_is_said_to_be_tied_and_is_not_keeps_its_values(tiny_model: 
     found, own = load_file(tmp_path / "merged" / "model.safetensors"), load_file(base / "model.safetensors")
     assert torch.equal(found["lm_head.weight"], own["lm_head.weight"].float())
     assert not torch.equal(found["model.embed_tokens.weight"], own["model.embed_tokens.weight"].float())
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_base_without_its_head_is_not_trained_on_random_numbers(
+    quantized: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    how = Recipe(
+        task="chat", model=Model(source=str(base)), data=Data(), quantization=Quantization(load_in_4bit=quantized)
+    )
+    with pytest.raises(ModelError, match=r"lack lm_head.weight and 0 more.*tie_word_embeddings to true"):
+        model.load_base(base, how, detect())
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert torch.equal(model.load_base(base, how, detect()).lm_head.weight, weights["model.embed_tokens.weight"])

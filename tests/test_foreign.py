@@ -15,10 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qkit import foreign, gates
+from qkit import foreign, gates, scoring
 from qkit.errors import MissingArtifact, ModelError, RecipeError
 from qkit.foreign import Wish
 from qkit.progress import Progress
+from qkit.run import Run, make_folder
 
 FP32 = ["merge.dtype=float32"]
 
@@ -122,6 +123,50 @@ def test_an_adapter_s_own_tokenizer_comes_whole(tiny_model: Path, tmp_path: Path
     assert AutoTokenizer.from_pretrained(str(tmp_path / "merged")).chat_template == "the adapter's"
     stops = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
     assert stops == [tokenizer.eos_token_id, 7]
+
+
+def _speaking(tiny_model: Path, adapter: Path, template: str) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(adapter)
+    return adapter
+
+
+def test_rows_are_what_the_merged_model_s_own_tokenizer_makes_of_them(
+    tiny_model: Path, tmp_path: Path, rows_file: Path
+) -> None:
+    """Measured under the base's template it would be another model's prompts that are compared."""
+    turn = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    template = turn + "{% if add_generation_prompt %}assistant: {% endif %}"
+    adapter = _speaking(tiny_model, _foreign(tiny_model, tmp_path / "adapter"), template)
+    wish = Wish(str(tiny_model), [adapter], tmp_path / "merged", rows=str(rows_file))
+    run = Run(tmp_path / "run", foreign._recipe(wish), Progress())
+    make_folder(run.root)
+    foreign._prepare(run, str(rows_file), foreign._spoken(wish))
+    row = scoring.read_held_out(run.folder("data") / "test.parquet").rows[0]
+    text = AutoTokenizer.from_pretrained(str(tiny_model)).decode(list(row.input_ids))
+    assert text.startswith("user: say") and "assistant: " in text and "<|im_start|>" not in text
+
+
+def test_adapters_that_speak_differently_are_not_one_model(tiny_model: Path, tmp_path: Path) -> None:
+    adapters = [_foreign(tiny_model, tmp_path / f"adapter{n}", n) for n in (1, 2)]
+    for adapter, template in zip(adapters, ("one", "another"), strict=True):
+        _speaking(tiny_model, adapter, template)
+    with pytest.raises(ModelError, match="tokenizers or chat templates that differ"):
+        foreign.merge(Wish(str(tiny_model), adapters, tmp_path / "merged"), Progress())
+    _speaking(tiny_model, adapters[1], "one")
+    assert foreign._spoken(Wish(str(tiny_model), adapters, tmp_path / "merged")) == adapters[0]
+
+
+def test_an_adapter_of_another_precision_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    adapters = [_foreign(tiny_model, tmp_path / f"adapter{n}", n) for n in (0, 1, 2)]
+    for adapter, four in ((adapters[1], True), (adapters[2], False)):
+        (adapter / "qkit.json").write_text(json.dumps({"quantization": {"load_in_4bit": four}}))
+    wish = Wish(str(tiny_model), adapters, tmp_path / "merged")
+    how = foreign._recipe(wish)
+    assert how.quantization.load_in_4bit
+    (said,) = foreign._trained_otherwise(wish, how)
+    assert said == f"{adapters[2]}: was trained on the base in 16 bit, and is measured on it in 4 bit"
 
 
 @pytest.mark.parametrize("how", ["linear", "ties", "dare_linear", "cat"])
