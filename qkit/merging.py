@@ -107,12 +107,14 @@ class _Work:
         """The merged tensor, some rows after the others."""
         replaced, rows = self.deltas.replaced(name), self.deltas.learnt_rows(name)
         weight = weight if replaced is None else replaced
+        transposed = name in self.transposed
+        change = self.deltas.low_rank(name, transposed) if name.endswith(".weight") else None
         if rows is not None:
+            if change is None:
+                return _rows_put_in(weight, *rows)
             weight = _with_rows(weight, *rows)
         if (bias := self.deltas.bias(name)) is not None:
             weight = weight.float() + bias
-        transposed = name in self.transposed
-        change = self.deltas.low_rank(name, transposed) if name.endswith(".weight") else None
         if change is not None and list(change.shape) != list(weight.shape):
             raise ModelError(
                 f"{self.deltas.adapter}: its delta of {name} has shape {list(change.shape)}, and the base's weight {list(weight.shape)}: "
@@ -204,6 +206,19 @@ def _blocks(weight: torch.Tensor, by_rows: bool) -> Iterator[tuple[int, int]]:
     pieces = max(1, count // rows)
     rows = ceil(ceil(count / pieces) / step) * step
     yield from ((begin, min(begin + rows, count)) for begin in range(0, count, rows))
+
+
+def _rows_put_in(weight: torch.Tensor, indices: list[int], rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The weight, block by block, with the rows that were learnt in the place of its own; rounded where it is written, not before."""
+    import torch
+
+    places = torch.tensor(indices)
+    for begin, end in _blocks(weight, True):
+        inside = (places >= begin) & (places < end)
+        if not inside.any():
+            yield weight[begin:end]
+            continue
+        yield weight[begin:end].float().index_copy_(0, places[inside] - begin, rows[inside].float())
 
 
 def _with_rows(weight: torch.Tensor, indices: list[int], rows: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qkit import foreign, model
+from qkit import foreign, model, older_forms
 from qkit.device import detect
 from qkit.errors import ModelError
-from qkit.export import bnb, onnx, safetensors, vllm
+from qkit.export import bnb, gguf, onnx, safetensors, vllm
 from qkit.export._job import Job
 from qkit.foreign import Wish
 from qkit.progress import Progress
@@ -105,6 +105,14 @@ def test_tokens_are_added_beside_them(tiny_model: Path, tmp_path: Path) -> None:
     prepared = model.resolve(Model(source=str(base), add_tokens=["<tool>"]))
     assert _has(prepared) >= set(TAKEN)
     assert isinstance(AutoTokenizer.from_pretrained(prepared).chat_template, dict)
+
+
+def test_a_base_from_a_gguf_file_is_said_in_both_forms(tiny_model: Path, tmp_path: Path) -> None:
+    how = Recipe(task="chat", model=Model(source=str(tiny_model)), data=Data())
+    gguf.export(Job(tiny_model, tiny_model, tiny_model, tiny_model, how, tmp_path / "log"), tmp_path / "made", "f16")
+    folder = model.resolve(Model(source=str(next((tmp_path / "made").glob("*.gguf")))))
+    assert list(older_forms.unreadable(folder)) == []
+    assert json.loads((folder / "config.json").read_text())["rope_theta"] == 10000.0
 
 
 # --- whether one matrix is embedding and head -------------------------------------------------------------------------
