@@ -100,6 +100,10 @@ def _same_values(one: Any, other: Any) -> bool:
 
 
 def _add_up(module: Any, others: Sequence[tuple[Any, float]]) -> None:
+    """Have `module` add up the outputs. The others become parts of it, so that what is done to all of a model's tensors is done to theirs."""
+    for number, (other, _) in enumerate(others):
+        module.add_module(f"alone{number}", other)
+
     def hook(_: Any, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
         own = output.float()
         total = own.clone()
