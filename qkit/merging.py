@@ -134,10 +134,9 @@ class _Sum:
     def __init__(self, folder: Path, adapters: Path, base: Base, note: Mapping[str, Any]):
         members = several.members(adapters)
         self.weights = [weight for _, weight in members]
-        each = [Deltas(adapter) for adapter, _ in members]
-        heads = [_head_of_its_own(folder, model_specs(folder), deltas) for deltas in each]
-        head = next(filter(any, heads), ("", ""))
-        self.alone = [_Work(folder, deltas, base, note, head) for deltas in each]
+        alone = [_Work(folder, Deltas(adapter), base, note) for adapter, _ in members]
+        head = next(((work.head, work.embedding) for work in alone if work.head), ("", ""))
+        self.alone = [work if work.head == head[0] else _Work(folder, work.deltas, base, note, head) for work in alone]
         self.base = _Work(folder, Deltas(None), base, note, head)
         self.specs, self.written = self.base.specs, self.base.written
         for work in self.alone:

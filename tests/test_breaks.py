@@ -212,6 +212,9 @@ BREAKS = {
     "a layer too few": Break(texts("config.json", num_hidden_layers=1), loader="config.json knows nothing of"),
     "another number of heads": Break(texts("config.json", num_attention_heads=4), loader="have other shapes"),
     "a truncated shard": Break(truncated, loader="weights are damaged"),
+    "a class of transformers 5": Break(
+        texts("tokenizer_config.json", tokenizer_class="TokenizersBackend"), contract={"transformers 4": "names the class TokenizersBackend"}
+    ),
     "another dtype": Break(texts("config.json", dtype="float16"), contract={"dtype": "float16, the run made bfloat16"}),
     "no stop token": Break(texts("generation_config.json", eos_token_id=0), contract={"stop tokens": "talks on after token 2"}),
     "no tokenizer": Break(no_tokenizer, contract={"prompt tokens": "it holds no tokenizer"}),

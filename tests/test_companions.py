@@ -95,6 +95,7 @@ def test_a_merge_and_every_export_of_it_have_them(tiny_model: Path, tmp_path: Pa
         exporter.export(job, out, variant)
         assert _has(out) >= set(TAKEN) and not _has(out) & set(LEFT), out
         assert json.loads((out / "generation_config.json").read_text()) == ODD, out
+        assert list(older_forms.unreadable(out)) == [], out
         spoken = json.loads((out / "tokenizer_config.json").read_text())
         assert spoken["tokenizer_class"] == "PreTrainedTokenizerFast", out
     assert json.loads((out / "genai_config.json").read_text())["model"]["eos_token_id"] == [0, 5, 2]
