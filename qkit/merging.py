@@ -306,11 +306,9 @@ def _write_config(folder: Path, out: Path, dtype: str, written: Written) -> None
     embedding and head is read off the weights that were written, whatever the base's config said."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
+    config = older_forms.in_dtype(config, dtype)
     sections = [section for section in (config, config.get("text_config")) if isinstance(section, dict)]
     for section in sections:
-        if section is config or {"dtype", "torch_dtype"} & section.keys():
-            section.pop("torch_dtype", None)
-            section["dtype"] = dtype
         if written.vocabulary is not None and "vocab_size" in section:
             section["vocab_size"] = written.vocabulary
     if (tied := _is_tied(folder, out, config)) is not None:

@@ -38,15 +38,29 @@ BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
 
 def config(found: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with both forms of what it says, sections of several media included; what it says in the older one stays."""
-    made = {
-        key: config(value) if key.endswith("_config") and isinstance(value, dict) else value
-        for key, value in found.items()
-    }
-    dtype = made.get("dtype", made.get("torch_dtype"))
+    made = {key: config(value) if _is_section(key, value) else value for key, value in found.items()}
+    dtype = made.get("dtype") or made.get("torch_dtype")
     if dtype is not None:
         made["dtype"] = made["torch_dtype"] = dtype
     older = _older(made)
     return {**made, **{key: value for key, value in older.items() if made.get(key) is None}}
+
+
+def in_dtype(found: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json of weights of that dtype; so say those of its sections that say one."""
+    made = {
+        key: in_dtype(value, dtype) if _is_section(key, value) and _says_dtype(value) else value
+        for key, value in found.items()
+    }
+    return {**made, "dtype": dtype, "torch_dtype": dtype}
+
+
+def _is_section(key: str, value: Any) -> bool:
+    return key.endswith("_config") and key != "quantization_config" and isinstance(value, dict)
+
+
+def _says_dtype(section: Mapping[str, Any]) -> bool:
+    return bool({"dtype", "torch_dtype"} & section.keys())
 
 
 def _older(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,11 +153,13 @@ def _unsaid(found: Mapping[str, Any], place: str = "") -> Iterator[str]:
     made = config(found)
     for key in made.keys() - found.keys():
         yield f"{CONFIG} says {place}{key} in newer words alone"
+    if found.get("dtype") != found.get("torch_dtype", found.get("dtype")):
+        yield f"{CONFIG} says {place}torch_dtype {found['torch_dtype']}, and {found.get('dtype')} in newer words"
     for key, value in _older(found).items():
         if isinstance(value, float | int) and found.get(key, value) != value:
             yield f"{CONFIG} says {place}{key} {found[key]:g}, and {value:g} in newer words"
     for key, value in found.items():
-        if key.endswith("_config") and isinstance(value, dict):
+        if _is_section(key, value):
             yield from _unsaid(value, f"{place}{key}.")
 
 

@@ -179,6 +179,19 @@ def test_what_older_readers_would_take_for_something_else_is_named(tmp_path: Pat
     assert sorted(said) == [f"config.json says {key} in newer words alone" for key in ("rope_theta", "torch_dtype")]
     (tmp_path / "config.json").write_text(json.dumps({**older_forms.config(config), "rope_theta": 10000.0}))
     assert list(older_forms.unreadable(tmp_path)) == ["config.json says rope_theta 10000, and 500000 in newer words"]
+    (tmp_path / "config.json").write_text(json.dumps({**older_forms.config(config), "torch_dtype": "float16"}))
+    assert list(older_forms.unreadable(tmp_path)) == [
+        "config.json says torch_dtype float16, and bfloat16 in newer words"
+    ]
+
+
+def test_weights_of_another_dtype_are_said_to_be_so_everywhere() -> None:
+    inside = {"text_config": {"dtype": "bfloat16", "torch_dtype": "bfloat16"}, "vision_config": {"depth": 2}}
+    made = older_forms.in_dtype(
+        {"torch_dtype": "bfloat16", **inside, "quantization_config": {"dtype": "int"}}, "float16"
+    )
+    both = {"dtype": "float16", "torch_dtype": "float16"}
+    assert made == {**both, "text_config": both, "vision_config": {"depth": 2}, "quantization_config": {"dtype": "int"}}
 
 
 # --- the folders that are made ----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qkit import older_forms
 from qkit.errors import NotDeployable
 from qkit.provenance import NOTE
 from qkit.tensor_files import copy_companions
@@ -32,7 +33,8 @@ def beside_weights(merged: Path, out: Path, **config: Any) -> None:
     if config:
         file = out / "config.json"
         kept = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps({**kept, **config}, indent=1), encoding="utf-8")
+        made = older_forms.in_dtype({**kept, **config}, config["dtype"]) if "dtype" in config else {**kept, **config}
+        file.write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def link(source: Path, target: Path) -> None:
