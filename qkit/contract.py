@@ -265,7 +265,8 @@ def _older(folder: Path) -> Check:
         return Check(
             name,
             DIFFERS,
-            f"{'; '.join(found)}: transformers 4, older vLLM, mlx-lm and llama.cpp's converter would refuse it or take a default in its place; make the folder again",
+            f"{'; '.join(found)}: transformers 4, older vLLM, mlx-lm and llama.cpp's converter would refuse it or take a default in its "
+            "place; make the folder again",
         )
     return Check(name, OK, "what it says in newer words it says in the older ones as well")
 
