@@ -99,19 +99,30 @@ def merge(wish: Wish, progress: Progress) -> dict[str, Any]:
         _take_in(wish, weights, folder, alone.folder("train") / "adapter", how)
         if combined:
             notes += _combined(wish, weights, folder, run, how)
-        hashes = {provenance.adapter_sha256(a): w for a, w in zip(wish.adapters, weights, strict=True)}
-        table = _made(run, alone, wish, hashes)
+        table = _made(run, alone, wish, _hashes(wish, weights))
         if wish.out.exists():
             wish.out.rmdir()
         candidates.folder_of(run.root, table["chosen"]).rename(wish.out)
     return {"out": str(wish.out), "notes": [*notes, *_read_otherwise(wish.out)], **table}
 
 
+def _hashes(wish: Wish, weights: Sequence[float]) -> dict[str, float]:
+    """What was merged, with its weight: the sum of them for an adapter that is named twice."""
+    found: dict[str, float] = {}
+    for adapter, weight in zip(wish.adapters, weights, strict=True):
+        digest = provenance.adapter_sha256(adapter)
+        found[digest] = found.get(digest, 0.0) + weight
+    return found
+
+
 def _read_otherwise(out: Path) -> list[str]:
     """Whether transformers 5, which measured here, cuts texts in another way than the tokenizer.json that all others read."""
     if not (out / older_forms.TOKENIZER).is_file():
         return []
-    tokenizer = added_tokens.bare_tokenizer(out, trust_remote_code=False)
+    try:
+        tokenizer = added_tokens.bare_tokenizer(out, trust_remote_code=False)
+    except ModelError:
+        return []  # one of remote code, which is the same program for all
     if older_forms.cuts_alike(tokenizer, out):
         return []
     return [
