@@ -317,7 +317,11 @@ def _made(run: Run, alone: Run, wish: Wish, adapters: Mapping[str, float]) -> di
     table = _measured(run, alone, ways, adapters) if wish.rows else unmeasured
     if spoken:
         _take_tokenizer(spoken, candidates.folder_of(run.root, table["chosen"]))
-    return {**table, "note": "; ".join(filter(None, [f"measured on {wish.rows}", gone, table.get("note")]))} if gone else table
+    return (
+        {**table, "note": "; ".join(filter(None, [f"measured on {wish.rows}", gone, table.get("note")]))}
+        if gone
+        else table
+    )
 
 
 def _spoken(wish: Wish) -> Path | None:
