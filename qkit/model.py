@@ -196,9 +196,7 @@ def load_base(folder: Path, how: recipe.Recipe, device: Device) -> PreTrainedMod
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": how.model.attn_implementation}
-    options["generation_config"] = (
-        GenerationConfig()
-    )  # decoding is ours; the library refuses a file that contradicts itself
+    options["generation_config"] = GenerationConfig()  # its file may be one that the library refuses; decoding is ours
     if how.quantization.load_in_4bit:
         options["quantization_config"] = quantization_config(how.quantization)
     loaded: PreTrainedModel
