@@ -9,7 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, deltas, gguf_rope, gguf_tokenizer, older_forms, prequantized, provenance, recipe, several, template
+from qkit import (
+    added_tokens,
+    deltas,
+    gguf_rope,
+    gguf_tokenizer,
+    older_forms,
+    prequantized,
+    provenance,
+    recipe,
+    several,
+    template,
+)
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
 from qkit.source import HubId, cache_dir, locate, sha256_of
