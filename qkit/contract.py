@@ -80,12 +80,10 @@ def check(
         return Contract(url, server.model, tuple(_checks(run, server, held_out, rows)))
 
 
-def check_folder(run: Run, folder: Path, rows: int = ROWS, others: bool = True) -> Contract:
-    """The same of a model folder: what any program will do that loads its tokenizer, template and generation config; `others`: those of
-    earlier versions as well."""
+def check_folder(run: Run, folder: Path, rows: int = ROWS) -> Contract:
+    """The same of a model folder: what any program will do that loads its tokenizer, template and generation config, an older one too."""
     held_out = scoring.read_held_out(run.need("data", "test.parquet"))
-    checks = tuple(_checks(run, _Folder(folder), held_out, rows))
-    return Contract(str(folder), folder.name, (*checks, _older(folder)) if others else checks)
+    return Contract(str(folder), folder.name, (*_checks(run, _Folder(folder), held_out, rows), _older(folder)))
 
 
 def offered(url: str) -> dict[str, Any]:

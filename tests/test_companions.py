@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -113,7 +113,7 @@ def test_tokens_are_added_beside_them(tiny_model: Path, tmp_path: Path) -> None:
 def test_a_base_from_a_gguf_file_is_said_in_both_forms(tiny_model: Path, tmp_path: Path) -> None:
     how = Recipe(task="chat", model=Model(source=str(tiny_model)), data=Data())
     rows = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"input_ids": [[70, 71, 72]], "labels": [[-100, 71, 72]]}), rows)
+    pq.write_table(pa.table({"input_ids": [[70, 71, 72]], "labels": [[-100, 71, 72]]}), rows)
     gguf.export(Job(tiny_model, tiny_model, tiny_model, rows, how, tmp_path / "log"), tmp_path / "made", "f16")
     folder = model.resolve(Model(source=str(next((tmp_path / "made").glob("*.gguf")))))
     assert list(older_forms.unreadable(folder)) == []
