@@ -7,6 +7,7 @@ text of an answer (content, reasoning, a tool call), or says the ids of some.
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import json
 import os
@@ -24,6 +25,7 @@ DONE = "[DONE]"
 SAID = ("content", "reasoning", "reasoning_content", "thinking", "refusal", "tool_calls", "function_call", "audio")
 LABELS = ("type", "index", "id")  # in a tool call or a part of a content: no text
 ERROR_CHARACTERS = 300
+SILENT_SECONDS = 900.0  # of a server that says no more: the tool would wait for six hours
 NO_USAGE = "answers came without a count of their tokens (usage), which were counted with the tokenizer"
 
 
@@ -131,6 +133,14 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(part)
 
 
+def body(chat: bool, model: str, prompt: str, tokens: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """A request: of a chat in one turn, or of a completion. `extra`: parameters beyond OpenAI's."""
+    what = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    most = "max_completion_tokens" if chat else "max_tokens"
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    return {"model": model, **what, most: tokens, **streamed, **extra}
+
+
 class Reader:
     """What vLLM's tool calls for each request, in place of its own. `output`: its class for what came of one.
 
@@ -143,20 +153,18 @@ class Reader:
 
     async def completions(self, request_func_input: Any, session: Any, pbar: Any = None) -> Any:
         """Ask /v1/completions."""
-        return await self._ask(request_func_input, session, {"prompt": request_func_input.prompt}, "max_tokens")
+        return await self._ask(request_func_input, session, chat=False)
 
     async def chat(self, request_func_input: Any, session: Any, pbar: Any = None) -> Any:
         """Ask /v1/chat/completions, in one turn."""
-        messages = [{"role": "user", "content": request_func_input.prompt}]
-        return await self._ask(request_func_input, session, {"messages": messages}, "max_completion_tokens")
+        return await self._ask(request_func_input, session, chat=True)
 
-    async def _ask(self, asked: Any, session: Any, what: Mapping[str, Any], most: str) -> Any:
+    async def _ask(self, asked: Any, session: Any, chat: bool) -> Any:
         found, answer = self.output(), Answer()
-        body = {"model": asked.model_name or asked.model, **what, most: asked.output_len, "stream": True}
-        body |= {"stream_options": {"include_usage": True}, **(asked.extra_body or {})}
+        what = body(chat, asked.model_name or asked.model, asked.prompt, asked.output_len, asked.extra_body or {})
         found.prompt_len, found.start_time = asked.prompt_len, time.perf_counter()
         try:
-            async with session.post(url=asked.api_url, json=body, headers=_headers(asked)) as response:
+            async with session.post(url=asked.api_url, json=what, headers=_headers(asked)) as response:
                 await _read(response, answer, found.start_time)
             self._fill(found, answer)
         except Exception as error:  # of any kind, and this request's alone: it has failed, and says why
@@ -188,7 +196,7 @@ async def _read(response: Any, answer: Answer, begin: float) -> None:
     if kind == "application/json":
         raise ValueError("it answered whole where a stream was asked for, so when its first token came cannot be told")
     events = Events()
-    async for piece in response.content.iter_any():
+    while piece := await asyncio.wait_for(response.content.readany(), SILENT_SECONDS):
         seconds = time.perf_counter() - begin
         for event in events.feed(piece):
             answer.take(event, seconds)

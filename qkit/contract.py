@@ -9,12 +9,12 @@ A folder that no server has loaded yet is asked the same: by its own tokenizer, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from qkit import scoring
+from qkit import reach, scoring
 from qkit.errors import ModelError, ParityFailed, ServerError, short
 from qkit.export._job import split
 from qkit.merged_folder import dtype_of
@@ -26,6 +26,7 @@ from qkit.tensor_files import SHARDS, read, shards, tensor_specs
 if TYPE_CHECKING:
     import httpx
 
+Found = TypeVar("Found")
 OK, DIFFERS, NOTED, NOT_CHECKED = "ok", "differs", "noted", "not checked"
 ROWS = 8
 FORCED = 100.0  # added to the logit of a token that shall be said: the most that OpenAI's logit_bias takes
@@ -331,7 +332,8 @@ class _Server:
 
         self.url = url
         base = url.rstrip("/").removesuffix("/v1")
-        self.client = httpx.Client(base_url=base, headers=headers, timeout=REQUEST_SECONDS)
+        with reach.reaching(ServerError, f"{url} is no address", "write it as http://HOST:PORT"):
+            self.client = httpx.Client(base_url=base, headers=headers, timeout=REQUEST_SECONDS)
         try:
             self.described = self._described(model)
         except BaseException:
@@ -348,7 +350,7 @@ class _Server:
 
     def _described(self, model: str | None) -> dict[str, Any]:
         """The entry of /v1/models."""
-        models = self._ask("GET", "/v1/models").json()["data"]
+        models = self._read(self._ask("GET", "/v1/models"), reach.models)
         offered = [entry for entry in models if model in (None, entry["id"])]
         if not offered:
             names = ", ".join(entry["id"] for entry in models)
@@ -356,17 +358,17 @@ class _Server:
         return {**models[0], **offered[0]}
 
     def _ask(self, method: str, path: str, body: Any = None, refusable: bool = False) -> httpx.Response:
-        import httpx
-
-        try:
+        with reach.reaching(ServerError, f"no server answers at {self.url}", "start one with `qkit serve`"):
             answer = self.client.request(method, path, json=body)
-        except httpx.TransportError as error:
-            raise ServerError(
-                f"no server answers at {self.url} ({type(error).__name__}); start one with `qkit serve`"
-            ) from None
         if answer.status_code != 200 and not refusable:
             raise ServerError(f"the server at {self.url} answered {answer.status_code} to {path}: {answer.text[:300]}")
         return answer
+
+    def _read(self, answer: httpx.Response, pick: Callable[[Any], Found]) -> Found:
+        """What is looked for in an answer."""
+        what = f"the server at {self.url} answers otherwise than OpenAI's API has it"
+        with reach.reaching(ServerError, what, reach.ADDRESS):
+            return pick(answer.json())
 
     def folder(self) -> Path | None:
         folder = Path(self.described.get("root") or "")
@@ -382,13 +384,14 @@ class _Server:
             return None
         if answer.status_code != 200:
             return answer.text[:300]
-        tokens: list[int] = answer.json()["tokens"]
+        tokens: list[int] = self._read(answer, lambda document: reach.part(document, "tokens"))
         return tokens
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
         body = {"model": self.model, "prompt": list(prompt), "max_tokens": 3, "temperature": 0.0}
-        choice = self._ask("POST", "/v1/completions", {**body, "logit_bias": {str(token): FORCED}}).json()["choices"][0]
-        return bool(choice["finish_reason"] == "stop")
+        answer = self._ask("POST", "/v1/completions", {**body, "logit_bias": {str(token): FORCED}})
+        reason = self._read(answer, lambda document: reach.part(document, "choices", 0, "finish_reason"))
+        return bool(reason == "stop")
 
     def said(
         self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
@@ -405,7 +408,7 @@ class _Server:
         answer = self._ask("POST", "/v1/chat/completions", body, refusable=True)
         if answer.status_code != 200:
             return answer.text[:300]
-        message: dict[str, Any] = answer.json()["choices"][0]["message"]
+        message: dict[str, Any] = self._read(answer, lambda document: reach.part(document, "choices", 0, "message"))
         return message
 
 

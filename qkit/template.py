@@ -264,7 +264,7 @@ def render(
                 add_generation_prompt=not answered,
             )
         )
-    except Exception as error:  # a template is a program: on a conversation that it was not written for it may raise anything
+    except Exception as error:  # a template is a program: on what it was not written for it may raise anything
         raise TemplateRefusal(f"{type(error).__name__}: {str(error)[:300]}") from error
 
 

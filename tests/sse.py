@@ -66,7 +66,11 @@ class Fake:
             return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         size = len(TEXT) if model == "several" else 1
-        whole = 1 if model == "breaks" and len(sent) % 2 else body["max_tokens"] // size
+        whole = (
+            1
+            if model == "breaks" and len(sent) % 2
+            else (body.get("max_tokens") or body["max_completion_tokens"]) // size
+        )
         for number in range(whole):
             await asyncio.sleep(arrived + FIRST + number * GAP - time.perf_counter())
             mine.chunks.append(time.perf_counter())

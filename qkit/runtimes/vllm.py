@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qkit import admission, served_adapter, server
 from qkit.adapters import Adapter
 from qkit.device import Device
 from qkit.errors import MissingExtra, ServerError
+from qkit.reach import ADDRESS, models, part, reaching
 from qkit.recipe import Serve
 from qkit.runtime import Row, RowScores, Runtime, Timing
 from qkit.server import TreeMeter
@@ -204,7 +206,8 @@ class VllmRuntime(Runtime):
 
     def _is_adapter(self) -> bool:
         """Whether what is asked is an adapter on the server's base: then /v1/models names its parent."""
-        offered = self.client.get("/v1/models").json()["data"]
+        with self._reaching():
+            offered = models(self.client.get("/v1/models").json())
         return any(entry["id"] == self.live["model"] and entry.get("parent") for entry in offered)
 
     def _score_by_steps(self, row: Row) -> RowScores:
@@ -219,11 +222,18 @@ class VllmRuntime(Runtime):
         return _row_scores(positions, row.input_ids[row.start :])
 
     def _complete(self, prompt: Sequence[int], **extra: Any) -> dict[str, Any]:
-        answer = self.client.post("/v1/completions", json=self._request(prompt, **extra))
-        if answer.status_code != 200:
-            raise ServerError(f"the server at {self.live['url']} answered {answer.status_code}: {answer.text[:300]}")
-        choice: dict[str, Any] = answer.json()["choices"][0]
+        with self._reaching():
+            answer = self.client.post("/v1/completions", json=self._request(prompt, **extra))
+            if answer.status_code != 200:
+                raise ServerError(
+                    f"the server at {self.live['url']} answered {answer.status_code}: {answer.text[:300]}"
+                )
+            choice: dict[str, Any] = part(answer.json(), "choices", 0)
         return choice
+
+    def _reaching(self) -> AbstractContextManager[None]:
+        what = f"the server at {self.live['url']} does not answer as OpenAI's API has it"
+        return reaching(ServerError, what, f"log: {self.server.child.log}" if self.server else ADDRESS)
 
     def _request(self, prompt: Sequence[int], **extra: Any) -> dict[str, Any]:
         base = {"model": self.live["model"], "prompt": list(prompt), "temperature": 0.0, "return_token_ids": True}
@@ -234,9 +244,10 @@ class VllmRuntime(Runtime):
         body = {"model": self.live["model"], "messages": list(messages), "add_generation_prompt": True}
         if tools:
             body["tools"] = list(tools)
-        answer = self.client.post("/tokenize", json=body)
-        answer.raise_for_status()
-        tokens: list[int] = answer.json()["tokens"]
+        with self._reaching():
+            answer = self.client.post("/tokenize", json=body)
+            answer.raise_for_status()
+            tokens: list[int] = part(answer.json(), "tokens")
         return tokens
 
     def timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[Timing]:
@@ -248,7 +259,7 @@ class VllmRuntime(Runtime):
         body = self._request(prompt, max_tokens=output_tokens, ignore_eos=True, stream=True)
         seconds: list[float] = []
         begin = time.perf_counter()
-        with self.client.stream("POST", "/v1/completions", json=body) as answer:
+        with self._reaching(), self.client.stream("POST", "/v1/completions", json=body) as answer:
             answer.raise_for_status()
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
