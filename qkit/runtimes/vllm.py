@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -10,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}  # what is on this disk needs no hub
 CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
 REQUEST_SECONDS = 600.0
 USUAL_RANK = 64  # room for adapters that are loaded later
+# What `python -m` starts. 0.32 and 0.33 have both, and call the first deprecated, which older images know alone.
+API_SERVER = "vllm.entrypoints.openai.api_server"
+LAUNCHER = "vllm.entrypoints.launchers.api_server.entry"
+LAUNCHER_SINCE = (0, 33)
 QUIET = "/health,/metrics"  # probes and scrapers would fill the log
 
 
@@ -84,7 +89,7 @@ def argv(
         ("disable-access-log-for-endpoints", QUIET),
     ]
     flags = [*(["--enforce-eager"] if section.enforce_eager else []), *(["--enable-lora"] if alone else [])]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server.command(options), *flags]
+    command = [sys.executable, "-m", program(version()), *server.command(options), *flags]
     return [*command, *_lora(extras), *extras.rest]
 
 
@@ -107,6 +112,20 @@ def environment(device: Device, extras: Extras, local: bool = True) -> dict[str,
     if extras.runtime_adapters:
         told["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     return told
+
+
+def program(installed: str | None) -> str:
+    """The module that is vLLM's server in this version; of none, what runs in all that qkit takes."""
+    numbers = tuple(map(int, re.findall(r"\d+", installed or "")[:2]))
+    return LAUNCHER if numbers >= LAUNCHER_SINCE else API_SERVER
+
+
+def version() -> str | None:
+    """Of the vLLM (or vllm-cpu) that is installed."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def installed() -> bool:
@@ -231,7 +250,7 @@ class VllmRuntime(Runtime):
             choice: dict[str, Any] = part(answer.json(), "choices", 0)
         return choice
 
-    def _reaching(self) -> AbstractContextManager[None]:
+    def _reaching(self) -> contextlib.AbstractContextManager[None]:
         what = f"the server at {self.live['url']} does not answer as OpenAI's API has it"
         return reaching(ServerError, what, f"log: {self.server.child.log}" if self.server else ADDRESS)
 
