@@ -30,6 +30,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from qkit.runtimes import vllm
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "canary.json"
 PARTS = ("libraries", "vllm", "options")
@@ -133,12 +135,19 @@ def options(scratch: Path) -> dict[str, Any]:
         metadata = next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
         needs = re.findall(r"^Requires-Dist: ((?:torch|transformers)[=<>].*)$", wheel.read(metadata).decode(), re.M)
         files = set(wheel.namelist())
+    version = wheels[-1].name.split("-")[1]
     golden = json.loads((ROOT / "tests" / "golden" / "vllm_argv.json").read_text(encoding="utf-8"))
     words = {word[2:] for argv in golden.values() for word in argv if word.startswith("--")}
     gone = sorted(word for word in words if word.replace("-", "_") not in text)
-    modules = {argv[1] for argv in golden.values()}
-    lost = sorted(module for module in modules if f"{module.replace('.', '/')}.py" not in files)
-    return {"vllm": wheels[-1].name.split("-")[1], "needs": needs, "options_gone": gone, "modules_gone": lost}
+    module = vllm.program(version)
+    there = f"{module.replace('.', '/')}.py" in files
+    return {
+        "vllm": version,
+        "needs": needs,
+        "options_gone": gone,
+        "started_as": module,
+        "modules_gone": [module][there:],
+    }
 
 
 def main() -> int:
