@@ -179,7 +179,7 @@ def test_the_readme_shows_what_makes_the_prompts_of_training(
         "its README.md shows how to make them with transformers" in text for text in said
     )
     card, merged = modelcard.render(run, "onnx-fp32"), modelcard.render(run)
-    assert ("Make prompts with transformers" in card) is ("makes other prompts of `onnx-fp32`" in merged) is changed
+    assert ("Render with transformers" in card) is ("makes other prompts of `onnx-fp32`" in merged) is changed
     code = card.split("```python\n")[1].partition("```")[0]
     assert ("AutoTokenizer" in code) is changed
     monkeypatch.chdir(folder)

@@ -13,7 +13,7 @@ import pytest
 from hub import FAULTS, failing
 from sample import open_sample
 
-from qkit import adapters, artifacts, bench_url, compare, contract, reach, server
+from qkit import adapters, admission, artifacts, bench_url, compare, contract, reach, server
 from qkit.errors import ModelError, ServerError, UserError
 from qkit.progress import Progress
 from qkit.reach import reaching
@@ -100,6 +100,20 @@ def test_health_is_asked_of_anybody(fault: str, tmp_path: Path) -> None:
         answers = fault not in ("refused", "reset", "no HTTP")
         assert server._healthy(client) is answers
         assert bool(artifacts.live_server(run)) is answers
+
+
+@pytest.mark.parametrize(("fault", "left"), [("refused", 0), ("reset", 0), ("no HTTP", 0), ("page", 1)])
+def test_a_drain_ends_whoever_answers(fault: str, left: int) -> None:
+    """A port that has become somebody else's; one that answers 200 is a server that has not heard of it yet."""
+    with failing(fault) as url:
+        assert admission._in_flight(url) == left
+
+
+@pytest.mark.parametrize(
+    ("answer", "left"), [(b'{"in_flight": 3}', 3), (b"", 0), (b"<html>", 0), (b"[1]", 0), (b'{"in_flight": null}', 0)]
+)
+def test_what_a_draining_server_says(answer: bytes, left: int) -> None:
+    assert admission._counted(answer) == left
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
