@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qkit import added_tokens, deltas, gguf_rope, gguf_tokenizer, prequantized, provenance, recipe, template
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
+from qkit.reach import reaching_hub
 from qkit.source import HubId, cache_dir, locate, sha256_of
 from qkit.tensor_files import SHARDS, tensor_specs
 
@@ -74,15 +75,10 @@ def _resolved(model: recipe.Model, wanted: Sequence[str]) -> Path:
 
 def _from_hub(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
+    remedy = "check the name and the network, `hf auth login` for gated models, or give model.source a local folder"
+    with reaching_hub(ModelError, f"{name}: could not be fetched from the hub", remedy):
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{name}: could not be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "check the name and the network, `hf auth login` for gated models, or give model.source a local folder"
-        ) from error
 
 
 def _from_gguf(file: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 from qkit import recipe
 from qkit.errors import MissingExtra, ModelError
+from qkit.reach import reaching_hub
 from qkit.source import HubId, locate
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
@@ -298,23 +299,21 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     except ImportError:
         raise MissingExtra("reading a model from the hub needs huggingface_hub: pip install 'qkit[train]'") from None
-    try:
-        return _read_config(Path(hf_hub_download(name, "config.json", revision=revision)))
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{name}: is gated; accept its licence at https://huggingface.co/{name} and log in with `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{name}: the hub has no such model; check the name, or `hf auth login` if it is private"
-        ) from error
-    except Exception as error:  # the hub's client lets errors of two HTTP libraries through, of no common base
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(
-            f"{name}: its config.json is not in the hub's cache and could not be fetched ({type(error).__name__}); "
-            f"check the network, `hf download {name}` where there is one, or give model.source a local folder"
-        ) from error
+    remedy = f"check the network, `hf download {name}` where there is one, or give model.source a local folder"
+    with reaching_hub(
+        ModelError, f"{name}: its config.json is not in the hub's cache and could not be fetched", remedy
+    ):
+        try:
+            file = hf_hub_download(name, "config.json", revision=revision)
+        except GatedRepoError as error:
+            raise ModelError(
+                f"{name}: is gated; accept its licence at https://huggingface.co/{name} and log in with `hf auth login`"
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise ModelError(
+                f"{name}: the hub has no such model; check the name, or `hf auth login` if it is private"
+            ) from error
+    return _read_config(Path(file))
 
 
 # --- what is in it --------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from qkit.child import run_to_end
 from qkit.errors import DoesNotFit, MissingExtra, NotDeployable
 from qkit.export._folder import note
 from qkit.export._job import Job
+from qkit.export._prompts import KEY, compared
 from qkit.export._traced import MARK, TRACER, refusal
 from qkit.recipe import Recipe
 from qkit.run import read_json, write_json
@@ -81,6 +82,7 @@ INSTEAD = {"gptq": "k_quant_mixed", "nearest": "rtn"}  # the builder's, where it
 NEEDS = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
 TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")  # what a model folder holds beside its weights
 BUILDER = "onnxruntime-genai's builder"
+GENAI = "genai_config.json"  # in a folder that onnxruntime-genai opens
 # How the builder says that it does not know an architecture, and how our own program does.
 REFUSAL = re.compile(r"^(?:NotImplementedError|qkit\.errors\.NotDeployable): (.*)", re.MULTILINE)
 LEAVE_OUT = "Leave the onnx formats out of export.formats"
@@ -111,6 +113,8 @@ def export(job: Job, out: Path, variant: str) -> None:
         else:
             _make(job, build, whole)
         _complete(job.merged, whole)
+        if (whole / GENAI).exists():
+            _try_prompts(job, whole, out.name)
         whole.rename(out)
 
 
@@ -251,15 +255,26 @@ def _complete(model: Path, out: Path) -> None:
     for file in _texts(model):
         if not (out / file.name).exists():
             shutil.copyfile(file, out / file.name)
-    if not (out / "genai_config.json").exists():
+    if not (out / GENAI).exists():
         return  # traced
-    config = read_json(out / "genai_config.json")
+    config = read_json(out / GENAI)
     if (out / "generation_config.json").exists():
         stop = read_json(out / "generation_config.json").get("eos_token_id")
         config["model"]["eos_token_id"] = config["model"]["eos_token_id"] if stop is None else stop
     config["model"] |= _within(config["model"])
     config["model"]["decoder"]["session_options"]["provider_options"] = []  # the CPU; others are added where they are
-    write_json(out / "genai_config.json", config)
+    write_json(out / GENAI, config)
+
+
+def _try_prompts(job: Job, whole: Path, name: str) -> None:
+    """Note how the library's own prompts differ from training's; the model card then shows how to make them with transformers."""
+    found = compared(whole, job.rows, job.recipe.model.trust_remote_code)
+    note(whole, **{KEY: found})
+    if found["differ"]:
+        job.say(
+            f"export: {name}: {found['by']} by itself makes other prompts than training had, in {len(found['differ'])} of "
+            f"{found['cases']} cases ({found['differ'][0]}); its README.md shows how to make them with transformers"
+        )
 
 
 def _within(model: Mapping[str, Any]) -> dict[str, Any]:
