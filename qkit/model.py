@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, deltas, prequantized, provenance, recipe, template
+from qkit import added_tokens, deltas, prequantized, provenance, recipe, targets, template
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
 from qkit.source import HubId, cache_dir, locate, sha256_of
@@ -228,7 +228,8 @@ def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PeftMod
 
     provenance.check_adapter(adapter, folder)
     _resize(base, adapter)
-    live = PeftModel.from_pretrained(base, str(adapter))
+    with targets.patterns_of_parameters():
+        live = PeftModel.from_pretrained(base, str(adapter))
     added_tokens.settle(live)
     return live
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from qkit.device import Device
 from qkit.recipe import Recipe
-from qkit.shape import Shape, linears
+from qkit.shape import Shape, linears, qk_norm_widths
 from qkit.weights import ADAPTER_BYTES, BASE_BYTES, MIB, MemoryItem, adapted, adapted_inputs, adapter_sizes, mib
 
 AUTOCAST_BYTES = 2  # autocast keeps a bf16 copy of the adapter for as long as a product with it may be needed
@@ -255,7 +255,7 @@ def _kept(step: Step) -> tuple[Part, ...]:
 
 def _offset_bytes(shape: Shape) -> int:
     """Of norms that multiply by 1 + weight: that sum, in fp32, for each norm of a layer."""
-    widths = shape.norms_per_layer * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    widths = shape.norms_per_layer * shape.hidden + qk_norm_widths(shape)
     return 4 * widths if shape.norm_offset else 0
 
 
