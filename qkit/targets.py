@@ -240,12 +240,27 @@ def _has(names: Sequence[str]) -> str:
     return f"It has {', '.join(names)}" if names else "It has no experts and no router"
 
 
-# --- what peft leaves out -----------------------------------------------------------------------------------------------
+# --- what is worth a word -----------------------------------------------------------------------------------------------
 
 
-def left_out(found: Inventory) -> list[str]:
-    """Linear modules that peft cannot be told apart from the experts, each kind once."""
-    return list(dict.fromkeys(_named(matrix) for matrix in found.linears if _hidden(matrix, found)))
+def remarks(lora: Lora, sizes: Shape) -> Iterator[str]:
+    """What a plan says of a mixture of experts: which of its parts are trained, and which are not.
+
+    Raises:
+        ModelError: as `planned`.
+    """
+    found, trained = inventory(sizes), {target.matrix.name for target in planned(lora, sizes)}
+    for what, of in (("experts get", found.experts), ("router gets", found.routers)):
+        if of and not any(matrix.name in trained for matrix in of):
+            kinds = ", ".join(dict.fromkeys(_named(matrix) for matrix in of))
+            yield f"The {what} no adapter; lora.target_parameters=[{kinds}] asks for one."
+    hidden = [matrix for matrix in found.linears if _hidden(matrix, found)]
+    if hidden:
+        kinds = ", ".join(dict.fromkeys(_named(matrix) for matrix in hidden))
+        yield (
+            f"{len(hidden)} modules outside the experts ({kinds}; the first is {hidden[0].name}) get no adapter: peft takes these names for "
+            "those of the experts."
+        )
 
 
 # --- the model itself ---------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 from qkit import targets
 from qkit.recipe import Recipe
@@ -14,6 +14,7 @@ from qkit.shape import (
     Shape,
     embedding_parameters,
     expert_parameters,
+    experts,
     linears,
     vector_parameters,
 )
@@ -77,10 +78,11 @@ def base_weights(shape: Shape, four_bit: bool, nested: bool) -> MemoryItem:
     head = "embeddings (tied with the head)" if shape.tied else "embeddings and head"
     plain = [(head, embedding_parameters(shape)), ("norms and biases", vector_parameters(shape))]
     if shape.sparse:
-        plain.append(("experts", expert_parameters(shape)))
+        plain.append(("router", expert_parameters(shape) - sum(matrix.weights for matrix in experts(shape))))
     parts = [
         *matrices,
         *(_plain(name, count, shape.exact) for name, count in plain),
+        *([_experts(shape, four_bit, nested)] if shape.sparse else []),
         _tables(shape, four_bit and nested),
     ]
     how = (
@@ -101,6 +103,41 @@ def _matrices(name: str, of: Sequence[tuple[Linear, int]], four_bit: bool, neste
     table = CODE_BYTES + (OFFSET_BYTES if nested else 0)
     how = f"{count:,} weights x (1/2 byte + {absmax} for each {BLOCK}) + {modules:,} matrices x {table} bytes of tables"
     return MemoryItem(name, size, True, how)
+
+
+def _experts(shape: Shape, four_bit: bool, nested: bool) -> MemoryItem:
+    """Held in parameters of three dimensions, they stay in 16 bits whatever the recipe says."""
+    count = sum(matrix.weights for matrix in experts(shape))
+    made = _plain("experts", count, shape.exact)
+    if not four_bit:
+        return made
+    return replace(
+        made,
+        formula=f"{made.formula}; bitsandbytes has no 4 bit for them, which would take {mib(in_four_bit(shape, nested))}",
+    )
+
+
+def in_four_bit(shape: Shape, nested: bool) -> int:
+    """Bytes that the experts would take if they were quantized as linear modules are."""
+    return sum(quantized_bytes(matrix.weights, nested) for matrix in experts(shape))
+
+
+def remarks(recipe: Recipe, shape: Shape) -> tuple[str, ...]:
+    """What there is to say of a mixture of experts: what is not quantized, and what that costs, and what is not trained.
+
+    Raises:
+        ModelError: a name in `target_modules` or `target_parameters` matches nothing.
+    """
+    said = list(targets.remarks(recipe.lora, shape))
+    if shape.sparse and recipe.quantization.load_in_4bit:
+        count = sum(matrix.weights for matrix in experts(shape))
+        held, less = count * BASE_BYTES, in_four_bit(shape, recipe.quantization.bnb_4bit_use_double_quant)
+        said.insert(
+            0,
+            f"The experts stay in 16 bits: bitsandbytes quantizes linear modules, and these are parameters of three dimensions. They take "
+            f"{held:,} bytes ({gib(held)}); in 4 bit they would take {less:,}.",
+        )
+    return tuple(said)
 
 
 def _plain(name: str, count: int, exact: bool) -> MemoryItem:
@@ -137,6 +174,32 @@ def _adapted_inputs(named: Names, shape: Shape) -> tuple[int, int]:
     modules = _layers_modules(targets.planned_for(named, shape))
     read = {(m.name.rpartition(".")[0], m.inputs) for m in modules if not m.name.endswith((".o_proj", "attn.c_proj"))}
     return sum(module.inputs for module in modules), sum(width for _, width in read)
+
+
+class Folds(NamedTuple):
+    """Experts with an adapter are computed with as one matrix each, the delta added: bytes of them in a layer, how many layers have any, and
+    bytes of the largest parameter."""
+
+    layer_bytes: int
+    layers: int
+    largest_bytes: int
+
+
+def folds(recipe: Recipe, shape: Shape) -> Folds:
+    """What putting the adapters into the experts makes, in 16 bits."""
+    return _folds(targets.names(recipe.lora), shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _folds(named: Names, shape: Shape) -> Folds:
+    by_layer: dict[str, int] = {}
+    largest = 0
+    for target in targets.planned_for(named, shape):
+        if target.parameter and target.matrix.experts:
+            size, layer = target.matrix.weights * BASE_BYTES, target.matrix.name.rpartition(".")[0]
+            by_layer[layer] = by_layer.get(layer, 0) + size
+            largest = max(largest, size)
+    return Folds(max(by_layer.values(), default=0), len(by_layer), largest)
 
 
 def _layers_modules(of: Sequence[Target]) -> list[Linear]:
