@@ -17,6 +17,7 @@ from qkit.source import HubId, locate
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+MEDIA = frozenset({"vision", "audio", "speech", "image", "video"})
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -205,6 +206,25 @@ def config_of(model: recipe.Model) -> Mapping[str, Any]:
         return _hub_config(found.name, model.revision)
     file = _config_file(found)
     return _gguf_config(file) if file.suffix == ".gguf" else _read_config(file)
+
+
+def need_text_model(config: Mapping[str, Any], where: str) -> None:
+    """Raises ModelError for a model that sees or hears as well: its other parts would be loaded, and all-linear would train them too."""
+    other = [
+        key.removesuffix("_config")
+        for key in config
+        if key.endswith("_config") and key.removesuffix("_config") in MEDIA
+    ]
+    if not (other and isinstance(config.get("text_config"), Mapping)):
+        return
+    kind = config["text_config"].get("model_type")
+    raise ModelError(
+        f"{where}: is a model for text and more ({config.get('model_type')}, with {', '.join(other)}); qkit trains models of text. Where "
+        f"transformers' AutoModelForCausalLM knows its text part ({kind}), save that once and give model.source its folder: whole = "
+        "AutoModelForImageTextToText.from_pretrained(SOURCE); text = AutoModelForCausalLM.from_config(whole.config.text_config); "
+        "text.model.load_state_dict(whole.model.language_model.state_dict()); text.lm_head.load_state_dict(whole.lm_head.state_dict()); "
+        "text.to(whole.dtype).save_pretrained(FOLDER); and the tokenizer with it"
+    )
 
 
 def _config_file(found: Path) -> Path:

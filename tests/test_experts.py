@@ -107,6 +107,12 @@ LAYOUTS: dict[str, tuple[str, bool, dict[str, Any], str]] = {
         {"target_modules": ["k_proj"], "target_parameters": ["model.layers.1.mlp.experts.gate_up_proj"]},
         "model.layers.0.block_sparse_moe.experts.0.w3.weight",
     ),
+    "the text part of a model that sees images": (
+        "gemma3",
+        False,
+        {"target_modules": r".*language_model.*(q_proj|down_proj)"},
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+    ),
     "a module kept whole beside": (
         "mixtral",
         False,

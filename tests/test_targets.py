@@ -135,6 +135,33 @@ def test_plan_says_what_experts_cost_and_who_is_not_trained(tmp_path: Path) -> N
     assert plan_sheet.sheet(_recipe({}, _folder(tmp_path, "llama")), CPU).remarks == ()
 
 
+def test_model_that_sees_images_is_refused_in_plan_and_before_training(tmp_path: Path) -> None:
+    how = _recipe({}, _folder(tmp_path, "gemma3"))
+    (tmp_path / "run").mkdir()
+    for refuse in (lambda: plan_sheet.sheet(how, CPU), lambda: train.run(Run(tmp_path / "run", how), tmp_path / "out")):
+        with pytest.raises(ModelError, match=r"for text and more \(gemma3, with vision\)"):
+            refuse()
+
+
+def test_the_text_part_can_be_saved_as_the_refusal_says(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    whole = AutoModelForImageTextToText.from_config(config_of("gemma3")).eval()
+    text = AutoModelForCausalLM.from_config(whole.config.text_config).eval()
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    text.lm_head.load_state_dict(whole.lm_head.state_dict())
+    text.to(whole.dtype).save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=whole.dtype).eval()
+    torch.testing.assert_close(saved(ids).logits, whole(input_ids=ids).logits)
+    how = _recipe({}, str(tmp_path))
+    assert (
+        deploy.refusals(how.model_copy(update={"export": how.export.model_copy(update={"formats": ("safetensors",)})}))
+        == ()
+    )
+
+
 def test_plan_names_the_modules_that_peft_leaves_out() -> None:
     said = weights.remarks(_recipe({}), _shape("qwen3_moe", True))
     assert any("3 modules outside the experts (gate_proj, up_proj, down_proj;" in line for line in said)
