@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import build
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_models import build
 from transformers import AutoModelForCausalLM
 
 from qkit import merging

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import ARCHITECTURES, MORE, config_of, weightless
 from peft import get_peft_model
+from tiny_models import ARCHITECTURES, MORE, config_of, weightless
 
 from qkit import deploy, plan, plan_sheet, targets, train, weights
 from qkit.device import Device

@@ -78,7 +78,9 @@ def weightless(name: str, **changes: Any) -> Any:
         return AutoModelForCausalLM.from_config(config_of(name, **changes))
 
 
-def build(folder: Path, name: str, dtype: str = "bfloat16", fused: bool = False, **changes: Any) -> Path:
+def build(
+    folder: Path, name: str, dtype: str = "bfloat16", fused: bool = False, spread: float = 0.2, **changes: Any
+) -> Path:
     """A model with random weights on disk, and its tokenizer. `fused`: with tensors as the model has them in memory."""
     import torch
     from conftest import build_tokenizer
@@ -88,7 +90,7 @@ def build(folder: Path, name: str, dtype: str = "bfloat16", fused: bool = False,
     made = AutoModelForCausalLM.from_config(config_of(name, **changes))
     for parameter_name, parameter in made.named_parameters():
         if parameter.ndim > 1 or parameter_name.endswith(("bias", "sinks")):
-            torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.05)
+            torch.nn.init.normal_(parameter, std=spread if parameter.ndim > 1 else spread / 4)
     made.to(getattr(torch, dtype)).save_pretrained(folder, save_original_format=not fused)
     build_tokenizer().save_pretrained(folder)
     return folder
