@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import mmap
+import re
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +20,24 @@ from qkit.source import HubId, locate
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 MEDIA = frozenset({"vision", "audio", "speech", "image", "video"})
+LAYER = re.compile(r"^.*?\.\d+\.")  # what comes before a module's name within its layer
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a model that was made without weights has: its matrices by their whole names, and how many parameters there are in all.
+
+    `sizes`: what its config.json calls otherwise or leaves unsaid, by the names that a plan needs.
+    """
+
+    linears: tuple[Linear, ...]
+    others: tuple[Linear, ...]
+    experts: tuple[Linear, ...]
+    routers: tuple[Linear, ...]
+    renamed: tuple[tuple[str, str], ...]
+    parameters: int
+    sizes: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,7 @@ class Shape:
     shared_width: int = 0  # of the expert that every token passes
     sparse: tuple[int, ...] = ()  # the layers that have experts in the place of the gated MLP
     positions: int | None = None  # the longest row that the model was made for
+    outline: Outline | None = None  # of a family that is not known here: what transformers makes of its config.json
     exact: bool = True
 
     def __hash__(self) -> int:
@@ -272,6 +292,9 @@ def from_config(config: Mapping[str, Any], where: str) -> Shape:
     kind = str(config.get("model_type", "unknown"))
     if kind == "gpt2":
         config = _gpt2_sizes(config)
+    known = kind in FAMILIES and (FAMILIES[kind].experts or not _experts(config))
+    seen = None if known else _outline(config)
+    config = {**config, **dict(seen.sizes if seen else ())}
     _check_sizes(config, where)
     family = FAMILIES.get(kind, Family(mlp_bias=True))
     heads = int(config["num_attention_heads"])
@@ -302,10 +325,17 @@ def from_config(config: Mapping[str, Any], where: str) -> Shape:
         final_softcap=bool(config.get("final_logit_softcapping", family.softcaps)),
         rotary_sets=family.rotary_sets,
         positions=config.get("max_position_embeddings"),
-        exact=kind in FAMILIES and (family.experts or not _experts(config)),
+        outline=seen,
+        exact=known,
         **_windows(config),
         **_expert_sizes(config, family),
     )
+
+
+def _outline(config: Mapping[str, Any]) -> Outline | None:
+    from qkit import outline  # which takes seconds, and is not needed for the families that are known
+
+    return outline.read(config)
 
 
 def _gpt2_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -441,6 +471,9 @@ def _gated(name: str, hidden: int, width: int, bias: bool) -> tuple[Linear, ...]
 @functools.cache
 def linears(shape: Shape) -> tuple[tuple[Linear, int], ...]:
     """Every linear module of the layers, and how many layers have it."""
+    if shape.outline:
+        alike = Counter(replace(linear, name=LAYER.sub("", linear.name)) for linear in shape.outline.linears)
+        return tuple(alike.items())
     dense = tuple((linear, shape.dense) for linear in layer_linears(shape) if shape.dense)
     if not shape.sparse:
         return dense
@@ -455,6 +488,8 @@ def layer_name(shape: Shape, layer: int) -> str:
 @functools.cache
 def modules(shape: Shape) -> tuple[Linear, ...]:
     """Every linear module of the layers, by its whole name."""
+    if shape.outline:
+        return shape.outline.linears
     sparse = frozenset(shape.sparse)
     return tuple(
         replace(linear, name=f"{layer_name(shape, layer)}.{linear.name}")
@@ -466,6 +501,8 @@ def modules(shape: Shape) -> tuple[Linear, ...]:
 @functools.cache
 def experts(shape: Shape) -> tuple[Linear, ...]:
     """Every parameter that holds the experts of a layer, by its whole name: gate and up in one, and down."""
+    if shape.outline:
+        return shape.outline.experts
     hidden, width, count = shape.hidden, shape.expert_width, shape.experts
     return tuple(
         Linear(f"{layer_name(shape, layer)}.mlp.experts.{name}", inputs, outputs, shape.expert_bias, count)
@@ -477,6 +514,8 @@ def experts(shape: Shape) -> tuple[Linear, ...]:
 @functools.cache
 def routers(shape: Shape) -> tuple[Linear, ...]:
     """The weight that routes tokens to experts, of each layer that has one, by its whole name."""
+    if shape.outline:
+        return shape.outline.routers
     return tuple(
         Linear(f"{layer_name(shape, layer)}.mlp.{shape.router}.weight", shape.hidden, shape.experts, shape.expert_bias)
         for layer in shape.sparse
@@ -486,6 +525,8 @@ def routers(shape: Shape) -> tuple[Linear, ...]:
 @functools.cache
 def vocabulary_modules(shape: Shape) -> tuple[Linear, ...]:
     """Embeddings and head, which `all-linear` leaves out."""
+    if shape.outline:
+        return shape.outline.others
     head = Linear("lm_head", shape.hidden, shape.vocabulary, shape.head_bias)
     if shape.gated:
         return head, Linear("model.embed_tokens", shape.vocabulary, shape.hidden)
@@ -502,6 +543,9 @@ def expert_parameters(shape: Shape) -> int:
 
 def embedding_parameters(shape: Shape) -> int:
     """Parameters of the embeddings and, where it is another matrix, of the head."""
+    if shape.outline:
+        twice = shape.vocabulary * shape.hidden if shape.tied else 0
+        return sum(matrix.weights for matrix in shape.outline.others) - twice
     matrices = 1 if shape.tied else 2
     learnt = 0 if shape.gated else (shape.positions or 0) * shape.hidden
     return shape.vocabulary * (shape.hidden * matrices + shape.head_bias) + learnt
@@ -516,6 +560,10 @@ def qk_norm_widths(shape: Shape) -> int:
 
 def vector_parameters(shape: Shape) -> int:
     """Parameters of the norms and biases of the layers, and of the last norm."""
+    if shape.outline:
+        matrices = (*modules(shape), *vocabulary_modules(shape))
+        others = sum(matrix.weights for matrix in matrices) - (shape.vocabulary * shape.hidden if shape.tied else 0)
+        return shape.outline.parameters - others - expert_parameters(shape)
     norm = shape.hidden * (1 + shape.norm_bias)
     norms = shape.norms_per_layer * norm + qk_norm_widths(shape) + (shape.heads if shape.sinks else 0)
     biases = sum(linear.outputs * count for linear, count in linears(shape) if linear.bias)

@@ -107,7 +107,7 @@ def inventory(sizes: Shape) -> Inventory:
         shape.vocabulary_modules(sizes),
         shape.experts(sizes),
         shape.routers(sizes),
-        dict(sizes.expert_names),
+        dict(sizes.outline.renamed if sizes.outline else sizes.expert_names),
     )
 
 
@@ -308,6 +308,8 @@ def _sizes(module: Any) -> tuple[int, int] | None:
 def _expert_parameters(model: PreTrainedModel) -> Iterator[Linear]:
     """Parameters of three dimensions: [experts, out, in], or [experts, in, out] where their module says so."""
     for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn"):  # convolutions have three dimensions as well
+            continue
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3:
                 count, outputs, inputs = map(int, parameter.shape)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from qkit import targets
 from qkit.recipe import Recipe
 from qkit.shape import (
+    LAYER,
     Linear,
     Shape,
     embedding_parameters,
@@ -77,12 +78,12 @@ def base_weights(shape: Shape, four_bit: bool, nested: bool) -> MemoryItem:
     matrices = [_matrices(name, of, four_bit, nested) for name, of in (("attention", attention), ("mlp", mlp)) if of]
     head = "embeddings (tied with the head)" if shape.tied else "embeddings and head"
     plain = [(head, embedding_parameters(shape)), ("norms and biases", vector_parameters(shape))]
-    if shape.sparse:
+    if experts(shape):
         plain.append(("router", expert_parameters(shape) - sum(matrix.weights for matrix in experts(shape))))
     parts = [
         *matrices,
         *(_plain(name, count, shape.exact) for name, count in plain),
-        *([_experts(shape, four_bit, nested)] if shape.sparse else []),
+        *([_experts(shape, four_bit, nested)] if experts(shape) else []),
         _tables(shape, four_bit and nested),
     ]
     how = (
@@ -129,7 +130,7 @@ def remarks(recipe: Recipe, shape: Shape) -> tuple[str, ...]:
         ModelError: a name in `target_modules` or `target_parameters` matches nothing.
     """
     said = list(targets.remarks(recipe.lora, shape))
-    if shape.sparse and recipe.quantization.load_in_4bit:
+    if experts(shape) and recipe.quantization.load_in_4bit:
         count = sum(matrix.weights for matrix in experts(shape))
         held, less = count * BASE_BYTES, in_four_bit(shape, recipe.quantization.bnb_4bit_use_double_quant)
         said.insert(
@@ -203,7 +204,7 @@ def _folds(named: Names, shape: Shape) -> Folds:
 
 
 def _layers_modules(of: Sequence[Target]) -> list[Linear]:
-    return [t.matrix for t in of if not t.parameter and (".layers." in t.matrix.name or ".h." in t.matrix.name)]
+    return [target.matrix for target in of if not target.parameter and LAYER.match(target.matrix.name)]
 
 
 def adapter_sizes(recipe: Recipe, shape: Shape) -> tuple[int, ...]:

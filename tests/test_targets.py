@@ -17,7 +17,7 @@ from qkit.errors import ModelError, NotDeployable
 from qkit.recipe import Recipe, from_dict
 from qkit.run import Run
 from qkit.served_adapter import rank_for
-from qkit.shape import Shape, from_config
+from qkit.shape import Shape, from_config, parameters
 
 CPU = Device("cpu", "test", 64 * 2**30, cores=2)
 LLAMAS_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -48,7 +48,7 @@ def _folder(root: Path, name: str) -> str:
 
 # architecture, whether one of its layers has no experts, the recipe's section, adapter parameters where they are worth knowing by heart
 COUNTS: list[tuple[str, bool, dict[str, Any], int | None]] = [
-    *((name, False, {}, None) for name in (*ARCHITECTURES, *(set(MORE) & {"qwen2_moe", "phimoe"}))),
+    *((name, False, {}, None) for name in (*ARCHITECTURES, *MORE)),
     ("mixtral", False, {}, 30_208),  # peft's own all-linear trains 30,752, the router's 544 among them
     ("mixtral", False, {"target_parameters": ["gate.weight"]}, 30_752),
     ("mixtral", False, {"target_modules": ["q_proj", "gate"]}, 1_568),
@@ -165,6 +165,15 @@ def test_the_text_part_can_be_saved_as_the_refusal_says(tmp_path: Path) -> None:
 def test_plan_names_the_modules_that_peft_leaves_out() -> None:
     said = weights.remarks(_recipe({}), _shape("qwen3_moe", True))
     assert any("3 modules outside the experts (gate_proj, up_proj, down_proj;" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "starcoder2", "granitemoe", "olmoe"])
+def test_family_that_is_not_known_is_read_off_the_model_that_transformers_makes(name: str) -> None:
+    sizes = _shape(name)
+    assert sizes.outline and not sizes.exact
+    assert parameters(sizes) == weightless(name).num_parameters()
+    rotary = next(part.bytes for part in weights.base_weights(sizes, False, False).parts if part.name == "tables")
+    assert weights.base_weights(sizes, False, False).bytes == 2 * parameters(sizes) + rotary
 
 
 def test_experts_with_an_adapter_are_in_the_plan_once_more() -> None:

@@ -38,6 +38,8 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "granite": SIZES,
 }
 MORE: Mapping[str, Mapping[str, Any]] = {
+    "gpt_neox": SIZES,
+    "starcoder2": SIZES,
     "qwen2_moe": {**SIZES, **EXPERTS, "shared_expert_intermediate_size": 96},
     "phimoe": {**SIZES, "num_local_experts": 4},
     "granitemoe": {**SIZES, "num_local_experts": 4},
