@@ -160,7 +160,11 @@ def reference_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryIt
             "float32", wide, False, f"{outside:,} parameters x 2 bytes more, and {layer:,} of a layer x 4 bytes"
         ),
         MemoryItem("adapter", trained * ADAPTER_BYTES, shape.exact, f"{trained:,} parameters x 4 bytes"),
-        *([MemoryItem("experts", folded, False, "bound: those of a layer with their adapters put in, in fp32")] if folded else []),
+        *(
+            [MemoryItem("experts", folded, False, "bound: those of a layer with their adapters put in, in fp32")]
+            if folded
+            else []
+        ),
         MemoryItem(
             "logits", scored, False, f"bound: a row of {how.data.max_length:,} tokens x {shape.vocabulary:,} x 12 bytes"
         ),
