@@ -4,8 +4,8 @@
     python benchmarks/architectures.py --only mixtral --only gpt2      a part; what the results file has of the others stays
 
 Each is a model of two layers, hidden 64, built from its config with random weights (tests/tiny_models.py), and a default recipe of few steps.
-The formats are one or two of each exporter's that the plan does not refuse (--every: all of them); those for vLLM are left out, since each
-would need a server of its own to be verified.
+The formats are one or two of each exporter's that the plan does not refuse, or those of --format; those for vLLM are left out, since each would
+need a server of its own to be verified. A row is about a minute on two idle cores, half of it ONNX.
 A row is right where the plan's adapter bytes are the trained ones, and every stage ended well that no refusal was said for.
 """
 
@@ -45,14 +45,14 @@ FORMATS = ("safetensors", "safetensors-fp16", "gguf-f16", "gguf-q8_0", "onnx-fp3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", choices=tuple(ARCHITECTURES), default=[])
-    parser.add_argument("--every", action="store_true", help="all formats, and not one or two of each exporter's")
+    parser.add_argument("--format", action="append", choices=tuple(format_names()), default=[])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "architectures.json")
     given = parser.parse_args()
     rows = {} if not given.out.is_file() else {_key(row): row for row in read_json(given.out)["rows"]}
     for name in given.only or ARCHITECTURES:
         for quantization in ("nf4", "bf16"):
             with tempfile.TemporaryDirectory() as work:
-                row = _row(Path(work), name, quantization, tuple(format_names()) if given.every else FORMATS)
+                row = _row(Path(work), name, quantization, given.format or FORMATS)
             rows[_key(row)] = row
             print(json.dumps(row), flush=True)
             _write(given.out, [rows[key] for key in sorted(rows)])

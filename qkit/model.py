@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qkit.device import Device
 
 log = logging.getLogger(__name__)
+NO_SDPA = "scaled_dot_product_attention"  # in what transformers says of a model that has no such attention
 
 
 # What stands beside the weights; a licence goes on with what is made of them, as most ask for.
@@ -162,9 +163,15 @@ def load_base(folder: Path, how: recipe.Recipe, device: Device) -> PreTrainedMod
     options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": how.model.attn_implementation}
     if how.quantization.load_in_4bit:
         options["quantization_config"] = quantization_config(how.quantization)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), device_map=device.device_map, trust_remote_code=how.model.trust_remote_code, **options
-    )
+    options |= {"device_map": device.device_map, "trust_remote_code": how.model.trust_remote_code}
+    loaded: PreTrainedModel
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    except ValueError as error:
+        if how.model.attn_implementation != "sdpa" or NO_SDPA not in str(error):
+            raise
+        log.warning("transformers computes this model's attention in no other way than eager: %s", error)
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), **{**options, "attn_implementation": "eager"})
     loaded.config.use_cache = False
     leave_as_quantized(loaded)
     if how.quantization.load_in_4bit and device.gives_back:

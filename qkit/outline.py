@@ -43,6 +43,7 @@ def _read(text: str) -> Outline | None:
         found.routers,
         tuple((found.renamed or {}).items()),
         made.num_parameters(),
+        not getattr(made, "_supports_sdpa", True),
         tuple((key, size) for key, size in sizes.items() if isinstance(size, int)),
     )
 

@@ -37,6 +37,7 @@ class Outline:
     routers: tuple[Linear, ...]
     renamed: tuple[tuple[str, str], ...]
     parameters: int
+    eager: bool
     sizes: tuple[tuple[str, int], ...]
 
 
@@ -65,6 +66,7 @@ class Shape:
     qk_norm: bool = False
     qk_norm_whole: bool = False  # over all heads at once, not over each alone
     sinks: bool = False  # a learnt score for each head that no token takes
+    eager: bool = False  # transformers has no sdpa for it
     softcap: bool = False  # attention scores are bounded, which is one more tensor of them where they are kept at all
     final_softcap: bool = False  # and so are the logits
     rotary_sets: int = 1  # kinds of attention that have rotary frequencies of their own
@@ -321,6 +323,7 @@ def from_config(config: Mapping[str, Any], where: str) -> Shape:
         qk_norm=family.qk_norm,
         qk_norm_whole=family.qk_norm_whole,
         sinks=family.sinks,
+        eager=seen.eager if seen else family.sinks,
         softcap=bool(config.get("attn_logit_softcapping", family.softcaps)),
         final_softcap=bool(config.get("final_logit_softcapping", family.softcaps)),
         rotary_sets=family.rotary_sets,

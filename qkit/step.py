@@ -135,10 +135,16 @@ def micro_tokens(how: Recipe) -> int:
     return -(-(how.data.batch_tokens + (parts - 1) * row) // parts)
 
 
+def is_eager(how: Recipe, shape: Shape) -> bool:
+    """Whether attention keeps the scores of every two tokens: as the recipe says, or since transformers has no other for this model."""
+    attention = how.model.attn_implementation
+    return attention == "eager" or (attention == "sdpa" and shape.eager)
+
+
 def step_of(how: Recipe, shape: Shape, device: Device, labelled: int | None) -> Step:
     """The step that a recipe asks for."""
     own, shared = adapted_inputs(how, shape)
-    modules, overhead, eager = adapted(how, shape), OVERHEADS[device.meter], how.model.attn_implementation == "eager"
+    modules, overhead, eager = adapted(how, shape), OVERHEADS[device.meter], is_eager(how, shape)
     tokens = how.data.batch_tokens if how.data.packing else micro_tokens(how)
     return Step(
         shape=shape,

@@ -130,6 +130,10 @@ def remarks(recipe: Recipe, shape: Shape) -> tuple[str, ...]:
         ModelError: a name in `target_modules` or `target_parameters` matches nothing.
     """
     said = list(targets.remarks(recipe.lora, shape))
+    if shape.eager and recipe.model.attn_implementation == "sdpa":
+        said.append(
+            f"Attention is computed eagerly, score by score: transformers has no sdpa for {shape.architecture}."
+        )
     if experts(shape) and recipe.quantization.load_in_4bit:
         count = sum(matrix.weights for matrix in experts(shape))
         held, less = count * BASE_BYTES, in_four_bit(shape, recipe.quantization.bnb_4bit_use_double_quant)

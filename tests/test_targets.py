@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from peft import get_peft_model
-from tiny_models import ARCHITECTURES, MORE, config_of, weightless
+from tiny_models import ARCHITECTURES, MORE, build, config_of, weightless
 
-from qkit import deploy, plan, plan_sheet, targets, train, weights
-from qkit.device import Device
+from qkit import deploy, model, plan, plan_sheet, step, targets, train, weights
+from qkit.device import Device, detect
 from qkit.errors import ModelError, NotDeployable
 from qkit.recipe import Recipe, from_dict
 from qkit.run import Run
@@ -174,6 +174,16 @@ def test_family_that_is_not_known_is_read_off_the_model_that_transformers_makes(
     assert parameters(sizes) == weightless(name).num_parameters()
     rotary = next(part.bytes for part in weights.base_weights(sizes, False, False).parts if part.name == "tables")
     assert weights.base_weights(sizes, False, False).bytes == 2 * parameters(sizes) + rotary
+
+
+def test_model_for_which_transformers_has_no_sdpa_is_loaded_and_planned_eager(tmp_path: Path) -> None:
+    how = _recipe({}, str(build(tmp_path / "model", "gpt_oss")))
+    assert model.load_base(tmp_path / "model", how, detect()).config._attn_implementation == "eager"
+    assert any("Attention is computed eagerly" in line for line in plan_sheet.sheet(how, CPU).remarks)
+    assert (
+        step.step_of(how, _shape("gpt_oss"), CPU, None).eager
+        and not step.step_of(how, _shape("llama"), CPU, None).eager
+    )
 
 
 def test_experts_with_an_adapter_are_in_the_plan_once_more() -> None:
