@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build
 from transformers import AutoModelForCausalLM
 
-from qkit import merging
+from qkit import merging, model
 from qkit.deltas import Deltas
+from qkit.device import detect
 from qkit.errors import ModelError
-from qkit.recipe import Merge
+from qkit.recipe import Data, Merge, Model, Recipe
 
 # peft holds patterns against modules alone, and says of those that are of parameters that they match nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
@@ -107,6 +108,12 @@ LAYOUTS: dict[str, tuple[str, bool, dict[str, Any], str]] = {
         {"target_modules": ["k_proj"], "target_parameters": ["model.layers.1.mlp.experts.gate_up_proj"]},
         "model.layers.0.block_sparse_moe.experts.0.w3.weight",
     ),
+    "one tensor for several modules": (
+        "hrm_text",
+        False,
+        {"target_modules": ["q_proj", "up_proj", "o_proj"]},
+        "model.H_module.layers.0.attn.gqkv_proj.weight",
+    ),
     "the text part of a model that sees images": (
         "gemma3",
         False,
@@ -128,6 +135,27 @@ def test_merge_equals_pefts_in_every_layout(tmp_path: Path, kind: str) -> None:
     folder = build(tmp_path / "base", name, "float32", fused)
     assert tensor in load_file(folder / "model.safetensors")
     _need_equal(folder, _adapter(folder, tmp_path / "adapter", **options), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "hrm_text"])
+def test_merge_onto_the_dequantized_base_leaves_experts_in_16_bits(tmp_path: Path, name: str) -> None:
+    """What was quantized is seen as 4-bit training sees it, in the model's own pieces; experts were not."""
+    folder = build(tmp_path / "base", name)
+    options = BOTH if name == "gpt_oss" else ALL
+    adapter = _adapter(folder, tmp_path / "adapter", **options)
+    how = Recipe(task="chat", model=Model(source=str(folder)), data=Data())
+    live = model.load_base(folder, how, detect())
+    note = {"quantized": model.quantized_names(live), "quantization": how.quantization.model_dump(mode="json")}
+    assert note["quantized"] and not any("experts" in quantized for quantized in note["quantized"])
+    (tmp_path / "merged").mkdir()
+    merging.merge(folder, adapter, tmp_path / "merged", "dequantized", FP32, note)
+    model.dequantize(live)
+    for parameter in live.parameters():
+        parameter.data = parameter.data.float()
+    wanted = PeftModel.from_pretrained(live, str(adapter)).merge_and_unload().state_dict()
+    merged = _loaded(tmp_path / "merged").state_dict()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(merged[key], tensor, rtol=0, atol=2e-6, msg=key)
 
 
 def test_adapter_of_an_older_transformers_goes_by_the_checkpoints_names(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
 MORE: Mapping[str, Mapping[str, Any]] = {
     "gpt_neox": SIZES,
     "starcoder2": SIZES,
+    "hrm_text": {**SIZES, "num_key_value_heads": 2},  # one matrix on disk for several modules
     "qwen2_moe": {**SIZES, **EXPERTS, "shared_expert_intermediate_size": 96},
     "phimoe": {**SIZES, "num_local_experts": 4},
     "granitemoe": {**SIZES, "num_local_experts": 4},
