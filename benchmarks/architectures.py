@@ -55,7 +55,7 @@ def main() -> None:
                 row = _row(Path(work), name, quantization, given.format or FORMATS)
             rows[_key(row)] = row
             print(json.dumps(row), flush=True)
-            _write(given.out, [rows[key] for key in sorted(rows)])
+            _write(given.out, [rows[key] for key in sorted(rows)], given.format)
     if wrong := [" ".join(_key(row)) for row in rows.values() if not row["right"]]:
         sys.exit(f"not right: {', '.join(wrong)}")
 
@@ -136,12 +136,12 @@ def _product(sizes: Sequence[int]) -> int:
     return total
 
 
-def _write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _write(out: Path, rows: Sequence[dict[str, Any]], formats: Sequence[str]) -> None:
     write_json(
         out,
         {
             "what": "planned and trained adapter bytes, and how every stage ended, by architecture and quantization",
-            "command": "python benchmarks/architectures.py",
+            "command": " ".join(["python benchmarks/architectures.py", *(f"--format {name}" for name in formats)]),
             "date": dt.date.today().isoformat(),
             "environment": environment(detect().to_dict()),
             "rows": list(rows),

@@ -52,6 +52,7 @@ COUNTS: list[tuple[str, bool, dict[str, Any], int | None]] = [
     ("mixtral", False, {}, 30_208),  # peft's own all-linear trains 30,752, the router's 544 among them
     ("mixtral", False, {"target_parameters": ["gate.weight"]}, 30_752),
     ("mixtral", False, {"target_modules": ["q_proj", "gate"]}, 1_568),
+    ("mixtral", False, {"target_modules": ["gate"]}, 544),
     ("mixtral", False, {"target_modules": ["q_proj", "w1", "w2", "w3"]}, None),
     ("mixtral", False, {"target_modules": r"model\.layers\.0\..*q_proj"}, 512),
     ("mixtral", False, {"target_modules": r"model\.layers\.0\..*(q_proj|gate_up_proj)"}, None),
