@@ -20,8 +20,17 @@ SIZES = {
 }
 HEADS = {**SIZES, "head_dim": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-# The default of 4,096 positions before scaling is beyond the 512 here, which transformers says in a warning.
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+# The positions of the models that there are: shorter ones scale to nothing.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
+GPT_OSS = {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 131072}
 
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "llama": SIZES,
@@ -34,7 +43,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "phi3": SIZES,
     "gpt2": {"vocab_size": 259, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 512, "initializer_range": 0.2},
     "olmo2": SIZES,
-    "gpt_oss": {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": YARN},
+    "gpt_oss": {**GPT_OSS, "rope_parameters": YARN},
     "granite": SIZES,
 }
 MORE: Mapping[str, Mapping[str, Any]] = {
