@@ -53,6 +53,7 @@ def test_the_default_formats_are_few_and_all_of_them_can_be_had(tiny_model: Path
             "gguf-f16",
             "heads of 128, and these have 32",
         ),
+        ({"model_type": "gpt_oss"}, "model.pad_token=null", "onnx-fp32", "no rows of different lengths"),
         ({"hidden_size": 48}, "model.pad_token=null", "vllm-w4a16", "do not divide; use w8a8"),
         ({"num_local_experts": 8}, "model.pad_token=null", "vllm-w8a8", "mixture of experts"),
         ({"num_local_experts": 8}, "model.pad_token=null", "bnb-nf4", "stay in 16 bit"),
