@@ -108,7 +108,6 @@ def _notes(found: Sheet) -> Iterator[str]:
         size = gib(found.parameters * BASE_BYTES)
         yield f"The base comes quantized ({found.comes_quantized}): it is dequantized once, on the host, to {size} in 16 bit in the cache."
     counts = ", ".join(f"{count:,} of {length:,} tokens" for length, count in found.conversations)
-    yield from found.remarks
     yield f"{found.parameters:,} parameters. A server holds at once, in conversations: {counts}."
     yield f"Gradient checkpointing is {'on' if found.checkpointing.on else 'off'}: {found.checkpointing.why}."
     yield _pace(found.pace)
