@@ -70,6 +70,7 @@ def run(run: Run, out: Path) -> Peak:
     device = detect()
     fitting.check(run.recipe, device)
     deploy.check(run.recipe)
+    _check_targets(run.recipe)
     run = Run(run.root, _decided(run, device, out), run.progress)
     how = run.recipe
     meter = PeakMeter(device)
@@ -217,6 +218,15 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
         f"train: {ledger['labelled_tokens']:,} labelled tokens in the ledger, {epochs:.4g} epochs: {sums.drawn:,} in the rows "
         f"drawn = {sums.in_batches:,} in the batches = {sums.divided_by:,} that the loss was divided by"
     )
+
+
+def _check_targets(how: Recipe) -> None:
+    """Raise ModelError where the recipe's lora section names what the model does not have, before anything is loaded."""
+    try:
+        sizes = shape_of(how.model)
+    except ModelError:  # it may be trained all the same, and is asked once it is loaded
+        return
+    targets.planned(how.lora, sizes)
 
 
 def _warn_of_memory(run: Run, device: Device) -> None:
