@@ -114,7 +114,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 def test_name_that_matches_nothing_is_an_error_in_plan_and_before_training(
     name: str, lora: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    how = _recipe(lora, _folder(tmp_path, name))
+    kept = {"export": {"formats": ["safetensors"]}, "bench": {"runtimes": ["transformers"]}}
+    how = _recipe(lora, _folder(tmp_path, name), **kept)
     with pytest.raises(ModelError, match=words):
         plan.plan(how, device=CPU)
     with pytest.raises(ModelError, match=words):
