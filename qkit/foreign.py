@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 LOST = (
     "Measured on the rows given with --data; are they of the kind that it was trained on? Else serve the adapter apart"
 )
-BESIDE_DELTAS = ("use_dora", "modules_to_save", "bias", "lora_bias", "trainable_token_indices")  # of a LoraConfig
+BESIDE_DELTAS = (
+    "use_dora",
+    "modules_to_save",
+    "bias",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+)  # of a LoraConfig
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt")
 
 

@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import added_tokens, deltas, gguf_rope, gguf_tokenizer, prequantized, provenance, recipe, template
+from qkit import (
+    added_tokens,
+    deltas,
+    gguf_rope,
+    gguf_tokenizer,
+    prequantized,
+    provenance,
+    recipe,
+    targets,
+    template,
+)
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
 from qkit.reach import reaching_hub
@@ -24,6 +34,7 @@ if TYPE_CHECKING:
     from qkit.device import Device
 
 log = logging.getLogger(__name__)
+NO_SDPA = "scaled_dot_product_attention"  # in what transformers says of a model that has no such attention
 
 
 CONVERSION = 2  # of .gguf files: what the cache holds of an earlier one is made anew
@@ -187,9 +198,15 @@ def load_base(folder: Path, how: recipe.Recipe, device: Device) -> PreTrainedMod
     options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": how.model.attn_implementation}
     if how.quantization.load_in_4bit:
         options["quantization_config"] = quantization_config(how.quantization)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), device_map=device.device_map, trust_remote_code=how.model.trust_remote_code, **options
-    )
+    options |= {"device_map": device.device_map, "trust_remote_code": how.model.trust_remote_code}
+    loaded: PreTrainedModel
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    except ValueError as error:
+        if how.model.attn_implementation != "sdpa" or NO_SDPA not in str(error):
+            raise
+        log.warning("transformers computes this model's attention in no other way than eager: %s", error)
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), **{**options, "attn_implementation": "eager"})
     loaded.config.use_cache = False
     leave_as_quantized(loaded)
     if how.quantization.load_in_4bit and device.gives_back:
@@ -253,7 +270,8 @@ def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PeftMod
 
     provenance.check_adapter(adapter, folder)
     _resize(base, adapter)
-    live = PeftModel.from_pretrained(base, str(adapter))
+    with targets.patterns_of_parameters():
+        live = PeftModel.from_pretrained(base, str(adapter))
     added_tokens.settle(live)
     return live
 
