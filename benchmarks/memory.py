@@ -124,12 +124,13 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
     how = recipe_of(point, random_model.write_config(point["config"], scratch / "model"))
     config = train.sft_config(how, device, scratch)
     config.save_strategy = "no"
+    base = random_model.build(scratch / "model", how, device)
     trainer = trainer_class()(
-        model=random_model.build(scratch / "model", how, device),
+        model=base,
         args=config,
         train_dataset=_rows(point),
         processing_class=_tokenizer(),
-        peft_config=train.lora_config(how),
+        peft_config=train.lora_config(how, base),
         pad=0,
         batch_tokens=how.data.batch_tokens,
         labelled_head=point.get("labelled_head", device.uses_labelled_head),

@@ -78,12 +78,13 @@ def _trainer(run: Run, way: str, out: Path) -> Any:
     if way == "trl-packed":
         config.packing, config.max_length = True, run.recipe.data.batch_tokens
         config.dataset_kwargs = None
+    base = model.load_base(model.resolve(run.recipe.model), run.recipe, detect())
     return SFTTrainer(
-        model=model.load_base(model.resolve(run.recipe.model), run.recipe, detect()),
+        model=base,
         args=config,
         train_dataset=Dataset.from_list(_rows(run)),
         processing_class=model.tokenizer_of(run.recipe.model),
-        peft_config=train.lora_config(run.recipe),
+        peft_config=train.lora_config(run.recipe, base),
     )
 
 

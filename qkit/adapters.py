@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qkit import reach
 from qkit.errors import MissingArtifact, ServerError
 from qkit.provenance import check_adapter
+from qkit.reach import ADDRESS, reaching
 from qkit.run import read_json
 from qkit.served_adapter import rank_for
 
@@ -82,7 +84,9 @@ class Endpoint:
 
     def list(self) -> Sequence[Mapping[str, Any]]:
         """Models by name; an adapter has its base as `parent`, and its folder as `root`."""
-        models: list[dict[str, Any]] = self._ask("GET", "/v1/models").json()["data"]
+        answer = self._ask("GET", "/v1/models")
+        with reaching(ServerError, f"{self.url}/v1/models gives no list of models", ADDRESS):
+            models = reach.models(answer.json())
         return [{key: model.get(key) for key in ("id", "parent", "root")} for model in models]
 
     def load(self, name: str, place: Path) -> Adapter:
@@ -99,10 +103,8 @@ class Endpoint:
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         import httpx
 
-        try:
+        with reaching(ServerError, f"{self.url} does not answer", ADDRESS):
             answer = httpx.request(method, f"{self.url}{path}", json=body, headers=self.headers, timeout=300.0)
-        except httpx.HTTPError as error:
-            raise ServerError(f"{self.url} does not answer: {error}") from None
         if answer.status_code == 404 and path.endswith("lora_adapter") and "Not Found" in answer.text:
             raise ServerError(
                 f"{self.url}: loading adapters is off there; start it with `qkit serve ... --runtime-adapters`"

@@ -13,6 +13,7 @@ As a program, `python -m qkit.admission URL` drains the server at URL: what a Ku
 from __future__ import annotations
 
 import hmac
+import http.client
 import json
 import os
 import sys
@@ -178,15 +179,26 @@ def drain(url: str, drain_file: Path, seconds: float, ended: Callable[[], bool] 
 
 
 def _in_flight(url: str) -> int:
-    """Requests in work at a draining server. One that nobody listens for has none; one that is too busy to answer has some."""
+    """Requests in work at a draining server. One that nobody listens for, or that is somebody else's by now, has none; one that is too busy
+    to answer has some.
+    """
     try:
         with _DIRECT.open(f"{url}/health", timeout=2.0):
             return 1  # it has not seen the file yet
     except urllib.error.HTTPError as error:
-        return int(json.loads(error.read() or b"{}").get("in_flight", 0)) if error.code == 503 else 0
+        return _counted(error.read()) if error.code == 503 else 0
+    except http.client.HTTPException:
+        return 0
     except OSError as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         return 1 if isinstance(reason, TimeoutError) else 0
+
+
+def _counted(answer: bytes) -> int:
+    try:
+        return int(json.loads(answer or b"{}").get("in_flight", 0))
+    except (ValueError, TypeError, AttributeError):
+        return 0  # a proxy's word, say: no door of ours is behind it
 
 
 _DIRECT = urllib.request.build_opener(

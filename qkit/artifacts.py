@@ -79,6 +79,6 @@ def live_server(run: Run) -> dict[str, object] | None:
         return None  # left by a run that was killed; by now its port may be somebody else's
     try:
         healthy = httpx.get(f"{described['url']}/health", timeout=5.0).status_code == 200
-    except httpx.TransportError:
+    except httpx.HTTPError:
         return None
     return described if healthy else None

@@ -36,12 +36,13 @@ def charts_of(run: Run) -> dict[str, tuple[str, Markup]]:
     """Every chart that the run has figures for, by the name of its file: (caption, chart)."""
     records = [show.read(path) for path in sorted(run.folder("bench").glob("*.json"))]
     figures = show.summary(run)
-    found = {
-        "latency": latency_chart(records),
-        "memory-over-time": memory_chart(records),
-        "quality": quality_chart(figures),
-        "size": size_chart(run, figures),
-    }
+    more = {"quality": quality_chart(figures), "size": size_chart(run, figures)}
+    return {**of_records(records), **{name: drawn for name, drawn in more.items() if drawn is not None}}
+
+
+def of_records(records: Sequence[Record]) -> dict[str, tuple[str, Markup]]:
+    """The charts of bench records alone, as of a server that is nobody's run."""
+    found = {"latency": latency_chart(records), "memory-over-time": memory_chart(records)}
     return {name: drawn for name, drawn in found.items() if drawn is not None}
 
 
@@ -203,6 +204,15 @@ def write(run: Run, folder: Path, png: bool) -> list[Path]:
     found = charts_of(run)
     if not found:
         raise MissingArtifact(f"{run.root} has no bench to draw: `qkit bench {run.root}` makes one")
+    return draw(found, folder, png)
+
+
+def draw(found: Mapping[str, tuple[str, Markup]], folder: Path, png: bool) -> list[Path]:
+    """Charts by name as files in `folder`; returns these.
+
+    Raises:
+        MissingExtra: what draws PNG is not installed.
+    """
     make_folder(folder)
     written = []
     for name, (_, chart) in found.items():

@@ -135,9 +135,15 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
     for name in ("concurrency", "output_tokens"):
         if a[name] != b[name]:
             yield f"{name}: {a[name]} and {b[name]}"
+    if _of_chats(a) and ("doubts" in a) != ("doubts" in b):
+        yield "first token: one is of a version that took the chunk with the role for it, the other is not"
     for name in LOAD:
         if a["load"][name] != b["load"][name]:
             yield f"load.{name}: {a['load'][name]} and {b['load'][name]}"
+
+
+def _of_chats(record: Mapping[str, Any]) -> bool:
+    return "openai-chat" in (record["load"]["command"] or ())
 
 
 def _place(record: Mapping[str, Any]) -> str | None:

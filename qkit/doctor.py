@@ -254,7 +254,9 @@ def check_vllm(device: Device) -> Check:
     if unfit := unfit_builds():
         detail = f"{wanted} {version} will not start beside the CUDA builds of {', '.join(unfit)}"
         return Check("vLLM", "broken", detail, f"{sys.executable} -m pip uninstall -y {' '.join(unfit)}")
-    return Check("vLLM", "ok", f"{wanted} {version}, started as python -m vllm.entrypoints.openai.api_server")
+    from qkit.runtimes import vllm
+
+    return Check("vLLM", "ok", f"{wanted} {version}, started as python -m {vllm.program(version)}")
 
 
 def unfit_builds() -> list[str]:

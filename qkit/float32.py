@@ -38,12 +38,13 @@ def compute_in_float32(model: PreTrainedModel) -> None:
 
 
 def blocks_of(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
-    """The layers of the decoder, whatever it calls them: its longest list of modules. None where it keeps no such list."""
+    """The layers of the decoder, whatever it calls them: its longest list of modules that is in no other. None where it keeps no such list."""
     import torch
 
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    lists = [module for module in base.get_decoder().modules() if isinstance(module, torch.nn.ModuleList)]
-    yield from max(lists, key=len, default=())
+    lists = {n: m for n, m in base.get_decoder().named_modules() if isinstance(m, torch.nn.ModuleList)}
+    outermost = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    yield from max(outermost, key=len, default=())
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from qkit.device import Device
 from qkit.recipe import Recipe
 from qkit.runtime import PREFILL_TOKENS
-from qkit.shape import Shape, linears, parameters
+from qkit.shape import Shape, experts, linears, parameters
 from qkit.step import OVERHEADS, Moment, Step, around, logits_how, logits_part, moments, step_of
 from qkit.weights import (
     ADAPTER_BYTES,
@@ -22,6 +22,7 @@ from qkit.weights import (
     MemoryItem,
     adapter_sizes,
     base_weights,
+    folds,
     mib,
     optimizer_item,
 )
@@ -36,7 +37,8 @@ def train_items(how: Recipe, shape: Shape, device: Device, labelled: int | None)
     width = DTYPE_BYTES[how.quantization.bnb_4bit_compute_dtype] if how.quantization.load_in_4bit else 0
     all_moments = moments(step, _largest(shape) * width, how.train.optim)
     moment = max(all_moments, key=lambda moment: moment.bytes)
-    trained = f"{step.trained:,} parameters in {step.modules:,} modules at rank {step.rank} x 4 bytes"
+    parameters_too = f" and {step.parameters:,} parameters of experts or routers" if step.parameters else ""
+    trained = f"{step.trained:,} parameters in {step.modules:,} modules{parameters_too} at rank {step.rank} x 4 bytes"
     gradients = trained if moment.gradients else "none yet at the peak"
     return (
         base_weights(shape, how.quantization.load_in_4bit, how.quantization.bnb_4bit_use_double_quant),
@@ -106,9 +108,12 @@ def evaluate_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryIte
     scored = how.data.max_length * shape.vocabulary * (2 + 4 + 4)
     answering = sum(item.bytes for item in answers) >= scored
     logits = f"bound: a row of {how.data.max_length:,} tokens x {shape.vocabulary:,} x (2 + 4 + 4) bytes"
+    folded = folds(how, shape).layer_bytes
+    whole = MemoryItem("experts", folded, False, "bound: those of a layer with their adapters put in, in bf16")
     return (
         MemoryItem("weights", count * BASE_BYTES, shape.exact, f"{count:,} parameters x 2 bytes: dequantized once"),
         MemoryItem("adapter", trained * ADAPTER_BYTES, shape.exact, f"{trained:,} parameters x 4 bytes"),
+        *([whole] if folded else []),
         *(item if answering else replace(item, bytes=0) for item in answers),
         MemoryItem("logits", 0 if answering else scored, False, logits),
         MemoryItem(name, size, False, formula),
@@ -147,6 +152,7 @@ def reference_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryIt
     outside = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     layer = (count - outside) // shape.layers
     wide = outside * 2 + layer * 4
+    folded = 2 * folds(how, shape).layer_bytes
     scored = how.data.max_length * shape.vocabulary * (4 + 4 + 4)
     return (
         MemoryItem("weights", count * BASE_BYTES, shape.exact, f"{count:,} parameters x 2 bytes: dequantized once"),
@@ -154,6 +160,11 @@ def reference_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryIt
             "float32", wide, False, f"{outside:,} parameters x 2 bytes more, and {layer:,} of a layer x 4 bytes"
         ),
         MemoryItem("adapter", trained * ADAPTER_BYTES, shape.exact, f"{trained:,} parameters x 4 bytes"),
+        *(
+            [MemoryItem("experts", folded, False, "bound: those of a layer with their adapters put in, in fp32")]
+            if folded
+            else []
+        ),
         MemoryItem(
             "logits", scored, False, f"bound: a row of {how.data.max_length:,} tokens x {shape.vocabulary:,} x 12 bytes"
         ),
@@ -164,7 +175,8 @@ def reference_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryIt
 def merge_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, ...]:
     """Tensor by tensor on the host; then what was trained is computed in fp32, and each merged model opened and measured against that, as
     evaluate does with the live one. The largest of the three."""
-    tensor = max(_largest(shape), shape.vocabulary * shape.hidden)
+    together = (matrix.weights for matrix in experts(shape))  # a checkpoint may hold them so
+    tensor = max(_largest(shape), shape.vocabulary * shape.hidden, *together)
     _, size, formula = OVERHEADS["rss"].fixed
     moving = (
         MemoryItem(
@@ -175,7 +187,7 @@ def merge_items(how: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, 
         ),
         MemoryItem("process", size, False, formula),
     )
-    opened = tuple(item for item in evaluate_items(how, shape, device) if item.name != "adapter")
+    opened = tuple(item for item in evaluate_items(how, shape, device) if item.name not in ("adapter", "experts"))
     ways = (moving, reference_items(how, shape, device), opened)
     return max(ways, key=lambda items: sum(item.bytes for item in items))
 

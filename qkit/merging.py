@@ -14,20 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qkit import added_tokens, older_forms, recipe, several
-from qkit.deltas import Deltas, LowRank
+from qkit.deltas import Deltas, Experts, LowRank
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
+from qkit.layout import Group, Layout
 from qkit.progress import Bar, Progress
 from qkit.shard_writer import model_specs, write_model
 from qkit.tensor_files import Spec, read
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 Base = Literal["dequantized", "16bit"]
 
 SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 ROWS_VALUES = 1 << 19  # values of a matrix that are worked on at once: they stay in a core's cache
 LEAST_ROWS = 64  # and no fewer rows, so that the products are matrix products
 
@@ -74,16 +75,23 @@ class _Work:
         self, folder: Path, deltas: Deltas, base: Base, note: Mapping[str, Any], head: tuple[str, str] | None = None
     ):
         """`head`: name of a head to be made, and of the embedding that it begins as; None: decided by the adapter."""
-        found = model_specs(folder)
+        found = dict(model_specs(folder))
+        self.folder = folder
         self.deltas = deltas
+        self.layout = Layout(folder, found)
+        deltas.find_parameters(self.layout.model)
         self.quantized = set(note["quantized"]) if base == "dequantized" else set()
         self.quantization = note["quantization"]
-        self.transposed = _stored_transposed(folder)
-        self.head, self.embedding = _head_of_its_own(folder, found, deltas) if head is None else head
+        self.transposed = _stored_transposed(self.layout)
+        self.head, self.embedding = _head_of_its_own(folder, found, deltas, self.layout) if head is None else head
         if self.head:
             found[self.head] = found[self.embedding]
+        self.converted = self._converted(found)
+        self.waiting: dict[str, torch.Tensor] = {}  # of a group that was merged whole, what is still to be written
+        self.of_expert: tuple[tuple[str, int], dict[str, torch.Tensor]] = (("", 0), {})
         self.specs = {
-            name: {"dtype": s["dtype"], "shape": deltas.shape(name) or s["shape"]} for name, s in found.items()
+            name: {"dtype": s["dtype"], "shape": deltas.shape(self.own_name(name)) or s["shape"]}
+            for name, s in found.items()
         }
         self.written = Written(bool(self.head), _vocabulary(found, self.specs))
 
@@ -103,23 +111,66 @@ class _Work:
         """The base's tensor that becomes `name`."""
         return self.embedding if name == self.head else name
 
+    def own_name(self, name: str) -> str:
+        """What the model calls a tensor of the checkpoint; adapters that older transformers made go by the checkpoint's own names."""
+        own = self.layout.names.get(name, name)
+        return name if self.deltas.changes(name) and not self.deltas.changes(own) else own
+
+    def _converted(self, found: Mapping[str, Spec]) -> dict[str, Group]:
+        """The checkpoint's tensors that are pieces of what the adapter changes, or of what was quantized."""
+        groups = {id(group): group for group in self.layout.groups.values()}
+        kept: dict[str, Group] = {}
+        for group in groups.values():
+            targets = self.layout.targets(group, found)
+            if any(self.deltas.changes(name) or name in self.quantized for name in targets):
+                kept |= dict.fromkeys(group.names, group)
+        return kept
+
     def merged(self, name: str, weight: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The merged tensor, some rows after the others."""
+        """The merged tensor of the checkpoint, some rows after the others."""
+        group = self.converted.get(name)
+        if group is None:
+            return self._merged(self.own_name(name), weight)
+        experts = self.deltas.experts(group.target) if group.by_expert else None
+        if experts is not None:
+            return iter([self._expert_delta(group, name, experts) + weight])
+        if name not in self.waiting:
+            self.waiting |= self._whole(group)
+        return iter([self.waiting.pop(name)])
+
+    def _expert_delta(self, group: Group, name: str, experts: Experts) -> torch.Tensor:
+        """Of one expert's tensor: its slice of the delta, by transformers' way from the model to the checkpoint."""
+        first, index = group.place(name)
+        if self.of_expert[0] != (group.target, index):
+            _need_shape(self.deltas, group.target, experts, self.layout.shape(group.target))
+            pieces = self.layout.saved({group.target: experts.delta(index, index + 1)})
+            self.of_expert = (group.target, index), pieces
+        return self.of_expert[1][first]
+
+    def _whole(self, group: Group) -> dict[str, torch.Tensor]:
+        """All tensors of a group, merged as the model has them."""
+        import torch
+
+        made = self.layout.loaded(group, dict(read(self.folder, group.names)))
+        whole = {name: torch.cat([part.float() for part in self._merged(name, made[name])]) for name in made}
+        return self.layout.saved(whole)
+
+    def _merged(self, name: str, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The merged tensor of the model, some rows after the others."""
         replaced, rows = self.deltas.replaced(name), self.deltas.learnt_rows(name)
         weight = weight if replaced is None else replaced
         transposed = name in self.transposed
-        change = self.deltas.low_rank(name, transposed) if name.endswith(".weight") else None
+        change: LowRank | Experts | None = self.deltas.experts(name)
+        if change is None and name.endswith(".weight"):
+            change = self.deltas.low_rank(name, transposed)
         if rows is not None:
             if change is None:
                 return _rows_put_in(weight, *rows)
             weight = _with_rows(weight, *rows)
         if (bias := self.deltas.bias(name)) is not None:
             weight = weight.float() + bias
-        if change is not None and list(change.shape) != list(weight.shape):
-            raise ModelError(
-                f"{self.deltas.adapter}: its delta of {name} has shape {list(change.shape)}, and the base's weight {list(weight.shape)}: "
-                "it was trained on another model"
-            )
+        if change is not None:
+            _need_shape(self.deltas, name, change, weight.shape)
         if name not in self.quantized or replaced is not None:
             return _parts(weight, None, change)
         if transposed:  # bitsandbytes turns it round first
@@ -187,7 +238,16 @@ def _aligned(streams: Sequence[Iterator[torch.Tensor]]) -> Iterator[list[torch.T
             return
 
 
-def _parts(weight: torch.Tensor, seen: FourBit | None, change: LowRank | None) -> Iterator[torch.Tensor]:
+def _need_shape(deltas: Deltas, name: str, change: LowRank | Experts, shape: Sequence[int]) -> None:
+    """Raises ModelError where a delta is not one of this weight."""
+    if list(change.shape) != list(shape):
+        raise ModelError(
+            f"{deltas.adapter}: its delta of {name} has shape {list(change.shape)}, and the base's weight {list(shape)}: "
+            "it was trained on another model"
+        )
+
+
+def _parts(weight: torch.Tensor, seen: FourBit | None, change: LowRank | Experts | None) -> Iterator[torch.Tensor]:
     """Rows of the weight (as 4-bit training sees it, if need be), with what the adapter adds."""
     if seen is None and change is None:
         yield weight
@@ -201,7 +261,8 @@ def _blocks(weight: torch.Tensor, by_rows: bool) -> Iterator[tuple[int, int]]:
     """Beginnings and ends of blocks of rows of about one size, each a whole number of quantization blocks."""
     count, width = len(weight), weight[0].numel()
     step = FourBit.BLOCK // gcd(width, FourBit.BLOCK)
-    rows = max(LEAST_ROWS, ROWS_VALUES // width) if by_rows else count
+    least = LEAST_ROWS if weight.ndim < 3 else 1  # a row of three dimensions is a matrix
+    rows = max(least, ROWS_VALUES // width) if by_rows else count
     pieces = max(1, count // rows)
     rows = ceil(ceil(count / pieces) / step) * step
     yield from ((begin, min(begin + rows, count)) for begin in range(0, count, rows))
@@ -227,33 +288,38 @@ def _with_rows(weight: torch.Tensor, indices: list[int], rows: torch.Tensor) -> 
     return weight.index_copy_(0, torch.tensor(indices), rows.to(weight.dtype))
 
 
-def _stored_transposed(folder: Path) -> frozenset[str]:
+def _stored_transposed(layout: Layout) -> frozenset[str]:
     """The weights that are stored [in, out]: those of Conv1D modules, which a few old architectures have."""
-    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") not in CONV1D:
-        return frozenset()
     from transformers.pytorch_utils import Conv1D
 
-    modules = added_tokens.skeleton(folder, False).named_modules()
+    modules = layout.model.named_modules() if layout.model is not None else ()
     return frozenset(f"{name}.weight" for name, module in modules if isinstance(module, Conv1D))
 
 
-def _head_of_its_own(folder: Path, found: Mapping[str, Spec], deltas: Deltas) -> tuple[str, str]:
+def _head_of_its_own(folder: Path, found: Mapping[str, Spec], deltas: Deltas, layout: Layout) -> tuple[str, str]:
     """(head, embedding) where the base has one matrix for both and the adapter changes one of them alone; else ("", "").
 
     Deltas and whole matrices of a tied pair are PEFT's own on each side: merged into one matrix they would change the other side too.
     """
     if not _says_tied(folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))):
         return "", ""
-    embedding, head = _ends(folder)
+    embedding, head = (f"{name}.weight" for name in added_tokens.names(_needed(layout)))
     if not (deltas.changes(embedding) or deltas.changes(head)):
         return "", ""
-    if head in found and embedding in found and _differ(folder, (embedding, head)):
+    ends = layout.on_disk(embedding), layout.on_disk(head)
+    if all(end in found for end in ends) and _differ(folder, ends):
         return "", ""  # two already, whatever the config says: transformers loads them as they are
     sizes = [shape for shape in (deltas.shape(embedding), deltas.shape(head)) if shape]
-    rows = int(found[embedding]["shape"][0])
+    held = layout.on_disk(embedding)
+    rows = int(found[held]["shape"][0])
     if any(shape[0] != rows for shape in sizes) and len(sizes) == 1:
         return "", ""  # resized, and tied still: the one matrix that the adapter holds is both
-    return head, embedding
+    return layout.on_disk(head), held
+
+
+def _needed(layout: Layout) -> PreTrainedModel:
+    """The model without weights; of remote code it raises what that raises."""
+    return layout.model or added_tokens.skeleton(layout.folder, False)
 
 
 def _says_tied(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -335,8 +401,9 @@ def _is_tied(folder: Path, out: Path, config: Mapping[str, Any]) -> bool | None:
 
 
 def _ends(folder: Path) -> tuple[str, str]:
-    """The weights that are embedding and head."""
-    embedding, head = (f"{name}.weight" for name in added_tokens.names(added_tokens.skeleton(folder, False)))
+    """The weights that are embedding and head, as they are called on disk."""
+    layout = Layout(folder, dict(model_specs(folder)))
+    embedding, head = (layout.on_disk(f"{name}.weight") for name in added_tokens.names(_needed(layout)))
     return embedding, head
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,12 @@ from qkit import (
     provenance,
     recipe,
     several,
+    targets,
     template,
 )
 from qkit.errors import ModelError
 from qkit.four_bit import FourBit
+from qkit.reach import reaching_hub
 from qkit.source import HubId, cache_dir, locate, sha256_of
 from qkit.tensor_files import SHARDS, tensor_specs
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from qkit.device import Device
 
 log = logging.getLogger(__name__)
+NO_SDPA = "scaled_dot_product_attention"  # in what transformers says of a model that has no such attention
 
 
 CONVERSION = 2  # of .gguf files: what the cache holds of an earlier one is made anew
@@ -87,15 +90,10 @@ def _resolved(model: recipe.Model, wanted: Sequence[str]) -> Path:
 
 def _from_hub(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
+    remedy = "check the name and the network, `hf auth login` for gated models, or give model.source a local folder"
+    with reaching_hub(ModelError, f"{name}: could not be fetched from the hub", remedy):
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{name}: could not be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "check the name and the network, `hf auth login` for gated models, or give model.source a local folder"
-        ) from error
 
 
 def _from_gguf(file: Path) -> Path:
@@ -210,24 +208,32 @@ def load_base(folder: Path, how: recipe.Recipe, device: Device) -> PreTrainedMod
     options["generation_config"] = GenerationConfig()  # its file may be one that the library refuses; decoding is ours
     if how.quantization.load_in_4bit:
         options["quantization_config"] = quantization_config(how.quantization)
+    options |= {"device_map": device.device_map, "trust_remote_code": how.model.trust_remote_code}
+    options["output_loading_info"] = True
     loaded: PreTrainedModel
-    loaded, report = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        device_map=device.device_map,
-        trust_remote_code=how.model.trust_remote_code,
-        output_loading_info=True,
-        **options,
-    )
-    if missing := sorted(name for name in report["missing_keys"] if name.endswith(".weight")):
-        raise ModelError(
-            f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more, which would be made up with random numbers; make the folder "
-            "again, or where a head is lacking that is the embedding once more set tie_word_embeddings to true in its config.json"
-        )
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    except ValueError as error:
+        if how.model.attn_implementation != "sdpa" or NO_SDPA not in str(error):
+            raise
+        log.warning("transformers computes this model's attention in no other way than eager: %s", error)
+        eager = {**options, "attn_implementation": "eager"}
+        loaded, report = AutoModelForCausalLM.from_pretrained(str(folder), **eager)
+    _need_whole(folder, report["missing_keys"])
     loaded.config.use_cache = False
     leave_as_quantized(loaded)
     if how.quantization.load_in_4bit and device.gives_back:
         _let_go_of_files(loaded)
     return loaded
+
+
+def _need_whole(folder: Path, lacking: Collection[str]) -> None:
+    """Raises ModelError when weights are lacking, which transformers makes up."""
+    if missing := sorted(name for name in lacking if name.endswith(".weight")):
+        raise ModelError(
+            f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more, which would be made up with random numbers; make the folder "
+            "again, or where a head is lacking that is the embedding once more set tie_word_embeddings to true in its config.json"
+        )
 
 
 def _let_go_of_files(model: PreTrainedModel) -> None:
@@ -288,7 +294,8 @@ def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PreTrai
     if several.is_several(adapter):
         return several.put_on(base, adapter)
     _resize(base, adapter)
-    live = PeftModel.from_pretrained(base, str(adapter))
+    with targets.patterns_of_parameters():
+        live = PeftModel.from_pretrained(base, str(adapter))
     added_tokens.settle(live)
     return live
 

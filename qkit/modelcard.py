@@ -13,6 +13,7 @@ from typing import Any
 from qkit import candidates, show
 from qkit.artifacts import MERGED
 from qkit.errors import MissingArtifact
+from qkit.export._prompts import differences
 from qkit.export._traced import is_traced
 from qkit.merged_folder import dtype_of
 from qkit.provenance import NOTE
@@ -50,6 +51,7 @@ def render(run: Run, export: str | None = None) -> str:
 
     figures = _current(run, show.summary(run))
     said = (show.read(run.folder("export") / export / NOTE) or {}) if export else {}
+    onnx = [folder.name for folder in sorted(run.folder("export").glob("onnx*/"))]
     environment = jinja2.Environment(
         autoescape=False,  # Markdown, not HTML
         undefined=jinja2.StrictUndefined,
@@ -63,6 +65,8 @@ def render(run: Run, export: str | None = None) -> str:
         front=_front(run.recipe, export),
         export=export,
         kind="traced" if export and is_traced(run.folder("export") / export) else kind_of(export),
+        prompts=_prompts_of(run, export),
+        other_prompts=[name for name in onnx if differences(run.folder("export") / name)],
         name=run.root.resolve().name,
         run=run,
         recipe=run.recipe,
@@ -93,6 +97,11 @@ def _current(run: Run, figures: show.Summary) -> dict[str, Any]:
         key: [said for said in figures[key] if holds("bench", said["artifact"])] for key in ("bench", "bench_open")
     }
     return {**figures, **judged, **speeds}
+
+
+def _prompts_of(run: Run, export: str | None) -> list[str] | None:
+    """How onnxruntime-genai's prompts from this export differ from training's; None where nobody has looked."""
+    return differences(run.folder("export") / export) if export else None
 
 
 def _onto(run: Run, export: str | None) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from qkit.errors import UserError
 
 Target = Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe (.yaml) or a run directory.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -44,6 +47,26 @@ KeyFile = Annotated[
 LOCAL = "http://127.0.0.1:8000"
 Url = Annotated[str, typer.Option("--url", help="Where the server is.")]
 Child = Annotated[bool, typer.Option("--child", hidden=True)]
+
+COMMON = frozenset({"as_json", "quiet", "child", "help"})  # of every verb, in whatever way it is used
+
+
+def need_effect(context: typer.Context, how: str, used: Collection[str]) -> None:
+    """See that what was given on the command line is `used` when a verb is used like this (`how`, for the message).
+
+    Raises:
+        UserError: an option would have no effect.
+    """
+    idle = [
+        param.opts[0]
+        for param in context.command.params
+        if param.param_type_name == "option"
+        and param.name not in COMMON | {*used}
+        and getattr(context.get_parameter_source(param.name or ""), "name", "") == "COMMANDLINE"
+    ]
+    if idle:
+        raise UserError(f"{', '.join(idle)}: no effect {how}; `qkit {context.info_name} --help` says what it is for")
+
 
 # --- of `qkit bench` --------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from qkit.remedies import Remedy
 from qkit.roofline import Pace
 from qkit.run import read_json
 from qkit.shape import config_of, parameters, shape_of, source_of
-from qkit.weights import MemoryItem
+from qkit.weights import MemoryItem, remarks
 
 CONVERSATIONS = (1024, 4096, 16384)  # tokens; how many of each a server holds is said
 
@@ -42,7 +42,7 @@ class Sheet:
     solved: Solved | None
     refused: tuple[Refusal, ...]
     comes_quantized: str | None  # how the base is quantized as it comes
-    remarks: tuple[str, ...]  # on values of the recipe that nothing will use
+    remarks: tuple[str, ...]  # on values of the recipe that nothing will use, and on a mixture of experts
     vocabulary: str | None = None  # tokens that the model has no row for
 
     @property
@@ -86,7 +86,7 @@ def sheet(
         anchors=plan.anchors(how, device),
         solved=plan.solve(asked, ask, device=device) if ask else None,
         refused=deploy.refusals(how),
-        remarks=tuple(text for _, text in idle.remarks(how)),
+        remarks=(*(text for _, text in idle.remarks(how)), *remarks(how, shape)),
         comes_quantized=prequantized.method(config_of(how.model)),
         vocabulary=vocabulary.without_a_row(how.model),
     )

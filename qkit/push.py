@@ -10,11 +10,13 @@ from typing import Any
 from qkit import candidates
 from qkit.errors import MissingArtifact, MissingExtra, ParityFailed, UserError
 from qkit.provenance import NOTE
+from qkit.reach import reaching_hub
 from qkit.run import made_of, read_json
 from qkit.source import HUB_ID
 
 FAILED = "failed"  # an artifact's status in verify/parity.json
 ANSWERS = candidates.FILE  # the model's answers to the held-out rows are in it
+REMEDY = "check the network, log in with `hf auth login`, and see that HF_HUB_OFFLINE is not set"
 MERGED = "merged"  # its name there, whose folder is RUN/merge
 
 
@@ -61,11 +63,10 @@ def push(upload: Upload) -> str:
     """
     try:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     except ImportError:
         raise MissingExtra("uploading needs huggingface_hub: pip install 'qkit[train]'") from None
-    api = HfApi()
-    try:
+    with reaching_hub(UserError, f"{upload.repo}: could not be uploaded", REMEDY):
+        api = HfApi()
         api.create_repo(upload.repo, private=upload.private, exist_ok=True)
         done = api.upload_folder(
             repo_id=upload.repo,
@@ -73,11 +74,7 @@ def push(upload: Upload) -> str:
             allow_patterns=list(upload.files),
             commit_message=f"{upload.folder.name}, by qkit",
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise UserError(
-            f"{upload.repo}: {error}\nlog in with `hf auth login`, and see that HF_HUB_OFFLINE is not set"
-        ) from error
-    return str(done.commit_url)
+        return str(done.commit_url)
 
 
 def to_dict(upload: Upload) -> dict[str, Any]:

@@ -79,6 +79,9 @@ class Lora(Section):
     lora_alpha: Positive = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # at 1 nothing would pass the adapter
     target_modules: str | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] = Field(
+        (), description="experts and routers of a mixture, beside what target_modules names"
+    )
     use_rslora: bool = False
 
 

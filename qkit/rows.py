@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
 from qkit.errors import DataError, short
+from qkit.reach import reaching_hub
 from qkit.recipe import Source
 from qkit.source import HubId, locate
 
@@ -236,17 +237,12 @@ def _from_file(file: Path, name: str, source: Source) -> Numbered:
 
 def _from_hub(name: str, source: Source) -> Iterator[Mapping[str, Any]]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     split = source.split or "train"
-    try:
+    remedy = "check its name, configuration and split, and the network, or give data.*.source a local file"
+    with reaching_hub(DataError, f"{name}: could not be loaded from the hub", remedy):
         loaded = load_dataset(name, source.name, split=split, revision=source.revision, streaming=source.streaming)
         yield from _meant(loaded)
-    except (DatasetsError, ConnectionError, ValueError, OSError) as error:
-        raise DataError(
-            f"{name}: could not be loaded from the hub ({type(error).__name__}: {_one_line(error)}); "
-            "check its name, configuration and split, and the network, or give data.*.source a local file"
-        ) from error
 
 
 def _from_saved(folder: Path, name: str, kind: str, source: Source) -> Iterator[Mapping[str, Any]]:

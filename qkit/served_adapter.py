@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qkit import targets
 from qkit.errors import NotDeployable
 from qkit.provenance import check_adapter
 from qkit.recipe import Recipe
+from qkit.shape import from_config
 from qkit.template import OTHERS
 
 # An adapter of any rank up to its server's --max-lora-rank is served; that option takes these (vllm/config/lora.py, MaxLoRARanks).
@@ -26,10 +28,17 @@ EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "tok_embeddings"}
 )  # all linear layers are served; of embeddings no rows are
 ROWS = "trainable_token_indices"  # rows of an embedding (vllm/lora/utils.py, parse_fine_tuned_lora_name)
+# vLLM refuses what peft writes for target_parameters of experts unless it is started with --enable-mixed-moe-lora-format and told of each
+# adapter that it is of that kind (vllm/lora/model_manager.py, _validate_moe_lora_format). Its kernels for them are a GPU's; routers have none.
+NO_PARAMETERS = "vLLM is started here on adapters of modules alone"
 
 
-def refusal(recipe: Recipe) -> str | None:
-    """Why vLLM could not serve the adapter that this recipe trains beside its base, or None."""
+def refusal(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
+    """Why vLLM could not serve the adapter that this recipe trains beside its base, or None. `config`: the base's config.json.
+
+    Raises:
+        ModelError: the recipe names what the base does not have, or no shape can be had of it.
+    """
     if recipe.model.add_tokens:
         return (
             'model.add_tokens has rows of the embedding learnt, and vLLM takes no adapter that holds any ("is unsupported LoRA weight"): '
@@ -40,14 +49,21 @@ def refusal(recipe: Recipe) -> str | None:
             f"lora.r={recipe.lora.r} is more than vLLM takes (--max-lora-rank is {', '.join(map(str, RANKS))}): "
             "lower it, or serve the merged model (export.formats: vllm)"
         )
+    if parameters := [t.matrix for t in targets.planned(recipe.lora, from_config(config, "the base")) if t.parameter]:
+        return (
+            f"the adapter changes {parameters[0].name} and {len(parameters) - 1} more parameters, and {NO_PARAMETERS}: serve the merged "
+            "model (export.formats: vllm), or train other modules (lora.target_modules)"
+        )
     return None
 
 
 def unserved(config: Mapping[str, Any]) -> list[str]:
     """What in an adapter_config.json vLLM does not serve."""
     wrong = [f"it has {key}" for key in (*REFUSED, ROWS) if config.get(key)]
-    targets = config.get("target_modules") or []
-    names = [] if isinstance(targets, str) else [str(target).rpartition(".")[2] for target in targets]
+    if parameters := config.get("target_parameters"):
+        wrong.append(f"it adapts the parameters {', '.join(sorted(parameters))}, and {NO_PARAMETERS}")
+    modules = config.get("target_modules") or []
+    names = [] if isinstance(modules, str) else [str(module).rpartition(".")[2] for module in modules]
     if embedded := sorted(EMBEDDINGS.intersection(names)):
         wrong.append(f"it adapts {', '.join(embedded)}, and only linear layers are served")
     if (rank := _highest_rank(config)) > RANKS[-1]:

@@ -184,7 +184,7 @@ class Server:
         asked = {"model": self.name, "prompt": [1] * tokens, "max_tokens": 1, "temperature": 0}
         try:
             answer = httpx.post(f"{self.url}/v1/completions", json=asked, headers=self.headers, timeout=300.0)
-        except httpx.TransportError as error:
+        except httpx.HTTPError as error:
             raise ServerError(f"{self.program.title} did not survive its first request: {self.ending(error)}") from None
         if answer.status_code >= 500:
             raise ServerError(f"{self.program.title} failed at its first request: {self.ending(answer.text[:300])}")
@@ -241,7 +241,7 @@ def _healthy(client: httpx.Client) -> bool:
 
     try:
         return client.get("/health").status_code == 200
-    except httpx.TransportError:
+    except httpx.HTTPError:
         return False
 
 

@@ -72,11 +72,14 @@ def _alone(base: PreTrainedModel, adapter: Path) -> Any:
     from peft import PeftModel
     from torch.nn import Parameter
 
+    from qkit import targets
+
     memo: dict[int, Any] = {id(held): held for held in (*base.parameters(), *base.buffers()) if held.ndim > 1}
     for held in base.parameters():
         if held.ndim < 2:
             memo[id(held)] = Parameter(held.detach().clone(), requires_grad=False)
-    return PeftModel.from_pretrained(copy.deepcopy(base, memo), str(adapter)).eval().get_base_model()
+    with targets.patterns_of_parameters():
+        return PeftModel.from_pretrained(copy.deepcopy(base, memo), str(adapter)).eval().get_base_model()
 
 
 def _differing(base: Any, other: Any, prefix: str = "") -> Iterator[str]:

@@ -5,19 +5,41 @@ from __future__ import annotations
 import functools
 import json
 import mmap
+import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qkit import recipe
 from qkit.errors import MissingExtra, ModelError
+from qkit.reach import reaching_hub
 from qkit.source import HubId, locate
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+MEDIA = frozenset({"vision", "audio", "speech", "image", "video"})
+LAYER = re.compile(r"^.*?\.\d+\.")  # what comes before a module's name within its layer
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a model that was made without weights has: its matrices by their whole names, and how many parameters there are in all.
+
+    `sizes`: what its config.json calls otherwise or leaves unsaid, by the names that a plan needs.
+    """
+
+    linears: tuple[Linear, ...]
+    others: tuple[Linear, ...]
+    experts: tuple[Linear, ...]
+    routers: tuple[Linear, ...]
+    renamed: tuple[tuple[str, str], ...]
+    parameters: int
+    eager: bool
+    sizes: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -39,20 +61,31 @@ class Shape:
     head_bias: bool = False
     norm_bias: bool = False
     fused: bool = False  # one matrix for query, key and value, one for gate and up
+    gated: bool = True  # the MLP has a gate; without one, names and learnt positions are GPT-2's
     norms_per_layer: int = 2
     norm_offset: bool = False  # norms multiply by 1 + weight, which is made anew, in fp32, at each use
     qk_norm: bool = False
+    qk_norm_whole: bool = False  # over all heads at once, not over each alone
+    sinks: bool = False  # a learnt score for each head that no token takes
+    eager: bool = False  # transformers has no sdpa for it
     softcap: bool = False  # attention scores are bounded, which is one more tensor of them where they are kept at all
     final_softcap: bool = False  # and so are the logits
     rotary_sets: int = 1  # kinds of attention that have rotary frequencies of their own
     window: int | None = None  # tokens that the layers in `windowed` look back on
     windowed: int = 0
     experts: int = 0
+    expert_bias: bool = False  # of the experts' matrices and of the router
+    expert_transposed: bool = False  # they are held [in, out]
+    expert_names: tuple[
+        tuple[str, str], ...
+    ] = ()  # names that peft takes for the experts and the router -> the parameters' own
+    router: str = "gate"  # what routes tokens to them is called
     active_experts: int = 0
     expert_width: int = 0
     shared_width: int = 0  # of the expert that every token passes
     sparse: tuple[int, ...] = ()  # the layers that have experts in the place of the gated MLP
     positions: int | None = None  # the longest row that the model was made for
+    outline: Outline | None = None  # of a family that is not known here: what transformers makes of its config.json
     exact: bool = True
 
     def __hash__(self) -> int:
@@ -77,16 +110,26 @@ class Shape:
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix product of one layer."""
+    """A matrix product of one layer. `experts`: it is as many matrices of these sizes, held in one parameter; 0: a module of its own."""
 
     name: str
     inputs: int
     outputs: int
     bias: bool = False
+    experts: int = 0
 
     @property
     def weights(self) -> int:
-        return self.inputs * self.outputs
+        return self.inputs * self.outputs * (self.experts or 1)
+
+
+# peft 0.21 (peft/utils/transformers_weight_conversion.py): where transformers 5 holds experts in one parameter that were modules of their
+# own in transformers 4, targets by the old names mean the new parameters, and gate and up, now one, get twice the rank together.
+MIXTRAL_NAMES = (("gate", "gate.weight"), ("w1", "gate_up_proj"), ("w3", "gate_up_proj"), ("w2", "down_proj"))
+QWEN_NAMES = (
+    *(("gate", "gate.weight"), ("gate_proj", "gate_up_proj"), ("up_proj", "gate_up_proj")),
+    ("down_proj", "down_proj"),
+)
 
 
 @dataclass(frozen=True)
@@ -97,12 +140,20 @@ class Family:
     mlp_bias: bool = False  # whether `mlp_bias` is looked at
     norm_bias: bool = False
     fused: bool = False
+    gated: bool = True
     norms_per_layer: int = 2
     norm_offset: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    attention_bias: bool = False  # where `attention_bias` is absent
+    sinks: bool = False
     tied: bool = False  # where `tie_word_embeddings` is absent
     head_dim: int | None = None  # where `head_dim` is absent; None: hidden / heads
     experts: bool = False
+    active_experts: int = 2  # where `num_experts_per_tok` is absent
+    expert_bias: bool = False  # and their matrices are held [in, out]
+    expert_names: tuple[tuple[str, str], ...] = ()
+    router: str = "gate"
     softcaps: bool = False  # where the config.json is silent about them
     rotary_sets: int = 1
 
@@ -112,17 +163,30 @@ GEMMA = Family(tied=True, head_dim=256, norm_offset=True)
 FAMILIES = {
     "llama": Family(mlp_bias=True),
     "mistral": Family(qkv_bias=False),
-    "mixtral": Family(qkv_bias=False, experts=True),
+    "mixtral": Family(qkv_bias=False, experts=True, expert_names=MIXTRAL_NAMES),
     "qwen2": Family(qkv_bias=True),
     "qwen2_moe": Family(qkv_bias=True, experts=True),
     "qwen3": Family(qk_norm=True),
-    "qwen3_moe": Family(qk_norm=True, experts=True),
+    "qwen3_moe": Family(qk_norm=True, experts=True, expert_names=QWEN_NAMES),
     "phi3": Family(qkv_bias=False, fused=True),
-    "phimoe": Family(norm_bias=True, experts=True),
+    "phimoe": Family(norm_bias=True, experts=True, router="router"),
     "gemma": GEMMA,
     "gemma2": replace(GEMMA, norms_per_layer=4, softcaps=True),
     "gemma3_text": replace(GEMMA, norms_per_layer=4, qk_norm=True, rotary_sets=2),
     "smollm3": Family(mlp_bias=True, tied=True),
+    "gpt2": Family(gated=False, norm_bias=True, tied=True),
+    "olmo2": Family(qk_norm=True, qk_norm_whole=True),
+    "gpt_oss": Family(
+        attention_bias=True, head_dim=64, sinks=True, experts=True, active_experts=4, expert_bias=True, router="router"
+    ),
+    "granite": Family(mlp_bias=True),
+}
+# What GPT-2's config.json calls its sizes, by the names that the others have.
+GPT2_SIZES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
 }
 
 
@@ -167,6 +231,25 @@ def config_of(model: recipe.Model) -> Mapping[str, Any]:
     return _gguf_config(file) if file.suffix == ".gguf" else _read_config(file)
 
 
+def need_text_model(config: Mapping[str, Any], where: str) -> None:
+    """Raises ModelError for a model that sees or hears as well: its other parts would be loaded, and all-linear would train them too."""
+    other = [
+        key.removesuffix("_config")
+        for key in config
+        if key.endswith("_config") and key.removesuffix("_config") in MEDIA
+    ]
+    if not (other and isinstance(config.get("text_config"), Mapping)):
+        return
+    kind = config["text_config"].get("model_type")
+    raise ModelError(
+        f"{where}: is a model for text and more ({config.get('model_type')}, with {', '.join(other)}); qkit trains models of text. Where "
+        f"transformers' AutoModelForCausalLM knows its text part ({kind}), save that once and give model.source its folder: whole = "
+        "AutoModelForImageTextToText.from_pretrained(SOURCE); text = AutoModelForCausalLM.from_config(whole.config.text_config); "
+        "text.model.load_state_dict(whole.model.language_model.state_dict()); text.lm_head.load_state_dict(whole.lm_head.state_dict()); "
+        "text.to(whole.dtype).save_pretrained(FOLDER); and the tokenizer with it"
+    )
+
+
 def _config_file(found: Path) -> Path:
     file = found / "config.json" if found.is_dir() else found
     if not file.is_file():
@@ -209,11 +292,16 @@ def from_config(config: Mapping[str, Any], where: str) -> Shape:
     if isinstance(text, Mapping):
         kind = f"{config.get('model_type')}_text"
         return replace(from_config({"model_type": kind, **text}, where), exact=False)
-    _check_sizes(config, where)
     kind = str(config.get("model_type", "unknown"))
+    if kind == "gpt2":
+        config = _gpt2_sizes(config)
+    known = kind in FAMILIES and (FAMILIES[kind].experts or not _experts(config))
+    seen = None if known else _outline(config)
+    config = {**config, **dict(seen.sizes if seen else ())}
+    _check_sizes(config, where)
     family = FAMILIES.get(kind, Family(mlp_bias=True))
     heads = int(config["num_attention_heads"])
-    bias = bool(config.get("attention_bias", False))
+    bias = bool(config.get("attention_bias", family.attention_bias))
     return Shape(
         architecture=kind,
         layers=int(config["num_hidden_layers"]),
@@ -230,17 +318,36 @@ def from_config(config: Mapping[str, Any], where: str) -> Shape:
         head_bias=bool(config.get("lm_head_bias", False)),
         norm_bias=family.norm_bias,
         fused=family.fused,
+        gated=family.gated,
         norms_per_layer=family.norms_per_layer,
         norm_offset=family.norm_offset,
         qk_norm=family.qk_norm,
+        qk_norm_whole=family.qk_norm_whole,
+        sinks=family.sinks,
+        eager=seen.eager if seen else family.sinks,
         softcap=bool(config.get("attn_logit_softcapping", family.softcaps)),
         final_softcap=bool(config.get("final_logit_softcapping", family.softcaps)),
         rotary_sets=family.rotary_sets,
         positions=config.get("max_position_embeddings"),
-        exact=kind in FAMILIES and (family.experts or not _experts(config)),
+        outline=seen,
+        exact=known,
         **_windows(config),
-        **_expert_sizes(config),
+        **_expert_sizes(config, family),
     )
+
+
+def _outline(config: Mapping[str, Any]) -> Outline | None:
+    from qkit import outline  # which takes seconds, and is not needed for the families that are known
+
+    return outline.read(config)
+
+
+def _gpt2_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """GPT-2's config by the others' names: every product has a bias, and the MLP is four times as wide where nothing is said."""
+    found = {name: config[own] for name, own in GPT2_SIZES.items() if own in config}
+    width = config.get("n_inner") or 4 * int(config.get("n_embd") or 0)
+    fixed = {"num_key_value_heads": None, "head_dim": None, "intermediate_size": width, "attention_bias": True}
+    return {**config, **found, **fixed}
 
 
 def _check_sizes(config: Mapping[str, Any], where: str) -> None:
@@ -255,7 +362,7 @@ def _experts(config: Mapping[str, Any]) -> int:
     return next((int(config[key]) for key in EXPERTS if (config.get(key) or 0) > 1), 0)
 
 
-def _expert_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+def _expert_sizes(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """What only a mixture of experts has: which layers have experts, how many, how wide."""
     count = _experts(config)
     if not count:
@@ -264,7 +371,11 @@ def _expert_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     layers = range(int(config["num_hidden_layers"]))
     return {
         "experts": count,
-        "active_experts": int(config.get("num_experts_per_tok") or 2),
+        "expert_bias": family.expert_bias,
+        "expert_transposed": family.expert_bias,
+        "expert_names": family.expert_names,
+        "router": family.router,
+        "active_experts": int(config.get("num_experts_per_tok") or family.active_experts),
         "expert_width": int(config.get("moe_intermediate_size") or config["intermediate_size"]),
         "shared_width": int(config.get("shared_expert_intermediate_size") or 0),
         "sparse": tuple(layer for layer in layers if (layer + 1) % every == 0 and layer not in dense),
@@ -277,7 +388,7 @@ def _windows(config: Mapping[str, Any]) -> dict[str, Any]:
     if not window or config.get("use_sliding_window") is False:
         return {}
     layers = int(config["num_hidden_layers"])
-    kinds: list[str] = config.get("layer_types") or ["sliding_attention"] * layers
+    kinds: Sequence[str] = config.get("layer_types") or ["sliding_attention"] * layers
     return {"window": int(window), "windowed": sum(kind == "sliding_attention" for kind in kinds)}
 
 
@@ -298,23 +409,21 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     except ImportError:
         raise MissingExtra("reading a model from the hub needs huggingface_hub: pip install 'qkit[train]'") from None
-    try:
-        return _read_config(Path(hf_hub_download(name, "config.json", revision=revision)))
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{name}: is gated; accept its licence at https://huggingface.co/{name} and log in with `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{name}: the hub has no such model; check the name, or `hf auth login` if it is private"
-        ) from error
-    except Exception as error:  # the hub's client lets errors of two HTTP libraries through, of no common base
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(
-            f"{name}: its config.json is not in the hub's cache and could not be fetched ({type(error).__name__}); "
-            f"check the network, `hf download {name}` where there is one, or give model.source a local folder"
-        ) from error
+    remedy = f"check the network, `hf download {name}` where there is one, or give model.source a local folder"
+    with reaching_hub(
+        ModelError, f"{name}: its config.json is not in the hub's cache and could not be fetched", remedy
+    ):
+        try:
+            file = hf_hub_download(name, "config.json", revision=revision)
+        except GatedRepoError as error:
+            raise ModelError(
+                f"{name}: is gated; accept its licence at https://huggingface.co/{name} and log in with `hf auth login`"
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise ModelError(
+                f"{name}: the hub has no such model; check the name, or `hf auth login` if it is private"
+            ) from error
+    return _read_config(Path(file))
 
 
 # --- what is in it --------------------------------------------------------------------------------------------------
@@ -327,6 +436,13 @@ def layer_linears(shape: Shape, sparse: bool = False) -> tuple[Linear, ...]:
     `sparse`: of a layer with experts. These are tensors of three dimensions and no linear modules.
     """
     bias = shape.attention_bias
+    if not shape.gated:
+        return (
+            Linear("attn.c_attn", shape.hidden, shape.attention + 2 * shape.kv, bias),
+            Linear("attn.c_proj", shape.attention, shape.hidden, bias),
+            Linear("mlp.c_fc", shape.hidden, shape.intermediate, bias),
+            Linear("mlp.c_proj", shape.intermediate, shape.hidden, bias),
+        )
     out = Linear("self_attn.o_proj", shape.attention, shape.hidden, shape.output_bias)
     if shape.fused:
         qkv = Linear("self_attn.qkv_proj", shape.hidden, shape.attention + 2 * shape.kv, bias)
@@ -357,35 +473,108 @@ def _gated(name: str, hidden: int, width: int, bias: bool) -> tuple[Linear, ...]
 @functools.cache
 def linears(shape: Shape) -> tuple[tuple[Linear, int], ...]:
     """Every linear module of the layers, and how many layers have it."""
+    if shape.outline:
+        alike = Counter(replace(linear, name=LAYER.sub("", linear.name)) for linear in shape.outline.linears)
+        return tuple(alike.items())
     dense = tuple((linear, shape.dense) for linear in layer_linears(shape) if shape.dense)
     if not shape.sparse:
         return dense
     return dense + tuple((linear, len(shape.sparse)) for linear in layer_linears(shape, sparse=True))
 
 
+def layer_name(shape: Shape, layer: int) -> str:
+    """What transformers calls a layer."""
+    return f"model.layers.{layer}" if shape.gated else f"transformer.h.{layer}"
+
+
+@functools.cache
+def modules(shape: Shape) -> tuple[Linear, ...]:
+    """Every linear module of the layers, by its whole name."""
+    if shape.outline:
+        return shape.outline.linears
+    sparse = frozenset(shape.sparse)
+    return tuple(
+        replace(linear, name=f"{layer_name(shape, layer)}.{linear.name}")
+        for layer in range(shape.layers)
+        for linear in layer_linears(shape, layer in sparse)
+    )
+
+
+@functools.cache
+def experts(shape: Shape) -> tuple[Linear, ...]:
+    """Every parameter that holds the experts of a layer, by its whole name: gate and up in one, and down."""
+    if shape.outline:
+        return shape.outline.experts
+    hidden, width, count = shape.hidden, shape.expert_width, shape.experts
+    return tuple(
+        Linear(f"{layer_name(shape, layer)}.mlp.experts.{name}", inputs, outputs, shape.expert_bias, count)
+        for layer in shape.sparse
+        for name, inputs, outputs in (("gate_up_proj", hidden, 2 * width), ("down_proj", width, hidden))
+    )
+
+
+@functools.cache
+def routers(shape: Shape) -> tuple[Linear, ...]:
+    """The weight that routes tokens to experts, of each layer that has one, by its whole name."""
+    if shape.outline:
+        return shape.outline.routers
+    return tuple(
+        Linear(f"{layer_name(shape, layer)}.mlp.{shape.router}.weight", shape.hidden, shape.experts, shape.expert_bias)
+        for layer in shape.sparse
+    )
+
+
+@functools.cache
+def vocabulary_modules(shape: Shape) -> tuple[Linear, ...]:
+    """Embeddings and head, which `all-linear` leaves out."""
+    if shape.outline:
+        return shape.outline.others
+    head = Linear("lm_head", shape.hidden, shape.vocabulary, shape.head_bias)
+    if shape.gated:
+        return head, Linear("model.embed_tokens", shape.vocabulary, shape.hidden)
+    learnt = Linear("transformer.wpe", shape.positions or 0, shape.hidden)
+    return head, Linear("transformer.wte", shape.vocabulary, shape.hidden), learnt
+
+
+@functools.cache
 def expert_parameters(shape: Shape) -> int:
     """Parameters of all experts and of what routes tokens to them."""
-    each = 3 * shape.hidden * shape.expert_width + shape.hidden
-    return len(shape.sparse) * shape.experts * each
+    matrices = (*experts(shape), *routers(shape))
+    return sum(matrix.weights + matrix.bias * matrix.outputs * (matrix.experts or 1) for matrix in matrices)
 
 
 def embedding_parameters(shape: Shape) -> int:
     """Parameters of the embeddings and, where it is another matrix, of the head."""
+    if shape.outline:
+        twice = shape.vocabulary * shape.hidden if shape.tied else 0
+        return sum(matrix.weights for matrix in shape.outline.others) - twice
     matrices = 1 if shape.tied else 2
-    return shape.vocabulary * (shape.hidden * matrices + shape.head_bias)
+    learnt = 0 if shape.gated else (shape.positions or 0) * shape.hidden
+    return shape.vocabulary * (shape.hidden * matrices + shape.head_bias) + learnt
+
+
+def qk_norm_widths(shape: Shape) -> int:
+    """Widths of the norms of queries and keys of a layer, added up."""
+    if not shape.qk_norm:
+        return 0
+    return shape.attention + shape.kv if shape.qk_norm_whole else 2 * shape.head_dim
 
 
 def vector_parameters(shape: Shape) -> int:
     """Parameters of the norms and biases of the layers, and of the last norm."""
+    if shape.outline:
+        matrices = (*modules(shape), *vocabulary_modules(shape))
+        others = sum(matrix.weights for matrix in matrices) - (shape.vocabulary * shape.hidden if shape.tied else 0)
+        return shape.outline.parameters - others - expert_parameters(shape)
     norm = shape.hidden * (1 + shape.norm_bias)
-    norms = shape.norms_per_layer * norm + (2 * shape.head_dim if shape.qk_norm else 0)
+    norms = shape.norms_per_layer * norm + qk_norm_widths(shape) + (shape.heads if shape.sinks else 0)
     biases = sum(linear.outputs * count for linear, count in linears(shape) if linear.bias)
     return shape.layers * norms + biases + norm
 
 
 @functools.cache
 def other_parameters(shape: Shape) -> int:
-    """Parameters outside the layers' matrices: embeddings, head, norms, biases, experts. They stay in 16 bits."""
+    """Parameters outside the layers' linear modules: embeddings, head, norms, biases, experts. They stay in 16 bits."""
     return embedding_parameters(shape) + vector_parameters(shape) + expert_parameters(shape)
 
 

@@ -134,6 +134,7 @@ def _bench_open(run: Run) -> list[dict[str, Any]]:
             **{key: raw["load"][key] for key in ("request_rate", "share")},
             **_latencies(raw),
             **{key: raw.get(key) for key in (*THROUGHPUT_KEYS, "requests_per_second", "goodput_per_second")},
+            "doubts": raw.get("doubts") or [],
         }
         for raw in _raw_bench(run)
         if raw["concurrency"] is None
@@ -152,6 +153,7 @@ def _bench_record(raw: Mapping[str, Any]) -> dict[str, Any]:
         **_latencies(raw),
         **{key: raw.get(key) for key in (*THROUGHPUT_KEYS, *COST_KEYS, *METHOD_KEYS)},
         "tool": (raw.get("load") or {}).get("tool"),
+        "doubts": raw.get("doubts") or [],
     }
 
 
@@ -161,6 +163,13 @@ def quality(figures: Summary) -> list[tuple[str, dict[str, Any], dict[str, Any]]
     names = [*scores, *(name for name in parity if name not in scores)]
     nothing: tuple[dict[str, Any], dict[str, Any]] = dict.fromkeys(SCORE_KEYS), dict.fromkeys(PARITY_KEYS)
     return [(name, scores.get(name, nothing[0]), parity.get(name, nothing[1])) for name in names]
+
+
+def doubts(figures: Summary) -> list[str]:
+    """What is odd about a bench's timings, so that its figures may be wrong."""
+    closed = [(f"{r['artifact']} × {r['concurrency']}", r) for r in figures["bench"]]
+    opened = [(f"{r['artifact']}, {r['request_rate']:.3g} a second", r) for r in figures["bench_open"]]
+    return [f"{load}: {doubt}" for load, record in (*closed, *opened) for doubt in record["doubts"]]
 
 
 def verdict(figures: Summary) -> str:
@@ -308,6 +317,7 @@ def screen(figures: Summary) -> RenderableType:
     parts += [Text(f"{name}: {words}", style="dim") for name, words in remarks(figures)]
     if figures["bench"]:
         parts += [Text(), _bench_table(figures)]
+    parts += [Text(doubt, style=STYLES["stale"]) for doubt in doubts(figures)]
     return Group(*parts)
 
 

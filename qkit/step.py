@@ -12,14 +12,26 @@ from typing import NamedTuple
 
 from qkit.device import Device
 from qkit.recipe import Recipe
-from qkit.shape import Shape, linears
-from qkit.weights import ADAPTER_BYTES, BASE_BYTES, MIB, MemoryItem, adapted, adapted_inputs, adapter_sizes, mib
+from qkit.shape import Shape, linears, qk_norm_widths
+from qkit.weights import (
+    ADAPTER_BYTES,
+    BASE_BYTES,
+    MIB,
+    Folds,
+    MemoryItem,
+    adapted,
+    adapted_inputs,
+    adapter_sizes,
+    folds,
+    mib,
+)
 
 AUTOCAST_BYTES = 2  # autocast keeps a bf16 copy of the adapter for as long as a product with it may be needed
 
 # The head on labelled positions: log-probabilities, their gradient and the logits' gradient in fp32.
 LABELLED_LOGIT_BYTES = 12
 BOUNDED_LOGIT_BYTES = 4  # where the logits are bounded, their tanh as well
+EXPERT_GRADIENTS = 2
 LABELLED_STEP = 32  # labelled positions are padded to a multiple of this
 # TRL's fused head on GPUs: one bf16 tile of at most so many tokens, always so wide, whatever the vocabulary.
 TILE_TOKENS = 4096
@@ -95,9 +107,11 @@ class Step:
     labelled: int | None
     trained: int
     modules: int  # with an adapter
+    parameters: int  # with one, that are no modules: experts and routers
     own_inputs: int  # widths of their inputs, added up
     shared_inputs: int  # the same, where several read one tensor counted once
     rank: int
+    folds: Folds
     dropout: bool
     checkpointing: bool
     offloading: bool
@@ -121,10 +135,16 @@ def micro_tokens(how: Recipe) -> int:
     return -(-(how.data.batch_tokens + (parts - 1) * row) // parts)
 
 
+def is_eager(how: Recipe, shape: Shape) -> bool:
+    """Whether attention keeps the scores of every two tokens: as the recipe says, or since transformers has no other for this model."""
+    attention = how.model.attn_implementation
+    return attention == "eager" or (attention == "sdpa" and shape.eager)
+
+
 def step_of(how: Recipe, shape: Shape, device: Device, labelled: int | None) -> Step:
     """The step that a recipe asks for."""
     own, shared = adapted_inputs(how, shape)
-    modules, overhead, eager = adapted(how, shape), OVERHEADS[device.meter], how.model.attn_implementation == "eager"
+    modules, overhead, eager = adapted(how, shape), OVERHEADS[device.meter], is_eager(how, shape)
     tokens = how.data.batch_tokens if how.data.packing else micro_tokens(how)
     return Step(
         shape=shape,
@@ -132,10 +152,12 @@ def step_of(how: Recipe, shape: Shape, device: Device, labelled: int | None) -> 
         length=how.data.batch_tokens if how.data.packing else min(how.data.max_length, tokens),
         labelled=labelled,
         trained=sum(adapter_sizes(how, shape)),
-        modules=len(modules),
+        modules=sum(not target.parameter for target in modules),
+        parameters=sum(target.parameter for target in modules),
         own_inputs=own,
         shared_inputs=shared,
         rank=how.lora.r,
+        folds=folds(how, shape),
         dropout=how.lora.lora_dropout > 0,
         checkpointing=bool(how.train.gradient_checkpointing),  # auto, as long as nothing has decided: what needs least
         offloading=how.train.activation_offloading and device.offloads,
@@ -237,6 +259,8 @@ def _layers(step: Step, count: int) -> tuple[Part, ...]:
     parts = [Part(name, count, step.tokens, width) for name, width in kept_terms(step).items()]
     if step.shape.norm_offset:
         parts.append(Part("1 + weight of norms", count, 1, _offset_bytes(step.shape)))
+    if step.folds.layers:
+        parts.append(Part("experts with their adapters", min(count, step.folds.layers), 1, step.folds.layer_bytes))
     return tuple(parts)
 
 
@@ -255,7 +279,7 @@ def _kept(step: Step) -> tuple[Part, ...]:
 
 def _offset_bytes(shape: Shape) -> int:
     """Of norms that multiply by 1 + weight: that sum, in fp32, for each norm of a layer."""
-    widths = shape.norms_per_layer * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    widths = shape.norms_per_layer * shape.hidden + qk_norm_widths(shape)
     return 4 * widths if shape.norm_offset else 0
 
 
@@ -280,14 +304,16 @@ def moments(step: Step, largest: int, optim: str) -> tuple[Moment, ...]:
     copies = step.trained * AUTOCAST_BYTES
     of_a_layer, now = copies // shape.layers, copies
     early = gradients if step.accumulated else 0
-    first = (*one, Part("layers' inputs", 1, step.tokens, BASE_BYTES * shape.hidden), backward)
+    # Measured: 1.2 to 1.9 times the largest; the gradient of one as it is made, and what it is made of.
+    folded = (Part("gradient of experts", EXPERT_GRADIENTS, 1, step.folds.largest_bytes),) if step.folds.layers else ()
+    first = (*one, *folded, Part("layers' inputs", 1, step.tokens, BASE_BYTES * shape.hidden), backward)
     update = step.overhead.update_copies * gradients if optim.startswith("adamw_torch") else 0
     matrix = shape.vocabulary * shape.hidden * BASE_BYTES if step.learns_rows else 0
     if step.checkpointing:  # what a layer keeps is dropped, and made again in its backward pass
         again, now = tuple(part._replace(name=f"{part.name}, again") for part in one), of_a_layer
-        last = (*kept, *again, backward)
+        last = (*kept, *again, *folded, backward)
     else:
-        last = (*kept, backward)
+        last = (*kept, *folded, backward)
     held = 0 if step.checkpointing else copies
     return (
         Moment(early, kept, logits_part(step).bytes, held, 0, matrices=matrix),

@@ -35,6 +35,7 @@ from qkit import (
     roofline,
     row_losses,
     schedule,
+    targets,
     tensors_alive,
 )
 from qkit.device import Device, PeakMeter, detect, keep_few_kernels, out_of_memory
@@ -69,12 +70,14 @@ def run(run: Run, out: Path) -> Peak:
     device = detect()
     fitting.check(run.recipe, device)
     deploy.check(run.recipe)
+    _check_targets(run.recipe)
     run = Run(run.root, _decided(run, device, out), run.progress)
     how = run.recipe
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
     folder = model.resolve(how.model)
-    trainer = build_trainer(run, folder, device, out)
+    with targets.patterns_of_parameters():
+        trainer = build_trainer(run, folder, device, out)
     at_once = how.train.save_total_limit + 1  # a new one is whole before an old one goes
     need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
     if how.data.packing:
@@ -217,6 +220,15 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
     )
 
 
+def _check_targets(how: Recipe) -> None:
+    """Raise ModelError where the recipe's lora section names what the model does not have, before anything is loaded."""
+    try:
+        sizes = shape_of(how.model)
+    except ModelError:  # it may be trained all the same, and is asked once it is loaded
+        return
+    targets.planned(how.lora, sizes)
+
+
 def _warn_of_memory(run: Run, device: Device) -> None:
     """Say it before the model is loaded. Only a warning: activations are a bound, and may turn out smaller."""
     try:
@@ -257,7 +269,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=lora_config(how, added_tokens.learnt_rows(base, tokenizer, how.model.add_tokens)),
+        peft_config=lora_config(how, base, added_tokens.learnt_rows(base, tokenizer, how.model.add_tokens)),
         pad=read_json(run.need("data", "tokens.json"))["pad"],
         batch_tokens=how.data.batch_tokens,
         labelled_head=device.uses_labelled_head,
@@ -306,14 +318,19 @@ def sft_config(how: Recipe, device: Device, out: Path) -> SFTConfig:
     return args
 
 
-def lora_config(how: Recipe, learnt_rows: Mapping[str, Sequence[int]] | None = None) -> LoraConfig:
-    """The recipe's lora section as peft's LoraConfig. `learnt_rows`: rows of embedding and head that are learnt as they are, by module."""
+def lora_config(
+    how: Recipe, base: PreTrainedModel, learnt_rows: Mapping[str, Sequence[int]] | None = None
+) -> LoraConfig:
+    """The recipe's lora section as peft's LoraConfig for this model. `learnt_rows`: of embedding and head, learnt as they are, by module.
+
+    Raises:
+        ModelError: it names what the model does not have, or what peft cannot train.
+    """
     from peft import LoraConfig
 
-    fields = how.lora.model_dump()
-    if not isinstance(fields["target_modules"], str):
-        fields["target_modules"] = list(fields["target_modules"])
-    return LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=learnt_rows, **fields)
+    fields = how.lora.model_dump(exclude={"target_modules", "target_parameters"})
+    named = targets.for_peft(how.lora, base)
+    return LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=learnt_rows, **fields, **named)
 
 
 def _most_labelled(trainer: Any) -> int:

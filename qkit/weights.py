@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from qkit.errors import ModelError
+from qkit import targets
 from qkit.recipe import Recipe
 from qkit.shape import (
+    LAYER,
     Linear,
     Shape,
     embedding_parameters,
     expert_parameters,
-    layer_linears,
+    experts,
     linears,
     vector_parameters,
 )
+from qkit.targets import Names, Target
 
 GIB = 2**30
 MIB = 2**20
@@ -72,16 +73,17 @@ def weight_bytes(recipe: Recipe, shape: Shape) -> int:
 @functools.lru_cache(maxsize=256)
 def base_weights(shape: Shape, four_bit: bool, nested: bool) -> MemoryItem:
     """The base model, by kind of layer."""
-    attention = [entry for entry in linears(shape) if entry[0].name.startswith("self_attn")]
-    mlp = [entry for entry in linears(shape) if not entry[0].name.startswith("self_attn")]
+    attention = [entry for entry in linears(shape) if entry[0].name.startswith(("self_attn", "attn"))]
+    mlp = [entry for entry in linears(shape) if entry not in attention]
     matrices = [_matrices(name, of, four_bit, nested) for name, of in (("attention", attention), ("mlp", mlp)) if of]
     head = "embeddings (tied with the head)" if shape.tied else "embeddings and head"
     plain = [(head, embedding_parameters(shape)), ("norms and biases", vector_parameters(shape))]
-    if shape.sparse:
-        plain.append(("experts", expert_parameters(shape)))
+    if experts(shape):
+        plain.append(("router", expert_parameters(shape) - sum(matrix.weights for matrix in experts(shape))))
     parts = [
         *matrices,
         *(_plain(name, count, shape.exact) for name, count in plain),
+        *([_experts(shape, four_bit, nested)] if experts(shape) else []),
         _tables(shape, four_bit and nested),
     ]
     how = (
@@ -104,6 +106,45 @@ def _matrices(name: str, of: Sequence[tuple[Linear, int]], four_bit: bool, neste
     return MemoryItem(name, size, True, how)
 
 
+def _experts(shape: Shape, four_bit: bool, nested: bool) -> MemoryItem:
+    """Held in parameters of three dimensions, they stay in 16 bits whatever the recipe says."""
+    count = sum(matrix.weights for matrix in experts(shape))
+    made = _plain("experts", count, shape.exact)
+    if not four_bit:
+        return made
+    return replace(
+        made,
+        formula=f"{made.formula}; bitsandbytes has no 4 bit for them, which would take {mib(in_four_bit(shape, nested))}",
+    )
+
+
+def in_four_bit(shape: Shape, nested: bool) -> int:
+    """Bytes that the experts would take if they were quantized as linear modules are."""
+    return sum(quantized_bytes(matrix.weights, nested) for matrix in experts(shape))
+
+
+def remarks(recipe: Recipe, shape: Shape) -> tuple[str, ...]:
+    """What there is to say of a mixture of experts: what is not quantized, and what that costs, and what is not trained.
+
+    Raises:
+        ModelError: a name in `target_modules` or `target_parameters` matches nothing.
+    """
+    said = list(targets.remarks(recipe.lora, shape))
+    if shape.eager and recipe.model.attn_implementation == "sdpa":
+        said.append(
+            f"Attention is computed eagerly, score by score: transformers has no sdpa for {shape.architecture}."
+        )
+    if experts(shape) and recipe.quantization.load_in_4bit:
+        count = sum(matrix.weights for matrix in experts(shape))
+        held, less = count * BASE_BYTES, in_four_bit(shape, recipe.quantization.bnb_4bit_use_double_quant)
+        said.insert(
+            0,
+            f"The experts stay in 16 bits: bitsandbytes quantizes linear modules, and these are parameters of three dimensions. They take "
+            f"{held:,} bytes ({gib(held)}); in 4 bit they would take {less:,}.",
+        )
+    return tuple(said)
+
+
 def _plain(name: str, count: int, exact: bool) -> MemoryItem:
     return MemoryItem(name, count * BASE_BYTES, exact, f"{count:,} parameters x {BASE_BYTES} bytes")
 
@@ -116,35 +157,13 @@ def _tables(shape: Shape, nested: bool) -> MemoryItem:
     return MemoryItem("tables", rotary + table, shape.exact, how)
 
 
-def adapted(recipe: Recipe, shape: Shape) -> tuple[Linear, ...]:
-    """The modules that get an adapter, as peft reads `target_modules`; one entry per module of the model.
+def adapted(recipe: Recipe, shape: Shape) -> tuple[Target, ...]:
+    """What gets an adapter, one entry per weight of the model.
 
     Raises:
-        ModelError: nothing is named so.
+        ModelError: a name in `target_modules` or `target_parameters` matches nothing.
     """
-    return _adapted(recipe.lora.target_modules, shape)
-
-
-@functools.lru_cache(maxsize=64)
-def _adapted(targets: str | tuple[str, ...], shape: Shape) -> tuple[Linear, ...]:
-    sparse = frozenset(shape.sparse)
-    modules = [
-        replace(linear, name=f"model.layers.{layer}.{linear.name}")
-        for layer in range(shape.layers)
-        for linear in layer_linears(shape, layer in sparse)
-    ]
-    if targets == "all-linear":
-        return tuple(modules)
-    modules.append(Linear("lm_head", shape.hidden, shape.vocabulary))
-    modules.append(Linear("model.embed_tokens", shape.vocabulary, shape.hidden))
-    if isinstance(targets, str):
-        chosen = [module for module in modules if re.fullmatch(targets, module.name)]
-    else:
-        chosen = [module for module in modules if any(f".{module.name}".endswith(f".{target}") for target in targets)]
-    if not chosen:
-        names = ", ".join(linear.name.rpartition(".")[2] for linear in layer_linears(shape))
-        raise ModelError(f"lora.target_modules={targets!r} names no module of this model; it has {names}")
-    return tuple(chosen)
+    return targets.planned(recipe.lora, shape)
 
 
 def adapted_inputs(recipe: Recipe, shape: Shape) -> tuple[int, int]:
@@ -152,19 +171,49 @@ def adapted_inputs(recipe: Recipe, shape: Shape) -> tuple[int, int]:
 
     Query, key and value read one tensor, gate and up another; the projection out of attention reads what attention keeps anyway.
     """
-    return _adapted_inputs(recipe.lora.target_modules, shape)
+    return _adapted_inputs(targets.names(recipe.lora), shape)
 
 
 @functools.lru_cache(maxsize=64)
-def _adapted_inputs(targets: str | tuple[str, ...], shape: Shape) -> tuple[int, int]:
-    modules = [module for module in _adapted(targets, shape) if ".layers." in module.name]
-    read = {(m.name.rpartition(".")[0], m.inputs) for m in modules if not m.name.endswith(".o_proj")}
+def _adapted_inputs(named: Names, shape: Shape) -> tuple[int, int]:
+    modules = _layers_modules(targets.planned_for(named, shape))
+    read = {(m.name.rpartition(".")[0], m.inputs) for m in modules if not m.name.endswith((".o_proj", "attn.c_proj"))}
     return sum(module.inputs for module in modules), sum(width for _, width in read)
+
+
+class Folds(NamedTuple):
+    """Experts with an adapter are computed with as one matrix each, the delta added: bytes of them in a layer, how many layers have any, and
+    bytes of the largest parameter."""
+
+    layer_bytes: int
+    layers: int
+    largest_bytes: int
+
+
+def folds(recipe: Recipe, shape: Shape) -> Folds:
+    """What putting the adapters into the experts makes, in 16 bits."""
+    return _folds(targets.names(recipe.lora), shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _folds(named: Names, shape: Shape) -> Folds:
+    by_layer: dict[str, int] = {}
+    largest = 0
+    for target in targets.planned_for(named, shape):
+        if target.parameter and target.matrix.experts:
+            size, layer = target.matrix.weights * BASE_BYTES, target.matrix.name.rpartition(".")[0]
+            by_layer[layer] = by_layer.get(layer, 0) + size
+            largest = max(largest, size)
+    return Folds(max(by_layer.values(), default=0), len(by_layer), largest)
+
+
+def _layers_modules(of: Sequence[Target]) -> list[Linear]:
+    return [target.matrix for target in of if not target.parameter and LAYER.match(target.matrix.name)]
 
 
 def adapter_sizes(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
     """Trained parameters, matrix by matrix: A is r x inputs, B is outputs x r; then the rows of added tokens."""
-    return _adapter_sizes(recipe.lora.target_modules, recipe.lora.r, shape) + learnt_rows(recipe, shape)
+    return _adapter_sizes(targets.names(recipe.lora), recipe.lora.r, shape) + learnt_rows(recipe, shape)
 
 
 def learnt_rows(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
@@ -174,8 +223,8 @@ def learnt_rows(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _adapter_sizes(targets: str | tuple[str, ...], rank: int, shape: Shape) -> tuple[int, ...]:
-    return tuple(rank * width for module in _adapted(targets, shape) for width in (module.inputs, module.outputs))
+def _adapter_sizes(named: Names, rank: int, shape: Shape) -> tuple[int, ...]:
+    return tuple(size for target in targets.planned_for(named, shape) for size in target.sizes(rank))
 
 
 @functools.lru_cache(maxsize=256)
@@ -191,11 +240,11 @@ def optimizer_bytes(optim: str, sizes: tuple[int, ...]) -> int:
 
 def optimizer_item(how: Recipe, shape: Shape) -> MemoryItem:
     """The optimizer's state, and no less than any smaller rank has: at 4,096 values a matrix goes over from fp32 to 8 bit."""
-    optim, targets, sizes = how.train.optim, how.lora.target_modules, adapter_sizes(how, shape)
+    optim, named, sizes = how.train.optim, targets.names(how.lora), adapter_sizes(how, shape)
     exactly = optimizer_bytes(optim, sizes)
     earlier = [rank for rank in _last_in_fp32(how, shape) if rank < how.lora.r]
     rows = learnt_rows(how, shape)
-    size = max([exactly, *(optimizer_bytes(optim, _adapter_sizes(targets, rank, shape) + rows) for rank in earlier)])
+    size = max([exactly, *(optimizer_bytes(optim, _adapter_sizes(named, rank, shape) + rows) for rank in earlier)])
     exact = shape.exact and "adamw" in optim and size == exactly
     return MemoryItem("optimizer", size, exact, _optimizer_how(optim, sum(sizes)))
 
@@ -212,12 +261,12 @@ def _last_in_fp32(how: Recipe, shape: Shape) -> frozenset[int]:
     """For each width, the highest rank at which its matrices are too small for 8 bit; 0 where there is none, or no need."""
     if not how.train.optim.endswith("8bit"):
         return frozenset({0})
-    return _last_ranks(how.lora.target_modules, shape)
+    return _last_ranks(targets.names(how.lora), shape)
 
 
 @functools.lru_cache(maxsize=64)
-def _last_ranks(targets: str | tuple[str, ...], shape: Shape) -> frozenset[int]:
-    widths = {width for module in _adapted(targets, shape) for width in (module.inputs, module.outputs)}
+def _last_ranks(named: Names, shape: Shape) -> frozenset[int]:
+    widths = {size for target in targets.planned_for(named, shape) for size in target.sizes(1)}
     return frozenset((SMALLEST_8BIT - 1) // width for width in widths)
 
 

@@ -28,11 +28,13 @@ class Sent:
 
 class Fake:
     """`log` has the requests of each model. The model's name says how to behave: steady, client, several, miscounts, fails, half,
-    breaks (every second answer ends after a token), strict (takes OpenAI's parameters alone).
+    breaks (every second answer ends after a token), strict (takes OpenAI's parameters alone); or it has a script: what to write, text as it is
+    and documents as events, and at how many seconds after the request.
     """
 
     def __init__(self) -> None:
         self.log: dict[str, list[Sent]] = {}
+        self.scripts: dict[str, list[tuple[float, str | dict[str, Any]]]] = {}
         self.url = ""
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -51,16 +53,24 @@ class Fake:
         sent.append(Sent(arrived, len(body.get("prompt", ""))))
         mine, model = sent[-1], body.get("model")
         if model == "strict" and (
-            odd := {"cache_salt", "add_special_tokens", "ignore_eos", "repetition_penalty"} & body.keys()
+            odd := {"cache_salt", "add_special_tokens", "ignore_eos", "repetition_penalty", "return_token_ids"}
+            & body.keys()
         ):
             writer.write(f"HTTP/1.1 400 {'-'.join(odd)}\r\nContent-Length: 0\r\n\r\n".encode())
+            return
+        if model in self.scripts:
+            await self.play(self.scripts[model], arrived, writer)
             return
         if model not in ANSWERING or (model == "half" and len(sent) % 2):
             writer.write(b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n")
             return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         size = len(TEXT) if model == "several" else 1
-        whole = 1 if model == "breaks" and len(sent) % 2 else body["max_tokens"] // size
+        whole = (
+            1
+            if model == "breaks" and len(sent) % 2
+            else (body.get("max_tokens") or body["max_completion_tokens"]) // size
+        )
         for number in range(whole):
             await asyncio.sleep(arrived + FIRST + number * GAP - time.perf_counter())
             mine.chunks.append(time.perf_counter())
@@ -70,6 +80,17 @@ class Fake:
         await self.event(writer, {"choices": [], "usage": {"prompt_tokens": counted, "completion_tokens": mine.tokens}})
         await self.event(writer, None)
         writer.write(b"0\r\n\r\n")
+
+    async def play(
+        self, script: list[tuple[float, str | dict[str, Any]]], arrived: float, writer: asyncio.StreamWriter
+    ) -> None:
+        """A script, in a response that ends with the connection."""
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
+        for seconds, what in script:
+            await asyncio.sleep(arrived + seconds - time.perf_counter())
+            writer.write((what if isinstance(what, str) else f"data: {json.dumps(what)}\n\n").encode())
+            await writer.drain()
+        writer.close()
 
     async def event(self, writer: asyncio.StreamWriter, value: dict[str, Any] | None) -> None:
         data = f"data: {'[DONE]' if value is None else json.dumps(value)}\n\n".encode()

@@ -35,6 +35,16 @@ def speed(found: list[bench_compare.Comparison]) -> Ratio:
     return next(ratio for ratio in found[0].ratios if ratio.name == "output_tokens_per_second")
 
 
+def test_chats_are_not_compared_over_a_change_of_what_a_first_token_is(tmp_path: Path) -> None:
+    made = json.loads(RECORD.read_text(encoding="utf-8"))
+    load = {**made["load"], "command": [*made["load"]["command"], "--backend", "openai-chat"]}
+    old, new = record(tmp_path / "old.json", load=load), record(tmp_path / "new.json", load=load, doubts=[])
+    with pytest.raises(UserError, match="first token: one is of a version that took the chunk with the role for it"):
+        compare(old, new, 0.05)
+    assert compare(new, new, 0.05) and compare(old, old, 0.05)
+    assert compare(record(tmp_path / "a.json"), record(tmp_path / "b.json", doubts=[]), 0.05)
+
+
 # --- ratios -----------------------------------------------------------------------------------------------------------
 
 

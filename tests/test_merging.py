@@ -221,7 +221,6 @@ def test_an_embedding_resized_without_its_head_is_refused(tmp_path: Path) -> Non
         ({"use_qalora": True}, "use_qalora are not merged"),
         ({"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens are not merged"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication are not merged"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters are not merged"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"peft_type": "IA3"}, "type IA3"),
     ],

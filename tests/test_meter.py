@@ -155,13 +155,14 @@ def _trainer(recipe_file: Path, out: Path) -> Any:
 
     how = load(recipe_file, ["train.max_steps=2"])
     folder = model.resolve(how.model)
+    base = model.load_base(folder, how, device.detect())
     rows = [[5 + (7 * row + place) % 200 for place in range(48)] for row in range(8)]
     return trainer_class()(
-        model=model.load_base(folder, how, device.detect()),
+        model=base,
         args=train.sft_config(how, device.detect(), out),
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": [[-100, *ids[1:]] for ids in rows]}),
         processing_class=model.tokenizer_of(how.model),
-        peft_config=train.lora_config(how),
+        peft_config=train.lora_config(how, base),
         pad=0,
         batch_tokens=192,
         labelled_head=True,

@@ -9,18 +9,24 @@ from typing import Any
 
 import pytest
 
+from qkit import targets
 from qkit.errors import ModelError
 from qkit.recipe import Model
 from qkit.shape import (
     FAMILIES,
     Shape,
+    experts,
     from_config,
     known_models,
     layer_linears,
+    linear_parameters,
     linears,
+    modules,
     parameters,
+    routers,
     shape_of,
     source_of,
+    vocabulary_modules,
 )
 
 # Parameters as the models' safetensors files count them.
@@ -122,6 +128,11 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
         {"model_type": "gemma2", "head_dim": 32},
         {"model_type": "gemma3_text", "head_dim": 32},
         {"model_type": "smollm3"},
+        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 96},
+        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96, "tie_word_embeddings": True},
+        {"model_type": "olmo2"},
+        {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2},
+        {"model_type": "granite", "attention_bias": True, "mlp_bias": True},
     ],
     ids=lambda change: " ".join(map(str, change.values())),
 )
@@ -136,10 +147,11 @@ def test_every_family_has_as_many_parameters_as_its_class_in_transformers(change
     shape = from_config(config.to_dict(), "x")
     assert shape.exact
     assert parameters(shape) == model.num_parameters()
-    kinds = {
-        name.split(".", 3)[3] for name, m in model.named_modules() if type(m) is torch.nn.Linear and ".layers." in name
-    }
-    assert kinds == {linear.name for linear, _ in linears(shape)}
+    found = targets.inventory_of(model)
+    assert (set(found.linears), set(found.others)) == (set(modules(shape)), set(vocabulary_modules(shape)))
+    assert (found.experts, found.routers) == (experts(shape), routers(shape))
+    assert found.renamed == dict(shape.expert_names)
+    assert sum(linear.weights * count for linear, count in linears(shape)) == linear_parameters(shape)
 
 
 def test_families_are_all_checked_against_transformers() -> None:

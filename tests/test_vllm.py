@@ -34,16 +34,51 @@ CASES = {
 }
 
 
+@pytest.fixture(params=["0.32.0", "0.33.0"])
+def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As if this vLLM were installed."""
+    monkeypatch.setattr(vllm, "version", lambda: request.param)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_the_command_line(case: str) -> None:
+def test_the_command_line(case: str, release: str) -> None:
+    """The golden files are those of the older one; the newer is started by another module, and told the same."""
     device, section, extras = CASES[case]
     made = vllm.argv(Path("m"), "name", section, 8001, device, extras)
     assert made[0] == sys.executable
+    if release == "0.33.0":
+        assert made[1:] == ["-m", "vllm.entrypoints.launchers.api_server.entry", *GOLDEN[case][2:]]
+        return
     if os.environ.get("QKIT_UPDATE_GOLDEN"):
         GOLDEN[case] = made[1:]
         lines = [f" {json.dumps(name)}: {json.dumps(words)}" for name, words in GOLDEN.items()]
         FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     assert made[1:] == GOLDEN[case]
+
+
+@pytest.mark.parametrize(
+    ("installed", "module"),
+    [
+        ("0.32.1", vllm.API_SERVER),
+        ("0.33.0rc1", vllm.LAUNCHER),
+        ("0.33.0+cpu", vllm.LAUNCHER),
+        ("1.0", vllm.LAUNCHER),
+        (None, vllm.API_SERVER),
+    ],
+)
+def test_what_is_started_depends_on_the_version(installed: str | None, module: str) -> None:
+    assert vllm.program(installed) == module
+
+
+def test_what_is_started_is_there() -> None:
+    import importlib.util
+
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("vLLM is not installed")
+    place = vllm.program(vllm.version()).removeprefix("vllm.").replace(".", "/")
+    assert (Path(spec.submodule_search_locations[0]) / f"{place}.py").is_file()
 
 
 def test_the_key_goes_by_the_environment_alone() -> None:
@@ -70,8 +105,8 @@ def test_options_are_ones_that_vllm_has() -> None:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("vLLM is not installed")
     root = Path(spec.submodule_search_locations[0])
-    files = ("engine/arg_utils.py", "entrypoints/launchers/cli_args.py", "config/model.py", "config/lora.py")
-    text = "\n".join((root / file).read_text() for file in files)
+    files = ("engine/arg_utils.py", "entrypoints/*/cli_args.py", "config/model.py", "config/lora.py")
+    text = "\n".join(file.read_text() for pattern in files for file in root.glob(pattern))
     options = {word[2:] for argv in GOLDEN.values() for word in argv if word.startswith("--")}
     assert {option for option in options if option.replace("-", "_") not in text} == set()
 

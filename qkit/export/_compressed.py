@@ -58,7 +58,7 @@ def group_size(config: Mapping[str, Any]) -> int:
     Raises:
         ModelError: none does.
     """
-    widths = {linear.inputs for linear in shape.layer_linears(shape.from_config(config, "the model"))}
+    widths = {linear.inputs for linear in shape.modules(shape.from_config(config, "the model"))}
     found = next((size for size in GROUPS if not any(width % size for width in widths)), None)
     if found is None:
         raise ModelError(

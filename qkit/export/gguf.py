@@ -46,6 +46,8 @@ REMARKS = {
 FILE = "model.gguf"
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type -> GGUF's
+# transformers 5.19 (integrations/ggml.py) does not read attention.key_length of these, and takes their config's own default.
+READ_HEAD_DIM = {"qwen3": 128}
 TYPES = {
     "f16": ("F16", "F16"),
     "q8_0": ("Q8_0", "Q8_0"),
@@ -109,6 +111,9 @@ def _unknown(config: Mapping[str, Any]) -> str | None:
         return f"the architecture {kind!r} is not written by this version; it writes {', '.join(ARCHITECTURES)}"
     if (scaling := _rope(config).get("rope_type", "default")) not in ("default", "llama3"):
         return f"positions scaled by {scaling!r} are not written by this version"
+    head, usual = shape.from_config(config, "the model").head_dim, READ_HEAD_DIM.get(str(kind))
+    if usual and head != usual:
+        return f"transformers, which opens a GGUF to verify it, reads every {kind} with heads of {usual}, and these have {head}"
     return None
 
 

@@ -26,6 +26,7 @@ from qkit.child import run_to_end
 from qkit.errors import DoesNotFit, MissingExtra, NotDeployable
 from qkit.export._folder import note
 from qkit.export._job import Job
+from qkit.export._prompts import KEY, compared
 from qkit.export._traced import MARK, TRACER, refusal
 from qkit.provenance import NOTE
 from qkit.recipe import Recipe
@@ -83,8 +84,11 @@ INSTEAD = {"gptq": "k_quant_mixed", "nearest": "rtn"}  # the builder's, where it
 NEEDS = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
 TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")  # what a model folder holds beside its weights
 BUILDER = "onnxruntime-genai's builder"
+GENAI = "genai_config.json"  # in a folder that onnxruntime-genai opens
 # How the builder says that it does not know an architecture, and how our own program does.
 REFUSAL = re.compile(r"^(?:NotImplementedError|qkit\.errors\.NotDeployable): (.*)", re.MULTILINE)
+# Its sliding window is the kernel's own, which ends in "seqlens_k is too small for sequence_length" on a padded batch (onnxruntime 1.31).
+UNEVEN = frozenset({"gpt_oss"})
 LEAVE_OUT = "Leave the onnx formats out of export.formats"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How a full disk reads in the builder's log: the system's words, or numpy's, which counts what it could write.
@@ -113,12 +117,16 @@ def export(job: Job, out: Path, variant: str) -> None:
         else:
             _make(job, build, whole)
         _complete(job.merged, whole)
+        if (whole / GENAI).exists():
+            _try_prompts(job, whole, out.name)
         whole.rename(out)
 
 
 def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
     """Why no ONNX file could be made of a model with this config.json; None where it can, or the builder is not here to ask."""
     unknown = _unknown(config)
+    if config.get("model_type") in UNEVEN:
+        return f"ONNX Runtime's attention for {config['model_type']} takes no rows of different lengths at once. {LEAVE_OUT}"
     if unknown is None:
         return None
     refused = f"{BUILDER} makes no ONNX file of {unknown}; it takes {', '.join(sorted(architectures()))}. "
@@ -252,15 +260,26 @@ def _complete(model: Path, out: Path) -> None:
     """What stands beside the model's weights, in the place of what the builder has saved anew; onnxruntime-genai stops where the generation
     config says."""
     copy_companions(model, out, but=(NOTE,) if (out / NOTE).exists() else ())
-    if not (out / "genai_config.json").exists():
+    if not (out / GENAI).exists():
         return  # traced
-    config = read_json(out / "genai_config.json")
+    config = read_json(out / GENAI)
     if (out / "generation_config.json").exists():
         stop = read_json(out / "generation_config.json").get("eos_token_id")
         config["model"]["eos_token_id"] = config["model"]["eos_token_id"] if stop is None else stop
     config["model"] |= _within(config["model"])
     config["model"]["decoder"]["session_options"]["provider_options"] = []  # the CPU; others are added where they are
-    write_json(out / "genai_config.json", config)
+    write_json(out / GENAI, config)
+
+
+def _try_prompts(job: Job, whole: Path, name: str) -> None:
+    """Note how the library's own prompts differ from training's; the model card then shows how to make them with transformers."""
+    found = compared(whole, job.rows, job.recipe.model.trust_remote_code)
+    note(whole, **{KEY: found})
+    if found["differ"]:
+        job.say(
+            f"export: {name}: {found['by']} by itself makes other prompts than training had, in {len(found['differ'])} of "
+            f"{found['cases']} cases ({found['differ'][0]}); its README.md shows how to make them with transformers"
+        )
 
 
 def _within(model: Mapping[str, Any]) -> dict[str, Any]:

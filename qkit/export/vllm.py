@@ -57,7 +57,7 @@ def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str 
     if variant == "adapter":
         from qkit import served_adapter
 
-        return served_adapter.refusal(recipe)
+        return served_adapter.refusal(recipe, config)
     if variant in QUANTIZED and any((config.get(key) or 0) > 1 for key in EXPERTS):
         return "a mixture of experts is not quantized by this version; use vllm (16 bit)"
     if variant == "w4a16":

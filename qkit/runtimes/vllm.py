@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -18,6 +20,7 @@ from qkit import admission, served_adapter, server
 from qkit.adapters import Adapter
 from qkit.device import Device
 from qkit.errors import MissingExtra, ServerError
+from qkit.reach import ADDRESS, models, part, reaching
 from qkit.recipe import Serve
 from qkit.runtime import Row, RowScores, Runtime, Timing
 from qkit.server import TreeMeter
@@ -35,6 +38,10 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}  # what is on this disk needs no hub
 CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
 REQUEST_SECONDS = 600.0
 USUAL_RANK = 64  # room for adapters that are loaded later
+# What `python -m` starts. 0.32 and 0.33 have both, and call the first deprecated, which older images know alone.
+API_SERVER = "vllm.entrypoints.openai.api_server"
+LAUNCHER = "vllm.entrypoints.launchers.api_server.entry"
+LAUNCHER_SINCE = (0, 33)
 QUIET = "/health,/metrics"  # probes and scrapers would fill the log
 
 
@@ -82,7 +89,7 @@ def argv(
         ("disable-access-log-for-endpoints", QUIET),
     ]
     flags = [*(["--enforce-eager"] if section.enforce_eager else []), *(["--enable-lora"] if alone else [])]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server.command(options), *flags]
+    command = [sys.executable, "-m", program(version()), *server.command(options), *flags]
     return [*command, *_lora(extras), *extras.rest]
 
 
@@ -105,6 +112,20 @@ def environment(device: Device, extras: Extras, local: bool = True) -> dict[str,
     if extras.runtime_adapters:
         told["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     return told
+
+
+def program(installed: str | None) -> str:
+    """The module that is vLLM's server in this version; of none, what runs in all that qkit takes."""
+    numbers = tuple(map(int, re.findall(r"\d+", installed or "")[:2]))
+    return LAUNCHER if numbers >= LAUNCHER_SINCE else API_SERVER
+
+
+def version() -> str | None:
+    """Of the vLLM (or vllm-cpu) that is installed."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def installed() -> bool:
@@ -204,7 +225,8 @@ class VllmRuntime(Runtime):
 
     def _is_adapter(self) -> bool:
         """Whether what is asked is an adapter on the server's base: then /v1/models names its parent."""
-        offered = self.client.get("/v1/models").json()["data"]
+        with self._reaching():
+            offered = models(self.client.get("/v1/models").json())
         return any(entry["id"] == self.live["model"] and entry.get("parent") for entry in offered)
 
     def _score_by_steps(self, row: Row) -> RowScores:
@@ -219,11 +241,18 @@ class VllmRuntime(Runtime):
         return _row_scores(positions, row.input_ids[row.start :])
 
     def _complete(self, prompt: Sequence[int], **extra: Any) -> dict[str, Any]:
-        answer = self.client.post("/v1/completions", json=self._request(prompt, **extra))
-        if answer.status_code != 200:
-            raise ServerError(f"the server at {self.live['url']} answered {answer.status_code}: {answer.text[:300]}")
-        choice: dict[str, Any] = answer.json()["choices"][0]
+        with self._reaching():
+            answer = self.client.post("/v1/completions", json=self._request(prompt, **extra))
+            if answer.status_code != 200:
+                raise ServerError(
+                    f"the server at {self.live['url']} answered {answer.status_code}: {answer.text[:300]}"
+                )
+            choice: dict[str, Any] = part(answer.json(), "choices", 0)
         return choice
+
+    def _reaching(self) -> contextlib.AbstractContextManager[None]:
+        what = f"the server at {self.live['url']} does not answer as OpenAI's API has it"
+        return reaching(ServerError, what, f"log: {self.server.child.log}" if self.server else ADDRESS)
 
     def _request(self, prompt: Sequence[int], **extra: Any) -> dict[str, Any]:
         base = {"model": self.live["model"], "prompt": list(prompt), "temperature": 0.0, "return_token_ids": True}
@@ -234,9 +263,10 @@ class VllmRuntime(Runtime):
         body = {"model": self.live["model"], "messages": list(messages), "add_generation_prompt": True}
         if tools:
             body["tools"] = list(tools)
-        answer = self.client.post("/tokenize", json=body)
-        answer.raise_for_status()
-        tokens: list[int] = answer.json()["tokens"]
+        with self._reaching():
+            answer = self.client.post("/tokenize", json=body)
+            answer.raise_for_status()
+            tokens: list[int] = part(answer.json(), "tokens")
         return tokens
 
     def timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[Timing]:
@@ -248,7 +278,7 @@ class VllmRuntime(Runtime):
         body = self._request(prompt, max_tokens=output_tokens, ignore_eos=True, stream=True)
         seconds: list[float] = []
         begin = time.perf_counter()
-        with self.client.stream("POST", "/v1/completions", json=body) as answer:
+        with self._reaching(), self.client.stream("POST", "/v1/completions", json=body) as answer:
             answer.raise_for_status()
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
