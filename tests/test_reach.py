@@ -38,6 +38,7 @@ def stop_tokens(url: str, run: Run) -> Any:
     """A server that goes wrong once it has been found."""
     asked = object.__new__(contract._Server)
     asked.url, asked.model, asked.client = url, "m", httpx.Client(base_url=url, timeout=2.0)
+    asked.described = {"id": "m"}
     return asked.stops_at([1], 2)
 
 
