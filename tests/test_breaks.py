@@ -159,7 +159,7 @@ class Break:
     inside: str = ""
 
 
-FAR = {"kl_mean": r"mean KL to the trained model beyond rounding and chance .* \(limit 0.001\)"}
+FAR = {"kl_mean": r"mean KL to the trained model beyond rounding and chance .* \(limit 0.0001\)"}
 BREAKS = {
     "two layers swapped": Break(tensors(swapped("layers.0.", "layers.1.")), FAR, place="layer 0"),
     "a transposed matrix": Break(
