@@ -66,13 +66,17 @@ def _make(run: Run, out: Path, base: Base) -> None:
     write_folder(run, candidates.folder_of(out, base), base)
 
 
-def _rounds_too_much(how: Recipe, best: Candidate) -> bool:
-    """Whether the best merge is beyond the gate of its kind, and there is a finer dtype: small deltas get lost between numbers of bfloat16.
+NOTICED = 1e-3  # nats of mean KL per token: what a merge in bfloat16 may cost before float16 is tried
 
-    A gate that the recipe moves changes what is accepted, not what is made: the merge need not be made again for it.
+
+def _rounds_too_much(how: Recipe, best: Candidate) -> bool:
+    """Whether the best merge is as far off as one would notice, and there is a finer dtype: small deltas get lost between numbers of bfloat16.
+
+    Also where its gate lets it pass, because computing in bfloat16 costs as much. A gate that the recipe moves changes what is accepted, not
+    what is made: the merge need not be made again for it.
     """
-    gate = gates.default_gate("merged", how)
-    return len(how.merge.dtypes) > 1 and best.parity is not None and gates.is_far(gate, best.parity)
+    limit = max(NOTICED, gates.default_gate("merged", how).kl_mean or 0.0)
+    return len(how.merge.dtypes) > 1 and best.parity is not None and not best.parity.kl_mean <= limit
 
 
 def with_finer(
@@ -102,7 +106,7 @@ def _write_finer(run: Run, out: Path, best: Candidate, adapters: Mapping[str, fl
     """The best one again in float16, beside it and no other. Returns its name."""
     assert best.parity is not None
     run.progress.say(
-        f"merge: {best.name} in bfloat16 is beyond its gate (KL {best.parity.kl_mean:.4f}); float16 is tried"
+        f"merge: {best.name} in bfloat16 has lost some of the change (KL {best.parity.kl_mean:.4f}); float16 is tried"
     )
     for folder in candidates.folder_of(out, best.name).parent.iterdir():
         if folder.name != best.name:

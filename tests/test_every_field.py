@@ -39,7 +39,12 @@ def trainer(how: Recipe) -> Any:
 
 
 def adapter(how: Recipe) -> Any:
-    return train.lora_config(how).to_dict()
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    with torch.device("meta"):
+        base = Qwen2ForCausalLM(Qwen2Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
+    return train.lora_config(how, base).to_dict()
 
 
 def bitsandbytes(how: Recipe) -> Any:
@@ -88,7 +93,7 @@ TABLE: dict[str, Line | Place] = {
     "Model.source": (planned, {"model.source": "Qwen/Qwen2.5-3B"}),
     "Model.revision": ("model.py", "model.revision"),
     "Model.sha256": ("model.py", "sha256=model.sha256"),
-    "Model.trust_remote_code": ("model.py", "trust_remote_code=how.model.trust_remote_code"),
+    "Model.trust_remote_code": ("model.py", '"trust_remote_code": how.model.trust_remote_code'),
     "Model.attn_implementation": (planned, {"model.attn_implementation": "eager"}),
     "Model.chat_template": (data, {"model.chat_template": "plain.jinja"}),
     "Model.pad_token": ("data.py", "how.model.pad_token"),
@@ -101,6 +106,7 @@ TABLE: dict[str, Line | Place] = {
     "Lora.lora_alpha": (adapter, {"lora.lora_alpha": 8}),
     "Lora.lora_dropout": (planned, {"lora.lora_dropout": 0.1}),
     "Lora.target_modules": (planned, {"lora.target_modules": ["q_proj"]}),
+    "Lora.target_parameters": ("targets.py", "target_parameters"),
     "Lora.use_rslora": (adapter, {"lora.use_rslora": True}),
     "Source.source": (data, {"data.train": [{"source": "other.jsonl"}]}),
     "Source.name": ("rows.py", "load_dataset(name, source.name"),

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qkit import foreign, gates, scoring
+from qkit import foreign, merge, scoring
 from qkit.errors import MissingArtifact, ModelError, RecipeError
 from qkit.foreign import Wish
 from qkit.progress import Progress
@@ -64,7 +64,7 @@ def test_both_ways_are_measured_when_it_was_trained_in_4_bit(tiny_model: Path, t
 def test_what_bfloat16_rounds_away_is_tried_in_float16(
     tiny_model: Path, tmp_path: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gates, "is_far", lambda *_: True)
+    monkeypatch.setattr(merge, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
     adapter = _foreign(tiny_model, tmp_path / "adapter")
     made = foreign.merge(Wish(str(tiny_model), [adapter], tmp_path / "merged", rows=str(rows_file)), Progress())
     kl = {row["name"]: row["parity"]["kl_mean"] for row in made["candidates"]}

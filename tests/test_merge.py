@@ -156,7 +156,7 @@ def test_a_model_that_float16_breaks_keeps_its_merge(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Activations of some models overflow in it: they were merged well, and float16 was only tried."""
-    monkeypatch.setattr(gates, "is_far", lambda *_: True)
+    monkeypatch.setattr(merge, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
     measure = merge._measured
 
     def measured(run: Run, out: Path, candidate: Candidate, *rest: Any) -> Candidate:
@@ -178,7 +178,7 @@ def test_a_merge_beyond_its_gate_is_tried_in_float16(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nearest: str
 ) -> None:
     """What is exported is made from it where it is the nearest; in a model this small bf16's own products are as far off as its weights."""
-    monkeypatch.setattr(gates, "is_far", lambda *_: True)
+    monkeypatch.setattr(merge, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
     if nearest == "float16":
         monkeypatch.setattr(candidates, "choose", lambda rows, _: rows[-1 if len(rows) == 3 else 0])
     run = _shrunk(finished, tmp_path / "run", 1.0)
@@ -201,7 +201,7 @@ def test_a_merge_beyond_its_gate_is_tried_in_float16(
 
 
 def test_a_dtype_that_the_recipe_names_is_kept(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gates, "is_far", lambda *_: True)
+    monkeypatch.setattr(merge, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
     settings = ["merge.dtype=bfloat16", "merge.base=dequantized"]
     run = Run(finished.root, load(finished.root / "recipe.yaml", settings))
     merge.run(run, tmp_path)

@@ -80,7 +80,7 @@ def test_calls_where_no_tools_are_offered_are_still_found_missing() -> None:
 
 
 def test_both_templates_ends_of_turns_stop_an_answer() -> None:
-    tokens = template.special_tokens(template.renderer(tokenizer()), None)
+    tokens = template.special_tokens(template.renderer(tokenizer()), None, len(tokenizer()))
     assert tokenizer().convert_ids_to_tokens(tokens["stop"]) == ["<|im_end|>", "<|eot|>"]
     assert tokens["pad"] not in tokens["stop"]
 

@@ -61,7 +61,7 @@ def test_every_stage_leaves_its_evidence(finished: Path) -> None:
     assert all(stage["peak_bytes"]["measured"] > 20e6 for stage in summary["stages"].values())
     assert summary["stages"]["train"]["peak_bytes"]["predicted"] > 50e6
     assert set(summary["scores"]) == {"base", "adapter", "merged", "onnx-fp32", "onnx-int4", "vllm"}
-    assert set(summary["parity"]) == {"merged", "onnx-fp32", "onnx-int4", "vllm"}
+    assert set(summary["parity"]) == {"adapter", "merged", "onnx-fp32", "onnx-int4", "vllm"}
     assert {(b["artifact"], b["concurrency"]) for b in summary["bench"]} == {
         (artifact, concurrency) for artifact in ("merged", "onnx-fp32", "onnx-int4", "vllm") for concurrency in (1, 2)
     }

@@ -114,6 +114,7 @@ def test_a_model_of_the_hub_is_fetched_once_and_with_its_licence(
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (tmp_path / "config.json").write_text("{}")
     model.resolve(recipe.Model(source="owner/name"))
     assert list(huggingface_hub.utils.filter_repo_objects([*files, *others], allow_patterns=asked)) == files
 

@@ -181,7 +181,9 @@ def test_rows_without_a_group_are_divided_one_by_one(model: Path, tmp_path: Path
 def test_a_group_that_is_no_column_is_refused(model: Path, tmp_path: Path) -> None:
     rows = [asked(f"Question {i}?", f"Answer {i}.", author="Ann") for i in range(3)]
     with pytest.raises(DataError, match=r"data\.group=auther: no row has a value there; there are: author, messages"):
-        prepare_rows(model, tmp_path, rows, HELD_OUT, ["data.group=auther"])
+        prepare_rows(
+            model, tmp_path, rows, HELD_OUT, ["data.group=auther", "data.split={train: 0.5, test: 0.5}", "data.test=[]"]
+        )
 
 
 def test_two_files_are_mixed_and_the_rest_is_in_the_ledger(model: Path, tmp_path: Path) -> None:

@@ -50,7 +50,10 @@ TOOL = {
 CALL = {
     "id": "call00001",
     "type": "function",
-    "function": {"name": "find_train", "arguments": {"city": "Zürich", "seats": 3}},
+    "function": {
+        "arguments": {"city": "Zürich", "seats": 3},
+        "name": "find_train",
+    },  # in the order that vLLM and training write
 }
 ASKED = {
     "role": "user",
