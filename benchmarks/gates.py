@@ -282,7 +282,10 @@ class _Judges:
             "dtype": dtype,
             "now": [breach.gate for breach in gates.judge(self.gate, now)],
             "before": before,
-            **{key: getattr(now, key) for key in ("kl_mean", "rounding", "beyond", "kl_base", "nearer_base", "tokens")},
+            **{
+                key: getattr(now, key)
+                for key in ("kl_mean", "rounding", "beyond", "worst_row", "kl_base", "nearer_base", "tokens")
+            },
             "kl_mean_to_bf16": then.kl_mean,
         }
 

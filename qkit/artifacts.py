@@ -46,7 +46,10 @@ def rounding(run: Run, artifact: Artifact) -> dict[str, str]:
     """The dtypes that it `computed` in and that its `weights` were merged in, as parity.measure takes them."""
     variant, config = split(artifact.name)[1], artifact.path / "config.json"
     own = read_json(config).get("dtype") if config.is_file() and artifact.runtime in ("transformers", "vllm") else None
-    return {"computed": COMPUTED.get(variant, own or "bfloat16"), "weights": dtype_of(run)}
+    weights = (
+        "float32" if (artifact.path / "adapter_config.json").is_file() else dtype_of(run)
+    )  # an adapter is added to none
+    return {"computed": COMPUTED.get(variant, own or "bfloat16"), "weights": weights}
 
 
 def artifacts(run: Run) -> list[Artifact]:

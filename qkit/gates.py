@@ -24,11 +24,12 @@ PASSED, FAILED = "passed", "failed"
 
 EXACT = Gate(top1=1.0, max_difference=1e-3)
 # Beyond rounding and chance; benchmarks/results/gates.json has what whole artifacts and broken ones measure.
-SIXTEEN_BIT = Gate(kl_mean=1e-4)
-QUANTIZED = Gate(kl_mean=0.1, score=True)
+SIXTEEN_BIT = Gate(kl_mean=1e-4, kl_row=0.05)
+QUANTIZED = Gate(kl_mean=0.1, kl_row=2.0, score=True)
 
 WORDS = {
     "kl_mean": "mean KL to the trained model beyond rounding and chance",
+    "kl_row": "mean KL of the row that is farthest from the trained model, beyond rounding",
     "kl_p99": "99th percentile of the KL to the trained model",
     "top1": "share of tokens with the same most likely one as the model it was made from",
     "max_difference": "largest difference of a log-probability from the model it was made from",
@@ -104,6 +105,8 @@ def judge(
     found = [Breach("lost", measured.kl_base, measured.kl_base_live)] if measured.lost else []
     if is_far(gate, measured):
         found.append(Breach("kl_mean", measured.excess, gate.kl_mean, _of_which(measured)))
+    if gate.kl_row is not None and measured.worst_row is not None and not measured.worst_row <= gate.kl_row:
+        found.append(Breach("kl_row", measured.worst_row, gate.kl_row))
     if gate.kl_p99 is not None and not measured.kl_p99 <= gate.kl_p99:  # a NaN is beyond any
         found.append(Breach("kl_p99", measured.kl_p99, gate.kl_p99))
     if exactness and gate.top1 is not None and exactness.top1 < gate.top1:
@@ -226,21 +229,26 @@ def _cause(run: Run, name: str, breach: Breach) -> str:
         return f"It is not what it was made from, which no setting mends. {_leave_out(run, name)}."
     if name != "merged" and MERGED_FAILS in failures(run):
         return "The merged model that it was made from failed as well: begin there."
+    if _farther_than_base(run, breach) or breach.gate == "kl_row":
+        return f"{_more_than_rounding(breach)}, and more bits may be as wrong. {_leave_out(run, name)}."
     if name == "merged" or not _is_quantized(name):
         return _of_sixteen_bits(run, name)
-    if _farther_than_base(run, breach):
-        return (
-            "It is farther from the trained model than the untrained base is: that is more than low bits do, and a wider format of "
-            f"the same kind may be as wrong. {_leave_out(run, name)}."
-        )
     return _wider(run, name)
+
+
+def _more_than_rounding(breach: Breach) -> str:
+    if breach.gate == "kl_row":
+        return (
+            "One row is off by more than rounding does: some tokens, or lengths, are not computed as they were trained"
+        )
+    return "It is farther from the trained model than the untrained base is: that is more than rounding does"
 
 
 MERGED_FAILS = "merged"
 
 
 def _of_sixteen_bits(run: Run, name: str) -> str:
-    if run.recipe.merge.dtypes == ("bfloat16",):
+    if name != "vllm-adapter" and run.recipe.merge.dtypes == ("bfloat16",):
         return "bfloat16 rounds small changes away, float16 keeps more of them: --set merge.dtype=measured."
     merged = run.folder("merge")
     return f"`qkit verify {run.root} {merged if name == 'merged' else run.folder('export') / name} --where` names the layer where they part."

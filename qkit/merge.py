@@ -150,7 +150,7 @@ def _apart_on_16_bit(run: Run, folder: Path, held_out: HeldOut, reference: Live)
     quantization = run.recipe.quantization.model_copy(update={"load_in_4bit": False})
     how, adapter = run.recipe.model_copy(update={"quantization": quantization}), run.need("train", "adapter")
     with open_runtime("transformers", folder, detect(), recipe=how, adapter=adapter) as runtime:
-        return replace(row, parity=parity.measure(reference, runtime.score(held_out.rows)))
+        return replace(row, parity=parity.measure(reference, runtime.score(held_out.rows), weights="float32"))
 
 
 def _keep(chosen: Path, out: Path) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95  # of the intervals, two-sided
 DRAWS = 2000
+FEW_TOKENS = 8  # a row counts as if it had at least so many: of one token anything may be said by chance
 # What rounding to a dtype does, as a multiple of what the live adapter is from fp32 when it is computed in bf16. A divergence grows with the
 # square of the relative error: fp16 has three bits more than bf16, fp32 sixteen.
 ROUNDING = {"bfloat16": 1.0, "float16": 2.0**-6, "float32": 2.0**-32}
@@ -48,8 +49,10 @@ class Parity:
     `kl_low`, `kl_high`: interval of `kl_mean` over rows. `rounding`: mean KL of the live adapter computed in bf16, on the same rows;
     `beyond`: the lower end of the interval of `kl_mean` less what rounding may do in the artifact's dtypes. None where they were not measured.
     `kl_base`: mean KL(base model || artifact) on the rows that the base was scored on, `kl_base_live` mean KL(trained || artifact) on these
-    same rows, `nearer_base` the lower end of the interval of their difference; None without such rows. `max_difference`: the largest
-    difference of any log-probability, None where only the top ones are known. `over`: what the divergence is summed over.
+    same rows, `nearer_base` the lower end of the interval of their difference; None without such rows. `worst_row`: of the row that is
+    farthest off, the mean less what rounding may do there: an interval over rows says nothing of damage that few rows show.
+    `max_difference`: the largest difference of any log-probability, None where only the top ones are known. `over`: what the divergence is
+    summed over.
     """
 
     kl_mean: float
@@ -67,6 +70,7 @@ class Parity:
     rounding: float | None = None
     beyond: float | None = None
     nearer_base: float | None = None
+    worst_row: float | None = None
 
     @property
     def lost(self) -> bool:
@@ -138,8 +142,10 @@ def _intervals(live: Live, to_live: Sequence[NDArray[np.float32]], times: float)
     if not live.rounding:
         return {"kl_low": low, "kl_high": high}
     rounding = np.array(live.rounding[: len(sums)])
+    mean = float(rounding.sum() / sizes.sum())
     beyond, _ = interval(sums - times * rounding, sizes)
-    return {"kl_low": low, "kl_high": high, "rounding": float(rounding.sum() / sizes.sum()), "beyond": beyond}
+    worst = float(np.max((sums - times * np.maximum(rounding, mean * sizes)) / np.maximum(sizes, FEW_TOKENS)))
+    return {"kl_low": low, "kl_high": high, "rounding": mean, "beyond": beyond, "worst_row": worst}
 
 
 def _beside_base(

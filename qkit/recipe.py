@@ -266,6 +266,7 @@ class Gate(Section):
     """How far an artifact may be from what was trained; null: as far as gates.py lets its kind. `.inf` lets anything pass."""
 
     kl_mean: Limit = Field(None, description="nats per completion token, beyond rounding to 16 bits and chance")
+    kl_row: Limit = Field(None, description="the same of the row that is farthest off")
     kl_p99: Limit = Field(None, description="nats, 99th percentile over completion tokens")
     top1: Fraction | None = Field(None, description="of an fp32 artifact: the least share of equal top tokens")
     max_difference: Limit = Field(None, description="of an fp32 artifact: of any log-probability, in nats")

@@ -218,7 +218,10 @@ TABLE: dict[str, Line | Place] = {
     "Export.method": (said, {"export.method": "awq"}),
     "Export.calibration_rows": (said, {"export.calibration_rows": 7}),
     "Verify.gates": ("gates.py", "verify.gates"),
-    **{f"Gate.{name}": ("gates.py", name) for name in ("kl_mean", "kl_p99", "top1", "max_difference", "score")},
+    **{
+        f"Gate.{name}": ("gates.py", name)
+        for name in ("kl_mean", "kl_row", "kl_p99", "top1", "max_difference", "score")
+    },
     "Serve.host": (served, {"serve.host": "127.0.0.2"}),
     "Serve.port": (served, {"serve.port": 9000}),
     "Serve.max_model_len": (served, {"serve.max_model_len": 1024}),

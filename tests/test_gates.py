@@ -47,7 +47,7 @@ def test_a_recipe_changes_what_it_names_and_no_more(tiny_model: Path) -> None:
     how = recipe(tiny_model, **{"onnx-int4": {"kl_mean": 0.05, "kl_p99": 1}, "merged": {"kl_mean": float("inf")}})
     again = Recipe.model_validate(yaml.safe_load(how.to_yaml()))
     for one in (how, again):
-        assert gates.gate_of("onnx-int4", one) == Gate(kl_mean=0.05, kl_p99=1, score=True)
+        assert gates.gate_of("onnx-int4", one) == Gate(kl_mean=0.05, kl_row=2.0, kl_p99=1, score=True)
         assert not gates.judge(gates.gate_of("merged", one), replace(NEAR, kl_mean=9.0))
 
 
@@ -72,6 +72,7 @@ def test_a_wrong_gate_is_named_with_its_line(tiny_recipe: Path) -> None:
         (gates.SIXTEEN_BIT, replace(NEAR, beyond=5e-5), None, None, [], ""),
         (gates.SIXTEEN_BIT, replace(NEAR, kl_mean=0.0021), None, None, ["kl_mean"], "0.0021 (limit 0.0001)"),
         (gates.SIXTEEN_BIT, replace(NEAR, kl_mean=float("nan")), None, None, ["kl_mean"], "nan (limit 0.0001)"),
+        (gates.SIXTEEN_BIT, replace(NEAR, beyond=0.0, worst_row=0.3), None, None, ["kl_row"], "0.3 (limit 0.05)"),
         (Gate(kl_p99=0.005), NEAR, None, None, ["kl_p99"], "0.01 (limit 0.005)"),
         (gates.QUANTIZED, replace(NEAR, kl_mean=0.09), {"points": -3, "low": -7, "high": 0}, None, [], ""),
         (gates.QUANTIZED, NEAR, {"points": -8, "low": -14, "high": -2}, None, ["score"], "in points -2 (limit 0)"),
@@ -123,10 +124,10 @@ def test_what_accepts_a_figure_is_a_setting_that_accepts_it(
     settings = re.findall(r"--set (\S+?=(?:\[[^\]]*\]|[\w.-]*\w))", said)
     load(tiny_recipe, [*made, *settings])  # no error: what it names can be set
     accepting = [setting for setting in settings if setting.startswith("verify.gates.")]
-    assert bool(accepting) is (gate in ("kl_mean", "kl_p99", "top1", "max_difference", "score"))
+    assert bool(accepting) is (gate in ("kl_mean", "kl_row", "kl_p99", "top1", "max_difference", "score"))
     for setting in accepting:
         allowed = gates.gate_of(name, load(tiny_recipe, [setting]))
-        beyond = replace(NEAR, kl_mean=figure, kl_p99=figure)
+        beyond = replace(NEAR, kl_mean=figure, kl_p99=figure, worst_row=figure)
         exact = Exactness(figure, figure) if gate in ("top1", "max_difference") else None
         loss = {"points": -30.0, "low": -40.0, "high": -20.0} if gate == "score" else None
         assert gate not in [breach.gate for breach in gates.judge(allowed, beyond, loss, exact)], setting

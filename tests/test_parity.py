@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qkit import live, parity, pipeline, scoring
+from qkit import gates, live, parity, pipeline, scoring
 from qkit.errors import ParityFailed
 from qkit.live import Live
 from qkit.recipe import load
@@ -106,3 +106,19 @@ def test_an_interval_draws_whole_rows() -> None:
     assert parity.interval(np.array([3.0]), np.array([2])) == (1.5, 1.5)
     uneven = parity.interval(np.array([1.0, 300.0]), np.array([1, 100]))
     assert uneven == (1.0, 3.0)  # the mean per token, not the mean of means
+
+
+@pytest.mark.parametrize(("rows", "broken"), [(4, 1), (10, 3), (100, 3), (100, 1)])
+def test_damage_that_few_rows_show_is_seen(rows: int, broken: int) -> None:
+    """Redrawing rows leaves such rows out often enough that the interval begins at nothing; the row itself tells."""
+    exact = Live(tuple(_scores(n) for n in range(rows)), ())
+    near = _rows_of(exact, 0.01, 1000)
+    sums = tuple(float(scoring.divergence(a, b).sum()) for a, b in zip(exact.scores, near, strict=True))
+    reference = Live(exact.scores, (), sums)
+    whole = parity.measure(reference, _rows_of(exact, 0.01, 2000))
+    damaged = parity.measure(
+        reference, [*(_scores(9000 + n) for n in range(broken)), *_rows_of(exact, 0.01, 2000)[broken:]]
+    )
+    assert gates.judge(gates.SIXTEEN_BIT, whole) == []
+    assert "kl_row" in [breach.gate for breach in gates.judge(gates.SIXTEEN_BIT, damaged)]
+    assert "kl_row" not in [breach.gate for breach in gates.judge(gates.QUANTIZED, whole)]
