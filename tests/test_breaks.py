@@ -270,9 +270,11 @@ def test_a_broken_artifact_is_seen(name: str, trained: Trained, tmp_path: Path) 
         return
     breaches = gated(trained, folder)
     found_gates = {breach.gate: breach.words for breach in breaches}
-    assert found_gates.keys() - {"lost"} == wanted.gates.keys() - {
-        "lost"
-    }  # what is far from all models may be nearer to any
+    more = {
+        "lost",
+        "kl_row",
+    }  # what is far from all models may be nearer to any, and what is far on the whole is so in some row
+    assert found_gates.keys() - more == wanted.gates.keys() - more
     assert all(re.search(words, found_gates[gate]) for gate, words in wanted.gates.items()), breaches
     if wanted.place:
         walk = walked(trained, trained.merged, folder)
