@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qkit.conversation import Parted, text_of, texts_in
+from qkit.conversation import Parted, goes_through_parts, text_of, texts_in
 from qkit.rows import Rounded
 from qkit.task import THINKING
 from qkit.template import ASKED, Renderer, TemplateRefusal, compact
 from qkit.tokenization import IGNORED, Row
 
 PROBE, SAID, CALLED = "qkit_probe_1729", "qkit_said_1729", "qkit_called_1729"  # a tool, a text, a call's argument
-PROBE_TOOL = {
+PROBE_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": PROBE, "description": "d", "parameters": {"type": "object", "properties": {}}},
 }
@@ -23,6 +24,9 @@ PROBE_CALL = {
     "content": "",
     "tool_calls": [{"id": "call00000", "type": "function", "function": {"name": PROBE, "arguments": {"x": CALLED}}}],
 }
+
+SECOND = {**PROBE_TOOL, "function": {**PROBE_TOOL["function"], "name": SAID}}
+FIRST_MARK = 1_729_000_001  # numbers that no other text of a row holds
 
 Found = Iterator[tuple[str, str]]
 
@@ -59,7 +63,7 @@ def _facts(reader: Renderer, vocabulary: int, tools: Sequence[Any]) -> Facts:
     stops = frozenset({reader.end, eos} - {None})
     return Facts(
         writes_system=_writes(reader, SAID, [{"role": "system", "content": SAID}, ASKED], tools),
-        writes_tools=_writes(reader, PROBE, [ASKED], [PROBE_TOOL]),
+        writes_tools=all(_writes(reader, mark, [ASKED], [PROBE_TOOL, SECOND]) for mark in (PROBE, SAID)),
         writes_calls=_writes(reader, CALLED, [ASKED, PROBE_CALL], tools),
         expects_bos=bos is not None and plain[:1] == [bos],
         bos=bos,
@@ -210,6 +214,7 @@ def _said(reader: Renderer, seen: Facts, row: Row) -> Found:
     messages, walk = [*row.messages, row.reply], _Walk(row.text)
     for number, message in enumerate(messages, start=1):
         yield from _message(reader, seen, row, number, message, walk)
+    yield from _calls(reader, seen, row, messages)
     yield from _white_space(reader, row, messages)
     if row.tools and not seen.writes_tools:
         yield "tools", f"offers {len(row.tools)} tools"
@@ -229,11 +234,53 @@ def _message(reader: Renderer, seen: Facts, row: Row, number: int, message: Mapp
         if (kept := walk.kept(said)) != "exact":
             lost = "white_space" if kept else "prefix_stable" if earlier else "content"
             yield lost, f"{what}its turn {number} ({role}): {said.strip()[:40]!r}"
-    if message.get("tool_calls") and not seen.writes_calls:
-        yield "tool_calls", f"its turn {number}"
     written = content if len(message) == 2 else compact(message)  # thinking and calls are read as well
     if mark := reader.marks.search(written):
         yield "special_text", f"{mark.group()!r} in turn {number} ({role})"
+
+
+def _calls(reader: Renderer, seen: Facts, row: Row, messages: Sequence[Mapping[str, Any]]) -> Found:
+    """Turns of which the template leaves out a call, its name or a value of its arguments.
+
+    Rendered again with marks in their place, since `f` and `1` stand in any text.
+    """
+    turns = [number for number, message in enumerate(messages, start=1) if message.get("tool_calls")]
+    if not seen.writes_calls or not turns:
+        yield from (("tool_calls", f"its turn {number}") for number in turns)
+        return
+    marks: dict[str, str] = {}  # and what it stands for
+    changed = [_marked_turn(message, number, marks) for number, message in enumerate(messages, start=1)]
+    try:
+        written = reader.render(changed, row.tools, True, row.variables)
+    except TemplateRefusal:  # it takes the row's own names only
+        return
+    yield from (("tool_calls", words) for mark, words in marks.items() if mark not in written)
+
+
+def _marked_turn(message: Mapping[str, Any], number: int, marks: dict[str, str]) -> Mapping[str, Any]:
+    calls = [
+        {**call, "function": _marked_call(call["function"], f"call {place} of its turn {number}", marks)}
+        for place, call in enumerate(message.get("tool_calls") or (), start=1)
+    ]
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _marked_call(function: Mapping[str, Any], where: str, marks: dict[str, str]) -> Mapping[str, Any]:
+    return {**function, **{key: _marked(function.get(key), where, marks) for key in ("name", "arguments")}}
+
+
+def _marked(value: Any, where: str, marks: dict[str, str]) -> Any:
+    """A value of the same form with a mark of its own in place of each text and number."""
+    if isinstance(value, Mapping):
+        return {key: _marked(item, where, marks) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(item, where, marks) for item in value]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return value
+    number = FIRST_MARK + len(marks)
+    mark: Any = f"qkit{number}" if isinstance(value, str) else number if isinstance(value, int) else number + 0.5
+    marks[str(mark)] = f"{where}: {compact(value)[:40]}"
+    return mark
 
 
 def _white_space(reader: Renderer, row: Row, messages: Sequence[Mapping[str, Any]]) -> Found:
@@ -243,23 +290,42 @@ def _white_space(reader: Renderer, row: Row, messages: Sequence[Mapping[str, Any
     that a template puts around a turn. What is learnt all the same, as the line ends within <think> are, is not lost.
     """
     whole, learnt = -1, ""
+    for turn, key, text, replaced in _pieces(reader, row, messages):
+        if text == text.strip() or not text.strip() or text.strip() not in row.text:
+            continue
+        whole = whole if whole >= 0 else _written(reader, row, messages)
+        learnt = learnt or _learnt(reader, row)
+        for place, cut in (("beginning", text.lstrip()), ("end", text.rstrip())):
+            gone = len(text) - len(cut)
+            changed = [*messages[:turn], {**messages[turn], key: replaced(cut)}, *messages[turn + 1 :]]
+            around = text[: len(text.rstrip())] if place == "beginning" else text[len(text) - len(text.lstrip()) :]
+            if gone and whole - _written(reader, row, changed) < gone and around not in learnt:
+                white = text[:gone] if place == "beginning" else text[-gone:]
+                what = "" if key == "content" else "the thinking of "
+                yield "white_space", f"{white[:20]!r} at the {place} of {what}its turn {turn + 1} (assistant)"
+
+
+Piece = tuple[int, str, str, Callable[[str], Any]]
+
+
+def _pieces(reader: Renderer, row: Row, messages: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
+    """The texts of learnt turns, and what their value is with another text in place of one.
+
+    What is said in parts is one text, or to a template that goes through them a text each.
+    """
     for turn in row.turns:
         for key in ("content", THINKING[0]):
-            text = messages[turn].get(key) or ""
-            if isinstance(text, Parted | list):  # where the template may write each part in its own way
-                continue
-            if text == text.strip() or not text.strip() or text.strip() not in row.text:
-                continue
-            whole = whole if whole >= 0 else _written(reader, row, messages)
-            learnt = learnt or _learnt(reader, row)
-            for place, cut in (("beginning", text.lstrip()), ("end", text.rstrip())):
-                gone = len(text) - len(cut)
-                changed = [*messages[:turn], {**messages[turn], key: cut}, *messages[turn + 1 :]]
-                around = text[: len(text.rstrip())] if place == "beginning" else text[len(text) - len(text.lstrip()) :]
-                if gone and whole - _written(reader, row, changed) < gone and around not in learnt:
-                    white = text[:gone] if place == "beginning" else text[-gone:]
-                    what = "" if key == "content" else "the thinking of "
-                    yield "white_space", f"{white[:20]!r} at the {place} of {what}its turn {turn + 1} (assistant)"
+            value = messages[turn].get(key) or ""
+            parts = texts_in(value)
+            if len(parts) > 1 and goes_through_parts(reader.tokenizer.get_chat_template(tools=list(row.tools) or None)):
+                for place, part in enumerate(parts):
+                    yield turn, key, part, functools.partial(_with_part, parts, place)
+            else:
+                yield turn, key, str(text_of(value)), str
+
+
+def _with_part(parts: Sequence[str], place: int, text: str) -> Parted:
+    return Parted([*parts[:place], text, *parts[place + 1 :]])
 
 
 def _learnt(reader: Renderer, row: Row) -> str:

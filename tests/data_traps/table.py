@@ -14,11 +14,11 @@ PLAIN = Tiny()
 LINE = 3  # where the row with the trap is
 
 
-def asked(question: str, answer: str, **columns: Any) -> dict[str, Any]:
+def asked(question: str, answer: Any, **columns: Any) -> dict[str, Any]:
     return talk(("user", question), ("assistant", answer), **columns)
 
 
-def talk(*turns: tuple[str, str], **columns: Any) -> dict[str, Any]:
+def talk(*turns: tuple[str, Any], **columns: Any) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in turns], **columns}
 
 
@@ -104,7 +104,7 @@ SEVERAL = talk(
     *(("system", "Be kind."), ("user", "Tell me a long story. " * 8), ("assistant", "I had rather not.")),
     *(("user", "A short one, then?"), ("assistant", "Once there was a fox.")),
 )
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}},
 }
@@ -116,6 +116,26 @@ TOKENIZED = tokens(PLAIN, (SPOKEN, False), ("yes<|im_end|>", True))
 NO_SYSTEM = "{% if m.role != 'system' %}" + TURN + "{% endif %}"
 TRIMMING = chatml(TURN.replace("m.content", "m.content | trim"))
 ANSWER = {"role": "assistant", "content": "This one."}
+IN_PARTS: Any = [{"type": "text", "text": "    return x"}, {"type": "text", "text": "    # done"}]
+THROUGH_PARTS = chatml(
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text | trim }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
+)
+CALLING = TURN.replace(
+    "m.content +",
+    "m.content }}{% for c in m.tool_calls %}{{ c.function.name + (c.function.arguments | tojson) }}{% endfor %}{{",
+)
+OTHER_TOOL = {"type": "function", "function": {**TOOL["function"], "name": "listen"}}
+ASK_TWO = {"role": "user", "content": "f 1 and g 2?"}
+CALLS_TWO = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}},
+        {"type": "function", "function": {"name": "g", "arguments": {"b": 2, "c": "f"}}},
+    ],
+}
+TWO_CALLS: dict[str, Any] = {"messages": [ASK_TWO, CALLS_TWO]}
 
 
 def parquet(table: Any) -> bytes:
@@ -285,6 +305,33 @@ TRAPS = [
         model=chatml(),
     ),
     Trap(
+        *("the second of two calls at once", "tool_calls", "fail", TWO_CALLS),
+        model=chatml(CALLING.replace("m.tool_calls", "(m.tool_calls or [])[:1]")),
+        cure={"model": chatml(CALLING)},
+    ),
+    Trap(
+        *(
+            "a call beside words",
+            "tool_calls",
+            "fail",
+            TWO_CALLS | {"messages": [ASK_TWO, CALLS_TWO | {"content": "Wait."}]},
+        ),
+        model=chatml(CALLING.replace("{% for c in m.tool_calls %}", "{% for c in m.tool_calls if not m.content %}")),
+        cure={"model": chatml(CALLING)},
+    ),
+    Trap(
+        *("the second of two arguments", "tool_calls", "fail", TWO_CALLS),
+        model=chatml(
+            CALLING.replace("(c.function.arguments | tojson)", "(c.function.arguments.values() | first | string)")
+        ),
+        cure={"model": chatml(CALLING)},
+    ),
+    Trap(
+        *("the second of two tools", "tools", "fail", asked("Is it dark?", "I cannot see.", tools=[TOOL, OTHER_TOOL])),
+        model=chatml(before="{{ tools[0].function.name if tools }}"),
+        cure={"model": chatml(before="{% for t in tools or [] %}{{ t.function.name }}{% endfor %}")},
+    ),
+    Trap(
         *("answers that are written differently than their prompt", "generation_prompt", "fail"),
         model=chatml(ask=ASK.replace("assistant\n", "assistant\n<think>\n")),
         place=("train.jsonl", 1),
@@ -324,6 +371,17 @@ TRAPS = [
         *("a tab before an answer", "content", "warn", asked("Go on", "\treturn x")),
         model=TRIMMING,
         cure={"model": PLAIN},
+    ),
+    Trap(
+        *("indentation of an answer in parts", "content", "warn", asked("Go on", IN_PARTS)),
+        model=TRIMMING,
+        cure={"model": PLAIN},
+    ),
+    Trap(
+        *("indentation of an answer in parts, under a template that goes through them", "content", "warn"),
+        row=asked("Go on", IN_PARTS),
+        model=THROUGH_PARTS,
+        cure={"row": asked("Go on", [{"type": "text", "text": "return x"}, {"type": "text", "text": "# done"}])},
     ),
     Trap(
         *("white space after an answer", "content", "warn", asked("Go on", "return x\n\n")),
