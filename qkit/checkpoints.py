@@ -6,9 +6,11 @@ A kill in the middle of a save, a full disk or a power cut leaves files that are
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from qkit.run import write_json
 from qkit.source import sha256_of
@@ -59,7 +61,14 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
+    """Those that training has written; what somebody else has put there, such as checkpoint-4-backup, is left alone."""
+    own = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(own, key=step_of, reverse=True)
+
+
+def _is_seal(listed: Any) -> bool:
+    entries = listed.values() if isinstance(listed, dict) else ()
+    return bool(entries) and all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries)
 
 
 def _damage(checkpoint: Path) -> str:
@@ -70,6 +79,8 @@ def _damage(checkpoint: Path) -> str:
         return f"it has no {SEAL}, which is written last"
     except ValueError:  # not JSON, or not text
         return f"its {SEAL} cannot be read"
+    if not _is_seal(listed):
+        return f"its {SEAL} lists no files"
     for name, then in listed.items():
         file = checkpoint / name
         if not file.is_file():

@@ -152,3 +152,24 @@ def test_a_damaged_manifest_is_said_and_not_a_traceback(
 def test_a_damaged_decision_is_made_anew(tmp_path: Path) -> None:
     (tmp_path / DECIDED).write_text('{"train.gradient_checkp', encoding="utf-8")
     assert decisions(tmp_path) == {}
+
+
+def test_what_others_put_beside_checkpoints_is_left_alone(tmp_path: Path) -> None:
+    for name in ("checkpoint-2", "checkpoint-4", "checkpoint-4-backup", "checkpoint-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "optimizer.pt").write_bytes(b"1")
+        checkpoints.seal(tmp_path / name)
+    (tmp_path / "checkpoint-9").write_text("a file")
+    assert checkpoints.newest_whole(tmp_path) == tmp_path / "checkpoint-4"
+    checkpoints.thin(tmp_path, keep=1)
+    checkpoints.drop_after(tmp_path, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4-backup", "checkpoint-old", "checkpoint-9"}
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{}", "1", '{"optimizer.pt": null}', '{"optimizer.pt": {"bytes": 1}}'])
+def test_a_seal_that_lists_nothing_is_none(tmp_path: Path, text: str) -> None:
+    heard: list[str] = []
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / checkpoints.SEAL).write_text(text)
+    assert checkpoints.newest_whole(tmp_path, heard.append) is None
+    assert heard == ["checkpoint-2 is not whole (its files.json lists no files), so it is not gone on from"]
