@@ -29,6 +29,7 @@ JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*JSON_SUFFIXES, *DELIMITERS, *LOADERS)
 ABOUT = ("README", "LICENSE")  # what a folder says of itself is not a part of its data
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+SAVED = ("dataset_info.json", "state.json")  # beside the rows of a Dataset that save_to_disk wrote
 SHOWN = 60  # characters of a broken line
 WHITE = re.compile(r"[ \t\r\n]*")
 
@@ -82,15 +83,27 @@ def _finite(text: str) -> float:
     return number if math.isfinite(number) else _refuse(text)
 
 
+class Twice(ValueError):
+    """An object has a key twice: one of its values would be read and the other not."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise Twice(f"an object has the key {short(repr(next(key for key in keys if keys.count(key) > 1)))} twice")
+    return made
+
+
 # json.loads takes NaN and Infinity, which nobody else reads, and would build a decoder for every line
-DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
+DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_each_once)
 
 
 def decode(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is none, or has a number that is not finite.
+        ValueError: it is none, has a number that is not finite, or an object that has a key twice.
         RecursionError: it is nested too deeply.
     """
     return DECODER.decode(text)
@@ -195,7 +208,7 @@ def saved_kind(path: Path) -> str:
     """Whether datasets' save_to_disk wrote a folder: "Dataset" or "DatasetDict", or ""."""
     if (path / "dataset_dict.json").is_file():
         return "DatasetDict"
-    return "Dataset" if (path / "state.json").is_file() and (path / "dataset_info.json").is_file() else ""
+    return "Dataset" if all((path / name).is_file() for name in SAVED) else ""
 
 
 def data_files(path: Path) -> list[Path]:
@@ -204,11 +217,29 @@ def data_files(path: Path) -> list[Path]:
         return [path]
     if saved_kind(path):
         return sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".json"))
+    _refuse_parts_of_saved(path)
     return [
         file
         for file in sorted(path.rglob("*"))
         if _suffix(file) in SUFFIXES and file.is_file() and not file.name.startswith((".", *ABOUT))
     ]
+
+
+def _refuse_parts_of_saved(path: Path) -> None:
+    """Raise DataError for what is a part of what save_to_disk wrote, or holds several: its .json files tell of rows and are none."""
+    saved = sorted(
+        str(folder.relative_to(path)) for folder in path.rglob("*") if folder.is_dir() and saved_kind(folder)
+    )
+    if saved:
+        raise DataError(
+            f"{path}: holds data sets written by save_to_disk ({short(', '.join(saved))}); name one of them as a source: {path / saved[0]}"
+        )
+    if any(path.rglob("*.arrow")) and any(file.name in SAVED for file in path.rglob("*.json")):
+        missing = [name for name in SAVED if not (path / name).is_file()]
+        raise DataError(
+            f"{path}: is a part of a data set written by save_to_disk; it lacks {' and '.join(missing)}: save it again, or give its rows "
+            "as Parquet or JSON lines"
+        )
 
 
 def _suffix(file: Path) -> str:
@@ -252,7 +283,7 @@ def _from_saved(folder: Path, name: str, kind: str, source: Source) -> Iterator[
     where = f"{name}: a {kind} written by save_to_disk"
     chosen = folder
     if kind == "DatasetDict":
-        splits = decode((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        splits = _splits(folder / "dataset_dict.json", where)
         wanted = source.split or (splits[0] if len(splits) == 1 else None)
         if wanted is None:
             raise DataError(f"{where} holds the splits {' and '.join(splits)}; name one: data.*.split={splits[0]}")
@@ -265,8 +296,24 @@ def _from_saved(folder: Path, name: str, kind: str, source: Source) -> Iterator[
         )
     try:
         yield from _meant(load_from_disk(str(chosen)))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # its files may hold anything
         raise DataError(f"{where} cannot be read: {_one_line(error)}") from error
+
+
+def _splits(file: Path, where: str) -> list[str]:
+    """The names of the sets in a folder that save_to_disk wrote."""
+    try:
+        listed = decode(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where} cannot be read: its {file.name} is damaged ({_one_line(error)}); save it again"
+        ) from None
+    splits = listed.get("splits") if isinstance(listed, dict) else None
+    if not isinstance(splits, list) or not splits or not all(isinstance(name, str) for name in splits):
+        raise DataError(
+            f"{where} cannot be read: its {file.name} names no splits: {short(repr(listed))}; save it again"
+        )
+    return splits
 
 
 def _from_datasets(kind: str, file: Path, source: Source) -> Numbered:
@@ -403,6 +450,8 @@ def _complete(line: bytes) -> bool:
     """Whether a line is a JSON value of its own: the file is JSON lines then, whatever it is called."""
     try:
         decode(line.decode())
+    except Twice:  # that is said of the line
+        return True
     except (ValueError, RecursionError):
         return False
     return True
@@ -433,7 +482,7 @@ def _object(raw: bytes) -> Mapping[str, Any] | str:
     except UnicodeDecodeError as error:
         return f"{_not_utf8(error)}: {raw.strip()[:SHOWN]!r}"
     except (ValueError, RecursionError) as error:
-        return f"not JSON: {_why(error)}: {text.strip()[:SHOWN]!r}"
+        return f"{_why(error)}: {text.strip()[:SHOWN]!r}"
     return value if isinstance(value, dict) else _no_object(text)
 
 
@@ -443,8 +492,10 @@ def _no_object(text: str) -> str:
 
 def _why(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return f"not JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, Twice):
+        return f"{error}: keep one of both"
+    return f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}"
 
 
 def _document(text: str, name: str, begins: int) -> Numbered:
@@ -491,7 +542,7 @@ def _decode_at(text: str, at: int, name: str, begins: int, element: int | None =
     except (ValueError, RecursionError) as error:
         line = _line(text, error.pos if isinstance(error, json.JSONDecodeError) else start, begins)
         where = f"in element {element}: " if element else ""
-        raise DataError(f"{name}:{line}: not JSON: {_why(error)}: {where}{text[start : start + SHOWN]!r}") from None
+        raise DataError(f"{name}:{line}: {_why(error)}: {where}{text[start : start + SHOWN]!r}") from None
 
 
 def _check_end(text: str, at: int, name: str, begins: int) -> None:

@@ -98,6 +98,7 @@ def _turn(value: Any, where: str, path: str, notes: Notes) -> Turn:
     role, content = SPEAKERS[speaker], one_of(given, ("content", "value"), where)
     known = (*TURN, *(MARKS + ANSWER if role == "assistant" else ()))
     more = {key: given[key] for key in given if key not in known and key in notes.reads.keys}
+    known = tuple(key for key in known if key != "name" or role == "tool" or key in notes.reads.keys)
     notes.take({key: given[key] for key in given if key not in more and not _no_mark(key, given[key])}, known, path)
     calls = _calls(given, where, path, notes)
     if calls and role != "assistant":
@@ -162,12 +163,15 @@ def _no_mark(key: str, value: Any) -> bool:
 
 def _decided(given: Mapping[str, Any], where: str) -> bool | None:
     """Whether the record says that a turn is learnt: OpenAI's `weight`, or `train`."""
-    said = given.get("train", given.get("weight"))
-    if said is None:
-        return None
-    if said not in (0, 1):
-        raise RowError(f"{where} has the weight {shown(said)}; it can be 0 or 1")
-    return bool(said)
+    said = {name: given[name] for name in MARKS if name in given}
+    for name, value in said.items():
+        if value not in (0, 1):
+            raise RowError(f"{where} has the {name} {shown(value)}; it can be 0 or 1")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise RowError(
+            f"{where} has the train {shown(said['train'])} and the weight {shown(said['weight'])}: keep one of both"
+        )
+    return next((bool(value) for value in said.values()), None)
 
 
 def _content(value: Any, where: str, path: str, notes: Notes, optional: bool) -> str:

@@ -225,6 +225,11 @@ def test_tools(tools: Any, column: str) -> None:
     assert isinstance(found, Conversation) and found.tools == (OFFERED,)
 
 
+def test_a_key_twice_in_arguments_that_are_text_is_refused() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1, "x": 2}'}}
+    assert "an object has the key 'x' twice" in refusal({"messages": [ASKED, {**CALLING, "tool_calls": [call]}]})[1]
+
+
 def test_nulls_are_dropped_from_tables_and_kept_in_json() -> None:
     meant = {"default": None, "enum": [None, 1]}
     function = {"name": "f", "parameters": {"properties": {"x": meant}}}
@@ -253,8 +258,15 @@ def test_what_the_record_says_is_learnt() -> None:
     found = made({"messages": [ASKED, first, ASKED, {**SAID, "weight": 1.0}]}, system="s")
     assert isinstance(found, Conversation) and found.trained == (None, None, False, None, True)
     assert found.messages == (SYSTEM, ASKED, SAID, ASKED, SAID)
-    found = made({"messages": [ASKED, {**SAID, "train": False, "weight": 1}]})
+    found = made({"messages": [ASKED, {**SAID, "train": False, "weight": 0}]})
     assert isinstance(found, Conversation) and found.trained == (None, False)
+    for marks in ({"train": False, "weight": 1}, {"train": True, "weight": 0}):
+        said = refusal({"messages": [ASKED, {**SAID, **marks}]})[1]
+        assert f"has the train {marks['train']} and the weight {marks['weight']}: keep one of both" in said
+    assert (
+        "has the weight 0.5; it can be 0 or 1"
+        in refusal({"messages": [ASKED, {**SAID, "train": True, "weight": 0.5}]})[1]
+    )
     found = made({"messages": [ASKED, {**SAID, "weight": None}]})
     assert isinstance(found, Conversation) and found.trained == ()
 
@@ -453,6 +465,8 @@ PARTS = [{"type": "text", "text": "q", "cache_control": {"type": "ephemeral"}, "
         ),
         ({"messages": [ASKED, SAID], "tools": [{**OFFERED, "strict": True}]}, ["tools.strict"]),
         ({"messages": [{**ASKED, "train": True, "reasoning": "so"}, SAID]}, ["messages.train", "messages.reasoning"]),
+        ({"messages": [{**ASKED, "name": "Ann"}, SAID]}, ["messages.name"]),
+        ({"messages": [ASKED, CALLING, {**TOOL, "name": "f"}, SAID]}, []),  # whose result it is, the turn before says
         ({"messages": [{**ASKED, "weight": 0}, {**SAID, "weight": 1}]}, []),
         ({"messages": [ASKED, {**SAID, "tool_plan": "p"}]}, []),
         ({"messages": [ASKED, SAID], "empty": "", "none": None, "list": [], "object": {}}, []),
@@ -488,6 +502,7 @@ def test_what_is_ignored_is_neither_read_nor_noted() -> None:
 
 
 def test_keys_that_the_template_reads_reach_it() -> None:
+    assert read({"messages": [{**ASKED, "name": "Ann"}, SAID]}, Reads(keys=frozenset({"name"}))).unread == ()
     turn = {**SAID, "tool_plan": Struct(first="f", second=None)}
     assert read({"messages": [ASKED, turn]}).messages[1] == {**SAID, "tool_plan": {"first": "f"}}
     assert read({"messages": [ASKED, turn]}, Reads()).messages[1] == SAID

@@ -88,6 +88,8 @@ def test_a_json_file_that_is_one_object(write: Write, text: str, values: list[An
         ('{"a": 1e999}', "not JSON: 1e999 is no number in JSON: '{\"a\": 1e999}'"),
         ('{"a":' * 20_000, "not JSON: nested too deeply: '" + '{"a":' * 12 + "'"),
         ('{"a": ' + "1" * 5000 + "}", "not JSON: Exceeds the limit"),
+        ('{"a": 1, "a": 2}', "an object has the key 'a' twice: keep one of both: '{\"a\": 1"),
+        ('{"a": [{"b": 1, "b": 1}]}', "an object has the key 'b' twice"),
         ("{} {}", "not JSON: Extra data at column 4: '{} {}'"),
     ],
 )
@@ -349,6 +351,50 @@ def test_a_saved_data_set_of_one_split_needs_no_name(tmp_path: Path) -> None:
 
     DatasetDict(train=Dataset.from_list([{"text": "a"}])).save_to_disk(tmp_path / "d")
     assert found(tmp_path / "d") == [(0, {"text": "a"})]
+
+
+def test_a_key_twice_in_the_first_line_of_a_json_file_leaves_the_others(write: Write) -> None:
+    (_, why), other = found(write("a.json", '{"a": 1, "a": 2}\n{"a": 3}\n'))
+    assert why.startswith("an object has the key 'a' twice") and other == (2, {"a": 3})
+    with pytest.raises(DataError, match=r"a\.json:1: an object has the key 'a' twice: keep one of both: in element 1"):
+        found(write("a.json", '[{"a": 1, "a": 2}]'))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"spl', "[]", "null", "{}", '{"splits": null}', '{"splits": []}', '{"splits": [1]}', ""]
+)
+def test_a_damaged_list_of_splits_is_named(write: Write, tmp_path: Path, text: str) -> None:
+    write("saved/dataset_dict.json", text)
+    with pytest.raises(
+        DataError, match=r"saved: a DatasetDict .* its dataset_dict\.json (is damaged|names no splits).*save it again"
+    ):
+        found(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "state.json"])
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"a'])
+def test_a_damaged_file_of_a_saved_data_set_is_named(tmp_path: Path, name: str, text: str) -> None:
+    from datasets import Dataset
+
+    Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / name).write_text(text)
+    if (name, text) == ("dataset_info.json", "{}"):  # datasets does without what it says
+        assert found(tmp_path / "saved") == [(0, {"text": "a"})]
+        return
+    with pytest.raises(DataError, match="saved: a Dataset written by save_to_disk cannot be read"):
+        found(tmp_path / "saved")
+
+
+def test_what_is_no_whole_saved_data_set_is_named_and_not_read_as_rows(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    for name in ("one", "other"):
+        Dataset.from_list([{"text": name}]).save_to_disk(tmp_path / "both" / name)
+    with pytest.raises(DataError, match=r"both: holds data sets written by save_to_disk \(one, other\); name one"):
+        found(tmp_path / "both")
+    (tmp_path / "both" / "one" / "state.json").unlink()
+    with pytest.raises(DataError, match=r"one: is a part of .*save_to_disk; it lacks state\.json"):
+        found(tmp_path / "both" / "one")
 
 
 def test_arrow_files_by_themselves_are_named(write: Write, tmp_path: Path) -> None:
