@@ -13,10 +13,19 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from qkit import idle
@@ -45,7 +54,24 @@ Pattern = Annotated[str, AfterValidator(_compiled)]
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, and a loaded recipe does not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take true for 1."""
+        kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
+        given = value if isinstance(value, list | tuple) else [value]
+        if kinds & {int, float} and bool not in kinds and any(isinstance(item, bool) for item in given):
+            raise PydanticCustomError("number", "a number is wanted, not true or false")
+        return value
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation is made of."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds(inner)
 
 
 class Model(Section):
@@ -265,6 +291,8 @@ class Export(Section):
 class Gate(Section):
     """How far an artifact may be from what was trained; null: as far as gates.py lets its kind. `.inf` lets anything pass."""
 
+    model_config = ConfigDict(allow_inf_nan=True)
+
     kl_mean: Limit = Field(None, description="nats per completion token, beyond rounding to 16 bits and chance")
     kl_row: Limit = Field(None, description="the same of the row that is farthest off")
     kl_p99: Limit = Field(None, description="nats, 99th percentile over completion tokens")
@@ -368,6 +396,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {short(error, LINE)}") from None
+    if twice := list(_twice(node)):
+        raise RecipeError(
+            "\n".join(f"{path}:{line}: {short(repr(key))} stands there twice; keep one" for key, line in twice)
+        )
     if not isinstance(raw, dict):
         raise RecipeError(
             f"{path}: a recipe is a mapping of sections (model, data, train ...), this is {short(repr(raw))}"
@@ -453,6 +485,19 @@ def _target_clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             "lora.target_modules names lm_head, whose adapter would never be trained: the loss is made of the head's own weights; "
             "leave it out",
         )
+    if not targets and not recipe.lora.target_parameters:
+        yield (
+            where,
+            "lora.target_modules and lora.target_parameters are both empty: nothing would be trained; leave them out for all-linear",
+        )
+    for name in sorted(named):
+        if re.sub(r"[\W_]", "", name).lower() == "alllinear" and (
+            name.lower() != "all-linear" or not isinstance(targets, str)
+        ):
+            yield (
+                where,
+                f"lora.target_modules={short(repr(name))}: every linear module is written as a text, all-linear, and not in a list",
+            )
     if recipe.model.add_tokens and "embed_tokens" in named:
         yield (
             where,
@@ -556,6 +601,20 @@ def _lines(node: yaml.Node | None, prefix: Key = ()) -> Iterator[tuple[Key, int]
         for index, value in enumerate(node.value):
             yield (*prefix, index), value.start_mark.line + 1
             yield from _lines(value, (*prefix, index))
+
+
+def _twice(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
+    """Keys that a mapping of a YAML document has again, of which only the last would count, with their lines."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                yield key.value, key.start_mark.line + 1
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+            yield from _twice(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _twice(value)
 
 
 def override(raw: dict[str, Any], text: str) -> list[Key]:

@@ -132,3 +132,45 @@ def test_what_is_given_back_is_short(tmp_path: Path, text: str, overrides: list[
 def test_a_line_of_a_message_ends_somewhere() -> None:
     said = str(RecipeError(f"{LONG}\nsecond"))
     assert len(said) < 2100 and said.endswith("\N{HORIZONTAL ELLIPSIS}\nsecond")
+
+
+INFINITE = ("learning_rate", "weight_decay", "num_train_epochs", "warmup_steps", "max_grad_norm")
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan", "-.inf", "true"])
+@pytest.mark.parametrize("field", [*(f"train.{name}" for name in INFINITE), "lora.lora_alpha", "bench.price_per_hour"])
+def test_a_number_is_finite_and_no_truth(tmp_path: Path, field: str, value: str) -> None:
+    with pytest.raises(RecipeError, match=f"--set: {field}.*: "):
+        load(_write(tmp_path, MINIMAL), [f"{field}={value}"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("train.max_steps=true", "lora.r=true", "seed=true", "bench.concurrency=[1, true]", "data.max_overlap=true"),
+        *("serve.port=false", "verify.gates={merged: {kl_mean: true}}"),
+    ],
+)
+def test_true_is_no_number(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(RecipeError, match="a number is wanted, not true or false"):
+        load(_write(tmp_path, MINIMAL), [setting])
+
+
+def test_truths_and_limits_that_are_none_stay(tmp_path: Path) -> None:
+    settings = ["train.gradient_checkpointing=true", "verify.gates={merged: {kl_mean: .inf, score: true}}"]
+    recipe = load(_write(tmp_path, MINIMAL), settings)
+    assert recipe.train.gradient_checkpointing is True
+    assert (recipe.verify.gates["merged"].kl_mean, recipe.verify.gates["merged"].score) == (float("inf"), True)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  learning_rate: 1e-4\n  learning_rate: 1e-5\n", r"r\.yaml:6: 'learning_rate' stands there twice"),
+        ("data: {}\n", r"r\.yaml:4: 'data' stands there twice"),
+        ("export: {formats: [{a: 1, a: 1}]}\n", r"r\.yaml:4: 'a' stands there twice"),
+    ],
+)
+def test_a_key_twice_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load(_write(tmp_path, MINIMAL + text))
