@@ -33,7 +33,8 @@ class Inventory:
     """The weights of a model that an adapter can be trained to, by their whole names.
 
     `linears`: modules of the layers; `others`: embeddings and head, which all-linear leaves out. `experts` and `routers`: parameters.
-    `renamed`: names that peft takes for these -> the parameters' own.
+    `renamed`: names that peft takes for these -> the parameters' own. `rest`: modules that no adapter can be put on; of a shape those that
+    hold others.
     """
 
     linears: tuple[Linear, ...]
@@ -41,6 +42,7 @@ class Inventory:
     experts: tuple[Linear, ...] = ()
     routers: tuple[Linear, ...] = ()
     renamed: Mapping[str, str] | None = None
+    rest: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """What there is to name, each kind once, the layers' modules first; not the head, whose adapter would never be trained."""
@@ -102,12 +104,15 @@ def planned_for(named: Names, sizes: Shape) -> tuple[Target, ...]:
 @functools.lru_cache(maxsize=64)
 def inventory(sizes: Shape) -> Inventory:
     """Of a shape."""
+    linears, others = shape.modules(sizes), shape.vocabulary_modules(sizes)
+    names = [matrix.name.split(".") for matrix in (*linears, *others)]
     return Inventory(
-        shape.modules(sizes),
-        shape.vocabulary_modules(sizes),
+        linears,
+        others,
         shape.experts(sizes),
         shape.routers(sizes),
         dict(sizes.outline.renamed if sizes.outline else sizes.expert_names),
+        tuple(dict.fromkeys(".".join(parts[:end]) for parts in names for end in range(1, len(parts)))),
     )
 
 
@@ -224,7 +229,25 @@ def _by_pattern(pattern: str, found: Inventory) -> list[Target]:
             f"lora.target_modules={pattern!r} matches nothing: as a string it is a regular expression over the whole name, such as {whole}; "
             f"write names as a list, [{pattern}]. {_has(found.names())}"
         )
+    _refuse_others(pattern, targets, found)
     return targets
+
+
+def _refuse_others(pattern: str, targets: Sequence[Target], found: Inventory) -> None:
+    """Raise ModelError where a pattern matches the head, or modules on which peft cannot put an adapter."""
+    if any(target.matrix.name == "lm_head" for target in targets):
+        raise ModelError(
+            f"lora.target_modules={pattern!r} matches lm_head, whose adapter would never be trained: the loss is made of the head's own "
+            "weights; leave it out, or write all-linear"
+        )
+    wrong = (
+        [name for name in found.rest if re.fullmatch(pattern, name)] if not found.experts else []
+    )  # else peft is given names
+    if wrong:
+        raise ModelError(
+            f"lora.target_modules={pattern!r} matches {len(wrong)} modules that are not linear, and peft refuses those; the first is "
+            f"{wrong[0]}. End it with the names that are meant, such as {pattern}\\.({'|'.join(found.names()[:2])}), or write all-linear"
+        )
 
 
 def _ends(name: str, end: str) -> bool:
@@ -275,13 +298,15 @@ def inventory_of(model: PreTrainedModel) -> Inventory:
     not_linear = {matrix.name.removesuffix(".weight") for matrix in routers}
     linears: list[Linear] = []
     others: list[Linear] = []
+    rest: list[str] = []
     for name, module in model.named_modules():
         if (sizes := _sizes(module)) is None or name in not_linear:
+            rest.append(name)
             continue
         matrix = Linear(name, *sizes, getattr(module, "bias", None) is not None)
         outside = module is head or module is embedding or not _is_linear(module)
         (others if outside else linears).append(matrix)
-    return Inventory(tuple(linears), tuple(others), experts, routers, _renamed(model) if experts else {})
+    return Inventory(tuple(linears), tuple(others), experts, routers, _renamed(model) if experts else {}, tuple(rest))
 
 
 def _is_linear(module: Any) -> bool:

@@ -13,7 +13,7 @@ from tiny_models import ARCHITECTURES, MORE, build, config_of, weightless
 
 from qkit import deploy, model, plan, plan_sheet, step, targets, train, weights
 from qkit.device import Device, detect
-from qkit.errors import ModelError, NotDeployable
+from qkit.errors import ModelError, NotDeployable, RecipeError
 from qkit.recipe import Recipe, from_dict
 from qkit.run import Run
 from qkit.served_adapter import rank_for
@@ -99,6 +99,17 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {"target_modules": "q_proj"},
         r"regular expression over the whole name, such as model\.layers\.0.*\[q_proj\]",
     ),
+    ("llama", {"target_modules": ".*(q_proj|lm_head)"}, r"matches lm_head, whose adapter would never be trained"),
+    ("llama", {"target_modules": ".*"}, r"matches lm_head"),
+    ("mixtral", {"target_modules": ".*"}, r"matches lm_head"),
+    ("llama", {"target_modules": r"model.*"}, r"matches \d+ modules that are not linear.*the first is model\."),
+    (
+        "llama",
+        {"target_modules": r".*layers\.0.*"},
+        r"that are not linear.*the first is model\.layers\.0\. End it with",
+    ),
+    ("gpt2", {"target_modules": r".*h\.1.*"}, r"that are not linear.*the first is transformer\.h\.1\."),
+    ("phi3", {"target_modules": r".*mlp.*"}, r"that are not linear.*the first is model\.layers\.0\.mlp"),
     ("llama", {"target_modules": "(q_proj"}, r"is no regular expression"),
     ("llama", {"target_parameters": ["gate_up_proj"]}, r"lora\.target_parameters names gate_up_proj.*no experts"),
     (
@@ -205,3 +216,37 @@ def test_adapter_on_experts_is_not_promised_to_vllm(tmp_path: Path) -> None:
     assert deploy.refusals(of_modules) == ()
     with pytest.raises(NotDeployable, match="adapts the parameters down_proj, gate_up_proj"):
         rank_for({"r": 4, "target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]})
+
+
+def test_a_norm_that_a_pattern_matches_is_refused_before_training() -> None:
+    with pytest.raises(ModelError, match=r"matches 4 modules that are not linear.*model\.layers\.0\.input_layernorm"):
+        train.lora_config(_recipe({"target_modules": r".*(q_proj|layernorm)"}), weightless("llama"))
+
+
+def test_the_remedy_for_a_pattern_that_matches_too_much_is_taken() -> None:
+    with pytest.raises(ModelError) as caught:
+        targets.planned(_recipe({"target_modules": r".*layers\.0.*"}).lora, _shape("llama"))
+    remedy = str(caught.value).partition("such as ")[2].partition(", or write")[0]
+    how = _recipe({"target_modules": remedy})
+    assert [target.matrix.name for target in targets.planned(how.lora, _shape("llama"))] == [
+        f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj")
+    ]
+    get_peft_model(weightless("llama"), train.lora_config(how, weightless("llama")))
+
+
+@pytest.mark.parametrize(
+    ("modules", "words"),
+    [
+        ([], "both empty: nothing would be trained"),
+        ("", "both empty"),
+        *(
+            (name, "written as a text, all-linear")
+            for name in ("all_linear", "all linear", ["all-linear"], ["all_linear"])
+        ),
+    ],
+)
+def test_no_modules_and_all_of_them_by_another_spelling(modules: Any, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        _recipe({"target_modules": modules})
+    assert _recipe({"target_modules": [], "target_parameters": ["gate.weight"]})
+    assert _recipe({"target_modules": "ALL-LINEAR"})
