@@ -101,9 +101,11 @@ def prepare(how: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     """Write everything that `data/` holds to `out`; returns summary.json. Checks that fail are in it and raise nothing.
 
     Raises:
-        DataError, ModelError: a source, or the tokenizer, cannot be read at all.
+        DataError, ModelError: a source, or the tokenizer, cannot be read at all; or data.columns has a name that is nobody's.
     """
     own = preparation.worker(how)
+    if wrong := formats.unknown_column(how.data, own.reads):
+        raise DataError(wrong)
     tokens = template.special_tokens(own.reader, how.model.pad_token, own.facts.vocabulary)
     entries = list(_candidates(own, out / CANDIDATES, progress))
     findings = Findings()

@@ -66,6 +66,7 @@ TRUTH = {
     "true": True,
     "false": False,
 }  # tables of text have no other way to write them, and a template takes any text for true
+SWITCHED = TRUTH | {"1": True, "yes": True, "on": True, "0": False, "no": False, "off": False}
 
 View = Mapping[str, Any]  # a record by our names
 
@@ -110,7 +111,7 @@ def example(
         if isinstance(found, Conversation):
             variables = _variables(record, name, section, notes)
             found = replace(found, reference=accepted, variables=variables)
-        note_columns(record, _taken(record, FORMS[name], section), section, notes, found, accepted)
+        note_columns(record, _taken(record, FORMS[name], section, reads), section, notes, found, accepted)
         return checked(replace(found, unread=tuple(notes.unread)), section)
     except RecursionError:
         raise RowError("is nested too deeply to be written down") from None
@@ -128,7 +129,7 @@ def _variables(record: Mapping[str, Any], name: str, section: Data, notes: Notes
     """
     theirs = _column(KWARGS, list(record), section)
     read = theirs is not None and record[theirs] and not notes.left_out(theirs)
-    given = _kwargs(record[theirs], theirs) if read and theirs is not None else {}
+    given = _kwargs(record[theirs], theirs, notes) if read and theirs is not None else {}
     for key in given:
         if key not in notes.reads.variables:
             notes.add(f"{theirs}.{key}", given[key])
@@ -141,7 +142,7 @@ def _variables(record: Mapping[str, Any], name: str, section: Data, notes: Notes
     return given
 
 
-def _kwargs(value: Any, column: str) -> dict[str, Any]:
+def _kwargs(value: Any, column: str, notes: Notes) -> dict[str, Any]:
     found = parsed(value, column)
     if not isinstance(found, Mapping):
         raise RowError(f"{column} is not an object: {shown(value)}")
@@ -149,29 +150,57 @@ def _kwargs(value: Any, column: str) -> dict[str, Any]:
         raise RowError(
             f"{column} holds {', '.join(sorted(reserved))}, which no row decides: only variables of the template"
         )
+    for key, item in found.items():
+        if key in notes.reads.switches and isinstance(item, str):
+            raise RowError(
+                f"{key} of {column} is the text {shown(item)}, and {key} is a switch of the chat template, to which any text is "
+                "true: write true or false, without quotes"
+            )
     return {str(key): item for key, item in without_fillers(found).items()}
 
 
 def _variable_columns(record: Mapping[str, Any], name: str, section: Data, notes: Notes) -> Iterator[tuple[str, Any]]:
     """Columns that the template reads and the format does not."""
-    own = _taken(record, FORMS[name], section)
+    own = _taken(record, FORMS[name], section, notes.reads)
     for key in sorted(notes.reads.variables):
         theirs = _column(key, list(record), section)
+        if theirs is None and key in section.columns:
+            raise RowError(_missing(key, name, list(record), section))
         if theirs is None or theirs in own or notes.left_out(theirs) or record[theirs] in (None, ""):
             continue
         value = without_fillers(record[theirs])
         if key == "documents":  # a list, as transformers has it; in a table often the text of one
             value = listing(value, theirs, "is not a list of documents")
-        yield key, TRUTH.get(value.lower(), value) if isinstance(value, str) else value
+        yield key, _switched(value, key, theirs, notes) if key in notes.reads.switches else _untexted(value)
 
 
-def _taken(record: Mapping[str, Any], form: Form, section: Data) -> set[str]:
+def _switched(value: Any, key: str, column: str, notes: Notes) -> Any:
+    """True or false for a variable of which the template asks no more, however a table writes it."""
+    said = str(int(value)) if isinstance(value, int | float) and value in (0, 1) else value
+    if isinstance(said, str) and said.strip().lower() not in SWITCHED:
+        raise RowError(
+            f"{column} is {shown(value)}, and {key} is a switch of the chat template, to which any text is true: write true or false"
+        )
+    return SWITCHED[said.strip().lower()] if isinstance(said, str) else value
+
+
+def _untexted(value: Any) -> Any:
+    """What a field of a table means where only text can be: true, false, or the JSON of a list or an object."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return parsed(value, "a variable")
+        except RowError:  # it is a text that begins so
+            return value
+    return TRUTH.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _taken(record: Mapping[str, Any], form: Form, section: Data, reads: Reads) -> set[str]:
     """The columns of a record that a format takes, by their own names."""
     found = {ours: _column(ours, list(record), section) for ours in (*form.needs, *form.takes)}
     return {
         theirs
         for ours, theirs in found.items()
-        if theirs is not None and (ours not in THINKING or isinstance(record[theirs], str))  # a switch is no thinking
+        if theirs is not None and (ours not in THINKING or _is_thought(record[theirs], ours, reads))
     }
 
 
@@ -254,6 +283,20 @@ def _not_recognised(record: Mapping[str, Any], section: Data) -> str:
     )
 
 
+def unknown_column(section: Data, reads: Reads) -> str:
+    """What is wrong with the first name in data.columns that is nobody's and so would have no effect; "" where there is none."""
+    known = sorted({*KNOWN, *reads.variables, *filter(None, (section.group, section.stratify))})
+    for ours, theirs in section.columns.items():
+        if ours not in known:
+            close = difflib.get_close_matches(ours, known, n=1)
+            nearest = f", did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+            return (
+                f"data.columns maps {short(repr(ours))} to {short(repr(theirs))}, and {short(repr(ours))} is neither a column of a format "
+                f"nor a variable of the chat template{nearest}"
+            )
+    return ""
+
+
 def listed(columns: Iterable[str]) -> str:
     """Names of columns, for a message."""
     return short(printable(", ".join(sorted(map(str, columns))))) or "(none)"
@@ -270,23 +313,26 @@ def _sharegpt(view: View, notes: Notes) -> Conversation:
 def _prompt_completion(view: View, notes: Notes) -> Conversation:
     prompt = _text_or_turns(view["prompt"], "prompt", "user", notes)
     if isinstance(view["completion"], str):
-        return _conversation([*prompt, _answer(view["completion"], view)], view, notes)
+        return _conversation([*prompt, _answer(view["completion"], view, notes)], view, notes)
     for name in THINKING:  # a list of turns says itself what was thought
         notes.add(notes.path(name), view.get(name))
     return _conversation([*prompt, *_text_or_turns(view["completion"], "completion", "assistant", notes)], view, notes)
 
 
-def _answer(said: str, view: View) -> Turn:
+def _answer(said: str, view: View, notes: Notes) -> Turn:
     """The assistant's turn with the thinking that the record has in a column of its own."""
     message, decided = plain("assistant", said)
     return {
         **message,
-        **thought_of({name: view[name] for name in THINKING if _is_text(view, name)}, "the record"),
+        **thought_of(
+            {name: view[name] for name in THINKING if _is_thought(view.get(name), name, notes.reads)}, "the record"
+        ),
     }, decided
 
 
-def _is_text(view: View, name: str) -> bool:
-    return isinstance(view.get(name), str)
+def _is_thought(value: Any, name: str, reads: Reads) -> bool:
+    """Whether it is what was thought, and not the template's switch of this name."""
+    return isinstance(value, str) and not (name in reads.switches and value.strip().lower() in SWITCHED)
 
 
 def _text_or_turns(value: Any, column: str, role: str, notes: Notes) -> list[Turn]:
@@ -297,7 +343,7 @@ def _text_or_turns(value: Any, column: str, role: str, notes: Notes) -> list[Tur
 def _alpaca(view: View, notes: Notes) -> Conversation:
     asked = [string(view.get(column, ""), column) for column in ("instruction", "input")]
     prompt = plain("user", "\n\n".join(text for text in asked if text.strip()))
-    answer = _answer(string(view["output"], "output"), view)
+    answer = _answer(string(view["output"], "output"), view, notes)
     return _conversation([*_history(view.get("history", [])), prompt, answer], view, notes)
 
 

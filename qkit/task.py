@@ -27,10 +27,14 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Reads:
-    """What a model's template reads beside what every template does: `variables`, and `keys` of a turn."""
+    """What a model's template reads beside what every template does: `variables`, and `keys` of a turn.
+
+    `switches`: variables of which it asks only whether they are true.
+    """
 
     variables: frozenset[str] = frozenset()
     keys: frozenset[str] = frozenset()
+    switches: frozenset[str] = frozenset()
 
 
 NO_MORE = Reads()

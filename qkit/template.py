@@ -85,7 +85,8 @@ def reads(tokenizer: PreTrainedTokenizerBase) -> Reads:
     given = {"messages", "tools", "add_generation_prompt", "continue_final_message", *tokenizer.special_tokens_map}
     found = [_reads(text) for text in held_texts]
     variables = frozenset[str]().union(*(one.variables for one in found)) - given
-    return Reads(variables, frozenset[str]().union(*(one.keys for one in found)))
+    values = frozenset[str]().union(*(one.variables - one.switches for one in found))
+    return Reads(variables, frozenset[str]().union(*(one.keys for one in found)), variables - values)
 
 
 @functools.lru_cache(maxsize=32)
@@ -104,7 +105,40 @@ def _reads(template: str) -> Reads:
     first: dict[str, bool] = {}
     for name, loaded in _names(parsed):
         first.setdefault(name, loaded)
-    return Reads(frozenset(name for name in free if first.get(name, True)), frozenset(_keys(parsed)))
+    variables = frozenset(name for name in free if first.get(name, True))
+    return Reads(variables, frozenset(_keys(parsed)), variables - frozenset(_values(parsed)))
+
+
+ASKS = ("defined", "undefined", "none", "true", "false", "boolean")  # tests that a switch is put to
+
+
+def _values(node: Any, truth: bool = False) -> Iterator[str]:
+    """Variables of which more is taken than whether they are true. `truth`: of this expression no more is asked."""
+    from jinja2 import nodes
+
+    if isinstance(node, nodes.Name) and node.ctx == "load" and not truth:
+        yield node.name
+    for child in node.iter_child_nodes():
+        yield from _values(child, _asks(node, child, truth))
+
+
+def _asks(node: Any, child: Any, truth: bool) -> bool:
+    """Whether a node asks of its child only whether it is true."""
+    from jinja2 import nodes
+
+    if isinstance(node, nodes.If | nodes.CondExpr) and child is node.test:
+        return True
+    if isinstance(node, nodes.Test):
+        return node.name in ASKS
+    if isinstance(node, nodes.Compare):
+        sides = (node.expr, *(each.expr for each in node.ops))
+        return any(isinstance(side, nodes.Const) and isinstance(side.value, bool) for side in sides)
+    if isinstance(node, nodes.Assign):  # {% set x = x if x is defined else true %}
+        return isinstance(node.target, nodes.Name) and any(name == node.target.name for name, _ in _names(node.node))
+    passes = isinstance(node, nodes.And | nodes.Or | nodes.CondExpr) or (
+        isinstance(node, nodes.Filter) and node.name in ("default", "d")
+    )
+    return isinstance(node, nodes.Not) or (passes and truth)
 
 
 GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # transformers' own tag

@@ -39,7 +39,7 @@ from qkit import (
     tensors_alive,
 )
 from qkit.device import Device, PeakMeter, detect, keep_few_kernels, out_of_memory
-from qkit.errors import MissingArtifact, ModelError, OutOfMemory, RecipeError, StageFailed
+from qkit.errors import MissingArtifact, ModelError, OutOfMemory, RecipeError, StageFailed, short
 from qkit.fast.batches import part_sizes
 from qkit.progress import Bar
 from qkit.recipe import Recipe
@@ -71,6 +71,7 @@ def run(run: Run, out: Path) -> Peak:
     fitting.check(run.recipe, device)
     deploy.check(run.recipe)
     _check_targets(run.recipe)
+    _check_names(run.recipe)
     run = Run(run.root, _decided(run, device, out), run.progress)
     how = run.recipe
     meter = PeakMeter(device)
@@ -227,6 +228,22 @@ def _check_targets(how: Recipe) -> None:
     except ModelError:  # it may be trained all the same, and is asked once it is loaded
         return
     targets.planned(how.lora, sizes)
+
+
+def _check_names(how: Recipe) -> None:
+    """Raise RecipeError for an optimizer or an attention that transformers does not know."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.training_args import OptimizerNames
+
+    attention = sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()})
+    for field, given, known in (
+        ("train.optim", how.train.optim, [name.value for name in OptimizerNames]),
+        ("model.attn_implementation", how.model.attn_implementation, attention),
+    ):
+        if given not in known and not (known is attention and "/" in given):  # a kernel of the hub is OWNER/NAME
+            raise RecipeError(
+                f"{field}={short(given)}: transformers knows none of this name; there are {', '.join(known)}"
+            )
 
 
 def _warn_of_memory(run: Run, device: Device) -> None:

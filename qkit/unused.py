@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from qkit.checks import NAMED_ROWS, Check, Place
 from qkit.errors import short
-from qkit.formats import KNOWN, KWARGS
+from qkit.formats import FORMS, KWARGS
 from qkit.preparation import Entry
 from qkit.rows import ANSWER as ANSWERS
 from qkit.task import Reads
@@ -26,6 +26,7 @@ INSIDE = {
     "function": FUNCTION,
     "tools": OFFERED,
 }
+WITH_TURNS = ("messages", "sharegpt", "alpaca", "prompt_completion")
 LABELS = {"label", "labels", "class", "category", "intent", "sentiment", "tags", "ner_tags", "target"}
 REMEDY = (
     "map columns with data.columns, correct the names, or list in data.ignore what is not meant to be read "
@@ -39,7 +40,8 @@ def check(entries: Sequence[Entry], reads: Reads) -> Check:
     if not found:
         return Check("unused", "pass", "every column and key of the records is read")
     counts = Counter(name for entry in found for name in entry.unread)
-    named = "; ".join(_words(name, count, reads) for name, count in counts.most_common(NAMED))
+    formats = {name: entry.format for entry in reversed(found) for name in entry.unread}
+    named = "; ".join(_words(name, count, formats[name], reads) for name, count in counts.most_common(NAMED))
     more = f"; and {len(counts) - NAMED:,} names more" if len(counts) > NAMED else ""
     rows = tuple(Place(entry.source, entry.line) for entry in found[:NAMED_ROWS])
     holds = "1 record holds" if len(found) == 1 else f"{len(found):,} records hold"
@@ -47,18 +49,23 @@ def check(entries: Sequence[Entry], reads: Reads) -> Check:
     return Check("unused", "warn", message, len(found), rows, _remedy(found))
 
 
-def _words(name: str, count: int, reads: Reads) -> str:
-    known = () if name.lower() in LABELS else sorted(_known(name, reads))
-    close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+def _words(name: str, count: int, format: str, reads: Reads) -> str:
+    own = name.rpartition(".")[2]
+    known = () if name.lower() in LABELS else sorted({*_known(name, format, reads)} - {own})
+    close = difflib.get_close_matches(own, known, n=1)
     nearest = f" (did you mean {close[0]}?)" if close else ""
+    if name in ANSWER and format in WITH_TURNS:
+        nearest = " (it belongs in the assistant's turn)"
     return f"{short(printable(name))} in {count:,}{nearest}"
 
 
-def _known(name: str, reads: Reads) -> Iterable[str]:
-    """The names that are read where this one stands."""
+def _known(name: str, format: str, reads: Reads) -> Iterable[str]:
+    """The names that are read where this one stands, in a record of this format."""
     above, _, _ = name.rpartition(".")
     if not above:
-        return {*KNOWN, *reads.variables}
+        form = FORMS.get(format)
+        variables = reads.variables if format in WITH_TURNS else ()
+        return {*(form.needs + form.takes if form else ()), *variables}
     if above == KWARGS:
         return reads.variables
     if above.endswith("tools.function"):

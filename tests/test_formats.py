@@ -395,6 +395,58 @@ def test_variables_of_the_template(record: dict[str, Any], columns: dict[str, An
     assert found.variables == variables and found.unread == ()
 
 
+def test_a_variable_whose_column_is_not_there_is_named() -> None:
+    with pytest.raises(
+        RowError, match=r"no column 'thnk' \(data.columns maps enable_thinking to it\).*did you mean 'think'"
+    ):
+        read({"messages": [ASKED, SAID], "think": False}, columns={"enable_thinking": "thnk"})
+
+
+SWITCHING = Reads(frozenset({"thinking", "builtin_tools"}), switches=frozenset({"thinking"}))
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        *((on, True) for on in ("1", "yes", "ON", "true", 1, True)),
+        *((off, False) for off in ("0", "no", "Off", "false", 0)),
+    ],
+)
+def test_a_switch_is_true_or_false_however_a_table_writes_it(value: Any, meant: bool) -> None:
+    for record in ({"messages": [ASKED, SAID]}, {"prompt": "q", "completion": "a"}):
+        found = read({**record, "thinking": value}, SWITCHING)
+        assert found.variables["thinking"] is meant and found.messages[1] == SAID and found.unread == ()
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"thinking": "maybe"}, "thinking is 'maybe', and thinking is a switch of the chat template"),
+        (
+            {"chat_template_kwargs": {"thinking": "no"}},
+            "thinking of chat_template_kwargs is the text 'no'.*without quotes",
+        ),
+        ({"chat_template_kwargs": '{"thinking": "false"}'}, "thinking of chat_template_kwargs is the text 'false'"),
+    ],
+)
+def test_text_that_a_switch_would_take_for_true_is_refused(columns: dict[str, Any], words: str) -> None:
+    with pytest.raises(RowError, match=words):
+        read({"messages": [ASKED, SAID], **columns}, SWITCHING)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [('["brave"]', ["brave"]), ('{"a": 1}', {"a": 1}), ("[not JSON", "[not JSON"), ("no", "no"), ("1", "1")],
+)
+def test_a_list_in_a_field_of_a_table_is_a_list(text: str, meant: Any) -> None:
+    assert read({"messages": [ASKED, SAID], "builtin_tools": text}, SWITCHING).variables == {"builtin_tools": meant}
+
+
+def test_thinking_beside_an_answer_is_thinking_where_it_is_no_truth() -> None:
+    found = read({"prompt": "q", "completion": "a", "thinking": "So."}, SWITCHING)
+    assert found.messages[1]["reasoning_content"] == "So." and found.variables == {}
+
+
 def test_variables_by_another_column() -> None:
     record = {"messages": [ASKED, SAID], "think": False, "kwargs": {"documents": ["d"]}}
     found = read(record, columns={"enable_thinking": "think", "chat_template_kwargs": "kwargs"})

@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from qkit import data, inspection, inspection_page, inspection_screen, pipeline, recipe, vocabulary
+from qkit import data, formats, inspection, inspection_page, inspection_screen, pipeline, recipe, vocabulary
 from qkit.errors import DataError, ModelError
 from qkit.progress import Progress
 from qkit.recipe import load
 from qkit.run import Run
+from qkit.task import Reads
+
+ASKED = {"role": "user", "content": "q"}
+SAID = {"role": "assistant", "content": "a"}
 
 
 def qkit(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -171,6 +175,38 @@ def test_what_nothing_reads_is_counted_and_named(tiny_model: Path, tmp_path: Pat
     assert "unused" not in {
         c["name"] for c in inspection.inspect(how, Progress()).summary["checks"] if c["status"] == "warn"
     }
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [ASKED, SAID], "reasoning": "so"}, "reasoning in 1 (it belongs in the assistant's turn);"),
+        ({"messages": [ASKED, SAID], "outputs": "so"}, "outputs in 1;"),  # not output, which other formats take
+        (
+            {"prompt": "q", "completion": [SAID], "thinking": "so"},
+            "thinking in 1 (it belongs in the assistant's turn);",
+        ),
+        ({"prompt": "q", "completion": "a", "reasonning": "so"}, "reasonning in 1 (did you mean reasoning?);"),
+        ({"text": "t", "reasoning": "so"}, "reasoning in 1;"),
+        ({"messages": [ASKED, SAID], "tool": "so"}, "tool in 1 (did you mean tools?);"),
+    ],
+)
+def test_only_names_that_the_format_takes_are_offered(
+    tiny_model: Path, tmp_path: Path, row: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    how = inspection.recipe_for(str(tiny_model), str(tmp_path / "rows.jsonl"), "auto", ())
+    [check] = [c for c in inspection.inspect(how, Progress()).summary["checks"] if c["name"] == "unused"]
+    assert words in check["message"]
+
+
+def test_a_map_that_would_have_no_effect_is_an_error(tiny_model: Path, rows_file: Path) -> None:
+    for name, words in (("promt", "did you mean prompt?"), ("xyz", "there are attention_mask")):
+        how = inspection.recipe_for(str(tiny_model), str(rows_file), "auto", (f"data.columns={{{name}: question}}",))
+        with pytest.raises(DataError, match=f"data.columns maps '{name}' to 'question', and .*{re.escape(words)}"):
+            inspection.inspect(how, Progress())
+    section = recipe.Data(columns={"source": "origin", "label": "kind"}, group="source")
+    assert formats.unknown_column(section, Reads()) == ""
 
 
 def test_records_that_are_left_out_are_counted_in_words(tiny_model: Path, rows_file: Path) -> None:

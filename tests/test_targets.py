@@ -250,3 +250,21 @@ def test_no_modules_and_all_of_them_by_another_spelling(modules: Any, words: str
         _recipe({"target_modules": modules})
     assert _recipe({"target_modules": [], "target_parameters": ["gate.weight"]})
     assert _recipe({"target_modules": "ALL-LINEAR"})
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"train": {"optim": "adamw_toch"}}, r"train\.optim=adamw_toch: transformers knows none .*adamw_torch"),
+        ({"model": {"source": "x", "attn_implementation": "spda"}}, r"attn_implementation=spda: .*eager.*sdpa"),
+    ],
+)
+def test_names_that_transformers_does_not_know_are_refused_before_training(
+    section: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    kept = {"export": {"formats": ["safetensors"]}, "bench": {"runtimes": ["transformers"]}}
+    source = _folder(tmp_path, "llama")
+    given = {name: {**part, "source": source} if name == "model" else part for name, part in section.items()}
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RecipeError, match=words):
+        train.run(Run(tmp_path / "run", _recipe({}, source, **{**kept, **given})), tmp_path / "out")

@@ -186,9 +186,28 @@ COHERE = (
 def test_what_a_template_reads(text: str, variables: set[str], keys: set[str]) -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = text
-    assert template.reads(tokenizer) == Reads(frozenset(variables), frozenset(keys))
+    found = template.reads(tokenizer)
+    assert Reads(found.variables, found.keys) == Reads(frozenset(variables), frozenset(keys))
     tokenizer.chat_template = {"default": "{{ messages[0].role }}", "tool_use": text}
-    assert template.reads(tokenizer) == Reads(frozenset(variables), frozenset({*keys, "role"}))
+    found = template.reads(tokenizer)
+    assert Reads(found.variables, found.keys) == Reads(frozenset(variables), frozenset({*keys, "role"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "switches"),
+    [
+        ("{% if enable_thinking is defined and enable_thinking is false %}a{% endif %}", {"enable_thinking"}),
+        ("{% set thinking = thinking if thinking is defined else true %}{{ 'a' if thinking }}", {"thinking"}),
+        ("{% if not (thinking | default(true)) or think == false %}a{% endif %}", {"thinking", "think"}),
+        ("{% if effort %}{{ effort }}{% endif %}{{ thinking }}", set()),
+        ("{% if effort == 'low' %}a{% endif %}{% if mode is string %}b{% endif %}", set()),
+        ("{% for tool in builtin_tools %}{{ tool }}{% endfor %}", set()),
+    ],
+)
+def test_what_a_template_takes_for_a_switch(text: str, switches: set[str]) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = text
+    assert template.reads(tokenizer).switches == switches
 
 
 @pytest.mark.parametrize("name", THINKING)
