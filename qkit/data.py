@@ -117,7 +117,7 @@ def prepare(how: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     of_rows = (preconditions.held_together(own, tokens, check) for check in findings.checks(how.data))
     found = [
         *of_rows,
-        unused.check(entries, own.reads),
+        unused.check(entries, own.reads, how.data.ignore),
         *overlap,
         *preconditions.checks(own, entries, fates, tokens, counts),
     ]

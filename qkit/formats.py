@@ -112,7 +112,7 @@ def example(
             variables = _variables(record, name, section, notes)
             found = replace(found, reference=accepted, variables=variables)
         note_columns(record, _taken(record, FORMS[name], section, reads), section, notes, found, accepted)
-        return checked(replace(found, unread=tuple(notes.unread)), section)
+        return checked(replace(found, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
     except RecursionError:
         raise RowError("is nested too deeply to be written down") from None
     except RowError as error:
@@ -214,6 +214,7 @@ def note_columns(
     used |= {"id"} if accepted is not None else set()
     label = section.columns.get(section.stratify or "", section.stratify)
     for column in record:
+        notes.match(str(column))
         if column not in used or (column == label and _is_missed(found, record[column])):
             notes.add(str(column), record[column])
 

@@ -45,7 +45,7 @@ class Entry:
     """What is known of a record, or of one of the rows it makes. `rule`: the check under which it is dropped, or "".
 
     `record` counts records from 0, `row` the rows of the candidates file (-1: none). `key` is the digest of its prompt in plain writing.
-    `unread`: what of the record nothing reads.
+    `unread`: what of the record nothing reads; `ignored`: the patterns of data.ignore that match a name of it.
     """
 
     pool: str
@@ -68,6 +68,7 @@ class Entry:
     reason: str = ""
     findings: tuple[tuple[str, str], ...] = ()
     unread: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass
@@ -146,6 +147,7 @@ def _entry(one: Sourced, example: Example | RowError, how: Recipe) -> Entry:
     entry.format = _format(record, how)
     if isinstance(example, RowError):
         return entry
+    entry.ignored = (*example.ignored, *(name for name in record.unread if name in how.data.ignore))
     entry.unread = (*example.unread, *(name for name in record.unread if name not in how.data.ignore))
     asked, said = _contents(example)
     value = record.value

@@ -48,7 +48,7 @@ class Conversation:
 
     `reference` is what predictions of the last turn are compared with; None: the turn as the template writes it. `variables`: what the
     record gives to the template beside turns and tools, such as enable_thinking. `unread`: what of the record nothing reads, such as
-    messages.id.
+    messages.id; `ignored`: the patterns of data.ignore that it has a name for.
     """
 
     messages: tuple[Message, ...]
@@ -57,6 +57,7 @@ class Conversation:
     trained: tuple[bool | None, ...] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = field(default=(), compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Text:
 
     text: str
     unread: tuple[str, ...] = field(default=(), compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Tokens:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     unread: tuple[str, ...] = field(default=(), compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
 
 Example = Conversation | Text | Tokens

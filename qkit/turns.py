@@ -46,6 +46,7 @@ class Notes:
 
     def __init__(self, section: Data, reads: Reads = NO_MORE):
         self.unread: dict[str, None] = {}
+        self.matched: dict[str, None] = {}  # patterns of data.ignore
         self.reads = reads
         self._columns = section.columns
         self._ignore = section.ignore
@@ -56,14 +57,19 @@ class Notes:
 
     def left_out(self, path: str) -> bool:
         """Whether data.ignore names just this: then it is not read at all."""
-        return path in self._ignore
+        return path in self.match(path)
+
+    def match(self, path: str) -> list[str]:
+        """The patterns of data.ignore that this name matches; they are noted."""
+        found = [pattern for pattern in self._ignore if fnmatchcase(path, pattern)]
+        self.matched.update(dict.fromkeys(found))
+        return found
 
     def add(self, path: str, value: Any) -> None:
         """Note what nothing reads, if it holds anything."""
+        ignored = self.match(path)
         nothing = value is None or (isinstance(value, str | list | Mapping) and not value)
-        if nothing or len(self.unread) >= NOTED:
-            return
-        if not any(fnmatchcase(path, pattern) for pattern in self._ignore):
+        if not (nothing or ignored or len(self.unread) >= NOTED):
             self.unread[path] = None
 
     def take(self, given: Mapping[str, Any], known: Collection[str], path: str) -> None:

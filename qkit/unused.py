@@ -34,18 +34,22 @@ REMEDY = (
 )
 
 
-def check(entries: Sequence[Entry], reads: Reads) -> Check:
-    """Every name that nothing reads, in how many records it stands, and the nearest name that is read. `reads`: the template's."""
+def check(entries: Sequence[Entry], reads: Reads, ignore: Sequence[str] = ()) -> Check:
+    """Every name that nothing reads, in how many records it stands, and the nearest name that is read; and the patterns of data.ignore
+    that match nothing. `reads`: the template's."""
+    matched = {pattern for entry in entries for pattern in entry.ignored}
+    idle = [pattern for pattern in ignore if pattern not in matched]
+    remark = f"; data.ignore has {short(', '.join(idle))}, which matches no name of any record" if idle else ""
     found = [entry for entry in entries if entry.part == 0 and entry.unread]
     if not found:
-        return Check("unused", "pass", "every column and key of the records is read")
+        return Check("unused", "pass", f"every column and key of the records is read{remark}")
     counts = Counter(name for entry in found for name in entry.unread)
     formats = {name: entry.format for entry in reversed(found) for name in entry.unread}
     named = "; ".join(_words(name, count, formats[name], reads) for name, count in counts.most_common(NAMED))
     more = f"; and {len(counts) - NAMED:,} names more" if len(counts) > NAMED else ""
     rows = tuple(Place(entry.source, entry.line) for entry in found[:NAMED_ROWS])
     holds = "1 record holds" if len(found) == 1 else f"{len(found):,} records hold"
-    message = f"{holds} what nothing reads: {named}{more}; the first is {rows[0]}"
+    message = f"{holds} what nothing reads: {named}{more}; the first is {rows[0]}{remark}"
     return Check("unused", "warn", message, len(found), rows, _remedy(found))
 
 

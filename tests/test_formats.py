@@ -550,6 +550,8 @@ def test_what_is_ignored_is_neither_read_nor_noted() -> None:
     assert found.messages == (ASKED, SAID) and found.tools == () and found.unread == ("messages.id", "idea")
     assert read(record, ignore=["messages.*", "id*"]).messages[1]["reasoning_content"] == "so"
     assert read(record, ignore=["messages.*", "id*"]).unread == ()
+    patterns = ["messages.reasoning", "tools", "id*", "messages.id", "idd", "message.*", "nothing"]
+    assert set(read({**record, "nothing": None}, ignore=patterns).ignored) == {*patterns} - {"idd", "message.*"}
     assert read({"messages": [ASKED, SAID], "enable_thinking": True}, ignore=["enable_thinking"]).variables == {}
 
 

@@ -79,7 +79,7 @@ def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data
         _check(record, accepted)
         found, notes = _conversation(record, accepted, section), Notes(section, reads)
         formats.note_columns(record, {"question", "function"}, section, notes, found, accepted)
-        return formats.checked(replace(found, unread=tuple(notes.unread)), section)
+        return formats.checked(replace(found, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
     except RecursionError:
         raise RowError("is nested too deeply to be written down") from None
 
