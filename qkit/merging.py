@@ -83,7 +83,9 @@ class _Work:
         self.quantized = set(note["quantized"]) if base == "dequantized" else set()
         self.quantization = note["quantization"]
         self.transposed = _stored_transposed(self.layout)
-        self.head, self.embedding = _head_of_its_own(folder, found, deltas, self.layout) if head is None else head
+        own = _head_of_its_own(folder, found, deltas, self.layout)
+        self.head, self.embedding = own if head is None else head
+        self.tied = bool(self.head) and not own[0]  # in this adapter's training: what it learnt is in both
         if self.head:
             found[self.head] = found[self.embedding]
         self.converted = self._converted(found)
@@ -155,9 +157,16 @@ class _Work:
         whole = {name: torch.cat([part.float() for part in self._merged(name, made[name])]) for name in made}
         return self.layout.saved(whole)
 
+    def _learnt_rows(self, name: str) -> tuple[list[int], torch.Tensor] | None:
+        """Of a matrix; a head that another adapter makes begins as this one's embedding, learnt rows included."""
+        found = self.deltas.learnt_rows(name)
+        if found is None and self.tied and name == self.own_name(self.head):
+            return self.deltas.learnt_rows(self.own_name(self.embedding))
+        return found
+
     def _merged(self, name: str, weight: torch.Tensor) -> Iterator[torch.Tensor]:
         """The merged tensor of the model, some rows after the others."""
-        replaced, rows = self.deltas.replaced(name), self.deltas.learnt_rows(name)
+        replaced, rows = self.deltas.replaced(name), self._learnt_rows(name)
         weight = weight if replaced is None else replaced
         transposed = name in self.transposed
         change: LowRank | Experts | None = self.deltas.experts(name)

@@ -72,6 +72,26 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**Q, "trainable_token_indices": {"embed_tokens": [5, 9]}},
         {},
     ),
+    "learnt tokens, and a head, tied": (
+        {**Q, "trainable_token_indices": [5, 7]},
+        {**Q, "modules_to_save": ["lm_head"]},
+        {"tie_word_embeddings": True},
+    ),
+    "learnt tokens by name, and a changed head, tied": (
+        {**Q, "trainable_token_indices": {"embed_tokens": [5, 7]}},
+        {"target_modules": ["lm_head"]},
+        {"tie_word_embeddings": True},
+    ),
+    "learnt tokens, and a changed embedding, tied": (
+        {**Q, "trainable_token_indices": [5, 7]},
+        {"target_modules": ["embed_tokens"]},
+        {"tie_word_embeddings": True},
+    ),
+    "learnt tokens twice, tied": (
+        {**Q, "trainable_token_indices": [5, 7]},
+        {**Q, "trainable_token_indices": [7, 9]},
+        {"tie_word_embeddings": True},
+    ),
     "learnt biases": ({**UP, "bias": "lora_only"}, {**UP, "bias": "all"}, {"attention_bias": True}),
     "biases of deltas": ({**Q, "lora_bias": True}, Q, {"attention_bias": True}),
 }
@@ -112,7 +132,8 @@ def _add(wanted: Any, own: Any, folder: Path, adapters: list[Path], weights: Any
     """weight * (what PEFT makes of the base with one adapter alone - the base)."""
     for adapter, weight in zip(adapters, weights, strict=True):
         base = _loaded(folder)
-        if untied:
+        learnt = json.loads((adapter / "adapter_config.json").read_text())["trainable_token_indices"]
+        if untied and not learnt:  # rows that were learnt in a tied pair are in both
             base.config.tie_word_embeddings = False
             base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
         one = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
