@@ -267,7 +267,10 @@ def _not_finite(folder: Path, work: _Work | _Sum, name: str, part: torch.Tensor,
             f"the merged {name} holds {largest:g}, and {dtype} ends at {most:g}: lower --weight, or set merge.dtype to "
             "bfloat16 or float32"
         )
-    return f"the merged {name} holds values that are no finite numbers (nan or inf), and the base's does not: they come of the adapter, or of its weight"
+    return (
+        f"the merged {name} holds values that are no finite numbers (nan or inf), and the base's does not: they come of the "
+        "adapter, or of its weight"
+    )
 
 
 def _aligned(streams: Sequence[Iterator[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:

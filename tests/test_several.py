@@ -247,6 +247,6 @@ def test_merged_values_that_are_no_finite_numbers_are_refused(tiny_model: Path, 
     held["model.norm.weight"][3] = float("nan")
     save_file(held, bad / "model.safetensors", metadata={"format": "pt"})
     for weights in ((), (0.5,)):
-        with pytest.raises(ModelError, match="the base's own model.norm.weight holds values that are no finite"):
+        with pytest.raises(ModelError, match=r"the base's own model.norm.weight holds values that are no finite"):
             foreign.merge(Wish(str(bad), [adapter], tmp_path / "out", weights, overrides=half), Progress())
     assert not (tmp_path / "out").exists()
