@@ -23,7 +23,9 @@ LINE_END = re.compile(r"\r\n|\n|\r(?!\Z)")
 DONE = "[DONE]"
 # Where an answer's text is in a chunk's choice: `text` of a completion, and these of a chat's delta.
 SAID = ("content", "reasoning", "reasoning_content", "thinking", "refusal", "tool_calls", "function_call", "audio")
-LABELS = ("type", "index", "id")  # in a tool call or a part of a content: no text
+TWICE = ("reasoning", "reasoning_content", "thinking")  # names of one text: some servers send it under several
+LABELS = ("type", "index", "id", "status")  # in a tool call or a part of a content: no text
+BROKEN = ("error", "abort")  # as a finish_reason
 ERROR_CHARACTERS = 300
 SILENT_SECONDS = 900.0  # of a server that says no more: the tool would wait for six hours
 NO_USAGE = "answers came without a count of their tokens (usage), which were counted with the tokenizer"
@@ -36,24 +38,37 @@ class Events:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._rest = ""
         self._parts: list[str] = []
+        self._kind = ""
+        self._begun = self.done = False  # `done`: the stream has said that it has ended
 
     def feed(self, piece: bytes, last: bool = False) -> Iterator[dict[str, Any]]:
         """What a piece completes. `last`: nothing follows, so an event without its blank line is whole.
 
         Raises:
-            ValueError: an event is no JSON object.
+            ValueError: an event is no JSON object, tells of an error, or comes after the end.
         """
-        *lines, self._rest = LINE_END.split(self._rest + self._decoder.decode(piece, last))
+        text = self._rest + self._decoder.decode(piece, last)
+        if text and not self._begun:
+            self._begun, text = True, text.removeprefix("\ufeff")
+        *lines, self._rest = LINE_END.split(text)
         for line in [*lines, self._rest, ""] if last else lines:
             name, _, value = line.partition(":")
+            if name == "event":
+                self._kind = value.strip()
             if name == "data":
                 self._parts.append(value.removeprefix(" "))
             if self._parts and (name == "data" or not line):
                 yield from self._whole(ended=not line)
+            if not line:
+                self._kind = ""
 
     def _whole(self, ended: bool) -> Iterator[dict[str, Any]]:
         """The event of the data so far, as soon as it is one: some servers leave out the blank line that ends it."""
         text = "\n".join(self._parts)
+        if self._kind == "error" and (ended or _is_json(text)):
+            raise ValueError(f"the server broke off: {text[:ERROR_CHARACTERS]}")
+        if text.strip() == DONE:
+            self.done = True
         if text.strip() not in ("", DONE):
             try:
                 event = json.loads(text)
@@ -63,8 +78,18 @@ class Events:
                 return
             if not isinstance(event, dict):
                 raise ValueError(f"the stream has an event that is no JSON object: {text[:80]!r}")
+            if self.done and event.get("choices"):
+                raise ValueError(f"the stream goes on after {DONE}: {text[:80]!r}")
             yield event
         self._parts.clear()
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 @dataclass
@@ -83,8 +108,8 @@ class Answer:
         Raises:
             ValueError: it tells of an error.
         """
-        if event.get("error"):
-            raise ValueError(f"the server broke off: {json.dumps(event['error'])[:ERROR_CHARACTERS]}")
+        if (wrong := _error(event)) is not None:
+            raise ValueError(f"the server broke off: {json.dumps(wrong)[:ERROR_CHARACTERS]}")
         self.usage.update(event.get("usage") or {})  # of its own, or with every chunk: the last counts
         for choice in event.get("choices") or ():
             said = list(_said(choice))
@@ -94,6 +119,8 @@ class Answer:
                 said = ids
             if said:
                 self.times.append(seconds)
+            if choice.get("finish_reason") in BROKEN:
+                raise ValueError(f"the server broke off: finish_reason {choice['finish_reason']!r}")
             if choice.get("finish_reason"):
                 self.ended = seconds
 
@@ -118,11 +145,25 @@ class Answer:
         return times
 
 
+def _error(event: Mapping[str, Any]) -> Any:
+    """What an event tells of an error, in the forms that servers have for it; None where it tells of none."""
+    if event.get("error"):
+        return event["error"]
+    named = event.get("object") == "error" or event.get("type") == "error"
+    bare = not event.get("choices") and not event.get("usage") and any(event.get(key) for key in ("message", "detail"))
+    return event if named or bare else None
+
+
 def _said(choice: Mapping[str, Any]) -> Iterator[str]:
     """Every text of a chunk that the model wrote."""
     delta = choice.get("delta") or {}
-    for value in (choice.get("text"), *(delta.get(key) for key in SAID)):
-        yield from _texts(value)
+    seen: list[Any] = []
+    for key in SAID:
+        if key in TWICE and delta.get(key) in seen:
+            continue
+        seen += [delta.get(key)] if key in TWICE else []
+        yield from _texts(delta.get(key))
+    yield from _texts(choice.get("text"))
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -202,3 +243,5 @@ async def _read(response: Any, answer: Answer, begin: float) -> None:
             answer.take(event, seconds)
     for event in events.feed(b"", last=True):
         answer.take(event, time.perf_counter() - begin)
+    if answer.ended is None and not events.done:
+        raise ValueError(f"the stream ended with neither a finish_reason nor {DONE}: the answer may be cut short")

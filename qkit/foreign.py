@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,8 @@ def _weights(wish: Wish) -> list[float]:
         raise RecipeError(
             f"{len(wish.adapters)} times --adapter and {len(wish.weights)} times --weight: give one for each"
         )
+    if odd := [weight for weight in wish.weights if not isfinite(weight)]:
+        raise RecipeError(f"--weight {odd[0]}: a weight is a finite number, such as 0.5")
     return list(wish.weights) or [1.0] * len(wish.adapters)
 
 

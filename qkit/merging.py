@@ -7,7 +7,7 @@ again), or to the base's 16-bit ones. Which of the two is nearer to what was tra
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, gcd
 from pathlib import Path
@@ -63,7 +63,8 @@ def merge(
     dtype = section.dtypes[0]
     specs = {name: {**spec, "dtype": _kept_dtype(spec["dtype"], dtype)} for name, spec in work.specs.items()}
     with (progress or Progress()).bar("merge", len(specs)) as bar:
-        write_model(out, specs, work.tensors(folder, bar), section.max_shard_bytes)
+        whole = _finite(folder, dtype, work, work.tensors(folder, bar))
+        write_model(out, specs, whole, section.max_shard_bytes)
     work.check_all_used()
     _write_config(folder, out, dtype, work.written)
 
@@ -83,7 +84,9 @@ class _Work:
         self.quantized = set(note["quantized"]) if base == "dequantized" else set()
         self.quantization = note["quantization"]
         self.transposed = _stored_transposed(self.layout)
-        self.head, self.embedding = _head_of_its_own(folder, found, deltas, self.layout) if head is None else head
+        own = _head_of_its_own(folder, found, deltas, self.layout)
+        self.head, self.embedding = own if head is None else head
+        self.tied = bool(self.head) and not own[0]  # in this adapter's training: what it learnt is in both
         if self.head:
             found[self.head] = found[self.embedding]
         self.converted = self._converted(found)
@@ -155,9 +158,16 @@ class _Work:
         whole = {name: torch.cat([part.float() for part in self._merged(name, made[name])]) for name in made}
         return self.layout.saved(whole)
 
+    def _learnt_rows(self, name: str) -> tuple[list[int], torch.Tensor] | None:
+        """Of a matrix; a head that another adapter makes begins as this one's embedding, learnt rows included."""
+        found = self.deltas.learnt_rows(name)
+        if found is None and self.tied and name == self.own_name(self.head):
+            return self.deltas.learnt_rows(self.own_name(self.embedding))
+        return found
+
     def _merged(self, name: str, weight: torch.Tensor) -> Iterator[torch.Tensor]:
         """The merged tensor of the model, some rows after the others."""
-        replaced, rows = self.deltas.replaced(name), self.deltas.learnt_rows(name)
+        replaced, rows = self.deltas.replaced(name), self._learnt_rows(name)
         weight = weight if replaced is None else replaced
         transposed = name in self.transposed
         change: LowRank | Experts | None = self.deltas.experts(name)
@@ -219,6 +229,48 @@ class _Sum:
         """Raises ModelError when one of the adapters changes a weight that the base does not have."""
         for work in self.alone:
             work.check_all_used()
+
+
+def _finite(
+    folder: Path, dtype: str, work: _Work | _Sum, tensors: Iterable[tuple[str, Iterable[torch.Tensor]]]
+) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+    """The same tensors, rounded to `dtype` where they are floating-point.
+
+    Raises:
+        ModelError: a value of one is no finite number then.
+    """
+    import torch
+
+    def rounded(name: str, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for part in parts:
+            kept = work.specs[name]["dtype"] in SAFETENSORS_NAMES.values()
+            made = part.to(getattr(torch, dtype)) if kept else part
+            if kept and not bool(made.isfinite().all()):
+                raise ModelError(_not_finite(folder, work, name, part, dtype))
+            yield made
+
+    for name, parts in tensors:
+        yield name, rounded(name, parts)
+
+
+def _not_finite(folder: Path, work: _Work | _Sum, name: str, part: torch.Tensor, dtype: str) -> str:
+    """Whose fault it is: the base's, the dtype's, or the adapter's."""
+    import torch
+
+    one = work if isinstance(work, _Work) else work.base
+    ((_, own),) = read(folder, [one.source(name)])
+    if not bool(own.isfinite().all()):
+        return f"{folder}: the base's own {name} holds values that are no finite numbers (nan or inf); take another copy of the base"
+    if bool(part.isfinite().all()):
+        largest, most = float(part.float().abs().max()), torch.finfo(getattr(torch, dtype)).max
+        return (
+            f"the merged {name} holds {largest:g}, and {dtype} ends at {most:g}: lower --weight, or set merge.dtype to "
+            "bfloat16 or float32"
+        )
+    return (
+        f"the merged {name} holds values that are no finite numbers (nan or inf), and the base's does not: they come of the "
+        "adapter, or of its weight"
+    )
 
 
 def _aligned(streams: Sequence[Iterator[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:

@@ -42,8 +42,33 @@ def config(found: Mapping[str, Any]) -> dict[str, Any]:
     dtype = made.get("dtype") or made.get("torch_dtype")
     if dtype is not None:
         made["dtype"] = made["torch_dtype"] = dtype
+    if _contradiction(made):
+        made["rope_parameters"] = {key: value for key, value in rope(made).items() if key != "type"}
     older = _older(made)
     return {**made, **{key: value for key, value in older.items() if made.get(key) is None}}
+
+
+def rope(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Base and scaling of the rotary positions of a config.json, as transformers 5 (5.19) reads its two forms: a `rope_scaling` that holds
+    something takes the place of the whole of `rope_parameters`, and what the one taken does not say of the base stands beside it."""
+    held = dict(found.get("rope_scaling") or found.get("rope_parameters") or {})
+    held.setdefault("rope_theta", found.get("rope_theta", 10000.0))
+    held.setdefault("rope_type", held.get("type", "default"))
+    return held
+
+
+def _contradiction(found: Mapping[str, Any]) -> str:
+    """What the two forms of a scaling say, where it differs; "" where it does not, or where it is by layer."""
+    scaling, newer = found.get("rope_scaling"), found.get("rope_parameters")
+    if not scaling or not newer or any(isinstance(value, dict) for value in newer.values()):
+        return ""
+    said = _scaling(str(found.get("model_type")), newer).get("rope_scaling", {"rope_type": "default"})
+    one, other = (
+        {"rope_type": held.get("rope_type", held.get("type"))}
+        | {key: value for key, value in held.items() if key not in ("type", "rope_type", *BESIDE_SCALING)}
+        for held in (scaling, said)
+    )
+    return "" if one == other else f"rope_scaling {one}, and {other} in newer words"
 
 
 def in_dtype(found: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -158,6 +183,8 @@ def _unsaid(found: Mapping[str, Any], place: str = "") -> Iterator[str]:
     for key, value in _older(found).items():
         if isinstance(value, float | int) and found.get(key, value) != value:
             yield f"{CONFIG} says {place}{key} {found[key]:g}, and {value:g} in newer words"
+    if said := _contradiction(found):
+        yield f"{CONFIG} says {place}{said}"
     for key, value in found.items():
         if _is_section(key, value):
             yield from _unsaid(value, f"{place}{key}.")

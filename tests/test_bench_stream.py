@@ -104,6 +104,11 @@ def test_usage_may_come_with_every_chunk() -> None:
         ([ROLE, END], "no token came"),
         ([ROLE, END, usage(4)], "4 were counted, of which none had text"),
         ([delta(content="a"), {"error": {"message": "out of memory"}}], "broke off.*out of memory"),
+        ([delta(content="a"), {"object": "error", "message": "out of memory"}], "broke off.*out of memory"),
+        ([delta(content="a"), {"message": "out of memory", "code": 500}], "broke off.*out of memory"),
+        ([delta(content="a"), {"detail": "out of memory"}], "broke off.*out of memory"),
+        ([delta(content="a"), {"choices": [{"delta": {}, "finish_reason": "error"}]}], "broke off.*'error'"),
+        ([delta(content="a"), {"choices": [{"delta": {}, "finish_reason": "abort"}]}], "broke off.*'abort'"),
     ],
 )
 def test_what_is_no_answer_is_said(chunks: list[dict[str, Any]], said: str) -> None:
@@ -120,6 +125,7 @@ WRITTEN = [
     'data: {"a":\ndata: "ü"}\n\ndata: {"b": 2}',
     'data: {"a": "ü"}\ndata: {"b": 2}\ndata: [DONE]\n',
     'data: {"a": "ü"}\r\rdata: {"b": 2}\r\r',
+    '\ufeffdata: {"a": "ü"}\n\ndata: {"b": 2}\n\n',
     'data:\n\ndata: {"a": "ü"}\n\nretry: 5\n\ndata: {"b": 2}\n\n',
 ]
 
@@ -130,6 +136,26 @@ def test_events_are_found_however_they_are_cut(text: str, size: int) -> None:
     events, raw = Events(), text.encode()
     found = [e for at in range(0, len(raw), size) for e in events.feed(raw[at : at + size])]
     assert [*found, *events.feed(b"", last=True)] == [{"a": "ü"}, {"b": 2}]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('event: error\ndata: {"message": "out of memory", "choices": [1]}\n\n', "broke off.*out of memory"),
+        ("event: error\ndata: out of memory\n\n", "broke off.*out of memory"),
+        ('data: {"a": 1}\n\ndata: [DONE]\n\ndata: {"choices": [{"text": "b"}]}\n\n', "goes on after"),
+    ],
+)
+def test_an_event_that_is_no_part_of_an_answer_is_said(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        list(Events().feed(text.encode()))
+
+
+def test_a_text_under_two_names_is_one_and_a_state_is_none() -> None:
+    call = {"type": "function", "status": "in_progress", "function": {"arguments": "1"}}
+    for said in ({"reasoning": "hm", "reasoning_content": "hm"}, {"reasoning_content": "hm", "thinking": "hm"}):
+        assert read((1.0, delta(**said))).texts == ["hm"]
+    assert read((1.0, delta(tool_calls=[call]))).texts == ["1"]
 
 
 @pytest.mark.parametrize("text", ["data: {oops\n\n", "data: [1]\n\n", "data: <html>"])
@@ -174,11 +200,13 @@ SCRIPTS: dict[str, list[tuple[float, Any]]] = {
         (LAST, usage(9)),
     ],
     "uncounted": [(0.0, ROLE), *LETTERS, (LAST, END), (LAST, "data: [DONE]\n\n")],
-    "plain": [(FIRST + i * GAP, {"choices": [{"text": "a"}]}) for i in range(5)] + [(LAST, usage(5))],
+    "plain": [(FIRST + i * GAP, {"choices": [{"text": "a"}]}) for i in range(5)]
+    + [(LAST, usage(5)), (LAST, "data: [DONE]\n\n")],
     "blank": [(0.0, {"choices": [{"text": ""}]})]
     + [(FIRST + i * GAP, {"choices": [{"text": "a"}]}) for i in range(5)]
-    + [(LAST, usage(5))],
-    "buffered": [(FIRST, "".join(f"data: {json.dumps(e)}\n\n" for _, e in LETTERS)), (FIRST, usage(5))],
+    + [(LAST, usage(5)), (LAST, "data: [DONE]\n\n")],
+    "buffered": [(FIRST, "".join(f"data: {json.dumps(e)}\n\n" for _, e in LETTERS)), (FIRST, END), (FIRST, usage(5))],
+    "cut short": [*LETTERS, (LAST, usage(5))],
     "garbage": [*LETTERS, (LAST, "data: <html>\n\n")],
     "nothing": [(0.0, ROLE), (LAST, END), (LAST, usage(0))],
     "breaks off": [*LETTERS, (LAST, {"error": {"message": "out of memory"}})],
@@ -261,7 +289,12 @@ def test_an_answer_that_came_at_once_is_said_to(answers: tuple[dict[str, Output]
 
 @pytest.mark.parametrize(
     ("model", "said"),
-    [("breaks off", r"broke off: .*out of memory"), ("garbage", "no JSON"), ("nothing", "no token came")],
+    [
+        ("breaks off", r"broke off: .*out of memory"),
+        ("garbage", "no JSON"),
+        ("nothing", "no token came"),
+        ("cut short", "neither"),
+    ],
 )
 def test_what_went_wrong_is_said(answers: tuple[dict[str, Output], Reader], model: str, said: str) -> None:
     found = answers[0][model]

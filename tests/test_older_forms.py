@@ -185,6 +185,36 @@ def test_what_older_readers_would_take_for_something_else_is_named(tmp_path: Pat
     ]
 
 
+LINEAR, PLAIN = {"rope_type": "linear", "factor": 4.0}, {"rope_type": "default", "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"rope_theta": 1e4, "rope_scaling": LINEAR, "rope_parameters": PLAIN},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": PLAIN},
+        {"rope_scaling": {**LINEAR, "rope_theta": 9.0}, "rope_parameters": PLAIN},
+        {"rope_scaling": LINEAR, "rope_parameters": {**PLAIN, **LINEAR, "factor": 2.0}},
+        {"rope_scaling": {}, "rope_parameters": {**PLAIN, **LINEAR}},
+        {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default"}},
+        {"rope_theta": 7.0},
+    ],
+    ids=str,
+)
+def test_two_forms_that_contradict_each_other_are_read_as_the_library_reads_them(
+    said: dict[str, Any], tmp_path: Path
+) -> None:
+    given = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 2, **said}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    wanted = _without_type(AutoConfig.from_pretrained(tmp_path).rope_parameters)
+    assert _without_type(older_forms.rope(given)) == wanted
+    both = said.get("rope_scaling") and said.get("rope_parameters")
+    assert bool(both) == any("rope_scaling" in one and "linear" in one for one in older_forms.unreadable(tmp_path))
+    older_forms.settle(tmp_path)
+    assert _without_type(AutoConfig.from_pretrained(tmp_path).rope_parameters) == wanted
+    assert list(older_forms.unreadable(tmp_path)) == []
+
+
 def test_weights_of_another_dtype_are_said_to_be_so_everywhere() -> None:
     inside = {"text_config": {"dtype": "bfloat16", "torch_dtype": "bfloat16"}, "vision_config": {"depth": 2}}
     made = older_forms.in_dtype(

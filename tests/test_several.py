@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qkit import distances, foreign, several
@@ -72,6 +73,26 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**Q, "trainable_token_indices": {"embed_tokens": [5, 9]}},
         {},
     ),
+    "learnt tokens, and a head, tied": (
+        {**Q, "trainable_token_indices": [5, 7]},
+        {**Q, "modules_to_save": ["lm_head"]},
+        {"tie_word_embeddings": True},
+    ),
+    "learnt tokens by name, and a changed head, tied": (
+        {**Q, "trainable_token_indices": {"embed_tokens": [5, 7]}},
+        {"target_modules": ["lm_head"]},
+        {"tie_word_embeddings": True},
+    ),
+    "learnt tokens, and a changed embedding, tied": (
+        {**Q, "trainable_token_indices": [5, 7]},
+        {"target_modules": ["embed_tokens"]},
+        {"tie_word_embeddings": True},
+    ),
+    "learnt tokens twice, tied": (
+        {**Q, "trainable_token_indices": [5, 7]},
+        {**Q, "trainable_token_indices": [7, 9]},
+        {"tie_word_embeddings": True},
+    ),
     "learnt biases": ({**UP, "bias": "lora_only"}, {**UP, "bias": "all"}, {"attention_bias": True}),
     "biases of deltas": ({**Q, "lora_bias": True}, Q, {"attention_bias": True}),
 }
@@ -112,7 +133,8 @@ def _add(wanted: Any, own: Any, folder: Path, adapters: list[Path], weights: Any
     """weight * (what PEFT makes of the base with one adapter alone - the base)."""
     for adapter, weight in zip(adapters, weights, strict=True):
         base = _loaded(folder)
-        if untied:
+        learnt = json.loads((adapter / "adapter_config.json").read_text())["trainable_token_indices"]
+        if untied and not learnt:  # rows that were learnt in a tied pair are in both
             base.config.tie_word_embeddings = False
             base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
         one = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
@@ -205,4 +227,26 @@ def test_what_has_no_sum_is_refused(tiny_model: Path, tmp_path: Path) -> None:
         foreign.merge(Wish(str(tiny_model), [tmp_path / "resized"], tmp_path / "out", (0.5,)), Progress())
     with pytest.raises(RecipeError, match="--combine tiess: there is sum"):
         foreign.merge(Wish(str(tiny_model), [tmp_path / "resized"], tmp_path / "out", (), "tiess"), Progress())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_is_a_finite_number(weight: float, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"--weight {weight}: a weight is a finite number"):
+        foreign.merge(Wish(str(tiny_model), [tmp_path], tmp_path / "out", (weight,)), Progress())
+
+
+def test_merged_values_that_are_no_finite_numbers_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    adapter, half = _adapter(tiny_model, tmp_path / "adapter", 1, **Q), ["merge.dtype=float16"]
+    with pytest.raises(
+        ModelError, match=r"the merged model.layers.0.self_attn.q_proj.weight holds .* float16 ends at 65504"
+    ):
+        foreign.merge(Wish(str(tiny_model), [adapter], tmp_path / "out", (1e7,), overrides=half), Progress())
+    bad = shutil.copytree(tiny_model, tmp_path / "bad")
+    held = load_file(bad / "model.safetensors")
+    held["model.norm.weight"][3] = float("nan")
+    save_file(held, bad / "model.safetensors", metadata={"format": "pt"})
+    for weights in ((), (0.5,)):
+        with pytest.raises(ModelError, match=r"the base's own model.norm.weight holds values that are no finite"):
+            foreign.merge(Wish(str(bad), [adapter], tmp_path / "out", weights, overrides=half), Progress())
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit import shape
+from qkit import older_forms, shape
 from qkit.errors import NotDeployable
 from qkit.export._folder import beside_weights, note, start
 from qkit.export._gguf_served import otherwise
@@ -109,18 +109,12 @@ def _unknown(config: Mapping[str, Any]) -> str | None:
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         return f"the architecture {kind!r} is not written by this version; it writes {', '.join(ARCHITECTURES)}"
-    if (scaling := _rope(config).get("rope_type", "default")) not in ("default", "llama3"):
+    if (scaling := older_forms.rope(config).get("rope_type", "default")) not in ("default", "llama3"):
         return f"positions scaled by {scaling!r} are not written by this version"
     head, usual = shape.from_config(config, "the model").head_dim, READ_HEAD_DIM.get(str(kind))
     if usual and head != usual:
         return f"transformers, which opens a GGUF to verify it, reads every {kind} with heads of {usual}, and these have {head}"
     return None
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Base and scaling of rotary positions, as config.json has them now, or had them before transformers 5."""
-    old = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
-    return {**({"rope_type": old["type"]} if "type" in old else {}), **old, **(config.get("rope_parameters") or {})}
 
 
 def _sizes(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -139,7 +133,7 @@ def _sizes(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_value_length(sizes.head_dim)
     writer.add_vocab_size(sizes.vocabulary)
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    writer.add_rope_freq_base(float(_rope(config)["rope_theta"]))
+    writer.add_rope_freq_base(float(older_forms.rope(config)["rope_theta"]))
     writer.add_rope_dimension_count(sizes.head_dim)
 
 
@@ -234,7 +228,7 @@ def _interleaved(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, An
 
 def _rope_factors(config: Mapping[str, Any]) -> np.ndarray[Any, Any] | None:
     """By what Llama 3.1's scaling divides each frequency of the positions; None where nothing is scaled."""
-    rope = _rope(config)
+    rope = older_forms.rope(config)
     if rope.get("rope_type", "default") != "llama3":
         return None
     return rope_factors(rope, shape.from_config(config, "the merged model").head_dim)
