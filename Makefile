@@ -17,12 +17,12 @@ help:
 	@echo "make quickstart   set up, then train, merge, export, check and serve a small model"
 	@echo "make demo-7b      set up, then fine-tune a 7B's shape in 4 bit for two steps: needs 8 GiB and no card"
 	@echo "make test         set up, then run the tests"
-	@echo "make lint         set up, then ruff and mypy"
+	@echo "make lint         set up, then ruff, mypy, the import contract and codespell"
 	@echo "make format       set up, then let ruff rewrite the code"
 	@echo "make setup        set up only"
 
 setup:
-	@$(PYTHON) -I qkit/bootstrap.py --venv $(VENV) $(if $(KIND),--kind $(KIND))
+	@$(PYTHON) -I qkit/setup/bootstrap.py --venv $(VENV) $(if $(KIND),--kind $(KIND))
 
 quickstart: setup
 	@$(VENV)/bin/qkit run recipes/quickstart.yaml$(if $(filter Linux,$(SYSTEM)),, $(WITHOUT_VLLM))
@@ -38,6 +38,8 @@ lint: setup
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy
+	@$(VENV)/bin/lint-imports --no-cache
+	@$(VENV)/bin/codespell
 
 format: setup
 	@$(RUN) -m ruff check --fix

@@ -26,13 +26,18 @@ sys.path.append(str(ROOT / "tests"))
 
 from tiny_models import ARCHITECTURES, build  # noqa: E402
 
-from qkit import deploy, memory, pipeline  # noqa: E402
-from qkit.device import detect  # noqa: E402
-from qkit.errors import QkitError  # noqa: E402
-from qkit.recipe import Recipe, format_names, from_dict  # noqa: E402
-from qkit.run import Run, environment, read_json, write_json  # noqa: E402
-from qkit.shape import shape_of  # noqa: E402
-from qkit.tensor_files import tensor_specs  # noqa: E402
+from qkit import pipeline  # noqa: E402
+from qkit.core.device import detect  # noqa: E402
+from qkit.core.errors import QkitError  # noqa: E402
+from qkit.core.files import read_json, write_json  # noqa: E402
+from qkit.model.config import shape_of  # noqa: E402
+from qkit.plan import deployable, stage_memory  # noqa: E402
+from qkit.recipe.load import from_dict  # noqa: E402
+from qkit.recipe.registry import format_names  # noqa: E402
+from qkit.recipe.schema import Recipe  # noqa: E402
+from qkit.run.directory import Run  # noqa: E402
+from qkit.run.environment import environment  # noqa: E402
+from qkit.tensors.shards import tensor_specs  # noqa: E402
 
 STAGES = ("data", "train", "evaluate", "merge", "export", "verify")
 WORDS = ("red", "green", "blue", "grey", "pink", "teal", "gold", "lime")
@@ -67,7 +72,7 @@ def _key(row: dict[str, Any]) -> tuple[str, str]:
 def _row(work: Path, name: str, quantization: str, formats: Sequence[str]) -> dict[str, Any]:
     how, refused = _recipe(build(work / "model", name, spread=SPREAD), work, quantization, formats)
     run, begin = Run.create(work / "run", how), time.perf_counter()
-    items = memory.train_items(how, shape_of(how.model), detect(), None)
+    items = stage_memory.train_items(how, shape_of(how.model), detect(), None)
     planned = next(item.bytes for item in items if item.name == "adapter")
     ended: dict[str, str] = {}
     for stage in STAGES:
@@ -107,7 +112,9 @@ def _recipe(model: Path, work: Path, quantization: str, formats: Sequence[str]) 
         "export": {"formats": list(format_names()), "method": "round-to-nearest"},
         "bench": {"runtimes": ["transformers"]},
     }
-    refused = {refusal.format: refusal.reason[:REASON] for refusal in deploy.refusals(from_dict(raw, [], "benchmarks"))}
+    refused = {
+        refusal.format: refusal.reason[:REASON] for refusal in deployable.refusals(from_dict(raw, [], "benchmarks"))
+    }
     raw["export"]["formats"] = [name for name in formats if name not in refused and not name.startswith("vllm")]
     return from_dict(raw, [], "benchmarks"), refused
 

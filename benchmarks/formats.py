@@ -22,12 +22,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from qkit import bench, bench_charts, pipeline, show
-from qkit.artifacts import artifacts
-from qkit.bench_charts import MB
-from qkit.device import detect
-from qkit.recipe import load
-from qkit.run import Run, environment, write_json, write_text
+from qkit import pipeline
+from qkit.bench import stage as bench_stage
+from qkit.core import figures as core_figures
+from qkit.core.device import detect
+from qkit.core.files import write_json, write_text
+from qkit.measure.artifacts import artifacts
+from qkit.recipe.load import load
+from qkit.report import bench_charts, summary
+from qkit.report.bench_charts import MB
+from qkit.run.directory import Run
+from qkit.run.environment import environment
 
 
 def main() -> None:
@@ -73,12 +78,12 @@ def _benched(run: Run, settings: list[str]) -> dict[str, list[dict[str, Any]]]:
 def _bench(run: Run, name: str) -> list[dict[str, Any]]:
     artifact = next(artifact for artifact in artifacts(run) if artifact.name == name)
     with tempfile.TemporaryDirectory() as folder:
-        bench.bench_artifact(run, artifact, bench.held_out_prompts(run), Path(folder))
+        bench_stage.bench_artifact(run, artifact, bench_stage.held_out_prompts(run), Path(folder))
         return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).glob("*.json"))]
 
 
 def _row(run: Run, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    figures = show.summary(run, pipeline.statuses(run))
+    figures = summary.summary(run, pipeline.statuses(run))
     parity, score = figures["parity"].get(name, {}), figures["scores"].get(name, {})
     fastest = max(records, key=lambda record: record["output_tokens_per_second"])
     single = min(records, key=lambda record: record["concurrency"])
@@ -122,18 +127,18 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         cells = (
             r["format"],
             r["runtime"],
-            show.fixed(r["disk_bytes"] / MB, 0),
-            show.fixed(r["startup_seconds"]),
-            show.gib_text(r["peak_bytes"]),
-            show.ms_text(r["ttft_seconds"]),
-            show.ms_text(r["tpot_seconds"]),
-            f"{show.fixed(r['tokens_per_second'], 0)} (at {r['at_once']})",
-            show.kl_text(r["kl_mean"]),
-            show.fixed(r["kl_p99"], 3),
-            show.percent(r["top1"]),
-            show.fixed(r["heldout_loss"], 4),
-            show.fixed(r["score"], 0),
-            r["status"] or show.ABSENT,
+            core_figures.fixed(r["disk_bytes"] / MB, 0),
+            core_figures.fixed(r["startup_seconds"]),
+            core_figures.gib_text(r["peak_bytes"]),
+            core_figures.ms_text(r["ttft_seconds"]),
+            core_figures.ms_text(r["tpot_seconds"]),
+            f"{core_figures.fixed(r['tokens_per_second'], 0)} (at {r['at_once']})",
+            core_figures.kl_text(r["kl_mean"]),
+            core_figures.fixed(r["kl_p99"], 3),
+            core_figures.percent(r["top1"]),
+            core_figures.fixed(r["heldout_loss"], 4),
+            core_figures.fixed(r["score"], 0),
+            r["status"] or core_figures.ABSENT,
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

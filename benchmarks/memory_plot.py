@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from qkit.charts import tag
+from qkit.report.svg import tag
 
 SIZE, LEFT, TOP, BOTTOM = 560, 70, 56, 52
 BAND = 0.10

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qkit.recipe import Recipe
-from qkit.shape import known_models
+from qkit.model.config import known_models
+from qkit.recipe.schema import Recipe
 
 USUAL = {"quantization": "nf4-double", "rank": 16, "rows": 4, "length": 256, "labelled": 0.5, "checkpointing": False}
 

@@ -26,12 +26,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from qkit import live, model, parity, scoring
-from qkit.deltas import Deltas
-from qkit.device import PeakMeter, detect
-from qkit.merged_folder import write_folder
-from qkit.run import Run, environment, write_json
+from qkit.core.device import detect
+from qkit.core.files import write_json
+from qkit.core.memory_meter import PeakMeter
+from qkit.measure import held_out, parity, scores
+from qkit.measure import reference as measure_reference
+from qkit.merging.folder import write_folder
+from qkit.model import load, source
+from qkit.run.directory import Run
+from qkit.run.environment import environment
 from qkit.runtimes.transformers import TransformersRuntime
+from qkit.tensors.lora_deltas import Deltas
 
 IDS = 16  # tokens of the forward that repacks the weights
 
@@ -59,8 +64,8 @@ def main() -> None:
 
 
 def _measured(run: Run, count: int, every_rule: bool) -> dict[str, Any]:
-    rows = scoring.read_held_out(run.need("data", "test.parquet")).rows[:count]
-    reference = live.recorded(run, rows)
+    rows = held_out.read_held_out(run.need("data", "test.parquet")).rows[:count]
+    reference = measure_reference.recorded(run, rows)
     how = run.recipe
     described = {
         "name": run.root.name,
@@ -68,7 +73,7 @@ def _measured(run: Run, count: int, every_rule: bool) -> dict[str, Any]:
         "lora_alpha": how.lora.lora_alpha,
         "learning_rate": how.train.learning_rate,
         "steps": how.train.max_steps,
-        "live_loss": scoring.mean_loss([row.targets for row in reference.scores]),
+        "live_loss": scores.mean_loss([row.targets for row in reference.scores]),
         "base": parity.measure(reference, reference.base).to_dict(),
         "rules": {},
     }
@@ -79,7 +84,7 @@ def _measured(run: Run, count: int, every_rule: bool) -> dict[str, Any]:
             found = parity.measure(reference, runtime.score(rows))
             described["rules"][name] = {**found.to_dict(), "lost": found.lost}
             runtime.close()
-    live.forget(run)
+    measure_reference.forget(run)
     return described
 
 
@@ -97,7 +102,7 @@ def _rules(run: Run, work: Path, every_rule: bool) -> Iterator[tuple[str, Callab
 
 
 def _base(run: Run) -> Path:
-    return model.resolve(run.recipe.model)
+    return source.resolve(run.recipe.model)
 
 
 def _adapter(run: Run) -> str:
@@ -109,8 +114,8 @@ def _opened(folder: Path) -> Any:
 
 
 def _requantized(run: Run, folder: Path) -> Any:
-    loaded = model.load_base(folder, run.recipe, detect())
-    model.dequantize(loaded)
+    loaded = load.load_base(folder, run.recipe, detect())
+    source.dequantize(loaded)
     return loaded
 
 
@@ -120,12 +125,12 @@ def _dequantized(run: Run) -> Any:
 
 def _peft_on_4_bit(run: Run, forward: bool) -> Any:
     """PEFT's merge of the quantized model, dequantized before it is asked anything: the same numbers, sooner."""
-    live_model = PeftModel.from_pretrained(model.load_base(_base(run), run.recipe, detect()), _adapter(run)).eval()
+    live_model = PeftModel.from_pretrained(load.load_base(_base(run), run.recipe, detect()), _adapter(run)).eval()
     if forward:
         with torch.inference_mode():
             live_model(torch.arange(IDS)[None])
     merged = live_model.merge_and_unload()
-    model.dequantize(merged)
+    source.dequantize(merged)
     return merged
 
 

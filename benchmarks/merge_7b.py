@@ -24,11 +24,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qkit import merging
-from qkit.device import PeakMeter, detect
-from qkit.recipe import Merge, Quantization
-from qkit.run import environment
-from qkit.tensor_files import TensorFile
+from qkit.core.device import detect
+from qkit.core.memory_meter import PeakMeter
+from qkit.merging import weights
+from qkit.recipe import schema
+from qkit.recipe.schema import Merge, Quantization
+from qkit.run.environment import environment
+from qkit.tensors.shards import TensorFile
 
 HIDDEN, WIDE, KEYS, VOCABULARY, RANK = 4096, 14336, 1024, 32000, 16
 LINEARS = {
@@ -94,7 +96,7 @@ def _copied(work: Path) -> float:
     return time.perf_counter() - begin
 
 
-def _merge(work: Path, base: merging.Base) -> dict[str, float]:
+def _merge(work: Path, base: schema.Base) -> dict[str, float]:
     """One merge in this process: seconds until all is on the disk, CPU seconds, and peak memory over the imports'."""
     import bitsandbytes.functional  # noqa: F401
     import peft  # noqa: F401
@@ -104,7 +106,7 @@ def _merge(work: Path, base: merging.Base) -> dict[str, float]:
     meter, begin, cpu = PeakMeter(detect()), time.perf_counter(), time.process_time()
     out = work / "merged"
     out.mkdir()
-    merging.merge(work / "base", work / "adapter", out, base, Merge(), note)
+    weights.merge(work / "base", work / "adapter", out, base, Merge(), note)
     for shard in out.glob("*.safetensors"):
         with shard.open("rb+") as file:
             os.fsync(file.fileno())

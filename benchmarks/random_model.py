@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from qkit import model
-from qkit.device import Device
-from qkit.recipe import Recipe
+from qkit.core.device import Device
+from qkit.model import load
+from qkit.recipe.schema import Recipe
 
 SPREAD = 0.02  # standard deviation of the weights, as most models start with
 NF4_SPREAD = 0.6  # of the sixteen NF4 values, all equally likely
@@ -42,9 +42,7 @@ def build(folder: Path, how: Recipe, device: Device) -> Any:
         )
     place = "cuda:0" if device.kind == "cuda" else "cpu"
     if how.quantization.load_in_4bit:
-        made.hf_quantizer = AutoHfQuantizer.from_config(
-            model.quantization_config(how.quantization), pre_quantized=False
-        )
+        made.hf_quantizer = AutoHfQuantizer.from_config(load.quantization_config(how.quantization), pre_quantized=False)
         made.hf_quantizer.preprocess_model(model=made, device_map=None)
         _fill(made, place)
         made.hf_quantizer.postprocess_model(made)

@@ -34,11 +34,18 @@ from typing import Any
 import httpx
 import psutil
 
-from qkit import bench, bench_load, bench_record, model, show
-from qkit.bench_load import HeldOut, Load, Tool
-from qkit.device import detect
-from qkit.recipe import load
-from qkit.run import Run, environment, write_json, write_text
+from qkit.bench import record as bench_record
+from qkit.bench import stage as bench_stage
+from qkit.bench import tool as bench_tool
+from qkit.bench.load import HeldOut, Load
+from qkit.bench.tool import Tool
+from qkit.core import figures as core_figures
+from qkit.core.device import detect
+from qkit.core.files import write_json, write_text
+from qkit.model import tokenizer
+from qkit.recipe.load import load
+from qkit.run.directory import Run
+from qkit.run.environment import environment
 from qkit.runtimes.vllm import ENVIRONMENT
 
 PARTS = ("overhead", "crosscheck")
@@ -114,7 +121,7 @@ def _in_turn(run: Run, urls: Mapping[str, str], name: str, turns: int) -> dict[s
     speeds: dict[str, list[float]] = {who: [] for who in urls}
     log = Path(tempfile.gettempdir()) / "qkit-serving-load.log"
     tools = {
-        who: Tool(url, name, bench.tokenizer_folder(run), prompts, 0, log.with_suffix(f".{i}"))
+        who: Tool(url, name, bench_stage.tokenizer_folder(run), prompts, 0, log.with_suffix(f".{i}"))
         for i, (who, url) in enumerate(urls.items())
     }
     try:
@@ -203,7 +210,7 @@ def _healthy(url: str) -> bool:
 
 
 def _prompts(run: Run) -> HeldOut:
-    return bench.as_text(model.tokenizer_of(run.recipe.model), bench.held_out_prompts(run))
+    return bench_stage.as_text(tokenizer.tokenizer_of(run.recipe.model), bench_stage.held_out_prompts(run))
 
 
 # --- crosscheck -------------------------------------------------------------------------------------------------------
@@ -214,7 +221,7 @@ def _crosscheck(run: Run, turns: int) -> dict[str, Any]:
     prompts = _prompts(run)
     with _served(run) as (_, described), tempfile.TemporaryDirectory() as folder:
         url, name = described["url"], described["model"]
-        with Tool(url, name, bench.tokenizer_folder(run), prompts, 0, Path(folder) / "load.log") as tool:
+        with Tool(url, name, bench_stage.tokenizer_folder(run), prompts, 0, Path(folder) / "load.log") as tool:
             asks: dict[str, Callable[[Load, int], dict[str, float]]] = {
                 "qkit": lambda load, turn: _ours(tool.measure(load, turn)),
                 "vllm bench serve": lambda load, turn: _tool_by_hand(tool.arguments(load, turn), Path(folder)),
@@ -290,8 +297,8 @@ def _tool_by_hand(arguments: Sequence[str], folder: Path) -> dict[str, float]:
     """A process of its own, and the summary that the tool writes."""
     mine = list(arguments)
     mine[mine.index("--result-dir") + 1] = str(folder)
-    code = bench_load.DRIVER
-    env = {**os.environ, **bench_load.ENVIRONMENT}
+    code = bench_tool.DRIVER
+    env = {**os.environ, **bench_tool.ENVIRONMENT}
     subprocess.run(
         [sys.executable, "-c", code], input=json.dumps(mine) + "\n", text=True, capture_output=True, check=True, env=env
     )
@@ -357,7 +364,7 @@ def _crosscheck_table(found: Mapping[str, Any]) -> str:
     for who, each in found["read"].items():
         over = ", ".join(f"{value:.3f}" for value in found["over_server"][who].values())
         apart = ", ".join(f"{100 * value:+.1f} %" for value in found["qkit_over_others"][who].values())
-        cells = [who, show.ms_text(each["ttft_seconds"]), show.ms_text(each["tpot_seconds"])]
+        cells = [who, core_figures.ms_text(each["ttft_seconds"]), core_figures.ms_text(each["tpot_seconds"])]
         lines.append(f"| {' | '.join(cells)} | {each['output_tokens_per_second']:.1f} | {over} | {apart} |")
     return "\n".join(lines)
 

@@ -29,10 +29,13 @@ from typing import Any
 import httpx
 import psutil
 
-from qkit import bench, model
-from qkit.bench_meter import Meter
-from qkit.device import detect
-from qkit.run import Run, environment, write_json
+from qkit.bench import stage as bench_stage
+from qkit.bench.meter import Meter
+from qkit.core.device import detect
+from qkit.core.files import write_json
+from qkit.model import source
+from qkit.run.directory import Run
+from qkit.run.environment import environment
 
 HANG_UP, BROKEN = 0.05, 0.05  # shares of the requests
 GROWTH = 0.05
@@ -158,7 +161,7 @@ def main() -> None:
 
 
 def _soak(run: Run, given: argparse.Namespace) -> dict[str, Any]:
-    rows = [list(row) for row in bench.held_out_prompts(run)]
+    rows = [list(row) for row in bench_stage.held_out_prompts(run)]
     command = [sys.executable, "-m", "qkit", "serve", str(run.root), "--json", "--set", "serve.port=0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -184,7 +187,7 @@ def _soak(run: Run, given: argparse.Namespace) -> dict[str, Any]:
         "command": f"python benchmarks/soak.py {' '.join(sys.argv[1:])}",
         "date": dt.date.today().isoformat(),
         "seconds": time.monotonic() - begin,
-        "model": model.resolve(run.recipe.model).name,
+        "model": source.resolve(run.recipe.model).name,
         "outcomes": dict(soak.outcomes.most_common()),
         "seconds_to_end": to_end,
         "memory_growth": growth,

@@ -21,10 +21,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from qkit import model, train
-from qkit.device import detect
-from qkit.fast.batches import IGNORED, TokenBudgetBatches, collate
-from qkit.run import Run, environment, read_json
+from qkit.core.batching import TokenBudgetBatches
+from qkit.core.device import detect
+from qkit.core.files import read_json
+from qkit.model import load, source, tokenizer
+from qkit.run.directory import Run
+from qkit.run.environment import environment
+from qkit.train import sft
+from qkit.train.collate import IGNORED, collate
 
 WAYS = ("qkit", "trl-padded", "trl-packed")
 
@@ -73,18 +77,18 @@ def _trainer(run: Run, way: str, out: Path) -> Any:
     from trl import SFTTrainer
 
     if way == "qkit":
-        return train.build_trainer(run, model.resolve(run.recipe.model), detect(), out)
-    config = train.sft_config(run.recipe, detect(), out)
+        return sft.build_trainer(run, source.resolve(run.recipe.model), detect(), out)
+    config = sft.sft_config(run.recipe, detect(), out)
     if way == "trl-packed":
         config.packing, config.max_length = True, run.recipe.data.batch_tokens
         config.dataset_kwargs = None
-    base = model.load_base(model.resolve(run.recipe.model), run.recipe, detect())
+    base = load.load_base(source.resolve(run.recipe.model), run.recipe, detect())
     return SFTTrainer(
         model=base,
         args=config,
         train_dataset=Dataset.from_list(_rows(run)),
-        processing_class=model.tokenizer_of(run.recipe.model),
-        peft_config=train.lora_config(run.recipe, base),
+        processing_class=tokenizer.tokenizer_of(run.recipe.model),
+        peft_config=sft.lora_config(run.recipe, base),
     )
 
 

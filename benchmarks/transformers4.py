@@ -20,12 +20,15 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from qkit import foreign, pipeline
-from qkit.device import detect
-from qkit.foreign import Wish
-from qkit.progress import Progress
-from qkit.recipe import from_dict
-from qkit.run import Run, environment, write_json
+from qkit import pipeline
+from qkit.commands import merge_any
+from qkit.commands.combine import Wish
+from qkit.core.device import detect
+from qkit.core.files import write_json
+from qkit.core.progress import Progress
+from qkit.recipe.load import from_dict
+from qkit.run.directory import Run
+from qkit.run.environment import environment
 
 READER = Path(__file__).with_name("transformers4_reader.py")
 NEEDS = ("transformers==4.57.*", "sentencepiece", "protobuf", "jinja2")
@@ -171,7 +174,7 @@ def _merged(work: Path, name: str) -> Path:
         here / "adapter"
     )
     wish = Wish(str(here / "base"), [here / "adapter"], here / "merged", overrides=["merge.dtype=float32"])
-    foreign.merge(wish, Progress())
+    merge_any.merge(wish, Progress())
     return here / "merged"
 
 
@@ -195,7 +198,7 @@ def _tokenizer(composed: bool) -> Any:
 
 def _run_folders(work: Path) -> dict[str, Path]:
     """A run with a template and a token of its own through export; its base, as it was prepared, among them."""
-    from qkit import model
+    from qkit.model import source
 
     rows = work / "rows.jsonl"
     turns = [
@@ -221,7 +224,7 @@ def _run_folders(work: Path) -> dict[str, Path]:
     for stage in ("data", "train", "evaluate", "merge", "export"):
         pipeline.execute(run, stage)
     exports = {f"export {name}": run.folder("export") / name for name in settings["export"]["formats"]}
-    prepared = model.resolve(run.recipe.model)
+    prepared = source.resolve(run.recipe.model)
     return {"base with tokens": prepared, "run's merge": run.folder("merge"), **exports}
 
 

@@ -1,6 +1,8 @@
 """`python -m qkit` is the `qkit` command."""
 
-from qkit.cli import main
+from __future__ import annotations
+
+from qkit.cli.app import main
 
 if __name__ == "__main__":
     main()

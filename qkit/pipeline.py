@@ -9,14 +9,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qkit import deploy, fitting, gates, idle, modelcard
-from qkit.device import PeakMeter, detect, out_of_memory
-from qkit.errors import (
+from qkit.core.device import detect, out_of_memory
+from qkit.core.errors import (
     DataError,
     DoesNotFit,
     MissingArtifact,
@@ -26,58 +26,20 @@ from qkit.errors import (
     StageFailed,
     UserError,
 )
-from qkit.recipe import Data, Recipe
-from qkit.run import (
-    LOCK_HELD,
-    Peak,
-    Run,
-    StageRecord,
-    decisions,
-    environment,
-    make_folder,
-    read_json,
-    stage_key,
-    writing,
-)
+from qkit.core.files import make_folder, read_json, writing
+from qkit.core.memory_meter import PeakMeter
+from qkit.measure import gates
+from qkit.plan import deployable
+from qkit.plan import fit as plan_fit
+from qkit.recipe import idle
+from qkit.recipe.schema import Data
+from qkit.report import model_card
+from qkit.run.directory import LOCK_HELD, Peak, Run, StageRecord, decisions, stage_key
+from qkit.run.environment import environment
+from qkit.run.stages import STAGES, stages_of
 
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage: whose folders it reads, and which sections of the recipe it depends on."""
-
-    name: str
-    needs: tuple[str, ...]
-    sections: tuple[str, ...]
-    resumes: bool = False  # goes on from what a killed attempt left
-    reads_sources: bool = False  # the files on this machine that the recipe names
-
-
-BEFORE_REPORT = ("data", "train", "evaluate", "merge", "export", "serve", "verify", "bench")
-SECTIONS = tuple(name for name in Recipe.model_fields)
-
-STAGES: Mapping[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage("data", (), ("task", "seed", "model", "data"), reads_sources=True),
-        Stage(
-            "train",
-            ("data",),
-            ("seed", "model", "quantization", "lora", "data", "ledger", "train", "micro_batches"),
-            resumes=True,
-        ),
-        Stage("evaluate", ("data", "train"), ("task", "model", "quantization", "evaluate")),
-        Stage("merge", ("data", "train", "evaluate"), ("task", "seed", "model", "quantization", "evaluate", "merge")),
-        Stage("export", ("data", "train", "merge"), ("model", "quantization", "merge", "export")),
-        Stage("serve", ("export",), ("serve",)),
-        Stage(
-            "verify",
-            ("data", "train", "evaluate", "merge", "export"),
-            ("task", "evaluate", "export", "verify", "serve"),
-        ),
-        Stage("bench", ("data", "merge", "export"), ("bench", "serve")),
-        Stage("report", BEFORE_REPORT, SECTIONS),
-    )
-}
+if TYPE_CHECKING:
+    from qkit.run.stages import Stage
 
 
 KILLED = -9  # SIGKILL, as a process's status
@@ -101,11 +63,6 @@ def _left(run: Run, stage: Stage) -> str:
 def statuses(run: Run) -> dict[str, str]:
     """Status of every stage of the run's recipe, in order."""
     return {stage.name: status(run, stage) for stage in stages_of(run.recipe)}
-
-
-def stages_of(recipe: Recipe) -> list[Stage]:
-    """The stages that a recipe has: without a vllm export there is nothing to serve."""
-    return [stage for name, stage in STAGES.items() if name != "serve" or "vllm" in recipe.export.formats]
 
 
 def _needs(run: Run, stage: Stage) -> list[Stage]:
@@ -160,7 +117,7 @@ def execute(run: Run, name: str) -> None:
         run.record(name, record, environment(detect().to_dict()))
         run.commit(name)
         if name in CARDED:
-            modelcard.write(run)
+            model_card.write(run)
 
 
 def _remark(run: Run, stage: Stage) -> None:
@@ -184,7 +141,7 @@ def _check_inputs(run: Run, stage: Stage) -> None:
 def _call(run: Run, name: str, work: Path) -> Peak | None:
     """The stage's own `run`, with foreign errors turned into ours."""
     try:
-        peak: Peak | None = importlib.import_module(f"qkit.{name}").run(run, work)
+        peak: Peak | None = importlib.import_module(f"qkit.{name}.stage").run(run, work)
         return peak
     except QkitError:
         raise
@@ -199,7 +156,7 @@ def _call(run: Run, name: str, work: Path) -> Peak | None:
         logging.getLogger("qkit").exception("stage %s failed", name)
         text = f"{type(error).__name__}: {error}".strip()
         if out_of_memory(error):
-            reason = f"out of memory: {text.splitlines()[0]}; {fitting.shortage(run.recipe, name, detect())}"
+            reason = f"out of memory: {text.splitlines()[0]}; {plan_fit.shortage(run.recipe, name, detect())}"
             raise OutOfMemory(name, run.root, run.log(name), reason) from error
         raise StageFailed(name, run.root, run.log(name), text[:2000]) from error
 
@@ -220,9 +177,9 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
         ParityFailed: every stage is done, and an artifact failed its gate.
     """
     done = []
-    fitting.check(run.recipe, detect())
+    plan_fit.check(run.recipe, detect())
     _check_held_out(run.recipe.data)
-    deploy.check(run.recipe)
+    deployable.check(run.recipe)
     with run.locked():
         run.save_recipe()
         run.adopt()
@@ -237,7 +194,7 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
                 if stage.name == "train":
                     _check_test_rows(run)
                 if stage.name == "train" and fit:
-                    run = fitting.train(run, lambda given: _start(given, "train", options), _rekey)
+                    run = plan_fit.train(run, lambda given: _start(given, "train", options), _rekey)
                 elif stage.name != "serve":
                     _start(run, stage.name, options)
                 elif not beside:
@@ -356,7 +313,7 @@ def _raise_for(name: str, run: Run, code: int) -> None:
     if code == OutOfMemory.exit_code:
         raise ReportedShortage(name, run.root, run.log(name), "out of memory")
     if code == KILLED and name == "train":
-        reason = f"{_death(code)}; {fitting.shortage(fitting.settled(run), name, detect())}"
+        reason = f"{_death(code)}; {plan_fit.shortage(plan_fit.settled(run), name, detect())}"
         raise OutOfMemory(name, run.root, run.log(name), reason)
     raise StageFailed(name, run.root, run.log(name), _death(code))
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 if TYPE_CHECKING:
-    from qkit.run import Run
+    from qkit.run.directory import Run
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -136,8 +136,8 @@ def tiny_recipe(tmp_path: Path, tiny_model: Path, rows_file: Path) -> Path:
 def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Run:
     """A tiny run through `merge`, with a system turn in every row and a learning rate at which the fine-tune shows. Not to be changed."""
     from qkit import pipeline
-    from qkit.recipe import load
-    from qkit.run import Run
+    from qkit.recipe.load import load
+    from qkit.run.directory import Run
 
     folder = tmp_path_factory.mktemp("trained")
     rows = folder / "rows.jsonl"

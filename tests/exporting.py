@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qkit.export._job import Job, exporter, split
-from qkit.recipe import Recipe
-from qkit.runtime import Row, RowScores
+from qkit.plugins.exporter import Job, exporter
+from qkit.plugins.runtime import Row, RowScores
+from qkit.recipe.registry import split
+from qkit.recipe.schema import Recipe
 
 ROWS = [Row(list(range(3, 60)), 5), Row([5, 6, 7, 8, 9, 120, 121], 2)]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from qkit.recipe import Recipe
-from qkit.run import Run
+from qkit.recipe.schema import Recipe
+from qkit.run.directory import Run
 
 SAMPLE = Path(__file__).parent / "sample_run"
 # What a run that is half way may lack, one by one.

@@ -16,12 +16,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from qkit import added_tokens, merged_folder, model, pipeline, provenance, recipe, train
-from qkit.device import detect
-from qkit.errors import ModelError, RecipeError
-from qkit.progress import Progress
-from qkit.recipe import from_dict
-from qkit.run import Run
+from qkit import pipeline
+from qkit.core.device import detect
+from qkit.core.errors import ModelError, RecipeError
+from qkit.core.progress import Progress
+from qkit.merging import folder as merging_folder
+from qkit.model import added_tokens, load, provenance, source
+from qkit.model import tokenizer as model_tokenizer
+from qkit.recipe import schema
+from qkit.recipe.load import from_dict
+from qkit.run.directory import Run
+from qkit.train import sft
 from tests.conftest import build_tokenizer, chat_rows, tiny_settings
 
 TOKENS = ["<|im_start|>", "<|im_end|>"]
@@ -77,7 +82,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def prepared(folder: Path, tokens: list[str] = TOKENS) -> Path:
-    return model.resolve(recipe.Model(source=str(folder), add_tokens=tuple(tokens)))
+    return source.resolve(schema.Model(source=str(folder), add_tokens=tuple(tokens)))
 
 
 # --- the prepared model -----------------------------------------------------------------------------------------------
@@ -167,18 +172,18 @@ def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
 def test_a_base_without_a_template_is_offered_one(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
     with pytest.raises(ModelError, match=r"model\.chat_template=chatml"):
-        model.load_tokenizer(base, recipe.Model(source=str(base)))
+        model_tokenizer.load_tokenizer(base, schema.Model(source=str(base)))
 
 
 def test_markers_that_are_no_tokens_are_refused_with_both_ways_out(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
     with pytest.raises(ModelError) as refused:
-        model.load_tokenizer(base, recipe.Model(source=str(base), chat_template="chatml"))
+        model_tokenizer.load_tokenizer(base, schema.Model(source=str(base), chat_template="chatml"))
     text = str(refused.value)
     assert "<|im_start|> would be read as 12 ordinary tokens" in text
     assert '--set \'model.add_tokens=["<|im_start|>", "<|im_end|>"]\'' in text and "model.chat_template=plain" in text
     offered = {"chat_template": "chatml", "add_tokens": ["<|im_start|>", "<|im_end|>"]}
-    tokenizer = model.load_tokenizer(base, recipe.Model(source=str(base), **offered))
+    tokenizer = model_tokenizer.load_tokenizer(base, schema.Model(source=str(base), **offered))
     assert (
         len(tokenizer.apply_chat_template([{"role": "user", "content": ""}])["input_ids"]) == 1 + len("user\n") + 1 + 1
     )
@@ -191,8 +196,8 @@ def test_a_copy_of_the_models_own_template_may_write_markers_as_text(tmp_path: P
     tokenizer.chat_template = own
     tokenizer.save_pretrained(base)
     (tmp_path / "copy.jinja").write_text(own + "{# dated #}")
-    section = recipe.Model(source=str(base), chat_template=str(tmp_path / "copy.jinja"))
-    assert model.load_tokenizer(base, section).chat_template.endswith("{# dated #}")
+    section = schema.Model(source=str(base), chat_template=str(tmp_path / "copy.jinja"))
+    assert model_tokenizer.load_tokenizer(base, section).chat_template.endswith("{# dated #}")
 
 
 @pytest.mark.parametrize("name", ["chatml", "plain"])
@@ -205,8 +210,10 @@ def test_a_named_template_begins_as_the_models_texts_do(tmp_path: Path, name: st
     number = tokenizer.convert_tokens_to_ids("<s>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", number)])
     tokenizer.save_pretrained(base)
-    section = recipe.Model(source=str(base), chat_template=name, add_tokens=tuple(TOKENS))
-    ids = model.load_tokenizer(base, section).apply_chat_template([{"role": "user", "content": "a"}])["input_ids"]
+    section = schema.Model(source=str(base), chat_template=name, add_tokens=tuple(TOKENS))
+    ids = model_tokenizer.load_tokenizer(base, section).apply_chat_template([{"role": "user", "content": "a"}])[
+        "input_ids"
+    ]
     assert ids.count(number) == 1 and ids[0] == number
 
 
@@ -257,8 +264,8 @@ def finish(folder: Path, section: dict[str, Any], **shape: Any) -> Finished:
     run = Run.create(folder / "run", from_dict(settings, [], "test"))
     for stage in ("data", "train"):
         pipeline.execute(run, stage)
-    merged_folder.write_folder(run, run.folder("merge"), "dequantized")
-    return Finished(run, model.resolve(run.recipe.model))
+    merging_folder.write_folder(run, run.folder("merge"), "dequantized")
+    return Finished(run, source.resolve(run.recipe.model))
 
 
 CHATML = {"chat_template": "chatml", "add_tokens": TOKENS}
@@ -290,8 +297,8 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> float:
 
 def test_the_merged_model_says_what_the_live_one_says(finished: Finished, tmp_path: Path) -> None:
     how, adapter = finished.run.recipe, finished.run.need("train", "adapter")
-    live = logprobs(model.load_live(finished.base, how, detect(), adapter), finished.ids)
-    base = logprobs(model.load_live(finished.base, how, detect(), None), finished.ids)
+    live = logprobs(load.load_live(finished.base, how, detect(), adapter), finished.ids)
+    base = logprobs(load.load_live(finished.base, how, detect(), None), finished.ids)
     merged = logprobs(AutoModelForCausalLM.from_pretrained(finished.merged, dtype=torch.bfloat16), finished.ids)
     assert kl(live, merged) < 2e-3 and kl(live, base) > 20 * kl(live, merged)
 
@@ -346,15 +353,15 @@ def test_the_adapter_holds_rows_and_not_matrices(finished: Finished) -> None:
 def test_live_rows_are_settled_without_a_change(finished: Finished) -> None:
     """peft's own forward copies the matrix and puts the rows into the copy."""
     how, adapter = finished.run.recipe, finished.run.need("train", "adapter")
-    base = model.load_base(finished.base, how, detect())
-    model.dequantize(base)
+    base = load.load_base(finished.base, how, detect())
+    source.dequantize(base)
     copied = logprobs(PeftModel.from_pretrained(base, str(adapter)).eval(), finished.ids)
-    assert torch.equal(copied, logprobs(model.load_live(finished.base, how, detect(), adapter), finished.ids))
+    assert torch.equal(copied, logprobs(load.load_live(finished.base, how, detect(), adapter), finished.ids))
 
 
 def test_both_heads_give_the_learnt_rows_the_same_gradient(finished: Finished, tmp_path: Path) -> None:
     """On a GPU the loss is TRL's, which reads the head's weight and bias and never calls it."""
-    trainer = train.build_trainer(finished.run, finished.base, detect(), tmp_path)
+    trainer = sft.build_trainer(finished.run, finished.base, detect(), tmp_path)
     ours, theirs = (row_gradients(trainer, labelled) for labelled in (True, False))
     assert ours.keys() == theirs.keys() and bool(ours) == bool(finished.run.recipe.model.add_tokens)
     for name, gradient in ours.items():

@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from qkit import pipeline
-from qkit.errors import MissingArtifact
-from qkit.recipe import load
-from qkit.run import LOCK_HELD, Run
+from qkit.core.errors import MissingArtifact
+from qkit.recipe.load import load
+from qkit.run.directory import LOCK_HELD, Run
 
 
 def qkit(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -158,14 +158,14 @@ def test_no_disk_space(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     import datasets  # noqa: F401 (it keeps what shutil has when it is imported, and would see a full disk ever after)
 
-    from qkit import run as running
-    from qkit.errors import DoesNotFit
+    from qkit.core.errors import DoesNotFit
+    from qkit.run import directory as run_directory
 
     usage = collections.namedtuple("usage", "total used free")
     run = Run.create(tmp_path / "run", load(tiny_recipe))
     pipeline.execute(run, "data")
     before = run.manifest()
-    monkeypatch.setattr(running.shutil, "disk_usage", lambda _: usage(10, 10, 0))
+    monkeypatch.setattr(run_directory.shutil, "disk_usage", lambda _: usage(10, 10, 0))
     with pytest.raises(DoesNotFit, match=r"GiB on the disk of .* 0\.0 GiB free"):
         pipeline.execute(run, "train")
     assert run.manifest() == before and not run.folder("train").exists()

@@ -10,10 +10,11 @@ import pytest
 from sample import SAMPLE, open_sample
 from test_charts import parsed, texts
 
-from qkit import bench_charts, charts
-from qkit.bench_charts import pareto
-from qkit.charts import Line
-from qkit.errors import MissingArtifact, MissingExtra
+from qkit.core.errors import MissingArtifact, MissingExtra
+from qkit.report import bench_charts
+from qkit.report import svg as report_svg
+from qkit.report.bench_charts import pareto
+from qkit.report.svg import Line
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -23,7 +24,7 @@ def dots(svg: str) -> list[tuple[float, float]]:
 
 
 def plane(*lines: Line, joined: bool = True, lowest: float | None = 0.0) -> str:
-    return charts.plane("p", "T", "D", lines, axes=("x", "y"), width=400, height=200, joined=joined, lowest=lowest)
+    return report_svg.plane("p", "T", "D", lines, axes=("x", "y"), width=400, height=200, joined=joined, lowest=lowest)
 
 
 def test_points_are_where_their_figures_say() -> None:
@@ -37,11 +38,11 @@ def test_points_are_where_their_figures_say() -> None:
 def test_labels_of_like_points_do_not_cover_each_other() -> None:
     svg = plane(*(Line(f"line {i}", [(1, 1)], ("",)) for i in range(4)), joined=False)
     heights = sorted(float(t.attrib["y"]) for t in parsed(svg).iter("text") if (t.text or "").startswith("line"))
-    assert len(heights) == 4 and all(b - a >= charts.TEXT for a, b in pairwise(heights))
+    assert len(heights) == 4 and all(b - a >= report_svg.TEXT for a, b in pairwise(heights))
 
 
 @pytest.mark.parametrize("points", [[(0.0, 0.0)], [(3.0, 3.0), (3.0, 3.0)], [(1.0, 50.0), (2.0, 51.0)]])
-def test_any_points_can_be_drawn(points: list[charts.Point]) -> None:
+def test_any_points_can_be_drawn(points: list[report_svg.Point]) -> None:
     for lowest in (0.0, None):
         assert "nan" not in plane(Line("l", points, ("",) * len(points)), lowest=lowest)
 

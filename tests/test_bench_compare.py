@@ -10,10 +10,10 @@ import pytest
 from sample import SAMPLE
 from test_pipeline import qkit
 
-from qkit import bench_compare
-from qkit.bench_compare import Ratio, compare, judge, regression, share
-from qkit.bench_record import sealed
-from qkit.errors import MissingArtifact, UserError
+from qkit.bench import compare as bench_compare
+from qkit.bench.compare import Ratio, compare, judge, regression, share
+from qkit.bench.record import sealed
+from qkit.core.errors import MissingArtifact, UserError
 
 RECORD = SAMPLE / "bench" / "vllm-c8.json"
 

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from sse import FIRST, GAP, TEXT, Fake, Sent, serving
 
-from qkit.bench_load import CHAT, COMPLETIONS, Direct, HeldOut, Load, Prompt, Synthetic, Tool, parse
-from qkit.bench_record import Repeat, Request, figures
-from qkit.errors import ServerError
-from qkit.runtime import Timing
+from qkit.bench.load import Direct, HeldOut, Load, Prompt, Synthetic
+from qkit.bench.record import Repeat, Request, figures
+from qkit.bench.tool import CHAT, COMPLETIONS, Tool, parse
+from qkit.core.errors import ServerError
+from qkit.plugins.runtime import Timing
 
 TOKENS = 12
 LOAD = Load(requests=8, output_tokens=TOKENS, concurrency=4)

@@ -10,14 +10,18 @@ import pytest
 from sample import SAMPLE, open_sample
 from test_show import closed
 
-from qkit import bench, bench_meter, bench_record
-from qkit.bench_load import Load
-from qkit.bench_meter import Counter, Meter, spent
-from qkit.bench_record import Repeat, Request, Slo, distribution, figures, sealed, steady
-from qkit.errors import DataError
-from qkit.recipe import Bench
+from qkit.bench import meter as bench_meter
+from qkit.bench import record as bench_record
+from qkit.bench import stage as bench_stage
+from qkit.bench.load import Load
+from qkit.bench.meter import Counter, Meter, spent
+from qkit.bench.record import Repeat, Request, Slo, distribution, figures, sealed
+from qkit.core.errors import DataError
+from qkit.core.figures import steady
+from qkit.measure import artifacts
+from qkit.recipe.schema import Bench
 
-SCHEMA = json.loads(resources.files("qkit").joinpath("bench.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads(resources.files("qkit.bench").joinpath("bench.schema.json").read_text(encoding="utf-8"))
 RECORDS = sorted((SAMPLE / "bench").glob("*.json"))
 
 
@@ -157,7 +161,7 @@ class Queue:
 
 def test_a_sweep_ends_when_throughput_stops_growing_and_then_goes_below_it() -> None:
     source = Queue()
-    found = list(bench.measure(source, Bench(sweep=True, repeats=2, rounds=2), None))
+    found = list(bench_stage.measure(source, Bench(sweep=True, repeats=2, rounds=2), None))
     assert [m.load.concurrency for m in found] == [1, 2, 4, 8, None, None, None]
     assert [m.name for m in found[-3:]] == ["r0.25", "r0.5", "r0.75"]
     assert [m.load.request_rate for m in found[-3:]] == [1.0, 2.0, 3.0]  # of the 4 a second at 4 at once
@@ -167,31 +171,31 @@ def test_a_sweep_ends_when_throughput_stops_growing_and_then_goes_below_it() -> 
 
 
 def test_what_has_no_queue_is_not_waited_for() -> None:
-    assert all(m.load.concurrency for m in bench.measure(Queue(queues=False), Bench(sweep=True, repeats=1), None))
+    assert all(m.load.concurrency for m in bench_stage.measure(Queue(queues=False), Bench(sweep=True, repeats=1), None))
 
 
 def test_without_a_sweep_the_recipe_says_the_loads() -> None:
-    found = list(bench.measure(Queue(), Bench(concurrency=(1, 3), repeats=1), None))
+    found = list(bench_stage.measure(Queue(), Bench(concurrency=(1, 3), repeats=1), None))
     assert [(m.load.concurrency, m.load.requests) for m in found] == [(1, 1), (3, 3)]
 
 
 def test_one_repeat_is_not_called_steady() -> None:
-    (measured,) = bench.measure(Queue(), Bench(concurrency=(1,), repeats=1), None)
+    (measured,) = bench_stage.measure(Queue(), Bench(concurrency=(1,), repeats=1), None)
     assert figures(measured.repeats)["steady"] is False and figures([*measured.repeats] * 2)["steady"] is True
 
 
 def test_a_server_elsewhere_has_no_energy_of_this_machine() -> None:
-    (measured,) = bench.measure(Queue(), Bench(concurrency=(1,), repeats=1), None)
+    (measured,) = bench_stage.measure(Queue(), Bench(concurrency=(1,), repeats=1), None)
     assert measured.energy["joules"] is None and "another machine" in measured.energy["why"]
 
 
 def test_a_record_of_anything_is_valid() -> None:
     source = Queue()
     section = Bench(repeats=2, price_per_hour=1.0, slo_ttft_seconds=0.3, concurrency=(2,))
-    (measured,) = bench.measure(source, section, None)
+    (measured,) = bench_stage.measure(source, section, None)
     about = {"runtime": "url", "artifact": "m", "model_sha256": None, "disk_bytes": None, "startup_seconds": None}
     about |= {"argv": None, "peak_bytes": None, "meter": None, "training": None, "quality": None}
-    record = bench.record(measured, source, section, 0, about)
+    record = bench_stage.record(measured, source, section, 0, about)
     check(json.loads(json.dumps(record)))
     assert record["goodput_per_second"] == record["requests_per_second"] == 2.0
     assert record["cost"]["per_million_output_tokens"] == pytest.approx(1e6 / 10 / 3600)
@@ -201,7 +205,7 @@ def test_the_record_joins_what_the_run_knows(tmp_path: Path) -> None:
     run = open_sample(tmp_path)
     (run.root / "export" / "vllm").mkdir(parents=True)
     (run.root / "export" / "vllm" / "file").write_bytes(b"12345")
-    about = bench._about(run, bench.Artifact("vllm", run.root / "export" / "vllm"))
+    about = bench_stage._about(run, artifacts.Artifact("vllm", run.root / "export" / "vllm"))
     parity = json.loads((SAMPLE / "verify" / "parity.json").read_text(encoding="utf-8"))
     assert about["disk_bytes"] == 5 and about["runtime"] == "vllm"
     assert about["quality"]["kl_mean"] == parity["parity"]["vllm"]["kl_mean"]
@@ -214,11 +218,11 @@ def test_rows_that_are_other_tokens_as_text_are_left_out_and_counted(tiny_model:
 
     tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
     whole, torn = tokenizer("say a").input_ids, tokenizer("ü").input_ids[:1]  # half of a letter is no text
-    found = bench.as_text(tokenizer, [whole, torn])
+    found = bench_stage.as_text(tokenizer, [whole, torn])
     assert [(p.text, p.tokens) for p in found.prompts] == [("say a", len(whole))]
     assert found.says == "held-out rows, 1 left out whose text has other tokens"
     with pytest.raises(DataError, match="no held-out prompt keeps its token ids"):
-        bench.as_text(tokenizer, [torn])
+        bench_stage.as_text(tokenizer, [torn])
 
 
 # --- meters -----------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import aiohttp
 import pytest
 from sse import serving
 
-from qkit.bench_load import CHAT, COMPLETIONS
-from qkit.bench_record import Repeat, Request, figures
-from qkit.bench_stream import NO_USAGE, Answer, Events, Reader
+from qkit.bench.record import Repeat, Request, figures
+from qkit.bench.stream import NO_USAGE, Answer, Events, Reader
+from qkit.bench.tool import CHAT, COMPLETIONS
 
 ROLE = {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
 EMPTY: dict[str, Any] = {"choices": [{"delta": {}}]}

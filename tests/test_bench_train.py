@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 from test_pipeline import qkit
 
-from qkit import bench_train
-from qkit.bench_train import Point
-from qkit.device import Device
-from qkit.errors import RecipeError, StageFailed
-from qkit.progress import Progress
-from qkit.recipe import load
+from qkit.commands import bench_training
+from qkit.commands.bench_training import Point
+from qkit.core.device import Device
+from qkit.core.errors import RecipeError, StageFailed
+from qkit.core.progress import Progress
+from qkit.recipe.load import load
 
 
 def test_the_sweep_is_every_batch_with_every_row_that_fits_it(tiny_recipe: Path) -> None:
     how = load(tiny_recipe)  # batches of 256, rows of up to 128
-    assert bench_train.points(how, [], []) == [Point(128, 128), Point(256, 128), Point(512, 128)]
-    assert bench_train.points(how, [64, 256], [32, 128]) == [Point(64, 32), Point(256, 32), Point(256, 128)]
+    assert bench_training.points(how, [], []) == [Point(128, 128), Point(256, 128), Point(512, 128)]
+    assert bench_training.points(how, [64, 256], [32, 128]) == [Point(64, 32), Point(256, 32), Point(256, 128)]
     with pytest.raises(RecipeError, match="no batch of 64 tokens holds a row of 128"):
-        bench_train.points(how, [64], [])
+        bench_training.points(how, [64], [])
 
 
 @pytest.mark.slow
@@ -46,24 +46,24 @@ def test_a_point_that_fails_ends_no_sweep(tiny_recipe: Path, tmp_path: Path, mon
             raise StageFailed("bench train", tmp_path, tmp_path / "log", "out of memory")
         return {"batch_tokens": one.batch_tokens}
 
-    monkeypatch.setattr(bench_train, "_in_a_process", point)
+    monkeypatch.setattr(bench_training, "_in_a_process", point)
     how, out = load(tiny_recipe), tmp_path / "b"
     out.mkdir()
-    record = bench_train.bench(how, bench_train.points(how, [], []), 3, out, Progress())
+    record = bench_training.bench(how, bench_training.points(how, [], []), 3, out, Progress())
     assert [found["batch_tokens"] for found in record["points"]] == [128, 256]
     (failed,) = record["failed"]
     assert failed["batch_tokens"] == 512 and "out of memory" in failed["why"]
     with pytest.raises(StageFailed, match="out of memory"):
-        bench_train.bench(how, bench_train.points(how, [512], []), 3, out, Progress())
+        bench_training.bench(how, bench_training.points(how, [512], []), 3, out, Progress())
 
 
 def test_mfu_is_measured_where_the_training_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_train, "SIDE", 64)
-    best, against = bench_train.achievable()
+    monkeypatch.setattr(bench_training, "SIDE", 64)
+    best, against = bench_training.achievable()
     assert best > 0 and "bf16 products here" in against
-    monkeypatch.setattr(bench_train, "detect", lambda: Device("meta", "no card of the table", 1, 1))
+    monkeypatch.setattr(bench_training, "detect", lambda: Device("meta", "no card of the table", 1, 1))
     with pytest.raises(Exception, match="meta"):  # its product is asked for on that device
-        bench_train.achievable()
+        bench_training.achievable()
 
 
 def test_a_point_that_cannot_be_trained_says_where(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from sse import Fake, serving
 from test_bench_record import SCHEMA
 from test_pipeline import qkit
 
-from qkit import bench_url
-from qkit.bench_load import BEYOND_OPENAI, CHAT, COMPLETIONS
-from qkit.bench_url import Asked
-from qkit.errors import RecipeError, ServerError, UserError
-from qkit.progress import Progress
+from qkit.bench import any_server
+from qkit.bench.any_server import Asked
+from qkit.bench.load import BEYOND_OPENAI
+from qkit.bench.tool import CHAT, COMPLETIONS
+from qkit.core.errors import RecipeError, ServerError, UserError
+from qkit.core.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,8 @@ def test_any_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: Path)
 @pytest.mark.parametrize("chat", [False, True])
 def test_what_a_server_takes_is_found_out_by_asking(fake: Fake, chat: bool) -> None:
     place = fake.url + (CHAT if chat else COMPLETIONS)
-    assert bench_url.taken(place, "steady") == frozenset(BEYOND_OPENAI)
-    assert bench_url.taken(place, "strict") == frozenset()
+    assert any_server.taken(place, "steady") == frozenset(BEYOND_OPENAI)
+    assert any_server.taken(place, "strict") == frozenset()
 
 
 @pytest.mark.slow
@@ -59,7 +60,7 @@ def test_a_strict_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: 
     progress = Progress()
     progress.say = said.append  # type: ignore[method-assign]
     asked = Asked(fake.url, "strict", str(tiny_model), 16, overrides=("bench.concurrency=[2]", "bench.output_tokens=3"))
-    (record,) = bench_url.run(asked, tmp_path, progress)
+    (record,) = any_server.run(asked, tmp_path, progress)
     assert record["failed_requests"] == 0 and record["tokens"] == 18
     assert any("takes no ignore_eos" in text for text in said)
 
@@ -79,9 +80,9 @@ def test_what_cannot_be_asked(
 ) -> None:
     how = Asked(**{"url": fake.url, "model": "m", "tokenizer": None, **asked})
     with pytest.raises(error, match=said):
-        bench_url.run(how, tmp_path, Progress())
+        any_server.run(how, tmp_path, Progress())
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match=r"127\.0\.0\.1:9.*is the server up"):
-        bench_url.run(Asked("http://127.0.0.1:9", None, "t"), tmp_path, Progress())
+        any_server.run(Asked("http://127.0.0.1:9", None, "t"), tmp_path, Progress())

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from qkit import bootstrap
-from qkit.bootstrap import CannotSetUp, Step, Target
+from qkit.setup import bootstrap
+from qkit.setup.bootstrap import CannotSetUp, Step, Target
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs scripts that the system runs by their first line")
 MISSION = ("transformers", "peft", "bitsandbytes", "trl", "datasets", "vllm", "onnxruntime")
@@ -42,7 +42,7 @@ def project() -> dict[str, Any]:
 # --- argv ------------------------------------------------------------------------------------------------------------
 
 VENV = Path("VENV")
-INSTALL = "-I -m pip install --quiet --constraint ROOT/qkit/constraints/{} --editable ROOT[{},dev]"
+INSTALL = "-I -m pip install --quiet --constraint ROOT/qkit/setup/constraints/{} --editable ROOT[{},dev]"
 FROM_PYTORCH = "-I -m pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu"
 UNINSTALL = "-I -m pip uninstall --quiet --yes torchvision torchaudio torchcodec"
 CPU, CUDA = INSTALL.format("cpu.txt", "all-cpu"), INSTALL.format("cuda.txt", "all")
@@ -394,4 +394,4 @@ def test_the_two_commands_set_up_first(goal: str, last: str) -> None:
     argv = ["make", "--dry-run", "--no-print-directory", goal, "VENV=build/x", "KIND=cpu", "ARGS=-x", "PYTHON=python3"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(argv, cwd=bootstrap.ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["python3 -I qkit/bootstrap.py --venv build/x --kind cpu", last]
+    assert done.stdout.splitlines() == ["python3 -I qkit/setup/bootstrap.py --venv build/x --kind cpu", last]

@@ -16,13 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qkit import compare, contract, gates, layers, live, parity, pipeline, verify
-from qkit.device import detect
-from qkit.errors import MissingArtifact, ModelError, ParityFailed
-from qkit.progress import Progress
-from qkit.run import Run
-from qkit.runtime import open_runtime
-from qkit.scoring import HeldOut, read_held_out
+from qkit import pipeline
+from qkit.commands import compare, where_layers_part
+from qkit.core.device import detect
+from qkit.core.errors import MissingArtifact, ModelError, ParityFailed
+from qkit.core.progress import Progress
+from qkit.measure import contract as measure_contract
+from qkit.measure import evidence, parity, reference
+from qkit.measure import gates as measure_gates
+from qkit.measure.held_out import HeldOut, read_held_out
+from qkit.plugins.runtime import open_runtime
+from qkit.run.directory import Run
+from qkit.verify import stage as verify_stage
 
 Tensors = dict[str, torch.Tensor]
 
@@ -33,7 +38,7 @@ class Trained:
 
     run: Run
     held_out: HeldOut
-    live: live.Live
+    live: parity.Live
 
     @property
     def merged(self) -> Path:
@@ -44,7 +49,7 @@ class Trained:
 def trained(trained_run: Run) -> Iterator[Trained]:
     """Each model that is closed is followed by a garbage collection: of what is there by now nothing need be looked at again."""
     held_out = read_held_out(trained_run.need("data", "test.parquet"))
-    known = Trained(trained_run, held_out, live.recorded(trained_run, held_out.rows))
+    known = Trained(trained_run, held_out, reference.recorded(trained_run, held_out.rows))
     gc.collect()
     gc.freeze()
     yield known
@@ -234,23 +239,23 @@ BREAKS = {
 }  # fmt: skip
 
 
-def gated(trained: Trained, folder: Path) -> list[gates.Breach]:
+def gated(trained: Trained, folder: Path) -> list[evidence.Breach]:
     """What the gate of a 16-bit artifact says of the folder."""
     with open_runtime("transformers", folder, detect()) as runtime:
         try:
             measured = parity.measure(trained.live, runtime.score(trained.held_out.rows))
         except ParityFailed:
-            return [gates.Breach("numbers")]
-    return gates.judge(gates.gate_of("merged", trained.run.recipe), measured)
+            return [evidence.Breach("numbers")]
+    return measure_gates.judge(measure_gates.gate_of("merged", trained.run.recipe), measured)
 
 
-def walked(trained: Trained, one: Path, other: Path) -> layers.Walk:
-    return layers.walk(compare.side(str(one)), compare.side(str(other)), trained.held_out.rows, Progress())
+def walked(trained: Trained, one: Path, other: Path) -> where_layers_part.Walk:
+    return where_layers_part.walk(compare.side(str(one)), compare.side(str(other)), trained.held_out.rows, Progress())
 
 
 def test_no_check_fires_at_a_whole_artifact(trained: Trained) -> None:
     assert gated(trained, trained.merged) == []
-    assert contract.check_folder(trained.run, trained.merged).broken == ()
+    assert measure_contract.check_folder(trained.run, trained.merged).broken == ()
     assert trained.run.changed("merge") == []
     found = walked(trained, trained.run.root, trained.merged)
     assert found.first is None and len(found.places) == 6 and "nowhere by more than rounding" in found.words
@@ -261,7 +266,7 @@ def test_a_broken_artifact_is_seen(name: str, trained: Trained, tmp_path: Path) 
     """By just the checks that are named here, in these words; `--where` leads to the place."""
     wanted, folder = BREAKS[name], shutil.copytree(trained.merged, tmp_path / "merge")
     wanted.how(folder, trained)
-    found = contract.check_folder(trained.run, folder).broken if not wanted.loader else ()
+    found = measure_contract.check_folder(trained.run, folder).broken if not wanted.loader else ()
     assert {check.name for check in found} == set(wanted.contract)
     assert all(re.search(wanted.contract[check.name], check.detail) for check in found), found
     if wanted.loader:
@@ -293,7 +298,7 @@ def test_what_changed_after_it_was_made_is_seen_by_its_hash(name: str, trained: 
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert len(run.changed("merge")) == 1
     with pytest.raises(MissingArtifact, match=r"not the file that the stage `merge` wrote.*qkit merge"):
-        verify.run(run, tmp_path)
+        verify_stage.run(run, tmp_path)
 
 
 def test_a_shard_of_another_run_is_seen_by_its_hash(trained: Trained, other_model: Path, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from qkit import checkpoints, train
-from qkit.errors import MissingArtifact
-from qkit.run import DECIDED, Run, decisions
+from qkit.core.errors import MissingArtifact
+from qkit.run.directory import DECIDED, Run, decisions
+from qkit.train import checkpoints
+from qkit.train import stage as train_stage
 from tests.test_train import Heard, _losses, _run
 
 STEPS = 6
@@ -48,7 +49,7 @@ HARMS = (_cut, _empty, _zero, Path.unlink)
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     run, out = _run(tmp_path_factory.mktemp("straight"), tiny_model, **SETTINGS)
-    train.run(run, out)
+    train_stage.run(run, out)
     return out
 
 
@@ -57,7 +58,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
     """A run that was stopped in its fifth step, and has checkpoints of the second and the fourth."""
     run, out = _run(tmp_path_factory.mktemp("interrupted"), tiny_model, Heard(stop_at=5), **SETTINGS)
     with pytest.raises(KeyboardInterrupt):
-        train.run(run, out)
+        train_stage.run(run, out)
     assert _names(out) == ["checkpoint-2", "checkpoint-4"]
     return run.root
 
@@ -92,7 +93,7 @@ def test_training_goes_on_from_the_newest_whole_one_to_the_same_result(
     for file in (out / "checkpoints/checkpoint-4").iterdir():
         _cut(file)
     _cut(out / "losses.parquet")
-    train.run(run, out)
+    train_stage.run(run, out)
     assert [line for line in heard.lines if "not whole" in line or "going on" in line] == [
         f"train: warning: checkpoint-4 is not whole (its {checkpoints.SEAL} cannot be read), so it is not gone on from",
         "train: going on from checkpoint-2",
@@ -108,7 +109,7 @@ def test_training_begins_anew_where_no_checkpoint_is_whole(
     run, out, heard = _again(interrupted, tmp_path / "run", tiny_model)
     _empty(out / "checkpoints/checkpoint-4/trainer_state.json")
     (out / "checkpoints/checkpoint-2/optimizer.pt").unlink()
-    train.run(run, out)
+    train_stage.run(run, out)
     assert "train: from the beginning" in heard.lines and sum("not whole" in line for line in heard.lines) == 2
     assert (out / ADAPTER).read_bytes() == (straight / ADAPTER).read_bytes()
 
@@ -129,9 +130,9 @@ def test_the_last_whole_one_stays_until_the_next_is_whole(
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints, "seal", killed)
         with pytest.raises(KeyboardInterrupt):
-            train.run(run, out)
+            train_stage.run(run, out)
     assert checkpoints.newest_whole(out / "checkpoints") == out / "checkpoints" / "checkpoint-2"
-    train.run(run, out)
+    train_stage.run(run, out)
     assert _names(out) == [f"checkpoint-{STEPS}"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qkit.pipeline import STAGES
+from qkit.run.stages import STAGES
 
 VERBS = ["doctor", "plan", "inspect", "run", "show", *STAGES]
 
@@ -48,8 +48,8 @@ def test_plan_refuses_what_does_not_fit() -> None:
 @pytest.mark.parametrize(("system", "serves"), [("Linux", True), ("Darwin", False)])
 def test_the_quickstart_of_each_system(system: str, serves: bool) -> None:
     """What `make quickstart` would run, as far as its recipe: without vLLM there is nothing to serve."""
-    from qkit.pipeline import stages_of
-    from qkit.recipe import load
+    from qkit.recipe.load import load
+    from qkit.run.stages import stages_of
 
     done = subprocess.run(["make", "-n", "quickstart", f"SYSTEM={system}"], capture_output=True, text=True, check=True)
     words = shlex.split(done.stdout.splitlines()[-1])
@@ -59,8 +59,8 @@ def test_the_quickstart_of_each_system(system: str, serves: bool) -> None:
 
 def test_out_is_refused_where_it_would_do_nothing(tiny_recipe: Path, tmp_path: Path) -> None:
     """A run's stages write into the run; a folder that is asked for and never made would be looked for in vain."""
-    from qkit.recipe import load
-    from qkit.run import Run
+    from qkit.recipe.load import load
+    from qkit.run.directory import Run
 
     Run.create(tmp_path / "run", load(tiny_recipe))
     command = [sys.executable, "-m", "qkit", "merge", str(tmp_path / "run"), "--out", str(tmp_path / "elsewhere")]

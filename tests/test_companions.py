@@ -15,16 +15,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qkit import foreign, model, older_forms
-from qkit.device import detect
-from qkit.errors import ModelError
-from qkit.export import bnb, gguf, onnx, safetensors, vllm
-from qkit.export._job import Job
-from qkit.foreign import Wish
-from qkit.progress import Progress
-from qkit.recipe import Data, Model, Quantization, Recipe
-from qkit.runtime import open_runtime
-from qkit.tensor_files import copy_companions
+from qkit.commands import merge_any
+from qkit.commands.combine import Wish
+from qkit.core.device import detect
+from qkit.core.errors import ModelError
+from qkit.core.progress import Progress
+from qkit.export.formats import bnb, gguf, onnx, safetensors, vllm
+from qkit.model import load, older_forms
+from qkit.model import source as model_source
+from qkit.plugins.exporter import Job
+from qkit.plugins.runtime import open_runtime
+from qkit.recipe.schema import Data, Model, Quantization, Recipe
+from qkit.tensors.shards import copy_companions
 
 TAKEN = (
     "LICENSE",
@@ -88,7 +90,7 @@ def test_a_merge_and_every_export_of_it_have_them(tiny_model: Path, tmp_path: Pa
     """And the generation config as it stood, which transformers would refuse to save: sampling is off, and a temperature is set."""
     base = _base(tmp_path / "base", tiny_model, eos_token_id=[0, 5, 2])
     merged = tmp_path / "merged"
-    foreign.merge(Wish(str(base), [_adapter(base, tmp_path / "adapter")], merged), Progress())
+    merge_any.merge(Wish(str(base), [_adapter(base, tmp_path / "adapter")], merged), Progress())
     assert _has(merged) >= set(TAKEN) and not _has(merged) & set(LEFT)
     how = Recipe(task="chat", model=Model(source=str(base)), data=Data())
     job = Job(merged, base, tmp_path / "adapter", tmp_path / "rows", how, tmp_path / "log")
@@ -105,7 +107,7 @@ def test_a_merge_and_every_export_of_it_have_them(tiny_model: Path, tmp_path: Pa
 
 def test_tokens_are_added_beside_them(tiny_model: Path, tmp_path: Path) -> None:
     base = _base(tmp_path / "base", tiny_model)
-    prepared = model.resolve(Model(source=str(base), add_tokens=["<tool>"]))
+    prepared = model_source.resolve(Model(source=str(base), add_tokens=["<tool>"]))
     assert _has(prepared) >= set(TAKEN)
     assert isinstance(AutoTokenizer.from_pretrained(prepared).chat_template, dict)
 
@@ -115,7 +117,7 @@ def test_a_base_from_a_gguf_file_is_said_in_both_forms(tiny_model: Path, tmp_pat
     rows = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"input_ids": [[70, 71, 72]], "labels": [[-100, 71, 72]]}), rows)
     gguf.export(Job(tiny_model, tiny_model, tiny_model, rows, how, tmp_path / "log"), tmp_path / "made", "f16")
-    folder = model.resolve(Model(source=str(next((tmp_path / "made").glob("*.gguf")))))
+    folder = model_source.resolve(Model(source=str(next((tmp_path / "made").glob("*.gguf")))))
     assert list(older_forms.unreadable(folder)) == []
     assert json.loads((folder / "config.json").read_text())["rope_theta"] == 10000.0
 
@@ -143,7 +145,7 @@ def test_no_generation_config_ends_a_stage(odd: dict[str, Any], tiny_model: Path
     base = shutil.copytree(tiny_model, tmp_path / "base")
     (base / "generation_config.json").write_text(json.dumps(odd))
     how = Recipe(task="chat", model=Model(source=str(base)), data=Data(), quantization=Quantization(load_in_4bit=False))
-    model.load_base(base, how, detect())
+    load.load_base(base, how, detect())
     with open_runtime("transformers", base, detect()) as runtime:
         assert runtime.generate([[3, 4]], 2, frozenset())
     bnb.export(Job(base, base, base, base, how, tmp_path / "log"), tmp_path / "out", "nf4")
@@ -164,7 +166,7 @@ def test_the_merge_says_what_is_true_of_the_head(
     config = json.loads((base / "config.json").read_text())
     del config["tie_word_embeddings"]
     (base / "config.json").write_text(json.dumps(config if said is None else {**config, "tie_word_embeddings": said}))
-    foreign.merge(Wish(str(base), [_adapter(tiny_model, tmp_path / "adapter")], tmp_path / "merged"), Progress())
+    merge_any.merge(Wish(str(base), [_adapter(tiny_model, tmp_path / "adapter")], tmp_path / "merged"), Progress())
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is true
 
 
@@ -174,7 +176,7 @@ def test_a_head_that_is_said_to_be_tied_and_is_not_keeps_its_values(tiny_model: 
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     adapter = _adapter(tiny_model, tmp_path / "adapter", target_modules=["embed_tokens"])
-    foreign.merge(Wish(str(base), [adapter], tmp_path / "merged", overrides=["merge.dtype=float32"]), Progress())
+    merge_any.merge(Wish(str(base), [adapter], tmp_path / "merged", overrides=["merge.dtype=float32"]), Progress())
     found, own = load_file(tmp_path / "merged" / "model.safetensors"), load_file(base / "model.safetensors")
     assert torch.equal(found["lm_head.weight"], own["lm_head.weight"].float())
     assert not torch.equal(found["model.embed_tokens.weight"], own["model.embed_tokens.weight"].float())
@@ -192,7 +194,7 @@ def test_a_base_without_its_head_is_not_trained_on_random_numbers(
         task="chat", model=Model(source=str(base)), data=Data(), quantization=Quantization(load_in_4bit=quantized)
     )
     with pytest.raises(ModelError, match=r"lack lm_head.weight and 0 more.*tie_word_embeddings to true"):
-        model.load_base(base, how, detect())
+        load.load_base(base, how, detect())
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    assert torch.equal(model.load_base(base, how, detect()).lm_head.weight, weights["model.embed_tokens.weight"])
+    assert torch.equal(load.load_base(base, how, detect()).lm_head.weight, weights["model.embed_tokens.weight"])

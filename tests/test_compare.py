@@ -11,10 +11,11 @@ import pytest
 from conftest import chat_rows
 from test_pipeline import qkit
 
-from qkit import compare, layers
-from qkit.errors import DataError, MissingArtifact, NotDeployable, ParityFailed
-from qkit.progress import Progress
-from qkit.run import Run, write_json
+from qkit.commands import compare, where_layers_part
+from qkit.core.errors import DataError, MissingArtifact, NotDeployable, ParityFailed
+from qkit.core.files import write_json
+from qkit.core.progress import Progress
+from qkit.run.directory import Run
 
 
 def compared(a: object, b: object, data: Path | None = None) -> compare.Comparison:
@@ -61,9 +62,9 @@ def test_what_an_export_says_it_is_opens_it(trained_run: Run, tmp_path: Path) ->
     found = compare.side(str(folder))
     assert (found.runtime, found.format, found.run) == ("onnxruntime", "onnx-int4", None)
     with pytest.raises(NotDeployable, match="is onnx-int4, and only models that torch opens"):
-        layers.need_torch(found)
+        where_layers_part.need_torch(found)
     with pytest.raises(NotDeployable, match="is a server"):
-        layers.need_torch(compare.side("http://127.0.0.1:8000/v1"))
+        where_layers_part.need_torch(compare.side("http://127.0.0.1:8000/v1"))
     assert compare.side("http://127.0.0.1:8000/v1").url == "http://127.0.0.1:8000"
 
 
@@ -103,6 +104,9 @@ def test_the_command(trained_run: Run, tiny_model: Path) -> None:
 
 
 def test_a_place_differs_by_what_rounding_cannot_explain() -> None:
-    assert not layers.Place("layer 9", 0.016, 0.013).differs
-    assert layers.Place("layer 9", 0.05, 0.013).differs
-    assert not layers.Place("norm", 0.004, 0.0).differs and layers.Place("norm", float(np.nan), 0.01).differs
+    assert not where_layers_part.Place("layer 9", 0.016, 0.013).differs
+    assert where_layers_part.Place("layer 9", 0.05, 0.013).differs
+    assert (
+        not where_layers_part.Place("norm", 0.004, 0.0).differs
+        and where_layers_part.Place("norm", float(np.nan), 0.01).differs
+    )

@@ -15,15 +15,21 @@ import yaml
 from conftest import build_tokenizer, tiny_settings
 from test_pipeline import qkit
 
-from qkit import compare, contract, conversation, pipeline, server
-from qkit.device import detect
-from qkit.errors import ParityFailed, ServerError
-from qkit.export import onnx as exporter
-from qkit.export._job import Job
-from qkit.progress import Progress
-from qkit.recipe import Serve, load
-from qkit.run import Run, read_json, write_json
+from qkit import pipeline
+from qkit.chat import conversation
+from qkit.commands import compare
+from qkit.core.device import detect
+from qkit.core.errors import ParityFailed, ServerError
+from qkit.core.files import read_json, write_json
+from qkit.core.progress import Progress
+from qkit.export.formats import onnx as exporter
+from qkit.measure import contract, endpoint
+from qkit.plugins.exporter import Job
+from qkit.recipe.load import load
+from qkit.recipe.schema import Serve
+from qkit.run.directory import Run
 from qkit.runtimes import vllm
+from qkit.server import process
 
 PARSER = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 # Tools in the first turn, and calls as Hermes and Qwen write them.
@@ -144,10 +150,10 @@ def ours(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     merged, how = served.run.folder("merge"), served.run.recipe
     exporter.export(Job(merged, merged, merged, merged, how, folder / "export.log"), folder / "tiny", "fp32")
     section = Serve(port=0, max_model_len=512)
-    port = server.free_port(section)
+    port = process.free_port(section)
     options = {"model": str(folder / "tiny"), "served-model-name": "tiny", "port": str(port), "max-model-len": "512"}
-    argv = (sys.executable, "-m", "qkit.onnx_server", *server.command(tuple(options.items())))
-    running = server.Server(server.Program("the ONNX server", argv), "tiny", section, port, folder / "server.log")
+    argv = (sys.executable, "-m", "qkit.server.onnx_app", *process.command(tuple(options.items())))
+    running = process.Server(process.Program("the ONNX server", argv), "tiny", section, port, folder / "server.log")
     try:
         running.wait()
         yield running.url
@@ -193,7 +199,7 @@ def test_a_rule_that_only_users_requests_show_is_found_out(
 def test_an_empty_list_of_tools_that_changes_the_prompt_is_found_out(
     served: Served, ours: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contract._Server, "counted", lambda *_: 31)
+    monkeypatch.setattr(endpoint.ServerSubject, "counted", lambda *_: 31)
     [broken] = contract.check(served.run, ours).broken
     assert "with tools: []: it makes 31 prompt tokens where training saw" in broken.detail
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from data_traps.models import FAMILIES, Tiny, build, tokenizer_of
 
-from qkit import conversation, template
-from qkit.recipe import Data
+from qkit.chat import conversation, template
+from qkit.plugins.task import Conversation, RowError
+from qkit.recipe.schema import Data
 from qkit.runtimes import vllm
-from qkit.task import Conversation, RowError
-from qkit.tokenization import Row, tokenize
-from qkit.turns import Notes, tools_of, turns_of
+from qkit.tasks._conversation.encode import Row, tokenize
+from qkit.tasks._conversation.turns import Notes, tools_of, turns_of
 
 FILE = Path(__file__).parent / "golden" / "vllm_conversations.json"
 ORACLE = Path(__file__).parent / "vllm_oracle.py"

@@ -15,11 +15,11 @@ from data_traps.prepared import Prepared, lines, prepare, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qkit import formats
-from qkit.recipe import Data
-from qkit.task import Conversation, RowError, Text, Tokens
-from qkit.template import renderer
-from qkit.tokenization import tokenize
+from qkit.chat.template import renderer
+from qkit.plugins.task import Conversation, RowError, Text, Tokens
+from qkit.recipe.schema import Data
+from qkit.tasks._conversation import formats
+from qkit.tasks._conversation.encode import tokenize
 
 ROWS = 250
 KEPT_GOING = ["data.clean.malformed=drop", "data.clean.roles=drop"]

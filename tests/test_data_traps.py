@@ -12,8 +12,8 @@ from data_traps.prepared import Prepared, lines, prepare, recipe
 from data_traps.table import HARMLESS, HELD_OUT, TRAPS, Harmless, Trap
 from transformers import AutoTokenizer
 
-from qkit.checks import KINDS
-from qkit.inspection import token_texts
+from qkit.data.checks import KINDS
+from qkit.data.inspection.view import token_texts
 
 Build = Callable[[Tiny], Path]
 

@@ -15,10 +15,15 @@ import pytest
 import yaml
 from conftest import tiny_settings
 
-from qkit import deploy, pipeline, plan_screen, plan_sheet, served_adapter, train
-from qkit.errors import NotDeployable, RecipeError
-from qkit.recipe import ALL, Recipe, format_names, from_dict
-from qkit.run import Run
+from qkit import pipeline
+from qkit.core.errors import NotDeployable, RecipeError
+from qkit.plan import deployable, screen, sheet
+from qkit.recipe.load import from_dict
+from qkit.recipe.registry import format_names
+from qkit.recipe.schema import ALL, Recipe
+from qkit.run.directory import Run
+from qkit.server import lora
+from qkit.train import stage as train_stage
 
 
 def recipe(model: Path, *overrides: str) -> Recipe:
@@ -39,7 +44,7 @@ def altered(tmp_path: Path, tiny_model: Path, **config: Any) -> Path:
 def test_the_default_formats_are_few_and_all_of_them_can_be_had(tiny_model: Path) -> None:
     how = recipe(tiny_model)
     assert how.export.formats == ("onnx-fp32", "onnx-int4", "vllm")
-    assert deploy.refusals(how) == ()
+    assert deployable.refusals(how) == ()
 
 
 @pytest.mark.parametrize(
@@ -65,17 +70,17 @@ def test_refusals(
     tmp_path: Path, tiny_model: Path, config: dict[str, Any], override: str, format: str, said: str
 ) -> None:
     how = recipe(altered(tmp_path, tiny_model, **config), override, f"export.formats=[vllm,{format}]")
-    (refusal,) = deploy.refusals(how)
+    (refusal,) = deployable.refusals(how)
     assert refusal.format == format and said in refusal.reason
     with pytest.raises(NotDeployable, match=r"--set export.formats=\[vllm\]"):
-        deploy.check(how)
+        deployable.check(how)
 
 
 @pytest.mark.parametrize("rank", [4, 16, 24, 512])
 def test_an_adapter_of_any_rank_up_to_the_largest_is_served(tiny_model: Path, rank: int) -> None:
     """In the room of the next rank that vLLM knows."""
-    assert deploy.refusals(recipe(tiny_model, f"lora.r={rank}", "export.formats=[vllm-adapter]")) == ()
-    assert served_adapter.rank_for({"r": rank, "rank_pattern": {}}) >= rank
+    assert deployable.refusals(recipe(tiny_model, f"lora.r={rank}", "export.formats=[vllm-adapter]")) == ()
+    assert lora.rank_for({"r": rank, "rank_pattern": {}}) >= rank
 
 
 def test_training_refuses_before_it_loads_anything(tmp_path: Path, tiny_model: Path) -> None:
@@ -83,7 +88,7 @@ def test_training_refuses_before_it_loads_anything(tmp_path: Path, tiny_model: P
     (tmp_path / "run").mkdir()
     run = Run(tmp_path / "run", how)
     with pytest.raises(NotDeployable, match="gguf-f16"):
-        train.run(run, tmp_path / "out")
+        train_stage.run(run, tmp_path / "out")
     with pytest.raises(NotDeployable, match="gguf-f16"):
         pipeline.run_all(run)
     assert not list((tmp_path / "run").iterdir())
@@ -93,11 +98,11 @@ def test_the_plan_warns(tmp_path: Path, tiny_model: Path) -> None:
     from rich.console import Console
 
     how = recipe(altered(tmp_path, tiny_model, rope_parameters={"rope_type": "yarn"}), "export.formats=[vllm,gguf-f16]")
-    found = plan_sheet.sheet(how)
-    (entry,) = plan_sheet.to_dict(found)["not_deployable"]
+    found = sheet.sheet(how)
+    (entry,) = sheet.to_dict(found)["not_deployable"]
     assert entry["format"] == "gguf-f16"
     drawn = io.StringIO()
-    Console(width=300, file=drawn).print(plan_screen.screen(found))
+    Console(width=300, file=drawn).print(screen.screen(found))
     assert "warning: not deployable as gguf-f16: positions scaled by 'yarn'" in drawn.getvalue()
 
 
@@ -105,10 +110,12 @@ def test_the_plan_warns(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def test_all_is_every_format_that_this_model_can_be_had_in(tmp_path: Path, tiny_model: Path) -> None:
-    how, left = deploy.resolved(recipe(tiny_model, "export.formats=all", "bench.runtimes=[transformers, onnx-fp32]"))
+    how, left = deployable.resolved(
+        recipe(tiny_model, "export.formats=all", "bench.runtimes=[transformers, onnx-fp32]")
+    )
     assert how.export.formats == tuple(format_names()) and left == ()
     folder = altered(tmp_path, tiny_model, model_type="gemma2")
-    how, left = deploy.resolved(recipe(folder, "export.formats=all"))
+    how, left = deployable.resolved(recipe(folder, "export.formats=all"))
     assert {refusal.format for refusal in left} >= {"gguf-f16", "gguf-q8_0"}
     assert ALL not in how.export.formats and not {refusal.format for refusal in left} & {*how.export.formats}
 
@@ -147,7 +154,7 @@ def test_the_ranks_are_vllms() -> None:
     }
     literal = assigned["MaxLoRARanks"]
     assert isinstance(literal, ast.Subscript)
-    assert ast.literal_eval(literal.slice) == served_adapter.RANKS
+    assert ast.literal_eval(literal.slice) == lora.RANKS
 
 
 def test_the_refused_keys_are_those_that_vllm_looks_at() -> None:
@@ -160,7 +167,7 @@ def test_the_refused_keys_are_those_that_vllm_looks_at() -> None:
     looked_at = {
         node.test.attr for node in function.body if isinstance(node, ast.If) and isinstance(node.test, ast.Attribute)
     }
-    assert looked_at == {*served_adapter.REFUSED}
+    assert looked_at == {*lora.REFUSED}
 
 
 def test_rows_of_embeddings_are_unsupported_weights() -> None:
@@ -173,7 +180,7 @@ def test_rows_of_embeddings_are_unsupported_weights() -> None:
 def test_gguf_knows_the_architectures(architecture: str) -> None:
     import gguf
 
-    from qkit.export.gguf import ARCHITECTURES
+    from qkit.export.formats.gguf import ARCHITECTURES
 
     assert architecture in gguf.MODEL_ARCH_NAMES.values()
     assert {*ARCHITECTURES.values()} == {"llama", "qwen2", "qwen3"}

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 import pytest
 
-from qkit import bootstrap, doctor
-from qkit.device import Device
-from qkit.doctor import Check, Package, Report, Trial
+from qkit.core.device import Device
+from qkit.setup import bootstrap, doctor, screen
+from qkit.setup.doctor import Check, Package, Report, Trial
 
 CPU = Device("cpu", "a CPU", 2**34, 2, ("amx_bf16",))
 GPU = Device("cuda", "a GPU", 2**35, 8, ("sm_90",))
@@ -146,7 +146,7 @@ def test_screen_names_each_remedy_once_and_whole() -> None:
     report = Report("3.11.7", "python", "Linux", CPU, 2**33, "/disk", 2**36, packages, checks)
     assert report.broken
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(doctor.screen(report), highlight=False)
+    console.print(screen.screen(report), highlight=False)
     text = console.export_text()
     assert "".join(text.split()).count("".join(command.split())) == 1
     for words in ("a CPU, 16.0 GiB (amx_bf16)", "8.0 GiB free", "torch 2.13.0", "not installed: trl", "broken"):

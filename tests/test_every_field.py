@@ -14,11 +14,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from qkit import cards, idle, model, pipeline, plan, plan_sheet, recipe, scoring, server, train
-from qkit.errors import UserError
-from qkit.recipe import Recipe, Section, from_dict
-from qkit.run import Run
+from qkit import pipeline
+from qkit.core import device
+from qkit.core.errors import UserError
+from qkit.measure import scores
+from qkit.model import config, load
+from qkit.plan import gpus, sheet
+from qkit.plan import plan as plan_plan
+from qkit.recipe import idle, schema
+from qkit.recipe.load import from_dict
+from qkit.recipe.schema import Recipe, Section
+from qkit.run.directory import Run
 from qkit.runtimes import vllm
+from qkit.server import process
+from qkit.train import sft
 from tests.conftest import chat_rows
 
 PACKAGE = Path(__file__).parent.parent / "qkit"
@@ -29,13 +38,15 @@ PACKAGE = Path(__file__).parent.parent / "qkit"
 
 def planned(how: Recipe) -> Any:
     """All lines of the plan, in bytes, and its time."""
-    found = plan_sheet.to_dict(plan_sheet.sheet(how, cards.device("rtx-4090")))
-    every = [plan.stage_items(how, plan_sheet.shape_of(how.model), cards.device("rtx-4090"), s) for s in plan.STAGES]
+    found = sheet.to_dict(sheet.sheet(how, gpus.device("rtx-4090")))
+    every = [
+        plan_plan.stage_items(how, config.shape_of(how.model), gpus.device("rtx-4090"), s) for s in plan_plan.STAGES
+    ]
     return json.dumps(found, sort_keys=True), [[(item.name, item.bytes) for item in items] for items in every]
 
 
 def trainer(how: Recipe) -> Any:
-    return train.sft_config(how, train.detect(), Path("out")).to_dict()
+    return sft.sft_config(how, device.detect(), Path("out")).to_dict()
 
 
 def adapter(how: Recipe) -> Any:
@@ -44,21 +55,21 @@ def adapter(how: Recipe) -> Any:
 
     with torch.device("meta"):
         base = Qwen2ForCausalLM(Qwen2Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
-    return train.lora_config(how, base).to_dict()
+    return sft.lora_config(how, base).to_dict()
 
 
 def bitsandbytes(how: Recipe) -> Any:
-    return model.quantization_config(how.quantization).to_dict()
+    return load.quantization_config(how.quantization).to_dict()
 
 
 def served(how: Recipe) -> Any:
     """vLLM's command line on a card, and what the middleware is told."""
-    given = vllm.argv("merged", "merged", how.serve, how.serve.port, cards.device("rtx-4090"))
-    return given, server.limits(how.serve, "drain")
+    given = vllm.argv("merged", "merged", how.serve, how.serve.port, gpus.device("rtx-4090"))
+    return given, process.limits(how.serve, "drain")
 
 
 def scored(how: Recipe) -> Any:
-    return scoring.score([True, False, True, True], 0.5, how.evaluate, how.seed)
+    return scores.score([True, False, True, True], 0.5, how.evaluate, how.seed)
 
 
 def data(how: Recipe) -> Any:
@@ -247,7 +258,7 @@ TABLE: dict[str, Line | Place] = {
 
 
 def _sections() -> Iterator[type[Section]]:
-    yield from (found for found in vars(recipe).values() if isinstance(found, type) and issubclass(found, Section))
+    yield from (found for found in vars(schema).values() if isinstance(found, type) and issubclass(found, Section))
 
 
 def _fields() -> list[str]:

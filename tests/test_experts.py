@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build
 from transformers import AutoModelForCausalLM
 
-from qkit import merging, model
-from qkit.deltas import Deltas
-from qkit.device import detect
-from qkit.errors import ModelError
-from qkit.recipe import Data, Merge, Model, Recipe
+from qkit.core.device import detect
+from qkit.core.errors import ModelError
+from qkit.merging import weights
+from qkit.model import load, source
+from qkit.recipe.schema import Data, Merge, Model, Recipe
+from qkit.tensors.lora_deltas import Deltas
 
 # peft holds patterns against modules alone, and says of those that are of parameters that they match nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
@@ -47,7 +48,7 @@ def _adapter(folder: Path, out: Path, **options: Any) -> Path:
 def _need_equal(folder: Path, adapter: Path, out: Path) -> None:
     """The merge of `adapter` equals PEFT's, and stands in the checkpoint's own layout."""
     out.mkdir()
-    merging.merge(folder, adapter, out, "16bit", FP32, NOTHING_QUANTIZED)
+    weights.merge(folder, adapter, out, "16bit", FP32, NOTHING_QUANTIZED)
     wanted = PeftModel.from_pretrained(_loaded(folder), str(adapter)).merge_and_unload().state_dict()
     merged, base = _loaded(out).state_dict(), _loaded(folder).state_dict()
     for name, tensor in wanted.items():
@@ -144,12 +145,12 @@ def test_merge_onto_the_dequantized_base_leaves_experts_in_16_bits(tmp_path: Pat
     options = BOTH if name == "gpt_oss" else ALL
     adapter = _adapter(folder, tmp_path / "adapter", **options)
     how = Recipe(task="chat", model=Model(source=str(folder)), data=Data())
-    live = model.load_base(folder, how, detect())
-    note = {"quantized": model.quantized_names(live), "quantization": how.quantization.model_dump(mode="json")}
+    live = load.load_base(folder, how, detect())
+    note = {"quantized": source.quantized_names(live), "quantization": how.quantization.model_dump(mode="json")}
     assert note["quantized"] and not any("experts" in quantized for quantized in note["quantized"])
     (tmp_path / "merged").mkdir()
-    merging.merge(folder, adapter, tmp_path / "merged", "dequantized", FP32, note)
-    model.dequantize(live)
+    weights.merge(folder, adapter, tmp_path / "merged", "dequantized", FP32, note)
+    source.dequantize(live)
     for parameter in live.parameters():
         parameter.data = parameter.data.float()
     wanted = PeftModel.from_pretrained(live, str(adapter)).merge_and_unload().state_dict()
@@ -179,7 +180,7 @@ def test_delta_of_other_experts_is_refused(tmp_path: Path) -> None:
     adapter = _adapter(many, tmp_path / "adapter", **BOTH)
     (tmp_path / "merged").mkdir()
     with pytest.raises(ModelError, match="it was trained on another model"):
-        merging.merge(few, adapter, tmp_path / "merged", "16bit", FP32, NOTHING_QUANTIZED)
+        weights.merge(few, adapter, tmp_path / "merged", "16bit", FP32, NOTHING_QUANTIZED)
 
 
 def test_nested_names_stay_apart(tmp_path: Path) -> None:

@@ -21,16 +21,17 @@ from exporting import ROWS, changed_config, exported, job_of, kl, recipe_of
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PhiConfig, PhiForCausalLM
 
-from qkit import provenance, side_env
-from qkit.device import detect
-from qkit.errors import MissingArtifact, MissingExtra, ModelError, NotDeployable
-from qkit.export import _stage
-from qkit.export._compressed import GROUPS, group_size, left_in_16_bit, quantization_config
-from qkit.export._job import exporter, split
-from qkit.recipe import format_names
-from qkit.runtime import RowScores, open_runtime
+from qkit.core.device import detect
+from qkit.core.errors import MissingArtifact, MissingExtra, ModelError, NotDeployable
+from qkit.export import stage as export_stage
+from qkit.export._vllm.compressed import GROUPS, group_size, left_in_16_bit, quantization_config
+from qkit.model import provenance
+from qkit.plugins.exporter import exporter
+from qkit.plugins.runtime import RowScores, open_runtime
+from qkit.recipe.registry import format_names, split
 from qkit.runtimes import vllm as server
-from qkit.tensor_files import copy_companions
+from qkit.setup import side_environments
+from qkit.tensors.shards import copy_companions
 
 OWN_TEST = ("onnx",)  # made by a program that takes its time: tests/test_onnx.py has the same contract
 FORMATS = [name for name in format_names() if split(name)[0] not in OWN_TEST]
@@ -245,7 +246,7 @@ def test_matrices_that_are_not_quantized_are_named_to_the_loaders(tmp_path: Path
 )
 def test_disk_is_asked_for_by_what_is_made(names: list[str], share: float) -> None:
     """Links to the merged weights of a 7B were refused for want of 45 GB."""
-    assert _stage.disk_share(names) == pytest.approx(share)
+    assert export_stage.disk_share(names) == pytest.approx(share)
 
 
 def test_what_a_training_left_beside_the_weights_goes_nowhere(tiny_model: Path, tmp_path: Path) -> None:
@@ -351,7 +352,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "python"
     program.write_text(STAND_IN.format(python=sys.executable))
     program.chmod(0o755)
-    monkeypatch.setattr(side_env, "python_of", lambda name: program)
+    monkeypatch.setattr(side_environments, "python_of", lambda name: program)
 
 
 @pytest.mark.parametrize(("variant", "bits"), [("w4a16", 4), ("w8a8", 8)])
@@ -379,7 +380,7 @@ def test_floats_of_8_bit_need_no_rows(stand_in: None, tiny_model: Path, tmp_path
 
 
 def test_the_program_imports_nothing_of_qkit() -> None:
-    from qkit.export.vllm import PROGRAM
+    from qkit.export.formats.vllm import PROGRAM
 
     argv = [
         sys.executable,

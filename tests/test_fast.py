@@ -12,11 +12,11 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qkit.fast import head
-from qkit.fast.batches import IGNORED, TokenBudgetBatches, collate, part_sizes
-from qkit.fast.head import labelled_loss, row_losses
-from qkit.fast.packs import packed
-from qkit.trainer import trainer_class
+from qkit.core.batching import TokenBudgetBatches, packed, part_sizes
+from qkit.train.collate import IGNORED, collate
+from qkit.train.fast import head
+from qkit.train.fast.head import labelled_loss, row_losses
+from qkit.train.trainer import trainer_class
 
 LENGTHS = (9, 14, 14, 21, 30, 17, 2, 25)
 

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qkit.float32 import blocks_of, compute_in_float32, with_any_dtype
-from qkit.recipe import Recipe
+from qkit.recipe.schema import Recipe
+from qkit.runtimes._float32 import blocks_of, compute_in_float32, with_any_dtype
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qkit import formats
-from qkit.recipe import Clean, Data, Split
-from qkit.rows import Struct
-from qkit.task import Conversation, Example, Reads, RowError, Text, Tokens
-from qkit.turns import SPEAKERS
+from qkit.core.strict_json import Struct
+from qkit.plugins.task import Conversation, Example, Reads, RowError, Text, Tokens
+from qkit.recipe.schema import Clean, Data, Split
+from qkit.tasks._conversation import formats
+from qkit.tasks._conversation.turns import SPEAKERS
 
 ASKED = {"role": "user", "content": "q"}
 SAID = {"role": "assistant", "content": "a"}

@@ -12,9 +12,10 @@ from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 
-from qkit import model
-from qkit.device import detect
-from qkit.recipe import Recipe
+from qkit.core.device import detect
+from qkit.model import load
+from qkit.model import source as model_source
+from qkit.recipe.schema import Recipe
 from qkit.runtimes import transformers as runtime
 from tests.conftest import build_tokenizer
 
@@ -81,7 +82,7 @@ def test_training_goes_on_unharmed_after_an_evaluation_and_a_save(
     losses, weights = [], []
     for disturbed in (False, True):
         torch.manual_seed(0)
-        base = model.load_base(folder, _recipe(folder, double), detect())
+        base = load.load_base(folder, _recipe(folder, double), detect())
         live = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
         weights.append(_weights(live))
         optimizer = torch.optim.AdamW([p for p in live.parameters() if p.requires_grad], lr=1e-2)
@@ -103,10 +104,10 @@ def test_training_goes_on_unharmed_after_an_evaluation_and_a_save(
 
 @pytest.mark.parametrize("double", [False, True])
 def test_weights_dequantize_to_the_same_after_a_forward(tiny_model: Path, double: bool) -> None:
-    base = model.load_base(tiny_model, _recipe(tiny_model, double), detect()).eval()
+    base = load.load_base(tiny_model, _recipe(tiny_model, double), detect()).eval()
     before = copy.deepcopy(_weights(base))
     in_4_bit = _logits(base)
-    model.dequantize(base)
+    model_source.dequantize(base)
     assert all(
         torch.equal(weight, dict(base.named_modules())[name].weight)
         for weight, name in zip(before, _names(base), strict=True)
@@ -125,7 +126,7 @@ def test_an_artifact_in_4_bit_is_opened_whatever_its_widths(
     """Layers that bitsandbytes can pack are left to it, as whoever loads the folder would have them."""
     for source, packed in ((narrow_model, False), (tiny_model, True)):
         folder = tmp_path / source.name
-        model.load_base(source, _recipe(source, True), detect()).save_pretrained(folder)
+        load.load_base(source, _recipe(source, True), detect()).save_pretrained(folder)
         opened = runtime._merged(folder, detect(), {})
         assert torch.isfinite(_logits(opened)).all()
         states = [getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in _layers(opened)]

@@ -15,16 +15,16 @@ from conftest import CHATML, build_tokenizer
 from exporting import ROWS, changed_config, exported, job_of, kl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qkit.device import detect
-from qkit.errors import NotDeployable
-from qkit.export import gguf
-from qkit.export._gguf_tokenizer import cut, placed_stops, unwritten
-from qkit.export._modelfile import turns_of, write_modelfile
-from qkit.gguf_tokenizer import build as build_from
-from qkit.llama_cpp import CUTS
-from qkit.provenance import NOTE
-from qkit.runtime import open_runtime
-from qkit.shape import read_gguf
+from qkit.core.device import detect
+from qkit.core.errors import NotDeployable
+from qkit.export._gguf.modelfile import turns_of, write_modelfile
+from qkit.export._gguf.tokenizer import cut, placed_stops, unwritten
+from qkit.export.formats import gguf
+from qkit.model.gguf.header import read_gguf
+from qkit.model.gguf.llama_cpp import CUTS
+from qkit.model.gguf.tokenizer import build as build_from
+from qkit.model.provenance import NOTE
+from qkit.plugins.runtime import open_runtime
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SCALED = {

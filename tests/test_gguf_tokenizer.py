@@ -15,9 +15,12 @@ import regex
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from qkit import llama_cpp, model, recipe
-from qkit.errors import ModelError
-from qkit.gguf_tokenizer import build
+from qkit.core.errors import ModelError
+from qkit.model import source
+from qkit.model import tokenizer as model_tokenizer
+from qkit.model.gguf import llama_cpp
+from qkit.model.gguf.tokenizer import build
+from qkit.recipe import schema
 
 HIDDEN = 64
 CONTROL, USER_DEFINED, UNUSED, BYTE = 3, 4, 5, 6
@@ -197,7 +200,7 @@ def test_names_that_transformers_knows_mean_the_same_here() -> None:
 def test_what_is_not_known_is_refused(keys: dict[str, Any], words: str, tmp_path: Path) -> None:
     file = write(tmp_path / "m.gguf", ["a", "b"], [1, 1], token_merges=["a b"], **keys)
     with pytest.raises(ModelError, match=words):
-        model.tokenizer_of(recipe.Model(source=str(file)))
+        model_tokenizer.tokenizer_of(schema.Model(source=str(file)))
 
 
 def test_a_whole_piece_that_is_a_token_is_taken_where_the_name_says_so(tmp_path: Path) -> None:
@@ -318,7 +321,7 @@ def described(tmp_path: Path) -> Path:
 
 
 def test_the_folder_has_what_the_header_says(described: Path) -> None:
-    folder = model.companions(recipe.Model(source=str(described)))
+    folder = source.companions(schema.Model(source=str(described)))
     back = AutoTokenizer.from_pretrained(folder)
     assert back("1\n\n2")["input_ids"] == build(described)("1\n\n2")["input_ids"]
     assert back.convert_ids_to_tokens(back("1\n\n2")["input_ids"]) == ["1", "ĊĊ", "2"]
@@ -328,12 +331,13 @@ def test_the_folder_has_what_the_header_says(described: Path) -> None:
 
 
 def test_what_an_earlier_conversion_left_in_the_cache_is_not_taken(described: Path) -> None:
-    from qkit.source import cache_dir, sha256_of
+    from qkit.core.files import sha256_of
+    from qkit.core.sources import cache_dir
 
     old = cache_dir() / "models" / f"{described.stem}-{sha256_of(described)[:12]}"
     old.mkdir(parents=True)
     (old / "config.json").write_text("{}")
-    assert model.companions(recipe.Model(source=str(described))) != old
+    assert source.companions(schema.Model(source=str(described))) != old
 
 
 @pytest.mark.parametrize(
@@ -356,7 +360,7 @@ def test_what_an_earlier_conversion_left_in_the_cache_is_not_taken(described: Pa
 )
 def test_scaled_positions_come_over(keys: dict[str, Any], wanted: dict[str, Any], tmp_path: Path) -> None:
     file = write(tmp_path / "m.gguf", ["a", "b", "ab"], [1] * 3, tokenizer_pre="gpt-2", token_merges=["a b"], **keys)
-    config = json.loads((model.companions(recipe.Model(source=str(file))) / "config.json").read_text())
+    config = json.loads((source.companions(schema.Model(source=str(file))) / "config.json").read_text())
     assert wanted.items() <= config["rope_parameters"].items()
 
 
@@ -364,13 +368,13 @@ def test_positions_that_are_scaled_in_an_unknown_way_are_refused(tmp_path: Path)
     keys = {"rope_scaling_type": gguf.RopeScalingType.LONGROPE, "tokenizer_pre": "gpt-2", "token_merges": ["a b"]}
     file = write(tmp_path / "m.gguf", ["a", "b", "ab"], [1] * 3, **keys)
     with pytest.raises(ModelError, match="longrope"):
-        model.companions(recipe.Model(source=str(file)))
+        source.companions(schema.Model(source=str(file)))
 
 
 def test_an_architecture_that_transformers_does_not_read_is_a_message(tmp_path: Path) -> None:
     file = write(tmp_path / "m.gguf", ["a", "aa"], [1, 1], arch="brandnew", tokenizer_pre="gpt-2", token_merges=["a a"])
     with pytest.raises(ModelError, match=r"transformers cannot read it .*brandnew"):
-        model.companions(recipe.Model(source=str(file)))
+        source.companions(schema.Model(source=str(file)))
 
 
 def test_llama_31s_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
@@ -385,10 +389,10 @@ def test_llama_31s_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
     factors = llama_cpp.rope_factors({**wanted, "rope_theta": 500000.0}, 32)
     keys = {"tokenizer_pre": "gpt-2", "token_merges": ["a b"], "rope_freq_base": 500000.0}
     file = write(tmp_path / "m.gguf", ["a", "b", "ab"], [1] * 3, factors=factors, **keys)
-    config = json.loads((model.companions(recipe.Model(source=str(file))) / "config.json").read_text())
+    config = json.loads((source.companions(schema.Model(source=str(file))) / "config.json").read_text())
     assert wanted.items() <= config["rope_parameters"].items()
     odd = write(
         tmp_path / "odd.gguf", ["a", "b", "ab"], [1] * 3, factors=np.linspace(1, 5, 16, dtype=np.float32), **keys
     )
     with pytest.raises(ModelError, match="not as Llama 3"):
-        model.companions(recipe.Model(source=str(odd)))
+        source.companions(schema.Model(source=str(odd)))

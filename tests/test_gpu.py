@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 from conftest import chat_rows
 
-from qkit import device, pipeline, plan
-from qkit.errors import OutOfMemory
-from qkit.recipe import load
-from qkit.run import Run
+from qkit import pipeline
+from qkit.core import device
+from qkit.core.errors import OutOfMemory
+from qkit.plan import plan as plan_plan
+from qkit.plan import remedies
+from qkit.recipe.load import load
+from qkit.run import stages as run_stages
+from qkit.run.directory import Run
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +43,7 @@ def test_the_stages_up_to_the_merge(tiny_recipe: Path, tmp_path: Path) -> None:
 def test_memory_given_back_is_free(tiny_model: Path) -> None:
     import torch
 
-    from qkit.runtime import open_runtime
+    from qkit.plugins.runtime import open_runtime
 
     with open_runtime("transformers", tiny_model, device.detect()) as runtime:
         assert runtime.memory_bytes() > 0
@@ -50,7 +54,7 @@ def test_a_card_with_little_memory_is_trained_on_all_the_same(tiny_recipe: Path,
     """The process may have so small a part of the card that whole batches do not fit; in parts they do."""
     import torch
 
-    from qkit import fitting
+    from qkit.plan import fit
 
     many = "".join(json.dumps(row) + "\n" for row in chat_rows(1024))
     (tmp_path / "many.jsonl").write_text(many, encoding="utf-8")
@@ -59,8 +63,8 @@ def test_a_card_with_little_memory_is_trained_on_all_the_same(tiny_recipe: Path,
     run = Run.create(tmp_path / "run", load(tiny_recipe, [*more, "data.max_length=64", "train.max_steps=2"]))
     pipeline.execute(run, "data")
     card = device.detect()
-    planned = plan.plan(run.recipe, device=card)
-    halved = plan.plan(plan.apply(run.recipe, [plan.Remedy(("micro_batches=8",), 0, "")]), device=card)
+    planned = plan_plan.plan(run.recipe, device=card)
+    halved = plan_plan.plan(remedies.apply(run.recipe, [remedies.Remedy(("micro_batches=8",), 0, "")]), device=card)
     context = next(item.bytes for item in planned.items if item.name == "context")
     budget = (planned.peak_bytes + halved.peak_bytes) // 2 - context
     torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.get_device_properties(0).total_memory)
@@ -74,8 +78,8 @@ def test_a_card_with_little_memory_is_trained_on_all_the_same(tiny_recipe: Path,
     try:
         with pytest.raises(OutOfMemory, match=r"more than the|no line was above"):
             attempt(run)
-        last = fitting.train(run, attempt, pipeline._rekey)
+        last = fit.train(run, attempt, pipeline._rekey)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert last.recipe.micro_batches > 1 and tried[0] == 1
-    assert pipeline.status(last, pipeline.STAGES["train"]) == "done"
+    assert pipeline.status(last, run_stages.STAGES["train"]) == "done"

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qkit import idle, pipeline, plan_screen, plan_sheet
-from qkit.errors import RecipeError
-from qkit.recipe import Recipe, from_dict, load
-from qkit.run import Run
+from qkit import pipeline
+from qkit.core.errors import RecipeError
+from qkit.plan import screen, sheet
+from qkit.recipe import idle
+from qkit.recipe.load import from_dict, load
+from qkit.recipe.schema import Recipe
+from qkit.run.directory import Run
 from tests.conftest import chat_rows, tiny_settings
 from tests.test_train import Heard
 
@@ -137,10 +140,10 @@ def test_the_plan_and_the_stage_say_it(tiny_model: Path, tmp_path: Path) -> None
     settings["data"].update(validation=[{"source": str(rows), "rows": "20:"}], max_overlap=1.0)
     how = from_dict(settings, (), "the test")
     ((_, text),) = idle.remarks(how)
-    found = plan_sheet.sheet(how)
-    assert plan_sheet.to_dict(found)["remarks"] == [text]
+    found = sheet.sheet(how)
+    assert sheet.to_dict(found)["remarks"] == [text]
     drawn = io.StringIO()
-    Console(width=300, file=drawn).print(plan_screen.screen(found))
+    Console(width=300, file=drawn).print(screen.screen(found))
     assert f"warning: {text}" in drawn.getvalue()
     heard = Heard()
     pipeline.execute(Run.create(tmp_path / "run", how, heard), "data")

@@ -12,12 +12,18 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from qkit import data, formats, inspection, inspection_page, inspection_screen, pipeline, recipe, vocabulary
-from qkit.errors import DataError, ModelError
-from qkit.progress import Progress
-from qkit.recipe import load
-from qkit.run import Run
-from qkit.task import Reads
+from qkit import pipeline
+from qkit.core.errors import DataError, ModelError
+from qkit.core.progress import Progress
+from qkit.data import stage as data_stage
+from qkit.data.inspection import page as inspection_page
+from qkit.data.inspection import screen, view
+from qkit.model import vocabulary
+from qkit.plugins.task import Reads
+from qkit.recipe import schema
+from qkit.recipe.load import load
+from qkit.run.directory import Run
+from qkit.tasks._conversation import formats
 
 ASKED = {"role": "user", "content": "q"}
 SAID = {"role": "assistant", "content": "a"}
@@ -30,8 +36,8 @@ def qkit(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def seen(tiny_recipe: Path) -> inspection.Inspection:
-    return inspection.inspect(load(tiny_recipe), Progress())
+def seen(tiny_recipe: Path) -> view.Inspection:
+    return view.inspect(load(tiny_recipe), Progress())
 
 
 def test_the_document(tiny_recipe: Path) -> None:
@@ -61,23 +67,23 @@ def test_the_screen_names_what_is_wrong_with_its_row_and_remedy(rows_file: Path,
 
 def test_a_second_look_reads_nothing_again(tiny_recipe: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how = load(tiny_recipe)
-    first = inspection.inspect(how, Progress())
+    first = view.inspect(how, Progress())
     with monkeypatch.context() as patched:
-        patched.setattr(data, "prepare", lambda *_: pytest.fail("nothing has changed"))
-        assert inspection.inspect(how, Progress()) == first
+        patched.setattr(data_stage, "prepare", lambda *_: pytest.fail("nothing has changed"))
+        assert view.inspect(how, Progress()) == first
     with rows_file.open("a") as file:
         file.write(
             json.dumps({"messages": [{"role": "user", "content": "say z"}, {"role": "assistant", "content": "z"}]})
             + "\n"
         )
-    assert inspection.inspect(how, Progress()).summary["splits"]["train"]["rows"] == 21
+    assert view.inspect(how, Progress()).summary["splits"]["train"]["rows"] == 21
 
 
 def test_a_run_is_shown_from_its_own_folder(tiny_recipe: Path, tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", load(tiny_recipe))
     pipeline.execute(run, "data")
-    found = inspection.of_run(run)
-    assert found.folder == run.folder("data") and inspection.losses(run) is None
+    found = view.of_run(run)
+    assert found.folder == run.folder("data") and view.losses(run) is None
     assert json.loads(qkit("inspect", run.root, "--json").stdout)["splits"] == found.summary["splits"]
 
 
@@ -90,7 +96,7 @@ def test_losses_name_the_rows(tiny_recipe: Path, tmp_path: Path) -> None:
     run.folder("train").mkdir()
     table = pa.table({"row": [0, 1, 2], "loss_before": [3.0, 0.1, 2.0], "loss_after": [1.0, 0.1, 2.5]})
     pq.write_table(table, run.folder("train") / "losses.parquet")
-    found = inspection.losses(run)
+    found = view.losses(run)
     assert found is not None
     assert [row["row"] for row in found["did_not_learn"]] == [2, 1, 0]
     assert [row["row"] for row in found["suspiciously_low"]] == [1, 2, 0]
@@ -110,25 +116,25 @@ def test_somebody_elses_set_up(tiny_model: Path, rows_file: Path) -> None:
 @pytest.mark.parametrize(
     ("split", "row", "words"), [("train", 99, "has 20 rows"), ("train", -1, "has 20 rows"), ("dev", 0, "there are")]
 )
-def test_rows_that_are_not_there(seen: inspection.Inspection, split: str, row: int, words: str) -> None:
+def test_rows_that_are_not_there(seen: view.Inspection, split: str, row: int, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        inspection.row(seen, split, row)
+        view.row(seen, split, row)
 
 
 def test_characters_split_over_tokens_are_read_together(tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
     ids = tokenizer("é🙂a", add_special_tokens=False)["input_ids"]
-    assert list(inspection.token_texts(tokenizer, ids)) == ["é", "", "🙂", "", "", "", "a"]
-    assert list(inspection.token_texts(tokenizer, ids[:3])) == ["é", "", "�"]
+    assert list(view.token_texts(tokenizer, ids)) == ["é", "", "🙂", "", "", "", "a"]
+    assert list(view.token_texts(tokenizer, ids[:3])) == ["é", "", "�"]
 
 
 def test_a_row_does_not_steer_the_terminal() -> None:
-    assert inspection_screen.plain("a\x1b[2Jb\x00") == "a␛[2Jb␀"
+    assert screen.plain("a\x1b[2Jb\x00") == "a␛[2Jb␀"
 
 
 def test_the_histogram_counts_every_row() -> None:
     lengths = [[10, 5, 20], [55, 3, 9], [200, 2, 8]]
-    lines = list(inspection_screen.histogram(lengths, 100))
+    lines = list(screen.histogram(lengths, 100))
     assert "p50 10" in lines[0] and "p99 200" in lines[0] and "longest 200" in lines[0]
     assert sum(int(re.search(r"(\d+) \(", line)[1]) for line in lines[1:]) == 10  # type: ignore[index]
 
@@ -141,7 +147,7 @@ def test_the_page_holds_every_row_and_no_row_can_end_its_script(
         file.write(
             json.dumps({"messages": [{"role": "user", "content": evil}, {"role": "assistant", "content": "z"}]}) + "\n"
         )
-    seen = inspection.inspect(load(tiny_recipe), Progress())
+    seen = view.inspect(load(tiny_recipe), Progress())
     inspection_page.write(seen, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<script>") == page.count("</script>") == 1
@@ -163,20 +169,18 @@ def test_a_row_is_shown_with_the_check_that_fails(rows_file: Path, tiny_recipe: 
 def test_what_nothing_reads_is_counted_and_named(tiny_model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("text,label\n" + "".join(f"say {i},{i % 2}\n" for i in range(20)), encoding="utf-8")
-    how = inspection.recipe_for(str(tiny_model), str(rows), "auto", ())
-    [check] = [c for c in inspection.inspect(how, Progress()).summary["checks"] if c["name"] == "unused"]
+    how = view.recipe_for(str(tiny_model), str(rows), "auto", ())
+    [check] = [c for c in view.inspect(how, Progress()).summary["checks"] if c["name"] == "unused"]
     assert check["status"] == "warn" and check["found"] == 20
     assert check["message"] == f"20 records hold what nothing reads: label in 20; the first is {rows}:1"
     assert check["remedy"].startswith("these rows train as plain text, and label is not learnt")
-    how = inspection.recipe_for(str(tiny_model), str(rows), "auto", ("data.ignore=[label, 'lable*']",))
-    [check] = [c for c in inspection.inspect(how, Progress()).summary["checks"] if c["name"] == "unused"]
+    how = view.recipe_for(str(tiny_model), str(rows), "auto", ("data.ignore=[label, 'lable*']",))
+    [check] = [c for c in view.inspect(how, Progress()).summary["checks"] if c["name"] == "unused"]
     assert check["status"] == "pass" and check["message"].endswith(
         "data.ignore has lable*, which matches no name of any record"
     )
-    how = inspection.recipe_for(str(tiny_model), str(rows), "auto", ("data.columns={prompt: text, completion: label}",))
-    assert "unused" not in {
-        c["name"] for c in inspection.inspect(how, Progress()).summary["checks"] if c["status"] == "warn"
-    }
+    how = view.recipe_for(str(tiny_model), str(rows), "auto", ("data.columns={prompt: text, completion: label}",))
+    assert "unused" not in {c["name"] for c in view.inspect(how, Progress()).summary["checks"] if c["status"] == "warn"}
 
 
 @pytest.mark.parametrize(
@@ -197,28 +201,28 @@ def test_only_names_that_the_format_takes_are_offered(
     tiny_model: Path, tmp_path: Path, row: dict[str, Any], words: str
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    how = inspection.recipe_for(str(tiny_model), str(tmp_path / "rows.jsonl"), "auto", ())
-    [check] = [c for c in inspection.inspect(how, Progress()).summary["checks"] if c["name"] == "unused"]
+    how = view.recipe_for(str(tiny_model), str(tmp_path / "rows.jsonl"), "auto", ())
+    [check] = [c for c in view.inspect(how, Progress()).summary["checks"] if c["name"] == "unused"]
     assert words in check["message"]
 
 
 def test_a_map_that_would_have_no_effect_is_an_error(tiny_model: Path, rows_file: Path) -> None:
     for name, words in (("promt", "did you mean prompt?"), ("xyz", "there are attention_mask")):
-        how = inspection.recipe_for(str(tiny_model), str(rows_file), "auto", (f"data.columns={{{name}: question}}",))
+        how = view.recipe_for(str(tiny_model), str(rows_file), "auto", (f"data.columns={{{name}: question}}",))
         with pytest.raises(DataError, match=f"data.columns maps '{name}' to 'question', and .*{re.escape(words)}"):
-            inspection.inspect(how, Progress())
-    section = recipe.Data(columns={"source": "origin", "label": "kind"}, group="source")
+            view.inspect(how, Progress())
+    section = schema.Data(columns={"source": "origin", "label": "kind"}, group="source")
     assert formats.unknown_column(section, Reads()) == ""
 
 
 def test_records_that_are_left_out_are_counted_in_words(tiny_model: Path, rows_file: Path) -> None:
     with rows_file.open("a") as file:
         file.write(rows_file.read_text(encoding="utf-8"))
-    seen = inspection.inspect(inspection.recipe_for(str(tiny_model), str(rows_file), "auto", ()), Progress())
-    assert data.left_out(seen.summary, "train") == (
+    seen = view.inspect(view.recipe_for(str(tiny_model), str(rows_file), "auto", ()), Progress())
+    assert data_stage.left_out(seen.summary, "train") == (
         "24 of 48 records are left out (duplicate 24): `qkit inspect` names them"
     )
-    assert data.left_out(seen.summary, "test") == ""
+    assert data_stage.left_out(seen.summary, "test") == ""
 
 
 def test_the_stage_says_what_is_not_learnt_before_training(tiny_recipe: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -251,8 +255,8 @@ def with_tokens(model: Path, target: Path, change: Any, **config: Any) -> Path:
 
 
 def vocabulary_of(model: Path, rows: Path, *overrides: str) -> dict[str, Any]:
-    how = inspection.recipe_for(str(model), str(rows), "messages", overrides)
-    (check,) = (c for c in inspection.inspect(how, Progress()).summary["checks"] if c["name"] == "vocabulary")
+    how = view.recipe_for(str(model), str(rows), "messages", overrides)
+    (check,) = (c for c in view.inspect(how, Progress()).summary["checks"] if c["name"] == "vocabulary")
     return dict(check)
 
 
@@ -298,21 +302,21 @@ def test_the_remedy_is_good_for_a_padding_token_that_the_config_names(
     """As a Llama 2 with [PAD] is often saved: its weights have no row for it, and the model cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
-    from qkit import model as models
+    from qkit.model import source
 
     pads = with_tokens(
         tiny_model, tmp_path / "model", lambda t: t.add_special_tokens({"pad_token": "[PAD]"}), pad_token_id=259
     )
     assert vocabulary_of(pads, rows_file)["status"] == "fail"
     assert vocabulary_of(pads, rows_file, 'model.add_tokens=["[PAD]"]')["status"] == "pass"
-    grown = AutoModelForCausalLM.from_pretrained(models.resolve(recipe.Model(source=str(pads), add_tokens=("[PAD]",))))
+    grown = AutoModelForCausalLM.from_pretrained(source.resolve(schema.Model(source=str(pads), add_tokens=("[PAD]",))))
     assert grown.get_input_embeddings().weight.shape[0] == 260
 
 
 def test_padding_is_chosen_within_the_embedding(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     model = with_tokens(tiny_model, tmp_path / "model", lambda t: t.add_special_tokens({"pad_token": "[PAD]"}))
-    how = inspection.recipe_for(str(model), str(rows_file), "messages", ())
-    assert json.loads((inspection.inspect(how, Progress()).folder / "tokens.json").read_text())["pad"] < 259
+    how = view.recipe_for(str(model), str(rows_file), "messages", ())
+    assert json.loads((view.inspect(how, Progress()).folder / "tokens.json").read_text())["pad"] < 259
     with pytest.raises(ModelError, match=r"its id is 259, and the model has 0 to 258"):
         vocabulary_of(model, rows_file, 'model.pad_token="[PAD]"')
 
@@ -342,9 +346,9 @@ def test_more_rows_than_tokens_are_well(tiny_model: Path, rows_file: Path, tmp_p
 
 def test_the_plan_says_it_too(tiny_model: Path, tmp_path: Path) -> None:
     model = with_tokens(tiny_model, tmp_path / "model", lambda t: t.add_special_tokens({"pad_token": "[PAD]"}))
-    found = vocabulary.without_a_row(recipe.Model(source=str(model)))
+    found = vocabulary.without_a_row(schema.Model(source=str(model)))
     assert found is not None and "[PAD] (259)" in found and "0 to 258" in found
-    assert vocabulary.without_a_row(recipe.Model(source=str(model), add_tokens=("[PAD]",))) is None
-    assert vocabulary.without_a_row(recipe.Model(source=str(tiny_model))) is None
+    assert vocabulary.without_a_row(schema.Model(source=str(model), add_tokens=("[PAD]",))) is None
+    assert vocabulary.without_a_row(schema.Model(source=str(tiny_model))) is None
     done = qkit("plan", "--model", model)
     assert f"warning: {found}" in " ".join(done.stdout.split()), done.stdout

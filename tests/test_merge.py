@@ -14,15 +14,23 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qkit import candidates, gates, live, merge, merged_folder, model, parity, pipeline, provenance, recipe, scoring
-from qkit.candidates import Candidate
-from qkit.device import detect
-from qkit.errors import ModelError, ParityFailed
-from qkit.export import _stage
-from qkit.parity import Parity
-from qkit.recipe import Quantization, load
-from qkit.run import Run, read_json
-from qkit.runtime import open_runtime
+from qkit import pipeline
+from qkit.core.device import detect
+from qkit.core.errors import ModelError, ParityFailed
+from qkit.core.files import read_json
+from qkit.export import stage as export_stage
+from qkit.measure import candidates, gates, held_out, parity
+from qkit.measure import reference as measure_reference
+from qkit.measure.candidates import Candidate
+from qkit.measure.parity import Parity
+from qkit.merge import stage as merge_stage
+from qkit.merging import folder as merging_folder
+from qkit.model import provenance, source
+from qkit.plugins.runtime import open_runtime
+from qkit.recipe import schema
+from qkit.recipe.load import load
+from qkit.recipe.schema import Quantization
+from qkit.run.directory import Run
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +90,8 @@ def test_the_merged_model_takes_no_adapter_twice(finished: Run) -> None:
 
 
 def _distance(run: Run, folder: Path) -> Parity:
-    rows = scoring.read_held_out(run.need("data", "test.parquet")).rows
-    reference = live.recorded(run, rows)
+    rows = held_out.read_held_out(run.need("data", "test.parquet")).rows
+    reference = measure_reference.recorded(run, rows)
     with open_runtime("transformers", folder, detect()) as runtime:
         return parity.measure(reference, runtime.score(rows))
 
@@ -92,7 +100,7 @@ def _requantized(folder: Path, out: Path) -> Path:
     """The model of a folder after NF4, as an ordinary one; what is served in 4 bit says the same."""
     how = BitsAndBytesConfig(**Quantization().model_dump())
     loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16, quantization_config=how)
-    model.dequantize(loaded)
+    source.dequantize(loaded)
     del loaded.config.quantization_config
     loaded.hf_quantizer = None
     loaded.save_pretrained(out)
@@ -113,7 +121,7 @@ def test_quantizing_the_dequantized_merge_again_loses_the_fine_tune(finished: Ru
     small = _shrunk(finished, tmp_path / "run", 0.25)
     found = {}
     for base in ("dequantized", "16bit"):
-        merged_folder.write_folder(small, tmp_path / base, base)
+        merging_folder.write_folder(small, tmp_path / base, base)
         found[base] = _distance(small, _requantized(tmp_path / base, tmp_path / f"{base}-nf4"))
         assert not _distance(small, tmp_path / base).lost or base == "16bit"
     assert found["dequantized"].lost
@@ -121,7 +129,7 @@ def test_quantizing_the_dequantized_merge_again_loses_the_fine_tune(finished: Ru
     with pytest.raises(
         ParityFailed, match=r"export x \(dequantized\) has lost the fine-tune: its mean KL is .* train longer"
     ):
-        candidates.refuse_lost(lost, "export x", _stage.LOST)
+        candidates.refuse_lost(lost, "export x", export_stage.LOST)
 
 
 def test_a_stage_with_nothing_left_of_the_fine_tune_fails(
@@ -130,15 +138,15 @@ def test_a_stage_with_nothing_left_of_the_fine_tune_fails(
     """The base itself in the place of its merge: nearer to the base than to the adapter, and nothing is left behind."""
     run = _shrunk(finished, tmp_path / "run", 1.0)
     (tmp_path / "out").mkdir()
-    write = merge.write_folder
+    write = merging_folder.write_folder
 
     def without_the_adapter(run: Run, out: Path, base: Any, *rest: Any, **more: Any) -> None:
         write(run, out, base, *rest, **more)
         shutil.copyfile(Path(run.recipe.model.source) / "model.safetensors", out / "model.safetensors")
 
-    monkeypatch.setattr(merge, "write_folder", without_the_adapter)
+    monkeypatch.setattr(merge_stage, "write_folder", without_the_adapter)
     with pytest.raises(ParityFailed, match="train longer"):
-        merge.run(run, tmp_path / "out")
+        merge_stage.run(run, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
@@ -146,7 +154,7 @@ def test_an_adapter_that_changed_nothing_raises_no_alarm(finished: Run, tmp_path
     """Base, adapter and merge are one model then, and which of two is nearer is chance: there is nothing to lose."""
     run = _shrunk(finished, tmp_path / "run", 1e-9)
     run.folder("merge").mkdir()
-    merge.run(run, run.folder("merge"))
+    merge_stage.run(run, run.folder("merge"))
     rows = candidates.read_table(run)["candidates"]
     assert not any(row["lost"] for row in rows)
     assert gates.judge(gates.gate_of("merged", run.recipe), Parity(**rows[0]["parity"])) == []
@@ -156,18 +164,18 @@ def test_a_model_that_float16_breaks_keeps_its_merge(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Activations of some models overflow in it: they were merged well, and float16 was only tried."""
-    monkeypatch.setattr(merge, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
-    measure = merge._measured
+    monkeypatch.setattr(merge_stage, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
+    measure = merge_stage._measured
 
     def measured(run: Run, out: Path, candidate: Candidate, *rest: Any) -> Candidate:
         if candidate.name.endswith(candidates.FINER):
             raise ParityFailed("its scores are no numbers")
         return measure(run, out, candidate, *rest)
 
-    monkeypatch.setattr(merge, "_measured", measured)
+    monkeypatch.setattr(merge_stage, "_measured", measured)
     run = _shrunk(finished, tmp_path / "run", 1.0)
     run.folder("merge").mkdir()
-    merge.run(run, run.folder("merge"))
+    merge_stage.run(run, run.folder("merge"))
     assert candidates.read_table(run)["chosen"] == "dequantized"
     assert read_json(run.need("merge", "config.json"))["dtype"] == "bfloat16"
     assert run.need("merge", "model.safetensors") and not list(run.folder("merge").glob(".*"))
@@ -178,11 +186,11 @@ def test_a_merge_beyond_its_gate_is_tried_in_float16(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nearest: str
 ) -> None:
     """What is exported is made from it where it is the nearest; in a model this small bf16's own products are as far off as its weights."""
-    monkeypatch.setattr(merge, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
+    monkeypatch.setattr(merge_stage, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
     if nearest == "float16":
         monkeypatch.setattr(candidates, "choose", lambda rows, _: rows[-1 if len(rows) == 3 else 0])
     run = _shrunk(finished, tmp_path / "run", 1.0)
-    for name, stage in {"merge": merge, "export": _stage}.items():
+    for name, stage in {"merge": merge_stage, "export": export_stage}.items():
         run.folder(name).mkdir()
         stage.run(run, run.folder(name))
     table = candidates.read_table(run)
@@ -193,7 +201,7 @@ def test_a_merge_beyond_its_gate_is_tried_in_float16(
     assert table["chosen"] == chosen and len(table["texts"]) == 4
     weights = load_file(run.need("merge", "model.safetensors"))
     assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, dtype)}
-    assert merged_folder.dtype_of(run) == read_json(run.need("merge", "config.json"))["dtype"] == dtype
+    assert merging_folder.dtype_of(run) == read_json(run.need("merge", "config.json"))["dtype"] == dtype
     assert not list(run.folder("merge").glob(".*"))
     made = {row["name"] for row in read_json(run.need("export", "candidates.json"))["onnx-int4"]["candidates"]}
     assert made == {chosen, "16bit"}
@@ -201,10 +209,10 @@ def test_a_merge_beyond_its_gate_is_tried_in_float16(
 
 
 def test_a_dtype_that_the_recipe_names_is_kept(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
+    monkeypatch.setattr(merge_stage, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
     settings = ["merge.dtype=bfloat16", "merge.base=dequantized"]
     run = Run(finished.root, load(finished.root / "recipe.yaml", settings))
-    merge.run(run, tmp_path)
+    merge_stage.run(run, tmp_path)
     assert [row["name"] for row in read_json(tmp_path / "candidates.json")["candidates"]] == ["dequantized"]
     assert read_json(tmp_path / "config.json")["dtype"] == "bfloat16"
 
@@ -246,19 +254,19 @@ def test_without_4_bit_there_is_one_way(tiny_recipe: Path) -> None:
 
 def test_how_a_format_is_measured(tmp_path: Path) -> None:
     """A server's format by transformers where that reads it; not at all where only the server does."""
-    assert _stage._measurable("onnxruntime", tmp_path) == "onnxruntime"
-    assert _stage._measurable("vllm", tmp_path) is None
+    assert export_stage._measurable("onnxruntime", tmp_path) == "onnxruntime"
+    assert export_stage._measurable("vllm", tmp_path) is None
     for method, runtime in (("bitsandbytes", "transformers"), ("gptq", None)):
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
-        assert _stage._measurable("vllm", tmp_path) == runtime
+        assert export_stage._measurable("vllm", tmp_path) == runtime
 
 
 def test_quantization_config_fields_are_bitsandbytes_own() -> None:
     from trl import SFTConfig
 
     assert set(Quantization.model_fields) <= set(BitsAndBytesConfig().to_dict()) | {"load_in_4bit"}
-    assert set(recipe.Lora.model_fields) <= set(LoraConfig().to_dict())
-    assert set(recipe.Train.model_fields) <= set(SFTConfig.__dataclass_fields__)
+    assert set(schema.Lora.model_fields) <= set(LoraConfig().to_dict())
+    assert set(schema.Train.model_fields) <= set(SFTConfig.__dataclass_fields__)
 
 
 def test_rows_without_a_measure_are_not_chosen() -> None:

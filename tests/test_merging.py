@@ -21,12 +21,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from qkit import merging, model, provenance
-from qkit.deltas import Deltas
-from qkit.device import detect
-from qkit.errors import MissingArtifact, ModelError
-from qkit.four_bit import FourBit
-from qkit.recipe import Data, Merge, Model, Quantization, Recipe
+from qkit.core.device import detect
+from qkit.core.errors import MissingArtifact, ModelError
+from qkit.merging import weights
+from qkit.model import load, provenance, source
+from qkit.recipe import schema
+from qkit.recipe.schema import Data, Merge, Model, Quantization, Recipe
+from qkit.tensors.lora_deltas import Deltas
+from qkit.tensors.nf4_roundtrip import FourBit
 
 FP32 = Merge(dtype="float32")
 NOTHING_QUANTIZED = {"quantized": [], "quantization": {}}
@@ -39,8 +41,8 @@ def _recipe(folder: Path) -> Recipe:
 def _adapter(folder: Path, out: Path, **options: Any) -> Path:
     """A LoRA adapter with random weights, as `train` leaves it."""
     torch.manual_seed(1)
-    base = model.load_base(folder, _recipe(folder), detect())
-    names = model.quantized_names(base)
+    base = load.load_base(folder, _recipe(folder), detect())
+    names = source.quantized_names(base)
     config = LoraConfig(
         **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, **options}
     )
@@ -49,9 +51,9 @@ def _adapter(folder: Path, out: Path, **options: Any) -> Path:
     return out
 
 
-def _merge(folder: Path, adapter: Path, out: Path, base: merging.Base, section: Merge) -> dict[str, torch.Tensor]:
+def _merge(folder: Path, adapter: Path, out: Path, base: schema.Base, section: Merge) -> dict[str, torch.Tensor]:
     out.mkdir(exist_ok=True)
-    merging.merge(folder, adapter, out, base, section, provenance.check_adapter(adapter, folder))
+    weights.merge(folder, adapter, out, base, section, provenance.check_adapter(adapter, folder))
     return _weights(out)
 
 
@@ -63,8 +65,8 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_equals_pefts_merge_of_the_dequantized_base(tiny_model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     adapter = _adapter(tiny_model, tmp_path / "adapter", **options)
     merged = _merge(tiny_model, adapter, tmp_path / "merged", "dequantized", FP32)
-    base = model.load_base(tiny_model, _recipe(tiny_model), detect())
-    model.dequantize(base)
+    base = load.load_base(tiny_model, _recipe(tiny_model), detect())
+    source.dequantize(base)
     for parameter in base.parameters():
         parameter.data = parameter.data.float()
     peft = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
@@ -166,7 +168,7 @@ def test_every_kind_of_adapter(tmp_path: Path, kind: str) -> None:
     live = _peft(folder, options)
     live.save_pretrained(tmp_path / "adapter")
     (tmp_path / "merged").mkdir()
-    merging.merge(folder, tmp_path / "adapter", tmp_path / "merged", "16bit", FP32, NOTHING_QUANTIZED)
+    weights.merge(folder, tmp_path / "adapter", tmp_path / "merged", "16bit", FP32, NOTHING_QUANTIZED)
     merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32)
     ids = torch.arange(2, 40)[None]
     with torch.inference_mode():
@@ -196,7 +198,7 @@ def test_resized_embeddings(tmp_path: Path, build: Callable[[Path], Path]) -> No
     live = _moved(get_peft_model(base, LoraConfig(r=4, target_modules=LINEAR, init_lora_weights=False))).eval()
     live.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     (tmp_path / "merged").mkdir()
-    merging.merge(folder, tmp_path / "adapter", tmp_path / "merged", "16bit", FP32, NOTHING_QUANTIZED)
+    weights.merge(folder, tmp_path / "adapter", tmp_path / "merged", "16bit", FP32, NOTHING_QUANTIZED)
     merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32)
     assert merged.config.vocab_size == 264
     ids = torch.tensor([[3, 260, 263, 9]])
@@ -212,7 +214,7 @@ def test_an_embedding_resized_without_its_head_is_refused(tmp_path: Path) -> Non
     save_file({**load_file(file), **more}, file)
     (tmp_path / "merged").mkdir()
     with pytest.raises(ModelError, match=r"embed_tokens.weight with 264 rows.*259, and lm_head.weight is as it was"):
-        merging.merge(folder, tmp_path / "adapter", tmp_path / "merged", "16bit", FP32, NOTHING_QUANTIZED)
+        weights.merge(folder, tmp_path / "adapter", tmp_path / "merged", "16bit", FP32, NOTHING_QUANTIZED)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,7 @@ def test_what_the_base_does_not_have_is_refused(tiny_model: Path, tmp_path: Path
     other = _llama(tmp_path / "other")
     (tmp_path / "merged").mkdir()
     with pytest.raises(ModelError, match="it was trained on another model"):
-        merging.merge(other, adapter, tmp_path / "merged", "16bit", FP32, NOTHING_QUANTIZED)
+        weights.merge(other, adapter, tmp_path / "merged", "16bit", FP32, NOTHING_QUANTIZED)
     with pytest.raises(MissingArtifact, match="not an adapter"):
         Deltas(tmp_path)
 
@@ -262,7 +264,7 @@ def test_four_bit_is_bitsandbytes_to_the_bit(kind: str, nested: bool, dtype: str
     whole = weight.to(getattr(torch, dtype))
     packed, state = quantize_4bit(whole, quant_type=kind, compress_statistics=nested, blocksize=64)
     seen = FourBit(weight, how.model_dump())
-    rows = [seen.rows(begin, end) for begin, end in merging._blocks(weight, by_rows=True)]
+    rows = [seen.rows(begin, end) for begin, end in weights._blocks(weight, by_rows=True)]
     assert torch.equal(torch.cat(rows), dequantize_4bit(packed, state).reshape(shape))
 
 
@@ -282,9 +284,9 @@ def test_four_bit_at_every_bound_between_levels() -> None:
 def test_the_merged_model_says_what_the_live_one_says(tiny_model: Path, tmp_path: Path) -> None:
     adapter = _adapter(tiny_model, tmp_path / "adapter")
     _merge(tiny_model, adapter, tmp_path / "merged", "dequantized", Merge())
-    live = model.load_live(tiny_model, _recipe(tiny_model), detect(), adapter)
+    live = load.load_live(tiny_model, _recipe(tiny_model), detect(), adapter)
     merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.bfloat16)
-    base = model.load_live(tiny_model, _recipe(tiny_model), detect(), None)
+    base = load.load_live(tiny_model, _recipe(tiny_model), detect(), None)
     ids = torch.arange(3, 60)[None]
     with torch.inference_mode():
         p, q, b = (m(ids).logits.float().log_softmax(-1) for m in (live, merged, base))
@@ -313,7 +315,7 @@ def test_a_cut_off_shard_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     (cut / "model.safetensors").write_bytes(whole[:-1000])
     (tmp_path / "merged").mkdir()
     with pytest.raises(ModelError, match="the file is not whole"):
-        merging.merge(cut, adapter, tmp_path / "merged", "16bit", Merge(), NOTHING_QUANTIZED)
+        weights.merge(cut, adapter, tmp_path / "merged", "16bit", Merge(), NOTHING_QUANTIZED)
 
 
 @contextmanager
@@ -357,12 +359,12 @@ def test_memory_is_a_few_tensors_whatever_the_model(tiny_model: Path, tmp_path: 
     save_file(pairs, adapter / "adapter_model.safetensors")
     note["quantized"] = [*note["quantized"], *(f"{name}.weight" for name in names)]
     (tmp_path / "merged").mkdir()
-    merging.merge(
+    weights.merge(
         tiny_model, _adapter(tiny_model, tmp_path / "warm"), tmp_path / "merged", "dequantized", Merge(), note
     )
     tensor_bytes = rows * width * 2
     with _peak_rss() as peak:
-        merging.merge(big, adapter, tmp_path / "merged", "dequantized", Merge(), note)
+        weights.merge(big, adapter, tmp_path / "merged", "dequantized", Merge(), note)
     assert peak[0] < 3 * tensor_bytes + (300 << 20) < count * tensor_bytes
     assert peak[0] > tensor_bytes  # the watcher has seen it
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from qkit import device, tensors_alive, train
-from qkit.fast import heap
-from qkit.recipe import load
-from qkit.tensors_alive import LINES, TensorsAlive, watching
+from qkit.core import device, memory_meter
+from qkit.recipe.load import load
+from qkit.train import memory_watch, sft
+from qkit.train.fast import heap
+from qkit.train.memory_watch import LINES, TensorsAlive, watching
 
 FP32, BF16 = 4, 2
 
@@ -141,7 +142,7 @@ def test_a_quantized_matrix_counts_with_its_tables_and_dequantized_as_workspace(
 def watched(tiny_recipe: Path, tmp_path: Path) -> Any:
     """Two steps of the tiny recipe through the real trainer, the second one watched."""
     trainer = _trainer(tiny_recipe, tmp_path)
-    watcher = tensors_alive.step_watcher(step=1)
+    watcher = memory_watch.step_watcher(step=1)
     trainer.add_callback(watcher)
     trainer.train()
     return trainer, watcher.alive
@@ -150,19 +151,20 @@ def watched(tiny_recipe: Path, tmp_path: Path) -> Any:
 def _trainer(recipe_file: Path, out: Path) -> Any:
     from datasets import Dataset
 
-    from qkit import model
-    from qkit.trainer import trainer_class
+    from qkit.model import load as model_load
+    from qkit.model import source, tokenizer
+    from qkit.train.trainer import trainer_class
 
     how = load(recipe_file, ["train.max_steps=2"])
-    folder = model.resolve(how.model)
-    base = model.load_base(folder, how, device.detect())
+    folder = source.resolve(how.model)
+    base = model_load.load_base(folder, how, device.detect())
     rows = [[5 + (7 * row + place) % 200 for place in range(48)] for row in range(8)]
     return trainer_class()(
         model=base,
-        args=train.sft_config(how, device.detect(), out),
+        args=sft.sft_config(how, device.detect(), out),
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": [[-100, *ids[1:]] for ids in rows]}),
-        processing_class=model.tokenizer_of(how.model),
-        peft_config=train.lora_config(how, base),
+        processing_class=tokenizer.tokenizer_of(how.model),
+        peft_config=sft.lora_config(how, base),
         pad=0,
         batch_tokens=192,
         labelled_head=True,
@@ -183,7 +185,7 @@ def test_a_training_step_line_by_line(watched: Any) -> None:
 
 def _once(model: Any) -> list[torch.Tensor]:
     """The frozen tensors, those that share a storage once."""
-    return list({t.untyped_storage()._cdata: t for t in tensors_alive.frozen_tensors(model)}.values())
+    return list({t.untyped_storage()._cdata: t for t in memory_watch.frozen_tensors(model)}.values())
 
 
 def test_every_gradient_is_found(watched: Any) -> None:
@@ -203,7 +205,7 @@ def test_the_hooks_are_gone_afterwards(watched: Any) -> None:
 
 
 def test_readings_name_their_meter() -> None:
-    meter = device.PeakMeter(device.detect())
+    meter = memory_meter.PeakMeter(device.detect())
     held = torch.ones(30_000_000)
     readings = meter.readings()
     assert set(readings) == {"rss"}
@@ -227,11 +229,12 @@ def test_freed_pages_go_back() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_quantized_base_keeps_no_file_mapped(tiny_recipe: Path) -> None:
-    from qkit import model
+    from qkit.model import load as model_load
+    from qkit.model import source
 
     how = load(tiny_recipe)
-    folder = model.resolve(how.model)
-    base = model.load_base(folder, how, device.detect())
+    folder = source.resolve(how.model)
+    base = model_load.load_base(folder, how, device.detect())
     assert str(folder / "model.safetensors") not in Path("/proc/self/maps").read_text()
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     assert (embedding.weight is head.weight) == base.config.tie_word_embeddings

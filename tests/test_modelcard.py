@@ -13,10 +13,10 @@ import pytest
 import yaml
 from sample import FILES, SAMPLE, edit, open_sample
 
-from qkit import modelcard
-from qkit.errors import MissingArtifact
-from qkit.recipe import Recipe
-from qkit.run import Run
+from qkit.core.errors import MissingArtifact
+from qkit.recipe.schema import Recipe
+from qkit.report import model_card
+from qkit.run.directory import Run
 
 
 def changed(run: Run, **settings: Any) -> Run:
@@ -37,7 +37,7 @@ def code(text: str, language: str) -> str:
 
 
 def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
-    card = front(modelcard.render(open_sample(tmp_path)))
+    card = front(model_card.render(open_sample(tmp_path)))
     assert card["library_name"] == "transformers"
     assert card["pipeline_tag"] == "text-generation"
     assert card["base_model"] == "example-org/tiny-llama"
@@ -47,7 +47,7 @@ def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["./model", "model.gguf", "pypi:a==1!b/c.gguf", "org/model.gguf"])
 def test_only_a_hub_id_is_named_as_base(tmp_path: Path, source: str) -> None:
     run = changed(open_sample(tmp_path), model={"source": source})
-    assert "base_model" not in front(modelcard.render(run))
+    assert "base_model" not in front(model_card.render(run))
 
 
 @pytest.mark.parametrize(
@@ -58,33 +58,33 @@ def test_it_says_onto_which_weights_it_was_merged(tmp_path: Path, chosen: str, s
     run = open_sample(tmp_path)
     run.folder("merge").mkdir()
     (run.folder("merge") / "candidates.json").write_text(json.dumps({"chosen": chosen}))
-    assert said in modelcard.render(run)
-    assert "Merged onto" not in modelcard.render(run, "vllm-adapter")
+    assert said in model_card.render(run)
+    assert "Merged onto" not in model_card.render(run, "vllm-adapter")
     folder = run.folder("export") / "onnx-int4"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "qkit.json").write_text(json.dumps({"base": chosen}))
-    assert said in modelcard.render(run, "onnx-int4")
+    assert said in model_card.render(run, "onnx-int4")
 
 
 def test_figures_of_other_weights_are_not_quoted(tmp_path: Path) -> None:
     """A model that was merged again has not been measured, whatever verify and bench said of the one before."""
     run = open_sample(tmp_path)
-    assert "| merged |" in modelcard.render(run)
+    assert "| merged |" in model_card.render(run)
     manifest = run.manifest()
     merged = next(name for name in manifest["stages"]["merge"]["outputs"])
     manifest["stages"]["merge"]["outputs"][merged]["sha256"] = 64 * "f"
     edit(run, "run.json", **manifest)
-    text = modelcard.render(run)
+    text = model_card.render(run)
     assert "| merged |" not in text and "| adapter |" in text and "| onnx-int4 |" in text
 
 
 def test_a_hub_id_may_hold_dots(tmp_path: Path) -> None:
     run = changed(open_sample(tmp_path), model={"source": "org/model-2.5-7B"})
-    assert front(modelcard.render(run))["base_model"] == "org/model-2.5-7B"
+    assert front(model_card.render(run))["base_model"] == "org/model-2.5-7B"
 
 
 def test_evidence_is_that_of_the_run(tmp_path: Path) -> None:
-    text = modelcard.render(open_sample(tmp_path))
+    text = model_card.render(open_sample(tmp_path))
     assert "**exact call match: 0 → 52 of 100 (95 % interval 42–62)**" in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     int4 = next(row for row in rows if row[0] == "onnx-int4")
@@ -96,7 +96,7 @@ def test_evidence_is_that_of_the_run(tmp_path: Path) -> None:
 
 def test_provenance_names_the_weights(tmp_path: Path) -> None:
     manifest = json.loads((SAMPLE / "run.json").read_text(encoding="utf-8"))
-    text = modelcard.render(open_sample(tmp_path))
+    text = model_card.render(open_sample(tmp_path))
     wanted = [manifest["recipe_sha256"], manifest["environment"]["git"]]
     wanted += [
         o["sha256"] for stage in ("data", "train", "merge") for o in manifest["stages"][stage]["outputs"].values()
@@ -106,7 +106,7 @@ def test_provenance_names_the_weights(tmp_path: Path) -> None:
 
 def test_tables_are_whole(tmp_path: Path) -> None:
     """Every table row has as many cells as the row above it."""
-    lines = modelcard.render(open_sample(tmp_path)).splitlines()
+    lines = model_card.render(open_sample(tmp_path)).splitlines()
     cells = [len(re.split(r"(?<!\\)\|", line)) if line.startswith("|") else None for line in lines]
     assert not [b for a, b in pairwise(cells) if a is not None and b is not None and a != b]
 
@@ -114,7 +114,7 @@ def test_tables_are_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("system", [None, 'It\'s "one" call\nin JSON | only.'])
 def test_the_commands_can_be_pasted(tmp_path: Path, system: str | None) -> None:
     run = changed(open_sample(tmp_path), data={"system": system}, serve={"port": 0})
-    text = modelcard.render(run)
+    text = model_card.render(run)
     ast.parse(code(text, "python"))
     curl = shlex.split(code(text, "sh").split("\n", 1)[1])
     body = json.loads(curl[-1])
@@ -125,12 +125,12 @@ def test_the_commands_can_be_pasted(tmp_path: Path, system: str | None) -> None:
 
 @pytest.mark.parametrize("absent", FILES)
 def test_a_file_may_be_absent(tmp_path: Path, absent: str) -> None:
-    text = modelcard.render(open_sample(tmp_path, without=absent))
+    text = model_card.render(open_sample(tmp_path, without=absent))
     assert "None" not in text
 
 
 def test_a_new_run_has_a_card_that_claims_nothing(tmp_path: Path) -> None:
-    text = modelcard.render(open_sample(tmp_path, only_recipe=True))
+    text = model_card.render(open_sample(tmp_path, only_recipe=True))
     assert "Neither scores nor distances have been measured yet." in text
     assert "Latency and throughput have not been measured yet." in text
     assert "Nothing is known of its quality yet." in text
@@ -140,16 +140,16 @@ def test_a_new_run_has_a_card_that_claims_nothing(tmp_path: Path) -> None:
 def test_the_card_goes_to_the_merged_model_and_the_served_one(tmp_path: Path) -> None:
     run = open_sample(tmp_path)
     with pytest.raises(MissingArtifact, match="qkit merge"):
-        modelcard.write(run)
+        model_card.write(run)
     run.folder("merge").mkdir()
-    modelcard.write(run)
+    model_card.write(run)
     assert not run.folder("export").exists()
     (run.folder("export") / "vllm").mkdir(parents=True)
-    modelcard.write(run)
+    model_card.write(run)
     cards = [run.folder("merge") / "README.md", run.folder("export") / "vllm" / "README.md"]
     assert [card.read_text(encoding="utf-8") for card in cards] == [
-        modelcard.render(run),
-        modelcard.render(run, "vllm"),
+        model_card.render(run),
+        model_card.render(run, "vllm"),
     ]
     assert [path.name for path in run.folder("merge").iterdir()] == ["README.md"]
 
@@ -165,7 +165,7 @@ def test_the_card_goes_to_the_merged_model_and_the_served_one(tmp_path: Path) ->
     ],
 )
 def test_an_export_is_used_as_what_it_is(tmp_path: Path, export: str, library: str, used: str) -> None:
-    text = modelcard.render(open_sample(tmp_path), export)
+    text = model_card.render(open_sample(tmp_path), export)
     assert front(text)["library_name"] == library and f"export `{export}`" in text
     assert used in text.partition("## Use")[2].partition("## Limits")[0]
     assert (front(text)["base_model_relation"] == "adapter") is (export == "vllm-adapter")
@@ -176,7 +176,7 @@ def test_an_export_is_used_as_what_it_is(tmp_path: Path, export: str, library: s
 def noted(run: Run, export: str, **keys: Any) -> str:
     (run.folder("export") / export).mkdir(parents=True, exist_ok=True)
     (run.folder("export") / export / "qkit.json").write_text(json.dumps(keys))
-    return modelcard.render(run, export)
+    return model_card.render(run, export)
 
 
 def test_the_card_says_how_many_rows_llama_cpp_reads_otherwise(tmp_path: Path) -> None:
@@ -197,7 +197,8 @@ def test_the_card_says_how_many_rows_llama_cpp_reads_otherwise(tmp_path: Path) -
 def test_what_was_measured_with_another_runtime_is_said_beside_the_figure(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from qkit import report, show
+    from qkit.report import screen, summary
+    from qkit.report import stage as report_stage
 
     run = open_sample(tmp_path)
     distances = {
@@ -211,9 +212,9 @@ def test_what_was_measured_with_another_runtime_is_said_beside_the_figure(tmp_pa
     }
     parity = json.loads((run.folder("verify") / "parity.json").read_text())["parity"]
     edit(run, "verify/parity.json", parity={**parity, "gguf-q8_0": distances, "gguf-q4_0": distances})
-    for said in (modelcard.render(run), report.page(run)):
+    for said in (model_card.render(run), report_stage.page(run)):
         assert "0.0025 here and 0.0071 there" in said and "Q4_K_M" in said
-    assert {name for name, _ in show.remarks(show.summary(run))} == {"gguf-q8_0", "gguf-q4_0"}
+    assert {name for name, _ in summary.remarks(summary.summary(run))} == {"gguf-q8_0", "gguf-q4_0"}
     drawn = Console(width=80, record=True, file=io.StringIO())
-    drawn.print(show.screen(show.summary(run)))
+    drawn.print(screen.screen(summary.summary(run)))
     assert "and 0.0071 there" in " ".join(drawn.export_text().split())

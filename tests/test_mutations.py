@@ -13,8 +13,9 @@ from data_traps.models import Tiny, build
 from data_traps.prepared import Prepared, prepare_rows
 from data_traps.table import GOOD, HELD_OUT, talk
 
-from qkit import data, splits, tokenization
-from qkit.tokenization import IGNORED, Row
+from qkit.data import ledger, splits
+from qkit.tasks._conversation import encode
+from qkit.tasks._conversation.encode import IGNORED, Row
 
 Mutation = Callable[[Row], Row]
 TALK = talk(("user", "And?"), ("assistant", "Nothing."), ("user", "Are you sure?"), ("assistant", "Yes."))
@@ -86,8 +87,8 @@ def another_token(row: Row) -> Row:
 def test_a_wrong_mask_is_seen(
     mutation: Mutation, fires: dict[str, str], loss: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = tokenization.marked
-    monkeypatch.setattr(tokenization, "marked", lambda *given: mutation(right(*given)))
+    right = encode.marked
+    monkeypatch.setattr(encode, "marked", lambda *given: mutation(right(*given)))
     made = prepare_rows(model, tmp_path, [*GOOD, TALK], HELD_OUT, [f"data.loss={loss}"])
     found = made.suspicious
     assert fires.items() <= found.items() and set(found) <= {"mask", "turn_end", "headers"}
@@ -98,15 +99,15 @@ def test_a_wrong_mask_is_seen(
 def test_a_wrong_mask_is_seen_where_every_token_is_learnt(
     mutation: Mutation, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = tokenization.marked
-    monkeypatch.setattr(tokenization, "marked", lambda *given: mutation(right(*given)))
+    right = encode.marked
+    monkeypatch.setattr(encode, "marked", lambda *given: mutation(right(*given)))
     made = prepare_rows(model, tmp_path, [*GOOD, TALK], HELD_OUT, ["data.loss=all"])
     assert made.suspicious["mask"] == "fail" and set(made.suspicious) <= {"mask", "turn_end"}
 
 
 def test_a_masked_end_of_a_text_is_seen(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = tokenization._text_rows
-    monkeypatch.setattr(tokenization, "_text_rows", lambda *given: [end_of_turn_masked(row) for row in right(*given)])
+    right = encode._text_rows
+    monkeypatch.setattr(encode, "_text_rows", lambda *given: [end_of_turn_masked(row) for row in right(*given)])
     made = prepare_rows(model, tmp_path, [{"text": "Once upon a time."}], HELD_OUT)
     assert made.suspicious == {"turn_end": "fail"}
 
@@ -183,6 +184,6 @@ def test_wrong_packs_are_seen(mutation: Any, model: Path, tmp_path: Path, monkey
     settings = ["data.packing=true", "data.max_length=128", "data.batch_tokens=256"]
     made = prepare_rows(model, tmp_path / "right", GOOD, HELD_OUT, settings)
     assert made.suspicious == {} and 1 < made.summary["budget"]["batches"] < len(GOOD)
-    monkeypatch.setattr(data, "packed", mutation)
+    monkeypatch.setattr(ledger, "packed", mutation)
     with pytest.raises(AssertionError):
         prepare_rows(model, tmp_path / "wrong", GOOD, HELD_OUT, settings)

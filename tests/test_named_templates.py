@@ -10,12 +10,16 @@ import pytest
 from data_traps.models import Tiny, build, tokenizer_of
 from test_conversation import ADD, REQUESTS, call, result, said, user
 
-from qkit import model, recipe, rowchecks, served_adapter, template
-from qkit.errors import ModelError
-from qkit.export._gguf_tokenizer import template_of, templates_of
-from qkit.recipe import Data
-from qkit.task import Conversation
-from qkit.tokenization import tokenize
+from qkit.chat import template
+from qkit.core.errors import ModelError
+from qkit.export._gguf.tokenizer import template_of, templates_of
+from qkit.model import tokenizer as model_tokenizer
+from qkit.plugins.task import Conversation
+from qkit.recipe import schema
+from qkit.recipe.schema import Data
+from qkit.server import lora
+from qkit.tasks._conversation import checks
+from qkit.tasks._conversation.encode import tokenize
 
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -68,14 +72,14 @@ def test_rows_with_tools_meet_the_template_for_tools() -> None:
     assert texts[1] == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nthree<|im_end|>"
     learnt = [reader.tokenizer.decode([i for i in row.labels if i != -100]) for row in rows]
     assert learnt == ['<call>add{"b": 1, "a": null}</call><|eot|>three<|eot|>', "three<|im_end|>"]
-    seen = rowchecks.facts(reader, len(reader.tokenizer))
-    assert [list(rowchecks.examine(reader, seen, row, "assistant", closely=True)) for row in rows] == [[], []]
+    seen = checks.facts(reader, len(reader.tokenizer))
+    assert [list(checks.examine(reader, seen, row, "assistant", closely=True)) for row in rows] == [[], []]
 
 
 def test_calls_where_no_tools_are_offered_are_still_found_missing() -> None:
     reader = template.renderer(tokenizer())
     [[row]] = tokenize(reader, [Conversation(TURNS)], Data())
-    found = rowchecks.examine(reader, rowchecks.facts(reader, len(reader.tokenizer)), row, "completion", closely=True)
+    found = checks.examine(reader, checks.facts(reader, len(reader.tokenizer)), row, "completion", closely=True)
     assert "tool_calls" in {name for name, _ in found}
 
 
@@ -87,9 +91,9 @@ def test_both_templates_ends_of_turns_stop_an_answer() -> None:
 
 def test_the_server_chooses_as_training_does(folder: Path) -> None:
     pytest.importorskip("prometheus_client")
-    from qkit.onnx_server import Chat, chat_prompt
+    from qkit.server.onnx_requests import Chat, chat_prompt
 
-    of = model.load_tokenizer(folder, recipe.Model(source=str(folder)))
+    of = model_tokenizer.load_tokenizer(folder, schema.Model(source=str(folder)))
     for body in ({**REQUESTS["one part"], "tools": []}, {**REQUESTS["one part"], "tools": None}, REQUESTS["one part"]):
         assert of.decode(chat_prompt(of, Chat.model_validate({"model": "m", **body}))).startswith("<|im_start|>system")
     asked = Chat.model_validate({"model": "m", "messages": list(TURNS[:3]), "tools": [ADD]})
@@ -106,7 +110,7 @@ def test_a_model_without_a_default_one_is_refused_in_words(tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", ["folder", "older"])
 def test_a_gguf_file_names_them(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     gguf = pytest.importorskip("gguf")
-    from qkit.export._gguf_tokenizer import add_tokenizer
+    from qkit.export._gguf.tokenizer import add_tokenizer
 
     base: Path = request.getfixturevalue(kind)
     (base / "generation_config.json").write_text('{"eos_token_id": 1}')
@@ -127,6 +131,6 @@ def test_vllm_is_given_an_adapter_s_tokenizer_where_one_template_would_not_do(
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "b"}')
     (folder / "config.json").unlink()
     assert AutoTokenizer.from_pretrained(folder).chat_template == NAMED  # as vLLM loads what --tokenizer names
-    monkeypatch.setattr(served_adapter, "check_adapter", lambda *_: {"max_lora_rank": 8})
-    assert served_adapter.options(folder, "a")["tokenizer"] == str(folder)
-    assert "chat-template" not in served_adapter.options(folder, "a")
+    monkeypatch.setattr(lora, "check_adapter", lambda *_: {"max_lora_rank": 8})
+    assert lora.options(folder, "a")["tokenizer"] == str(folder)
+    assert "chat-template" not in lora.options(folder, "a")

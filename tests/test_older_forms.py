@@ -11,10 +11,12 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoConfig, AutoTokenizer
 
-from qkit import added_tokens, merged_folder, model, older_forms
-from qkit.progress import Progress
-from qkit.recipe import Data, Model, Recipe
-from qkit.run import Run
+from qkit.core.progress import Progress
+from qkit.merging import folder as merging_folder
+from qkit.model import added_tokens, older_forms, source
+from qkit.model import tokenizer as model_tokenizer
+from qkit.recipe.schema import Data, Model, Recipe
+from qkit.run.directory import Run
 from tests.conftest import build_tokenizer
 
 FAR = {"rope_type": "default", "rope_theta": 500000.0}
@@ -237,13 +239,16 @@ def test_a_written_tokenizer_is_one_for_all(section: dict[str, Any], tiny_model:
     out = shutil.copytree(tiny_model, tmp_path / "out")
     (out / "additional_chat_templates").mkdir()
     (out / "additional_chat_templates" / "tool_use.jinja").write_text("the base's, for tools")
-    merged_folder._write_tokenizer(run, out, ours=True)
+    merging_folder._write_tokenizer(run, out, ours=True)
     older_forms.settle(out, tiny_model)
     assert list(older_forms.unreadable(out)) == []
     if section.get("chat_template"):  # one for tools beside it would be taken in its place when there are any
-        assert AutoTokenizer.from_pretrained(out).chat_template == model.tokenizer_of(run.recipe.model).chat_template
+        assert (
+            AutoTokenizer.from_pretrained(out).chat_template
+            == model_tokenizer.tokenizer_of(run.recipe.model).chat_template
+        )
     if section.get("add_tokens"):
-        prepared = model.resolve(run.recipe.model)
+        prepared = source.resolve(run.recipe.model)
         assert list(older_forms.unreadable(prepared)) == []
         assert "<tool>" in AutoTokenizer.from_pretrained(prepared).all_special_tokens
 
@@ -260,7 +265,7 @@ def test_rules_that_the_newer_library_puts_in_are_written_down(tiny_model: Path,
         tokenizer, base
     )
     out = shutil.copytree(base, tmp_path / "out")
-    merged_folder._write_tokenizer(Run(tmp_path, _recipe(base), Progress()), out, ours=True)
+    merging_folder._write_tokenizer(Run(tmp_path, _recipe(base), Progress()), out, ours=True)
     assert older_forms.cuts_alike(tokenizer, out)
     assert json.loads((out / "tokenizer.json").read_text())["normalizer"] == {"type": "NFC"}
     assert older_forms.cuts_alike(added_tokens.bare_tokenizer(tiny_model, False), tiny_model)
@@ -286,7 +291,7 @@ def test_the_base_s_stop_tokens_stay(
             json.dumps({"eos_token_id": generation, "temperature": 0.6, "do_sample": False})
         )
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100, "eos_token_id": config}))
-    merged_folder.add_stop_tokens(tmp_path, trained)
+    merging_folder.add_stop_tokens(tmp_path, trained)
     made = json.loads((tmp_path / "generation_config.json").read_text())
     assert made["eos_token_id"] == wanted == json.loads((tmp_path / "config.json").read_text())["eos_token_id"]
     assert generation is None or made["temperature"] == 0.6  # as it stood, whatever a library thinks of it

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qkit.device import detect
-from qkit.errors import DoesNotFit, MissingArtifact, MissingExtra, NotDeployable
-from qkit.export import _refit
-from qkit.export import onnx as exporter
-from qkit.export._job import Job
-from qkit.recipe import Recipe
-from qkit.runtime import Row, Runtime, open_runtime
-from qkit.runtimes import onnxruntime as runtime
+from qkit.core.device import detect
+from qkit.core.errors import DoesNotFit, MissingArtifact, MissingExtra, NotDeployable
+from qkit.export._onnx import requantize
+from qkit.export.formats import onnx as exporter
+from qkit.plugins.exporter import Job
+from qkit.plugins.runtime import Row, Runtime, open_runtime
+from qkit.recipe.schema import Recipe
+from qkit.runtimes import _onnx_graph, onnxruntime
 
 pytest.importorskip("onnxruntime_genai")
 
@@ -187,7 +187,7 @@ def test_another_block_size_opens(job: Job, tmp_path: Path) -> None:
 
 
 def matrices(folder: Path) -> list[Any]:
-    from qkit.export._nbits import Graph
+    from qkit.export._onnx.matmul_nbits import Graph
 
     other = folder.with_name("other")
     other.mkdir(exist_ok=True)
@@ -253,7 +253,7 @@ def test_fewer_bits_are_near_but_not_the_same(
 
 def test_scores_do_not_depend_on_the_batch(fp32: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     together = list(fp32.score(ROWS))
-    monkeypatch.setattr(runtime, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(_onnx_graph, "BATCH_TOKENS", 1)
     for batched, alone in zip(together, fp32.score(ROWS), strict=True):
         np.testing.assert_allclose(batched.full, alone.full, atol=1e-5)
 
@@ -282,7 +282,7 @@ def test_a_batch_says_what_each_prompt_says_alone(
     opened: Runtime, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = opened.generate(PROMPTS, 16, NEVER, batch_size=1)
-    monkeypatch.setattr(runtime, "BATCH_TOKENS", budget)
+    monkeypatch.setattr(_onnx_graph, "BATCH_TOKENS", budget)
     assert opened.generate(PROMPTS, 16, NEVER) == alone
 
 
@@ -307,7 +307,7 @@ def test_memory_is_that_of_the_process(opened: Runtime) -> None:
 
 def test_a_folder_of_another_kind(tiny_model: Path) -> None:
     with pytest.raises(MissingArtifact, match=r"model\.onnx"):
-        runtime.open(tiny_model, detect())
+        onnxruntime.open(tiny_model, detect())
 
 
 def test_a_graph_of_another_kind(tmp_path: Path, exported: dict[str, Path]) -> None:
@@ -317,7 +317,7 @@ def test_a_graph_of_another_kind(tmp_path: Path, exported: dict[str, Path]) -> N
     next(node for node in model.graph.node if "logits" in node.output).op_type = "Identity"
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(NotDeployable, match="matrix product"):
-        runtime._with_picked(tmp_path / "model.onnx")
+        onnxruntime._with_picked(tmp_path / "model.onnx")
 
 
 def test_onnxruntime_genai_says_the_same_token_by_token(exported: dict[str, Path], fp32: Runtime) -> None:
@@ -376,35 +376,35 @@ def test_matrices_that_the_builder_cuts_up_are_rounded_by_the_builder(tiny_model
 def test_a_matrix_with_other_values_is_not_replaced(job: Job, exported: dict[str, Path], tmp_path: Path) -> None:
     import torch
 
-    from qkit.export._nbits import Graph
+    from qkit.export._onnx.matmul_nbits import Graph
 
     with Graph(exported["int4"], tmp_path) as graph:
         matrix = graph.matrices[0]
         weight = torch.from_numpy(graph.weight(matrix))
-        assert _refit._checked(graph, matrix, weight) is weight
-        with pytest.raises(_refit.Unmatched, match=matrix.name):
-            _refit._checked(graph, matrix, weight.flip(0))
+        assert requantize._checked(graph, matrix, weight) is weight
+        with pytest.raises(requantize.Unmatched, match=matrix.name):
+            requantize._checked(graph, matrix, weight.flip(0))
 
 
 @pytest.mark.parametrize("name", ["/model/layers.0/moe/experts", "/model/layers.0/attn/rotary", "/vision/proj"])
 def test_nodes_of_unknown_names(name: str) -> None:
-    with pytest.raises(_refit.Unmatched, match=name):
-        _refit.source(name)
+    with pytest.raises(requantize.Unmatched, match=name):
+        requantize.source(name)
 
 
 def test_without_training_rows_there_is_nothing_to_round_by(
     job: Job, exported: dict[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(_refit.Unmatched, match="no training rows"):
-        _refit.refit(replace(job, rows=tmp_path / "none"), exported["int4"], tmp_path, 4)
+    with pytest.raises(requantize.Unmatched, match="no training rows"):
+        requantize.refit(replace(job, rows=tmp_path / "none"), exported["int4"], tmp_path, 4)
 
 
 def test_calibration_rows_are_spread_over_the_whole(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(_refit.calibration_rows(job.rows)) == 40
-    monkeypatch.setattr(_refit, "CALIBRATION_TOKENS", 300)
-    chosen = _refit.calibration_rows(job.rows)
+    assert len(requantize.calibration_rows(job.rows)) == 40
+    monkeypatch.setattr(requantize, "CALIBRATION_TOKENS", 300)
+    chosen = requantize.calibration_rows(job.rows)
     assert 150 < sum(map(len, chosen)) < 600
-    assert chosen[0] == _refit.calibration_rows(job.rows)[0]
+    assert chosen[0] == requantize.calibration_rows(job.rows)[0]
 
 
 # --- never half an artifact -----------------------------------------------------------------------------------------
@@ -452,14 +452,15 @@ def test_a_kill_half_way_leaves_no_artifact(model: Path, tmp_path: Path) -> None
     ],
 )
 def test_no_id_beyond_the_embedding_is_named(said: dict[str, Any], wanted: dict[str, Any]) -> None:
-    from qkit.export.onnx import _within
+    from qkit.export.formats.onnx import _within
 
     assert _within({"vocab_size": 259, **said}) == wanted
 
 
 def test_the_server_refuses_a_token_that_the_model_has_no_row_for() -> None:
     """A text may spell a token that the tokenizer has and the embedding has not."""
-    from qkit.onnx_server import Refused, Service
+    from qkit.server.onnx_app import Service
+    from qkit.server.onnx_requests import Refused
 
     service = Service.__new__(Service)
     service.room, service.rows = 10, 259

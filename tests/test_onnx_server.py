@@ -14,8 +14,8 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 from pydantic import ValidationError
 
-from qkit import template
-from qkit.onnx_server import Chat, Completion, Refused, chat_prompt, own_sampling, text_prompt
+from qkit.chat import template
+from qkit.server.onnx_requests import Chat, Completion, Refused, chat_prompt, own_sampling, text_prompt
 
 GOLDEN = json.loads(FILE.read_text(encoding="utf-8"))
 TALK = {"messages": [user("a")]}

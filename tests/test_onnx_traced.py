@@ -14,15 +14,20 @@ import yaml
 from conftest import build_tokenizer, chat_rows, tiny_settings
 from exporting import ROWS, job_of, recipe_of
 
-from qkit import deploy, modelcard, pipeline, serve
-from qkit.device import detect
-from qkit.errors import MissingArtifact, NotDeployable
-from qkit.export import _traced
-from qkit.export import onnx as exporter
-from qkit.recipe import load
-from qkit.run import Run, read_json
-from qkit.runtime import Row, Runtime, open_runtime
-from qkit.runtimes._traced import TracedRuntime
+from qkit import pipeline
+from qkit.core.device import detect
+from qkit.core.errors import MissingArtifact, NotDeployable
+from qkit.core.files import read_json
+from qkit.export._onnx import trace
+from qkit.export.formats import onnx as exporter
+from qkit.plan import deployable
+from qkit.plugins.runtime import Row, Runtime, open_runtime
+from qkit.recipe.load import load
+from qkit.report import model_card
+from qkit.run.directory import Run
+from qkit.runtimes._onnx_traced import TracedRuntime
+from qkit.serve import request as serve_request
+from qkit.serve import serving
 
 pytest.importorskip("onnxruntime_genai")
 
@@ -124,7 +129,7 @@ def test_greedy_answers_are_those_of_transformers(opened: Runtime, reference: Ru
 
 def test_it_is_not_served(exported: Path, model: Path) -> None:
     with pytest.raises(NotDeployable, match="onnxruntime-genai, which serves, opens only what its builder makes"):
-        serve.of_model(str(exported), recipe_of(model), serve.Asked("onnxruntime"))
+        serving.of_model(str(exported), recipe_of(model), serve_request.Asked("onnxruntime"))
 
 
 def test_without_its_note_it_is_not_taken_for_the_builders(exported: Path, tmp_path: Path) -> None:
@@ -150,8 +155,8 @@ def test_other_variants_name_the_one_there_is(variant: str) -> None:
 @pytest.mark.parametrize(
     ("architecture", "why"),
     [
-        ("MambaForCausalLM", _traced.STATEFUL),  # it takes no past_key_values
-        ("RecurrentGemmaForCausalLM", _traced.STATEFUL),
+        ("MambaForCausalLM", trace.STATEFUL),  # it takes no past_key_values
+        ("RecurrentGemmaForCausalLM", trace.STATEFUL),
         ("MForCausalLM", "transformers has no such class"),
     ],
 )
@@ -164,9 +169,9 @@ def test_what_no_graph_is_made_of_is_known_before_training(architecture: str, wh
 def test_a_plan_names_what_is_left(tmp_path: Path) -> None:
     model = build(tmp_path / "gpt2", "gpt2", **FAMILIES["gpt2"])
     how = recipe_of(model, export={"formats": ["onnx-fp32", "onnx-int4"]}, bench={"runtimes": ["transformers"]})
-    assert [refusal.format for refusal in deploy.refusals(how)] == ["onnx-int4"]
+    assert [refusal.format for refusal in deployable.refusals(how)] == ["onnx-int4"]
     with pytest.raises(NotDeployable, match=r"the others: --set export.formats=\[onnx-fp32\]"):
-        deploy.check(how)
+        deployable.check(how)
 
 
 def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(
@@ -209,11 +214,11 @@ def test_a_run_passes_the_gate_of_equality(verified: Run) -> None:
     assert note["format"] == "onnx-fp32" and note["graph"].startswith("traced") and note["merged"]
     assert list(verified.folder("bench").glob("onnx-fp32-*.json"))
     with pytest.raises(NotDeployable, match="opens only what its builder makes"):
-        serve.of_run(verified, serve.Asked("onnxruntime"))
+        serving.of_run(verified, serve_request.Asked("onnxruntime"))
 
 
 def test_its_card_says_how_it_is_used(verified: Run, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    text = modelcard.render(verified, "onnx-fp32")
+    text = model_card.render(verified, "onnx-fp32")
     code = text.split("```python\n")[1].partition("```")[0]
     monkeypatch.chdir(verified.need("export", "onnx-fp32"))
     exec(code, {})

@@ -13,12 +13,13 @@ import pytest
 import typer
 from sample import SAMPLE
 
-from qkit import bench_url, cli
-from qkit.errors import RecipeError
-from qkit.options import COMMON
-from qkit.progress import Progress
+from qkit.bench import any_server
+from qkit.cli import app
+from qkit.cli.options import COMMON
+from qkit.core.errors import RecipeError
+from qkit.core.progress import Progress
 
-MAIN: Any = typer.main.get_command(cli.app)
+MAIN: Any = typer.main.get_command(app.app)
 RECIPE = "recipes/quickstart.yaml"
 PLANNED = {"overrides", "memory", "card", "solve", "explain"}
 STAGE = {"overrides", "out"}
@@ -140,7 +141,7 @@ def test_what_would_have_no_effect_is_refused(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["qkit", *WAYS[way][0], *words_of(option)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and f"{option.opts[0]}" in said and "no effect" in said
 
@@ -163,14 +164,14 @@ def test_what_does_not_go_together(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["qkit", *argv])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     assert ended.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_directory_is_not_put_elsewhere() -> None:
     with pytest.raises(RecipeError, match=r"sample_run.*--out|--out.*sample_run"):
-        cli._open(SAMPLE, None, Path("other"), Progress())
-    assert cli._open(SAMPLE, None, SAMPLE, Progress()).root == SAMPLE
+        app._open(SAMPLE, None, Path("other"), Progress())
+    assert app._open(SAMPLE, None, SAMPLE, Progress()).root == SAMPLE
 
 
 def test_a_price_of_nothing_is_not_passed_over(tmp_path: Path) -> None:
@@ -184,10 +185,10 @@ def test_charts_of_a_server_are_written(
 ) -> None:
     """The records of a bench that was made before stand for a server's; what it measures is tested elsewhere."""
     records = [json.loads(file.read_text()) for file in sorted((SAMPLE / "bench").glob("vllm-c*.json"))]
-    monkeypatch.setattr(bench_url, "run", lambda *_: [{**record, "doubts": []} for record in records])
+    monkeypatch.setattr(any_server, "run", lambda *_: [{**record, "doubts": []} for record in records])
     argv = ["qkit", "bench", "--url", "http://127.0.0.1:9", "--charts", str(tmp_path / "charts"), "--json"]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     assert ended.value.code == 0, capsys.readouterr().err
     assert "vllm: " in (tmp_path / "charts" / "latency.svg").read_text(encoding="utf-8")

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qkit import isolation
-from qkit.fast.batches import IGNORED
-from qkit.fast.head import labelled_loss
-from qkit.fast.packs import PackBatches, collate_pack, packed
-from qkit.trainer import add_trl_head
+from qkit.core.batching import PackBatches, packed
+from qkit.train import pack_isolation
+from qkit.train.collate import IGNORED, collate_pack
+from qkit.train.fast.head import labelled_loss
+from qkit.train.trainer import add_trl_head
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=80), st.integers(1, 64))
@@ -118,7 +118,7 @@ def _mask_of_ones(model: Any, batch: Any, items: int) -> torch.Tensor:
 def test_isolation_holds_where_nothing_is_broken(family: str, attention: str) -> None:
     model = _model(family, attention)
     for loss in (labelled_loss, _trl_loss):
-        verdict = isolation.check(model, loss)
+        verdict = pack_isolation.check(model, loss)
         assert verdict.holds, verdict
         assert verdict.attn_implementation == attention and verdict.dtype == "float32"
         assert verdict.difference is not None and verdict.difference <= 1e-5
@@ -128,7 +128,7 @@ def test_isolation_holds_where_nothing_is_broken(family: str, attention: str) ->
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_isolation_broken_on_purpose_is_seen(family: str, attention: str, leak: Any) -> None:
-    verdict = isolation.check(_model(family, attention), leak)
+    verdict = pack_isolation.check(_model(family, attention), leak)
     assert verdict.verdict == "does not hold"
     assert verdict.difference is not None and verdict.difference > 1e-3
 
@@ -137,12 +137,12 @@ def test_a_check_that_could_not_fail_says_so() -> None:
     def deaf(model: Any, batch: Any, items: int) -> torch.Tensor:
         return torch.tensor(1.0)
 
-    assert isolation.check(_model("llama", "sdpa"), deaf).verdict == "could not be checked"
+    assert pack_isolation.check(_model("llama", "sdpa"), deaf).verdict == "could not be checked"
 
 
 def test_a_model_that_cannot_be_copied_small_is_not_called_safe() -> None:
     config = AutoConfig.for_model("mamba", vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4, **IDS)
-    verdict = isolation.check(AutoModelForCausalLM.from_config(config), labelled_loss)
+    verdict = pack_isolation.check(AutoModelForCausalLM.from_config(config), labelled_loss)
     assert verdict.verdict == "could not be checked"
     assert "num_attention_heads" in verdict.reason
 
@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_copied_small_is_not_called_safe() -> None:
 def test_the_replica_is_small_and_has_every_kind_of_layer() -> None:
     config = AutoConfig.for_model("gemma3_text")  # the family's own defaults: 26 layers, every sixth of them global
     before = config.to_dict()
-    small = isolation.replica_config(config)
+    small = pack_isolation.replica_config(config)
     assert set(small.layer_types) == set(config.layer_types) and small.num_hidden_layers == len(small.layer_types) <= 4
     assert small.head_dim == config.head_dim and small.num_key_value_heads < small.num_attention_heads
     assert config.to_dict() == before
@@ -161,5 +161,5 @@ def test_the_check_leaves_the_random_numbers_alone() -> None:
     torch.manual_seed(1)
     wanted = torch.rand(4)
     torch.manual_seed(1)
-    isolation.check(model, labelled_loss)
+    pack_isolation.check(model, labelled_loss)
     assert torch.equal(torch.rand(4), wanted)

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qkit import gates, live, parity, pipeline, scoring
-from qkit.errors import ParityFailed
-from qkit.live import Live
-from qkit.recipe import load
-from qkit.run import Run
-from qkit.runtime import RowScores
-from qkit.scoring import read_held_out
+from qkit import pipeline
+from qkit.core.errors import ParityFailed
+from qkit.measure import divergence, gates, parity
+from qkit.measure import reference as measure_reference
+from qkit.measure.held_out import read_held_out
+from qkit.measure.parity import Live
+from qkit.plugins.runtime import RowScores
+from qkit.recipe.load import load
+from qkit.run.directory import Run
 
 
 def _scores(seed: int, near: RowScores | None = None, step: float = 0.0) -> RowScores:
@@ -48,9 +50,9 @@ def test_the_live_model_is_asked_once(tiny_recipe: Path, tmp_path: Path, monkeyp
     for stage in ("data", "train"):
         pipeline.execute(run, stage)
     rows = read_held_out(run.need("data", "test.parquet")).rows
-    first = live.recorded(run, rows)
-    monkeypatch.setattr(live, "open_runtime", None)
-    again = live.recorded(run, rows)
+    first = measure_reference.recorded(run, rows)
+    monkeypatch.setattr(measure_reference, "open_runtime", None)
+    again = measure_reference.recorded(run, rows)
     for one, other in zip((*first.scores, *first.base), (*again.scores, *again.base), strict=True):
         assert np.array_equal(one.full, other.full) and np.array_equal(one.targets, other.targets)
     assert len(first.scores) == len(first.base) == 4
@@ -59,7 +61,7 @@ def test_the_live_model_is_asked_once(tiny_recipe: Path, tmp_path: Path, monkeyp
     assert first.bf16 is not None and 0 < first.bf16.kl_mean < apart.kl_mean and not first.bf16.lost
     assert sum(first.rounding) == pytest.approx(first.bf16.kl_mean * first.bf16.tokens)
     assert again.rounding == first.rounding and again.bf16 == first.bf16
-    live.forget(run)
+    measure_reference.forget(run)
     assert not (run.root / ".work" / "live").exists()
 
 
@@ -70,8 +72,8 @@ def test_as_many_rows_as_fit_the_disk_budget(
     for stage in ("data", "train"):
         pipeline.execute(run, stage)
     rows = read_held_out(run.need("data", "test.parquet")).rows
-    monkeypatch.setattr(live, "LIVE_BYTES", 10_000)
-    recorded = live.recorded(run, rows)
+    monkeypatch.setattr(measure_reference, "LIVE_BYTES", 10_000)
+    recorded = measure_reference.recorded(run, rows)
     assert 0 < len(recorded.scores) < len(rows) and len(recorded.base) == len(recorded.scores)
 
 
@@ -85,7 +87,7 @@ def test_what_rounding_does_is_no_distance(step: float) -> None:
     exact = Live(tuple(_scores(n) for n in range(40)), ())
     rounded = parity.measure(exact, _rows_of(exact, step, 1000))
     sums = [
-        float(scoring.divergence(a, b).sum()) for a, b in zip(exact.scores, _rows_of(exact, step, 1000), strict=True)
+        float(divergence.divergence(a, b).sum()) for a, b in zip(exact.scores, _rows_of(exact, step, 1000), strict=True)
     ]
     reference = Live(exact.scores, (), tuple(sums), rounded)
     whole = parity.measure(reference, _rows_of(exact, step, 2000))
@@ -113,7 +115,7 @@ def test_damage_that_few_rows_show_is_seen(rows: int, broken: int) -> None:
     """Redrawing rows leaves such rows out often enough that the interval begins at nothing; the row itself tells."""
     exact = Live(tuple(_scores(n) for n in range(rows)), ())
     near = _rows_of(exact, 0.01, 1000)
-    sums = tuple(float(scoring.divergence(a, b).sum()) for a, b in zip(exact.scores, near, strict=True))
+    sums = tuple(float(divergence.divergence(a, b).sum()) for a, b in zip(exact.scores, near, strict=True))
     reference = Live(exact.scores, (), sums)
     whole = parity.measure(reference, _rows_of(exact, 0.01, 2000))
     damaged = parity.measure(

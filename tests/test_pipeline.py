@@ -20,12 +20,15 @@ import pytest
 import yaml
 from conftest import CHATML, build_model, chat_rows, tiny_settings
 
-from qkit import pipeline, train
-from qkit.checkpoints import SEAL
-from qkit.device import Device
-from qkit.errors import MissingArtifact
-from qkit.recipe import load
-from qkit.run import Run
+from qkit import pipeline
+from qkit.core.device import Device
+from qkit.core.errors import MissingArtifact
+from qkit.recipe.load import load
+from qkit.run import stages
+from qkit.run.directory import Run
+from qkit.train import sft
+from qkit.train import stage as train_stage
+from qkit.train.checkpoints import SEAL
 
 NOTHING_TO_DO = "nothing to do: every stage is done"
 
@@ -57,7 +60,7 @@ def _summary(run: Path) -> dict[str, Any]:
 
 def test_every_stage_leaves_its_evidence(finished: Path) -> None:
     summary = _summary(finished)
-    assert [stage["status"] for stage in summary["stages"].values()] == ["done"] * len(pipeline.STAGES)
+    assert [stage["status"] for stage in summary["stages"].values()] == ["done"] * len(stages.STAGES)
     assert all(stage["peak_bytes"]["measured"] > 20e6 for stage in summary["stages"].values())
     assert summary["stages"]["train"]["peak_bytes"]["predicted"] > 50e6
     assert set(summary["scores"]) == {"base", "adapter", "merged", "onnx-fp32", "onnx-int4", "vllm"}
@@ -70,7 +73,7 @@ def test_every_stage_leaves_its_evidence(finished: Path) -> None:
 
 def test_bench_records_are_whole(finished: Path) -> None:
     """Each is valid; a server's tokens are usage's, its chunks' and those asked for, and its prompts reached it as trained on."""
-    schema = json.loads((Path(pipeline.__file__).parent / "bench.schema.json").read_text())
+    schema = json.loads((Path(pipeline.__file__).parent / "bench" / "bench.schema.json").read_text())
     records = [json.loads(file.read_text()) for file in (finished / "bench").glob("*.json")]
     for record in records:
         jsonschema.validate(record, schema)
@@ -243,7 +246,7 @@ def test_when_the_server_is_up(
 
     monkeypatch.setattr(pipeline, "_process", Stage)
     monkeypatch.setattr(pipeline, "detect", lambda: Device(kind, "a device", 24 << 30, 2))
-    assert pipeline.run_all(run) == list(pipeline.STAGES)
+    assert pipeline.run_all(run) == list(stages.STAGES)
     assert events[events.index("serve") :] == order
 
 
@@ -287,7 +290,7 @@ def test_a_training_that_is_killed_at_its_very_end_is_not_done_again(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    run, whole = _run_data(tiny_recipe, tmp_path / "run"), train.run
+    run, whole = _run_data(tiny_recipe, tmp_path / "run"), train_stage.run
     with monkeypatch.context() as patched:
 
         def then_killed(given: Run, out: Path) -> Any:
@@ -295,7 +298,7 @@ def test_a_training_that_is_killed_at_its_very_end_is_not_done_again(
             patched.setattr(*moment, killed)
             return peak
 
-        patched.setattr(train, "run", then_killed)
+        patched.setattr(sft, "run", then_killed)
         with pytest.raises(KeyboardInterrupt):
             pipeline.execute(run, "train")
     monkeypatch.setattr(transformers.Trainer, "training_step", lambda *_: pytest.fail("it trains again"))
@@ -346,7 +349,7 @@ def test_changed_rows_are_noticed(tiny_recipe: Path, rows_file: Path, tmp_path: 
     with rows_file.open("ab") as file:
         file.write(before.splitlines(keepends=True)[0].replace(b"say a", b"say it"))
     assert pipeline.statuses(run)["data"] == "stale"
-    pipeline._check_inputs(run, pipeline.STAGES["train"])
+    pipeline._check_inputs(run, stages.STAGES["train"])
     rows_file.write_bytes(before)
     assert pipeline.statuses(run)["data"] == "done"
     run.adopt()

@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
-from qkit import cards, plan, recipe, roofline
-from qkit.shape import shape_of
+from qkit.core import figures
+from qkit.model.config import shape_of
+from qkit.plan import gpus, remedies, solve
+from qkit.plan import plan as plan_plan
+from qkit.plan import speed as plan_speed
+from qkit.recipe import load
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "llama-3.1-8b-24gb.yaml"
 MODEL = ["--model", "llama-3.1-8B", "--quantization", "nf4", "--rank", "16", "--batch", "2", "--length", "2048"]
@@ -36,7 +40,7 @@ def test_json_has_the_plan_its_stages_and_its_time() -> None:
     assert document["stage"] == "train"
     assert document["peak_bytes"] == sum(item["bytes"] for item in document["items"])
     assert {"name", "bytes", "exact", "formula"} <= set(document["items"][0])
-    assert [stage["stage"] for stage in document["stages"]] == list(plan.STAGES)
+    assert [stage["stage"] for stage in document["stages"]] == list(plan_plan.STAGES)
     assert document["time"]["bound"] is True
     assert len(document["anchors"]) == 2
 
@@ -70,7 +74,7 @@ def test_a_stage_that_does_not_fit_ends_with_2_and_says_what_to_do() -> None:
     assert qkit(*small, *long, "--solve", "rank").returncode == 0
 
 
-@pytest.mark.parametrize("question", plan.QUESTIONS)
+@pytest.mark.parametrize("question", solve.QUESTIONS)
 def test_solved_value_is_in_the_document(question: str) -> None:
     document = answer(*MODEL, "--set", "train.gradient_checkpointing=true", "--card", "rtx-3090", "--solve", question)
     assert document["solved"]
@@ -106,7 +110,7 @@ def test_rows_of_a_run_give_a_choice_of_lengths(tmp_path: Path) -> None:
     (tmp_path / "data" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     document = answer(str(tmp_path), "--card", "rtx-4090")
     assert document["lengths"]["percentiles"]["p90"] == 100
-    assert document["time"]["tokens"] == 9000 * recipe.load(RECIPE).train.num_train_epochs
+    assert document["time"]["tokens"] == 9000 * load.load(RECIPE).train.num_train_epochs
     assert document["time_seconds"] > 0
     assert "p90 100" in qkit(str(tmp_path), "--card", "rtx-4090").stdout
 
@@ -139,28 +143,28 @@ def test_a_plan_takes_little_memory_and_loads_nothing_heavy() -> None:
         "print(peak.split()[1])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout.splitlines()[-1]) * 1024 < 60 * plan.MIB
+    assert int(done.stdout.splitlines()[-1]) * 1024 < 60 * figures.MIB
 
 
 def test_a_thousand_plans_take_less_than_a_second() -> None:
-    how, device = recipe.load(RECIPE), cards.device("rtx-4060")
+    how, device = load.load(RECIPE), gpus.device("rtx-4060")
     begin = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     for rank in range(1, 1001):
-        plan.plan(plan.apply(how, [plan.Remedy((f"lora.r={rank}",), 0, "")]), device=device)
+        plan_plan.plan(remedies.apply(how, [remedies.Remedy((f"lora.r={rank}",), 0, "")]), device=device)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - begin < 5  # under 1 s on an idle machine
 
 
 def test_speed_of_earlier_runs_is_remembered_and_used() -> None:
-    how, device = recipe.load(RECIPE), cards.device("rtx-4090")
+    how, device = load.load(RECIPE), gpus.device("rtx-4090")
     shape = shape_of(how.model)
-    before = roofline.pace(how, shape, device, None)
+    before = plan_speed.pace(how, shape, device, None)
     for speed in (50.0, 100.0, 5000.0):
-        roofline.remember(how, shape, device, speed, 1.0)
-    after = roofline.pace(how, shape, device, None)
+        plan_speed.remember(how, shape, device, speed, 1.0)
+    after = plan_speed.pace(how, shape, device, None)
     assert before.bound
     assert not after.bound
     assert after.tokens_per_second == pytest.approx(100)
     longer = how.model_copy(update={"train": how.train.model_copy(update={"max_steps": 10})})
-    assert roofline.pace(longer, shape, device, None).seconds == pytest.approx(
+    assert plan_speed.pace(longer, shape, device, None).seconds == pytest.approx(
         10 * how.data.batch_tokens * how.train.gradient_accumulation_steps / 100
     )

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qkit import deploy, model, plan_screen, plan_sheet, prequantized
-from qkit.device import detect
-from qkit.errors import ModelError
-from qkit.recipe import Recipe
+from qkit.core.device import detect
+from qkit.core.errors import ModelError
+from qkit.model import load, prequantized
+from qkit.model import source as model_source
+from qkit.plan import deployable, screen, sheet
+from qkit.recipe.schema import Recipe
 from tests.conftest import build_tokenizer
 from tests.exporting import changed_config, exported, job_of, recipe_of
 
@@ -114,12 +116,12 @@ def test_what_transformers_dequantizes_becomes_a_base_of_its_own(
 ) -> None:
     expected = quantize(tiny_model, tmp_path / "quantized")
     how = recipe_of(tmp_path / "quantized")
-    assert deploy.refusals(how) == ()
-    assert "in 16 bit in the cache" in "".join(plan_screen._notes(plan_sheet.sheet(how)))
-    folder = model.resolve(how.model)
+    assert deployable.refusals(how) == ()
+    assert "in 16 bit in the cache" in "".join(screen._notes(sheet.sheet(how)))
+    folder = model_source.resolve(how.model)
     found, original = load_file(folder / "model.safetensors"), load_file(tiny_model / "model.safetensors")
     assert found.keys() == original.keys() and {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
-    assert prequantized.of_folder(folder) is None and model.resolve(how.model) == folder
+    assert prequantized.of_folder(folder) is None and model_source.resolve(how.model) == folder
     assert (folder / "tokenizer.json").is_file()
     for name, tensor in found.items():
         wanted = expected.get(name, original[name]).float()
@@ -148,7 +150,7 @@ def test_the_experts_of_gpt_oss_are_dequantized(tmp_path: Path) -> None:
         weights[f"{name}_scales"] = (powers + 127).to(torch.uint8)
         expected[name] = (FP4[codes.long()] * 2 ** powers[..., None]).flatten(-2).transpose(1, 2)
     _rewritten(source, tmp_path / "quantized", weights, {"quant_method": "mxfp4"})
-    found = load_file(model.resolve(recipe_of(tmp_path / "quantized").model) / "model.safetensors")
+    found = load_file(model_source.resolve(recipe_of(tmp_path / "quantized").model) / "model.safetensors")
     assert found.keys() == load_file(source / "model.safetensors").keys() and len(expected) == 4
     assert all(torch.equal(found[name].float(), tensor) for name, tensor in expected.items())
 
@@ -157,8 +159,8 @@ def test_a_base_in_nf4_stays_what_it_was_when_it_is_quantized_again(tiny_model: 
     """Its levels are found again: rounding to bf16 in between moves no weight to another one."""
     expected = _nf4(tiny_model, tmp_path / "quantized")
     how = recipe_of(tmp_path / "quantized")
-    base = model.load_base(model.resolve(how.model), how, detect())
-    model.dequantize(base)
+    base = load.load_base(model_source.resolve(how.model), how, detect())
+    model_source.dequantize(base)
     held = dict(base.named_parameters())
     for name, wanted in expected.items():
         torch.testing.assert_close(held[name].float(), wanted.float(), rtol=2**-6, atol=0, msg=name)
@@ -189,12 +191,12 @@ def test_what_is_not_dequantized_is_refused_by_plan_and_before_training(
     changed_config(folder, quantization_config=REFUSED[named])
     said = rf"quantized already \({named} in its config.json\).*give model.source the 16-bit model"
     how = recipe_of(folder)
-    asked: tuple[Callable[[Recipe], object], ...] = (plan_sheet.sheet, deploy.check)
+    asked: tuple[Callable[[Recipe], object], ...] = (sheet.sheet, deployable.check)
     for ask in asked:
         with pytest.raises(ModelError, match=said):
             ask(how)
     with pytest.raises(ModelError, match=said):
-        model.resolve(how.model)
+        model_source.resolve(how.model)
 
 
 @pytest.mark.parametrize("file", prequantized.NOTES)
@@ -203,14 +205,14 @@ def test_a_quantized_model_without_a_word_in_its_config_is_refused(tiny_model: P
     shutil.copytree(tiny_model, folder)
     (folder / file).write_text(json.dumps({"bits": 4}))
     with pytest.raises(ModelError, match=r"the notes of .* no quantization_config to read them by"):
-        model.resolve(recipe_of(folder).model)
+        model_source.resolve(recipe_of(folder).model)
 
 
 def test_packed_tensors_are_seen_whatever_the_config_says(tiny_model: Path, tmp_path: Path) -> None:
     _fp8(tiny_model, tmp_path / "base")
     changed_config(tmp_path / "base", quantization_config=None)
     with pytest.raises(ModelError, match=r"14 packed tensors such as model\.layers.*_scale_inv"):
-        model.resolve(recipe_of(tmp_path / "base").model)
+        model_source.resolve(recipe_of(tmp_path / "base").model)
 
 
 def test_a_package_that_is_missing_is_named(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

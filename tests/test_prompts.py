@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from data_traps.models import FAMILIES, Tiny, build
 
-from qkit import modelcard
-from qkit.added_tokens import bare_tokenizer
-from qkit.export import _prompts, onnx
-from qkit.export._stage import job
-from qkit.run import Run, read_json
+from qkit.core.files import read_json
+from qkit.export import prompts
+from qkit.export.formats import onnx
+from qkit.export.stage import job
+from qkit.model.added_tokens import bare_tokenizer
+from qkit.report import model_card
+from qkit.run.directory import Run
 
 pytest.importorskip("onnxruntime_genai")
 
@@ -55,7 +57,7 @@ def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
     import pyarrow as pa
     from pyarrow import parquet
 
-    from qkit.preparation import schema
+    from qkit.data.prepare import schema
 
     fields = [schema().field(name) for name in ("input_ids", "start", "messages", "tools")]
     parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), folder / "train.parquet")
@@ -71,7 +73,7 @@ def folder_of(model: Tiny, folder: Path) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, tmp_path: Path, no_rows: Path) -> None:
     """All but the one whose tokenizer normalizes: their templates are written so that no engine reads them otherwise."""
-    found = _prompts.compared(folder_of(FAMILIES[family], tmp_path / "model"), no_rows)
+    found = prompts.compared(folder_of(FAMILIES[family], tmp_path / "model"), no_rows)
     assert found["cases"] >= 2 and found["by"].startswith("onnxruntime-genai ")
     assert bool(found["differ"]) is (family == "qwen3")
 
@@ -88,12 +90,12 @@ def test_families(family: str, tmp_path: Path, no_rows: Path) -> None:
     ids=["blocks", "tools", "division", "refused", "normalizes"],
 )
 def test_what_the_library_does_otherwise_is_found(model: Tiny, said: str, tmp_path: Path, no_rows: Path) -> None:
-    found = _prompts.compared(folder_of(model, tmp_path / "model"), no_rows)
+    found = prompts.compared(folder_of(model, tmp_path / "model"), no_rows)
     assert re.search(said, found["differ"][0])
 
 
 def test_what_is_the_same_is_not_accused(tmp_path: Path, no_rows: Path) -> None:
-    assert _prompts.compared(folder_of(Tiny(SAYS), tmp_path / "model"), no_rows)["differ"] == []
+    assert prompts.compared(folder_of(Tiny(SAYS), tmp_path / "model"), no_rows)["differ"] == []
 
 
 def test_the_runs_own_rows_are_tried(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_the_runs_own_rows_are_tried(tmp_path: Path) -> None:
     for messages, text in ((plain, "b<|im_end|>"), (named, "3.5a<|im_end|>")):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         rows.append({"input_ids": [*ids, 9, 9], "start": len(ids), "messages": json.dumps(messages), "tools": "[]"})
-    found = _prompts.compared(folder, written(tmp_path, rows))
+    found = prompts.compared(folder, written(tmp_path, rows))
     assert found["differ"] == ["row 1: from character 1 on it writes 'a<|im_end|>' where training has '.5a<|im_end|>'"]
     assert found["cases"] == 5
 
@@ -114,7 +116,7 @@ def test_the_runs_own_rows_are_tried(tmp_path: Path) -> None:
 def test_a_plain_text_begins_as_the_tokenizer_begins_it(tmp_path: Path) -> None:
     folder = folder_of(FAMILIES["llama3"], tmp_path / "model")
     row = {"input_ids": [0, 40, 41], "start": 1, "messages": "[]", "tools": "[]"}
-    assert _prompts.compared(folder, written(tmp_path, [row]))["differ"] == [
+    assert prompts.compared(folder, written(tmp_path, [row]))["differ"] == [
         "row 0: 2 token ids of the same text where training has 3"
     ]
 
@@ -122,9 +124,9 @@ def test_a_plain_text_begins_as_the_tokenizer_begins_it(tmp_path: Path) -> None:
 def test_rows_are_taken_from_all_over(tmp_path: Path) -> None:
     folder = folder_of(Tiny(SAYS), tmp_path / "model")
     rows = [{"input_ids": [1], "start": 1, "messages": "[]", "tools": "[]"}] * 100
-    cases = [*_prompts._cases(folder, written(tmp_path, rows), False)]
+    cases = [*prompts._cases(folder, written(tmp_path, rows), False)]
     numbers = [int(case.name.split()[1]) for case in cases if case.name.startswith("row")]
-    assert 1 < len(numbers) <= _prompts.ROWS and numbers[-1] > 80
+    assert 1 < len(numbers) <= prompts.ROWS and numbers[-1] > 80
 
 
 def test_a_template_that_never_ends_there_ends_no_export(
@@ -132,8 +134,8 @@ def test_a_template_that_never_ends_there_ends_no_export(
 ) -> None:
     """Half the tests of this loop are false for Python, which stops at once, and none for an engine that divides integers."""
     endless = "{% for i in range(99999) if tools and 1 / 2 == 0 %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    monkeypatch.setattr(_prompts, "SECONDS", 3.0)
-    found = _prompts.compared(folder_of(Tiny(SAYS + endless), tmp_path / "model"), no_rows)
+    monkeypatch.setattr(prompts, "SECONDS", 3.0)
+    found = prompts.compared(folder_of(Tiny(SAYS + endless), tmp_path / "model"), no_rows)
     assert found["differ"] == [
         f"{name}: no prompt comes of it: it did not come back within 3 s"
         for name in ("a question with a tool", "a tool call")
@@ -142,14 +144,14 @@ def test_a_template_that_never_ends_there_ends_no_export(
 
 def test_a_crash_is_told_from_an_error() -> None:
     crash = f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"
-    assert _prompts._run([sys.executable, "-c", crash]) == f"it crashed (signal {int(signal.SIGSEGV)})"
-    assert _prompts._run([sys.executable, "-c", "raise ValueError('oh')"]) == "ValueError: oh"
+    assert prompts._run([sys.executable, "-c", crash]) == f"it crashed (signal {int(signal.SIGSEGV)})"
+    assert prompts._run([sys.executable, "-c", "raise ValueError('oh')"]) == "ValueError: oh"
 
 
 def test_a_tokenizer_that_the_library_does_not_open(tmp_path: Path, no_rows: Path) -> None:
     folder = folder_of(Tiny(SAYS), tmp_path / "model")
     (folder / "genai_config.json").write_text("{}")
-    found = _prompts.compared(folder, no_rows)
+    found = prompts.compared(folder, no_rows)
     assert len(found["differ"]) == found["cases"] == 3 and "no prompt comes of it" in found["differ"][0]
 
 
@@ -178,7 +180,7 @@ def test_the_readme_shows_what_makes_the_prompts_of_training(
     assert len(said) == changed and all(
         "its README.md shows how to make them with transformers" in text for text in said
     )
-    card, merged = modelcard.render(run, "onnx-fp32"), modelcard.render(run)
+    card, merged = model_card.render(run, "onnx-fp32"), model_card.render(run)
     assert ("Render with transformers" in card) is ("makes other prompts of `onnx-fp32`" in merged) is changed
     code = card.split("```python\n")[1].partition("```")[0]
     assert ("AutoTokenizer" in code) is changed
@@ -186,7 +188,7 @@ def test_the_readme_shows_what_makes_the_prompts_of_training(
     ran: dict[str, Any] = {"print": lambda text: None}
     exec(compile(code, "README.md", "exec"), ran)
     prompt = bare_tokenizer(folder, False).apply_chat_template(
-        modelcard._messages(run.recipe), add_generation_prompt=True, return_dict=False
+        model_card._messages(run.recipe), add_generation_prompt=True, return_dict=False
     )
     written = ran["generator"].get_sequence(0).tolist()
     assert written[: len(prompt)] == prompt
@@ -196,5 +198,5 @@ def test_an_export_of_an_earlier_version_is_rendered_the_safe_way(trained_run: R
     shutil.copytree(trained_run.root, tmp_path / "run")
     run = Run(tmp_path / "run", trained_run.recipe)
     (run.folder("export") / "onnx-int4").mkdir(parents=True)
-    text = modelcard.render(run, "onnx-int4")
+    text = model_card.render(run, "onnx-int4")
     assert "has not been tried" in text and "AutoTokenizer" in text.partition("## Use")[2]

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from qkit import push
-from qkit.errors import MissingArtifact, ParityFailed, UserError
+from qkit.core.errors import MissingArtifact, ParityFailed, UserError
+from qkit.report import push
 
 
 @pytest.fixture

@@ -13,30 +13,36 @@ import pytest
 from hub import FAULTS, failing
 from sample import open_sample
 
-from qkit import adapters, admission, artifacts, bench_url, compare, contract, reach, server
-from qkit.errors import ModelError, ServerError, UserError
-from qkit.progress import Progress
-from qkit.reach import reaching
-from qkit.run import Run, write_json
+from qkit.bench import any_server
+from qkit.commands import compare
+from qkit.core import network
+from qkit.core.errors import ModelError, ServerError, UserError
+from qkit.core.files import write_json
+from qkit.core.network import reaching
+from qkit.core.progress import Progress
+from qkit.measure import endpoint
+from qkit.run.directory import Run
+from qkit.server import adapters, admission, process
+from qkit.server import client as server_client
 
 # --- servers ----------------------------------------------------------------------------------------------------------
 
 
 def bench(url: str, run: Run) -> Any:
-    return bench_url.run(bench_url.Asked(url, None, "t"), run.root, Progress())
+    return any_server.run(any_server.Asked(url, None, "t"), run.root, Progress())
 
 
 def bench_of_a_name(url: str, run: Run) -> Any:
-    return bench_url.taken(f"{url}/v1/completions", "m")
+    return any_server.taken(f"{url}/v1/completions", "m")
 
 
 def verify(url: str, run: Run) -> Any:
-    return contract._Server(url, None)
+    return endpoint.ServerSubject(url, None)
 
 
 def stop_tokens(url: str, run: Run) -> Any:
     """A server that goes wrong once it has been found."""
-    asked = object.__new__(contract._Server)
+    asked = object.__new__(endpoint.ServerSubject)
     asked.url, asked.model, asked.client = url, "m", httpx.Client(base_url=url, timeout=2.0)
     asked.described = {"id": "m"}
     return asked.stops_at([1], 2)
@@ -47,7 +53,7 @@ def compared(url: str, run: Run) -> Any:
 
 
 def compared_later(url: str, run: Run) -> Any:
-    from qkit.runtime import open_runtime
+    from qkit.plugins.runtime import open_runtime
 
     live = {"url": url, "model": "m", "pid": 1, "startup_seconds": 0.0}
     with open_runtime("vllm", Path(), None, live=live) as opened:  # type: ignore[arg-type]
@@ -82,8 +88,8 @@ def test_an_address_that_is_none_is_one_message(ask: Callable[[str, Run], Any], 
 
 
 def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_url, "PROBE_SECONDS", 0.3)
-    monkeypatch.setattr(contract, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(any_server, "PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(endpoint, "REQUEST_SECONDS", 0.3)
     for ask in (bench_of_a_name, verify):
         with failing("silent") as url, pytest.raises(ServerError, match="ReadTimeout"):
             ask(url, open_sample(tmp_path / ask.__name__))
@@ -99,8 +105,8 @@ def test_health_is_asked_of_anybody(fault: str, tmp_path: Path) -> None:
     with failing(fault) as url, httpx.Client(base_url=url, timeout=2.0) as client:
         write_json(run.root / ".work" / "serve" / "server.json", {"url": url, "pid": os.getpid()})
         answers = fault not in ("refused", "reset", "no HTTP")
-        assert server._healthy(client) is answers
-        assert bool(artifacts.live_server(run)) is answers
+        assert process._healthy(client) is answers
+        assert bool(server_client.live_server(run)) is answers
 
 
 @pytest.mark.parametrize(("fault", "left"), [("refused", 0), ("reset", 0), ("no HTTP", 0), ("page", 1)])
@@ -185,4 +191,4 @@ def test_an_error_without_words_is_named() -> None:
 @pytest.mark.parametrize("document", [None, [], {}, {"data": None}, {"data": [1]}, {"data": [{"id": 3}]}, {"data": {}}])
 def test_what_is_no_list_of_models(document: Any) -> None:
     with pytest.raises(ValueError, match="its answer"):
-        reach.models(document)
+        network.models(document)

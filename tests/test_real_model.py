@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qkit import pipeline
-from qkit.recipe import load
-from qkit.run import Run
+from qkit.recipe.load import load
+from qkit.run.directory import Run
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 FEWER = ["train.max_steps=24", "evaluate.max_new_tokens=64", "export.formats=[]", "bench.runtimes=[transformers]"]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qkit.errors import RecipeError
-from qkit.recipe import Recipe, load
+from qkit.core.errors import RecipeError
+from qkit.recipe.load import load
+from qkit.recipe.schema import Recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 MINIMAL = "task: chat\nmodel: {source: x}\ndata: {}\n"

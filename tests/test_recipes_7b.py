@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qkit import cards, plan
-from qkit.recipe import Recipe, load
+from qkit.plan import gpus
+from qkit.plan import plan as plan_plan
+from qkit.recipe.load import load
+from qkit.recipe.schema import Recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*-24gb.yaml"))
 
@@ -24,13 +26,13 @@ def test_there_are_three() -> None:
 @pytest.mark.parametrize("stage", ["train", "serve"])
 @pytest.mark.parametrize("card", ["rtx-4090", "rtx-3090"])
 def test_fits_on_24_gb(recipe: Recipe, card: str, stage: str) -> None:
-    made = plan.plan(recipe, device=cards.device(card), stage=stage)
-    assert made.fits, plan.refusal(made)
+    made = plan_plan.plan(recipe, device=gpus.device(card), stage=stage)
+    assert made.fits, plan_plan.refusal(made)
 
 
 def test_does_not_fit_on_8_gb_and_the_remedy_is_enough(recipe: Recipe) -> None:
-    made = plan.plan(recipe, device=plan.device_for(None, "8GiB"))
-    text = plan.refusal(made)
+    made = plan_plan.plan(recipe, device=plan_plan.device_for(None, "8GiB"))
+    text = plan_plan.refusal(made)
     assert not made.fits
     assert text.startswith(f"needs {made.peak_bytes / 2**30:.1f} GiB; the 8GiB card has 7.8 GiB. Largest: ")
     assert ". Try " in text
@@ -39,7 +41,7 @@ def test_does_not_fit_on_8_gb_and_the_remedy_is_enough(recipe: Recipe) -> None:
 
 def test_quantizes_twice_and_checkpoints_where_there_is_no_room(recipe: Recipe) -> None:
     assert recipe.quantization.bnb_4bit_use_double_quant
-    found = [plan.checkpointing(recipe, cards.device(card)).on for card in ("rtx-4090", "h200")]
+    found = [plan_plan.checkpointing(recipe, gpus.device(card)).on for card in ("rtx-4090", "h200")]
     assert found == [True, False]
     assert recipe.lora.target_modules == "all-linear"
 

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample import FILES, SAMPLE, edit, open_sample
 
-from qkit import report, show
-from qkit.report import Example
-from qkit.run import Run
+from qkit.core import figures
+from qkit.report import stage as report_stage
+from qkit.report import summary
+from qkit.report.stage import Example
+from qkit.run.directory import Run
 
 HOSTILE = """</pre><script>alert(1)</script>"><img src=x onerror='alert(2)'>{{ 7 * 7 }}"""
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -60,7 +62,7 @@ class Page(HTMLParser):
 
 
 def page(run: Run) -> Page:
-    return Page(report.page(run))
+    return Page(report_stage.page(run))
 
 
 def read(file: str) -> Any:
@@ -75,7 +77,7 @@ def number(cell: str) -> float:
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
-    html = report.page(open_sample(tmp_path))
+    html = report_stage.page(open_sample(tmp_path))
     for tag, attributes in Page(html).tags:
         assert tag not in {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
         assert not {"src", "srcset", "data", "xlink:href", "action", "ping"} & attributes.keys()
@@ -90,7 +92,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 def test_the_first_line_says_on_how_many_rows_it_was_trained(tmp_path: Path) -> None:
     run = open_sample(tmp_path)
     rows = json.loads((run.folder("data") / "summary.json").read_text())["splits"]["train"]["rows"]
-    assert f"and {rows:,} rows of data" in report.page(run)
+    assert f"and {rows:,} rows of data" in report_stage.page(run)
 
 
 def test_links_within_the_page_lead_somewhere(tmp_path: Path) -> None:
@@ -121,13 +123,13 @@ def test_what_models_and_people_write_stays_text(tmp_path: Path) -> None:
 
 
 def test_the_headline_states_the_result(tmp_path: Path) -> None:
-    html = report.page(open_sample(tmp_path))
+    html = report_stage.page(open_sample(tmp_path))
     heading = re.sub(r"<[^>]+>", "", html.split("<h1>")[1].split("</h1>")[0])
     assert heading == "exact call match: 0 → 52 of 100 (95 % interval 42–62)"
 
 
 def test_scores_on_the_page_are_those_of_the_run(tmp_path: Path) -> None:
-    html = report.page(open_sample(tmp_path))
+    html = report_stage.page(open_sample(tmp_path))
     chart = html.split('id="score-chart-desc">')[1].split("</desc>")[0]
     entries = {**read("evaluate/scores.json")["scores"], **read("verify/parity.json")["scores"]}
     assert chart.split("; ") == [
@@ -154,7 +156,7 @@ def test_distances_on_the_page_are_those_of_the_run(tmp_path: Path) -> None:
 def test_latencies_on_the_page_are_those_of_the_run(tmp_path: Path, file: str) -> None:
     record = read(f"bench/{file}")
     row = page(open_sample(tmp_path)).row("speed", record["artifact"], record["runtime"], str(record["concurrency"]))
-    for cell, key in zip(row[3:6], show.LATENCY_KEYS, strict=True):
+    for cell, key in zip(row[3:6], summary.LATENCY_KEYS, strict=True):
         expected = [1000 * record[key][p] for p in ("p50", "p99")]
         assert [number(part) for part in cell.split(" / ")] == pytest.approx(expected, rel=0.006)
     assert number(row[6]) == pytest.approx(record["output_tokens_per_second"], abs=0.05)
@@ -166,15 +168,15 @@ def test_stages_on_the_page_are_those_of_the_manifest(tmp_path: Path) -> None:
     stages = read("run.json")["stages"]
     for name, entry in stages.items():
         row = seen.row("stages", name)
-        assert row[1:3] == ["done", show.seconds_text(entry["seconds"])]
-        assert row[5:] == [show.bytes_text(entry["peak_bytes"]["measured"]), entry["peak_bytes"]["meter"]]
-    assert seen.row("stages", "all")[2] == show.seconds_text(sum(entry["seconds"] for entry in stages.values()))
+        assert row[1:3] == ["done", figures.seconds_text(entry["seconds"])]
+        assert row[5:] == [figures.bytes_text(entry["peak_bytes"]["measured"]), entry["peak_bytes"]["meter"]]
+    assert seen.row("stages", "all")[2] == figures.seconds_text(sum(entry["seconds"] for entry in stages.values()))
 
 
 def test_memory_is_compared_with_its_plan(tmp_path: Path) -> None:
     run = open_sample(tmp_path)
     edit(run, "train/memory.json", predicted={"weights": 2**30, "logits": 2**30}, measured_peak_bytes=3 * 2**30)
-    html = report.page(run)
+    html = report_stage.page(run)
     assert "50 % above the plan of 2.00 GiB" in html
     assert "weights 1.00 GiB; logits 1.00 GiB; planned 2.00 GiB; measured 3.00 GiB" in html
 
@@ -184,12 +186,12 @@ def test_planned_lines_are_beside_the_tensors_that_were_alive(tmp_path: Path) ->
     edit(run, "train/memory.json", predicted={"weights": 2**30, "process": 2**29}, measured={"weights": 2**29}, step=2)
     seen = page(run)
     assert seen.row("memory", "weights")[1:] == ["1.00 GiB", "512 MiB"]
-    assert seen.row("memory", "process")[1:] == ["512 MiB", show.ABSENT]
+    assert seen.row("memory", "process")[1:] == ["512 MiB", figures.ABSENT]
     assert "the peak of step 2" in seen.text
 
 
 def test_the_plan_of_the_manifest_serves_where_there_are_no_items(tmp_path: Path) -> None:
-    html = report.page(open_sample(tmp_path, without="train/memory.json"))
+    html = report_stage.page(open_sample(tmp_path, without="train/memory.json"))
     assert "planned 1.52 GiB; measured 1.70 GiB" in html
 
 
@@ -218,7 +220,7 @@ def test_the_ways_to_merge_are_shown_with_the_one_that_was_kept(tmp_path: Path) 
     for stage, table in (("merge", merged), ("export", {"onnx-int4": int4})):
         run.folder(stage).mkdir()
         (run.folder(stage) / "candidates.json").write_text(json.dumps(table), encoding="utf-8")
-    html = report.page(run)
+    html = report_stage.page(run)
     section = html[html.index('<section id="merge">') : html.index('<section id="training">')]
     assert re.findall(r'<tr class="strong"><th>([^<]+)', section) == ["dequantized", "16bit"]
     assert section.count("the fine-tune is lost") == 1
@@ -229,7 +231,7 @@ def test_steps_without_a_finite_loss_are_counted(tmp_path: Path) -> None:
     run = open_sample(tmp_path)
     with (run.root / "train/metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 41, "loss": NaN, "learning_rate": 0.0, "tokens": 80000}\n')
-    html = report.page(run)
+    html = report_stage.page(run)
     assert "1 logged steps without a finite loss are left out." in html
     assert "nan" not in html.split('id="loss-chart-title"')[1].split("</svg>")[0]
 
@@ -271,7 +273,7 @@ def test_the_stage_writes_one_file_and_the_same_each_time(tmp_path: Path) -> Non
     run = open_sample(tmp_path)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        report.run(run, tmp_path / name)
+        report_stage.run(run, tmp_path / name)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["index.html"]
     assert (tmp_path / "a/index.html").read_bytes() == (tmp_path / "b/index.html").read_bytes()
 
@@ -283,26 +285,26 @@ def test_the_stage_writes_one_file_and_the_same_each_time(tmp_path: Path) -> Non
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
 def test_examples_are_a_mix_that_hides_no_kind(outcomes: list[tuple[bool, bool]]) -> None:
     examples = [Example(i, "", "", "", "", base, adapter) for i, (base, adapter) in enumerate(outcomes)]
-    chosen = report.choose(examples)
-    assert len(chosen) == min(report.EXAMPLES, len(examples)) == len({example.row for example in chosen})
+    chosen = report_stage.choose(examples)
+    assert len(chosen) == min(report_stage.EXAMPLES, len(examples)) == len({example.row for example in chosen})
     assert {example.kind for example in chosen} == {example.kind for example in examples}
 
 
 def test_mostly_fixed_rows_leave_room_for_the_wrong_ones() -> None:
     examples = [Example(i, "", "", "", "", False, i % 2 == 0) for i in range(100)]
-    assert [example.kind for example in report.choose(examples)].count("still wrong") == 3
+    assert [example.kind for example in report_stage.choose(examples)].count("still wrong") == 3
 
 
 def test_the_page_counts_all_rows_and_marks_each_answer(tmp_path: Path) -> None:
-    html = report.page(open_sample(tmp_path))
+    html = report_stage.page(open_sample(tmp_path))
     assert re.search(r"Of 24 held-out rows the adapter fixed 13 and broke 1;\s+9 stayed wrong and 1 stayed right", html)
-    assert html.count("✓ right") + html.count("✗ wrong") == 2 * report.EXAMPLES
+    assert html.count("✓ right") + html.count("✗ wrong") == 2 * report_stage.EXAMPLES
 
 
 def test_a_row_that_only_one_of_the_two_answered_is_left_out() -> None:
     line = {"prompt": "", "prediction": "", "reference": "", "correct": True}
     lines = [{"artifact": name, "row": row, **line} for name, row in (("base", 0), ("adapter", 0), ("base", 1))]
-    assert [example.row for example in report.pair_up(lines)] == [0]
+    assert [example.row for example in report_stage.pair_up(lines)] == [0]
 
 
 @pytest.mark.parametrize(
@@ -318,4 +320,4 @@ def test_a_row_that_only_one_of_the_two_answered_is_left_out() -> None:
 )
 def test_loads_have_short_names_that_tell_them_apart(pairs: list[tuple[str, str]], names: list[str]) -> None:
     bench = [{"runtime": runtime, "artifact": artifact, "concurrency": 8} for runtime, artifact in pairs]
-    assert report.loads(bench) == [f"{name} × 8" for name in names]
+    assert report_stage.loads(bench) == [f"{name} × 8" for name in names]

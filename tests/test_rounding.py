@@ -37,7 +37,7 @@ def product_in_onnx_runtime(rounded: Any) -> Any:
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    from qkit.export._nbits import tensors
+    from qkit.export._onnx.matmul_nbits import tensors
 
     inputs = rounded.codes.shape[1]
     names = ("codes", "scales", "zeros")
@@ -59,7 +59,7 @@ def product_in_onnx_runtime(rounded: Any) -> Any:
 
 @pytest.mark.parametrize(("bits", "block", "inputs"), SHAPES)
 def test_onnx_runtime_reads_the_weights_that_were_meant(bits: int, block: int, inputs: int) -> None:
-    from qkit.export._rounding import nearest
+    from qkit.export._onnx.gptq import nearest
 
     rounded = nearest(matrix(24, inputs) + 0.3, bits, block)
     assert len(rounded.codes.unique()) > 2**bits // 2
@@ -68,7 +68,7 @@ def test_onnx_runtime_reads_the_weights_that_were_meant(bits: int, block: int, i
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_codes_come_back(bits: int) -> None:
-    from qkit.export._nbits import pack, unpack
+    from qkit.export._onnx.matmul_nbits import pack, unpack
 
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 7, 9), dtype=np.uint8)
     packed = pack(codes, bits)
@@ -78,7 +78,7 @@ def test_packed_codes_come_back(bits: int) -> None:
 
 @pytest.mark.parametrize(("bits", "block", "inputs"), SHAPES)
 def test_no_weight_within_the_grid_is_off_by_more_than_half_a_step(bits: int, block: int, inputs: int) -> None:
-    from qkit.export._rounding import nearest
+    from qkit.export._onnx.gptq import nearest
 
     weight = matrix(24, inputs)
     rounded = nearest(weight, bits, block)
@@ -89,12 +89,12 @@ def test_no_weight_within_the_grid_is_off_by_more_than_half_a_step(bits: int, bl
 
 
 def test_parts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qkit.export import _rounding
+    from qkit.export._onnx import gptq
 
     weight = matrix(24, 96)
-    whole = _rounding.nearest(weight, 4, 32)
-    monkeypatch.setattr(_rounding, "ELEMENTS", 5 * 96)
-    parts = _rounding.nearest(weight, 4, 32)
+    whole = gptq.nearest(weight, 4, 32)
+    monkeypatch.setattr(gptq, "ELEMENTS", 5 * 96)
+    parts = gptq.nearest(weight, 4, 32)
     assert bool((whole.codes == parts.codes).all())
     assert bool((whole.grid.scales == parts.grid.scales).all())
 
@@ -103,7 +103,7 @@ def test_parts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_matrix_that_spans_a_grid_stays_as_it_is(bits: int) -> None:
     import torch
 
-    from qkit.export._rounding import Grid, Rounded, nearest
+    from qkit.export._onnx.gptq import Grid, Rounded, nearest
 
     top = 2**bits - 1
     codes = (matrix(24, 96) * top / 4 + top / 2).round().clamp(0, top)
@@ -114,13 +114,13 @@ def test_a_matrix_that_spans_a_grid_stays_as_it_is(bits: int) -> None:
 
 
 def test_zeros_stay_zeros() -> None:
-    from qkit.export._rounding import nearest
+    from qkit.export._onnx.gptq import nearest
 
     assert float(nearest(matrix(4, 64) * 0, 4, 32).weight().abs().max()) == 0
 
 
 def test_compensation_lowers_the_error_of_what_comes_out() -> None:
-    from qkit.export._rounding import compensated, nearest
+    from qkit.export._onnx.gptq import compensated, nearest
 
     weight, gram = matrix(48, 192), gram_of_related_inputs(192)
     plain = output_error(weight, nearest(weight, 4, 32), gram)
@@ -130,14 +130,14 @@ def test_compensation_lowers_the_error_of_what_comes_out() -> None:
 def test_there_is_nothing_to_compensate_between_unrelated_inputs() -> None:
     import torch
 
-    from qkit.export._rounding import compensated, nearest
+    from qkit.export._onnx.gptq import compensated, nearest
 
     weight = matrix(24, 96)
     assert bool((compensated(weight, torch.eye(96), 4, 32).codes == nearest(weight, 4, 32).codes).all())
 
 
 def test_inputs_that_never_come_do_no_harm() -> None:
-    from qkit.export._rounding import compensated
+    from qkit.export._onnx.gptq import compensated
 
     weight, gram = matrix(24, 96), gram_of_related_inputs(96)
     gram[40:50], gram[:, 40:50] = 0, 0
@@ -162,11 +162,11 @@ def test_the_walk_says_what_the_model_says(
 ) -> None:
     import torch
 
-    from qkit.export import _layers
+    from qkit.export._onnx import layers as _onnx_layers
 
-    monkeypatch.setattr(_layers, "BATCH_TOKENS", budget)
-    layers = list(_layers.Layers(tiny_model, ROWS).walk())
-    last = _layers.Layers(tiny_model, ROWS).walk()
+    monkeypatch.setattr(_onnx_layers, "BATCH_TOKENS", budget)
+    layers = list(_onnx_layers.Layers(tiny_model, ROWS).walk())
+    last = _onnx_layers.Layers(tiny_model, ROWS).walk()
     next(last)
     states = [row[real] for batch in next(last).forward() for row, real in zip(batch.states, batch.real, strict=True)]
     assert len(layers) == reference.config.num_hidden_layers
@@ -179,7 +179,7 @@ def test_the_walk_says_what_the_model_says(
 def test_grams_are_sums_over_real_inputs(tiny_model: Path, reference: Any) -> None:
     import torch
 
-    from qkit.export._layers import Layers
+    from qkit.export._onnx.layers import Layers
 
     names = ("self_attn.q_proj", "mlp.down_proj")
     seen: dict[str, Any] = dict.fromkeys(names, 0)
@@ -199,7 +199,7 @@ def test_grams_are_sums_over_real_inputs(tiny_model: Path, reference: Any) -> No
 
 
 def test_what_is_put_into_a_layer_counts_for_the_next(tiny_model: Path) -> None:
-    from qkit.export._layers import Layers
+    from qkit.export._onnx.layers import Layers
 
     def second(change: bool) -> Any:
         walk = Layers(tiny_model, ROWS).walk()
@@ -216,7 +216,7 @@ def test_layers_read_what_the_model_gives_them(tmp_path: Path) -> None:
     import torch
     from transformers import GraniteConfig, GraniteForCausalLM
 
-    from qkit.export._layers import Layers
+    from qkit.export._onnx.layers import Layers
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -236,7 +236,7 @@ def test_models_of_another_make_are_not_walked(tiny_model: Path, tmp_path: Path)
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from qkit.export._layers import walkable
+    from qkit.export._onnx.layers import walkable
 
     assert walkable(tiny_model)
     config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=32)

@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qkit import rows
-from qkit.errors import DataError
-from qkit.recipe import Source
-from qkit.rows import Broken, Record, Rounded, Struct, read
+from qkit.core import strict_json
+from qkit.core.errors import DataError
+from qkit.core.strict_json import Rounded, Struct
+from qkit.data import read as data_read
+from qkit.data.read import Broken, Record, read
+from qkit.recipe.schema import Source
 
 Write = Callable[..., Path]
 
@@ -235,7 +237,7 @@ def test_slices(write: Write, tmp_path: Path, cut: str, kept: str) -> None:
 
 def test_a_slice_reads_no_further_than_it_goes(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    monkeypatch.setattr(rows, "decode", lambda text: decoded.append(text) or json.loads(text))
+    monkeypatch.setattr(strict_json, "decode", lambda text: decoded.append(text) or json.loads(text))
     for name in ("a.jsonl", "b.jsonl"):
         write(name, '{"a": 1}\n' * 1000)
     assert len(found(tmp_path, rows=":3")) == len(decoded) == 3
@@ -314,7 +316,7 @@ def test_objects_of_json_lines_are_json(write: Write) -> None:
 
 
 def test_objects_of_nobody_knows_what_are_of_a_table() -> None:
-    [row] = rows._meant([{"a": [{"b": None}], "n": 2.0**64}])
+    [row] = data_read._meant([{"a": [{"b": None}], "n": 2.0**64}])
     assert type(row["a"][0]) is Struct and type(row["n"]) is Rounded
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qkit.device import detect
-from qkit.runtime import Row, Runtime, open_runtime
+from qkit.core.device import detect
+from qkit.plugins.runtime import Row, Runtime, open_runtime
 
 PROMPTS = [list(range(3, 3 + n)) for n in (4, 9, 17, 6)]
 STOP = frozenset({2})

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
-from qkit import plan_sheet, schedule, train
-from qkit.errors import RecipeError
-from qkit.fast.batches import TokenBudgetBatches, count_batches
-from qkit.fast.packs import packed
-from qkit.recipe import Recipe, load
+from qkit.core import device
+from qkit.core.batching import TokenBudgetBatches, count_batches, packed
+from qkit.core.errors import RecipeError
+from qkit.plan import sheet
+from qkit.recipe import schedule
+from qkit.recipe.load import load
+from qkit.recipe.schema import Recipe
+from qkit.train import sft
+from qkit.train import stage as train_stage
 from tests.conftest import tiny_settings
 from tests.test_train import CAPACITY, LENGTHS, _run
 
@@ -35,7 +39,7 @@ RATES = {
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Any:
     run, out = _run(tmp_path_factory.mktemp("rates"), tiny_model)
-    return train.build_trainer(run, tiny_model, train.detect(), out)
+    return sft.build_trainer(run, tiny_model, device.detect(), out)
 
 
 @pytest.mark.parametrize(("kind", "warmup", "steps"), RATES)
@@ -62,10 +66,10 @@ def test_a_training_has_these_rates_and_goes_on_with_them(tiny_model: Path, tmp_
     settings = {"train": {"max_steps": 8, "lr_scheduler_type": "linear", "warmup_steps": 3, "save_steps": 2}}
     run, out = _run(tmp_path, tiny_model, Heard(stop_at=5), **settings)
     with pytest.raises(KeyboardInterrupt):
-        train.run(run, out)
+        train_stage.run(run, out)
     again, _ = _run(tmp_path, tiny_model, **settings)
-    train.run(again, out)
-    seen = [line["learning_rate"] / 1e-2 for line in train._lines(out / "metrics.jsonl")]
+    train_stage.run(again, out)
+    seen = [line["learning_rate"] / 1e-2 for line in train_stage._lines(out / "metrics.jsonl")]
     assert seen == pytest.approx(RATES["linear", 3, 8])
 
 
@@ -129,7 +133,7 @@ def test_a_warm_up_that_the_rows_make_too_long_is_refused_before_training(tiny_m
     with pytest.raises(
         RecipeError, match=f"warmup_steps=50 is no shorter than the training, which has {batches} steps"
     ):
-        train.run(run, out)
+        train_stage.run(run, out)
     assert not list(out.glob("checkpoints/checkpoint-*"))
 
 
@@ -139,10 +143,10 @@ def test_the_plan_refuses_it_when_the_rows_are_known(tiny_model: Path, tmp_path:
     lengths = [[tokens, rows, rows] for tokens, rows in Counter(LENGTHS).items()]
     steps = 1 + max(pack for pack, _ in packed(LENGTHS, 128)) if packing else len(TokenBudgetBatches(LENGTHS, 128, 0))
     with pytest.raises(RecipeError, match=f"which has {steps} steps"):
-        plan_sheet.sheet(how, lengths=lengths)
+        sheet.sheet(how, lengths=lengths)
     longer = how.model_copy(update={"train": how.train.model_copy(update={"warmup_steps": steps - 1})})
-    assert plan_sheet.sheet(longer, lengths=lengths).pace.steps == steps
-    assert plan_sheet.sheet(how).pace.steps is None  # nobody knows how many rows there are
+    assert sheet.sheet(longer, lengths=lengths).pace.steps == steps
+    assert sheet.sheet(how).pace.steps is None  # nobody knows how many rows there are
 
 
 def test_lengths_tell_the_steps_of_a_training() -> None:

@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from qkit import scoring
-from qkit.runtime import RowScores
+from qkit.measure import divergence, scores
+from qkit.plugins.runtime import RowScores
 
 
 def _scores(logits: np.ndarray, top: int | None = None) -> RowScores:
@@ -23,12 +23,12 @@ def test_divergence_is_kl_and_from_the_top_a_lower_bound() -> None:
     live, other = _scores(p), _scores(q)
     assert live.full is not None and other.full is not None
     wanted = (np.exp(live.full.astype("f8")) * (live.full - other.full)).sum(1)
-    np.testing.assert_allclose(scoring.divergence(live, other), wanted, rtol=1e-4)
-    bounds = [scoring.divergence(live, _scores(q, top)) for top in (5, 20, 49)]
+    np.testing.assert_allclose(divergence.divergence(live, other), wanted, rtol=1e-4)
+    bounds = [divergence.divergence(live, _scores(q, top)) for top in (5, 20, 49)]
     for less, more in pairwise(bounds):
         assert (less <= wanted + 1e-4).all() and less.mean() < more.mean()
     np.testing.assert_allclose(bounds[-1], wanted, rtol=1e-2, atol=1e-3)
-    np.testing.assert_allclose(scoring.divergence(live, live), 0, atol=1e-6)
+    np.testing.assert_allclose(divergence.divergence(live, live), 0, atol=1e-6)
 
 
 def test_models_of_other_vocabularies_are_compared_over_what_both_have() -> None:
@@ -37,28 +37,28 @@ def test_models_of_other_vocabularies_are_compared_over_what_both_have() -> None
     p, q = rng.normal(size=(7, 50)), rng.normal(size=(7, 50))
     wider = np.concatenate([p, np.full((7, 3), 5.0)], axis=1)
     np.testing.assert_allclose(
-        scoring.divergence(_scores(wider), _scores(q)), scoring.divergence(_scores(p), _scores(q)), rtol=1e-4
+        divergence.divergence(_scores(wider), _scores(q)), divergence.divergence(_scores(p), _scores(q)), rtol=1e-4
     )
     np.testing.assert_allclose(
-        scoring.divergence(_scores(q), _scores(wider)), scoring.divergence(_scores(q), _scores(p)), rtol=1e-4
+        divergence.divergence(_scores(q), _scores(wider)), divergence.divergence(_scores(q), _scores(p)), rtol=1e-4
     )
-    assert scoring.over(_scores(wider), _scores(q)) == "the 50 tokens that both have"
-    assert scoring.over(_scores(p), _scores(q)) == "all tokens"
+    assert divergence.over(_scores(wider), _scores(q)) == "the 50 tokens that both have"
+    assert divergence.over(_scores(p), _scores(q)) == "all tokens"
 
 
 def test_bootstrap_intervals() -> None:
-    low, high = scoring.bootstrap([True] * 50 + [False] * 50, 0.95, seed=0)
+    low, high = scores.bootstrap([True] * 50 + [False] * 50, 0.95, seed=0)
     assert low == pytest.approx(40.2, abs=1.5) and high == pytest.approx(59.8, abs=1.5)  # the normal approximation
-    assert scoring.bootstrap([False] * 100, 0.95, 0) == (0.0, pytest.approx(3.62, abs=0.01))  # Clopper-Pearson
-    assert scoring.bootstrap([True] * 100, 0.95, 0) == (pytest.approx(96.38, abs=0.01), 100.0)
+    assert scores.bootstrap([False] * 100, 0.95, 0) == (0.0, pytest.approx(3.62, abs=0.01))  # Clopper-Pearson
+    assert scores.bootstrap([True] * 100, 0.95, 0) == (pytest.approx(96.38, abs=0.01), 100.0)
 
 
 def test_a_paired_gain_is_narrower_than_two_intervals() -> None:
     before = [index % 2 == 0 for index in range(100)]
     after = [right or index % 10 == 1 for index, right in enumerate(before)]
-    gain = scoring.paired_gain(before, after, 0.95, seed=0)
+    gain = scores.paired_gain(before, after, 0.95, seed=0)
     assert gain["points"] == 10 and 4 <= gain["low"] < 10 < gain["high"] <= 17
 
 
 def test_mean_loss_counts_tokens_not_rows() -> None:
-    assert scoring.mean_loss([np.array([-1.0, -1.0, -1.0]), np.array([-5.0])]) == 2.0
+    assert scores.mean_loss([np.array([-1.0, -1.0, -1.0]), np.array([-5.0])]) == 2.0

@@ -15,17 +15,27 @@ import psutil
 import pytest
 from sample import edit, open_sample
 
-from qkit import serve, server
-from qkit.adapters import checked, parse
-from qkit.device import Device
-from qkit.errors import DoesNotFit, MissingArtifact, ModelError, NotDeployable, ParityFailed, QkitError, ServerError
-from qkit.plan_sheet import Options, recipe_for
-from qkit.provenance import write_adapter_note
-from qkit.recipe import Recipe
-from qkit.run import Run
+from qkit.core.device import Device
+from qkit.core.errors import (
+    DoesNotFit,
+    MissingArtifact,
+    ModelError,
+    NotDeployable,
+    ParityFailed,
+    QkitError,
+    ServerError,
+)
+from qkit.model.provenance import write_adapter_note
+from qkit.plan.sheet import Options, recipe_for
+from qkit.recipe.schema import Recipe
+from qkit.run.directory import Run
 from qkit.runtimes import vllm
-from qkit.serve import Asked, Serving
-from qkit.served_adapter import rank_for
+from qkit.serve import fits, lifecycle
+from qkit.serve import serving as serve_serving
+from qkit.serve.request import Asked, Serving
+from qkit.server import process
+from qkit.server.adapters import checked, parse
+from qkit.server.lora import rank_for
 
 CPU = Device("cpu", "a CPU", 24 << 30, 2)
 
@@ -69,7 +79,7 @@ def a_run(folder: Path, **statuses: str) -> Run:
     ],
 )
 def test_the_best_that_passed_its_gate(tmp_path: Path, statuses: dict[str, str], asked: Asked, picked: str) -> None:
-    artifact, why = serve.pick(a_run(tmp_path, **statuses), asked)
+    artifact, why = serve_serving.pick(a_run(tmp_path, **statuses), asked)
     assert artifact.name == picked and picked in why
 
 
@@ -80,7 +90,7 @@ def test_the_nearest_and_not_the_luckiest(tmp_path: Path, rule: str, picked: str
     known["scores"] = {"vllm": {"score": 49.0}, "vllm-w8a8": {"score": 51.0}}
     edit(run, "verify/parity.json", **known)
     merge = run.recipe.merge.model_copy(update={"choose": rule})
-    artifact, _ = serve.pick(Run(run.root, run.recipe.model_copy(update={"merge": merge})), Asked())
+    artifact, _ = serve_serving.pick(Run(run.root, run.recipe.model_copy(update={"merge": merge})), Asked())
     assert artifact.name == picked
 
 
@@ -97,21 +107,21 @@ def test_nothing_to_serve(
     tmp_path: Path, statuses: dict[str, str], asked: Asked, error: type[QkitError], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        serve.pick(a_run(tmp_path, **statuses), asked)
+        serve_serving.pick(a_run(tmp_path, **statuses), asked)
 
 
 def test_what_was_said_of_an_export_that_has_been_made_anew_is_not_said_of_this_one(tmp_path: Path) -> None:
     run = a_run(tmp_path, onnx_int4="passed", onnx_fp32="measured")
-    assert "onnx-int4 (passed" in serve.pick(run, Asked("onnxruntime"))[1]
+    assert "onnx-int4 (passed" in serve_serving.pick(run, Asked("onnxruntime"))[1]
     manifest = run.manifest()
     manifest["stages"]["export"]["outputs"]["export/onnx-int4/model.onnx"]["sha256"] = 64 * "f"
     edit(run, "run.json", **manifest)
-    assert "onnx-fp32 (measured" in serve.pick(run, Asked("onnxruntime"))[1]
-    assert "onnx-int4 (unverified" in serve.pick(run, Asked("onnxruntime", "onnx-int4"))[1]
+    assert "onnx-fp32 (measured" in serve_serving.pick(run, Asked("onnxruntime"))[1]
+    assert "onnx-int4 (unverified" in serve_serving.pick(run, Asked("onnxruntime", "onnx-int4"))[1]
 
 
 def foreign(source: object, asked: Asked | None = None, *overrides: str) -> Serving:
-    return serve.of_model(str(source), recipe_for(Options(str(source)), overrides), asked or Asked())
+    return serve_serving.of_model(str(source), recipe_for(Options(str(source)), overrides), asked or Asked())
 
 
 def test_what_vllm_has_no_loader_for(tmp_path: Path) -> None:
@@ -129,7 +139,7 @@ def test_what_vllm_has_no_loader_for(tmp_path: Path) -> None:
 
 def test_a_hub_id_goes_to_vllm_as_it_is() -> None:
     made = foreign("owner/name")
-    assert "owner/name" in serve.argv(made, 1) and made.name == "owner/name"
+    assert "owner/name" in lifecycle.argv(made, 1) and made.name == "owner/name"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,7 @@ def test_no_model(source: object, asked: Asked, words: str) -> None:
 
 def test_weights_and_cache_for_the_length_and_the_number_that_are_wanted(tiny_model: Path) -> None:
     """2 layers x 1 key-value head of 32, keys and values in bf16: 256 bytes a token."""
-    made = serve.planned(foreign(tiny_model, None, "serve.max_model_len=512", "serve.concurrency=10"))
+    made = fits.planned(foreign(tiny_model, None, "serve.max_model_len=512", "serve.concurrency=10"))
     assert made
     items = {item.name: item.bytes for item in made.items}
     assert items["kv_cache"] == 10 * 512 * 256
@@ -161,13 +171,13 @@ def test_weights_that_a_folder_holds_twice_are_loaded_once(tiny_model: Path, tmp
     for file in tiny_model.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "consolidated.safetensors").symlink_to(tiny_model / "model.safetensors")
-    assert serve._file_bytes(foreign(tmp_path)) == (tiny_model / "model.safetensors").stat().st_size
+    assert fits._file_bytes(foreign(tmp_path)) == (tiny_model / "model.safetensors").stat().st_size
 
 
 def test_too_much_is_refused_with_what_to_change(tiny_model: Path) -> None:
     made = foreign(tiny_model, None, "serve.max_model_len=400000", "serve.concurrency=4096")
     with pytest.raises(DoesNotFit, match=r"Largest: kv_cache .* Try serve\.concurrency=128"):
-        serve.planned(made)
+        fits.planned(made)
 
 
 def test_a_cpu_server_is_given_the_cache_that_was_planned(tiny_model: Path) -> None:
@@ -181,16 +191,16 @@ def test_a_cpu_server_is_given_the_cache_that_was_planned(tiny_model: Path) -> N
 def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("from-file\n")
-    assert server.api_key(file, {"VLLM_API_KEY": "from-environment"}) == "from-file"
-    assert server.api_key(None, {"VLLM_API_KEY": "from-environment"}) == "from-environment"
-    assert server.api_key(None, {}) == ""
+    assert process.api_key(file, {"VLLM_API_KEY": "from-environment"}) == "from-file"
+    assert process.api_key(None, {"VLLM_API_KEY": "from-environment"}) == "from-environment"
+    assert process.api_key(None, {}) == ""
 
 
 @pytest.mark.parametrize("text", ["", " \n", "two words", "schlüssel"])
 def test_no_key_in_the_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "key").write_text(text)
     with pytest.raises(ServerError, match="openssl rand"):
-        server.api_key(tmp_path / "key")
+        process.api_key(tmp_path / "key")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "'::'", "10.0.0.1"])
@@ -203,7 +213,7 @@ def test_other_addresses_need_a_key(tiny_model: Path, host: str) -> None:
     ("host", "url"), [("0.0.0.0", "http://127.0.0.1:1"), ("::1", "http://[::1]:1"), ("10.0.0.1", "http://10.0.0.1:1")]
 )
 def test_where_a_client_on_this_machine_asks(host: str, url: str) -> None:
-    assert server.url_of(host, 1) == url
+    assert process.url_of(host, 1) == url
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -242,7 +252,7 @@ def test_adapters_go_on_the_base_and_not_on_what_a_run_exports(
         ModelError,
         match=rf"(?s)was trained on.*`qkit serve {other_model} --adapter sample_run=.* --adapter sql={place}`",
     ):
-        serve.of_run(run, Asked(adapters=(f"sql={place}",)))
+        serve_serving.of_run(run, Asked(adapters=(f"sql={place}",)))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +293,7 @@ def test_what_is_printed_is_what_is_started(tiny_model: Path) -> None:
     )
     words = shlex.split(shell.stdout.replace("\\\n", " "))
     begin = words.index(sys.executable)
-    assert words[begin:] == [*serve.argv(foreign(tiny_model), 8000), "--dtype", "float32", "--seed", "1"]
+    assert words[begin:] == [*lifecycle.argv(foreign(tiny_model), 8000), "--dtype", "float32", "--seed", "1"]
     assert "HF_HUB_OFFLINE=1" in words and "a-secret" not in shell.stdout
 
 
@@ -354,18 +364,18 @@ def test_its_own_start_is_quick(tiny_model: Path) -> None:
 
 def test_back_off(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A program that ends at once: without --restart it is said once; and what was never ready is not started again."""
-    program = server.Program("a program", (sys.executable, "-c", "import sys; sys.exit('ValueError: no such thing')"))
+    program = process.Program("a program", (sys.executable, "-c", "import sys; sys.exit('ValueError: no such thing')"))
     told: list[float] = []
 
-    def start(serving: Serving) -> server.Server:
-        return server.Server(program, "tiny", serving.how.serve, serving.how.serve.port, tmp_path / "log")
+    def start(serving: Serving) -> process.Server:
+        return process.Server(program, "tiny", serving.how.serve, serving.how.serve.port, tmp_path / "log")
 
-    monkeypatch.setattr(serve, "start", start)
+    monkeypatch.setattr(lifecycle, "start", start)
     made = foreign(tiny_model, None, "serve.port=0")
     begin = time.monotonic()
     for restart in (None, lambda why, pause: told.append(pause)):
         with pytest.raises(ServerError, match="ended while starting: ValueError: no such thing"):
-            serve.serve(made, lambda _: None, serve.watch, restart)
+            lifecycle.serve(made, lambda _: None, lifecycle.watch, restart)
     assert told == [] and time.monotonic() - begin < 10
 
 
@@ -386,12 +396,12 @@ def test_a_program_that_ignores_sigterm_leaves_neither_process_nor_shared_memory
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As vLLM does while it starts. The guard's patience is 10 s and 3 s; a copy of it with less is run here."""
-    from qkit import child
+    from qkit.core import process as core_process
 
     quick = tmp_path / "child.py"
-    quick.write_text(Path(child.__file__).read_text().replace("GRACE_SECONDS = 10.0", "GRACE_SECONDS = 0.5"))
-    monkeypatch.setattr(child, "__file__", str(quick))
-    started = child.Child([sys.executable, "-c", SHARER], tmp_path / "log")
+    quick.write_text(Path(core_process.__file__).read_text().replace("GRACE_SECONDS = 10.0", "GRACE_SECONDS = 0.5"))
+    monkeypatch.setattr(core_process, "__file__", str(quick))
+    started = core_process.Child([sys.executable, "-c", SHARER], tmp_path / "log")
     while len(words := (tmp_path / "log").read_text().split()) < 2:
         time.sleep(0.02)
     memory, below = Path("/dev/shm") / words[0], int(words[1])

@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 import yaml
 
-from qkit import manifests
-from qkit.adapters import Adapter
-from qkit.device import Device
-from qkit.recipe import Recipe, Serve
+from qkit.core.device import Device
+from qkit.recipe.schema import Recipe, Serve
 from qkit.runtimes import vllm
-from qkit.serve import Serving
+from qkit.serve import manifests
+from qkit.serve.request import Serving
+from qkit.server.adapters import Adapter
 
 SERVE = Path(__file__).parent.parent / "serve"
 RATE_WINDOW = "5m"

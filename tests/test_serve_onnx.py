@@ -26,10 +26,10 @@ from served import (
     wait_for_nobody,
 )
 
-from qkit import bench_url
-from qkit.export import onnx as exporter
-from qkit.export._job import Job
-from qkit.recipe import Recipe
+from qkit.bench import any_server
+from qkit.export.formats import onnx as exporter
+from qkit.plugins.exporter import Job
+from qkit.recipe.schema import Recipe
 
 pytest.importorskip("onnxruntime_genai")
 
@@ -205,7 +205,7 @@ def test_content_in_parts_is_one_text(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("arguments", ['{"side": "left"}', {"side": "left"}, ""])
 def test_arguments_of_tool_calls_are_objects_to_the_template(arguments: Any) -> None:
-    from qkit.onnx_server import as_templates_have_it
+    from qkit.server.onnx_requests import as_templates_have_it
 
     call = {"id": "1", "type": "function", "function": {"name": "pick", "arguments": arguments}}
     made = as_templates_have_it({"role": "assistant", "content": None, "tool_calls": [call]})
@@ -215,7 +215,7 @@ def test_arguments_of_tool_calls_are_objects_to_the_template(arguments: Any) -> 
 def test_what_the_engine_s_bindings_refuse_ends_one_request_and_not_the_server(served: Served) -> None:
     import asyncio
 
-    from qkit.onnx_engine import Ended, Engine, Sampling
+    from qkit.server.onnx_engine import Ended, Engine, Sampling
 
     folder = served.stderr.parent / TEXT_MODEL
     engine = Engine(folder, 4, failed=lambda: pytest.fail("the engine gave up"))
@@ -285,7 +285,7 @@ def test_clients_that_go_away_leave_nothing_running(served: Served, client: open
 
 def test_it_can_be_benched_with_what_it_takes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    found = bench_url.taken(f"{served.url}/v1/completions", TEXT_MODEL)
+    found = any_server.taken(f"{served.url}/v1/completions", TEXT_MODEL)
     assert found == {"add_special_tokens", "ignore_eos", "repetition_penalty"}
 
 
@@ -300,7 +300,7 @@ def test_a_connection_may_wait(served: Served) -> None:
 
 
 def test_a_dead_server_is_seen_and_started_again(served: Served) -> None:
-    before = [process for process in served.below() if "qkit.onnx_server" in " ".join(process.cmdline()[1:4])]
+    before = [process for process in served.below() if "qkit.server.onnx_app" in " ".join(process.cmdline()[1:4])]
     assert before
     before[-1].kill()
     served.wait_for("starting again in 1 s", BUSY_SECONDS)

@@ -22,9 +22,9 @@ import httpx
 import pytest
 from test_serve_folder import SERVE, tool
 
-from qkit.admission import KEEP_ALIVE_SECONDS, Admission, Limits
-from qkit.recipe import Serve
-from qkit.server import free_port
+from qkit.recipe.schema import Serve
+from qkit.server.admission import KEEP_ALIVE_SECONDS, Admission, Limits
+from qkit.server.process import free_port
 
 TOKENS, GAP = 5, 0.25  # of an answer, and seconds between two of them
 BURST, STREAMS = 20, 16  # what both files let one client send at once; nginx.conf: and hold open

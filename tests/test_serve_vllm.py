@@ -28,7 +28,7 @@ from served import (
     wait_for_nobody,
 )
 
-from qkit.recipe import Recipe
+from qkit.recipe.schema import Recipe
 from qkit.runtimes import vllm
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not vllm.installed(), reason="vLLM is not installed")]
@@ -55,7 +55,7 @@ def build_adapter(base: Path, folder: Path, rank: int) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from qkit.provenance import write_adapter_note
+    from qkit.model.provenance import write_adapter_note
 
     torch.manual_seed(0)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -182,8 +182,8 @@ def test_adapters_come_and_go(served: Served, adapter: Path) -> None:
 
 
 def test_an_adapter_of_another_base_is_not_loaded(served: Served, other_model: Path, tmp_path: Path) -> None:
-    from qkit.adapters import Endpoint
-    from qkit.errors import ModelError
+    from qkit.core.errors import ModelError
+    from qkit.server.adapters import Endpoint
 
     foreign = build_adapter(other_model, tmp_path / "foreign", rank=4)
     with pytest.raises(ModelError, match="was trained on"):

@@ -18,13 +18,15 @@ from typing import Any
 
 import pytest
 
-from qkit import absence, admission, serve, server
-from qkit.admission import Admission, Limits
-from qkit.device import Device
-from qkit.errors import ServerError
-from qkit.plan_sheet import Options, recipe_for
+from qkit.core.device import Device
+from qkit.core.errors import ServerError
+from qkit.plan.sheet import Options, recipe_for
 from qkit.runtimes import vllm
-from qkit.serve import Serving
+from qkit.serve import lifecycle, request
+from qkit.serve import serving as serve_serving
+from qkit.serve.request import Serving
+from qkit.server import absence, admission, log_causes, process
+from qkit.server.admission import Admission, Limits
 
 # Answers, then does what LAST says: one ends with a cause, the other leaves a child behind that ignores SIGTERM, as an engine may.
 PROGRAM = """
@@ -53,11 +55,11 @@ def serving(tmp_path: Path) -> Serving:
     return Serving("owner/name", "name", how, device, tmp_path / "logs", "vllm", vllm.Extras())
 
 
-def started(last: str) -> Callable[[Serving], server.Server]:
-    def start(given: Serving) -> server.Server:
+def started(last: str) -> Callable[[Serving], process.Server]:
+    def start(given: Serving) -> process.Server:
         port = given.how.serve.port
-        argv = (sys.executable, "-c", PROGRAM.replace("LAST", last), str(server.free_port(given.how.serve)))
-        return server.Server(server.Program("a program", argv), "name", given.how.serve, port, given.log)
+        argv = (sys.executable, "-c", PROGRAM.replace("LAST", last), str(process.free_port(given.how.serve)))
+        return process.Server(process.Program("a program", argv), "name", given.how.serve, port, given.log)
 
     return start
 
@@ -71,8 +73,8 @@ class Enough(Exception):
 
 def test_the_log_of_every_start_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it died of the first time can be read when it runs for the second; each message tells of its own end."""
-    monkeypatch.setattr(serve, "start", started(DIES))
-    monkeypatch.setattr(serve, "BACK_OFF_SECONDS", (0.0,))
+    monkeypatch.setattr(lifecycle, "start", started(DIES))
+    monkeypatch.setattr(lifecycle, "BACK_OFF_SECONDS", (0.0,))
     told: list[str] = []
 
     def again(why: str, _: float) -> None:
@@ -81,15 +83,15 @@ def test_the_log_of_every_start_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
             raise Enough
 
     with pytest.raises(Enough):
-        serve.serve(serving(tmp_path), lambda _: None, serve.watch, again)
+        lifecycle.serve(serving(tmp_path), lambda _: None, lifecycle.watch, again)
     assert all("ValueError: [/odd] cause" in why for why in told)
     (log,) = (tmp_path / "logs").iterdir()
     assert str(log) in told[0] and log.read_text().count("ValueError") == 2
 
 
 def test_a_port_that_is_taken_in_between_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "start", started(DIES))
-    monkeypatch.setattr(serve, "BACK_OFF_SECONDS", (0.0,))
+    monkeypatch.setattr(lifecycle, "start", started(DIES))
+    monkeypatch.setattr(lifecycle, "BACK_OFF_SECONDS", (0.0,))
     told: list[str] = []
     with socket.socket() as taken:
 
@@ -105,12 +107,12 @@ def test_a_port_that_is_taken_in_between_is_waited_for(tmp_path: Path, monkeypat
                 raise Enough
 
         with pytest.raises(Enough):
-            serve.serve(serving(tmp_path), lambda _: None, serve.watch, again)
+            lifecycle.serve(serving(tmp_path), lambda _: None, lifecycle.watch, again)
     assert "cannot be listened on" in told[1] and "ValueError" in told[2]
 
 
 def test_a_killed_server_is_seen_before_its_children_are_tidied_up(tmp_path: Path) -> None:
-    fixed = serve._with_port(serving(tmp_path))
+    fixed = lifecycle._with_port(serving(tmp_path))
     fixed.logs.mkdir()
     running = started(LIVES)(fixed)
     try:
@@ -132,8 +134,8 @@ def test_a_start_that_the_system_kills_is_explained() -> None:
     said = (
         "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': -9}"
     )
-    assert "out-of-memory killer" in server.explain(f"INFO loading\n{said}")
-    assert "illegal instruction" in server.explain(said.replace("-9", "-4"))
+    assert "out-of-memory killer" in log_causes.explain(f"INFO loading\n{said}")
+    assert "illegal instruction" in log_causes.explain(said.replace("-9", "-4"))
 
 
 # --- options that qkit gives itself -----------------------------------------------------------------------------------
@@ -153,12 +155,14 @@ def test_a_start_that_the_system_kills_is_explained() -> None:
 )
 def test_what_would_be_obeyed_by_vllm_alone(rest: tuple[str, ...], how: str) -> None:
     with pytest.raises(ServerError, match=how) as caught:
-        serve.refuse_own(rest)
+        serve_serving.refuse_own(rest)
     assert "a-secret" not in str(caught.value)
 
 
 def test_other_options_are_handed_on() -> None:
-    serve.refuse_own(("--seed", "1", "--enforce-eager", "--max-model-len", "512", "-tp", "2", "--hf-overrides", "{}"))
+    serve_serving.refuse_own(
+        ("--seed", "1", "--enforce-eager", "--max-model-len", "512", "-tp", "2", "--hf-overrides", "{}")
+    )
 
 
 # --- the door -----------------------------------------------------------------------------------------------------------
@@ -295,10 +299,12 @@ def test_a_run_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mon
     from test_serve import a_run
 
     run = a_run(tmp_path, vllm="passed")
-    asked = serve.Asked(name="sql")
-    assert serve.of_run(run, asked).log == run.root / "logs" / f"serve-{run.recipe.serve.port}.log"
+    asked = request.Asked(name="sql")
+    assert serve_serving.of_run(run, asked).log == run.root / "logs" / f"serve-{run.recipe.serve.port}.log"
     monkeypatch.setenv("QKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run.root)
-    made = serve.of_run(run, asked)
+    made = serve_serving.of_run(run, asked)
     assert made.log.parent == tmp_path / "cache" / "logs" and made.names == ["sql"]
-    assert serve.argv(replace(made, model="m"), 1)[serve.argv(made, 1).index("--served-model-name") + 1] == "sql"
+    assert (
+        lifecycle.argv(replace(made, model="m"), 1)[lifecycle.argv(made, 1).index("--served-model-name") + 1] == "sql"
+    )

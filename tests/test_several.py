@@ -15,10 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qkit import distances, foreign, several
-from qkit.errors import ModelError, RecipeError
-from qkit.foreign import Wish
-from qkit.progress import Progress
+from qkit.commands import combine, merge_any
+from qkit.commands.combine import Wish
+from qkit.core.errors import ModelError, RecipeError
+from qkit.core.progress import Progress
+from qkit.merging import distances
+from qkit.model import adapter_sum
 
 FP32 = ["merge.dtype=float32"]
 TOKENS = torch.arange(3, 33)[None]
@@ -108,7 +110,7 @@ def test_the_sum_is_exact_in_weights_and_live(kind: str, tmp_path: Path, tiny_mo
     folder = _biased(tmp_path / "base", **base) if base else tiny_model
     adapters = [_adapter(folder, tmp_path / f"adapter{n}", n, **how) for n, how in enumerate(options)]
     weights = (0.7, -1.3)
-    foreign.merge(Wish(str(folder), adapters, tmp_path / "merged", weights, overrides=FP32), Progress())
+    merge_any.merge(Wish(str(folder), adapters, tmp_path / "merged", weights, overrides=FP32), Progress())
     own = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     wanted = {name: tensor.clone() for name, tensor in own.items()}
     found = load_file(tmp_path / "merged" / "model.safetensors")
@@ -121,9 +123,9 @@ def test_the_sum_is_exact_in_weights_and_live(kind: str, tmp_path: Path, tiny_mo
     change = sum(((wanted[name] - own[name]) ** 2).sum() for name in found)
     off = sum(((found[name] - wanted[name]) ** 2).sum() for name in found)
     assert change > 0.1 and (off / change) ** 0.5 < 2e-6
-    several.write(tmp_path / "several", adapters, weights)
+    adapter_sum.write(tmp_path / "several", adapters, weights)
     with torch.no_grad():
-        live = several.put_on(_loaded(folder), tmp_path / "several")(TOKENS).logits
+        live = adapter_sum.put_on(_loaded(folder), tmp_path / "several")(TOKENS).logits
         merged = _loaded(tmp_path / "merged")(TOKENS).logits
         alone = _loaded(folder)(TOKENS).logits
     assert (live - merged).abs().max() < 1e-3 * (live - alone).abs().max()
@@ -146,18 +148,18 @@ def _add(wanted: Any, own: Any, folder: Path, adapters: list[Path], weights: Any
 def test_plain_ones_are_what_peft_does_with_both_active(kind: str, tmp_path: Path, tiny_model: Path) -> None:
     one, other, _ = PAIRS[kind]
     adapters = [_adapter(tiny_model, tmp_path / f"adapter{n}", n, **how) for n, how in enumerate((one, other))]
-    foreign.merge(Wish(str(tiny_model), adapters, tmp_path / "merged", (1.0, 0.5), overrides=FP32), Progress())
+    merge_any.merge(Wish(str(tiny_model), adapters, tmp_path / "merged", (1.0, 0.5), overrides=FP32), Progress())
     both = PeftModel.from_pretrained(_loaded(tiny_model), str(adapters[0]), adapter_name="a")
     both.load_adapter(str(adapters[1]), adapter_name="b")
     for module in both.modules():
         if "b" in getattr(module, "lora_A", {}) or "b" in getattr(module, "lora_embedding_A", {}):
             module.scaling["b"] *= 0.5
     both.base_model.set_adapter(["a", "b"])
-    several.write(tmp_path / "several", adapters, (1.0, 0.5))
+    adapter_sum.write(tmp_path / "several", adapters, (1.0, 0.5))
     with torch.no_grad():
         wanted = both(TOKENS).logits
         found = _loaded(tmp_path / "merged")(TOKENS).logits
-        live = several.put_on(_loaded(tiny_model), tmp_path / "several")(TOKENS).logits
+        live = adapter_sum.put_on(_loaded(tiny_model), tmp_path / "several")(TOKENS).logits
         moved = (wanted - _loaded(tiny_model)(TOKENS).logits).abs().max()
     assert (found - wanted).abs().max() < 1e-4 * moved and (live - wanted).abs().max() < 1e-4 * moved
 
@@ -200,7 +202,7 @@ def test_how_far_a_combined_one_is_from_the_sum(tiny_model: Path, tmp_path: Path
     far = {}
     for how in ("cat", "linear", "ties"):
         wish = Wish(str(tiny_model), adapters, tmp_path / "out", combine=how)
-        foreign.combine(wish, (0.7, 0.3), tiny_model, tmp_path / how, 42)
+        combine.combine(wish, (0.7, 0.3), tiny_model, tmp_path / how, 42)
         far[how] = distances.apart(tmp_path / how, parts)
     assert far["cat"] < 1e-6
     one, other, both = (
@@ -224,16 +226,16 @@ def test_what_has_no_sum_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     get_peft_model(base, config).save_pretrained(tmp_path / "resized", save_embedding_layers=False)
     with pytest.raises(ModelError, match="resized embeddings, which have no sum"):
-        foreign.merge(Wish(str(tiny_model), [tmp_path / "resized"], tmp_path / "out", (0.5,)), Progress())
+        merge_any.merge(Wish(str(tiny_model), [tmp_path / "resized"], tmp_path / "out", (0.5,)), Progress())
     with pytest.raises(RecipeError, match="--combine tiess: there is sum"):
-        foreign.merge(Wish(str(tiny_model), [tmp_path / "resized"], tmp_path / "out", (), "tiess"), Progress())
+        merge_any.merge(Wish(str(tiny_model), [tmp_path / "resized"], tmp_path / "out", (), "tiess"), Progress())
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_is_a_finite_number(weight: float, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=f"--weight {weight}: a weight is a finite number"):
-        foreign.merge(Wish(str(tiny_model), [tmp_path], tmp_path / "out", (weight,)), Progress())
+        merge_any.merge(Wish(str(tiny_model), [tmp_path], tmp_path / "out", (weight,)), Progress())
 
 
 def test_merged_values_that_are_no_finite_numbers_are_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -241,12 +243,12 @@ def test_merged_values_that_are_no_finite_numbers_are_refused(tiny_model: Path, 
     with pytest.raises(
         ModelError, match=r"the merged model.layers.0.self_attn.q_proj.weight holds .* float16 ends at 65504"
     ):
-        foreign.merge(Wish(str(tiny_model), [adapter], tmp_path / "out", (1e7,), overrides=half), Progress())
+        merge_any.merge(Wish(str(tiny_model), [adapter], tmp_path / "out", (1e7,), overrides=half), Progress())
     bad = shutil.copytree(tiny_model, tmp_path / "bad")
     held = load_file(bad / "model.safetensors")
     held["model.norm.weight"][3] = float("nan")
     save_file(held, bad / "model.safetensors", metadata={"format": "pt"})
     for weights in ((), (0.5,)):
         with pytest.raises(ModelError, match=r"the base's own model.norm.weight holds values that are no finite"):
-            foreign.merge(Wish(str(bad), [adapter], tmp_path / "out", weights, overrides=half), Progress())
+            merge_any.merge(Wish(str(bad), [adapter], tmp_path / "out", weights, overrides=half), Progress())
     assert not (tmp_path / "out").exists()

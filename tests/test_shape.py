@@ -9,25 +9,21 @@ from typing import Any
 
 import pytest
 
-from qkit import targets
-from qkit.errors import ModelError
-from qkit.recipe import Model
-from qkit.shape import (
-    FAMILIES,
+from qkit.core.errors import ModelError
+from qkit.model import targets
+from qkit.model.config import FAMILIES, from_config, known_models, shape_of, source_of
+from qkit.model.shape import (
     Shape,
     experts,
-    from_config,
-    known_models,
     layer_linears,
     linear_parameters,
     linears,
     modules,
     parameters,
     routers,
-    shape_of,
-    source_of,
     vocabulary_modules,
 )
+from qkit.recipe.schema import Model
 
 # Parameters as the models' safetensors files count them.
 PUBLISHED = {

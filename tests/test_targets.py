@@ -11,13 +11,19 @@ import pytest
 from peft import get_peft_model
 from tiny_models import ARCHITECTURES, MORE, build, config_of, weightless
 
-from qkit import deploy, model, plan, plan_sheet, step, targets, train, weights
-from qkit.device import Device, detect
-from qkit.errors import ModelError, NotDeployable, RecipeError
-from qkit.recipe import Recipe, from_dict
-from qkit.run import Run
-from qkit.served_adapter import rank_for
-from qkit.shape import Shape, from_config, parameters
+from qkit.core.device import Device, detect
+from qkit.core.errors import ModelError, NotDeployable, RecipeError
+from qkit.model import load, targets
+from qkit.model.config import from_config
+from qkit.model.shape import Shape, parameters
+from qkit.plan import deployable, fixed_memory, sheet, train_step
+from qkit.plan import plan as plan_plan
+from qkit.recipe.load import from_dict
+from qkit.recipe.schema import Recipe
+from qkit.run.directory import Run
+from qkit.server.lora import rank_for
+from qkit.train import sft
+from qkit.train import stage as train_stage
 
 CPU = Device("cpu", "test", 64 * 2**30, cores=2)
 LLAMAS_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -75,9 +81,9 @@ COUNTS: list[tuple[str, bool, dict[str, Any], int | None]] = [
 @pytest.mark.parametrize(("name", "mixed", "lora", "count"), COUNTS, ids=str)
 def test_plan_counts_what_peft_trains(name: str, mixed: bool, lora: dict[str, Any], count: int | None) -> None:
     how, base = _recipe(lora), weightless(name, **(MIXED if mixed else {}))
-    planned = sum(weights.adapter_sizes(how, _shape(name, mixed)))
+    planned = sum(fixed_memory.adapter_sizes(how, _shape(name, mixed)))
     with targets.patterns_of_parameters():
-        made = get_peft_model(base, train.lora_config(how, base))
+        made = get_peft_model(base, sft.lora_config(how, base))
     assert planned == sum(p.numel() for p in made.parameters() if p.requires_grad)
     assert count in (None, planned)
 
@@ -128,30 +134,33 @@ def test_name_that_matches_nothing_is_an_error_in_plan_and_before_training(
     kept = {"export": {"formats": ["safetensors"]}, "bench": {"runtimes": ["transformers"]}}
     how = _recipe(lora, _folder(tmp_path, name), **kept)
     with pytest.raises(ModelError, match=words):
-        plan.plan(how, device=CPU)
+        plan_plan.plan(how, device=CPU)
     with pytest.raises(ModelError, match=words):
-        train.lora_config(how, weightless(name))
+        sft.lora_config(how, weightless(name))
     (tmp_path / "run").mkdir()
     with pytest.raises(ModelError, match=words):
-        train.run(Run(tmp_path / "run", how), tmp_path / "out")  # before it looks for rows or weights
+        train_stage.run(Run(tmp_path / "run", how), tmp_path / "out")  # before it looks for rows or weights
 
 
 def test_plan_says_what_experts_cost_and_who_is_not_trained(tmp_path: Path) -> None:
-    said = plan_sheet.sheet(_recipe({}, _folder(tmp_path, "mixtral")), CPU).remarks
+    said = sheet.sheet(_recipe({}, _folder(tmp_path, "mixtral")), CPU).remarks
     assert "They take 393,216 bytes" in said[0] and "in 4 bit they would take" in said[0]
     assert any("router gets no adapter; lora.target_parameters=[gate.weight]" in line for line in said)
-    said = plan_sheet.sheet(
+    said = sheet.sheet(
         _recipe({}, _folder(tmp_path, "gpt_oss"), quantization={"load_in_4bit": False}, merge={"base": "16bit"}), CPU
     ).remarks
     assert any("experts get no adapter; lora.target_parameters=[gate_up_proj, down_proj]" in line for line in said)
     assert not any("16 bits" in line for line in said)
-    assert plan_sheet.sheet(_recipe({}, _folder(tmp_path, "llama")), CPU).remarks == ()
+    assert sheet.sheet(_recipe({}, _folder(tmp_path, "llama")), CPU).remarks == ()
 
 
 def test_model_that_sees_images_is_refused_in_plan_and_before_training(tmp_path: Path) -> None:
     how = _recipe({}, _folder(tmp_path, "gemma3"))
     (tmp_path / "run").mkdir()
-    for refuse in (lambda: plan_sheet.sheet(how, CPU), lambda: train.run(Run(tmp_path / "run", how), tmp_path / "out")):
+    for refuse in (
+        lambda: sheet.sheet(how, CPU),
+        lambda: train_stage.run(Run(tmp_path / "run", how), tmp_path / "out"),
+    ):
         with pytest.raises(ModelError, match=r"for text and more \(gemma3, with vision\)"):
             refuse()
 
@@ -170,13 +179,15 @@ def test_the_text_part_can_be_saved_as_the_refusal_says(tmp_path: Path) -> None:
     torch.testing.assert_close(saved(ids).logits, whole(input_ids=ids).logits)
     how = _recipe({}, str(tmp_path))
     assert (
-        deploy.refusals(how.model_copy(update={"export": how.export.model_copy(update={"formats": ("safetensors",)})}))
+        deployable.refusals(
+            how.model_copy(update={"export": how.export.model_copy(update={"formats": ("safetensors",)})})
+        )
         == ()
     )
 
 
 def test_plan_names_the_modules_that_peft_leaves_out() -> None:
-    said = weights.remarks(_recipe({}), _shape("qwen3_moe", True))
+    said = fixed_memory.remarks(_recipe({}), _shape("qwen3_moe", True))
     assert any("3 modules outside the experts (gate_proj, up_proj, down_proj;" in line for line in said)
 
 
@@ -185,17 +196,17 @@ def test_family_that_is_not_known_is_read_off_the_model_that_transformers_makes(
     sizes = _shape(name)
     assert sizes.outline and not sizes.exact
     assert parameters(sizes) == weightless(name).num_parameters()
-    rotary = next(part.bytes for part in weights.base_weights(sizes, False, False).parts if part.name == "tables")
-    assert weights.base_weights(sizes, False, False).bytes == 2 * parameters(sizes) + rotary
+    rotary = next(part.bytes for part in fixed_memory.base_weights(sizes, False, False).parts if part.name == "tables")
+    assert fixed_memory.base_weights(sizes, False, False).bytes == 2 * parameters(sizes) + rotary
 
 
 def test_model_for_which_transformers_has_no_sdpa_is_loaded_and_planned_eager(tmp_path: Path) -> None:
     how = _recipe({}, str(build(tmp_path / "model", "gpt_oss")))
-    assert model.load_base(tmp_path / "model", how, detect()).config._attn_implementation == "eager"
-    assert any("Attention is computed eagerly" in line for line in plan_sheet.sheet(how, CPU).remarks)
+    assert load.load_base(tmp_path / "model", how, detect()).config._attn_implementation == "eager"
+    assert any("Attention is computed eagerly" in line for line in sheet.sheet(how, CPU).remarks)
     assert (
-        step.step_of(how, _shape("gpt_oss"), CPU, None).eager
-        and not step.step_of(how, _shape("llama"), CPU, None).eager
+        train_step.step_of(how, _shape("gpt_oss"), CPU, None).eager
+        and not train_step.step_of(how, _shape("llama"), CPU, None).eager
     )
 
 
@@ -203,24 +214,24 @@ def test_experts_with_an_adapter_are_in_the_plan_once_more() -> None:
     """Their sum with the delta is made in each forward, and kept until the backward pass."""
     both, none = _recipe({}), _recipe({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]})
     sizes = _shape("mixtral")
-    assert weights.folds(none, sizes) == (0, 0, 0)
-    assert weights.folds(both, sizes) == (393_216 // 2, 2, 4 * 256 * 64 * 2)
+    assert fixed_memory.folds(none, sizes) == (0, 0, 0)
+    assert fixed_memory.folds(both, sizes) == (393_216 // 2, 2, 4 * 256 * 64 * 2)
 
 
 def test_adapter_on_experts_is_not_promised_to_vllm(tmp_path: Path) -> None:
     formats = {"formats": ["vllm", "vllm-adapter"]}
     how = _recipe({}, _folder(tmp_path, "mixtral"), export=formats, bench={"runtimes": ["vllm"]})
-    (refusal,) = deploy.refusals(how)
+    (refusal,) = deployable.refusals(how)
     assert refusal.format == "vllm-adapter" and "model.layers.0.mlp.experts.gate_up_proj and 3 more" in refusal.reason
     of_modules = _recipe({"target_modules": ["q_proj"]}, how.model.source, export=formats, bench={"runtimes": ["vllm"]})
-    assert deploy.refusals(of_modules) == ()
+    assert deployable.refusals(of_modules) == ()
     with pytest.raises(NotDeployable, match="adapts the parameters down_proj, gate_up_proj"):
         rank_for({"r": 4, "target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]})
 
 
 def test_a_norm_that_a_pattern_matches_is_refused_before_training() -> None:
     with pytest.raises(ModelError, match=r"matches 4 modules that are not linear.*model\.layers\.0\.input_layernorm"):
-        train.lora_config(_recipe({"target_modules": r".*(q_proj|layernorm)"}), weightless("llama"))
+        sft.lora_config(_recipe({"target_modules": r".*(q_proj|layernorm)"}), weightless("llama"))
 
 
 def test_the_remedy_for_a_pattern_that_matches_too_much_is_taken() -> None:
@@ -231,7 +242,7 @@ def test_the_remedy_for_a_pattern_that_matches_too_much_is_taken() -> None:
     assert [target.matrix.name for target in targets.planned(how.lora, _shape("llama"))] == [
         f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj")
     ]
-    get_peft_model(weightless("llama"), train.lora_config(how, weightless("llama")))
+    get_peft_model(weightless("llama"), sft.lora_config(how, weightless("llama")))
 
 
 @pytest.mark.parametrize(
@@ -267,4 +278,4 @@ def test_names_that_transformers_does_not_know_are_refused_before_training(
     given = {name: {**part, "source": source} if name == "model" else part for name, part in section.items()}
     (tmp_path / "run").mkdir()
     with pytest.raises(RecipeError, match=words):
-        train.run(Run(tmp_path / "run", _recipe({}, source, **{**kept, **given})), tmp_path / "out")
+        train_stage.run(Run(tmp_path / "run", _recipe({}, source, **{**kept, **given})), tmp_path / "out")

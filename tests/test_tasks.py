@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qkit.recipe import Clean, Data, Evaluate, names
-from qkit.rows import Struct
-from qkit.task import Conversation, RowError, Text, open_task
+from qkit.core.strict_json import Struct
+from qkit.plugins.task import Conversation, RowError, Text, open_task
+from qkit.recipe.registry import names
+from qkit.recipe.schema import Clean, Data, Evaluate
 from qkit.tasks import chat, function_calling
 
 

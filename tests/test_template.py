@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from qkit import rowchecks, template
-from qkit.recipe import Data
-from qkit.task import THINKING, Conversation, Reads
-from qkit.template import Renderer
-from qkit.tokenization import Row, tokenize
+from qkit.chat import template
+from qkit.chat.template import Renderer
+from qkit.plugins.task import THINKING, Conversation, Reads
+from qkit.recipe import chat_templates
+from qkit.recipe.schema import Data
+from qkit.tasks._conversation import checks
+from qkit.tasks._conversation.encode import Row, tokenize
 from tests.conftest import build_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -44,7 +46,7 @@ CALLING = (
 
 def reader(name: str) -> Renderer:
     tokenizer = build_tokenizer()
-    tokenizer.chat_template = (template.FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = (chat_templates.FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     return template.renderer(tokenizer)
 
 
@@ -56,24 +58,24 @@ def rows(of: Renderer, messages: Any, tools: Any = (), loss: str = "assistant") 
 
 def learnt(of: Renderer, row: Row) -> list[str]:
     """Each stretch of tokens that carries loss, as text."""
-    return [of.tokenizer.decode(row.input_ids[begin:end]) for begin, end in rowchecks.spans(row.labels)]
+    return [of.tokenizer.decode(row.input_ids[begin:end]) for begin, end in checks.spans(row.labels)]
 
 
 def test_the_folder_holds_what_the_errors_name() -> None:
-    assert template.named() == ["chatml", "plain"]
+    assert chat_templates.named() == ["chatml", "plain"]
 
 
-@pytest.mark.parametrize("name", template.named())
+@pytest.mark.parametrize("name", chat_templates.named())
 @pytest.mark.parametrize("system", [(), (SYSTEM,)], ids=["", "system"])
 def test_every_turn_is_learnt_from_its_prompt_to_its_end(name: str, system: tuple[Any, ...]) -> None:
     of = reader(name)
     [row] = rows(of, [*system, *TURNS])  # a second row would mean that a turn reads differently further on
     end = of.tokenizer.convert_ids_to_tokens(of.end)
     assert end == of.tokenizer.eos_token and learnt(of, row) == [f"Four.\n\nOr 4.{end}", f"Five.{end}"]
-    assert not list(rowchecks.examine(of, rowchecks.facts(of, len(of.tokenizer)), row, "assistant", closely=True))
+    assert not list(checks.examine(of, checks.facts(of, len(of.tokenizer)), row, "assistant", closely=True))
 
 
-@pytest.mark.parametrize("name", template.named())
+@pytest.mark.parametrize("name", chat_templates.named())
 @pytest.mark.parametrize("system", [(), (SYSTEM,)], ids=["", "system"])
 def test_the_prompt_is_a_true_prefix_whatever_is_said_before(name: str, system: tuple[Any, ...]) -> None:
     of = reader(name)
@@ -130,7 +132,7 @@ def test_chatml_learns_calls_and_answers() -> None:
     [row] = rows(of, CALLING, TOOLS)
     calls, answer = learnt(of, row)
     assert "wind" in calls and answer == "Yes, -3 degrees.<|im_end|>"
-    assert not list(rowchecks.examine(of, rowchecks.facts(of, len(of.tokenizer)), row, "assistant", closely=True))
+    assert not list(checks.examine(of, checks.facts(of, len(of.tokenizer)), row, "assistant", closely=True))
 
 
 def test_plain_reads_as_words() -> None:
@@ -229,7 +231,7 @@ def test_variables_reach_the_template() -> None:
 
 
 def test_an_answer_keeps_its_indentation_in_our_templates() -> None:
-    for name in template.named():
+    for name in chat_templates.named():
         of = reader(name)
         code = {"role": "assistant", "content": "    return x\n"}
         [row] = rows(of, [{"role": "user", "content": "def f(x):"}, code])

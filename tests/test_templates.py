@@ -11,12 +11,12 @@ import pytest
 from data_traps.models import FAMILIES, TEMPLATES, Tiny, build, tokenizer_of
 from data_traps.prepared import prepare_rows
 
-from qkit import rowchecks
-from qkit.recipe import Data
-from qkit.rowchecks import spans
-from qkit.task import Conversation, RowError
-from qkit.template import Renderer, renderer, special_tokens
-from qkit.tokenization import IGNORED, Row, tokenize
+from qkit.chat.template import Renderer, renderer, special_tokens
+from qkit.plugins.task import Conversation, RowError
+from qkit.recipe.schema import Data
+from qkit.tasks._conversation import checks
+from qkit.tasks._conversation.checks import spans
+from qkit.tasks._conversation.encode import IGNORED, Row, tokenize
 
 TOOL = {
     "type": "function",
@@ -64,7 +64,7 @@ def readers() -> dict[str, Renderer]:
 
 def golden(reader: Renderer) -> Iterator[str]:
     """Every conversation under every data.loss, as text."""
-    facts = rowchecks.facts(reader, len(reader.tokenizer))
+    facts = checks.facts(reader, len(reader.tokenizer))
     for name, conversation in CONVERSATIONS.items():
         for loss in ("completion", "assistant", "all"):
             yield f"=== {name}, data.loss={loss}"
@@ -74,7 +74,7 @@ def golden(reader: Renderer) -> Iterator[str]:
                 continue
             for row in made:
                 yield bracketed(reader, row)
-                found = rowchecks.examine(reader, facts, row, loss, closely=True)
+                found = checks.examine(reader, facts, row, loss, closely=True)
                 yield from (f"--- {check}: {words}" for check, words in found)
 
 

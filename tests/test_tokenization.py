@@ -18,13 +18,18 @@ from data_traps.table import GOOD, HELD_OUT, LONG, SEVERAL, THINKING, TOOL, aske
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkit import device, preparation, rowchecks, scoring, splits
-from qkit.errors import DataError
-from qkit.recipe import Data, Evaluate, Split
-from qkit.task import Conversation
+from qkit.chat.template import renderer
+from qkit.core import device
+from qkit.core.errors import DataError
+from qkit.data import prepare as data_prepare
+from qkit.data import splits
+from qkit.measure import held_out as measure_held_out
+from qkit.plugins.task import Conversation
+from qkit.recipe import schema as recipe_schema
+from qkit.recipe.schema import Data, Evaluate, Split
 from qkit.tasks import chat
-from qkit.template import renderer
-from qkit.tokenization import IGNORED, Row, pieces, tokenize
+from qkit.tasks._conversation import checks
+from qkit.tasks._conversation.encode import IGNORED, Row, pieces, tokenize
 
 SEED = 42
 HALVES = Split(train=0.5, validation=0.2, test=0.3)
@@ -66,7 +71,7 @@ def test_adding_rows_moves_no_other() -> None:
 def test_the_fractions_hold_and_seeds_differ() -> None:
     one, other = split_of(KEYS), split_of(KEYS, seed=SEED + 1)
     shares = Counter(one.values())
-    for name in splits.SPLITS:
+    for name in recipe_schema.SPLITS:
         wanted = getattr(HALVES, name) * len(KEYS)
         assert (
             abs(shares[name] - wanted) < 5 * (wanted * (1 - getattr(HALVES, name))) ** 0.5
@@ -88,7 +93,7 @@ def test_every_split_has_its_share_of_every_label(sizes: Sequence[int]) -> None:
     drawn = splits.assigned(KEYS[: len(labels)], labels, HALVES, SEED)
     counted = Counter(zip(labels, drawn, strict=True))
     for label, size in Counter(labels).items():
-        for name in splits.SPLITS:
+        for name in recipe_schema.SPLITS:
             assert abs(counted[label, name] - getattr(HALVES, name) * size) <= 1
 
 
@@ -238,9 +243,9 @@ def test_pieces_after_the_first_need_no_beginning(family: str, tmp_path: Path) -
 
 def test_a_first_piece_without_its_beginning_is_found(tmp_path: Path) -> None:
     reader = renderer(tokenizer_of(FAMILIES["llama2"]))
-    facts, ids = rowchecks.facts(reader, 500), list(range(100, 300))
+    facts, ids = checks.facts(reader, 500), list(range(100, 300))
     found = [
-        dict(rowchecks.examine(reader, facts, piece, "completion", closely=True))
+        dict(checks.examine(reader, facts, piece, "completion", closely=True))
         for piece in pieces(Row(ids, [IGNORED, *ids[1:]], start=1, whole_tokens=len(ids)), 128)
     ]
     assert [row.get("bos") for row in found] == ["begins without it", None]
@@ -367,9 +372,9 @@ def test_a_decoder_that_writes_a_space_for_a_block_is_no_fault_of_the_mask() -> 
     tokenizer = tokenizer_of(FAMILIES["llama2"])
     tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\u2581", " ")])
     reader = renderer(tokenizer)
-    facts, talked = rowchecks.facts(reader, len(tokenizer)), asked("A bar?", "\u2581\u2581 or so")
+    facts, talked = checks.facts(reader, len(tokenizer)), asked("A bar?", "\u2581\u2581 or so")
     [[row]] = tokenize(reader, [Conversation(tuple(talked["messages"]))], Data())
-    assert not list(rowchecks.examine(reader, facts, row, "completion", closely=True))
+    assert not list(checks.examine(reader, facts, row, "completion", closely=True))
 
 
 @pytest.mark.parametrize("result", ['{"sky": "grey"}', "C:\\tmp\nD:\\", 'Der "Bär"\n', "\u0958"])
@@ -397,7 +402,7 @@ def test_a_prediction_of_what_is_learnt_is_right(family: str, tmp_path: Path) ->
     made = prepare_rows(build(FAMILIES[family], tmp_path / "model"), tmp_path / "made", GOOD, held_out)
     tokenizer = tokenizer_of(FAMILIES[family])
     for row, reference in zip(
-        made.rows("test"), scoring.read_held_out(made.folder / "test.parquet").references, strict=True
+        made.rows("test"), measure_held_out.read_held_out(made.folder / "test.parquet").references, strict=True
     ):
         prediction = tokenizer.decode(row["input_ids"][row["start"] :], skip_special_tokens=True)
         assert chat.correct(prediction, reference, Evaluate())
@@ -457,7 +462,7 @@ def test_the_columns_of_a_split(model: Path, mixed_formats: list[Any], tmp_path:
     import pyarrow.parquet as pq
 
     made = prepare_rows(model, tmp_path, mixed_formats, (), ["data.max_length=256", "data.clean.malformed=drop"])
-    for split in splits.SPLITS:
+    for split in recipe_schema.SPLITS:
         schema = pq.read_schema(made.folder / f"{split}.parquet")
         assert {field.name: str(field.type) for field in schema} == COLUMNS
     assert not list(made.folder.glob(".*"))
@@ -465,12 +470,12 @@ def test_the_columns_of_a_split(model: Path, mixed_formats: list[Any], tmp_path:
 
 def test_several_processes_give_what_one_gives(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [*(asked(f"What is {i} and {i}?", f"It is {2 * i}.") for i in range(40)), asked("", "x"), *GOOD]
-    monkeypatch.setattr(preparation, "CHUNK", 8)
+    monkeypatch.setattr(data_prepare, "CHUNK", 8)
 
     def written(cores: int, alone: int) -> list[Any]:
         found = replace(device.detect(), cores=cores)
-        monkeypatch.setattr("qkit.data.detect", lambda: found)
-        monkeypatch.setattr(preparation, "ALONE", alone)
+        monkeypatch.setattr("qkit.data.stage.detect", lambda: found)
+        monkeypatch.setattr(data_prepare, "ALONE", alone)
         made = prepare(recipe(model, {"train": [tmp_path / "train.jsonl"]}), tmp_path / f"with-{cores}")
         return [made.rows(), made.ledger, made.summary]
 

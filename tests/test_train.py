@@ -15,14 +15,19 @@ import torch
 import transformers
 import yaml
 
-from qkit import cards, checkpoints, model, pipeline, train
-from qkit.errors import RecipeError, StageFailed
-from qkit.fast import head
-from qkit.fast.batches import IGNORED, TokenBudgetBatches, collate
-from qkit.fast.packs import packed
-from qkit.progress import Progress
-from qkit.recipe import load
-from qkit.run import Run
+from qkit import pipeline
+from qkit.core import device as core_device
+from qkit.core.batching import TokenBudgetBatches, packed
+from qkit.core.errors import RecipeError, StageFailed
+from qkit.core.progress import Progress
+from qkit.model import load as model_load
+from qkit.plan import gpus
+from qkit.recipe.load import load
+from qkit.run.directory import Run
+from qkit.train import checkpoints, sft
+from qkit.train import stage as train_stage
+from qkit.train.collate import IGNORED, collate
+from qkit.train.fast import head
 from tests.conftest import build_tokenizer, tiny_settings
 
 LENGTHS = [10 + (i * 37) % 60 for i in range(21)]
@@ -120,7 +125,7 @@ def test_every_label_of_the_ledger_is_trained_on_once_an_epoch(
     run, out = _run(
         tmp_path, tiny_model, heard, data={"packing": packing}, train={"gradient_accumulation_steps": accumulation}
     )
-    train.run(run, out)
+    train_stage.run(run, out)
     sums = _json(out / "sums.json")
     assert sums == {
         "records": 25,
@@ -138,7 +143,7 @@ def test_every_label_of_the_ledger_is_trained_on_once_an_epoch(
 
 def test_a_run_that_ends_in_mid_epoch_adds_up(tiny_model: Path, tmp_path: Path) -> None:
     run, out = _run(tmp_path, tiny_model, train={"max_steps": 3, "gradient_accumulation_steps": 2})
-    train.run(run, out)
+    train_stage.run(run, out)
     sums = _json(out / "sums.json")
     assert 0 < sums["drawn_labelled_tokens"] == sums["in_batches"] == sums["divided_by"] < _labelled()
     assert 0 < sums["epochs"] < 1
@@ -166,10 +171,10 @@ def _cut_short(rows: Any, pad: int) -> dict[str, torch.Tensor]:
 def test_labels_that_change_on_their_way_are_seen(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Any, said: str
 ) -> None:
-    monkeypatch.setattr("qkit.trainer.collate", broken)
+    monkeypatch.setattr("qkit.train.trainer.collate", broken)
     run, out = _run(tmp_path, tiny_model)
     with pytest.raises(StageFailed, match=said):
-        train.run(run, out)
+        train_stage.run(run, out)
     assert not (out / "adapter").exists() and not (out / "sums.json").exists()
 
 
@@ -178,7 +183,7 @@ def test_a_wrong_divisor_is_seen(tiny_model: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(transformers.Trainer, "_get_num_items_in_batch", lambda *given: right(*given) + 1)
     run, out = _run(tmp_path, tiny_model)
     with pytest.raises(StageFailed, match=r"the loss was divided by \d"):
-        train.run(run, out)
+        train_stage.run(run, out)
 
 
 def test_an_epoch_that_leaves_rows_out_is_seen(
@@ -188,7 +193,7 @@ def test_an_epoch_that_leaves_rows_out_is_seen(
     monkeypatch.setattr(TokenBudgetBatches, "batches", lambda self, rng: whole(self, rng)[1:])
     run, out = _run(tmp_path, tiny_model)
     with pytest.raises(StageFailed, match=f"1 x {_labelled():,} in the ledger"):
-        train.run(run, out)
+        train_stage.run(run, out)
 
 
 @pytest.mark.parametrize("spoilt", ["loss", "gradient norm"])
@@ -212,7 +217,7 @@ def test_training_stops_at_a_step_that_is_no_number(
     with pytest.raises(
         StageFailed, match=rf"step 4 has gone astray: its {spoilt} is (nan|inf)\. Lower train\.learning_rate"
     ):
-        train.run(run, out)
+        train_stage.run(run, out)
     kept = checkpoints.newest_whole(out / "checkpoints")
     assert kept is not None and kept.name == "checkpoint-2" and not (out / "adapter").exists()
 
@@ -224,7 +229,7 @@ def test_a_model_is_loaded_on_the_cpu_where_torch_sees_a_card(
 
     run, _ = _run(tmp_path, tiny_model)
     monkeypatch.setattr(Bnb4BitHfQuantizer, "update_device_map", lambda _, asked: asked or {"": "meta"})
-    loaded = model.load_base(tiny_model, run.recipe, train.detect())
+    loaded = model_load.load_base(tiny_model, run.recipe, core_device.detect())
     assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
 
 
@@ -236,7 +241,7 @@ def test_a_model_that_cannot_be_planned_is_trained(tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     exports = {"export": {"formats": ["vllm"]}, "bench": {"runtimes": ["transformers"]}}
     run, out = _run(tmp_path, folder, heard, train={"max_steps": 2}, **exports)
-    train.run(run, out)
+    train_stage.run(run, out)
     (said,) = [line for line in heard.lines if line.startswith("not planned: ")]
     assert "has no intermediate_size" in said
     assert "train: gradient checkpointing is on: there is no plan for this model, and on needs less" in heard.lines
@@ -246,10 +251,10 @@ def test_a_model_that_cannot_be_planned_is_trained(tmp_path: Path) -> None:
 def test_an_unknown_optimizer_is_refused_before_the_model_is_loaded(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "load_base", _interrupted)
+    monkeypatch.setattr(model_load, "load_base", _interrupted)
     run, out = _run(tmp_path, tiny_model, train={"optim": "paged_adam_8bit"})
     with pytest.raises(RecipeError, match=r"train\.optim=paged_adam_8bit: .* near it are paged_adamw_8bit"):
-        train.run(run, out)
+        train_stage.run(run, out)
 
 
 def test_a_model_that_cannot_compute_its_layers_twice_is_said_to(
@@ -258,7 +263,7 @@ def test_a_model_that_cannot_compute_its_layers_twice_is_said_to(
     monkeypatch.setattr(transformers.LlamaPreTrainedModel, "supports_gradient_checkpointing", False)
     run, out = _run(tmp_path, tiny_model, train={"gradient_checkpointing": True})
     with pytest.raises(RecipeError, match=r"LlamaForCausalLM .* set train.gradient_checkpointing=false"):
-        train.run(run, out)
+        train_stage.run(run, out)
 
 
 def test_one_card_is_trained_on_where_several_are_visible(
@@ -272,7 +277,7 @@ def test_one_card_is_trained_on_where_several_are_visible(
 
     monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", among_two)
     run, out = _run(tmp_path, tiny_model, train={"max_steps": 2})
-    train.run(run, out)
+    train_stage.run(run, out)
     sums = _json(out / "sums.json")
     assert 0 < sums["in_batches"] == sums["divided_by"]
 
@@ -283,7 +288,7 @@ def test_one_card_is_trained_on_where_several_are_visible(
 def test_packs_are_trained_on_when_their_isolation_holds(tiny_model: Path, tmp_path: Path) -> None:
     heard = Heard()
     run, out = _run(tmp_path, tiny_model, heard, data={"packing": True})
-    train.run(run, out)
+    train_stage.run(run, out)
     found = _json(out / "packing.json")
     assert found["packing"] and found["verdict"] == "holds" and found["attn_implementation"] == "sdpa"
     packs = max(pack for pack, _ in packed(LENGTHS, CAPACITY)) + 1
@@ -301,7 +306,7 @@ def test_packs_that_leak_are_not_trained_on(tiny_model: Path, tmp_path: Path, mo
     monkeypatch.setattr(head, "_hidden", with_cache)
     heard = Heard()
     run, out = _run(tmp_path, tiny_model, heard, data={"packing": True})
-    train.run(run, out)
+    train_stage.run(run, out)
     found = _json(out / "packing.json")
     assert not found["packing"] and found["verdict"] == "does not hold" and found["difference"] > 1e-3
     assert any("warning: packing is off for this run" in line for line in heard.lines)
@@ -313,9 +318,9 @@ def test_packs_that_leak_are_not_trained_on(tiny_model: Path, tmp_path: Path, mo
 @pytest.mark.parametrize("packing", [False, True])
 def test_most_labelled_is_that_of_one_batch(tiny_model: Path, tmp_path: Path, packing: bool) -> None:
     run, out = _run(tmp_path, tiny_model, data={"packing": packing})
-    trainer = train.build_trainer(run, tiny_model, train.detect(), out)
+    trainer = sft.build_trainer(run, tiny_model, core_device.detect(), out)
     batches = [int((batch["labels"] != IGNORED).sum()) for batch in trainer.get_train_dataloader()]
-    assert train._most_labelled(trainer) == max(batches)
+    assert sft.most_labelled(trainer) == max(batches)
 
 
 # --- losses of rows ---------------------------------------------------------------------------------------------------
@@ -324,11 +329,11 @@ def test_most_labelled_is_that_of_one_batch(tiny_model: Path, tmp_path: Path, pa
 @pytest.mark.parametrize("packing", [False, True])
 def test_losses_of_rows_before_and_after(tiny_model: Path, tmp_path: Path, packing: bool) -> None:
     run, out = _run(tmp_path, tiny_model, data={"packing": packing}, ledger={"losses": True})
-    train.run(run, out)
+    train_stage.run(run, out)
     rows = _losses(out)
     assert [row["row"] for row in rows] == list(range(len(LENGTHS)))
     assert sum(row["loss_after"] < row["loss_before"] for row in rows) == len(rows)
-    trainer = train.build_trainer(run, tiny_model, train.detect(), tmp_path)
+    trainer = sft.build_trainer(run, tiny_model, core_device.detect(), tmp_path)
     with torch.no_grad(), trainer.accelerator.autocast():
         for row, given in zip(rows[:3], _rows(), strict=False):
             alone = head.labelled_loss(trainer.base_model, collate([given], 0), None)
@@ -339,7 +344,7 @@ def test_losses_leave_the_training_as_it_is(tiny_model: Path, tmp_path: Path) ->
     adapters = []
     for losses in (False, True):
         run, out = _run(tmp_path / str(losses), tiny_model, ledger={"losses": losses})
-        train.run(run, out)
+        train_stage.run(run, out)
         adapters.append((out / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
 
@@ -352,14 +357,14 @@ def test_checkpointing_is_decided_said_kept_and_recorded(
 ) -> None:
     """Off where there is room; stopped and gone on where there is none, it stays off, and run.json has it."""
     seen: list[bool] = []
-    config = train.sft_config
+    config = sft.sft_config
 
     def watched(*given: Any) -> Any:
         args = config(*given)
         seen.append(args.gradient_checkpointing)
         return args
 
-    monkeypatch.setattr(train, "sft_config", watched)
+    monkeypatch.setattr(sft, "sft_config", watched)
     heard = Heard(stop_at=3)
     run = Run.create(tmp_path / "run", load(tiny_recipe), heard)
     pipeline.execute(run, "data")
@@ -368,7 +373,7 @@ def test_checkpointing_is_decided_said_kept_and_recorded(
     assert any(
         line.startswith("train: gradient checkpointing is off: without it training needs ") for line in heard.lines
     )
-    monkeypatch.setattr(cards, "usable_bytes", lambda device: 1)
+    monkeypatch.setattr(gpus, "usable_bytes", lambda device: 1)
     heard.stop_at, heard.steps = float("inf"), 0
     pipeline.execute(run, "train")
     assert (
@@ -397,15 +402,15 @@ def test_a_run_that_goes_on_ends_in_the_same_sums_losses_and_adapter(
         "train": {"num_train_epochs": 3, "save_steps": 3, "gradient_accumulation_steps": 2},
     }
     run, straight = _run(tmp_path / "straight", tiny_model, **settings)
-    train.run(run, straight)
+    train_stage.run(run, straight)
     steps = len((straight / "metrics.jsonl").read_text().splitlines())
     stopped, out = _run(tmp_path / "cut", tiny_model, Heard(stop_at=steps - 2), **settings)
     with pytest.raises(KeyboardInterrupt):
-        train.run(stopped, out)
+        train_stage.run(stopped, out)
     checkpoint = checkpoints.newest_whole(out / "checkpoints")
     assert checkpoint is not None and not (out / "sums.json").exists()
     assert [row["loss_after"] for row in _losses(out)] == [None] * len(LENGTHS)
-    train.run(Run(stopped.root, stopped.recipe), out)
+    train_stage.run(Run(stopped.root, stopped.recipe), out)
     assert _json(out / "sums.json") == _json(straight / "sums.json")
     assert _losses(out) == _losses(straight)
     name = "adapter/adapter_model.safetensors"
@@ -421,14 +426,14 @@ def test_a_run_that_was_killed_after_its_last_step_makes_no_other(
 ) -> None:
     settings: dict[str, Any] = {"ledger": {"losses": True}, "train": {"max_steps": 5, "save_steps": 3}}
     run, straight = _run(tmp_path / "straight", tiny_model, **settings)
-    train.run(run, straight)
+    train_stage.run(run, straight)
     killed, out = _run(tmp_path / "cut", tiny_model, **settings)
     with monkeypatch.context() as patched:
-        patched.setattr(train, "_save", _interrupted)
+        patched.setattr(train_stage, "_save", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train.run(killed, out)
-    train.run(Run(killed.root, killed.recipe), out)
-    steps = [[line["step"] for line in train._lines(folder / "metrics.jsonl")] for folder in (straight, out)]
+            train_stage.run(killed, out)
+    train_stage.run(Run(killed.root, killed.recipe), out)
+    steps = [[line["step"] for line in train_stage._lines(folder / "metrics.jsonl")] for folder in (straight, out)]
     assert steps[0] == steps[1] == list(range(1, len(steps[0]) + 1))
     assert _json(out / "sums.json") == _json(straight / "sums.json")
     assert _losses(out) == _losses(straight)

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qkit import server
-from qkit.adapters import Adapter
-from qkit.device import Device
-from qkit.errors import ServerError
-from qkit.recipe import Serve
+from qkit.core.device import Device
+from qkit.core.errors import ServerError
+from qkit.recipe.schema import Serve
 from qkit.runtimes import vllm
+from qkit.server import log_causes, process
+from qkit.server.adapters import Adapter
 
 FILE = Path(__file__).parent / "golden" / "vllm_argv.json"
 GOLDEN = json.loads(FILE.read_text())
@@ -85,7 +85,7 @@ def test_the_key_goes_by_the_environment_alone() -> None:
     device, section, extras = CASES["key and rest"]
     assert "a-secret" not in " ".join(vllm.argv("m", "name", section, 1, device, extras))
     assert vllm.environment(device, extras)["VLLM_API_KEY"] == "a-secret"
-    assert "a-secret" not in repr(extras) and "a-secret" not in repr(server.Program("x", (), {"k": "a-secret"}))
+    assert "a-secret" not in repr(extras) and "a-secret" not in repr(process.Program("x", (), {"k": "a-secret"}))
 
 
 def test_without_a_key_the_shell_s_own_is_not_taken() -> None:
@@ -143,18 +143,18 @@ def test_options_are_ones_that_vllm_has() -> None:
     ],
 )
 def test_a_log_is_explained(log: str, meaning: str) -> None:
-    assert meaning in server.explain(log)
+    assert meaning in log_causes.explain(log)
 
 
 def test_ports() -> None:
-    assert server.free_port(Serve(port=0)) > 0
+    assert process.free_port(Serve(port=0)) > 0
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ServerError, match=r"cannot be listened on.*serve\.port=0"):
-            server.free_port(Serve(port=taken.getsockname()[1]))
+            process.free_port(Serve(port=taken.getsockname()[1]))
     with pytest.raises(ServerError, match="cannot be listened on"):
-        server.free_port(Serve(host="192.0.2.1"))
+        process.free_port(Serve(host="192.0.2.1"))
 
 
 def test_scores_from_prompt_logprobs() -> None:

@@ -19,10 +19,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.device import Device, PeakMeter
-from qkit.errors import MissingArtifact, MissingExtra, NotDeployable
-from qkit.run import read_json
-from qkit.runtime import Row, RowScores, Runtime
+from qkit.core.device import Device
+from qkit.core.errors import MissingArtifact, MissingExtra, NotDeployable
+from qkit.core.files import read_json
+from qkit.core.memory_meter import PeakMeter
+from qkit.plugins.runtime import Row, RowScores, Runtime
+from qkit.runtimes._onnx_graph import PICKED, batches, scores_of, spoken_from
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +32,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-BATCH_TOKENS = 256  # right-padded tokens per forward that reads; more is no quicker, and slower in int4
-PICKED = "picked"
+
 HEADS = ("MatMul", "MatMulNBits", "Gemm")
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
@@ -44,8 +45,8 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime:
         MissingExtra: onnxruntime is not installed.
         NotDeployable: the graph is not of the kind that the builder makes for decoders.
     """
-    from qkit.export._traced import is_traced
-    from qkit.runtimes._traced import TracedRuntime  # which builds on this file
+    from qkit.model.provenance import is_traced
+    from qkit.runtimes._onnx_traced import TracedRuntime  # which builds on this file
 
     traced = is_traced(artifact)
     _need(artifact, ("model.onnx",) if traced else ("model.onnx", "genai_config.json"))
@@ -291,18 +292,6 @@ def _padded(rows: Sequence[Sequence[int]]) -> Ids:
     return ids
 
 
-def batches(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Rows in their order, as many at once as fit BATCH_TOKENS when padded: begin and end of each batch."""
-    begin = longest = 0
-    for index, length in enumerate(lengths):
-        longest = max(longest, length)
-        if index > begin and longest * (index + 1 - begin) > BATCH_TOKENS:
-            yield begin, index
-            begin, longest = index, length
-    if len(lengths):
-        yield begin, len(lengths)
-
-
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 
@@ -316,29 +305,3 @@ def _score(model: _Model, rows: Sequence[Row]) -> Iterator[RowScores]:
     cache = _Cache(model, len(rows), ids.shape[1])
     logits = model.run(cache.binding(0, len(rows)), ids, np.zeros_like(new), new, picked.reshape(-1, 2))
     yield from scores_of(rows, logits)
-
-
-def scores_of(rows: Sequence[Row], logits: NDArray[Any]) -> Iterator[RowScores]:
-    """From the logits [n, vocabulary] of all completion tokens of these rows, in their order."""
-    import numpy as np
-
-    begin = 0
-    for row in rows:
-        end = begin + len(row.input_ids) - row.start
-        yield _row_scores(logits[begin:end], np.asarray(row.input_ids[row.start :], np.int64))
-        begin = end
-
-
-def spoken_from(row: Row) -> range:
-    """The positions whose states say the completion: each token is said from the one before it."""
-    return range(row.start - 1, len(row.input_ids) - 1)
-
-
-def _row_scores(logits: NDArray[Any], targets: Ids) -> RowScores:
-    """From the logits [T, vocabulary], which are overwritten where they are float32 already."""
-    import numpy as np
-
-    full = logits.astype(np.float32, copy=False)
-    full -= full.max(axis=-1, keepdims=True)
-    full -= np.log(np.exp(full).sum(axis=-1, keepdims=True))
-    return RowScores(targets=full[np.arange(len(targets)), targets], top1=full.argmax(-1), full=full)

@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.device import Device, PeakMeter, released
-from qkit.errors import ModelError
-from qkit.fast.head import scaled
-from qkit.runtime import PREFILL_TOKENS, Row, RowScores, Runtime
+from qkit.core.device import Device, released
+from qkit.core.errors import ModelError
+from qkit.core.memory_meter import PeakMeter
+from qkit.model.load import scaled
+from qkit.plugins.runtime import PREFILL_TOKENS, Row, RowScores, Runtime
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from qkit.recipe import Recipe
+    from qkit.recipe.schema import Recipe
+
 
 SCORE_TOKENS = 2048  # right-padded tokens per forward when scoring
 
@@ -33,10 +35,10 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime:
 
 
 def _live(folder: Path, recipe: Recipe, device: Device, adapter: Path | None, exact: bool) -> PreTrainedModel:
-    from qkit import model
-    from qkit.float32 import compute_in_float32, with_any_dtype
+    from qkit.model import load
+    from qkit.runtimes._float32 import compute_in_float32, with_any_dtype
 
-    loaded: PreTrainedModel = model.load_live(folder, with_any_dtype(recipe) if exact else recipe, device, adapter)
+    loaded: PreTrainedModel = load.load_live(folder, with_any_dtype(recipe) if exact else recipe, device, adapter)
     if exact:
         compute_in_float32(loaded)
     return loaded
@@ -51,7 +53,7 @@ def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrai
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from qkit.model import leave_as_quantized
+    from qkit.model.load import leave_as_quantized
 
     gguf = next(folder.glob("*.gguf"), None)
     how = _gguf(folder, gguf.name) if gguf else {"dtype": options.get("dtype", "auto"), **_unpacked(folder)}

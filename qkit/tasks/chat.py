@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qkit import formats
-from qkit.recipe import Data, Evaluate
-from qkit.task import NO_MORE, Example, Reads, said
+from qkit.plugins.task import NO_MORE, Example, Reads, said
+from qkit.recipe.schema import Data, Evaluate
+from qkit.tasks._conversation import formats
 
 METRIC = "exact match"
 

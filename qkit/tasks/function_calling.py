@@ -15,13 +15,14 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from qkit import formats
-from qkit.errors import short
-from qkit.recipe import Data, Evaluate
-from qkit.task import NO_MORE, Conversation, Example, Reads, RowError, said
-from qkit.turns import Notes, shown, without_fillers
+from qkit.core.errors import short
+from qkit.plugins.task import NO_MORE, Conversation, Example, Reads, RowError, said
+from qkit.recipe.schema import Data, Evaluate
+from qkit.tasks._conversation import formats, validity
+from qkit.tasks._conversation.turns import Notes, shown, without_fillers
 
 METRIC = "exact call match"
+
 
 # The leaderboard's type names, as Python writes them.
 TYPES = {"string": "str", "integer": "int", "boolean": "bool", "array": "list"}
@@ -74,8 +75,8 @@ def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data
         )
     try:
         record, accepted = {key: without_fillers(item) for key, item in record.items()}, without_fillers(accepted)
-        formats.check_text([record["question"], record["function"]], "the row", section)
-        formats.check_text(accepted, "the accepted answer", section)
+        validity.check_text([record["question"], record["function"]], "the row", section)
+        validity.check_text(accepted, "the accepted answer", section)
         _check(record, accepted)
         found, notes = _conversation(record, accepted, section), Notes(section, reads)
         formats.note_columns(record, {"question", "function"}, section, notes, found, accepted)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit import data
-from qkit.progress import Progress
-from qkit.recipe import Recipe, from_dict
+from qkit.core.progress import Progress
+from qkit.data import stage as data_stage
+from qkit.recipe.load import from_dict
+from qkit.recipe.schema import Recipe
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -65,7 +66,7 @@ def recipe(model: Path, sources: Mapping[str, Sequence[Path]], settings: Iterabl
 def prepare(how: Recipe, folder: Path) -> Prepared:
     """Run the data stage into a new folder."""
     folder.mkdir(parents=True)
-    return Prepared(folder, data.prepare(how, folder, Progress()))
+    return Prepared(folder, data_stage.prepare(how, folder, Progress()))
 
 
 def prepare_rows(model: Path, folder: Path, train: Rows, test: Rows = (), settings: Iterable[str] = ()) -> Prepared:

@@ -1,0 +1,141 @@
+"""Bench a server that somebody else runs, whatever it is, as long as it speaks the OpenAI API."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qkit.bench import stream
+from qkit.bench.load import BEYOND_OPENAI, HeldOut, Synthetic, beyond_openai
+from qkit.bench.stage import as_text, held_out_prompts, measure, record, tokenizer_folder
+from qkit.bench.tool import CHAT, COMPLETIONS, Tool
+from qkit.core.errors import RecipeError, ServerError, UserError, short
+from qkit.core.files import make_folder, write_json
+from qkit.core.network import ADDRESS, models, reaching
+from qkit.core.progress import Progress
+from qkit.model import tokenizer as model_tokenizer
+from qkit.recipe.load import override
+from qkit.recipe.schema import Bench
+from qkit.run.directory import Run
+
+# What is known of an artifact of a run, and not of a model behind an address.
+UNKNOWN = ("model_sha256", "disk_bytes", "startup_seconds", "argv", "peak_bytes", "meter", "training", "quality")
+SEED = 42
+PROBE_SECONDS = 60.0
+SPREAD = 0.5  # of random prompts: from half to one and a half times as many tokens
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says of a server. `run`: whose held-out prompts are sent; without one they are random."""
+
+    url: str
+    model: str | None
+    tokenizer: str | None
+    prompt_tokens: int = 128
+    chat: bool = False
+    run: Path | None = None
+    overrides: Sequence[str] = ()
+
+
+def run(asked: Asked, out: Path, progress: Progress) -> list[dict[str, Any]]:
+    """Measure every load of the bench settings; returns the records, and writes them into `out`.
+
+    Raises:
+        UserError: neither a run nor a tokenizer was named.
+        ServerError: it does not answer, or answers none of the requests.
+    """
+    url = asked.url.rstrip("/").removesuffix("/v1")
+    prompts, tokenizer, section = _prompts(asked)
+    name = asked.model or _only_model(url)
+    make_folder(out)
+    about = {"runtime": "url", "artifact": name, **dict.fromkeys(UNKNOWN)}
+    records = []
+    endpoint = CHAT if asked.chat else COMPLETIONS
+    takes = taken(f"{url}{endpoint}", name)
+    if "ignore_eos" not in takes:
+        progress.say(f"bench: {url} takes no ignore_eos, so answers are as long as the model makes them")
+    with Tool(url, name, tokenizer, prompts, SEED, out / "load.log", endpoint, takes) as source:
+        for measured in measure(source, section, None):
+            progress.say(f"bench: {name} {measured.name}: {measured.rate('output_tokens_per_second'):.1f} tokens/s")
+            records.append(record(measured, source, section, SEED, about))
+            write_json(out / f"{name.replace('/', '-')}-{measured.name}.json", records[-1])
+    return records
+
+
+def _prompts(asked: Asked) -> tuple[HeldOut | Synthetic, Path | str, Bench]:
+    """What is sent, the tokenizer for it, and the bench settings: of the run that was named, or defaults, with the overrides."""
+    if asked.run is None:
+        if asked.tokenizer is None:
+            raise UserError("--url needs prompts: name a run for its held-out ones, or --tokenizer DIR for random ones")
+        return Synthetic(asked.prompt_tokens, SPREAD), asked.tokenizer, _section({}, asked.overrides)
+    if asked.chat:
+        raise UserError(
+            "--chat sends random prompts: a run's held-out ones are rendered already, and would be once more; leave the run out"
+        )
+    opened = Run.open(asked.run)
+    rows = as_text(model_tokenizer.tokenizer_of(opened.recipe.model), held_out_prompts(opened))
+    section = _section(opened.recipe.bench.model_dump(mode="json"), asked.overrides)
+    return rows, asked.tokenizer or tokenizer_folder(opened), section
+
+
+def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
+    raw: dict[str, Any] = {"bench": settings}
+    for text in overrides:
+        override(raw, text)
+    if others := sorted(raw.keys() - {"bench"}):
+        raise RecipeError(f"--set {others[0]}...: a server's bench knows the section bench only")
+    try:
+        return Bench.model_validate(raw["bench"])
+    except ValidationError as error:
+        problems = [
+            f"bench.{'.'.join(map(str, e['loc']))}: {e['msg']}, got {short(repr(e['input']))}" for e in error.errors()
+        ]
+        raise RecipeError("\n".join(problems)) from None
+
+
+def taken(place: str, name: str) -> frozenset[str]:
+    """Which of BEYOND_OPENAI a server takes: some refuse a request for a parameter that they do not know. Found out by asking.
+
+    Raises:
+        ServerError: it cannot be reached, or does not answer in time.
+    """
+    if _answers(place, name, BEYOND_OPENAI):
+        return frozenset(BEYOND_OPENAI)
+    return frozenset(key for key in BEYOND_OPENAI if _answers(place, name, [key]))
+
+
+def _answers(place: str, name: str, extra: Collection[str]) -> bool:
+    import httpx
+
+    asked = stream.body(place.endswith(CHAT), name, "a", 1, beyond_openai(extra))
+    with reaching(ServerError, f"{place} does not answer", ADDRESS):
+        return httpx.post(place, json=asked, headers=_key(), timeout=PROBE_SECONDS).status_code == 200
+
+
+def _key() -> dict[str, str]:
+    """As the load tool has it."""
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _only_model(url: str) -> str:
+    """The model of a server that has one.
+
+    Raises:
+        ServerError: it does not answer, or has several.
+    """
+    import httpx
+
+    with reaching(ServerError, f"{url}/v1/models gives no list of models", ADDRESS):
+        answer = httpx.get(f"{url}/v1/models", timeout=10.0, headers=_key())
+        answer.raise_for_status()
+        names = [entry["id"] for entry in models(answer.json())]
+    if len(names) != 1:
+        raise ServerError(f"{url} has {len(names)} models; say which with --model: {', '.join(names)}")
+    return str(names[0])

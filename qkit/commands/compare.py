@@ -1,0 +1,379 @@
+"""Any two of: a run's live adapter, a model folder, an export, a running server. How far the second is from the first, on the same token ids.
+
+One is open at a time: what the first says is kept on disk while the second is asked.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.core.device import detect
+from qkit.core.errors import DataError, MissingArtifact, ParityFailed
+from qkit.core.files import read_json
+from qkit.data.stage import left_out
+from qkit.measure import contract, divergence, evidence, reference
+from qkit.measure import held_out as measure_held_out
+from qkit.measure import scores as measure_scores
+from qkit.measure.artifacts import MERGED, Artifact, open_artifact
+from qkit.measure.held_out import HeldOut
+from qkit.model import provenance, source
+from qkit.model import tokenizer as model_tokenizer
+from qkit.plugins.exporter import exporter
+from qkit.plugins.runtime import Row, RowScores, Runtime, open_runtime
+from qkit.plugins.task import open_task
+from qkit.recipe.schema import Evaluate, Recipe, Serve, Source
+from qkit.run.directory import Run
+
+if TYPE_CHECKING:
+    from qkit.core.progress import Progress
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two. `runtime` opens it; `run`: the run that it is, or that made it. A server has a url and no path."""
+
+    name: str
+    runtime: str
+    path: Path | None = None
+    url: str = ""
+    format: str = ""
+    run: Run | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is a run's adapter as it was trained."""
+        return self.run is not None and self.path == self.run.root
+
+    @property
+    def words(self) -> str:
+        what = "the live adapter" if self.is_live else self.format or ("a server" if self.url else "a model folder")
+        return f"{self.name} ({what}, {self.runtime})"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The rows that both are asked, and what their task needs. `own_of`: the run whose held-out rows they are."""
+
+    held_out: HeldOut
+    stop: frozenset[int]
+    task: str
+    section: Evaluate
+    seed: int
+    where: str
+    own_of: Run | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far b is from a. KL(a || b) in nats per completion token of the reference answers, `over` what it is summed over.
+
+    `top1`: share of tokens with the same most likely one. `loss_a`, `loss_b`: mean nats per token. `identical`: rows with the same greedy
+    answer; `parting`: in the others, the median place (from 0) of the first token that differs. `score`: both scores, and the points that b
+    gains on a with their paired interval. `checks`: whether b's template, stop tokens ... are those that its run was trained with.
+    """
+
+    a: str
+    b: str
+    on: str
+    rows: int
+    tokens: int
+    over: str
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1: float
+    loss_a: float
+    loss_b: float
+    identical: int
+    parting: float | None
+    metric: str
+    score: dict[str, float]
+    checks: tuple[contract.Check, ...] = ()
+
+    @property
+    def perplexity_a(self) -> float:
+        return math.exp(self.loss_a)
+
+    @property
+    def perplexity_b(self) -> float:
+        return math.exp(self.loss_b)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "perplexity_a": self.perplexity_a, "perplexity_b": self.perplexity_b}
+
+    def enforce(self, limit: float) -> None:
+        """Raises ParityFailed when the mean KL is above `limit`, or no number."""
+        if not self.kl_mean <= limit:
+            raise ParityFailed(
+                f"{self.b} is {self.kl_mean:.4g} nats per token from {self.a}; --max-kl allows {limit:g}"
+            )
+
+
+# --- what is compared -----------------------------------------------------------------------------------------------
+
+
+def side(text: str) -> Side:
+    """What a name on the command line stands for.
+
+    Raises:
+        MissingArtifact: nothing that can be opened.
+    """
+    if text.startswith(("http://", "https://")):
+        return Side(text, "vllm", url=text.rstrip("/").removesuffix("/v1"))
+    path = Path(text)
+    if (path / "recipe.yaml").is_file():
+        run = Run.open(path)
+        run.need("train", "adapter")
+        return Side(text, "transformers", path, run=run)
+    note = read_json(path / provenance.NOTE) if (path / provenance.NOTE).is_file() else {}
+    if "format" in note:
+        return Side(text, exporter(note["format"]).RUNTIME, path, format=note["format"], run=_maker(path))
+    if (path / "config.json").is_file():
+        return Side(text, "transformers", path, run=_maker(path))
+    if (path / "adapter_config.json").is_file():
+        raise MissingArtifact(
+            f"{text}: an adapter alone answers nothing; the run directory that it is in stands for it"
+        )
+    raise MissingArtifact(
+        f"{text}: neither a run directory, a model folder, an export, nor the http:// address of a server"
+    )
+
+
+def _maker(path: Path) -> Run | None:
+    """The run that a stage's folder is in: RUN/merge or RUN/export/NAME."""
+    for root in (path.resolve().parent, path.resolve().parent.parent):
+        if (root / "recipe.yaml").is_file() and (root / "run.json").is_file():
+            return Run.open(root)
+    return None
+
+
+@contextmanager
+def opened(which: Side, longest: int) -> Iterator[Runtime]:
+    """It, ready to answer rows of at most `longest` tokens."""
+    with tempfile.TemporaryDirectory(prefix="qkit-") as folder, _open(which, longest, Path(folder)) as runtime:
+        yield runtime
+
+
+def _open(which: Side, longest: int, scratch: Path) -> Runtime:
+    if which.url:
+        live_server = {"url": which.url, "model": served_name(which.url), "pid": os.getpid(), "startup_seconds": 0.0}
+        return open_runtime("vllm", Path(), detect(), live=live_server)
+    assert which.path is not None
+    if which.is_live and which.run is not None:
+        how = which.run.recipe
+        return open_runtime(
+            "transformers", source.resolve(how.model), detect(), recipe=how, adapter=which.run.need("train", "adapter")
+        )
+    if which.run is not None:
+        return open_artifact(which.run, Artifact(which.format or MERGED, which.path), "verify")
+    serve = Serve(port=0, max_model_len=longest)
+    return open_runtime(which.runtime, which.path, detect(), serve=serve, log=scratch / "vllm.log")
+
+
+def served_name(url: str) -> str:
+    """What a server calls its model."""
+    return str(contract.offered(url)["id"])
+
+
+# --- what they are asked --------------------------------------------------------------------------------------------
+
+
+def questions(a: Side, b: Side, data: Path | None, progress: Progress) -> Questions:
+    """The rows to compare on: those of `data`, or the held-out ones of the run that one of the two belongs to.
+
+    Raises:
+        DataError: there are none.
+    """
+    runs = [which.run for which in (a, b) if which.run is not None]
+    if data is not None and data.suffix != ".parquet":
+        return _of_lines(a, b, data, progress)
+    run = runs[0] if runs and data is None else None
+    if data is not None and (data.resolve().parent.parent / "recipe.yaml").is_file():
+        run = Run.open(data.resolve().parent.parent)
+    if run is None:
+        raise DataError(
+            "nothing says what to compare on: give --data a file of conversations, or RUN/data/test.parquet"
+        )
+    file = data or run.need("data", "test.parquet")
+    return _asked(file, run.recipe, f"{file}", None if data else run)
+
+
+def _of_lines(a: Side, b: Side, data: Path, progress: Progress) -> Questions:
+    """Conversations of a file, tokenized as the data stage does, with the tokenizer of the first of the two that has one."""
+    from qkit.data.inspection import view
+
+    local = next((which for which in (a, b) if which.path is not None), None)
+    if local is None:
+        raise DataError(
+            f"--data {data}: two servers, and no folder whose tokenizer could read it; give RUN/data/test.parquet"
+        )
+    if local.run is not None:
+        section = local.run.recipe.data.model_copy(
+            update={"train": (Source(source=str(data)),), "validation": (), "test": (), "split": None}
+        )
+        how = local.run.recipe.model_copy(update={"data": section})
+    else:
+        how = view.recipe_for(str(local.path), str(data), "auto", ())
+    seen = view.inspect(how, progress)
+    gone = left_out(seen.summary, "train")
+    where = f"{data}; {gone}" if gone else str(data)
+    return _asked(seen.folder / "train.parquet", how, where, None)
+
+
+def _asked(file: Path, how: Recipe, where: str, own_of: Run | None) -> Questions:
+    held_out = measure_held_out.read_held_out(file)
+    if not held_out.rows:
+        raise DataError(f"{where}: holds no rows to compare on")
+    stop = frozenset(read_json(file.with_name("tokens.json"))["stop"])
+    return Questions(held_out, stop, how.task, how.evaluate, how.seed, where, own_of)
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+def compare(a: Side, b: Side, asked: Questions, progress: Progress) -> Comparison:
+    """Ask both, one after the other.
+
+    Raises:
+        ParityFailed: one of them gives log-probabilities that are no numbers.
+    """
+    rows = asked.held_out.rows
+    longest = max(len(row.input_ids) for row in rows) + asked.section.max_new_tokens
+    progress.say(f"verify: {a.words}")
+    with tempfile.TemporaryDirectory(prefix="qkit-") as folder:
+        with opened(a, longest) as runtime:
+            answers_a = _answers(a, runtime, asked)
+            scores_a = _kept(runtime.score(rows), rows, Path(folder) / "a")
+        progress.say(f"verify: {b.words}")
+        with opened(b, longest) as runtime:
+            answers_b = _answers(b, runtime, asked)
+            found = _Sums(scores_a)
+            for row in runtime.score(rows[: len(scores_a)]):
+                found.add(row)
+    return found.comparison(a, b, asked, answers_a, answers_b)
+
+
+def _answers(which: Side, runtime: Runtime, asked: Questions) -> list[list[int]]:
+    """Greedy answers; those of a live adapter to its run's own rows are there since it was evaluated."""
+    own = which.run if which.is_live and asked.own_of is which.run else None
+    if own is not None and (own.folder("evaluate") / "predictions.jsonl").is_file():
+        return [line["token_ids"] for line in evidence.live_answers(own)]
+    section, prompts = asked.section, [row.prompt for row in asked.held_out.rows]
+    return runtime.generate(prompts, section.max_new_tokens, asked.stop, section.batch_size)
+
+
+def _kept(scores: Iterator[RowScores], rows: Sequence[Row], file: Path) -> list[RowScores]:
+    """The scores for later: on disk, as many as fit, where there is one for each token of the vocabulary."""
+    first = next(scores)
+    if first.full is None:
+        return [first, *scores]
+    count = reference.write((row for part in ((first,), scores) for row in part), file)
+    return list(reference.read(file, rows[:count]))
+
+
+class _Sums:
+    """What is known of b beside a, row by row."""
+
+    def __init__(self, scores_a: Sequence[RowScores]):
+        self.scores_a = scores_a
+        self.kl: list[Any] = []
+        self.same: list[Any] = []
+        self.targets: list[Any] = []
+        self.over = ""
+
+    def add(self, b: RowScores) -> None:
+        a = self.scores_a[len(self.kl)]
+        self.over = divergence.over(a, b)
+        self.kl.append(divergence.divergence(a, b))
+        self.same.append(a.top1 == b.top1)
+        self.targets.append(b.targets)
+
+    def comparison(
+        self, a: Side, b: Side, asked: Questions, answers_a: Sequence[Sequence[int]], answers_b: Sequence[Sequence[int]]
+    ) -> Comparison:
+        import numpy as np
+
+        kl = np.concatenate(self.kl)
+        if not np.isfinite(kl).all():
+            raise ParityFailed(f"{a.name} or {b.name} gives log-probabilities that are no numbers: it is broken")
+        places = [parting(*pair) for pair in zip(answers_a, answers_b, strict=True)]
+        apart = [place for place in places if place is not None]
+        return Comparison(
+            a=a.name,
+            b=b.name,
+            on=asked.where,
+            rows=len(self.kl),
+            tokens=len(kl),
+            over=self.over,
+            kl_mean=float(kl.mean()),
+            kl_p99=float(np.quantile(kl, 0.99)),
+            kl_max=float(kl.max()),
+            top1=float(np.concatenate(self.same).mean()),
+            loss_a=measure_scores.mean_loss(row.targets for row in self.scores_a),
+            loss_b=measure_scores.mean_loss(self.targets),
+            identical=len(places) - len(apart),
+            parting=statistics.median(apart) if apart else None,
+            metric=open_task(asked.task).METRIC,
+            score=_scores(a, b, asked, answers_a, answers_b),
+            checks=_checks(a, b),
+        )
+
+
+def parting(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """The place of the first token where two answers part; None when they are the same."""
+    if list(a) == list(b):
+        return None
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _scores(
+    a: Side, b: Side, asked: Questions, answers_a: Sequence[Sequence[int]], answers_b: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """Both scores in percent, and the difference with its paired interval; nothing where no folder's tokenizer can read the answers."""
+    tokenizer = _tokenizer(a) or _tokenizer(b)
+    if tokenizer is None:
+        return {}
+    task = open_task(asked.task)
+    right = [
+        measure_scores.grade(
+            tokenizer.batch_decode(answers, skip_special_tokens=True), asked.held_out, task, asked.section
+        )
+        for answers in (answers_a, answers_b)
+    ]
+    score_a, score_b = (100.0 * sum(one) / len(one) for one in right)
+    return {
+        "a": score_a,
+        "b": score_b,
+        **measure_scores.paired_gain(right[0], right[1], asked.section.confidence, asked.seed),
+    }
+
+
+def _checks(a: Side, b: Side) -> tuple[contract.Check, ...]:
+    """The serve contract of b with the run that a or b belongs to."""
+    run = a.run or b.run
+    if run is None or b.is_live:
+        return ()
+    if b.url:
+        return contract.check(run, b.url).checks
+    has_config = b.path is not None and (b.path / "config.json").is_file()
+    return contract.check_folder(run, b.path).checks if b.path and has_config else ()
+
+
+def _tokenizer(which: Side) -> Any:
+    if which.run is not None:
+        return model_tokenizer.tokenizer_of(which.run.recipe.model)
+    return None if which.path is None else model_tokenizer.load_tokenizer(which.path, _plain(which.path))
+
+
+def _plain(folder: Path) -> Any:
+    from qkit.recipe.schema import Model
+
+    return Model(source=str(folder))

@@ -1,0 +1,128 @@
+"""Batches by token budget: rows of like length together, right-padded, with no attention mask.
+
+Under causal attention a real token never sees the padding on its right, so no mask is needed, and SDPA keeps its fast causal path;
+with rows of like length little of a batch is padding. Reference: TRL's collator, in tests/test_fast.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+LENGTH_STEP = 16  # rows are padded to a multiple of this, and shuffled among those that are padded alike
+
+
+class SeededBatches:
+    """A batch sampler whose order depends on the seed and the epoch alone: a run that goes on from a checkpoint sees the batches
+    that it would have seen. The number of batches is the same in every epoch.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's loader at the start of each epoch."""
+        self.epoch = epoch
+
+    def batches(self, rng: random.Random) -> list[list[int]]:
+        """The batches of one epoch, as lists of row indices."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches(random.Random(self.seed * 1_000_003 + self.epoch)))
+
+
+class TokenBudgetBatches(SeededBatches):
+    """Batches whose padded size stays within `budget` tokens."""
+
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int):
+        super().__init__(seed)
+        self.lengths = lengths
+        self.budget = budget
+
+    def batches(self, rng: random.Random) -> list[list[int]]:
+        order = list(range(len(self.lengths)))
+        rng.shuffle(order)
+        order.sort(key=lambda index: padded_length(self.lengths[index]))
+        batches = self._cut(order)
+        rng.shuffle(batches)
+        return batches
+
+    def _cut(self, order: Sequence[int]) -> list[list[int]]:
+        batches: list[list[int]] = [[]]
+        for index in order:
+            if batches[-1] and padded_length(self.lengths[index]) * (len(batches[-1]) + 1) > self.budget:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+
+def count_batches(lengths: Sequence[tuple[int, int]], budget: int) -> int:
+    """How many batches TokenBudgetBatches makes of rows: (tokens, how many rows) of each length."""
+    alike: dict[int, int] = {}
+    for tokens, rows in lengths:
+        alike[padded_length(tokens)] = alike.get(padded_length(tokens), 0) + rows
+    batches = held = 0
+    for length, left in sorted(alike.items()):
+        rows = left
+        while rows:
+            room = budget // length - held
+            if batches == 0 or room < 1:  # a row that is longer than the budget has a batch to itself
+                batches, held, room = batches + 1, 0, max(1, budget // length)
+            taken = min(rows, room)
+            rows, held = rows - taken, held + taken
+    return batches
+
+
+def padded_length(length: int) -> int:
+    """Few distinct shapes: each new one costs a CPU backend a set of kernels that it keeps, and the heap a new cut."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
+def part_sizes(rows: int, parts: int) -> list[int]:
+    """Rows of each part when a batch is divided as evenly as can be; no part is empty."""
+    size, larger = divmod(rows, min(parts, rows))
+    return [size + (part < larger) for part in range(min(parts, rows))]
+
+
+def packed(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
+    """For each row its pack and its first token's offset there: best fit, the longest rows first, of equal ones the earliest.
+
+    A pack holds at most `capacity` tokens; a row that is longer has one to itself. A bit for every room that some pack has left finds
+    the tightest fit without a look at the packs: 100,000 rows take a fraction of a second.
+    """
+    places = [(0, 0)] * len(lengths)
+    packs_by_room: defaultdict[int, list[int]] = defaultdict(list)
+    rooms, count = 0, 0  # bit r of `rooms`: there is a pack with room for r tokens
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        fits = rooms >> lengths[row] << lengths[row]
+        room = (fits & -fits).bit_length() - 1 if fits else max(capacity, lengths[row])
+        if not fits:
+            packs_by_room[room].append(count)
+            count += 1
+        pack = packs_by_room[room].pop()
+        places[row] = (pack, max(capacity, lengths[row]) - room)
+        if not packs_by_room[room]:
+            rooms &= ~(1 << room)
+        packs_by_room[room - lengths[row]].append(pack)
+        rooms |= 1 << room - lengths[row]
+    return places
+
+
+class PackBatches(SeededBatches):
+    """A batch sampler: the rows of one pack at a time, in their places; packs in an order of seed and epoch."""
+
+    def __init__(self, packs: Sequence[int], positions: Sequence[int], seed: int):
+        super().__init__(seed)
+        members: defaultdict[int, list[int]] = defaultdict(list)
+        for row in sorted(range(len(packs)), key=lambda row: (packs[row], positions[row])):
+            members[packs[row]].append(row)
+        self.members = list(members.values())
+
+    def batches(self, rng: random.Random) -> list[list[int]]:
+        return rng.sample(self.members, len(self.members))

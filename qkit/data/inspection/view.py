@@ -1,0 +1,208 @@
+"""What `qkit inspect` shows: the data stage's own work, made without a run and kept in the cache, and single rows token by token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkit import __version__
+from qkit.chat import template
+from qkit.core.errors import DataError
+from qkit.core.files import read_json
+from qkit.core.progress import Progress
+from qkit.core.sources import HubId, cache_dir, locate
+from qkit.data import stage as data_stage
+from qkit.model import source as model_source
+from qkit.model import tokenizer as model_tokenizer
+from qkit.recipe.load import from_dict
+from qkit.recipe.schema import SPLITS, Recipe
+from qkit.run.directory import Run
+from qkit.run.source_files import named_files
+from qkit.tasks._conversation.encode import IGNORED
+
+KEPT = 8  # inspections in the cache; older ones go
+WORST = 5  # rows of each kind that are shown
+PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what part of a character decodes to
+LONGEST_CHARACTER = 4  # bytes of UTF-8, and so tokens
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found: `summary` is summary.json, `folder` holds the tokenized rows and the ledger."""
+
+    how: Recipe
+    folder: Path
+    summary: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RowView:
+    """One row, token by token. `texts`: what each token reads as (a character split over several is with the first of them).
+
+    `loss_mask`: 1 where a token carries loss; `special`: 1 where it is a special token.
+    """
+
+    split: str
+    row: int
+    place: str
+    input_ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    loss_mask: tuple[int, ...]
+    special: tuple[int, ...]
+
+
+def inspect(how: Recipe, progress: Progress) -> Inspection:
+    """Read and look at all rows as the data stage would; what has not changed since the last time comes from the cache."""
+    root = cache_dir() / "inspect"
+    key = _key(how)
+    folder = root / key if key else None
+    if folder is None or not folder.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=root, prefix=".made-"))
+        try:
+            data_stage.prepare(how, made, progress)
+            folder = _placed(made, folder or root / "unpinned")
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        _forget(root)
+    return Inspection(how, folder, read_json(folder / "summary.json"))
+
+
+def recipe_for(model: str, source: str, format: str, overrides: Sequence[str]) -> Recipe:
+    """A recipe for somebody's own set-up: this model's tokenizer and template, these rows."""
+    raw = {"task": "chat", "model": {"source": model}, "data": {"train": [{"source": source, "format": format}]}}
+    return from_dict(raw, overrides, "--model and --data")
+
+
+def of_run(run: Run) -> Inspection:
+    """What the data stage of a run has left."""
+    return Inspection(run.recipe, run.folder("data"), read_json(run.need("data", "summary.json")))
+
+
+def _placed(made: Path, folder: Path) -> Path:
+    """Put a finished folder in its place; another process may have been faster."""
+    if folder.name == "unpinned":
+        shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        made.rename(folder)
+    return folder
+
+
+def _forget(root: Path) -> None:
+    folders = sorted(root.glob("[!.]*"), key=lambda folder: folder.stat().st_mtime_ns, reverse=True)
+    for folder in folders[KEPT:]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _key(how: Recipe) -> str | None:
+    """Hash of all that the result depends on; None when that cannot be known (a hub data set with no revision)."""
+    sources = [source for split in SPLITS for source in getattr(how.data, split)]
+    if any(isinstance(locate(source.source), HubId) and not source.revision for source in sources):
+        return None
+    dumped = how.model_dump(mode="json")
+    what = {
+        "version": __version__,
+        "recipe": {name: dumped[name] for name in ("task", "seed", "model", "data")},
+        "served": how.serve.max_model_len,
+        "files": [_stamp(path) for path in _files(how)],
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _files(how: Recipe) -> Iterator[Path]:
+    """Local files that rows, template and tokenizer come from."""
+    yield from (file for files in named_files(how).values() for file in files)
+    yield from sorted(file for file in model_source.companions(how.model).iterdir() if file.suffix != ".safetensors")
+
+
+def _stamp(path: Path) -> list[str | int]:
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+# --- one row ----------------------------------------------------------------------------------------------------------
+
+
+def row(seen: Inspection, split: str, number: int) -> RowView:
+    """Take one row apart.
+
+    Raises:
+        DataError: no such split, or no such row.
+    """
+    if split not in SPLITS:
+        raise DataError(f"--split {split}: there are {', '.join(SPLITS)}")
+    count = seen.summary["splits"][split]["rows"]
+    if not 0 <= number < count:
+        raise DataError(f"--row {number}: the split {split} has {count} rows, counted from 0")
+    tokenizer = model_tokenizer.tokenizer_of(seen.how.model)
+    return view(tokenizer, _read_row(seen.folder / f"{split}.parquet", number), split, number)
+
+
+def view(tokenizer: Any, found: Mapping[str, Any], split: str, number: int) -> RowView:
+    """A row of a split's parquet file with its tokens as text."""
+    ids = found["input_ids"]
+    special = frozenset(template.special_ids(tokenizer).values())
+    return RowView(
+        split=split,
+        row=number,
+        place=found["place"],
+        input_ids=tuple(ids),
+        texts=tuple(token_texts(tokenizer, ids)),
+        loss_mask=tuple(int(label != IGNORED) for label in found["labels"]),
+        special=tuple(int(token in special) for token in ids),
+    )
+
+
+def _read_row(file: Path, number: int) -> Mapping[str, Any]:
+    import pyarrow.parquet as pq
+
+    columns = ["input_ids", "labels", "place"]
+    with pq.ParquetFile(file) as opened:
+        for group in range(opened.num_row_groups):
+            rows = opened.metadata.row_group(group).num_rows
+            if number < rows:
+                found: Mapping[str, Any] = opened.read_row_group(group, columns).slice(number, 1).to_pylist()[0]
+                return found
+            number -= rows
+    raise DataError(f"{file}: has no row {number}")
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
+    """What each token reads as. Tokens that hold parts of one character are read together; the first of them gets the text."""
+    held: list[int] = []
+    for token in ids:
+        held.append(token)
+        text = tokenizer.decode(held)
+        if text.endswith(PARTIAL) and len(held) < LONGEST_CHARACTER:
+            continue
+        yield text
+        yield from [""] * (len(held) - 1)
+        held = []
+    if held:
+        yield tokenizer.decode(held)
+        yield from [""] * (len(held) - 1)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def losses(run: Run) -> dict[str, list[dict[str, Any]]] | None:
+    """The rows that did not learn, and those whose loss was suspiciously low before training; None when the run kept no losses."""
+    import pyarrow.parquet as pq
+
+    file = run.folder("train") / "losses.parquet"
+    if not file.exists():
+        return None
+    rows = pq.read_table(file).to_pylist()
+    places = pq.read_table(run.need("data", "train.parquet"), columns=["place"])["place"].to_pylist()
+    for found in rows:
+        found["place"] = places[found["row"]]
+    unlearnt = sorted(rows, key=lambda found: found["loss_before"] - found["loss_after"])
+    low = sorted(rows, key=lambda found: found["loss_before"])
+    return {"did_not_learn": unlearnt[:WORST], "suspiciously_low": low[:WORST]}

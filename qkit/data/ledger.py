@@ -1,0 +1,138 @@
+"""The ledger: what became of each row, and what it gives to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.core.batching import TokenBudgetBatches, packed, padded_length
+from qkit.data.entry import Entry
+from qkit.data.select import Fate
+from qkit.recipe.schema import SPLITS, Recipe
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What became of a record, or of one of the rows that it makes (`part`).
+
+    `status`: trained, held_out or dropped; `reason`: why it is dropped. `tokens`: as used, after `truncated_by` were cut off; all of them
+    where it is dropped for its length. `row`: its number in the split's parquet file. `pack` and `position`: which pack it is in and where
+    it begins there. Null where it has none.
+    """
+
+    split: str
+    source: str
+    line: int
+    part: int
+    format: str
+    sha256: str
+    tokens: int
+    labelled_tokens: int
+    truncated_by: int
+    status: str
+    reason: str
+    row: int | None = None
+    pack: int | None = None
+    position: int | None = None
+
+
+# --- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def make_ledger(entries: Sequence[Entry], fates: Sequence[Fate], how: Recipe) -> Iterator[LedgerRow]:
+    """One row for each entry, in their order; rows are numbered and packed as they will be trained on."""
+    used = dict.fromkeys(SPLITS, 0)
+    packs = iter(_packs(entries, fates, how))
+    for entry, fate in zip(entries, fates, strict=True):
+        row, pack, position = None, None, None
+        if not fate.rule:
+            row = used[fate.split]
+            used[fate.split] += 1
+            pack, position = next(packs) if fate.split == "train" else (None, None)
+        yield LedgerRow(
+            split=fate.split,
+            source=entry.source,
+            line=entry.line,
+            part=entry.part,
+            format=entry.format,
+            sha256=entry.sha256,
+            tokens=entry.tokens,
+            labelled_tokens=entry.labelled_tokens,
+            truncated_by=entry.truncated_by,
+            status="dropped" if fate.rule else "trained" if fate.split == "train" else "held_out",
+            reason=fate.reason,
+            row=row,
+            pack=pack,
+            position=position,
+        )
+
+
+def _packs(entries: Sequence[Entry], fates: Sequence[Fate], how: Recipe) -> Iterator[tuple[int | None, int | None]]:
+    """(pack, position) of each training row, in order."""
+    lengths = [e.tokens for e, f in zip(entries, fates, strict=True) if not f.rule and f.split == "train"]
+    if how.data.packing:
+        yield from packed(lengths, how.data.batch_tokens)
+    else:
+        yield from [(None, None)] * len(lengths)
+
+
+def batch_budget(ledger: Sequence[LedgerRow], how: Recipe) -> dict[str, int]:
+    """Tokens that one epoch computes: real ones, padding, and those that carry loss."""
+    rows = [row for row in ledger if row.status == "trained"]
+    lengths = [row.tokens for row in rows]
+    if how.data.packing:
+        ends: dict[int, int] = {}
+        for row in rows:
+            assert row.pack is not None and row.position is not None
+            ends[row.pack] = max(ends.get(row.pack, 0), row.position + row.tokens)
+        computed, batches = sum(map(padded_length, ends.values())), len(ends)
+    else:
+        made = list(TokenBudgetBatches(lengths, how.data.batch_tokens, how.seed)) if lengths else []
+        computed = sum(len(batch) * padded_length(max(lengths[i] for i in batch)) for batch in made)
+        batches = len(made)
+    return {
+        "batches": batches,
+        "computed": computed,
+        "real": sum(lengths),
+        "padding": computed - sum(lengths),
+        "labelled": sum(row.labelled_tokens for row in rows),
+    }
+
+
+def check_sums(summary: Mapping[str, Any], ledger: Sequence[LedgerRow]) -> None:
+    """Every record is accounted for: in = used + dropped, and the ledger's tokens are the splits'."""
+    for split, counts in summary["splits"].items():
+        rows = [row for row in ledger if row.split == split]
+        records = sum(row.part == 0 for row in rows)
+        labelled = sum(row.labelled_tokens for row in rows if row.status != "dropped")
+        assert counts["records"] == counts["kept"] + counts["dropped"] == records, (split, counts, records)
+        assert counts["labelled_tokens"] == labelled, (split, counts, labelled)
+
+
+def check_packs(ledger: Sequence[LedgerRow], capacity: int) -> None:
+    """In a pack rows follow each other without a gap, from 0 to at most its capacity: every token is computed once."""
+    ends: dict[int, int] = {}
+    placed = [(row.pack, row.position, row.tokens) for row in ledger if row.pack is not None]
+    for pack, position, tokens in sorted(placed):
+        assert position == ends.get(pack, 0), (pack, position, ends)
+        ends[pack] = position + tokens
+        assert ends[pack] <= capacity, (pack, ends[pack], capacity)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_ledger(ledger: Sequence[LedgerRow], file: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = list(LedgerRow.__dataclass_fields__)
+    columns = {name: [getattr(row, name) for row in ledger] for name in names}
+    numbers = {"row": pa.int64(), "pack": pa.int32(), "position": pa.int32()}
+    arrays = [pa.array(columns[name], numbers.get(name)) for name in names]
+    pq.write_table(pa.Table.from_arrays(arrays, names=names), file, compression="zstd")

@@ -1,0 +1,277 @@
+"""Records to candidates: each record read as an example, tokenized, looked at. Work for one process, on one chunk at a time.
+
+What takes memory (ids, texts) leaves as an Arrow batch; what decisions need (digests, counts, findings) as entries.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+from qkit.chat.template import Renderer, compact, renderer, texts_of
+from qkit.core.process import death_wish
+from qkit.data import near_duplicates
+from qkit.data.entry import Entry, Sourced
+from qkit.data.read import Broken, Record
+from qkit.model import tokenizer as model_tokenizer
+from qkit.plugins.task import Conversation, Example, Reads, RowError, Task, Text, Tokens, open_task
+from qkit.recipe.schema import Recipe
+from qkit.tasks._conversation import checks, encode, formats
+from qkit.tasks._conversation.encode import IGNORED, Row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+CHUNK = 256  # records that travel together
+ALONE = 32  # chunks that are worked on here before more processes are worth their start: each takes as long as some 5,000 rows
+CLOSELY = 32  # one row in so many is decoded again ...
+CLOSELY_FIRST = 256  # ... and all of the first ones
+
+
+@dataclass
+class Prepared:
+    """The candidates of a chunk: `batch` has one row for each entry whose rule is empty, in their order."""
+
+    batch: pa.RecordBatch
+    entries: list[Entry] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a process needs to work on chunks."""
+
+    how: Recipe
+    task: Task
+    reader: Renderer
+    facts: checks.Facts
+    reads: Reads
+
+    def prepare(self, chunk: Sequence[Sourced]) -> Prepared:
+        """Read, tokenize and look at a chunk of records."""
+        examples = [self._example(one) for one in chunk]
+        made = encode.tokenize(self.reader, examples, self.how.data)
+        entries: list[Entry] = []
+        columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        for one, example, rows in zip(chunk, examples, made, strict=True):
+            entry = _entry(one, example, self.how)
+            if isinstance(rows, RowError) or isinstance(example, RowError):
+                assert isinstance(rows, RowError)
+                entries.append(_dropped(entry, rows))
+                continue
+            for part, row in enumerate(rows):
+                entries.append(self._kept(entry, part, row))
+                _append(columns, row, example, f"{entry.source}:{entry.line}")
+        return Prepared(_batch(columns), entries)
+
+    def _example(self, one: Sourced) -> Example | RowError:
+        if isinstance(one.record, Broken):
+            return RowError(one.record.reason)
+        record = one.record
+        try:
+            return self.task.example(record.value, record.accepted, record.format, self.how.data, self.reads)
+        except RowError as error:
+            return error
+
+    def _kept(self, entry: Entry, part: int, row: Row) -> Entry:
+        closely = entry.line <= CLOSELY_FIRST or entry.line % CLOSELY == 0
+        found: dict[str, str] = {}  # a check counts a row once, whatever it finds there
+        for name, words in checks.examine(self.reader, self.facts, row, self.how.data.loss, closely):
+            found.setdefault(name, words)
+        return replace(
+            entry,
+            part=part,
+            near=entry.near if part == 0 else None,
+            tokens=len(row.input_ids),
+            labelled_tokens=row.labelled,
+            truncated_by=row.whole_tokens - len(row.input_ids),
+            findings=tuple(found.items()),
+        )
+
+
+def worker(how: Recipe) -> Worker:
+    """Load what is needed to work on a recipe's records."""
+    tokenizer = model_tokenizer.tokenizer_of(how.model)
+    reader = renderer(tokenizer)
+    seen = checks.facts(reader, model_tokenizer.vocabulary(how.model, tokenizer))
+    return Worker(how, open_task(how.task), reader, seen, reader.reads)
+
+
+def _entry(one: Sourced, example: Example | RowError, how: Recipe) -> Entry:
+    record = one.record
+    entry = Entry(one.pool, one.source, record.source, record.line, "")
+    if isinstance(record, Broken):
+        return entry
+    entry.format = _format(record, how)
+    if isinstance(example, RowError):
+        return entry
+    entry.ignored = (*example.ignored, *(name for name in record.unread if name in how.data.ignore))
+    entry.unread = (*example.unread, *(name for name in record.unread if name not in how.data.ignore))
+    asked, said = _contents(example)
+    value = record.value
+    entry.sha256 = near_duplicates.digest(said)
+    entry.key = near_duplicates.digest(near_duplicates.normalized(asked))
+    found = value_of(value, how.data.group, how)
+    entry.group = entry.key if found is None else near_duplicates.digest(str(found))
+    entry.label = _label(value, how)
+    entry.near = near_duplicates.signature(said if isinstance(example, Text) else _unframed(example))
+    return entry
+
+
+def _format(record: Record, how: Recipe) -> str:
+    """The format that a record was read in; a task's own has the task's name."""
+    if record.format != "auto":
+        return record.format
+    try:
+        return formats.recognised(record.value, how.data)
+    except RowError:
+        return how.task
+
+
+def _contents(example: Example) -> tuple[str, str]:
+    """What is asked, and all that is said."""
+    if isinstance(example, Text):
+        return example.text, example.text
+    if isinstance(example, Tokens):
+        said = compact(example.input_ids)
+        asked = [i for i, label in zip(example.input_ids, example.labels, strict=True) if label == IGNORED]
+        return compact(asked) if len(asked) > 1 else said, said + compact(example.labels)
+    tools = compact(example.tools) if example.tools else ""
+    given = compact(example.variables) if example.variables else ""
+    return tools + texts_of(example.messages[:-1]), tools + given + compact(example.messages) + compact(example.trained)
+
+
+def _unframed(example: Conversation | Tokens) -> str:
+    """What sets a conversation apart from others: its turns without the system's, which many share."""
+    if isinstance(example, Tokens):
+        return " ".join(map(str, example.input_ids))
+    return texts_of(message for message in example.messages if message["role"] != "system")
+
+
+def _label(value: Mapping[str, Any], how: Recipe) -> str | None:
+    found = value_of(value, how.data.stratify, how)
+    return str(found) if isinstance(found, str | int | bool) else None
+
+
+def value_of(value: Mapping[str, Any], column: str | None, how: Recipe) -> Any:
+    """What a record has in a column, by the name that data.columns gives it; None where there is none, or an empty field."""
+    found = value.get(how.data.columns.get(column, column)) if column else None
+    return None if found == "" else found
+
+
+def _dropped(entry: Entry, error: RowError) -> Entry:
+    """An entry that is not used; its length is known where that is the reason."""
+    row = error.row if isinstance(error, encode.Refused) else None
+    if row is not None:
+        entry = replace(entry, tokens=row.whole_tokens, labelled_tokens=row.labelled)
+    return replace(entry, rule=error.rule, reason=str(error), findings=((error.rule, str(error)),))
+
+
+# --- Arrow ------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("input_ids", "labels", "start", "messages", "tools", "variables", "answer", "calls", "reference", "place")
+
+
+def schema() -> pa.Schema:
+    """What a split's parquet file holds beside `pack` and `position`."""
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    text = [(name, pa.string()) for name in COLUMNS[3:]]
+    return pa.schema([("input_ids", ids), ("labels", ids), ("start", pa.int32()), *text])
+
+
+def _append(columns: dict[str, list[Any]], row: Row, example: Example, place: str) -> None:
+    reference = example.reference if isinstance(example, Conversation) else None
+    values = (
+        *(row.input_ids, row.labels, row.start),
+        *(compact(list(row.messages)), compact(list(row.tools)), compact(row.variables), row.answer),
+        compact(list(row.reply.get("tool_calls", ()))),
+        *(compact(row.reference if reference is None else reference), place),
+    )
+    for name, value in zip(COLUMNS, values, strict=True):
+        columns[name].append(value)
+
+
+def _batch(columns: dict[str, list[Any]]) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    made = [_list_array(columns[name]) for name in ("input_ids", "labels")]
+    rest = [pa.array(columns[name], schema().field(name).type) for name in COLUMNS[2:]]
+    return pa.RecordBatch.from_arrays([*made, *rest], schema=schema())
+
+
+def _list_array(rows: Sequence[Sequence[int]]) -> pa.ListArray:
+    """Lists of integers as Arrow: much quicker than one list at a time."""
+    import numpy as np
+    import pyarrow as pa
+
+    ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    flat = np.fromiter(chain.from_iterable(rows), np.int32, count=int(ends[-1]))
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+_workers: list[Worker] = []  # a process of the pool has one
+
+
+def prepared(own: Worker, records: Iterable[Sourced], processes: int) -> Iterator[Prepared]:
+    """The chunks' candidates in order; by several processes once it turns out that there is much to do."""
+    chunks = _chunks(records)
+    yield from (own.prepare(chunk) for chunk in islice(chunks, ALONE))
+    rest = next(chunks, None)
+    if rest is None:
+        return
+    if processes < 2:
+        yield from (own.prepare(chunk) for chunk in chain([rest], chunks))
+        return
+    with _pool(own.how, processes) as pool:
+        yield from _ordered(pool, chain([rest], chunks), ahead=2 * processes)
+
+
+def _chunks(records: Iterable[Sourced]) -> Iterator[list[Sourced]]:
+    source = iter(records)
+    while chunk := list(islice(source, CHUNK)):
+        yield chunk
+
+
+@contextmanager
+def _pool(how: Recipe, processes: int) -> Iterator[ProcessPoolExecutor]:
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(processes, get_context("spawn"), _start, (how,)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start(how: Recipe) -> None:
+    """Runs once in each process of the pool."""
+    if wish := death_wish():
+        wish()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core, and no more threads than that
+    _workers.append(worker(how))
+
+
+def _work(chunk: Sequence[Sourced]) -> Prepared:
+    return _workers[0].prepare(chunk)
+
+
+def _ordered(pool: ProcessPoolExecutor, chunks: Iterable[list[Sourced]], ahead: int) -> Iterator[Prepared]:
+    """Results in the order of the chunks; no more than `ahead` are read before they are wanted."""
+    waiting: deque[Future[Prepared]] = deque()
+    for chunk in chunks:
+        waiting.append(pool.submit(_work, chunk))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -1,0 +1,94 @@
+"""What of the records nothing reads: columns, and keys of turns, of their parts and calls, and of tools. Counted by name.
+
+A name that is a typing mistake, or one that another tool reads, would otherwise be left out of what is learnt without a word.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from qkit.core.errors import short
+from qkit.data.checks import NAMED_ROWS, Check, Place
+from qkit.data.entry import Entry
+from qkit.data.read import ANSWER as ANSWERS
+from qkit.plugins.task import Reads
+from qkit.tasks._conversation.formats import FORMS
+from qkit.tasks._conversation.turns import ANSWER, CALL, FUNCTION, MARKS, OFFERED, PART, TURN, printable
+from qkit.tasks._conversation.validity import KWARGS
+
+NAMED = 8  # names that the message has, the most frequent ones
+INSIDE = {
+    "answers": ANSWERS,
+    "content": PART,
+    "tool_calls": CALL + FUNCTION,
+    "function_call": FUNCTION,
+    "function": FUNCTION,
+    "tools": OFFERED,
+}
+WITH_TURNS = ("messages", "sharegpt", "alpaca", "prompt_completion")
+LABELS = {"label", "labels", "class", "category", "intent", "sentiment", "tags", "ner_tags", "target"}
+REMEDY = (
+    "map columns with data.columns, correct the names, or list in data.ignore what is not meant to be read "
+    "(data.ignore='[id, messages.id]')"
+)
+
+
+def check(entries: Sequence[Entry], reads: Reads, ignore: Sequence[str] = ()) -> Check:
+    """Every name that nothing reads, in how many records it stands, and the nearest name that is read; and the patterns of data.ignore
+    that match nothing. `reads`: the template's."""
+    matched = {pattern for entry in entries for pattern in entry.ignored}
+    idle = [pattern for pattern in ignore if pattern not in matched]
+    remark = f"; data.ignore has {short(', '.join(idle))}, which matches no name of any record" if idle else ""
+    found = [entry for entry in entries if entry.part == 0 and entry.unread]
+    if not found:
+        return Check("unused", "pass", f"every column and key of the records is read{remark}")
+    counts = Counter(name for entry in found for name in entry.unread)
+    formats = {name: entry.format for entry in reversed(found) for name in entry.unread}
+    named = "; ".join(_words(name, count, formats[name], reads) for name, count in counts.most_common(NAMED))
+    more = f"; and {len(counts) - NAMED:,} names more" if len(counts) > NAMED else ""
+    rows = tuple(Place(entry.source, entry.line) for entry in found[:NAMED_ROWS])
+    holds = "1 record holds" if len(found) == 1 else f"{len(found):,} records hold"
+    message = f"{holds} what nothing reads: {named}{more}; the first is {rows[0]}{remark}"
+    return Check("unused", "warn", message, len(found), rows, _remedy(found))
+
+
+def _words(name: str, count: int, format: str, reads: Reads) -> str:
+    own = name.rpartition(".")[2]
+    known = () if name.lower() in LABELS else sorted({*_known(name, format, reads)} - {own})
+    close = difflib.get_close_matches(own, known, n=1)
+    nearest = f" (did you mean {close[0]}?)" if close else ""
+    if name in ANSWER and format in WITH_TURNS:
+        nearest = " (it belongs in the assistant's turn)"
+    return f"{short(printable(name))} in {count:,}{nearest}"
+
+
+def _known(name: str, format: str, reads: Reads) -> Iterable[str]:
+    """The names that are read where this one stands, in a record of this format."""
+    above, _, _ = name.rpartition(".")
+    if not above:
+        form = FORMS.get(format)
+        variables = reads.variables if format in WITH_TURNS else ()
+        return {*(form.needs + form.takes if form else ()), *variables}
+    if above == KWARGS:
+        return reads.variables
+    if above.endswith("tools.function"):
+        return OFFERED
+    return INSIDE.get(above.rpartition(".")[2]) or {*TURN, *MARKS, *ANSWER, *reads.keys}
+
+
+def _remedy(found: Iterable[Entry]) -> str:
+    """What to do; where there are labels, that they are not learnt."""
+    labelled = [(entry.format, name) for entry in found for name in entry.unread if name.lower() in LABELS]
+    if not labelled:
+        return REMEDY
+    format, name = labelled[0]
+    if format == "text":
+        words = (
+            f"these rows train as plain text, and {name} is not learnt; to have it answered, "
+            f"data.columns='{{prompt: text, completion: {name}}}'"
+        )
+    else:
+        words = f"{name} is not learnt: every answer is, whatever its label says"
+    return f"{words}; else {REMEDY}"

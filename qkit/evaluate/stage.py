@@ -1,0 +1,79 @@
+"""The stage `evaluate`: the task's score and the held-out loss of the base model and of the adapter, on the same rows with the same prompts.
+
+evaluate/scores.json         metric, and per artifact: score, interval, rows, held-out loss
+evaluate/predictions.jsonl   every prediction, right or wrong, with its token ids
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from qkit.chat.conversation import text_of
+from qkit.core.device import detect
+from qkit.core.errors import DataError
+from qkit.core.files import write_json, write_text
+from qkit.measure import held_out as measure_held_out
+from qkit.measure import scores as measure_scores
+from qkit.measure.answers import answered
+from qkit.model import source
+from qkit.plugins.runtime import Runtime, open_runtime
+from qkit.plugins.task import open_task
+from qkit.run.directory import Run
+
+
+def run(run: Run, out: Path) -> None:
+    """Score the base model, then the adapter on it."""
+    held_out = measure_held_out.read_held_out(run.need("data", "test.parquet"))
+    if not held_out.rows:
+        raise DataError("data.test names no rows, so nothing can be evaluated: give it a source")
+    folder, adapter = source.resolve(run.recipe.model), run.need("train", "adapter")
+    scores, predictions = {}, []
+    for name, weights in (("base", None), ("adapter", adapter)):
+        run.progress.say(f"evaluate: {name}")
+        with open_runtime("transformers", folder, detect(), recipe=run.recipe, adapter=weights) as runtime:
+            scores[name], lines = _evaluate(run, name, runtime, held_out)
+        predictions += lines
+    section = run.recipe.evaluate
+    write_json(
+        out / "scores.json",
+        {
+            "metric": open_task(run.recipe.task).METRIC,
+            "confidence": section.confidence,
+            "interval": f"percentile bootstrap over rows, {measure_scores.RESAMPLES} resamples; exact binomial where all rows agree",
+            "scores": scores,
+            "gain": _gain(run, predictions),
+        },
+    )
+    write_text(out / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
+
+
+def _gain(run: Run, predictions: list[dict[str, object]]) -> dict[str, float]:
+    """What the adapter gained over the base, row by row."""
+    right = {name: [bool(p["correct"]) for p in predictions if p["artifact"] == name] for name in ("base", "adapter")}
+    return measure_scores.paired_gain(right["base"], right["adapter"], run.recipe.evaluate.confidence, run.recipe.seed)
+
+
+def _evaluate(
+    run: Run, name: str, runtime: Runtime, held_out: measure_held_out.HeldOut
+) -> tuple[dict[str, float], list[dict[str, object]]]:
+    """One artifact's score, and its predictions as lines of predictions.jsonl."""
+    own = answered(run, runtime, held_out, f"generate with {name}")
+    with run.progress.bar(f"held-out loss of {name}", len(held_out.rows)) as bar:
+        losses = measure_held_out.heldout_targets(runtime, held_out, bar.advance)
+    lines: list[dict[str, object]] = [
+        {
+            "artifact": name,
+            "row": index,
+            "prompt": text_of(held_out.messages[index][-1]["content"]),
+            "prediction": own.texts[index],
+            "token_ids": own.token_ids[index],
+            "reference": held_out.answers[index],
+            "correct": own.right[index],
+        }
+        for index in range(len(own.texts))
+    ]
+    return asdict(
+        measure_scores.score(own.right, measure_scores.mean_loss(losses), run.recipe.evaluate, run.recipe.seed)
+    ), lines

@@ -1,0 +1,34 @@
+"""A model's own greedy answers to the held-out prompts, and which of them are right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qkit.core.files import read_json
+from qkit.measure import scores
+from qkit.measure.held_out import HeldOut
+from qkit.model import tokenizer
+from qkit.plugins.runtime import Runtime
+from qkit.plugins.task import open_task
+from qkit.run.directory import Run
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One of each per held-out row: the tokens that were generated, their text, and whether the task has it right."""
+
+    token_ids: tuple[list[int], ...]
+    texts: tuple[str, ...]
+    right: tuple[bool, ...]
+
+
+def answered(run: Run, runtime: Runtime, held_out: HeldOut, what: str = "generate") -> Answers:
+    """Ask the model that is open, as the run's recipe says; `what` names the progress bar."""
+    section = run.recipe.evaluate
+    stop = frozenset(read_json(run.need("data", "tokens.json"))["stop"])
+    prompts = [row.prompt for row in held_out.rows]
+    with run.progress.bar(what, len(prompts)) as bar:
+        completions = runtime.generate(prompts, section.max_new_tokens, stop, section.batch_size, bar.advance)
+    texts = tokenizer.tokenizer_of(run.recipe.model).batch_decode(completions, skip_special_tokens=True)
+    right = scores.grade(texts, held_out, open_task(run.recipe.task), section)
+    return Answers(tuple(completions), tuple(texts), tuple(right))

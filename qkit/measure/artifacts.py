@@ -1,0 +1,72 @@
+"""What a run has made that can be opened, and the runtime that opens each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qkit.core.device import detect
+from qkit.core.files import read_json
+from qkit.merging.folder import dtype_of
+from qkit.plugins.exporter import exporter
+from qkit.plugins.runtime import Runtime, open_runtime
+from qkit.recipe.registry import split
+from qkit.run.directory import Run
+from qkit.server.client import live_server
+
+MERGED = "merged"
+SERVED = "vllm"  # the export that the stage `serve` serves
+# By variant, where the folder's config.json does not say it: a graph has its own dtype, and a .gguf file is dequantized to fp32.
+COMPUTED = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "int4": "float32",
+    "int8": "float32",
+    "f16": "float32",
+    "q8_0": "float32",
+    "q4_0": "float32",
+}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder of a run: `merged`, or an export by its format's name."""
+
+    name: str
+    path: Path
+
+    @property
+    def runtime(self) -> str:
+        return "transformers" if self.name == MERGED else exporter(self.name).RUNTIME
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of all its files; links count as what they lead to."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+
+def rounding(run: Run, artifact: Artifact) -> dict[str, str]:
+    """The dtypes that it `computed` in and that its `weights` were merged in, as parity.measure takes them."""
+    variant, config = split(artifact.name)[1], artifact.path / "config.json"
+    own = read_json(config).get("dtype") if config.is_file() and artifact.runtime in ("transformers", "vllm") else None
+    weights = (
+        "float32" if (artifact.path / "adapter_config.json").is_file() else dtype_of(run)
+    )  # an adapter is added to none
+    return {"computed": COMPUTED.get(variant, own or "bfloat16"), "weights": weights}
+
+
+def artifacts(run: Run) -> list[Artifact]:
+    """The merged model, then the exports in the recipe's order."""
+    exports = [Artifact(name, run.need("export", name)) for name in run.recipe.export.formats]
+    return [Artifact(MERGED, run.need("merge", "config.json").parent), *exports]
+
+
+def open_artifact(run: Run, artifact: Artifact, stage: str) -> Runtime:
+    """Open it with its runtime; a server that `qkit run` keeps for this run is used and not started again."""
+    options = {}
+    if artifact.runtime == "vllm":
+        serve = run.recipe.serve.model_copy(update={"port": 0})
+        log = run.log(stage).with_name(f"{stage}-{artifact.name}.log")
+        live = live_server(run) if artifact.name == SERVED else None
+        options = {"live": live, "serve": serve, "log": log, "served_name": run.root.name}
+    return open_runtime(artifact.runtime, artifact.path, detect(), **options)

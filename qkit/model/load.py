@@ -1,0 +1,152 @@
+"""A model's weights into memory: the base, in 4 bit or not, and the base with an adapter on it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.core.errors import ModelError
+from qkit.model import adapter_sum, added_tokens, provenance, targets
+from qkit.model.source import dequantize
+from qkit.recipe import schema
+from qkit.tensors import lora_deltas
+from qkit.tensors.nf4_roundtrip import FourBit
+from qkit.tensors.shards import tensor_specs
+
+if TYPE_CHECKING:
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from qkit.core.device import Device
+
+
+log = logging.getLogger(__name__)
+NO_SDPA = "scaled_dot_product_attention"  # in what transformers says of a model that has no such attention
+
+
+def load_base(folder: Path, how: schema.Recipe, device: Device) -> PreTrainedModel:
+    """The base model as training sees it: in 4 bit when the recipe says so, the rest in bf16.
+
+    Raises:
+        ModelError: the folder lacks some of its weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": how.model.attn_implementation}
+    options["generation_config"] = GenerationConfig()  # its file may be one that the library refuses; decoding is ours
+    if how.quantization.load_in_4bit:
+        options["quantization_config"] = quantization_config(how.quantization)
+    options |= {"device_map": device.device_map, "trust_remote_code": how.model.trust_remote_code}
+    options["output_loading_info"] = True
+    loaded: PreTrainedModel
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    except ValueError as error:
+        if how.model.attn_implementation != "sdpa" or NO_SDPA not in str(error):
+            raise
+        log.warning("transformers computes this model's attention in no other way than eager: %s", error)
+        eager = {**options, "attn_implementation": "eager"}
+        loaded, report = AutoModelForCausalLM.from_pretrained(str(folder), **eager)
+    _need_whole(folder, report["missing_keys"])
+    loaded.config.use_cache = False
+    leave_as_quantized(loaded)
+    if how.quantization.load_in_4bit and device.gives_back:
+        _let_go_of_files(loaded)
+    return loaded
+
+
+def _need_whole(folder: Path, lacking: Collection[str]) -> None:
+    """Raises ModelError when weights are lacking, which transformers makes up."""
+    if missing := sorted(name for name in lacking if name.endswith(".weight")):
+        raise ModelError(
+            f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more, which would be made up with random numbers; make the folder "
+            "again, or where a head is lacking that is the embedding once more set tie_word_embeddings to true in its config.json"
+        )
+
+
+def _let_go_of_files(model: PreTrainedModel) -> None:
+    """Copy what was not quantized. As it was read, it is a view of its file, and one view keeps the whole 16-bit file mapped."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
+
+
+def leave_as_quantized(model: PreTrainedModel, also_packable: bool = True) -> None:
+    """Have bitsandbytes compute with its 4-bit weights as they were quantized, in evaluation as in training.
+
+    On a CPU with AVX512-BF16 it would pack them anew, for good, at their first forward in evaluation without gradients: widths that are no
+    multiple of a pack's fail there, a state_dict (saving an adapter is enough) turns them back wrongly, and dequantizing reads them wrongly.
+    `also_packable` False: only those that it cannot pack.
+    """
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and (also_packable or not _can_be_packed(module)):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _can_be_packed(layer: Linear4bit) -> bool:
+    """Whether bitsandbytes' packs, 32 rows of whole quantization blocks, hold its weight."""
+    return bool(layer.out_features % 32 == 0 and layer.in_features % FourBit.BLOCK == 0)
+
+
+def quantization_config(section: schema.Quantization) -> Any:
+    """The section as transformers' BitsAndBytesConfig."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**section.model_dump())
+
+
+def load_live(folder: Path, how: schema.Recipe, device: Device, adapter: Path | None) -> PreTrainedModel:
+    """The model as it was trained: the 4-bit base with the adapter on it, or the base alone; for inference.
+
+    The 4-bit weights are dequantized once: the same numbers that every 4-bit forward would unpack again for each token.
+    """
+    base = load_base(folder, how, device)
+    if how.quantization.load_in_4bit:
+        dequantize(base)
+    if adapter is not None:
+        base = _with_adapter(base, folder, adapter)
+    base.config.use_cache = True
+    return base.eval()
+
+
+def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PreTrainedModel | PeftModel:
+    from peft import PeftModel
+
+    provenance.check_adapter(adapter, folder)
+    if adapter_sum.is_several(adapter):
+        return adapter_sum.put_on(base, adapter)
+    _resize(base, adapter)
+    with targets.patterns_of_parameters():
+        live = PeftModel.from_pretrained(base, str(adapter))
+    added_tokens.settle(live)
+    return live
+
+
+def _resize(base: PreTrainedModel, adapter: Path) -> None:
+    """Give the embedding as many rows as the adapter's own has, where it holds one."""
+    held = tensor_specs(adapter / lora_deltas.WEIGHTS).get(f"{lora_deltas.PREFIX}{added_tokens.names(base)[0]}.weight")
+    if held and held["shape"][0] != base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(held["shape"][0], mean_resizing=False)
+
+
+def scaled(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    """What some families do to their logits after the head: Cohere and Granite scale them, Gemma 2 bounds them."""
+    config = model.config.get_text_config()
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * (logits / cap).tanh()
+    return logits

@@ -1,0 +1,151 @@
+"""The base model: where its files are, its tokenizer, and loading it in 4 bit, in 16 bit, or with an adapter on it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qkit.core.errors import ModelError
+from qkit.core.files import sha256_of
+from qkit.core.network import reaching_hub
+from qkit.core.sources import HubId, cache_dir, locate
+from qkit.model import added_tokens, older_forms, prequantized
+from qkit.model.gguf import rope as gguf_rope
+from qkit.model.gguf import tokenizer as gguf_tokenizer
+from qkit.recipe import schema
+from qkit.tensors.shards import SHARDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+CONVERSION = 2  # of .gguf files: what the cache holds of an earlier one is made anew
+# What stands beside the weights, in folders too; a licence goes on with what is made of them, as most ask for.
+TEXTS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "*.txt", "*.py")
+LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+COMPANIONS = (*TEXTS, *LICENCES)
+
+
+def resolve(model: schema.Model) -> Path:
+    """A local folder that `from_pretrained` takes, downloaded from the hub or converted from .gguf if need be; of a quantized model one
+    in 16 bit, with model.add_tokens one whose tokenizer and weights have them.
+
+    Raises:
+        ModelError: there is no such model, it cannot be had, not be dequantized, or not be given these tokens.
+    """
+    folder = _resolved(model, (*COMPANIONS, SHARDS))
+    if kind := prequantized.of_folder(folder):
+        folder = _dequantized(folder, kind, model.trust_remote_code)
+    if not model.add_tokens:
+        return folder
+    target = cache_dir() / "models" / f"tokens-{added_tokens.key(folder, model.add_tokens)[:24]}"
+    return _kept(target, lambda out: added_tokens.prepare(folder, model.add_tokens, model.trust_remote_code, out))
+
+
+def _dequantized(folder: Path, kind: str, trust_remote_code: bool) -> Path:
+    """The model in 16 bit, dequantized once and kept in the cache."""
+    target = cache_dir() / "models" / f"plain-{added_tokens.key(folder, ())[:24]}"
+    return _kept(target, lambda out: prequantized.dequantize(folder, kind, trust_remote_code, out))
+
+
+def companions(model: schema.Model) -> Path:
+    """The folder of the model as it comes; from the hub only what stands beside the weights is fetched.
+
+    Raises:
+        ModelError: as `resolve`.
+    """
+    return _resolved(model, COMPANIONS)
+
+
+def _resolved(model: schema.Model, wanted: Sequence[str]) -> Path:
+    found = locate(model.source, sha256=model.sha256, kind=ModelError)
+    if isinstance(found, HubId):
+        return _from_hub(found.name, model.revision, wanted)
+    if found.suffix == ".gguf":
+        return _from_gguf(found)
+    if not (found / "config.json").is_file():
+        raise ModelError(f"{found}: holds no config.json, so it is not a model folder (nor a .gguf file)")
+    return found
+
+
+def _from_hub(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    remedy = "check the name and the network, `hf auth login` for gated models, or give model.source a local folder"
+    with reaching_hub(ModelError, f"{name}: could not be fetched from the hub", remedy):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
+
+
+def _from_gguf(file: Path) -> Path:
+    """The model of a .gguf file as a safetensors folder in bf16, converted once and kept in the cache."""
+    target = cache_dir() / "models" / f"{file.stem}-{sha256_of(file)[:12]}-{CONVERSION}"
+    return _kept(target, lambda out: _convert_gguf(file, out))
+
+
+def _kept(target: Path, make: Callable[[Path], None]) -> Path:
+    """The folder `target` of the cache; where there is none, `make` fills a temporary one that takes its name when it is whole."""
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as temporary:
+        make(Path(temporary) / "model")
+        if not target.exists():  # another process may have been faster
+            (Path(temporary) / "model").rename(target)
+    return target
+
+
+def _convert_gguf(file: Path, out: Path) -> None:
+    """Weights as transformers reads them; the tokenizer, what ends an answer and scaled positions, which it does not, as llama.cpp does."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+    tokenizer = gguf_tokenizer.build(file)
+    try:
+        config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"{file}: transformers cannot read it ({str(error).splitlines()[0]}); give model.source the folder or hub id that the file was "
+            "made from"
+        ) from None
+    if rope := getattr(config, "rope_parameters", None):
+        config.rope_parameters = {**rope, **gguf_rope.scaling(file, rope["rope_theta"])}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        str(file.parent),
+        gguf_file=file.name,
+        config=config,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    stops = gguf_tokenizer.Header(file).stops
+    for section in (loaded.config, loaded.generation_config):
+        section.bos_token_id, section.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+        section.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    loaded.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    older_forms.settle(out)
+
+
+def dequantize(model: PreTrainedModel) -> None:
+    """Put an ordinary bf16 Linear in the place of every 4-bit one; of a model that was loaded by `load_base`, so that none is packed anew."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(torch.bfloat16)
+            plain = torch.nn.Linear(
+                module.in_features, module.out_features, bias=False, device="meta", dtype=torch.bfloat16
+            )
+            plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+            plain.bias = module.bias
+            model.set_submodule(name, plain)
+
+
+def quantized_names(model: PreTrainedModel) -> list[str]:
+    """Names of the weights that are held in 4 bit, as the checkpoint names them."""
+    from bitsandbytes.nn import Linear4bit
+
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)]

@@ -1,0 +1,248 @@
+"""Charts of a run's bench for the report's page and for papers: latency against throughput, memory over time, quality against speed
+and size."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from math import log10
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.core import files
+from qkit.core.errors import MissingArtifact, MissingExtra
+from qkit.core.files import make_folder, write_text
+from qkit.measure.artifacts import MERGED, Artifact
+from qkit.report import summary
+from qkit.run.directory import Run
+from qkit.server import lora
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+
+Record = Mapping[str, Any]
+SERVER = "vllm"  # the runtime that is deployed: in the accent colour among the others
+WIDTH, HEIGHT, TALL = 800, 300, 460  # CSS pixels
+MB = 1e6
+LEAST_KL = 1e-5
+# What the page's CSS says of a chart, for a file that stands alone, in light colours only.
+STYLE = """
+svg { background: #ffffff; font: 13px system-ui, "Helvetica Neue", "Liberation Sans", Arial, sans-serif; }
+.label { fill: #1a1c1f; } .value { fill: #1a1c1f; font-weight: 600; } .tick { fill: #5b6167; font-size: 12px; }
+.grid { stroke: #e3e5e7; fill: none; } .plain { stroke: #5b6167; stroke-width: 1.5; fill: none; } .dot { fill: #5b6167; }
+.smooth { stroke: #0b6e66; stroke-width: 2.25; fill: none; } .end { fill: #0b6e66; } .front { stroke: #bfc5ca; fill: none; }
+"""
+
+
+def charts_of(run: Run) -> dict[str, tuple[str, Markup]]:
+    """Every chart that the run has figures for, by the name of its file: (caption, chart)."""
+    records = [files.read(path) for path in sorted(run.folder("bench").glob("*.json"))]
+    figures = summary.summary(run)
+    more = {"quality": quality_chart(figures), "size": size_chart(run, figures)}
+    return {**of_records(records), **{name: drawn for name, drawn in more.items() if drawn is not None}}
+
+
+def of_records(records: Sequence[Record]) -> dict[str, tuple[str, Markup]]:
+    """The charts of bench records alone, as of a server that is nobody's run."""
+    found = {"latency": latency_chart(records), "memory-over-time": memory_chart(records)}
+    return {name: drawn for name, drawn in found.items() if drawn is not None}
+
+
+def latency_chart(records: Sequence[Record]) -> tuple[str, Markup] | None:
+    """End-to-end latency over throughput, a line for each artifact, a point for each number of requests at once."""
+    from qkit.report import svg as report_svg
+
+    lines = []
+    for artifact, mine in _by_artifact(r for r in records if r["concurrency"]).items():
+        ordered = sorted(mine, key=lambda r: int(r["concurrency"]))
+        points = [(r["output_tokens_per_second"], r["e2e_seconds"]["p50"]) for r in ordered]
+        texts = [str(r["concurrency"]) for r in ordered]
+        lines.append(report_svg.Line(artifact, points, texts, ordered[0]["runtime"] == SERVER))
+    if not lines:
+        return None
+    said = "; ".join(
+        f"{line.label}: "
+        + ", ".join(
+            f"{t} at once {x:.4g} tokens/s, {y:.3g} s" for t, (x, y) in zip(line.texts, line.points, strict=True)
+        )
+        for line in lines
+    )
+    title = "Latency against throughput"
+    axes = ("output tokens per second", "end to end, seconds (median)")
+    caption = "Latency against throughput; the number at a point is that of the requests at once."
+    return caption, report_svg.plane("latency-chart", title, said, lines, axes=axes, width=WIDTH, height=HEIGHT)
+
+
+def memory_chart(records: Sequence[Record]) -> tuple[str, Markup] | None:
+    """Resident memory while the largest load of each artifact ran; on a card the card's memory."""
+    from qkit.report import svg as report_svg
+
+    lines = []
+    for artifact, mine in _by_artifact(r for r in records if r["concurrency"] and r.get("memory")).items():
+        largest = max(mine, key=lambda r: int(r["concurrency"]))
+        series = largest["memory"]["device"] or largest["memory"]["rss_tree"]
+        if len(series) > 1:
+            points = [(seconds, count / 2**30) for seconds, count in series]
+            lines.append(
+                report_svg.Line(f"{artifact} × {largest['concurrency']}", points, (), largest["runtime"] == SERVER)
+            )
+    if not lines:
+        return None
+    said = "; ".join(
+        f"{line.label}: at most {max(y for _, y in line.points):.2f} GiB in {line.points[-1][0]:.0f} s"
+        for line in lines
+    )
+    title = "Memory over time"
+    chart = report_svg.plane(
+        "memory-over-time-chart", title, said, lines, axes=("seconds", "GiB"), width=WIDTH, height=HEIGHT
+    )
+    return "Memory while the largest load of each artifact ran, from its first repeat on.", chart
+
+
+def quality_chart(figures: summary.Summary) -> tuple[str, Markup] | None:
+    """Score over the highest throughput of each artifact; who has no better beside him is named in words."""
+    from qkit.report import svg as report_svg
+
+    found = _best(figures)
+    if len(found) < 2:
+        return None
+    front = pareto(found)
+    lines = [
+        report_svg.Line(f"{name}{'' if name in front else ' (beaten)'}", [point], (), name in front)
+        for name, point in found.items()
+    ]
+    said = "; ".join(f"{line.label}: {x:.4g} tokens/s, score {y:.4g}" for line in lines for x, y in line.points)
+    axes = ("output tokens per second, the most of any load", f"{figures['metric'] or 'score'}, of 100")
+    chart = report_svg.plane(
+        "quality-chart",
+        "Quality against speed",
+        said,
+        lines,
+        axes=axes,
+        width=WIDTH,
+        height=HEIGHT,
+        joined=False,
+        lowest=None,
+    )
+    return "Quality against speed; an artifact that another beats in one and equals in the other is marked.", chart
+
+
+def _best(figures: summary.Summary) -> dict[str, tuple[float, float]]:
+    """Highest throughput and score of each artifact that has both."""
+    speeds: dict[str, float] = {}
+    for record in figures["bench"]:
+        speeds[record["artifact"]] = max(speeds.get(record["artifact"], 0.0), record["output_tokens_per_second"] or 0.0)
+    scores = {name: entry["score"] for name, entry in figures["scores"].items() if entry["score"] is not None}
+    return {name: (speed, scores[name]) for name, speed in speeds.items() if name in scores}
+
+
+def size_chart(run: Run, figures: summary.Summary) -> tuple[str, Markup] | None:
+    """Closeness to the live adapter over bytes on the disk, for every whole model that verify has measured."""
+    parity = figures["parity"]
+    folders = {name: run.folder("merge") if name == MERGED else run.folder("export") / name for name in parity}
+    found = {
+        name: (Artifact(name, folder).disk_bytes / MB, closeness(parity[name]["kl_mean"]))
+        for name, folder in folders.items()
+        if parity[name]["kl_mean"] is not None and folder.is_dir() and not lora.is_adapter(folder)
+    }
+    if len(found) < 2:
+        return None
+    caption = "Closeness to what was trained against size; in the accent colour what no other beats in both."
+    return caption, against_size(found)
+
+
+def against_size(points: Mapping[str, tuple[float, float]]) -> Markup:
+    """Formats by MB and closeness: of size the less is the better."""
+    front = pareto({name: (-size, near) for name, (size, near) in points.items()})
+    return closeness_chart("size", points, front, "MB on the disk")
+
+
+def closeness(kl: float) -> float:
+    """-log10 of a mean KL; below LEAST_KL nothing is told apart, as the live model computes in bf16."""
+    return -log10(max(kl, LEAST_KL))
+
+
+def closeness_chart(name: str, points: Mapping[str, tuple[float, float]], front: set[str], across: str) -> Markup:
+    """Formats by what they cost (`across`) and how close they are to what was trained; those in `front` stand out."""
+    from qkit.report import svg as report_svg
+
+    lines = [report_svg.Line(who, [point], (), who in front) for who, point in points.items()]
+    said = "; ".join(f"{who}: {x:.4g} {across}, {y:.2f}" for who, (x, y) in points.items())
+    axes = (across, "closeness to what was trained: -log10 of mean KL")
+    title = f"Closeness against {name}"
+    return report_svg.plane(
+        f"{name}-chart", title, said, lines, axes=axes, width=WIDTH, height=TALL, joined=False, lowest=None
+    )
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> set[str]:
+    """Those that no other beats in one coordinate without losing in the other."""
+
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(
+            all(b >= a for a, b in zip(point, other, strict=True)) and other != point for other in points.values()
+        )
+
+    return {name for name, point in points.items() if not beaten(point)}
+
+
+def _by_artifact(records: Any) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record["artifact"], []).append(record)
+    return found
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write(run: Run, folder: Path, png: bool) -> list[Path]:
+    """Each chart as an SVG file, with `png` as a PNG as well; returns the files.
+
+    Raises:
+        MissingArtifact: the run has no bench records.
+        MissingExtra: what draws PNG is not installed.
+    """
+    found = charts_of(run)
+    if not found:
+        raise MissingArtifact(f"{run.root} has no bench to draw: `qkit bench {run.root}` makes one")
+    return draw(found, folder, png)
+
+
+def draw(found: Mapping[str, tuple[str, Markup]], folder: Path, png: bool) -> list[Path]:
+    """Charts by name as files in `folder`; returns these.
+
+    Raises:
+        MissingExtra: what draws PNG is not installed.
+    """
+    make_folder(folder)
+    written = []
+    for name, (_, chart) in found.items():
+        written.append(folder / f"{name}.svg")
+        write_text(written[-1], standalone(str(chart)))
+        if png:
+            written.append(_as_png(written[-1]))
+    return written
+
+
+def standalone(chart: str) -> str:
+    """A chart of the page as a document of its own."""
+    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', chart)[0]
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+    return (
+        chart.replace("<svg ", opening, 1).replace(">", f"><style>{html.escape(STYLE, quote=False)}</style>", 1) + "\n"
+    )
+
+
+def _as_png(svg: Path) -> Path:
+    try:
+        import cairosvg
+    except (ImportError, OSError) as error:
+        raise MissingExtra(
+            f"PNG files are drawn by cairosvg, which cannot be loaded ({error}): `pip install cairosvg`, with the cairo library"
+        ) from None
+    target = svg.with_suffix(".png")
+    cairosvg.svg2png(url=str(svg), write_to=str(target), scale=3)
+    return target

@@ -1,0 +1,122 @@
+"""Upload a model folder to the Hugging Face hub: only one that says what it was made from, and that did not fail its gate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkit.core.errors import MissingArtifact, MissingExtra, ParityFailed, UserError
+from qkit.core.files import read_json
+from qkit.core.network import reaching_hub
+from qkit.core.sources import HUB_ID
+from qkit.measure import candidates
+from qkit.measure.evidence import made_of
+from qkit.model.provenance import NOTE
+
+FAILED = "failed"  # an artifact's status in verify/parity.json
+ANSWERS = candidates.FILE  # the model's answers to the held-out rows are in it
+REMEDY = "check the network, log in with `hf auth login`, and see that HF_HUB_OFFLINE is not set"
+MERGED = "merged"  # its name there, whose folder is RUN/merge
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What goes where. `files`: path in the folder -> bytes."""
+
+    folder: Path
+    repo: str
+    private: bool
+    files: Mapping[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.files.values())
+
+
+def planned(folder: Path, repo: str, private: bool, force: bool = False) -> Upload:
+    """What would be uploaded.
+
+    Raises:
+        UserError: `repo` is no name of a repository.
+        MissingArtifact: the folder is none, or has no provenance.
+        ParityFailed: its gate failed, and `force` is not given.
+    """
+    if not HUB_ID.match(repo):
+        raise UserError(f"{repo}: a repository is written owner/name")
+    if not folder.is_dir():
+        raise MissingArtifact(f"{folder}: no such folder; name one below RUN/export, or RUN/merge")
+    if not force:
+        _check(folder)
+    found = sorted(
+        p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder)) and p.name != ANSWERS
+    )
+    return Upload(folder, repo, private, {str(p.relative_to(folder)): p.stat().st_size for p in found})
+
+
+def push(upload: Upload) -> str:
+    """Make the repository where it is not there, and upload; returns the address of the commit.
+
+    Raises:
+        MissingExtra: huggingface_hub is not installed.
+        UserError: the hub cannot be reached, or refuses.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise MissingExtra("uploading needs huggingface_hub: pip install 'qkit[train]'") from None
+    with reaching_hub(UserError, f"{upload.repo}: could not be uploaded", REMEDY):
+        api = HfApi()
+        api.create_repo(upload.repo, private=upload.private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=upload.repo,
+            folder_path=str(upload.folder),
+            allow_patterns=list(upload.files),
+            commit_message=f"{upload.folder.name}, by qkit",
+        )
+        return str(done.commit_url)
+
+
+def to_dict(upload: Upload) -> dict[str, Any]:
+    """For `--json`."""
+    return {
+        "folder": str(upload.folder),
+        "repo": upload.repo,
+        "private": upload.private,
+        "files": dict(upload.files),
+        "total_bytes": upload.total_bytes,
+    }
+
+
+def screen(upload: Upload) -> str:
+    """One line per file, and the sum."""
+    lines = [f"{size / 2**20:10.2f} MiB  {name}" for name, size in upload.files.items()]
+    where = f"{upload.repo} ({'private' if upload.private else 'public'})"
+    return "\n".join([*lines, f"{upload.total_bytes / 2**20:10.2f} MiB  {len(lines)} files to {where}"])
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _check(folder: Path) -> None:
+    if not (folder / NOTE).is_file():
+        raise MissingArtifact(
+            f"{folder}: has no {NOTE}, so nobody would know what it was made from; `qkit export RUN` makes folders that say it, "
+            "--force uploads it all the same"
+        )
+    if reason := _failed(folder.resolve()):
+        raise ParityFailed(f"{folder}: {reason}; look at `qkit show`, or --force uploads it all the same")
+
+
+def _failed(folder: Path) -> str | None:
+    """Why the gate of an artifact failed, when its run has measured it and it did."""
+    run, name = (folder.parent, MERGED) if folder.name == "merge" else (folder.parent.parent, folder.name)
+    file, manifest = run / "verify" / "parity.json", run / "run.json"
+    if not file.is_file():
+        return None
+    if manifest.is_file() and not made_of(read_json(manifest), "verify", f"{folder.relative_to(run)}/"):
+        return None  # it was made anew since, and what was measured is another one
+    entry = read_json(file).get("parity", {}).get(name, {})
+    return f"{name} failed its gate when it was measured ({file})" if entry.get("status") == FAILED else None

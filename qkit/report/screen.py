@@ -1,0 +1,107 @@
+"""A run's summary for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from qkit.core.figures import ABSENT, bytes_text, fixed, gib_text, kl_text, ms_text, percent, seconds_text, speed_text
+from qkit.report.summary import LATENCY_KEYS, doubts, headline, interval_text, quality, refused, remarks
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+    from qkit.report.summary import Summary
+
+
+# What the templates of report.py and modelcard.py call them.
+TEXTS: Mapping[str, Callable[..., str]] = {
+    text.__name__: text for text in (bytes_text, seconds_text, ms_text, gib_text, kl_text, percent, fixed, speed_text)
+}
+
+
+# --- the screen -----------------------------------------------------------------------------------------------------
+
+STYLES = {"done": "green", "missing": "dim", "stale": "yellow", "failed": "bold red"}
+
+
+def screen(figures: Summary) -> RenderableType:
+    """The summary for a terminal of 80 x 24: stages beside quality, speed below."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    beside = Table.grid(padding=(0, 3, 0, 0))
+    beside.add_row(_stages_table(figures), *([_quality_table(figures)] if quality(figures) else []))
+    parts: list[RenderableType] = [Text(headline(figures), style="bold"), Text(), beside]
+    parts += [Text(f"{name} failed its gate: {why}", style=STYLES["failed"]) for name, why in refused(figures)]
+    parts += [Text(f"{name}: {words}", style="dim") for name, words in remarks(figures)]
+    if figures["bench"]:
+        parts += [Text(), _bench_table(figures)]
+    parts += [Text(doubt, style=STYLES["stale"]) for doubt in doubts(figures)]
+    return Group(*parts)
+
+
+def _stages_table(figures: Summary) -> Table:
+    table = _table("stage", "", "time", "GiB", "planned")
+    for name, stage in figures["stages"].items():
+        peak = stage["peak_bytes"]
+        table.add_row(
+            *_cells(name),
+            *_cells(stage["status"], style=STYLES.get(stage["status"], "")),
+            *_cells(_clock(stage["seconds"]), gib_text(peak["measured"]), gib_text(peak["predicted"])),
+        )
+    return table
+
+
+def _quality_table(figures: Summary) -> Table:
+    """Score and distance to the trained model, one line for each artifact."""
+    table = _table("artifact", "score", "interval", "KL", "top-1")
+    for name, score, parity in quality(figures):
+        style = STYLES["failed"] if parity["status"] == "failed" else ""
+        scored = (name, fixed(score["score"]), interval_text(score))
+        table.add_row(*_cells(*scored, kl_text(parity["kl_mean"]), fixed(_times(parity["top1"], 100)), style=style))
+    return table
+
+
+def _bench_table(figures: Summary) -> Table:
+    table = _table("runtime", "artifact", "at once", "TTFT ms", "TPOT ms", "E2E ms", "tokens/s", "GiB", "start s")
+    for record in figures["bench"]:
+        latency = [ms_text(record[key]["p50"]) for key in LATENCY_KEYS]
+        load = (record["runtime"], record["artifact"], str(record["concurrency"]))
+        speed = speed_text(record)
+        cost = (gib_text(record["peak_bytes"]), fixed(record["startup_seconds"]))
+        table.add_row(*_cells(*load, *latency, speed, *cost))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """A table without rules: a name on the left, figures on the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for column in columns:
+        named = column in ("", "stage", "artifact", "runtime")
+        table.add_column(column, justify="left" if named else "right", no_wrap=True)
+    return table
+
+
+def _cells(*texts: str, style: str = "") -> Iterable[Text]:
+    """Texts as they are: a plain string would be read for rich's own markup."""
+    from rich.text import Text
+
+    return [Text(text, style=style) for text in texts]
+
+
+def _clock(seconds: float | None) -> str:
+    """`0:09`, `4:42`, `2:05:00`: the narrowest form for a column."""
+    if seconds is None:
+        return ABSENT
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor

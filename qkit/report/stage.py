@@ -1,0 +1,369 @@
+"""The stage `report`: one self-contained HTML page for a run, with every figure in the place where it is argued from.
+
+No network, no script, no font file: the page opens from a disk ten years from now. What is absent says so in one line.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.core import figures as core_figures
+from qkit.core import files
+from qkit.core.files import write_text
+from qkit.measure import candidates
+from qkit.report import bench_charts, screen, summary
+from qkit.report.bench_charts import SERVER
+from qkit.report.summary import Summary
+from qkit.run.directory import Run
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+
+EXAMPLES = 10
+# The order in which kinds of example take their places: failures always get some, however good the run is.
+TURNS = ("fixed", "fixed", "still wrong", "broken", "fixed", "fixed", "still wrong", "broken", "fixed", "still right")
+WIDE, HALF = 800, 384  # CSS pixels of a chart that fills the column, and of one of two beside each other
+
+
+Extent = tuple[float | None, float | None, float | None]  # value, and where its whisker begins and ends
+
+
+@dataclass(frozen=True)
+class Example:
+    """One held-out row as the base model and the adapter answered it."""
+
+    row: int
+    prompt: str
+    reference: str
+    base: str
+    adapter: str
+    base_correct: bool
+    adapter_correct: bool
+
+    @property
+    def kind(self) -> str:
+        if self.adapter_correct:
+            return "still right" if self.base_correct else "fixed"
+        return "broken" if self.base_correct else "still wrong"
+
+
+def run(run: Run, out: Path) -> None:
+    """Write `out/index.html`.
+
+    Raises:
+        MissingArtifact: a file of the run is there and is damaged.
+    """
+    write_text(out / "index.html", page(run))
+
+
+def page(run: Run) -> str:
+    """The page's HTML. The same run gives the same page: it holds no time but those that the run recorded."""
+    figures = summary.summary(run)
+    manifest = run.manifest()
+    data = files.read(run.folder("data") / "summary.json") or {}
+    metrics = files.read_lines(run.folder("train") / "metrics.jsonl")
+    examples = pair_up(files.read_lines(run.folder("evaluate") / "predictions.jsonl"))
+    memory = _memory(run, figures)
+    return _render(
+        run=run,
+        figures=figures,
+        stages={name: stage for name, stage in figures["stages"].items() if name != "report"},
+        started=min((entry["started_at"] for entry in manifest["stages"].values()), default=None),
+        data=data,
+        lead=lead(run, figures, data),
+        metrics=metrics,
+        memory=memory,
+        tiles=tiles(figures, metrics, memory),
+        verdict=summary.verdict(figures),
+        score_chart=score_chart(figures),
+        merges=merges(run),
+        training_charts=training_charts(metrics),
+        memory_chart=memory_chart(memory),
+        speed_charts=speed_charts(figures["bench"]),
+        bench_charts=bench_charts.charts_of(run),
+        method=method(figures["bench"]),
+        examples=choose(examples),
+        kinds=_kinds(examples),
+        server=_server_command(run),
+        outputs=_outputs(manifest, figures["stages"]),
+    )
+
+
+def merges(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
+    """For the merged model, and for each format that was made in more than one way: what was measured of the ways, and which was kept."""
+    merged = files.read(run.folder("merge") / candidates.FILE)
+    exports: Mapping[str, Any] = files.read(run.folder("export") / candidates.FILE) or {}
+    return [*([("merged model", merged)] if merged else []), *exports.items()]
+
+
+def _render(**values: Any) -> str:
+    from importlib import resources
+
+    import jinja2
+
+    from qkit.report import svg
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(screen.TEXTS)
+    template = environment.from_string(
+        resources.files("qkit.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    return template.render(**values, show=summary, share=svg.share)
+
+
+# --- what is said in words ------------------------------------------------------------------------------------------
+
+
+def lead(run: Run, figures: Summary, data: Mapping[str, Any]) -> str:
+    """What was trained, on what and where, in a sentence."""
+    recipe = run.recipe
+    weights = recipe.quantization.bnb_4bit_quant_type.upper() if recipe.quantization.load_in_4bit else "16-bit"
+    rows = f" and {data['splits']['train']['rows']:,} rows of data" if data.get("splits") else ""
+    device = figures["environment"]["device"].get("name")
+    where = f", on {device}" if device else ""
+    how = f"trained for the task {recipe.task} with an adapter of rank {recipe.lora.r} on {weights} weights"
+    return f"{recipe.model.source}, {how}{rows}{where}."
+
+
+def tiles(
+    figures: Summary, metrics: Sequence[Mapping[str, Any]], memory: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
+    """The few figures to remember: (what, figure, note). What was not measured is left out."""
+    found, bench = [], figures["bench"]
+    if (seconds := figures["stages"]["train"]["seconds"]) is not None:
+        note = f"{len(metrics)} logged steps, {metrics[-1]['tokens']:,} tokens" if metrics else ""
+        found.append(("Training", core_figures.seconds_text(seconds), note))
+    if memory["measured"] is not None:
+        found.append(("Peak memory in training", core_figures.bytes_text(memory["measured"]), memory["against_plan"]))
+    if (name := summary.farthest(figures)) is not None:
+        distance = figures["parity"][name]
+        note = f"mean KL {core_figures.kl_text(distance['kl_mean'])}, top-1 {core_figures.percent(distance['top1'])}"
+        found.append(("Farthest from what was trained", name, note))
+    speeds = [(r["output_tokens_per_second"] or 0, load) for r, load in zip(bench, loads(bench), strict=True)]
+    if speeds and max(speeds)[0]:
+        found.append(("Highest throughput", f"{core_figures.fixed(max(speeds)[0])} tokens/s", max(speeds)[1]))
+    return found
+
+
+def method(bench: Sequence[Mapping[str, Any]]) -> str:
+    """How the load was made; more than one way is said as such."""
+    ways = []
+    for record in bench:
+        prompt = f"prompts of {record['prompt_tokens']:g} tokens (median), " if record["prompt_tokens"] else ""
+        ways.append(f"{prompt}{record['output_tokens']} output tokens each, {record['repeats']} rounds")
+    return "; or ".join(dict.fromkeys(ways))
+
+
+def loads(bench: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A short name for each record, such as `onnx-int4 × 8`: runtime or artifact, whichever tells it from others."""
+    pairs = {(record["runtime"], record["artifact"]) for record in bench}
+    return [f"{_tells_apart(r['runtime'], r['artifact'], pairs)} × {r['concurrency']}" for r in bench]
+
+
+def _tells_apart(runtime: str, artifact: str, pairs: set[tuple[str, str]]) -> str:
+    if sum(other == runtime for other, _ in pairs) == 1:
+        return runtime
+    return artifact if sum(other == artifact for _, other in pairs) == 1 else f"{artifact}, {runtime}"
+
+
+def _memory(run: Run, figures: Summary) -> dict[str, Any]:
+    """Memory of training in bytes: planned items, their sum, what was measured, and how the two compare in words."""
+    recorded = files.read(run.folder("train") / "memory.json") or {}
+    peak = figures["stages"]["train"]["peak_bytes"]
+    items = recorded.get("predicted") or {}
+    planned = sum(items.values()) if items else peak["predicted"]
+    measured = recorded.get("measured_peak_bytes", peak["measured"])
+    return {
+        "items": items,
+        "alive": recorded.get("measured") or {},
+        "step": recorded.get("step"),
+        "planned": planned,
+        "measured": measured,
+        "meter": recorded.get("meter", peak["meter"]),
+        "against_plan": _against(planned, measured),
+    }
+
+
+def _against(planned: int | None, measured: int | None) -> str:
+    if not planned or measured is None:
+        return ""
+    percent = 100 * (measured - planned) / planned
+    way = "above" if percent > 0 else "below"
+    return (
+        f"{abs(percent):.0f} % {way} the plan of {core_figures.bytes_text(planned)}" if round(percent) else "as planned"
+    )
+
+
+# --- charts ---------------------------------------------------------------------------------------------------------
+
+
+def score_chart(figures: Summary) -> Markup | None:
+    """Score of every artifact with its interval, from 0 to 100."""
+    from qkit.report import svg
+
+    rows = [
+        svg.Bar(
+            label=name,
+            value=entry["score"],
+            text=core_figures.fixed(entry["score"]),
+            note=summary.interval_text(entry),
+            low=entry["low"],
+            high=entry["high"],
+            strong=name == "adapter",
+        )
+        for name, entry in figures["scores"].items()
+        if entry["score"] is not None
+    ]
+    if not rows:
+        return None
+    said = "; ".join(f"{row.label} {row.text}, interval {row.note}" for row in rows)
+    title = f"{figures['metric'] or 'Score'} of each artifact, 0 to 100"
+    return svg.bars("score-chart", title, said, rows, top=100, width=WIDE, ticks=(0, 25, 50, 75, 100))
+
+
+def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
+    """Loss and learning rate over the steps, each with its caption. Steps without a finite loss are counted."""
+    from qkit.report import svg
+
+    loss = _points(metrics, "loss")
+    window = max(3, len(loss) // 8 | 1)
+    smooth = svg.smoothed(loss, window) if len(loss) > window else []
+    caption = f"Loss by step; the line is the mean over {window} logged steps." if smooth else "Loss by step."
+    if lost := len(metrics) - len(loss):
+        caption += f" {lost} logged steps without a finite loss are left out."
+    rate = _points(metrics, "learning_rate")
+    drawn = []
+    if loss:
+        said = f"from {loss[0][1]:.3g} at step {loss[0][0]:g} to {loss[-1][1]:.3g} at step {loss[-1][0]:g}"
+        drawn.append((caption, svg.curve("loss-chart", "Training loss", said, loss, smooth, width=WIDE, height=260)))
+    if rate:
+        said = f"highest {max(y for _, y in rate):g}, last {rate[-1][1]:g}"
+        chart = svg.curve("rate-chart", "Learning rate", said, rate, [], width=WIDE, height=110)
+        drawn.append(("Learning rate by step.", chart))
+    return drawn
+
+
+def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
+
+
+def memory_chart(memory: Mapping[str, Any]) -> Markup | None:
+    """The plan's items stacked to their sum, and the measured peak below."""
+    from qkit.report import svg
+
+    items = [svg.Step(name, count, core_figures.bytes_text(count)) for name, count in memory["items"].items()]
+    ends = (("planned", memory["planned"]), ("measured", memory["measured"]))
+    totals = [
+        svg.Step(name, count, core_figures.bytes_text(count), total=True) for name, count in ends if count is not None
+    ]
+    if not totals:
+        return None
+    said = "; ".join(f"{row.label} {row.text}" for row in (*items, *totals))
+    title = "Memory of training, planned and measured"
+    return svg.waterfall("memory-chart", title, said, [*items, *totals], width=WIDE)
+
+
+def speed_charts(bench: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
+    """Latency, throughput and memory of each runtime under each load: (heading, chart)."""
+    drawn = (
+        _speed_chart(
+            "ttft", "Time to first token, ms", bench, core_figures.ms_text, lambda r: _latency(r["ttft_seconds"])
+        ),
+        _speed_chart(
+            "tpot", "Time per output token, ms", bench, core_figures.ms_text, lambda r: _latency(r["tpot_seconds"])
+        ),
+        _speed_chart("throughput", "Output tokens per second", bench, core_figures.fixed, _throughput),
+        _speed_chart("peak", "Peak memory", bench, core_figures.bytes_text, lambda r: (r["peak_bytes"], None, None)),
+    )
+    return [chart for chart in drawn if chart is not None]
+
+
+def _latency(percentiles: Mapping[str, float | None]) -> Extent:
+    return percentiles["p50"], None, percentiles["p99"]
+
+
+def _throughput(record: Mapping[str, Any]) -> Extent:
+    low, high = record["output_tokens_per_second_range"] or (None, None)
+    return record["output_tokens_per_second"], low, high
+
+
+def _speed_chart(
+    name: str,
+    title: str,
+    bench: Sequence[Mapping[str, Any]],
+    text: Callable[[float | None], str],
+    extent: Callable[[Mapping[str, Any]], Extent],
+) -> tuple[str, Markup] | None:
+    """One bar for each record, scaled to the longest bar or whisker; None when nothing was measured."""
+    from qkit.report import svg
+
+    rows = []
+    for record, load in zip(bench, loads(bench), strict=True):
+        value, low, high = extent(record)
+        if value is not None:
+            rows.append(svg.Bar(load, value, text(value), low=low, high=high, strong=record["runtime"] == SERVER))
+    if not rows:
+        return None
+    top = max(max(row.value, row.high or 0) for row in rows)
+    said = "; ".join(f"{row.label} {row.text}" for row in rows)
+    return title, svg.bars(f"{name}-chart", title, said, rows, top=top, width=HALF)
+
+
+# --- examples -------------------------------------------------------------------------------------------------------
+
+
+def pair_up(predictions: Iterable[Mapping[str, Any]]) -> list[Example]:
+    """Base model's and adapter's answers to the same row, in the order of the rows; a row with only one is left out."""
+    answers: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for line in predictions:
+        answers.setdefault(line["row"], {})[line["artifact"]] = line
+    both = ((row, a["base"], a["adapter"]) for row, a in sorted(answers.items()) if {"base", "adapter"} <= a.keys())
+    return [
+        Example(
+            row=row,
+            prompt=base["prompt"],
+            reference=base["reference"],
+            base=base["prediction"],
+            adapter=adapter["prediction"],
+            base_correct=base["correct"],
+            adapter_correct=adapter["correct"],
+        )
+        for row, base, adapter in both
+    ]
+
+
+def choose(examples: Sequence[Example]) -> list[Example]:
+    """Ten rows, the first of each kind in the order of TURNS: those that changed first, failures among them."""
+    waiting = {kind: [e for e in examples if e.kind == kind] for kind in TURNS}
+    chosen: list[Example] = []
+    while len(chosen) < min(EXAMPLES, len(examples)):
+        for kind in TURNS:
+            if waiting[kind] and len(chosen) < EXAMPLES:
+                chosen.append(waiting[kind].pop(0))
+    return sorted(chosen, key=lambda e: (TURNS.index(e.kind), e.row))
+
+
+def _kinds(examples: Sequence[Example]) -> dict[str, int]:
+    """How many rows there are of each kind: the ten on the page are not a fair sample, these counts are the truth."""
+    return {kind: sum(e.kind == kind for e in examples) for kind in dict.fromkeys(TURNS)}
+
+
+# --- provenance -----------------------------------------------------------------------------------------------------
+
+
+def _server_command(run: Run) -> str | None:
+    server = files.read(run.folder("serve") / "server.json")
+    return shlex.join(server["argv"]) if server and server.get("argv") else None
+
+
+def _outputs(manifest: Mapping[str, Any], order: Iterable[str]) -> list[tuple[str, int, str]]:
+    """Every file that a stage made: name, bytes, sha256."""
+    stages = (manifest["stages"][name] for name in order if name in manifest["stages"] and name != "report")
+    return [(name, o["bytes"], o["sha256"]) for stage in stages for name, o in stage["outputs"].items()]

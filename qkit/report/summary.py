@@ -1,0 +1,192 @@
+"""What a run came to: its figures as one document (`qkit show RUN --json`), and the same document as one screen.
+
+`summary` is public and versioned, and show.schema.json describes it. Keys may be added under the same `schema_version`;
+none is taken away and none changes its meaning. Every file may be absent: a run that is half way has a summary too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qkit.core.figures import ABSENT, trimmed
+from qkit.core.files import read
+from qkit.measure.candidates import APART
+from qkit.measure.evidence import cost_of, measured
+from qkit.run.directory import Run
+from qkit.run.stages import STAGES
+
+SCHEMA_VERSION = 1
+SCORE_KEYS = ("score", "low", "high", "rows", "heldout_loss")
+PARITY_KEYS = ("kl_mean", "kl_p99", "top1", "status", "failed", "tokens", "over")
+LATENCY_KEYS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
+LOAD_KEYS = ("runtime", "artifact", "concurrency")
+THROUGHPUT_KEYS = ("output_tokens_per_second", "output_tokens_per_second_range")
+COST_KEYS = ("peak_bytes", "meter", "startup_seconds", "disk_bytes")
+METHOD_KEYS = ("repeats", "prompts", "prompt_tokens", "output_tokens")
+NO_ENVIRONMENT: Mapping[str, Any] = {"python": None, "platform": None, "packages": {}, "git": None, "device": {}}
+
+
+Summary = dict[str, Any]
+
+
+# --- the document ---------------------------------------------------------------------------------------------------
+
+
+def summary(run: Run, statuses: Mapping[str, str] | None = None) -> Summary:
+    """The public summary of a run: bytes and seconds are numbers, what was not measured is null.
+
+    `statuses` says better than the manifest how stages stand (`stale` is known only to who can compare the keys).
+
+    Raises:
+        MissingArtifact: a file is there and is damaged.
+    """
+    manifest = run.manifest()
+    found = measured(run)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "recipe_sha256": manifest.get("recipe_sha256"),
+        "seed": manifest.get("seed"),
+        "stages": {name: _stage(name, manifest["stages"].get(name), statuses or {}) for name in STAGES},
+        "metric": found.metric,
+        "confidence": found.confidence,
+        "interval": found.interval,
+        "scores": _by_artifact(run, found.scores, SCORE_KEYS),
+        "parity": _by_artifact(run, found.parity, PARITY_KEYS),
+        "bench": _bench(run),
+        "bench_open": _bench_open(run),
+        "environment": {**NO_ENVIRONMENT, **manifest.get("environment", {})},
+    }
+
+
+def _stage(name: str, entry: Mapping[str, Any] | None, statuses: Mapping[str, str]) -> dict[str, Any]:
+    recorded = (entry or {}).get("status", "missing")
+    return {"status": statuses.get(name, recorded), **cost_of(entry)}
+
+
+def _by_artifact(run: Run, entries: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    names = sorted(entries, key=lambda name: _rank(run, name))
+    return {name: {key: entries[name].get(key) for key in keys} for name in names}
+
+
+def _rank(run: Run, artifact: str) -> tuple[int, str]:
+    """The order in which artifacts come to be: the base, what was trained, what was made of it."""
+    order = ("base", "adapter", "merged", *run.recipe.export.formats)
+    return (order.index(artifact) if artifact in order else len(order)), artifact
+
+
+def _raw_bench(run: Run) -> list[dict[str, Any]]:
+    return [read(path) for path in sorted(run.folder("bench").glob("*.json"))]
+
+
+def _bench(run: Run) -> list[dict[str, Any]]:
+    records = [_bench_record(raw) for raw in _raw_bench(run) if raw["concurrency"] is not None]
+    return sorted(records, key=lambda r: (_rank(run, r["artifact"]), r["runtime"], r["concurrency"]))
+
+
+def _bench_open(run: Run) -> list[dict[str, Any]]:
+    """Loads whose requests arrive by themselves, the slowest first."""
+    records = [
+        {
+            **{key: raw[key] for key in ("runtime", "artifact")},
+            **{key: raw["load"][key] for key in ("request_rate", "share")},
+            **_latencies(raw),
+            **{key: raw.get(key) for key in (*THROUGHPUT_KEYS, "requests_per_second", "goodput_per_second")},
+            "doubts": raw.get("doubts") or [],
+        }
+        for raw in _raw_bench(run)
+        if raw["concurrency"] is None
+    ]
+    return sorted(records, key=lambda r: (_rank(run, r["artifact"]), r["request_rate"]))
+
+
+def _latencies(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: {p: (raw.get(key) or {}).get(p) for p in ("p50", "p99")} for key in LATENCY_KEYS}
+
+
+def _bench_record(raw: Mapping[str, Any]) -> dict[str, Any]:
+    named = {key: raw[key] for key in LOAD_KEYS}
+    return {
+        **named,
+        **_latencies(raw),
+        **{key: raw.get(key) for key in (*THROUGHPUT_KEYS, *COST_KEYS, *METHOD_KEYS)},
+        "tool": (raw.get("load") or {}).get("tool"),
+        "doubts": raw.get("doubts") or [],
+    }
+
+
+def quality(figures: Summary) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Score and parity of every artifact that has either: (name, score, parity), nulls where one is absent."""
+    scores, parity = figures["scores"], figures["parity"]
+    names = [*scores, *(name for name in parity if name not in scores)]
+    nothing: tuple[dict[str, Any], dict[str, Any]] = dict.fromkeys(SCORE_KEYS), dict.fromkeys(PARITY_KEYS)
+    return [(name, scores.get(name, nothing[0]), parity.get(name, nothing[1])) for name in names]
+
+
+def doubts(figures: Summary) -> list[str]:
+    """What is odd about a bench's timings, so that its figures may be wrong."""
+    closed = [(f"{r['artifact']} × {r['concurrency']}", r) for r in figures["bench"]]
+    opened = [(f"{r['artifact']}, {r['request_rate']:.3g} a second", r) for r in figures["bench_open"]]
+    return [f"{load}: {doubt}" for load, record in (*closed, *opened) for doubt in record["doubts"]]
+
+
+def verdict(figures: Summary) -> str:
+    """Whether the change of the score is more than chance, as far as two intervals can tell."""
+    base, adapter = figures["scores"].get("base"), figures["scores"].get("adapter")
+    if not base or not adapter or base["low"] is None or adapter["low"] is None:
+        return ""
+    if adapter["low"] > base["high"]:
+        return "The adapter is better than the base model: their intervals do not meet."
+    if adapter["high"] < base["low"]:
+        return "The adapter is worse than the base model: their intervals do not meet."
+    return "The intervals of base model and adapter overlap: the difference may be chance."
+
+
+def refused(figures: Summary) -> list[tuple[str, str]]:
+    """(artifact, why) for every limit that one did not keep."""
+    from qkit.measure.evidence import Breach
+
+    marked = ((name, breach) for name, parity in figures["parity"].items() for breach in parity["failed"] or ())
+    return [(name, Breach(**breach).words) for name, breach in marked]
+
+
+def remarks(figures: Summary) -> list[tuple[str, str]]:
+    """(artifact, what to know about its distance) where the runtime that measured it is not the one that will run it."""
+    from qkit.plugins.exporter import remark
+
+    return [
+        (name, words)
+        for name, found in figures["parity"].items()
+        if found["kl_mean"] is not None and (words := remark(name))
+    ]
+
+
+def farthest(figures: Summary) -> str | None:
+    """The artifact with the largest mean distance to what was trained; the adapter's own row is what bf16 makes of it."""
+    judged = {name: p for name, p in figures["parity"].items() if name != APART}
+    distances = {name: p["kl_mean"] for name, p in judged.items() if p["kl_mean"] is not None}
+    return max(distances, key=lambda name: distances[name], default=None)
+
+
+# --- figures as text: the only place where numbers get units --------------------------------------------------------
+
+
+def headline(figures: Summary) -> str:
+    """The result in one line, such as `call match: 0 → 52 of 100 (95 % interval 42–62)`."""
+    after = figures["scores"].get("adapter")
+    if after is None:
+        return "not evaluated yet"
+    before = figures["scores"].get("base")
+    change = f"{trimmed(before['score'])} → " if before else ""
+    interval = f" ({interval_name(figures)} {interval_text(after)})" if after["low"] is not None else ""
+    return f"{figures['metric'] or 'score'}: {change}{trimmed(after['score'])} of 100{interval}"
+
+
+def interval_name(figures: Summary) -> str:
+    """`95 % interval`, or `interval` when the run does not say how wide."""
+    return f"{100 * figures['confidence']:g} % interval" if figures["confidence"] else "interval"
+
+
+def interval_text(entry: Mapping[str, Any]) -> str:
+    """`42–62`."""
+    return ABSENT if entry["low"] is None else f"{trimmed(entry['low'])}–{trimmed(entry['high'])}"

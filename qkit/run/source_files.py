@@ -1,0 +1,84 @@
+"""The files on this machine that a recipe names: rows, their answers, a chat template. What was made of them is out of date once they change.
+
+Hub ids and pypi: sources are left out: they are known by their name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from qkit.core.errors import DataError, short
+from qkit.core.sources import is_there
+from qkit.recipe import chat_templates
+from qkit.recipe.schema import SPLITS, Recipe
+
+
+def named_files(how: Recipe) -> dict[Path, list[Path]]:
+    """By each file or folder that is named, the files that are read there; what is not there, or empty, is left out."""
+    found = {path.resolve(): data_files(path.resolve()) for path in map(_path, _texts(how)) if is_there(path)}
+    return {named: files for named, files in found.items() if files}
+
+
+def _texts(how: Recipe) -> Iterator[str]:
+    for source in (source for split in SPLITS for source in getattr(how.data, split)):
+        yield from filter(None, (source.source, source.answers))
+    if how.model.chat_template and how.model.chat_template not in chat_templates.named():
+        yield how.model.chat_template
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+# Suffix to loader of `datasets`. The rest we read ourselves: JSON to name the line that is broken, CSV to keep every field the text
+# that it is ("007", "NA"), where type inference would make numbers and nothing of it.
+LOADERS = {".parquet": "parquet", ".txt": "text", ".md": "text"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (*JSON_SUFFIXES, *DELIMITERS, *LOADERS)
+ABOUT = ("README", "LICENSE")  # what a folder says of itself is not a part of its data
+SAVED = ("dataset_info.json", "state.json")  # beside the rows of a Dataset that save_to_disk wrote
+
+
+def saved_kind(path: Path) -> str:
+    """Whether datasets' save_to_disk wrote a folder: "Dataset" or "DatasetDict", or ""."""
+    if (path / "dataset_dict.json").is_file():
+        return "DatasetDict"
+    return "Dataset" if all((path / name).is_file() for name in SAVED) else ""
+
+
+def data_files(path: Path) -> list[Path]:
+    """The file itself, or what a folder holds of known files, by name; hidden ones aside."""
+    if not path.is_dir():
+        return [path]
+    if saved_kind(path):
+        return sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".json"))
+    _refuse_parts_of_saved(path)
+    return [
+        file
+        for file in sorted(path.rglob("*"))
+        if suffix_of(file) in SUFFIXES and file.is_file() and not file.name.startswith((".", *ABOUT))
+    ]
+
+
+def _refuse_parts_of_saved(path: Path) -> None:
+    """Raise DataError for what is a part of what save_to_disk wrote, or holds several: its .json files tell of rows and are none."""
+    saved = sorted(
+        str(folder.relative_to(path)) for folder in path.rglob("*") if folder.is_dir() and saved_kind(folder)
+    )
+    if saved:
+        raise DataError(
+            f"{path}: holds data sets written by save_to_disk ({short(', '.join(saved))}); name one of them as a source: {path / saved[0]}"
+        )
+    if any(path.rglob("*.arrow")) and any(file.name in SAVED for file in path.rglob("*.json")):
+        missing = [name for name in SAVED if not (path / name).is_file()]
+        raise DataError(
+            f"{path}: is a part of a data set written by save_to_disk; it lacks {' and '.join(missing)}: save it again, or give its rows "
+            "as Parquet or JSON lines"
+        )
+
+
+def suffix_of(file: Path) -> str:
+    """.jsonl, for rows.jsonl and rows.JSONL.gz."""
+    return Path(file.stem if file.suffix == ".gz" else file.name).suffix.lower()

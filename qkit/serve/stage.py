@@ -1,0 +1,25 @@
+"""The stage: a server that comes up, is asked, and goes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qkit.core.device import detect
+from qkit.core.files import write_json
+from qkit.run.directory import Peak, Run
+from qkit.runtimes import vllm
+from qkit.serve.lifecycle import ready
+
+
+def run(run: Run, out: Path) -> Peak:
+    """Serve for the other stages of `qkit run` until it closes our standard input. Returns the server's peak memory."""
+    section = run.recipe.serve.model_copy(update={"port": 0, "host": "127.0.0.1"})
+    log = run.log("serve").with_name("vllm.log")
+    log.unlink(missing_ok=True)
+    with ready(vllm.Server(run.need("export", "vllm"), run.root.name, section, detect(), log)) as running:
+        write_json(out / "server.json", running.describe())  # from now on verify and bench find it
+        while os.read(0, 4096):
+            continue
+        peak_bytes = running.meter.sample()
+    return Peak(peak_bytes, "rss_tree")

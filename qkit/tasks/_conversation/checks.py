@@ -1,0 +1,385 @@
+"""What is looked at in every row once it is tokenized. Each check reads the finished row, not the code that made it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qkit.chat.conversation import Parted, goes_through_parts, text_of, texts_in
+from qkit.chat.template import ASKED, Renderer, TemplateRefusal, compact
+from qkit.core.strict_json import Rounded
+from qkit.plugins.task import THINKING
+from qkit.tasks._conversation.encode import IGNORED, Row
+
+PROBE, SAID, CALLED = "qkit_probe_1729", "qkit_said_1729", "qkit_called_1729"  # a tool, a text, a call's argument
+PROBE_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": PROBE, "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
+PROBE_CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "call00000", "type": "function", "function": {"name": PROBE, "arguments": {"x": CALLED}}}],
+}
+
+
+SECOND = {**PROBE_TOOL, "function": {**PROBE_TOOL["function"], "name": SAID}}
+FIRST_MARK = 1_729_000_001  # numbers that no other text of a row holds
+
+
+Found = Iterator[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What template, tokenizer and model were seen to do. `openings`: special tokens that begin a turn; `vocabulary`: its size.
+
+    `offering`: what they do where a conversation offers tools; a template may do something else then, or be another one.
+    """
+
+    writes_system: bool
+    writes_tools: bool
+    writes_calls: bool
+    expects_bos: bool
+    bos: int | None
+    stops: frozenset[int]
+    openings: frozenset[int]
+    vocabulary: int
+    offering: Facts | None = None
+
+
+def facts(reader: Renderer, vocabulary: int) -> Facts:
+    """Probe a template with marked conversations. `vocabulary`: rows of the model's embedding."""
+    return replace(_facts(reader, vocabulary, ()), offering=_facts(reader, vocabulary, (PROBE_TOOL,)))
+
+
+def _facts(reader: Renderer, vocabulary: int, tools: Sequence[Any]) -> Facts:
+    reader = reader.meeting(tools)
+    tokenizer = reader.tokenizer
+    plain: list[int] = tokenizer("a")["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    user = reader.encode([_asked(reader, tools)])[0]
+    stops = frozenset({reader.end, eos} - {None})
+    return Facts(
+        writes_system=_writes(reader, SAID, [{"role": "system", "content": SAID}, ASKED], tools),
+        writes_tools=all(_writes(reader, mark, [ASKED], [PROBE_TOOL, SECOND]) for mark in (PROBE, SAID)),
+        writes_calls=_writes(reader, CALLED, [ASKED, PROBE_CALL], tools),
+        expects_bos=bos is not None and plain[:1] == [bos],
+        bos=bos,
+        stops=stops,
+        openings=(frozenset(user) & reader.special) - stops,
+        vocabulary=vocabulary,
+    )
+
+
+def _asked(reader: Renderer, tools: Sequence[Any]) -> str:
+    """A question as the template writes it; one that takes no tools is asked without them."""
+    try:
+        return reader.render((ASKED,), tools, answered=True)
+    except TemplateRefusal:
+        return reader.render((ASKED,), answered=True)
+
+
+def _writes(reader: Renderer, mark: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> bool:
+    try:
+        return mark in reader.render(messages, tools, answered=True)
+    except TemplateRefusal:
+        return False
+
+
+def examine(reader: Renderer, seen: Facts, row: Row, loss: str, closely: bool) -> Found:
+    """Everything that is found in a row: (check, words). `closely`: also what takes the time of decoding it."""
+    reader, seen = reader.meeting(row.tools), (row.tools and seen.offering) or seen
+    yield from row.findings
+    yield from _labels(row)
+    yield from _bos(seen, row)
+    yield from _vocabulary(seen, row)
+    yield from _rounded(row)
+    if row.text:
+        yield from _conversation(reader, seen, row, loss, closely)
+    elif row.start > 1 or IGNORED in row.labels[1:]:
+        yield from _foreign(seen, row)
+
+
+def _conversation(reader: Renderer, seen: Facts, row: Row, loss: str, closely: bool) -> Found:
+    said = list(_said(reader, seen, row))
+    yield from said
+    legible = {"content", "special_text"}.isdisjoint(name for name, _ in said)
+    cut = any(name == "answer_cut" for name, _ in row.findings)
+    if not cut and not _ends_learnt(seen, row):
+        yield (
+            "turn_end",
+            f"ends with {reader.tokenizer.decode(row.input_ids[-2:])!r}, which ends no turn or carries no loss",
+        )
+    if loss == "all":
+        if IGNORED in row.labels[1:]:
+            yield "mask", f"has {row.labels[1:].count(IGNORED)} tokens without loss, data.loss is all"
+        return
+    yield from _headers(seen, row)
+    if closely and legible and not cut:
+        yield from _mask(reader, row)
+
+
+def _labels(row: Row) -> Found:
+    for place, (token, label) in enumerate(zip(row.input_ids, row.labels, strict=True)):
+        if label not in (token, IGNORED):
+            yield "mask", f"learns {label} at its token {place}, which is {token}"
+            return
+
+
+def _bos(seen: Facts, row: Row) -> Found:
+    if seen.bos is None or row.continues:
+        return
+    first = list(row.input_ids[:2])
+    if first == [seen.bos, seen.bos]:
+        yield "bos", "begins with it twice"
+    elif seen.expects_bos and first[:1] != [seen.bos]:
+        yield "bos", "begins without it"
+
+
+def _vocabulary(seen: Facts, row: Row) -> Found:
+    largest, least = max(row.input_ids), min(row.input_ids)
+    if largest >= seen.vocabulary or least < 0:
+        worst = largest if largest >= seen.vocabulary else least
+        yield "vocabulary", f"has the id {worst}; the model has 0 to {seen.vocabulary - 1}"
+
+
+def _rounded(row: Row) -> Found:
+    """Numbers out of a table that have lost digits where they were integers."""
+    calls = [message.get("tool_calls") for message in (*row.messages, row.reply)]
+    if (found := _first_rounded([*filter(None, calls), *row.tools, row.variables])) is not None:
+        yield "rounded", f"holds {found!r}"
+
+
+def _first_rounded(value: Any) -> Rounded | None:
+    if isinstance(value, str):
+        return None
+    if isinstance(value, dict | list | tuple):
+        inside = map(_first_rounded, value.values() if isinstance(value, dict) else value)
+        return next((found for found in inside if found is not None), None)
+    return value if isinstance(value, Rounded) else None
+
+
+def _ends_learnt(seen: Facts, row: Row) -> bool:
+    """Whether every stretch of learnt tokens is closed by a token that ends a turn."""
+    labels = row.labels
+    last = [
+        i for i in range(1, len(labels)) if labels[i] != IGNORED and (i + 1 == len(labels) or labels[i + 1] == IGNORED)
+    ]
+    return all(labels[i] in seen.stops for i in last)
+
+
+def _headers(seen: Facts, row: Row) -> Found:
+    if not seen.openings.isdisjoint(row.labels):
+        yield "headers", "carries loss where a turn begins"
+
+
+def _foreign(seen: Facts, row: Row) -> Found:
+    """Tokens from elsewhere: an end of turn right after learnt tokens that is masked itself, and turns of others that are learnt."""
+    ids, labels = row.input_ids, row.labels
+    for i in range(1, len(ids)):
+        if labels[i] == IGNORED and labels[i - 1] != IGNORED and ids[i] in seen.stops and ids[i - 1] not in seen.stops:
+            yield "turn_end", f"its token {i} ends the turn and is masked"
+            break
+    yield from _headers(seen, row)
+
+
+# --- what is said, and whether it is still there ------------------------------------------------------------------------
+
+
+@dataclass
+class _Walk:
+    """Through a row's text, turn by turn: what is said later is looked for behind what was said before, and found nowhere else."""
+
+    text: str
+    at: int = 0
+
+    def kept(self, said: str) -> str:
+        """How much of a text comes next: "exact" but for white space around it, "dense" but for any, or nothing ("").
+
+        As it is, or as JSON, in which Llama 3.1's template writes the results of tools.
+        """
+        bare = said.strip()
+        forms = (bare, *(json.dumps(bare, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)))
+        for form in forms:
+            if (found := self.text.find(form, self.at)) >= 0:
+                self.at = found + len(form)
+                return "exact"
+        rest = _dense(self.text[self.at :])
+        return "dense" if any(_dense(form) in rest for form in forms) else ""
+
+
+def _said(reader: Renderer, seen: Facts, row: Row) -> Found:
+    messages, walk = [*row.messages, row.reply], _Walk(row.text)
+    for number, message in enumerate(messages, start=1):
+        yield from _message(reader, seen, row, number, message, walk)
+    yield from _calls(reader, seen, row, messages)
+    yield from _white_space(reader, row, messages)
+    if row.tools and not seen.writes_tools:
+        yield "tools", f"offers {len(row.tools)} tools"
+
+
+def _message(reader: Renderer, seen: Facts, row: Row, number: int, message: Mapping[str, Any], walk: _Walk) -> Found:
+    role, content = message["role"], text_of(message.get("content"))
+    earlier = role == "assistant" and message is not row.reply
+    thought = "" if earlier else message.get(THINKING[0]) or ""  # a server leaves out earlier thinking as well
+    texts = texts_in(message.get("content"))
+    if role in ("system", "developer"):
+        if content.strip() and not seen.writes_system:
+            yield "system", f"its system turn {content.strip()[:40]!r}"
+            texts = []
+        walk = _Walk(row.text)  # some templates write it into the last question
+    for said, what in ((thought, "the thinking of "), *((text, "") for text in texts)):
+        if (kept := walk.kept(said)) != "exact":
+            lost = "white_space" if kept else "prefix_stable" if earlier else "content"
+            yield lost, f"{what}its turn {number} ({role}): {said.strip()[:40]!r}"
+    written = content if len(message) == 2 else compact(message)  # thinking and calls are read as well
+    if mark := reader.marks.search(written):
+        yield "special_text", f"{mark.group()!r} in turn {number} ({role})"
+
+
+def _calls(reader: Renderer, seen: Facts, row: Row, messages: Sequence[Mapping[str, Any]]) -> Found:
+    """Turns of which the template leaves out a call, its name or a value of its arguments.
+
+    Rendered again with marks in their place, since `f` and `1` stand in any text.
+    """
+    turns = [number for number, message in enumerate(messages, start=1) if message.get("tool_calls")]
+    if not seen.writes_calls or not turns:
+        yield from (("tool_calls", f"its turn {number}") for number in turns)
+        return
+    marks: dict[str, str] = {}  # and what it stands for
+    changed = [_marked_turn(message, number, marks) for number, message in enumerate(messages, start=1)]
+    try:
+        written = reader.render(changed, row.tools, True, row.variables)
+    except TemplateRefusal:  # it takes the row's own names only
+        return
+    yield from (("tool_calls", words) for mark, words in marks.items() if mark not in written)
+
+
+def _marked_turn(message: Mapping[str, Any], number: int, marks: dict[str, str]) -> Mapping[str, Any]:
+    calls = [
+        {**call, "function": _marked_call(call["function"], f"call {place} of its turn {number}", marks)}
+        for place, call in enumerate(message.get("tool_calls") or (), start=1)
+    ]
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _marked_call(function: Mapping[str, Any], where: str, marks: dict[str, str]) -> Mapping[str, Any]:
+    return {**function, **{key: _marked(function.get(key), where, marks) for key in ("name", "arguments")}}
+
+
+def _marked(value: Any, where: str, marks: dict[str, str]) -> Any:
+    """A value of the same form with a mark of its own in place of each text and number."""
+    if isinstance(value, Mapping):
+        return {key: _marked(item, where, marks) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(item, where, marks) for item in value]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return value
+    number = FIRST_MARK + len(marks)
+    mark: Any = f"qkit{number}" if isinstance(value, str) else number if isinstance(value, int) else number + 0.5
+    marks[str(mark)] = f"{where}: {compact(value)[:40]}"
+    return mark
+
+
+def _white_space(reader: Renderer, row: Row, messages: Sequence[Mapping[str, Any]]) -> Found:
+    """Learnt turns of which the template leaves out white space at the beginning or the end: it writes them as it writes them without.
+
+    (Of a question it is left out by a server too.) Rendered again, since white space that is gone cannot be told from the white space
+    that a template puts around a turn. What is learnt all the same, as the line ends within <think> are, is not lost.
+    """
+    whole, learnt = -1, ""
+    for turn, key, text, replaced in _pieces(reader, row, messages):
+        if text == text.strip() or not text.strip() or text.strip() not in row.text:
+            continue
+        whole = whole if whole >= 0 else _written(reader, row, messages)
+        learnt = learnt or _learnt(reader, row)
+        for place, cut in (("beginning", text.lstrip()), ("end", text.rstrip())):
+            gone = len(text) - len(cut)
+            changed = [*messages[:turn], {**messages[turn], key: replaced(cut)}, *messages[turn + 1 :]]
+            around = text[: len(text.rstrip())] if place == "beginning" else text[len(text) - len(text.lstrip()) :]
+            if gone and whole - _written(reader, row, changed) < gone and around not in learnt:
+                white = text[:gone] if place == "beginning" else text[-gone:]
+                what = "" if key == "content" else "the thinking of "
+                yield "white_space", f"{white[:20]!r} at the {place} of {what}its turn {turn + 1} (assistant)"
+
+
+Piece = tuple[int, str, str, Callable[[str], Any]]
+
+
+def _pieces(reader: Renderer, row: Row, messages: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
+    """The texts of learnt turns, and what their value is with another text in place of one.
+
+    What is said in parts is one text, or to a template that goes through them a text each.
+    """
+    for turn in row.turns:
+        for key in ("content", THINKING[0]):
+            value = messages[turn].get(key) or ""
+            parts = texts_in(value)
+            if len(parts) > 1 and goes_through_parts(reader.tokenizer.get_chat_template(tools=list(row.tools) or None)):
+                for place, part in enumerate(parts):
+                    yield turn, key, part, functools.partial(_with_part, parts, place)
+            else:
+                yield turn, key, str(text_of(value)), str
+
+
+def _with_part(parts: Sequence[str], place: int, text: str) -> Parted:
+    return Parted([*parts[:place], text, *parts[place + 1 :]])
+
+
+def _learnt(reader: Renderer, row: Row) -> str:
+    """What carries loss, as text."""
+    return "\0".join(reader.tokenizer.decode(row.input_ids[begin:end]) for begin, end in spans(row.labels))
+
+
+def _written(reader: Renderer, row: Row, messages: Sequence[Mapping[str, Any]]) -> int:
+    """How many characters the template writes for these turns; 0 where it refuses them."""
+    try:
+        return len(reader.render(messages, row.tools, True, row.variables))
+    except TemplateRefusal:
+        return 0
+
+
+def _dense(text: str) -> str:
+    """Text without white space, which templates trim and add."""
+    return "".join(text.split())
+
+
+# --- the mask, read back ------------------------------------------------------------------------------------------------
+
+
+def spans(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Stretches of tokens that carry loss: (first, one past the last)."""
+    found, begin = [], None
+    for index, label in enumerate([*labels, IGNORED]):
+        if label != IGNORED and begin is None:
+            begin = index
+        elif label == IGNORED and begin is not None:
+            found.append((begin, index))
+            begin = None
+    return found
+
+
+def _mask(reader: Renderer, row: Row) -> Found:
+    """The learnt tokens, decoded: as many stretches as turns; the last one is the answer and the end of its turn."""
+    stretches = spans(row.labels)
+    if len(stretches) != len(row.turns):
+        yield "mask", f"{len(stretches)} stretches carry loss for {len(row.turns)} turns"
+        return
+    if stretches and stretches[-1][0] != row.start:
+        yield "mask", f"learns from token {stretches[-1][0]} on; its answer begins at {row.start}"
+        return
+    said = [*(text_of(row.messages[turn].get("content")) for turn in row.turns[:-1]), row.answer]
+    for (begin, end), content in zip(stretches, said, strict=True):
+        learnt = _dense(reader.tokenizer.decode(row.input_ids[begin:end]))
+        if not _holds(reader, learnt, content) or not learnt.endswith(_dense(reader.ending)):
+            yield "mask", f"learns {learnt[:40]!r} where {content.strip()[:40]!r} was said"
+            return
+
+
+def _holds(reader: Renderer, learnt: str, content: str) -> bool:
+    """Whether decoded text holds what was said: to the letter, or as the tokenizer gives it back (Qwen's composes accents)."""
+    return _dense(content) in learnt or _dense(reader.tokenizer.decode(reader.encode([content])[0])) in learnt

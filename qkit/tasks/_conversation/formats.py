@@ -1,0 +1,382 @@
+"""The forms in which training data come, and how a record of each becomes an example; "auto" tells them apart by their columns.
+
+messages            messages (role, content; weight or train), tools, system
+sharegpt            conversations (from, value), tools, system
+tokenized           input_ids, labels, attention_mask
+alpaca              instruction, input, output, history, tools, system
+prompt_completion   prompt, completion: each text or a list of turns; tools, system
+text                text
+
+Beside these a conversation may have chat_template_kwargs, an object, and columns that are called as variables of the chat template are
+(enable_thinking). The thinking of an answer is a key of its turn, or where that is text a column beside it: reasoning_content, reasoning
+or thinking. What nothing reads is noted by its name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qkit.core.errors import short
+from qkit.plugins.task import NO_MORE, THINKING, Conversation, Example, Reads, RowError, Text
+from qkit.recipe.schema import Data
+from qkit.tasks._conversation.tokenized import View, tokenized_row
+from qkit.tasks._conversation.turns import (
+    Notes,
+    Turn,
+    listing,
+    loaded,
+    parsed,
+    plain,
+    printable,
+    shown,
+    string,
+    thought_of,
+    tools_of,
+    turns_of,
+    without_fillers,
+)
+from qkit.tasks._conversation.validity import KWARGS, SYSTEM, check_empty, check_order, check_texts
+
+BESIDE_TURNS = ("tools", "system", KWARGS)
+# Arguments of transformers' apply_chat_template that decide what is done with the text: no variables of a template.
+RESERVED = {
+    *(
+        "conversation",
+        "messages",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+    ),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "processor_kwargs"),
+}
+TRUTH = {
+    "true": True,
+    "false": False,
+}  # tables of text have no other way to write them, and a template takes any text for true
+SWITCHED = TRUTH | {"1": True, "yes": True, "on": True, "0": False, "no": False, "off": False}
+
+
+@dataclass(frozen=True)
+class Form:
+    """The columns of a format, and what makes an example of them."""
+
+    needs: tuple[str, ...]
+    takes: tuple[str, ...]
+    build: Callable[[View, Notes], Example]
+
+
+def recognised(record: Mapping[str, Any], section: Data) -> str:
+    """The name of the format whose columns a record has.
+
+    Raises:
+        RowError: of none.
+    """
+    here = [column for column, value in record.items() if value is not None]
+    for columns in (here, list(record)):
+        for name, form in FORMS.items():
+            if all(column_of(need, columns, section) is not None for need in form.needs):
+                return name
+    raise RowError(_not_recognised(record, section))
+
+
+def example(
+    record: Mapping[str, Any], format: str, section: Data, accepted: Any = None, reads: Reads = NO_MORE
+) -> Example:
+    """A record of that format ("auto": recognised) as an example, checked by the rules of `data.clean`.
+
+    `accepted` answers become a conversation's `reference`. `reads`: what the model's template reads.
+
+    Raises:
+        RowError: it cannot be used, or a rule that is not "keep" is against it.
+    """
+    name = recognised(record, section) if format == "auto" else format
+    notes = Notes(section, reads)
+    try:
+        found = FORMS[name].build(_view(record, name, section), notes)
+        if isinstance(found, Conversation):
+            variables = variables_of(record, name, section, notes)
+            found = replace(found, reference=accepted, variables=variables)
+        note_columns(record, columns_taken(record, FORMS[name], section, reads), section, notes, found, accepted)
+        return checked(replace(found, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
+    except RecursionError:
+        raise RowError("is nested too deeply to be written down") from None
+    except RowError as error:
+        if error.rule == "empty" and section.clean.empty == "keep":
+            raise RowError(str(error)) from None  # there is nothing that could be kept
+        raise
+
+
+def variables_of(record: Mapping[str, Any], name: str, section: Data, notes: Notes) -> dict[str, Any]:
+    """What a record gives to the template beside turns and tools: chat_template_kwargs, and columns that the template reads.
+
+    Raises:
+        RowError: the two do not say the same, or there is one that is no variable.
+    """
+    theirs = column_of(KWARGS, list(record), section)
+    read = theirs is not None and record[theirs] and not notes.left_out(theirs)
+    given = _kwargs(record[theirs], theirs, notes) if read and theirs is not None else {}
+    for key in given:
+        if key not in notes.reads.variables:
+            notes.add(f"{theirs}.{key}", given[key])
+    for key, value in _variable_columns(record, name, section, notes):
+        if key in given and given[key] != value:
+            raise RowError(
+                f"{key} is {shown(value)} in its column and {shown(given[key])} in {theirs}: keep one of both"
+            )
+        given[key] = value
+    return given
+
+
+def _kwargs(value: Any, column: str, notes: Notes) -> dict[str, Any]:
+    found = parsed(value, column)
+    if not isinstance(found, Mapping):
+        raise RowError(f"{column} is not an object: {shown(value)}")
+    if reserved := RESERVED & found.keys():
+        raise RowError(
+            f"{column} holds {', '.join(sorted(reserved))}, which no row decides: only variables of the template"
+        )
+    for key, item in found.items():
+        if key in notes.reads.switches and isinstance(item, str):
+            raise RowError(
+                f"{key} of {column} is the text {shown(item)}, and {key} is a switch of the chat template, to which any text is "
+                "true: write true or false, without quotes"
+            )
+    return {str(key): item for key, item in without_fillers(found).items()}
+
+
+def _variable_columns(record: Mapping[str, Any], name: str, section: Data, notes: Notes) -> Iterator[tuple[str, Any]]:
+    """Columns that the template reads and the format does not."""
+    own = columns_taken(record, FORMS[name], section, notes.reads)
+    for key in sorted(notes.reads.variables):
+        theirs = column_of(key, list(record), section)
+        if theirs is None and key in section.columns:
+            raise RowError(missing_column(key, name, list(record), section))
+        if theirs is None or theirs in own or notes.left_out(theirs) or record[theirs] in (None, ""):
+            continue
+        value = without_fillers(record[theirs])
+        if key == "documents":  # a list, as transformers has it; in a table often the text of one
+            value = listing(value, theirs, "is not a list of documents")
+        yield key, _switched(value, key, theirs, notes) if key in notes.reads.switches else _untexted(value)
+
+
+def _switched(value: Any, key: str, column: str, notes: Notes) -> Any:
+    """True or false for a variable of which the template asks no more, however a table writes it."""
+    said = str(int(value)) if isinstance(value, int | float) and value in (0, 1) else value
+    if isinstance(said, str) and said.strip().lower() not in SWITCHED:
+        raise RowError(
+            f"{column} is {shown(value)}, and {key} is a switch of the chat template, to which any text is true: write true or false"
+        )
+    return SWITCHED[said.strip().lower()] if isinstance(said, str) else value
+
+
+def _untexted(value: Any) -> Any:
+    """What a field of a table means where only text can be: true, false, or the JSON of a list or an object."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return parsed(value, "a variable")
+        except RowError:  # it is a text that begins so
+            return value
+    return TRUTH.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def columns_taken(record: Mapping[str, Any], form: Form, section: Data, reads: Reads) -> set[str]:
+    """The columns of a record that a format takes, by their own names."""
+    found = {ours: column_of(ours, list(record), section) for ours in (*form.needs, *form.takes)}
+    return {
+        theirs
+        for ours, theirs in found.items()
+        if theirs is not None and (ours not in THINKING or _is_thought(record[theirs], ours, reads))
+    }
+
+
+def note_columns(
+    record: Mapping[str, Any], taken: Set[str], section: Data, notes: Notes, found: Example, accepted: Any = None
+) -> None:
+    """Note the columns that neither the format (`taken` are its) nor the template nor the recipe reads."""
+    names = [*(found.variables if isinstance(found, Conversation) else ()), section.group]
+    names += [section.stratify] if section.split is not None else []
+    used = taken | {section.columns.get(name, name) for name in names if name is not None}
+    used |= {"id"} if accepted is not None else set()
+    label = section.columns.get(section.stratify or "", section.stratify)
+    for column in record:
+        notes.match(str(column))
+        if column not in used or (column == label and _is_missed(found, record[column])):
+            notes.add(str(column), record[column])
+
+
+def _is_missed(found: Example, label: Any) -> bool:
+    """Whether a label that the recipe spreads over the splits looks like what should have been learnt: a text's, or a verdict."""
+    return isinstance(found, Text) or isinstance(label, bool)
+
+
+def checked(found: Example, section: Data) -> Example:
+    """An example that can be learnt from, with `data.system` before a conversation that has no system turn.
+
+    Raises:
+        RowError: nothing is said where something should be, a character cannot be used, or the turns are in no order to learn from.
+    """
+    check_texts(found, section)
+    if section.clean.empty != "keep":
+        check_empty(found)
+    if not isinstance(found, Conversation):
+        return found
+    check_order([message["role"] for message in found.messages])
+    return _with_system(found, section.system) if section.system else found
+
+
+def column_of(ours: str, columns: Sequence[str], section: Data) -> str | None:
+    """Their column for our name, if there; a column that is mapped to one of our names is no other's."""
+    if ours in section.columns:
+        return theirs if (theirs := section.columns[ours]) in columns else None
+    taken = any(theirs == ours and name in KNOWN for name, theirs in section.columns.items())
+    return ours if ours in columns and not taken else None
+
+
+def _view(record: Mapping[str, Any], name: str, section: Data) -> View:
+    """The columns of a format, under our names, without those that are null."""
+    form, columns = FORMS[name], list(record)
+    found = {ours: column_of(ours, columns, section) for ours in (*form.needs, *form.takes)}
+    for ours, theirs in found.items():
+        if theirs is None and (ours in form.needs or ours in section.columns):
+            raise RowError(missing_column(ours, name, columns, section))
+    view = {ours: record[theirs] for ours, theirs in found.items() if theirs is not None}
+    left_out = {ours for ours, theirs in found.items() if theirs in section.ignore}
+    return {
+        ours: value
+        for ours, value in view.items()
+        if ours in form.needs or (value is not None and ours not in left_out)
+    }
+
+
+def missing_column(ours: str, name: str, columns: Sequence[str], section: Data) -> str:
+    theirs = section.columns.get(ours, ours)
+    mapped = f" (data.columns maps {ours} to it)" if ours in section.columns else f", which format {name} needs"
+    close = difflib.get_close_matches(theirs, list(map(str, columns)), n=1)
+    nearest = f"; did you mean {short(repr(close[0]))}?" if close else ""
+    return f"has no column {short(repr(theirs))}{mapped}; it has the columns {listed(columns)}{nearest}"
+
+
+def _not_recognised(record: Mapping[str, Any], section: Data) -> str:
+    """What is wrong with the map, where it names columns that are not there; else what would have been right."""
+    columns = list(record)
+    for ours, theirs in section.columns.items():
+        if ours in KNOWN and theirs not in columns:
+            return missing_column(ours, "auto", columns, section)
+    wanted = ", or ".join(" and ".join(form.needs) for form in FORMS.values())
+    return (
+        f"has the columns {listed(columns)}; wanted {wanted}: "
+        "map yours with data.columns, such as {prompt: question, completion: answer}"
+    )
+
+
+def unknown_column(section: Data, reads: Reads) -> str:
+    """What is wrong with the first name in data.columns that is nobody's and so would have no effect; "" where there is none."""
+    known = sorted({*KNOWN, *reads.variables, *filter(None, (section.group, section.stratify))})
+    for ours, theirs in section.columns.items():
+        if ours not in known:
+            close = difflib.get_close_matches(ours, known, n=1)
+            nearest = f", did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+            return (
+                f"data.columns maps {short(repr(ours))} to {short(repr(theirs))}, and {short(repr(ours))} is neither a column of a format "
+                f"nor a variable of the chat template{nearest}"
+            )
+    return ""
+
+
+def listed(columns: Iterable[str]) -> str:
+    """Names of columns, for a message."""
+    return short(printable(", ".join(sorted(map(str, columns))))) or "(none)"
+
+
+def _messages(view: View, notes: Notes) -> Conversation:
+    return _conversation(turns_of(view["messages"], "messages", notes), view, notes)
+
+
+def _sharegpt(view: View, notes: Notes) -> Conversation:
+    return _conversation(turns_of(view["conversations"], "conversations", notes), view, notes)
+
+
+def _prompt_completion(view: View, notes: Notes) -> Conversation:
+    prompt = _text_or_turns(view["prompt"], "prompt", "user", notes)
+    if isinstance(view["completion"], str):
+        return _conversation([*prompt, _answer(view["completion"], view, notes)], view, notes)
+    for name in THINKING:  # a list of turns says itself what was thought
+        notes.add(notes.path(name), view.get(name))
+    return _conversation([*prompt, *_text_or_turns(view["completion"], "completion", "assistant", notes)], view, notes)
+
+
+def _answer(said: str, view: View, notes: Notes) -> Turn:
+    """The assistant's turn with the thinking that the record has in a column of its own."""
+    message, decided = plain("assistant", said)
+    return {
+        **message,
+        **thought_of(
+            {name: view[name] for name in THINKING if _is_thought(view.get(name), name, notes.reads)}, "the record"
+        ),
+    }, decided
+
+
+def _is_thought(value: Any, name: str, reads: Reads) -> bool:
+    """Whether it is what was thought, and not the template's switch of this name."""
+    return isinstance(value, str) and not (name in reads.switches and value.strip().lower() in SWITCHED)
+
+
+def _text_or_turns(value: Any, column: str, role: str, notes: Notes) -> list[Turn]:
+    problem = f"is neither text nor a list of turns{loaded(value)}"
+    return [plain(role, value)] if isinstance(value, str) else turns_of(value, column, notes, problem)
+
+
+def _alpaca(view: View, notes: Notes) -> Conversation:
+    asked = [string(view.get(column, ""), column) for column in ("instruction", "input")]
+    prompt = plain("user", "\n\n".join(text for text in asked if text.strip()))
+    answer = _answer(string(view["output"], "output"), view, notes)
+    return _conversation([*_history(view.get("history", [])), prompt, answer], view, notes)
+
+
+def _history(value: Any) -> Iterator[Turn]:
+    """Earlier questions and their answers."""
+    for number, pair in enumerate(listing(value, "history", "is not a list of pairs"), start=1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowError(f"pair {number} of history is no question and answer: {shown(pair)}")
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            yield plain(role, string(said, f"pair {number} of history"))
+
+
+def _text(view: View, _: Notes) -> Text:
+    return Text(string(view["text"], "text"))
+
+
+def _conversation(said: Sequence[Turn], view: View, notes: Notes) -> Conversation:
+    """Turns with what the record's other columns say: the system turn and the tools."""
+    system = string(view.get("system", ""), "system")
+    turns = [plain("system", system), *said] if system.strip() else said
+    trained = tuple(decided for _, decided in turns)
+    return Conversation(
+        messages=tuple(message for message, _ in turns),
+        tools=tuple(tools_of(view.get("tools", []), notes)),
+        trained=trained if any(decided is not None for decided in trained) else (),
+    )
+
+
+def _with_system(found: Conversation, system: str) -> Conversation:
+    if found.messages[0]["role"] in SYSTEM:
+        return found
+    trained = (None, *found.trained) if found.trained else ()
+    return replace(found, messages=({"role": "system", "content": system}, *found.messages), trained=trained)
+
+
+FORMS = {  # in the order in which columns are tried
+    "messages": Form(("messages",), BESIDE_TURNS, _messages),
+    "sharegpt": Form(("conversations",), BESIDE_TURNS, _sharegpt),
+    "tokenized": Form(("input_ids",), ("labels", "attention_mask"), tokenized_row),
+    "alpaca": Form(("instruction", "output"), ("input", "history", *THINKING, *BESIDE_TURNS), _alpaca),
+    "prompt_completion": Form(("prompt", "completion"), (*THINKING, *BESIDE_TURNS), _prompt_completion),
+    "text": Form(("text",), (), _text),
+}
+KNOWN = {column for form in FORMS.values() for column in (*form.needs, *form.takes)}

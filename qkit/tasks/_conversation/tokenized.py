@@ -1,0 +1,56 @@
+"""Rows that somebody else has tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qkit.plugins.task import RowError, Tokens
+from qkit.tasks._conversation.turns import Notes, listing, shown
+
+IGNORED = -100
+MAX_ID = 2**31 - 1  # token ids are kept in 32 bits
+
+
+View = Mapping[str, Any]  # a record by our names
+
+
+def tokenized_row(view: View, _: Notes) -> Tokens:
+    ids = _ints(view["input_ids"], "input_ids")
+    labels = _ints(view["labels"], "labels") if "labels" in view else ids
+    if len(labels) != len(ids):
+        raise RowError(f"has {len(ids)} input_ids and {len(labels)} labels")
+    if ids and not 0 <= min(ids) <= max(ids) <= MAX_ID:
+        raise RowError(f"has input_ids from {min(ids)} to {max(ids)}; they can be 0 to {MAX_ID}")
+    if "attention_mask" in view:
+        first, last = _unmasked(view["attention_mask"], len(ids))
+        ids, labels = ids[first:last], labels[first:last]
+    if not ids:
+        raise RowError("input_ids is empty", "empty")
+    _check_labels(ids, labels)
+    return Tokens(tuple(ids), tuple(labels))
+
+
+def _check_labels(ids: Sequence[int], labels: Sequence[int]) -> None:
+    for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if label not in (token, IGNORED):
+            raise RowError(f"labels {label} at {place}, where the token is {token}: a label is its token, or {IGNORED}")
+
+
+def _ints(value: Any, column: str) -> list[int]:
+    found = listing(value, column, "is not a list of integers")
+    if not set(map(type, found)) <= {int}:
+        raise RowError(f"{column} is not a list of integers: {shown(found)}")
+    return found
+
+
+def _unmasked(value: Any, count: int) -> tuple[int, int]:
+    """Where the ones of an attention mask begin and end: beyond them is padding."""
+    mask = _ints(value, "attention_mask")
+    ones = mask.count(1)
+    first = mask.index(1) if ones else 0
+    if len(mask) != count or mask[first : first + ones] != [1] * ones or mask.count(0) != count - ones:
+        raise RowError(
+            f"attention_mask has {len(mask)} values for {count} input_ids, or is not ones with zeros before and after them"
+        )
+    return first, first + ones

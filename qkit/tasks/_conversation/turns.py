@@ -1,0 +1,311 @@
+"""Turns, tools and calls as data sets write them, in the form that chat templates read. A value may be of any type: what cannot be
+read is a RowError that says where it is; what nothing reads is noted by its name.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import reprlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from qkit.chat.conversation import FUNCTION_KEYS, content_of
+from qkit.core.errors import short
+from qkit.core.strict_json import Struct, decode
+from qkit.plugins.task import NO_MORE, THINKING, Message, Reads, RowError
+from qkit.recipe.schema import Data
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SPEAKERS = dict(zip(ROLES, ROLES, strict=True)) | {
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+}
+EXTRAS = ("name", "tool_call_id")  # what chat templates read of any turn beside role and content
+TURN = ("role", "from", "content", "value", *EXTRAS)
+MARKS = ("train", "weight")
+ANSWER = (*THINKING, "tool_calls", "function_call")  # of an assistant's turn
+PART = ("type", "text", "refusal")
+TOOL = ("type", "function")
+OFFERED = (*FUNCTION_KEYS, *TOOL)  # of a function that is offered: what a server hands on
+CALL = ("id", "type", "function")
+FUNCTION = ("name", "arguments")
+NOTED = 40  # names of a record that nothing reads
+LOADED = (dt.date, dt.time, dt.timedelta, decimal.Decimal, bytes)  # what loaders make of columns; a datetime is a date
+
+
+Turn = tuple[Message, bool | None]  # and whether the record says that it is learnt
+
+
+class Notes:
+    """What of a record nothing reads, in order, by names such as `label` and `messages.id`; those in data.ignore aside."""
+
+    def __init__(self, section: Data, reads: Reads = NO_MORE):
+        self.unread: dict[str, None] = {}
+        self.matched: dict[str, None] = {}  # patterns of data.ignore
+        self.reads = reads
+        self._columns = section.columns
+        self._ignore = section.ignore
+
+    def path(self, column: str) -> str:
+        """The name of a column of ours in the record."""
+        return self._columns.get(column, column)
+
+    def left_out(self, path: str) -> bool:
+        """Whether data.ignore names just this: then it is not read at all."""
+        return path in self.match(path)
+
+    def match(self, path: str) -> list[str]:
+        """The patterns of data.ignore that this name matches; they are noted."""
+        found = [pattern for pattern in self._ignore if fnmatchcase(path, pattern)]
+        self.matched.update(dict.fromkeys(found))
+        return found
+
+    def add(self, path: str, value: Any) -> None:
+        """Note what nothing reads, if it holds anything."""
+        ignored = self.match(path)
+        nothing = value is None or (isinstance(value, str | list | Mapping) and not value)
+        if not (nothing or ignored or len(self.unread) >= NOTED):
+            self.unread[path] = None
+
+    def take(self, given: Mapping[str, Any], known: Collection[str], path: str) -> None:
+        """Note all but the known keys."""
+        for key in given:
+            if key not in known:
+                self.add(f"{path}.{key}", given[key])
+
+
+def plain(role: str, content: str) -> Turn:
+    """A turn of which nothing is said but who speaks."""
+    return {"role": role, "content": content}, None
+
+
+def turns_of(value: Any, column: str, notes: Notes, problem: str = "is not a list of turns") -> list[Turn]:
+    """The turns in a column: a list, or the JSON text of one.
+
+    Raises:
+        RowError: it is no such list (`problem` says so), it is empty, or a turn of it cannot be read.
+    """
+    found = listing(value, column, problem)
+    if not found:
+        raise RowError(f"{column} is empty: there are no turns", "empty")
+    path = notes.path(column)
+    return [_turn(turn, f"turn {number} of {column}", path, notes) for number, turn in enumerate(found, start=1)]
+
+
+def _turn(value: Any, where: str, path: str, notes: Notes) -> Turn:
+    """A turn by the names that chat templates read; nulls are columns that other rows of the table have."""
+    given = _mapping(value, where, path, notes)
+    speaker = _speaker(given, where)
+    role, content = SPEAKERS[speaker], one_of(given, ("content", "value"), where)
+    known = (*TURN, *(MARKS + ANSWER if role == "assistant" else ()))
+    more = {key: given[key] for key in given if key not in known and key in notes.reads.keys}
+    known = tuple(key for key in known if key != "name" or role == "tool" or key in notes.reads.keys)
+    notes.take({key: given[key] for key in given if key not in more and not _no_mark(key, given[key])}, known, path)
+    calls = _calls(given, where, path, notes)
+    if calls and role != "assistant":
+        raise RowError(f"{where} is by {speaker!r} and has tool calls, which only an assistant makes", "roles")
+    if speaker == "function_call":
+        calls, content = [*calls, *_said_calls(content, where, path, notes)], None
+    message: dict[str, Any] = {"role": role, "content": _content(content, where, path, notes, optional=bool(calls))}
+    extras = {key: string(given[key], f"{key} of {where}") for key in EXTRAS if key in given}
+    thought: Message = thought_of(given, where) if role == "assistant" else {}
+    written = {key: without_fillers(item) for key, item in more.items()}
+    called = {"tool_calls": calls} if calls else {}
+    return {**message, **extras, **thought, **written, **called}, _decided(given, where)
+
+
+def _speaker(given: Mapping[str, Any], where: str) -> str:
+    """Who speaks, as the turn has it; both names may be there when they name the same."""
+    said = [given[key] for key in ("role", "from") if key in given]
+    for speaker in said or [None]:
+        if not isinstance(speaker, str):
+            raise RowError(f"{where} needs a role and a content: {shown(given)}")
+        if speaker not in SPEAKERS:
+            raise RowError(f"{where} is by {shown(speaker)}; known are {', '.join(SPEAKERS)}", "roles")
+    if SPEAKERS[said[0]] != SPEAKERS[said[-1]]:
+        raise RowError(f"{where} has the role {said[0]!r} and is from {said[-1]!r}: keep one of both", "roles")
+    return str(said[0])
+
+
+def one_of(given: Mapping[str, Any], names: Iterable[str], where: str) -> Any:
+    """What stands under several names for one thing; None where there is none.
+
+    Raises:
+        RowError: under two of them stands something, and not the same.
+    """
+    there = [name for name in names if given.get(name) is not None]
+    said = [name for name in there if given[name] != ""] or there
+    for name in said:
+        if given[name] != given[said[0]]:
+            raise RowError(
+                f"{where} has {said[0]} and {name}, two names for one thing, and they differ: "
+                f"{shown(given[said[0]])} and {shown(given[name])}; keep one of both"
+            )
+    return given[said[0]] if said else None
+
+
+def thought_of(given: Mapping[str, Any], where: str) -> Message:
+    """The thinking of a turn, under the first of its names.
+
+    Raises:
+        RowError: it is no text, or stands there twice and differs.
+    """
+    for name in THINKING:
+        if name in given:
+            string(given[name], f"{name} of {where}")
+    thought = one_of(given, THINKING, where)
+    return {} if thought is None else {THINKING[0]: thought}
+
+
+def _no_mark(key: str, value: Any) -> bool:
+    """Whether it says of a turn that it is not learnt: true of everybody's but the assistant's."""
+    return key in MARKS and not value
+
+
+def _decided(given: Mapping[str, Any], where: str) -> bool | None:
+    """Whether the record says that a turn is learnt: OpenAI's `weight`, or `train`."""
+    said = {name: given[name] for name in MARKS if name in given}
+    for name, value in said.items():
+        if value not in (0, 1):
+            raise RowError(f"{where} has the {name} {shown(value)}; it can be 0 or 1")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise RowError(
+            f"{where} has the train {shown(said['train'])} and the weight {shown(said['weight'])}: keep one of both"
+        )
+    return next((bool(value) for value in said.values()), None)
+
+
+def _content(value: Any, where: str, path: str, notes: Notes, optional: bool) -> str:
+    """The text of a turn; text in parts is one text."""
+    if not isinstance(value, str | list) and not (value is None and optional):
+        raise RowError(f"{where} needs a role and a content, both text: {shown(value)}{loaded(value)}")
+    for number, part in enumerate(value if isinstance(value, list) else (), start=1):
+        inside = f"{path}.content"
+        notes.take(_mapping(part, f"part {number} of {where}", inside, notes), PART, inside)
+    try:
+        return content_of(value, where, "only text can be learnt")
+    except ValueError as error:
+        raise RowError(short(printable(str(error)))) from None
+
+
+def tools_of(value: Any, notes: Notes) -> Iterator[Mapping[str, Any]]:
+    """Function descriptions as templates read them: {"type": "function", "function": {"name": ...}}."""
+    path, found = notes.path("tools"), parsed(value or [], "tools")
+    for number, tool in enumerate(listing(found or [], "tools", "is not a list of functions"), start=1):
+        where = f"function {number} of tools"
+        given = _mapping(tool, where, path, notes)
+        if "function" in given:
+            notes.take(given, TOOL, path)
+        function = given.get("function", tool)
+        held = _mapping(function, where, path, notes)
+        _name(held, where)
+        notes.take(held, OFFERED, f"{path}.function" if "function" in given else path)
+        yield {"type": "function", "function": without_fillers(function)}
+
+
+def _calls(given: Mapping[str, Any], where: str, path: str, notes: Notes) -> list[Message]:
+    """A turn's tool calls; `function_call` is what they were called before there could be several."""
+    said = listing(given.get("tool_calls") or [], f"tool_calls of {where}", "is not a list of calls")
+    inside = f"{path}.tool_calls"
+    calls = [_call(call, f"call {number} of {where}", inside, notes) for number, call in enumerate(said, start=1)]
+    if given.get("function_call"):
+        old = _call(given["function_call"], f"call {len(calls) + 1} of {where}", f"{path}.function_call", notes)
+        calls += [] if any(call["function"] == old["function"] for call in calls) else [old]  # under both names
+    return calls
+
+
+def _said_calls(content: Any, where: str, path: str, notes: Notes) -> list[Message]:
+    """The calls in a turn of which the text is the call."""
+    value = parsed(content, where)
+    return [_call(call, where, path, notes) for call in (value if isinstance(value, list) else [value])]
+
+
+def _call(value: Any, where: str, path: str, notes: Notes) -> Message:
+    """A call with its arguments as an object, because that is what templates write down."""
+    given = _mapping(value, where, path, notes)
+    function = _mapping(given.get("function", given), where, path, notes)
+    if "function" in given:
+        notes.take(given, CALL, path)
+        notes.take(function, FUNCTION, f"{path}.function")
+    else:
+        notes.take(given, CALL + FUNCTION, path)
+    arguments = function.get("arguments", {})
+    read = parsed(arguments, f"arguments of {where}") if arguments else {}
+    if not isinstance(read, Mapping):
+        raise RowError(f"arguments of {where} are not an object: {shown(arguments)}")
+    named = {"name": _name(function, where), "arguments": without_fillers(read)}
+    identity = {"id": string(given["id"], f"id of {where}")} if "id" in given else {}
+    return {"type": "function", **identity, "function": named}
+
+
+def _name(function: Mapping[str, Any], where: str) -> str:
+    if not isinstance(function.get("name"), str):
+        raise RowError(f"{where} has no name: {shown(function)}")
+    return str(function["name"])
+
+
+def listing(value: Any, what: str, problem: str) -> list[Any]:
+    """A list, or the JSON text of one."""
+    found = parsed(value, what)
+    if not isinstance(found, list):
+        raise RowError(f"{what} {problem}: {shown(value)}")
+    return found
+
+
+def parsed(value: Any, what: str) -> Any:
+    """A value, or what the JSON text of one says."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return decode(value)
+    except ValueError as error:
+        raise RowError(f"{what} is text that is not JSON ({error}): {shown(value)}") from None
+
+
+def _mapping(value: Any, where: str, path: str, notes: Notes) -> dict[str, Any]:
+    """What an object holds, but for nulls and what is not to be read."""
+    if not isinstance(value, Mapping):
+        raise RowError(f"{where} is not an object: {shown(value)}")
+    return {str(key): item for key, item in value.items() if item is not None and not notes.left_out(f"{path}.{key}")}
+
+
+def string(value: Any, what: str) -> str:
+    """The value, if it is text; else a RowError that begins with `what`."""
+    if not isinstance(value, str):
+        raise RowError(f"{what} is not text: {shown(value)}{loaded(value)}")
+    return value
+
+
+def loaded(value: Any) -> str:
+    """What to do about a value that a loader made: the rows had text there, or a type that JSON lacks."""
+    if not isinstance(value, LOADED):
+        return ""
+    return (
+        f": {type(value).__name__} is the data set's own type, or what its loader took text for; make it text first "
+        '(datasets: cast_column(NAME, Value("string"))), or give the rows as JSON lines, which are read as they stand'
+    )
+
+
+def without_fillers(value: Any) -> Any:
+    """A value without what is null in objects out of a table, where each has the keys of all others. What is null in JSON is meant."""
+    if isinstance(value, Struct):
+        return {str(key): without_fillers(item) for key, item in value.items() if item is not None}
+    if isinstance(value, Mapping):
+        return {str(key): without_fillers(item) for key, item in value.items()}
+    return [without_fillers(item) for item in value] if isinstance(value, list) else value
+
+
+def shown(value: Any) -> str:
+    """A value of any size and depth, for a message."""
+    return short(printable(reprlib.repr(value)))
+
+
+def printable(text: str) -> str:
+    """Text that any output takes: lone surrogates are written out."""
+    return text.encode("utf-8", "backslashreplace").decode()

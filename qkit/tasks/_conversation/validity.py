@@ -1,0 +1,102 @@
+"""Whether a row can be learnt from: texts that are usable, turns in an order that makes sense."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qkit.core.errors import short
+from qkit.plugins.task import Conversation, Example, Message, RowError, Text, Tokens
+from qkit.recipe.schema import Data
+from qkit.tasks._conversation.tokenized import IGNORED
+from qkit.tasks._conversation.turns import loaded, printable, shown
+
+SYSTEM = ("system", "developer")
+SURROGATE = re.compile("[\ud800-\udfff]")
+UNUSABLE = re.compile("[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\ufffd]")
+NAMES = {"\x00": "NUL", "\ufffd": "the replacement character"}
+KWARGS = "chat_template_kwargs"  # TRL's and vLLM's name for a template's variables
+
+
+def check_texts(found: Example, section: Data) -> None:
+    if isinstance(found, Text):
+        check_text(found.text, "text", section)
+    if isinstance(found, Conversation):
+        for number, message in enumerate(found.messages, start=1):
+            # most turns are a role and a content; walking through those too would double the time for a row
+            said = message["content"] if len(message) == 2 else message
+            check_text(said, f"turn {number} ({message['role']})", section)
+        check_text(found.tools, "tools", section)
+        check_text(found.variables, KWARGS, section)
+        check_text(found.reference, "the accepted answer", section)
+
+
+def check_text(value: Any, where: str, section: Data) -> None:
+    """Look for characters that cannot be learnt in every text of a value, keys of objects included.
+
+    Raises:
+        RowError: there is one, or the value is not what JSON can hold.
+    """
+    keep = section.clean.unicode == "keep"
+    text = value if isinstance(value, str) else "\n".join(_strings(value, where))
+    found = (SURROGATE if keep else UNUSABLE).search(text)
+    if found:
+        sign = found.group()
+        name = NAMES.get(sign) or ("half a surrogate pair" if SURROGATE.match(sign) else "a control character")
+        raise RowError(f"{where} holds U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
+
+
+def _strings(value: Any, where: str, key: str = "") -> Iterator[str]:
+    """Every text in a value. `key`: under which it stands, for a message."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _strings(name, where)
+            yield from _strings(item, where, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item, where, key)
+    elif not (value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
+        at = f" (in {short(printable(key[1:]))})" if key else ""
+        kind = type(value).__name__
+        raise RowError(f"{where} holds {shown(value)}, a {kind}, which JSON has no way to write{at}{loaded(value)}")
+
+
+def check_empty(found: Example) -> None:
+    if isinstance(found, Text) and not found.text.strip():
+        raise RowError("text is empty or only white space", "empty")
+    if isinstance(found, Tokens) and not set(found.labels) - {IGNORED}:
+        raise RowError("has no label that is learnt", "empty")
+    if isinstance(found, Conversation):
+        for number, message in enumerate(found.messages, start=1):
+            if message["role"] in ("user", "assistant") and not _says(message):
+                raise RowError(f"turn {number} ({message['role']}) is empty or only white space", "empty")
+
+
+def _says(message: Message) -> bool:
+    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content", "").strip())
+
+
+def check_order(roles: Sequence[str]) -> None:
+    problem = _order_problem(roles)
+    if problem:
+        raise RowError(problem, "roles")
+
+
+def _order_problem(roles: Sequence[str]) -> str:
+    """What is wrong with the order of the turns, or nothing."""
+    if roles[-1] != "assistant":
+        return f"has no assistant turn at its end (the last turn is by {roles[-1]!r}): nothing to learn from it"
+    if len(roles) == 1:
+        return "has an assistant turn and nothing before it: there is no prompt"
+    for number, (before, role) in enumerate(zip(["", *roles], roles, strict=False), start=1):
+        if role in SYSTEM and number > 1:
+            return f"has a system turn at place {number}; there can be one, and it comes first"
+        if role == before and role in ("user", "assistant"):
+            return f"has two {role} turns in a row, {number - 1} and {number}"
+        if role == "tool" and before not in ("assistant", "tool"):
+            return f"has a tool turn at place {number}, and no assistant turn before it that calls a tool"
+    return ""

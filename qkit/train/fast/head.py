@@ -1,0 +1,77 @@
+"""The language-model head on labelled positions only.
+
+Half to nine tenths of a row is prompt and carries no loss; its logits (vocabulary x 4 bytes each) need not exist.
+Reference: TRL's loss and the models' own, in tests/test_fast.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from qkit.model.load import scaled
+from qkit.train.collate import IGNORED
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+POSITIONS_STEP = 32
+POSITIONS_AT_ONCE = 1024  # row_losses holds the logits of no more; a multiple of POSITIONS_STEP
+
+
+def labelled_loss(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], items: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Mean cross-entropy over labelled tokens: their sum divided by `items`, the labels of the whole accumulated batch.
+
+    `batch`: what `collate` or `collate_pack` makes. `items` None: the labels of this batch.
+    """
+    rows, places = _labelled(batch["labels"])
+    total = _losses(model, _hidden(model, batch), batch["labels"], rows, places).sum()
+    return total / (len(rows) if items is None else items)
+
+
+def row_losses(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Summed cross-entropy of each row's labelled tokens, in nats: [rows], fp64. For `collate`'s batches, without gradients."""
+    import torch
+
+    rows, places = _labelled(batch["labels"])
+    hidden = _hidden(model, batch)
+    sums = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
+    for row, place in zip(rows.split(POSITIONS_AT_ONCE), places.split(POSITIONS_AT_ONCE), strict=True):
+        losses = _losses(model, hidden, batch["labels"], row, place)
+        sums.index_add_(0, row, losses[: len(row)].double())
+    return sums
+
+
+def _labelled(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and places [labels] of the tokens that predict a labelled one."""
+    rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return rows, places
+
+
+def _hidden(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Last hidden states [rows, tokens, hidden]. A cache, or a mask, would let the documents of a pack see each other."""
+    positions = batch["position_ids"][:1]  # a pack is one row, and the rows of any other batch have all the same
+    decoder = model.get_decoder()
+    states: torch.Tensor = decoder(
+        input_ids=batch["input_ids"], position_ids=positions, use_cache=False
+    ).last_hidden_state
+    return states
+
+
+def _losses(
+    model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, places: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of the token after each of `places`: [places], and zeros up to a multiple of POSITIONS_STEP.
+
+    The filled-up positions are there so that the head sees few distinct shapes.
+    """
+    from torch.nn.functional import cross_entropy, pad
+
+    filler = -len(rows) % POSITIONS_STEP
+    targets = pad(labels[rows, places + 1], (0, filler), value=IGNORED)
+    logits = model.get_output_embeddings()(hidden[pad(rows, (0, filler)), pad(places, (0, filler))])
+    return cross_entropy(scaled(model, logits.float()), targets, reduction="none", ignore_index=IGNORED)

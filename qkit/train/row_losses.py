@@ -1,0 +1,89 @@
+"""Each training row's loss before the first step and after the last: train/losses.parquet.
+
+row           its number in data/train.parquet
+loss_before   mean nats per labelled token under the base model with the fresh adapter, which changes nothing yet
+loss_after    the same under the trained adapter; null until there is one
+
+Rows go through the model alone, never in packs, and no logits are kept beyond a part of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.core.batching import TokenBudgetBatches
+from qkit.core.progress import Progress
+from qkit.train.collate import collate
+from qkit.train.fast.head import row_losses
+from qkit.train.trainer import lengths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def write_before(file: Path, trainer: Any, progress: Progress) -> None:
+    """Write the losses before the first step, unless a run that was killed has. The adapter is still the fresh one, checkpoint or not."""
+    if not _readable(file):
+        before = mean_losses(trainer, progress, "losses before")
+        _write(file, before, [None] * len(before))
+
+
+def _readable(file: Path) -> bool:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return bool(pq.read_table(file).num_rows)
+    except (OSError, pa.ArrowException):  # there is none, or it is damaged
+        return False
+
+
+def write_after(file: Path, trainer: Any, progress: Progress) -> None:
+    """Add the losses after the last step."""
+    import pyarrow.parquet as pq
+
+    before = pq.read_table(file)["loss_before"].to_pylist()
+    _write(file, before, mean_losses(trainer, progress, "losses after"))
+
+
+def mean_losses(trainer: Any, progress: Progress, name: str) -> list[float | None]:
+    """Mean nats per labelled token of each row of the trainer's data set; None for a row without labels."""
+    import torch
+
+    rows = trainer.train_dataset
+    sums = [0.0] * len(rows)
+    batches = list(TokenBudgetBatches(lengths(rows), trainer.batch_tokens, seed=0))
+    with _inference(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
+        for indices in progress.track(batches, name, len(batches)):
+            batch = collate([rows[index] for index in indices], trainer.pad)
+            inputs = {key: value.to(trainer.args.device) for key, value in batch.items()}
+            for index, total in zip(indices, row_losses(trainer.base_model, inputs).tolist(), strict=True):
+                sums[index] = total
+    return [total / count if count else None for total, count in zip(sums, trainer.labelled_tokens, strict=True)]
+
+
+@contextmanager
+def _inference(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout and no checkpointing."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _write(file: Path, before: list[float | None], after: list[float | None]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    numbers = pa.array(range(len(before)), pa.int64())
+    table = pa.table(
+        {"row": numbers, "loss_before": pa.array(before, pa.float64()), "loss_after": pa.array(after, pa.float64())}
+    )
+    partial = file.with_suffix(".part")
+    pq.write_table(table, partial)
+    partial.replace(file)

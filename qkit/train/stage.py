@@ -1,0 +1,339 @@
+"""The stage `train`: recipe -> SFTConfig + LoraConfig -> SFTTrainer -> adapter.
+
+train/adapter/        adapter_model.safetensors, adapter_config.json, and qkit.json: the base it belongs to
+train/metrics.jsonl   one line per logged step
+train/sums.json       the labels that the loss is made of, from the ledger to the divisor
+train/packing.json    whether packed documents were found to see themselves alone (with data.packing)
+train/losses.parquet  each row's loss before and after (with ledger.losses)
+train/memory.json     memory planned and measured, by line
+train/decided.json    what the recipe left open: gradient checkpointing
+train/checkpoints/    the last train.save_total_limit; a killed run goes on from the newest whole one
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.core.device import Device, detect, keep_few_kernels, out_of_memory
+from qkit.core.errors import MissingArtifact, ModelError, OutOfMemory, RecipeError, StageFailed, short
+from qkit.core.files import need_disk, read_json, write_json
+from qkit.core.memory_meter import PeakMeter
+from qkit.core.progress import Bar
+from qkit.model import provenance, source, targets
+from qkit.model.config import shape_of
+from qkit.plan import deployable, fit, solve
+from qkit.plan import plan as plan_plan
+from qkit.plan import speed as plan_speed
+from qkit.recipe import schedule
+from qkit.recipe.schema import Recipe
+from qkit.run.directory import DECIDED, Peak, Run, decisions
+from qkit.train import checkpoints, memory_report, memory_watch, row_losses
+from qkit.train.label_sums import Sums
+from qkit.train.sft import build_trainer, most_labelled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl import SFTTrainer
+
+
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight and two Adam moments
+COUNTS = "Counts"  # the callback that keeps the sums, as a checkpoint names it
+
+
+def run(run: Run, out: Path) -> Peak:
+    """Train the adapter; goes on from the last checkpoint in `out` when there is one. Returns planned and measured peak memory.
+
+    Raises:
+        NotDeployable: a format that the recipe names could not be made of the result, or not be loaded where it goes.
+        StageFailed: the labels that were trained on are not those of the ledger, or the loss is no number.
+    """
+    keep_few_kernels()
+    device = detect()
+    fit.check(run.recipe, device)
+    deployable.check(run.recipe)
+    _check_targets(run.recipe)
+    _check_names(run.recipe)
+    run = Run(run.root, _decided(run, device, out), run.progress)
+    how = run.recipe
+    meter = PeakMeter(device)
+    _warn_of_memory(run, device)
+    folder = source.resolve(how.model)
+    with targets.patterns_of_parameters():
+        trainer = build_trainer(run, folder, device, out)
+    at_once = how.train.save_total_limit + 1  # a new one is whole before an old one goes
+    need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
+    if how.data.packing:
+        _pack_if_isolated(run, trainer, out)
+    _check_steps(run, trainer)
+    if how.ledger.losses:
+        row_losses.write_before(out / "losses.parquet", trainer, run.progress)
+    watcher = _train(run, trainer, meter, out)
+    if how.ledger.losses:
+        row_losses.write_after(out / "losses.parquet", trainer, run.progress)
+    _save(trainer, folder, how, out / "adapter")
+    memory = memory_report.seen(how, device, meter, watcher, most_labelled(trainer))
+    write_json(out / "memory.json", memory.to_dict())
+    return memory.peak()
+
+
+def _decided(run: Run, device: Device, out: Path) -> Recipe:
+    """The recipe with gradient checkpointing on or off; a run that goes on keeps what it had."""
+    if run.recipe.train.gradient_checkpointing != "auto":
+        return run.recipe
+    lengths = read_json(run.need("data", "summary.json")).get("lengths", [])
+    found = plan_plan.checkpointing(run.recipe, device, solve.labelled_of(lengths, run.recipe))
+    before = decisions(out).get(fit.CHECKPOINTING)
+    if before is not None and before != found.on:
+        found = plan_plan.Checkpointing(before, "it was when this training began")
+    write_json(out / DECIDED, {fit.CHECKPOINTING: found.on, "why": found.why})
+    run.progress.say(f"train: gradient checkpointing is {'on' if found.on else 'off'}: {found.why}")
+    train = run.recipe.train.model_copy(update={"gradient_checkpointing": found.on})
+    return run.recipe.model_copy(update={"train": train})
+
+
+def _check_steps(run: Run, trainer: Any) -> None:
+    """See that the recipe goes together with the number of steps, which is known only now.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    total, section = _total_steps(trainer), run.recipe.train
+    schedule.check(section, total)
+    if section.save_steps >= total:
+        run.progress.say(f"train: no checkpoint before the end: train.save_steps={section.save_steps}, {total} steps")
+
+
+def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
+    """All steps that are still to be done; returns the watcher of the second of them."""
+    checkpoint = _going_on_from(run, out / "checkpoints")
+    done, ledger = checkpoints.step_of(checkpoint), read_json(run.need("data", "summary.json"))["splits"]["train"]
+    if checkpoint:
+        state = read_json(checkpoint / "trainer_state.json")["stateful_callbacks"]
+        trainer.sums = Sums(**state[COUNTS]["attributes"])
+    trainer.add_callback(_counts(run, trainer, ledger["labelled_tokens"]))
+    with run.progress.bar("train", _total_steps(trainer), start=done) as bar:
+        trainer.add_callback(_recorder(out / "metrics.jsonl", bar, meter, trainer, done))
+        watcher = _watched(run, trainer, meter, checkpoint)
+    _write_sums(run, trainer, ledger, out)
+    return watcher
+
+
+def _going_on_from(run: Run, folder: Path) -> Path | None:
+    """The checkpoint to go on from, said where an attempt before this one has left any; damaged ones are taken away."""
+    found = checkpoints.newest_whole(folder, lambda text: run.progress.say(f"train: warning: {text}"))
+    if any(folder.glob("checkpoint-*")):
+        run.progress.say(f"train: going on from {found.name}" if found else "train: from the beginning")
+    checkpoints.drop_after(folder, found)
+    return found
+
+
+def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) -> Any:
+    """Train from a checkpoint or from the start with all tensors of the second step watched; how fast it went is remembered.
+
+    Raises:
+        OutOfMemory: with what was over the plan.
+    """
+    watcher = memory_watch.step_watcher(checkpoints.step_of(checkpoint) + 1)
+    if checkpoint and checkpoints.step_of(checkpoint) >= _total_steps(trainer):
+        _load_finished(trainer, checkpoint)
+        return watcher
+    trainer.add_callback(watcher)
+    begin = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        why = memory_report.shortage(run.recipe, meter.device, meter, trainer, most_labelled(trainer))
+        raise OutOfMemory("train", run.root, run.log("train"), f"out of memory: {_first_line(error)}; {why}") from error
+    finally:
+        watcher.close()
+    _remember(
+        run, trainer, meter.device, time.perf_counter() - begin - watcher.seconds, checkpoints.step_of(checkpoint)
+    )
+    return watcher
+
+
+def _load_finished(trainer: Any, checkpoint: Path) -> None:
+    """Stand where a training that has made its last step stood; the trainer itself would make one more."""
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer._load_from_checkpoint(str(checkpoint))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _remember(run: Run, trainer: Any, device: Device, seconds: float, done: int) -> None:
+    """Keep the speed of all steps but the watched one, for plans to come."""
+    steps, rows = trainer.state.global_step - done, read_json(run.need("data", "summary.json"))["splits"]["train"]
+    with contextlib.suppress(ModelError):  # no plan is made for a model of unknown shape
+        if steps > 1:
+            speed = trainer.real_tokens * (steps - 1) / steps / seconds
+            share = rows["labelled_tokens"] / rows["tokens"]
+            plan_speed.remember(run.recipe, shape_of(run.recipe.model), device, speed, share)
+
+
+def _pack_if_isolated(run: Run, trainer: Any, out: Path) -> None:
+    """Train on packs only if this model is seen to keep their documents apart; on batches of rows otherwise."""
+    verdict = trainer.isolation()
+    trainer.packing = verdict.holds
+    write_json(out / "packing.json", {"packing": verdict.holds, **asdict(verdict)})
+    what = "packing" if verdict.holds else "warning: packing is off for this run, rows are trained in batches instead"
+    run.progress.say(f"{what}: each document of a pack sees only itself: {verdict.verdict} ({verdict.reason})")
+
+
+def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) -> None:
+    sums, epochs = trainer.sums, trainer.state.epoch
+    counts = {
+        **{name: ledger[name] for name in ("records", "rows", "dropped")},
+        "epochs": epochs,
+        "ledger_labelled_tokens": ledger["labelled_tokens"],
+        "drawn_labelled_tokens": sums.drawn,
+        "divided_by": sums.divided_by,
+        "in_batches": sums.in_batches,
+    }
+    write_json(out / "sums.json", counts)
+    run.progress.say(
+        f"train: {ledger['labelled_tokens']:,} labelled tokens in the ledger, {epochs:.4g} epochs: {sums.drawn:,} in the rows "
+        f"drawn = {sums.in_batches:,} in the batches = {sums.divided_by:,} that the loss was divided by"
+    )
+
+
+def _check_targets(how: Recipe) -> None:
+    """Raise ModelError where the recipe's lora section names what the model does not have, before anything is loaded."""
+    try:
+        sizes = shape_of(how.model)
+    except ModelError:  # it may be trained all the same, and is asked once it is loaded
+        return
+    targets.planned(how.lora, sizes)
+
+
+def _check_names(how: Recipe) -> None:
+    """Raise RecipeError for an optimizer or an attention that transformers does not know."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.training_args import OptimizerNames
+
+    attention = sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()})
+    for field, given, known in (
+        ("train.optim", how.train.optim, [str(name.value) for name in OptimizerNames]),
+        ("model.attn_implementation", how.model.attn_implementation, attention),
+    ):
+        if given not in known and not (known is attention and "/" in given):  # a kernel of the hub is OWNER/NAME
+            near = difflib.get_close_matches(given, known, n=3, cutoff=0.4)
+            raise RecipeError(
+                f"{field}={short(given)}: transformers knows none of this name; near it are {', '.join(near or known)}"
+            )
+
+
+def _warn_of_memory(run: Run, device: Device) -> None:
+    """Say it before the model is loaded. Only a warning: activations are a bound, and may turn out smaller."""
+    try:
+        shape_of(run.recipe.model)
+    except ModelError as error:  # it may be trained all the same
+        run.progress.say(f"not planned: {error}")
+        return
+    planned = plan_plan.plan(run.recipe, device=device)
+    if not planned.fits:
+        run.progress.say(f"warning: {plan_plan.refusal(planned)}")
+
+
+def _total_steps(trainer: Any) -> int:
+    return schedule.steps(trainer.args, len(trainer.batches()))
+
+
+def _counts(run: Run, trainer: Any, ledger: int) -> Any:
+    """A callback that checks sums and loss at each step, before it is saved, and keeps the sums in each checkpoint.
+
+    A fault costs a step and not the run.
+    """
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+
+    class Counts(TrainerCallback, ExportableState):
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": asdict(trainer.sums)}
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if problem := trainer.sums.problem(state.epoch, ledger) or _astray(trainer, state.global_step):
+                raise StageFailed("train", run.root, run.log("train"), problem)
+            trainer.loss = 0.0
+
+    return Counts()
+
+
+def _astray(trainer: Any, step: int) -> str:
+    """What to say of a step after which the adapter is no longer made of numbers; empty where it is."""
+    figures = {"loss": float(trainer.loss), "gradient norm": float(trainer.grad_norm)}
+    wrong = [f"its {name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
+    if not wrong:
+        return ""
+    return (
+        f"step {step} has gone astray: {', '.join(wrong)}. Lower train.learning_rate, set quantization.bnb_4bit_compute_dtype=bfloat16 "
+        "if it is another, and look at the rows with `qkit inspect`; the last checkpoint before it is kept"
+    )
+
+
+def _recorder(file: Path, bar: Bar, meter: PeakMeter, trainer: SFTTrainer, resumed_at: int) -> Any:
+    """A callback that writes metrics.jsonl and moves the bar. Lines after the checkpoint we go on from are cut away."""
+    from transformers import TrainerCallback
+
+    earlier = [line for line in _lines(file) if line["step"] <= resumed_at]
+    file.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
+    tokens_before = earlier[-1]["tokens"] if earlier else 0
+    seconds_before = earlier[-1]["seconds"] if earlier else 0.0
+    begin = time.perf_counter()
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" not in logs:
+                return
+            seconds = time.perf_counter() - begin
+            line = {
+                "step": state.global_step,
+                "epoch": logs["epoch"],
+                "loss": float(logs["loss"]),
+                "learning_rate": float(logs["learning_rate"]),
+                "grad_norm": float(logs["grad_norm"]),
+                "tokens": tokens_before + trainer.real_tokens,
+                "tokens_per_second": trainer.real_tokens / seconds,
+                "peak_bytes": meter.peak_bytes(),
+                "seconds": seconds_before + seconds,
+            }
+            with file.open("a", encoding="utf-8") as sink:
+                sink.write(json.dumps(line) + "\n")
+            bar.advance(args.logging_steps, loss=line["loss"], tokens_per_second=line["tokens_per_second"])
+
+    return Recorder()
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    whole = [line for line in file.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    return [json.loads(line) for line in whole]
+
+
+def _checkpoint_bytes(trained: PreTrainedModel) -> int:
+    parameters: int = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    return parameters * CHECKPOINT_BYTES_PER_PARAMETER
+
+
+def _save(trainer: SFTTrainer, folder: Path, how: Recipe, adapter: Path) -> None:
+    trained = trainer.model
+    trained.save_pretrained(str(adapter))
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise MissingArtifact(f"{adapter}: peft wrote no adapter_model.safetensors")
+    quantized = source.quantized_names(trained.get_base_model()) if how.quantization.load_in_4bit else []
+    names = [name.replace(".base_layer.weight", ".weight") for name in quantized]
+    provenance.write_adapter_note(adapter, folder, how, names)

@@ -1,0 +1,200 @@
+"""SFTTrainer with qkit's batches or packs, its head where the device says so, and a count of every label that the loss is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.core.batching import PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
+from qkit.train import checkpoints, pack_isolation
+from qkit.train.collate import IGNORED, collate, collate_pack
+from qkit.train.fast.head import labelled_loss
+from qkit.train.label_sums import Sums
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+    from datasets import Dataset
+    from torch.utils.data import DataLoader
+    from trl import SFTTrainer as Base
+else:
+    Base = object
+
+
+class Counted(Base):
+    """What qkit changes in SFTTrainer. `train_dataset` has the columns input_ids and labels, and with `packing` pack and position."""
+
+    def __init__(
+        self,
+        *args: Any,
+        pad: int,
+        batch_tokens: int,
+        labelled_head: bool,
+        packing: bool = False,
+        micro_batches: int = 1,
+        checkpoints_kept: int = 1,
+        **kwargs: Any,
+    ):
+        self.checkpoints_kept = checkpoints_kept
+        self.packing = packing
+        self.micro_batches = micro_batches
+        self.sums = Sums()
+        self.real_tokens = 0
+        self.loss: Any = 0.0  # of the step that is being made
+        self.grad_norm: Any = 0.0
+        self.pad = pad
+        self.batch_tokens = batch_tokens
+        self._labelled_head = labelled_head
+        super().__init__(*args, data_collator=self.collate, **kwargs)
+        self.labelled_tokens, self._label_checksums = label_counts(self.train_dataset)
+        # Both losses divide by num_items_in_batch, whatever the model's own forward takes.
+        self.model_accepts_loss_kwargs = True
+        # TRL holds the adapter in bf16, where small optimizer steps round to nothing; autocast computes in bf16 anyway.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch or a pack, with the numbers of its rows."""
+        import torch
+
+        batch = (collate_pack if self.packing else collate)(rows, self.pad)
+        return {**batch, "rows": torch.tensor([row["row"] for row in rows])}
+
+    def batches(self) -> SeededBatches:
+        """The batch sampler, at its first epoch."""
+        return batches(self.train_dataset, self.batch_tokens, self.args.seed, self.packing)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        from torch.utils.data import DataLoader
+
+        numbered = self.train_dataset.add_column("row", range(len(self.train_dataset)))
+        loader: DataLoader[Any] = DataLoader(numbered, batch_sampler=self.batches(), collate_fn=self.collate)
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Forward and backward of a batch, in as many parts as were asked for: their losses add up, as do their gradients."""
+        self._count(inputs, num_items_in_batch)
+        sizes = part_sizes(len(inputs["input_ids"]), self.micro_batches)
+        parts = zip(*(tensor.split(sizes) for tensor in inputs.values()), strict=True)
+        total = 0.0
+        for part in parts:
+            total += super().training_step(model, dict(zip(inputs, part, strict=True)), num_items_in_batch)
+        self.loss += total
+        return total
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' schedule, but that the rate is above 0 from the first step of a warm-up on and at its full height after the last."""
+        from torch.optim.lr_scheduler import LambdaLR
+        from transformers import get_scheduler
+
+        rising = self.args.get_warmup_steps(num_training_steps)
+        made = super().create_scheduler(num_training_steps, optimizer)
+        if not rising:
+            return made
+        optimizer = optimizer or self.optimizer
+        later = get_scheduler(self.args.lr_scheduler_type, optimizer, rising + 1, num_training_steps + 1)
+        rate = later.lr_lambdas[0]
+        self.lr_scheduler = LambdaLR(optimizer, lambda step: rate(step + 1))
+        return self.lr_scheduler
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Sealed when it is whole, and only then are older ones deleted."""
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir)
+        checkpoints.seal(folder / f"checkpoint-{self.state.global_step}")
+        checkpoints.thin(folder, self.checkpoints_kept)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.grad_norm
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        if not self._labelled_head:
+            return self._bare_loss(model, inputs, num_items_in_batch)
+        with self.accelerator.autocast():
+            return self._bare_loss(self.base_model, inputs, num_items_in_batch)
+
+    def _bare_loss(self, model: Any, inputs: Any, items: Any) -> torch.Tensor:
+        if self._labelled_head:
+            return labelled_loss(model, inputs, items)
+        loss: torch.Tensor = super().compute_loss(model, inputs, num_items_in_batch=items)
+        return loss
+
+    @property
+    def base_model(self) -> Any:
+        """The model inside PEFT's wrapper, with the adapter in its layers."""
+        return self.accelerator.unwrap_model(self.model).get_base_model()
+
+    def _count(self, inputs: dict[str, torch.Tensor], items: torch.Tensor) -> None:
+        """Once for each batch that is used; `items` counts when the accumulated gradients are stepped on."""
+        rows, ids = inputs.pop("rows").tolist(), inputs["input_ids"]
+        labelled = inputs["labels"] == ids  # an ignored label is no token's id
+        self.real_tokens += int(inputs.pop("lengths").sum())
+        self.sums.drawn += sum(self.labelled_tokens[row] for row in rows)
+        self.sums.drawn_checksum += sum(self._label_checksums[row] for row in rows)
+        self.sums.in_batches += int(labelled.sum())
+        self.sums.in_batches_checksum += int(ids[labelled].sum())
+        if self.accelerator.sync_gradients:
+            self.sums.divided_by += int(items)
+
+    def isolation(self) -> pack_isolation.Verdict:
+        """Whether this trainer's way to a loss keeps the documents of a pack apart."""
+        self.model.eval()  # TRL's loss keeps its own figures, and keeps those of an evaluation apart
+        return pack_isolation.check(self.base_model, self._replica_loss)
+
+    def _replica_loss(self, replica: Any, inputs: Any, items: int) -> torch.Tensor:
+        if not self._labelled_head and "forward" not in vars(replica):
+            add_trl_head(replica)
+        return self._bare_loss(replica, inputs, items)
+
+
+def trainer_class() -> Any:
+    """The trainer as a subclass of SFTTrainer. A function, to import TRL no sooner than needed."""
+    from trl import SFTTrainer
+
+    return type("Trainer", (Counted, SFTTrainer), {})
+
+
+def add_trl_head(model: Any) -> None:
+    """TRL's fused head on a model that no SFTTrainer has seen."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+
+
+def batches(rows: Dataset, batch_tokens: int, seed: int, packing: bool) -> SeededBatches:
+    """The batch sampler for `rows`: its packs, or batches by token budget."""
+    if packing:
+        return PackBatches(rows["pack"][:], rows["position"][:], seed)
+    return TokenBudgetBatches(lengths(rows), batch_tokens, seed)
+
+
+def lengths(rows: Dataset) -> list[int]:
+    """Tokens of each row."""
+    import pyarrow.compute as pc
+
+    counts: list[int] = pc.list_value_length(_column(rows, "input_ids")).to_pylist()
+    return counts
+
+
+def label_counts(rows: Dataset) -> tuple[list[int], list[int]]:
+    """For each row: how many of its tokens carry loss, and the sum of their ids."""
+    import numpy as np
+
+    counts: list[int] = []
+    checksums: list[int] = []
+    for chunk in _column(rows, "labels").chunks:
+        labels, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+        labelled = labels != IGNORED
+        for sums, values in ((counts, labelled), (checksums, np.where(labelled, labels, 0))):
+            before = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+            sums.extend((before[offsets[1:]] - before[offsets[:-1]]).tolist())
+    return counts, checksums
+
+
+def _column(rows: Dataset, name: str) -> pa.ChunkedArray:
+    return rows.with_format("arrow")[:].column(name)
