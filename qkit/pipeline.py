@@ -91,7 +91,7 @@ def execute(run: Run, name: str) -> None:
         if run.log(name).exists():
             os.truncate(run.log(name), 0)
         run.save_recipe()
-        run.adopt()
+        run.refresh_mtimes()
         _check_inputs(run, stage)
         _remark(run, stage)
         key, inputs = _key(run, stage), _inputs(run, stage)
@@ -182,7 +182,7 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
     deployable.check(run.recipe)
     with run.locked():
         run.save_recipe()
-        run.adopt()
+        run.refresh_mtimes()
         serves, beside = STAGES["serve"] in stages_of(run.recipe), detect().server_beside_model
         with _Server(run, options) as server:
             for stage in stages_of(run.recipe):

@@ -352,7 +352,7 @@ def test_changed_rows_are_noticed(tiny_recipe: Path, rows_file: Path, tmp_path: 
     pipeline._check_inputs(run, stages.STAGES["train"])
     rows_file.write_bytes(before)
     assert pipeline.statuses(run)["data"] == "done"
-    run.adopt()
+    run.refresh_mtimes()
     [[stamp]] = [files.values() for files in run.manifest()["stages"]["data"]["sources"].values()]
     assert stamp["mtime_ns"] == rows_file.stat().st_mtime_ns
     rows_file.write_bytes(before.replace(b"say a", b"SAY a", 1))
