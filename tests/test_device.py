@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for nvidia-smi is a shell script")
 
-FOUND = "import json, sys; from qkit.device import detect; json.dump(detect().to_dict(), sys.stdout); assert 'torch' not in sys.modules"
+FOUND = "import json, sys; from qkit.core.device import detect; json.dump(detect().to_dict(), sys.stdout); assert 'torch' not in sys.modules"
 CUDA_TORCH, CPU_TORCH = ("cuda: Optional[str] = '13.0'", "cuda: Optional[str] = None")
 CARDS = ("0, GPU-aa11, NVIDIA L4, 23034, 8.9", "1, GPU-bb22, NVIDIA H100 80GB HBM3, 81559, 9.0")
 SHARED = "0, GPU-cc33, NVIDIA GB10, [N/A], 12.1"

@@ -26,7 +26,6 @@ from qkit.core.errors import MissingArtifact
 from qkit.recipe.load import load
 from qkit.run import stages
 from qkit.run.directory import Run
-from qkit.train import sft
 from qkit.train import stage as train_stage
 from qkit.train.checkpoints import SEAL
 
@@ -298,7 +297,7 @@ def test_a_training_that_is_killed_at_its_very_end_is_not_done_again(
             patched.setattr(*moment, killed)
             return peak
 
-        patched.setattr(sft, "run", then_killed)
+        patched.setattr(train_stage, "run", then_killed)
         with pytest.raises(KeyboardInterrupt):
             pipeline.execute(run, "train")
     monkeypatch.setattr(transformers.Trainer, "training_step", lambda *_: pytest.fail("it trains again"))
