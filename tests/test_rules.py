@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "qkit"
+from helpers.paths import PACKAGE, ROOT
+
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = [
     *("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "vllm"),

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample import SAMPLE
-from test_pipeline import qkit
 
+from helpers.command import qkit
+from helpers.sample import SAMPLE
 from qkit.bench import compare as bench_compare
 from qkit.bench.compare import Ratio, compare, judge, regression, share
 from qkit.bench.record import sealed

@@ -12,8 +12,8 @@ from statistics import mean, median
 from typing import Any
 
 import pytest
-from sse import FIRST, GAP, TEXT, Fake, Sent, serving
 
+from helpers.sse import FIRST, GAP, TEXT, Fake, Sent, serving
 from qkit.bench.load import Direct, HeldOut, Load, Prompt, Synthetic
 from qkit.bench.record import Repeat, Request, figures
 from qkit.bench.tool import CHAT, COMPLETIONS, Tool, parse
@@ -170,7 +170,7 @@ def test_a_chunk_may_hold_several_tokens(tool: Tool, fake: Fake, tiny_model: Pat
 
 
 def test_a_chunk_that_only_says_whose_turn_it_is_is_no_token(fake: Fake, tool: Tool) -> None:
-    """The role comes at once, the first token after a while; tests/test_bench_stream.py has the other kinds of chunk."""
+    """The role comes at once, the first token after a while; tests/bench/test_bench_stream.py has the other kinds of chunk."""
     said = [{"role": "assistant", "content": ""}, *({"content": letter} for letter in TEXT), {}]
     times = [0.0, *(FIRST + i * GAP for i in range(len(TEXT))), FIRST + len(TEXT) * GAP]
     fake.scripts["role"] = [

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from sample import SAMPLE, open_sample
-from test_show import closed
 
+from helpers.sample import SAMPLE, open_sample
+from helpers.schemas import BENCH_SCHEMA as SCHEMA
+from helpers.schemas import closed
 from qkit.bench import meter as bench_meter
 from qkit.bench import record as bench_record
 from qkit.bench import stage as bench_stage
@@ -21,7 +21,6 @@ from qkit.core.figures import steady
 from qkit.measure import artifacts
 from qkit.recipe.schema import Bench
 
-SCHEMA = json.loads(resources.files("qkit.bench").joinpath("bench.schema.json").read_text(encoding="utf-8"))
 RECORDS = sorted((SAMPLE / "bench").glob("*.json"))
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from sse import serving
 
+from helpers.sse import serving
 from qkit.bench.record import Repeat, Request, figures
 from qkit.bench.stream import NO_USAGE, Answer, Events, Reader
 from qkit.bench.tool import CHAT, COMPLETIONS

@@ -9,11 +9,11 @@ from typing import Any
 
 import jsonschema
 import pytest
-from sample import SAMPLE
-from sse import Fake, serving
-from test_bench_record import SCHEMA
-from test_pipeline import qkit
 
+from helpers.command import qkit
+from helpers.sample import SAMPLE
+from helpers.schemas import BENCH_SCHEMA as SCHEMA
+from helpers.sse import Fake, serving
 from qkit.bench import any_server
 from qkit.bench.any_server import Asked
 from qkit.bench.load import BEYOND_OPENAI

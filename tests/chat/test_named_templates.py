@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_traps.models import Tiny, build, tokenizer_of
-from test_conversation import ADD, REQUESTS, call, result, said, user
 
+from helpers.chats import ADD, REQUESTS, call, result, said, user
+from helpers.data_traps.models import Tiny, build, tokenizer_of
 from qkit.chat import template
 from qkit.core.errors import ModelError
 from qkit.export._gguf.tokenizer import template_of, templates_of

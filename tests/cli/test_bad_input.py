@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,11 @@ import filelock
 import pytest
 import yaml
 
+from helpers.command import qkit
 from qkit import pipeline
 from qkit.core.errors import MissingArtifact
 from qkit.recipe.load import load
 from qkit.run.directory import LOCK_HELD, Run
-
-
-def qkit(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qkit", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})})
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import typer
-from sample import SAMPLE
 
+from helpers.sample import SAMPLE
 from qkit.bench import any_server
 from qkit.cli import app
 from qkit.cli.options import COMMON

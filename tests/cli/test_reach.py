@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from hub import FAULTS, failing
-from sample import open_sample
 
+from helpers.hub import FAULTS, failing
+from helpers.sample import open_sample
 from qkit.bench import any_server
 from qkit.commands import compare
 from qkit.core import network

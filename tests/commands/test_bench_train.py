@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from test_pipeline import qkit
 
+from helpers.command import qkit
 from qkit.commands import bench_training
 from qkit.commands.bench_training import Point
 from qkit.core.device import Device

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import chat_rows
-from test_pipeline import qkit
 
+from helpers.command import qkit
+from helpers.tiny import chat_rows
 from qkit.commands import compare, where_layers_part
 from qkit.core.errors import DataError, MissingArtifact, NotDeployable, ParityFailed
 from qkit.core.files import write_json

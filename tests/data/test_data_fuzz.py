@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_traps.models import FAMILIES, build, tokenizer_of
-from data_traps.prepared import Prepared, lines, prepare, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.data_traps.models import FAMILIES, build, tokenizer_of
+from helpers.data_traps.prepared import Prepared, lines, prepare, recipe
 from qkit.chat.template import renderer
 from qkit.plugins.task import Conversation, RowError, Text, Tokens
 from qkit.recipe.schema import Data

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from data_traps.models import Tiny, build
-from data_traps.prepared import Prepared, lines, prepare, recipe
-from data_traps.table import HARMLESS, HELD_OUT, TRAPS, Harmless, Trap
 from transformers import AutoTokenizer
 
+from helpers.data_traps.models import Tiny, build
+from helpers.data_traps.prepared import Prepared, lines, prepare, recipe
+from helpers.data_traps.table import HARMLESS, HELD_OUT, TRAPS, Harmless, Trap
 from qkit.data.checks import KINDS
 from qkit.data.inspection.view import token_texts
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from helpers.command import qkit
 from qkit import pipeline
 from qkit.core.errors import DataError, ModelError
 from qkit.core.progress import Progress
@@ -27,12 +26,6 @@ from qkit.tasks._conversation import formats
 
 ASKED = {"role": "user", "content": "q"}
 SAID = {"role": "assistant", "content": "a"}
-
-
-def qkit(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "qkit", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
 
 
 @pytest.fixture

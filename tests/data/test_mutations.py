@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_traps.models import Tiny, build
-from data_traps.prepared import Prepared, prepare_rows
-from data_traps.table import GOOD, HELD_OUT, talk
 
+from helpers.data_traps.models import Tiny, build
+from helpers.data_traps.prepared import Prepared, prepare_rows
+from helpers.data_traps.table import GOOD, HELD_OUT, talk
 from qkit.data import ledger, splits
 from qkit.tasks._conversation import encode
 from qkit.tasks._conversation.encode import IGNORED, Row

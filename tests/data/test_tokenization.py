@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_traps.models import FAMILIES, Tiny, build, tokenizer_of
-from data_traps.prepared import Prepared, lines, prepare, prepare_rows, recipe
-from data_traps.table import GOOD, HELD_OUT, LONG, SEVERAL, THINKING, TOOL, asked, calls, talk, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.data_traps.models import FAMILIES, Tiny, build, tokenizer_of
+from helpers.data_traps.prepared import Prepared, lines, prepare, prepare_rows, recipe
+from helpers.data_traps.table import GOOD, HELD_OUT, LONG, SEVERAL, THINKING, TOOL, asked, calls, talk, tokens
 from qkit.chat.template import renderer
 from qkit.core import device
 from qkit.core.errors import DataError

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from exporting import ROWS, changed_config, exported, job_of, kl, recipe_of
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PhiConfig, PhiForCausalLM
 
+from helpers.exporting import ROWS, changed_config, exported, job_of, kl, recipe_of
+from helpers.paths import TESTS
 from qkit.core.device import detect
 from qkit.core.errors import MissingArtifact, MissingExtra, ModelError, NotDeployable
 from qkit.export import stage as export_stage
@@ -33,7 +34,7 @@ from qkit.runtimes import vllm as server
 from qkit.setup import side_environments
 from qkit.tensors.shards import copy_companions
 
-OWN_TEST = ("onnx",)  # made by a program that takes its time: tests/test_onnx.py has the same contract
+OWN_TEST = ("onnx",)  # made by a program that takes its time: tests/export/test_onnx.py has the same contract
 FORMATS = [name for name in format_names() if split(name)[0] not in OWN_TEST]
 WHOLE = [name for name in FORMATS if name != "vllm-adapter"]
 # Mean KL to the merged model that rounding explains, on random weights, which suffer more than trained ones.
@@ -265,7 +266,7 @@ CHILD = """
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from exporting import exported, job_of
+from helpers.exporting import exported, job_of
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 job = job_of(Path({model!r}), Path({root!r}))
 if {limit}:
@@ -275,7 +276,7 @@ exported(job, {name!r}, Path({root!r}))
 
 
 def child(model: Path, root: Path, name: str, limit: int) -> list[str]:
-    code = CHILD.format(tests=str(Path(__file__).parent), model=str(model), root=str(root), name=name, limit=limit)
+    code = CHILD.format(tests=str(TESTS), model=str(model), root=str(root), name=name, limit=limit)
     return [sys.executable, "-c", code]
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, build_tokenizer
-from exporting import ROWS, changed_config, exported, job_of, kl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from helpers.exporting import ROWS, changed_config, exported, job_of, kl
+from helpers.paths import TEMPLATES
+from helpers.tiny import CHATML, build_tokenizer
 from qkit.core.device import detect
 from qkit.core.errors import NotDeployable
 from qkit.export._gguf.modelfile import turns_of, write_modelfile
@@ -405,7 +406,7 @@ def test_templates_of_known_models(name: str, begin: str | None) -> None:
     """Those that put the system turn into the first question are more than fixed text around turns."""
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>"})
-    tokenizer.chat_template = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text()
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
     turns = turns_of(tokenizer)
     assert (turns and turns.begin) == begin
 

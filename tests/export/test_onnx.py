@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.exporting import job_for
+from helpers.paths import TESTS
 from qkit.core.device import detect
 from qkit.core.errors import DoesNotFit, MissingArtifact, MissingExtra, NotDeployable
 from qkit.export._onnx import requantize
@@ -69,20 +71,6 @@ def unsupported(config: dict[str, Any]) -> str | None:
     return exporter.unsupported(
         "fp32", Recipe.model_validate({"task": "chat", "model": {"source": "none"}, "data": {}}), config
     )
-
-
-def job_for(model: Path, folder: Path) -> Job:
-    """`model` as a run's merged model; its training rows and log are put into `folder`."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    folder.mkdir(exist_ok=True)
-    random = np.random.default_rng(0)
-    rows = [random.integers(3, 250, length).tolist() for length in random.integers(4, 60, 40)]
-    parquet.write_table(pa.table({"input_ids": rows, "labels": rows}), folder / "train.parquet")
-    settings = {"task": "chat", "model": {"source": str(model)}, "data": {"train": [{"source": "rows.jsonl"}]}}
-    recipe = Recipe.model_validate(settings)
-    return Job(model, model, model, folder / "train.parquet", recipe, folder / "export.log")
 
 
 @pytest.fixture(scope="session")
@@ -429,10 +417,11 @@ def test_a_kill_half_way_leaves_no_artifact(model: Path, tmp_path: Path) -> None
     """Killed as soon as the builder has written something that looks like an artifact."""
     job_for(model, tmp_path / "run")
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_onnx as t\n"
-        "t.exporter.export(t.job_for(Path(sys.argv[2]), Path(sys.argv[3])), Path(sys.argv[4]), 'int4')"
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from helpers.exporting import job_for; from qkit.plugins.exporter import exporter\n"
+        "exporter('onnx').export(job_for(Path(sys.argv[2]), Path(sys.argv[3])), Path(sys.argv[4]), 'int4')"
     )
-    places = [str(Path(__file__).parent), str(model), str(tmp_path / "run"), str(tmp_path / "out")]
+    places = [str(TESTS), str(model), str(tmp_path / "run"), str(tmp_path / "out")]
     child = subprocess.Popen([sys.executable, "-c", code, *places], stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while not list(tmp_path.rglob("model.onnx*")) and child.poll() is None and time.monotonic() < until:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import build_tokenizer, chat_rows, tiny_settings
-from exporting import ROWS, job_of, recipe_of
 
+from helpers.exporting import ROWS, job_of, recipe_of
+from helpers.tiny import build_tokenizer, chat_rows, tiny_settings
 from qkit import pipeline
 from qkit.core.device import detect
 from qkit.core.errors import MissingArtifact, NotDeployable

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_traps.models import FAMILIES, Tiny, build
 
+from helpers.data_traps.models import FAMILIES, Tiny, build
 from qkit.core.files import read_json
 from qkit.export import prompts
 from qkit.export.formats import onnx

@@ -46,3 +46,17 @@ def kl(reference: Sequence[RowScores], other: Sequence[RowScores]) -> float:
 def changed_config(folder: Path, **keys: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
+def job_for(model: Path, folder: Path) -> Job:
+    """`model` as a run's merged model; its training rows and log are put into `folder`."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    folder.mkdir(exist_ok=True)
+    random = np.random.default_rng(0)
+    rows = [random.integers(3, 250, length).tolist() for length in random.integers(4, 60, 40)]
+    parquet.write_table(pa.table({"input_ids": rows, "labels": rows}), folder / "train.parquet")
+    settings = {"task": "chat", "model": {"source": str(model)}, "data": {"train": [{"source": "rows.jsonl"}]}}
+    recipe = Recipe.model_validate(settings)
+    return Job(model, model, model, folder / "train.parquet", recipe, folder / "export.log")

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
+from helpers.paths import TESTS
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 
-SAMPLE = Path(__file__).parent / "sample_run"
+SAMPLE = TESTS / "sample_run"
 # What a run that is half way may lack, one by one.
 FILES = (
     "run.json",
@@ -45,3 +46,19 @@ def edit(run: Run, file: str, **changes: Any) -> None:
     """Change top-level keys of a JSON file of the run."""
     path = run.root / file
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+def a_run(folder: Path, **statuses: str) -> Run:
+    """The sample run with these exports there, as verify left them."""
+    run = open_sample(folder)
+    known = json.loads((run.folder("verify") / "parity.json").read_text())
+    for name, status in statuses.items():
+        place = run.folder("export") / name.replace("_", "-")
+        place.mkdir(parents=True)
+        signs = {"vllm_adapter": "adapter_config.json", "onnx": "genai_config.json"}
+        (place / signs.get(name, signs.get(name.partition("_")[0], "config.json"))).write_text("{}")
+        known["parity"][place.name] = {**known["parity"].get(place.name, {"kl_mean": 0.5}), "status": status}
+    edit(run, "verify/parity.json", **known)
+    formats = tuple(name.replace("_", "-") for name in statuses)
+    export = run.recipe.export.model_copy(update={"formats": formats})
+    return Run(run.root, run.recipe.model_copy(update={"export": export}))

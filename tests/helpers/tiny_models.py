@@ -95,8 +95,9 @@ def build(
 ) -> Path:
     """A model with random weights on disk, and its tokenizer. `fused`: with tensors as the model has them in memory."""
     import torch
-    from conftest import build_tokenizer
     from transformers import AutoModelForCausalLM
+
+    from helpers.tiny import build_tokenizer
 
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(config_of(name, **changes))

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import build_tokenizer, tiny_settings
-from test_pipeline import qkit
 
+from helpers.command import qkit
+from helpers.tiny import build_tokenizer, tiny_settings
 from qkit import pipeline
 from qkit.chat import conversation
 from qkit.commands import compare

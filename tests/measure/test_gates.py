@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import tiny_settings
-from sample import open_sample
-from test_pipeline import qkit
 
+from helpers.command import qkit
+from helpers.sample import open_sample
+from helpers.tiny import tiny_settings
 from qkit import pipeline
 from qkit.core.errors import ParityFailed, RecipeError
 from qkit.core.files import write_json

@@ -37,7 +37,8 @@ from qkit.run.directory import Run
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Run:
     """A run up to its export, with a fine-tune that is small against the 4-bit grid."""
     import yaml
-    from conftest import chat_rows, tiny_settings
+
+    from helpers.tiny import chat_rows, tiny_settings
 
     folder = tmp_path_factory.mktemp("merge")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(24)), encoding="utf-8")

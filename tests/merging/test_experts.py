@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import build
 from transformers import AutoModelForCausalLM
 
+from helpers.tiny_models import build
 from qkit.core.device import detect
 from qkit.core.errors import ModelError
 from qkit.merging import weights

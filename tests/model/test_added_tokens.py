@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
+from helpers.tiny import build_tokenizer, chat_rows, tiny_settings
 from qkit import pipeline
 from qkit.core.device import detect
 from qkit.core.errors import ModelError, RecipeError
@@ -27,7 +28,6 @@ from qkit.recipe import schema
 from qkit.recipe.load import from_dict
 from qkit.run.directory import Run
 from qkit.train import sft
-from tests.conftest import build_tokenizer, chat_rows, tiny_settings
 
 TOKENS = ["<|im_start|>", "<|im_end|>"]
 KNOWN = 257  # <|endoftext|> and one token for each byte

@@ -12,12 +12,12 @@ from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 
+from helpers.tiny import build_tokenizer
 from qkit.core.device import detect
 from qkit.model import load
 from qkit.model import source as model_source
 from qkit.recipe.schema import Recipe
 from qkit.runtimes import transformers as runtime
-from tests.conftest import build_tokenizer
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 packs = pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs weights on CPUs with AVX512-BF16 only")

@@ -11,13 +11,13 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoConfig, AutoTokenizer
 
+from helpers.tiny import build_tokenizer
 from qkit.core.progress import Progress
 from qkit.merging import folder as merging_folder
 from qkit.model import added_tokens, older_forms, source
 from qkit.model import tokenizer as model_tokenizer
 from qkit.recipe.schema import Data, Model, Recipe
 from qkit.run.directory import Run
-from tests.conftest import build_tokenizer
 
 FAR = {"rope_type": "default", "rope_theta": 500000.0}
 LLAMA3 = {

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.exporting import changed_config, exported, job_of, recipe_of
+from helpers.tiny import build_tokenizer
 from qkit.core.device import detect
 from qkit.core.errors import ModelError
 from qkit.model import load, prequantized
 from qkit.model import source as model_source
 from qkit.plan import deployable, screen, sheet
 from qkit.recipe.schema import Recipe
-from tests.conftest import build_tokenizer
-from tests.exporting import changed_config, exported, job_of, recipe_of
 
 Weights = dict[str, torch.Tensor]
 FP8_BLOCK = 32

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from peft import get_peft_model
-from tiny_models import ARCHITECTURES, MORE, build, config_of, weightless
 
+from helpers.tiny_models import ARCHITECTURES, MORE, build, config_of, weightless
 from qkit.core.device import Device, detect
 from qkit.core.errors import ModelError, NotDeployable, RecipeError
 from qkit.model import load, targets

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.paths import ROOT
 from qkit.core.device import Device
 from qkit.core.errors import ModelError, UserError
 from qkit.core.figures import GIB, MIB
@@ -537,6 +538,5 @@ def test_planning_loads_nothing_heavy() -> None:
         "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'trl', 'huggingface_hub', 'rich'} & {*sys.modules}\n"
         "assert not heavy, heavy\n"
     )
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

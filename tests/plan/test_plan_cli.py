@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from helpers import paths
 from qkit.core import figures
 from qkit.model.config import shape_of
 from qkit.plan import gpus, remedies, solve
@@ -18,13 +19,13 @@ from qkit.plan import plan as plan_plan
 from qkit.plan import speed as plan_speed
 from qkit.recipe import load
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "llama-3.1-8b-24gb.yaml"
+RECIPE = paths.RECIPES / "llama-3.1-8b-24gb.yaml"
 MODEL = ["--model", "llama-3.1-8B", "--quantization", "nf4", "--rank", "16", "--batch", "2", "--length", "2048"]
 
 
 def qkit(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qkit", "plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=RECIPE.parent.parent)
+    return subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT)
 
 
 def answer(*arguments: str, code: int = 0) -> dict[str, Any]:

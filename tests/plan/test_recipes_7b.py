@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from helpers import paths
 from qkit.plan import gpus
 from qkit.plan import plan as plan_plan
 from qkit.recipe.load import load
 from qkit.recipe.schema import Recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*-24gb.yaml"))
+RECIPES = sorted(paths.RECIPES.glob("*-24gb.yaml"))
 
 
 @pytest.fixture(params=RECIPES, ids=lambda path: path.stem)

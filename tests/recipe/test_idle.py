@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from helpers.tiny import chat_rows, tiny_settings
+from helpers.training import Heard
 from qkit import pipeline
 from qkit.core.errors import RecipeError
 from qkit.plan import screen, sheet
@@ -17,8 +19,6 @@ from qkit.recipe import idle
 from qkit.recipe.load import from_dict, load
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
-from tests.conftest import chat_rows, tiny_settings
-from tests.test_train import Heard
 
 ROWS: dict[str, Any] = {"source": "rows.jsonl"}
 

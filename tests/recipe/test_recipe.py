@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers import paths
 from qkit.core.errors import RecipeError
 from qkit.recipe.load import load
 from qkit.recipe.schema import Recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted(paths.RECIPES.glob("*.yaml"))
 MINIMAL = "task: chat\nmodel: {source: x}\ndata: {}\n"
 
 

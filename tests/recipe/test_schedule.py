@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from helpers.tiny import tiny_settings
+from helpers.training import CAPACITY, LENGTHS, _run
 from qkit.core import device
 from qkit.core.batching import TokenBudgetBatches, count_batches, packed
 from qkit.core.errors import RecipeError
@@ -18,8 +20,6 @@ from qkit.recipe.load import load
 from qkit.recipe.schema import Recipe
 from qkit.train import sft
 from qkit.train import stage as train_stage
-from tests.conftest import tiny_settings
-from tests.test_train import CAPACITY, LENGTHS, _run
 
 HALF = 0.5**0.5  # of the way down a cosine, at a quarter of the way
 
@@ -61,7 +61,7 @@ def test_rates_of_every_step(trainer: Any, kind: str, warmup: float, steps: int)
 
 def test_a_training_has_these_rates_and_goes_on_with_them(tiny_model: Path, tmp_path: Path) -> None:
     """As metrics.jsonl has them; stopped after four steps and gone on."""
-    from tests.test_train import Heard
+    from helpers.training import Heard
 
     settings = {"train": {"max_steps": 8, "lr_scheduler_type": "linear", "warmup_steps": 3, "save_steps": 2}}
     run, out = _run(tmp_path, tiny_model, Heard(stop_at=5), **settings)

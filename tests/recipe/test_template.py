@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from helpers.tiny import build_tokenizer
 from qkit.chat import template
 from qkit.chat.template import Renderer
 from qkit.plugins.task import THINKING, Conversation, Reads
@@ -15,7 +16,6 @@ from qkit.recipe import chat_templates
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation import checks
 from qkit.tasks._conversation.encode import Row, tokenize
-from tests.conftest import build_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = (

@@ -7,9 +7,9 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
-from sample import SAMPLE, open_sample
-from test_charts import parsed, texts
 
+from helpers.sample import SAMPLE, open_sample
+from helpers.svgs import parsed, texts
 from qkit.core.errors import MissingArtifact, MissingExtra
 from qkit.report import bench_charts
 from qkit.report import svg as report_svg

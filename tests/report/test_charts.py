@@ -1,27 +1,14 @@
 from __future__ import annotations
 
-from xml.etree import ElementTree as ET
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.svgs import parsed, texts, widths
 from qkit.report import svg as report_svg
 from qkit.report.svg import Bar, Step
 
 FIGURES = st.floats(0, 1e9, allow_nan=False)
-
-
-def parsed(svg: str) -> ET.Element:
-    return ET.fromstring(svg)
-
-
-def widths(svg: str) -> list[float]:
-    return [float(rect.attrib["width"]) for rect in parsed(svg).iter("rect")]
-
-
-def texts(svg: str) -> list[str]:
-    return [text.text or "" for text in parsed(svg).iter("text")]
 
 
 def test_bars_are_as_long_as_their_values_and_say_them() -> None:

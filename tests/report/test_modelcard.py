@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from sample import FILES, SAMPLE, edit, open_sample
 
+from helpers.sample import FILES, SAMPLE, edit, open_sample
 from qkit.core.errors import MissingArtifact
 from qkit.recipe.schema import Recipe
 from qkit.report import model_card

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample import FILES, SAMPLE, edit, open_sample
 
+from helpers.sample import FILES, SAMPLE, edit, open_sample
 from qkit.core import figures
 from qkit.report import stage as report_stage
 from qkit.report import summary

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import json
 import os
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from sample import FILES, SAMPLE, edit, open_sample
 
+from helpers import paths
+from helpers.sample import FILES, SAMPLE, edit, open_sample
+from helpers.schemas import SHOW_SCHEMA as SCHEMA
+from helpers.schemas import closed
 from qkit.core import figures, files
 from qkit.core.errors import MissingArtifact
 from qkit.report import model_card
@@ -18,21 +20,7 @@ from qkit.report import stage as report_stage
 from qkit.report import summary as report_summary
 from qkit.run import stages as run_stages
 
-GOLDEN = Path(__file__).parent / "golden" / "show.json"
-SCHEMA = json.loads(resources.files("qkit.report").joinpath("show.schema.json").read_text(encoding="utf-8"))
-FREE = {"environment", "device"}  # what they hold depends on the machine
-
-
-def closed(schema: Any, name: str = "") -> Any:
-    """The schema with every record closed, so that a key that it does not name is an error here, and only here."""
-    if isinstance(schema, list):
-        return [closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    copy = {key: closed(value, key) for key, value in schema.items()}
-    if "properties" in schema and isinstance(schema.get("type"), str) and name not in FREE:
-        copy.setdefault("additionalProperties", False)
-    return copy
+GOLDEN = paths.GOLDEN / "show.json"
 
 
 def check(summary: report_summary.Summary) -> None:

@@ -1,4 +1,4 @@
-"""vLLM as far as it goes without starting it; tests/test_serve_vllm.py starts it. QKIT_UPDATE_GOLDEN=1 rewrites the command lines."""
+"""vLLM as far as it goes without starting it; test_serve_vllm.py starts it. QKIT_UPDATE_GOLDEN=1 rewrites the command lines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.paths import GOLDEN
 from qkit.core.device import Device
 from qkit.core.errors import ServerError
 from qkit.recipe.schema import Serve
@@ -18,7 +19,7 @@ from qkit.runtimes import vllm
 from qkit.server import log_causes, process
 from qkit.server.adapters import Adapter
 
-FILE = Path(__file__).parent / "golden" / "vllm_argv.json"
+FILE = GOLDEN / "vllm_argv.json"
 GOLDEN = json.loads(FILE.read_text())
 CPU = Device("cpu", "a CPU", 24 << 30, 2)
 CARD = Device("cuda", "a card", 24 << 30, 8)

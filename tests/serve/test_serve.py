@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -13,8 +12,9 @@ from typing import Any
 
 import psutil
 import pytest
-from sample import edit, open_sample
 
+from helpers.command import qkit
+from helpers.sample import a_run, edit
 from qkit.core.device import Device
 from qkit.core.errors import (
     DoesNotFit,
@@ -38,27 +38,6 @@ from qkit.server.adapters import checked, parse
 from qkit.server.lora import rank_for
 
 CPU = Device("cpu", "a CPU", 24 << 30, 2)
-
-
-def qkit(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qkit", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-
-
-def a_run(folder: Path, **statuses: str) -> Run:
-    """The sample run with these exports there, as verify left them."""
-    run = open_sample(folder)
-    known = json.loads((run.folder("verify") / "parity.json").read_text())
-    for name, status in statuses.items():
-        place = run.folder("export") / name.replace("_", "-")
-        place.mkdir(parents=True)
-        signs = {"vllm_adapter": "adapter_config.json", "onnx": "genai_config.json"}
-        (place / signs.get(name, signs.get(name.partition("_")[0], "config.json"))).write_text("{}")
-        known["parity"][place.name] = {**known["parity"].get(place.name, {"kl_mean": 0.5}), "status": status}
-    edit(run, "verify/parity.json", **known)
-    formats = tuple(name.replace("_", "-") for name in statuses)
-    export = run.recipe.export.model_copy(update={"formats": formats})
-    return Run(run.root, run.recipe.model_copy(update={"export": export}))
 
 
 # --- what is picked ---------------------------------------------------------------------------------------------------
@@ -205,7 +184,7 @@ def test_no_key_in_the_file(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "'::'", "10.0.0.1"])
 def test_other_addresses_need_a_key(tiny_model: Path, host: str) -> None:
-    done = qkit("serve", tiny_model, "--set", f"serve.host={host}", VLLM_API_KEY="")
+    done = qkit("serve", tiny_model, "--set", f"serve.host={host}", env={"VLLM_API_KEY": ""})
     assert done.returncode == 2 and "--api-key-file" in done.stderr
 
 
@@ -289,7 +268,16 @@ def test_adapters_are_written_name_run(text: str) -> None:
 
 def test_what_is_printed_is_what_is_started(tiny_model: Path) -> None:
     shell = qkit(
-        "serve", tiny_model, "--print", "shell", "--", "--dtype", "float32", "--seed", "1", VLLM_API_KEY="a-secret"
+        "serve",
+        tiny_model,
+        "--print",
+        "shell",
+        "--",
+        "--dtype",
+        "float32",
+        "--seed",
+        "1",
+        env={"VLLM_API_KEY": "a-secret"},
     )
     words = shlex.split(shell.stdout.replace("\\\n", " "))
     begin = words.index(sys.executable)
@@ -325,7 +313,7 @@ def test_what_a_container_would_lack_is_not_printed(
 def test_printed_manifests_hold_no_key(tiny_model: Path, form: str) -> None:
     import yaml
 
-    done = qkit("serve", tiny_model, "--print", form, VLLM_API_KEY="a-secret")
+    done = qkit("serve", tiny_model, "--print", form, env={"VLLM_API_KEY": "a-secret"})
     assert done.returncode == 0 and list(yaml.safe_load_all(done.stdout)) and "a-secret" not in done.stdout
 
 

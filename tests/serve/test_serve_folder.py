@@ -10,7 +10,6 @@ import ast
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.command import tool
+from helpers.paths import SERVE
 from qkit.core.device import Device
 from qkit.recipe.schema import Recipe, Serve
 from qkit.runtimes import vllm
@@ -27,7 +28,6 @@ from qkit.serve import manifests
 from qkit.serve.request import Serving
 from qkit.server.adapters import Adapter
 
-SERVE = Path(__file__).parent.parent / "serve"
 RATE_WINDOW = "5m"
 
 
@@ -45,15 +45,6 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
-
-
-def tool(name: str) -> str:
-    """A program from a Python package beside this interpreter, or from the system."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
 
 
 # --- nothing drifts ---------------------------------------------------------------------------------------------------

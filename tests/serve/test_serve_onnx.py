@@ -12,7 +12,8 @@ import httpx
 import openai
 import psutil
 import pytest
-from served import (
+
+from helpers.served import (
     BUSY_SECONDS,
     KEY,
     TURNS,
@@ -25,7 +26,6 @@ from served import (
     serving,
     wait_for_nobody,
 )
-
 from qkit.bench import any_server
 from qkit.export.formats import onnx as exporter
 from qkit.plugins.exporter import Job

@@ -20,8 +20,9 @@ from typing import Any
 
 import httpx
 import pytest
-from test_serve_folder import SERVE, tool
 
+from helpers.command import tool
+from helpers.paths import SERVE
 from qkit.recipe.schema import Serve
 from qkit.server.admission import KEEP_ALIVE_SECONDS, Admission, Limits
 from qkit.server.process import free_port

@@ -15,7 +15,8 @@ import httpx
 import openai
 import psutil
 import pytest
-from served import (
+
+from helpers.served import (
     BUSY_SECONDS,
     KEY,
     Served,
@@ -27,7 +28,6 @@ from served import (
     serving,
     wait_for_nobody,
 )
-
 from qkit.recipe.schema import Recipe
 from qkit.runtimes import vllm
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import tiny_settings
 
+from helpers.tiny import tiny_settings
 from qkit import pipeline
 from qkit.core.errors import NotDeployable, RecipeError
 from qkit.plan import deployable, screen, sheet

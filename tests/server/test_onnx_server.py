@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_traps.models import tokenizer_of
-from test_conversation import FILE, MODEL, REQUESTS, SAME, TEMPLATES, call, said, user
+
+from helpers.chats import FILE, MODEL, REQUESTS, SAME, TEMPLATES, call, said, user
+from helpers.data_traps.models import tokenizer_of
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")

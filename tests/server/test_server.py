@@ -296,7 +296,7 @@ def test_a_server_too_busy_to_answer_is_waited_for(tmp_path: Path, monkeypatch: 
 
 
 def test_a_run_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_serve import a_run
+    from helpers.sample import a_run
 
     run = a_run(tmp_path, vllm="passed")
     asked = request.Asked(name="sql")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_traps.models import FAMILIES, TEMPLATES, Tiny, build, tokenizer_of
-from data_traps.prepared import prepare_rows
 
+from helpers.data_traps.models import FAMILIES, TEMPLATES, Tiny, build, tokenizer_of
+from helpers.data_traps.prepared import prepare_rows
 from qkit.chat.template import Renderer, renderer, special_tokens
 from qkit.plugins.task import Conversation, RowError
 from qkit.recipe.schema import Data

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers.training import Heard, _losses, _run
 from qkit.core.errors import MissingArtifact
 from qkit.run.directory import DECIDED, Run, decisions
 from qkit.train import checkpoints
 from qkit.train import stage as train_stage
-from tests.test_train import Heard, _losses, _run
 
 STEPS = 6
 ADAPTER = "adapter/adapter_model.safetensors"

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import tiny_settings
 
+from helpers.tiny import tiny_settings
 from qkit import pipeline
 from qkit.core.device import Device, detect, out_of_memory
 from qkit.core.errors import OutOfMemory, RecipeError

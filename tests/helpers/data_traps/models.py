@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
+from helpers.paths import TEMPLATES
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_traps.models import FAMILIES, Tiny, tokenizer_of
-from data_traps.prepared import lines
+from helpers.data_traps.models import FAMILIES, Tiny, tokenizer_of
+from helpers.data_traps.prepared import lines
 
 PLAIN = Tiny()
 LINE = 3  # where the row with the trap is
