@@ -127,7 +127,7 @@ def test_what_accepts_a_figure_is_a_setting_that_accepts_it(
     made = [] if name == "merged" else [f"export.formats=[{name}]", f"bench.runtimes=[transformers,{name}]"]
     run = Run.create(tmp_path / "run", load(tiny_recipe, made))
     said = measure_gates.remedy(run, name, evidence.Breach(gate, figure, 0.1))
-    assert len(said) > 40
+    assert "--set " in said or "`qkit " in said  # a command or a setting, not good advice
     settings = re.findall(r"--set (\S+?=(?:\[[^\]]*\]|[\w.-]*\w))", said)
     load(tiny_recipe, [*made, *settings])  # no error: what it names can be set
     accepting = [setting for setting in settings if setting.startswith("verify.gates.")]

