@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.paths import PACKAGE
+from helpers.tiny import chat_rows
 from qkit import pipeline
 from qkit.core import device
 from qkit.core.errors import UserError
@@ -28,10 +30,6 @@ from qkit.run.directory import Run
 from qkit.runtimes import vllm
 from qkit.server import process
 from qkit.train import sft
-from tests.conftest import chat_rows
-
-PACKAGE = Path(__file__).parent.parent / "qkit"
-
 
 # --- probes -------------------------------------------------------------------------------------------------------------
 

@@ -18,8 +18,10 @@ import jsonschema
 import psutil
 import pytest
 import yaml
-from conftest import CHATML, build_model, chat_rows, tiny_settings
 
+from helpers.command import qkit
+from helpers.paths import ROOT
+from helpers.tiny import CHATML, build_model, chat_rows, tiny_settings
 from qkit import pipeline
 from qkit.core.device import Device
 from qkit.core.errors import MissingArtifact
@@ -30,12 +32,6 @@ from qkit.train import stage as train_stage
 from qkit.train.checkpoints import SEAL
 
 NOTHING_TO_DO = "nothing to do: every stage is done"
-
-
-def qkit(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "qkit", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +188,7 @@ def test_a_server_answers_and_stops_cleanly(finished: Path) -> None:
         assert answer.choices[0].message.content is not None
         assert answer.usage and answer.usage.completion_tokens <= 6
         assert [chunk for chunk in client.chat.completions.create(**asked, max_tokens=4, stream=True) if chunk.choices]
-        example = Path(__file__).parent.parent / "serve" / "client.py"
+        example = ROOT / "serve" / "client.py"
         command = [sys.executable, str(example), "Hello", "--url", f"{described['url']}/v1", "--max-tokens", "4"]
         assert subprocess.run(command, capture_output=True, check=True).stdout
         process.send_signal(signal.SIGINT)

@@ -1,6 +1,6 @@
 """An adapter that vLLM serves beside its base: what vLLM takes, and how it is started on such a folder.
 
-The rules are vLLM 0.32's; tests/test_deploy.py asks the installed one whether they still hold.
+The rules are vLLM 0.32's; tests/server/test_deploy.py asks the installed one whether they still hold.
 """
 
 from __future__ import annotations
