@@ -24,7 +24,7 @@ PREFILL_TOKENS = 8192  # of prompts, padding included, that a model in this proc
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """A prompt and its completion as token ids; `input_ids[start:]` is the completion."""
 
     input_ids: Sequence[int]
@@ -76,7 +76,7 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
+    def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         """One RowScores per row, in order; streamed, so that no more than a batch of logits is ever held."""
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qkit.plugins.runtime import Row, RowScores
+from qkit.plugins.runtime import RowScores, TokenRow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ def batches(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield begin, len(lengths)
 
 
-def scores_of(rows: Sequence[Row], logits: NDArray[Any]) -> Iterator[RowScores]:
+def scores_of(rows: Sequence[TokenRow], logits: NDArray[Any]) -> Iterator[RowScores]:
     """From the logits [n, vocabulary] of all completion tokens of these rows, in their order."""
     import numpy as np
 
@@ -41,7 +41,7 @@ def scores_of(rows: Sequence[Row], logits: NDArray[Any]) -> Iterator[RowScores]:
         begin = end
 
 
-def spoken_from(row: Row) -> range:
+def spoken_from(row: TokenRow) -> range:
     """The positions whose states say the completion: each token is said from the one before it."""
     return range(row.start - 1, len(row.input_ids) - 1)
 

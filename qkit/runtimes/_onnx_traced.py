@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.memory_meter import PeakMeter
-from qkit.plugins.runtime import Row, RowScores, Runtime
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow
 from qkit.runtimes._onnx_graph import PICKED, batches, scores_of, spoken_from
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class TracedRuntime(Runtime):
                 past = {name: array[going] for name, array in past.items()}
             ids, mask = tokens[:, None], np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
 
-    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
+    def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         for begin, end in batches([len(row.input_ids) for row in rows]):
             yield from self._score(rows[begin:end])
 
@@ -65,7 +65,7 @@ class TracedRuntime(Runtime):
     def close(self) -> None:
         del self.session
 
-    def _score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
+    def _score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         """Read in two pieces, the second on the cache of the first: whoever compares these scores has compared the cache too."""
         import numpy as np
 

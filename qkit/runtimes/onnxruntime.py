@@ -23,7 +23,7 @@ from qkit.core.device import Device
 from qkit.core.errors import MissingArtifact, MissingExtra, NotDeployable
 from qkit.core.files import read_json
 from qkit.core.memory_meter import PeakMeter
-from qkit.plugins.runtime import Row, RowScores, Runtime
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow
 from qkit.runtimes._onnx_graph import PICKED, batches, scores_of, spoken_from
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class OnnxRuntime(Runtime):
                 return
             yield batch.step()
 
-    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
+    def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         for begin, end in batches([len(row.input_ids) for row in rows]):
             yield from _score(self.model, rows[begin:end])
 
@@ -295,7 +295,7 @@ def _padded(rows: Sequence[Sequence[int]]) -> Ids:
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 
-def _score(model: _Model, rows: Sequence[Row]) -> Iterator[RowScores]:
+def _score(model: _Model, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
     """One forward for these rows, the head applied to the states that their completions are said from."""
     import numpy as np
 

@@ -10,7 +10,7 @@ from qkit.core.device import Device, released
 from qkit.core.errors import ModelError
 from qkit.core.memory_meter import PeakMeter
 from qkit.model.load import scaled
-from qkit.plugins.runtime import PREFILL_TOKENS, Row, RowScores, Runtime
+from qkit.plugins.runtime import PREFILL_TOKENS, RowScores, Runtime, TokenRow
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +128,7 @@ class TransformersRuntime(Runtime):
         with torch.inference_mode():
             yield from _decode(self.model, prompts, max_new_tokens, stop)
 
-    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
+    def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         import torch
 
         for batch in _score_batches(rows, self.score_tokens):
@@ -191,9 +191,9 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: Any) -> tuple[torch.T
     return ids.to(device), mask.to(device)
 
 
-def _score_batches(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
+def _score_batches(rows: Sequence[TokenRow], most: int) -> Iterator[Sequence[TokenRow]]:
     """Rows in their order, as many at once as fit `most` tokens when right-padded."""
-    batch: list[Row] = []
+    batch: list[TokenRow] = []
     for row in rows:
         longest = max(len(r.input_ids) for r in [*batch, row])
         if batch and longest * (len(batch) + 1) > most:
@@ -204,7 +204,7 @@ def _score_batches(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
         yield batch
 
 
-def _score(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[RowScores]:
+def _score(model: PreTrainedModel, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
     """One forward, right-padded and without a mask: under causal attention a token does not see what is on its right."""
     import torch
 
