@@ -72,7 +72,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def exported(model: Path) -> Path:
     said = model.parent / "said"
-    job = replace(job_of(model, model.parent), say=lambda line: said.write_text(line) and None)
+    job = replace(job_of(model, model.parent), notify=lambda line: said.write_text(line) and None)
     exporter.export(job, model.parent / "onnx-fp32", "fp32")
     return model.parent / "onnx-fp32"
 

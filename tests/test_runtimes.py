@@ -94,7 +94,7 @@ def test_long_prompts_share_smaller_batches(opened: Runtime, monkeypatch: pytest
 
     told: list[int] = []
     monkeypatch.setattr(opened, "steps", watched)
-    monkeypatch.setattr(opened, "most_tokens", 12)
+    monkeypatch.setattr(opened, "prefill_tokens", 12)
     answers = opened.generate(PROMPTS, 12, STOP, batch_size=8, advance=told.append)
     assert seen == [[4, 6], [9], [17]] and told == [2, 1, 1]
     assert answers[1:3] == alone[1:3]  # a batch of several rounds otherwise

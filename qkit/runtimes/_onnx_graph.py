@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qkit.core.batching import within_budget
 from qkit.plugins.runtime import RowScores, TokenRow
 
 if TYPE_CHECKING:
@@ -18,16 +19,9 @@ BATCH_TOKENS = 256  # right-padded tokens per forward that reads; more is no qui
 PICKED = "picked"
 
 
-def batches(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Rows in their order, as many at once as fit BATCH_TOKENS when padded: begin and end of each batch."""
-    begin = longest = 0
-    for index, length in enumerate(lengths):
-        longest = max(longest, length)
-        if index > begin and longest * (index + 1 - begin) > BATCH_TOKENS:
-            yield begin, index
-            begin, longest = index, length
-    if len(lengths):
-        yield begin, len(lengths)
+def batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """Cut rows of token ids, in their order, into batches of BATCH_TOKENS: begin and end of each."""
+    return ((batch.start, batch.stop) for batch in within_budget(map(len, rows), BATCH_TOKENS))
 
 
 def scores_of(rows: Sequence[TokenRow], logits: NDArray[Any]) -> Iterator[RowScores]:

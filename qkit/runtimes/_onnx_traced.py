@@ -56,7 +56,7 @@ class TracedRuntime(Runtime):
             ids, mask = tokens[:, None], np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
 
     def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
-        for begin, end in batches([len(row.input_ids) for row in rows]):
+        for begin, end in batches([row.input_ids for row in rows]):
             yield from self._score(rows[begin:end])
 
     def memory_bytes(self) -> int:

@@ -83,7 +83,7 @@ class OnnxRuntime(Runtime):
         if not prompts:
             return
         batch = _Batch(self.model, prompts, max_new_tokens)
-        for begin, end in batches([len(prompt) for prompt in batch.prompts]):
+        for begin, end in batches(batch.prompts):
             yield batch.read(begin, end)
         for _ in range(max_new_tokens - 1):
             batch.drop(stop)
@@ -92,7 +92,7 @@ class OnnxRuntime(Runtime):
             yield batch.step()
 
     def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
-        for begin, end in batches([len(row.input_ids) for row in rows]):
+        for begin, end in batches([row.input_ids for row in rows]):
             yield from _score(self.model, rows[begin:end])
 
     def memory_bytes(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.core.batching import within_budget
 from qkit.core.device import Device, released
 from qkit.core.errors import ModelError
 from qkit.core.memory_meter import PeakMeter
@@ -113,7 +114,7 @@ def _gguf(folder: Path, file: str) -> dict[str, Any]:
 class TransformersRuntime(Runtime):
     """Greedy decoding and scoring with a model that is loaded here."""
 
-    most_tokens = PREFILL_TOKENS
+    prefill_tokens = PREFILL_TOKENS
 
     def __init__(self, model: PreTrainedModel, meter: PeakMeter, score_tokens: int = SCORE_TOKENS):
         self.model = model
@@ -131,9 +132,9 @@ class TransformersRuntime(Runtime):
     def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         import torch
 
-        for batch in _score_batches(rows, self.score_tokens):
+        for batch in within_budget([len(row.input_ids) for row in rows], self.score_tokens):
             with torch.inference_mode():
-                scores = list(_score(self.model, batch))
+                scores = list(_score(self.model, rows[batch.start : batch.stop]))
             yield from scores
 
     def memory_bytes(self) -> int:
@@ -189,19 +190,6 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: Any) -> tuple[torch.T
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     return ids.to(device), mask.to(device)
-
-
-def _score_batches(rows: Sequence[TokenRow], most: int) -> Iterator[Sequence[TokenRow]]:
-    """Rows in their order, as many at once as fit `most` tokens when right-padded."""
-    batch: list[TokenRow] = []
-    for row in rows:
-        longest = max(len(r.input_ids) for r in [*batch, row])
-        if batch and longest * (len(batch) + 1) > most:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 def _score(model: PreTrainedModel, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
