@@ -140,7 +140,7 @@ def test_it_is_not_served(exported: Path, model: Path) -> None:
 
 def test_without_its_note_it_is_not_taken_for_the_builders(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes((exported / "model.onnx").read_bytes())
-    with pytest.raises(MissingArtifact, match=r"lacks genai_config\.json"):
+    with pytest.raises(MissingArtifact, match=r"missing: genai_config\.json"):
         open_runtime("onnxruntime", tmp_path, detect())
 
 

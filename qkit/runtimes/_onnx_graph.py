@@ -1,4 +1,4 @@
-"""What both kinds of ONNX graph share: batches, and scores from logits."""
+"""What both ONNX runtimes share: batches, and scores computed from logits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int64]
 
 
-BATCH_TOKENS = 256  # right-padded tokens per forward that reads; more is no quicker, and slower in int4
-PICKED = "picked"
+BATCH_TOKENS = 256  # padded tokens per forward pass over given tokens; more is not faster, and slower in int4
+PICKED = "picked"  # the graph input that selects the positions to compute logits for
 
 
 def batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
@@ -25,7 +25,7 @@ def batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
 
 
 def scores_of(rows: Sequence[TokenRow], logits: NDArray[Any]) -> Iterator[RowScores]:
-    """From the logits [n, vocabulary] of all completion tokens of these rows, in their order."""
+    """Yield the scores of each row, given the logits [n, vocabulary] of the completion tokens of all rows, in order."""
     import numpy as np
 
     begin = 0
@@ -35,13 +35,13 @@ def scores_of(rows: Sequence[TokenRow], logits: NDArray[Any]) -> Iterator[RowSco
         begin = end
 
 
-def spoken_from(row: TokenRow) -> range:
-    """The positions whose states say the completion: each token is said from the one before it."""
+def predicting_positions(row: TokenRow) -> range:
+    """Return the positions whose states predict the completion: each token is predicted at the position before it."""
     return range(row.start - 1, len(row.input_ids) - 1)
 
 
 def _row_scores(logits: NDArray[Any], targets: Ids) -> RowScores:
-    """From the logits [T, vocabulary], which are overwritten where they are float32 already."""
+    """Compute scores from logits [T, vocabulary]; float32 logits are overwritten."""
     import numpy as np
 
     full = logits.astype(np.float32, copy=False)
