@@ -203,7 +203,7 @@ def _run_stage(run: Run, stage: Stage, server: _Server, options: Sequence[str], 
     """Run one stage of `run_all`. Returns the run, whose recipe `fit` may have changed."""
     if stage.is_server:
         server.start()
-        if not detect().server_beside_model:
+        if not detect().server_can_share_memory:
             server.stop()
         return run
     if stage.uses_server and server.stays_up:
@@ -244,7 +244,7 @@ class _Server:
         self.options = options
         self.process: subprocess.Popen[bytes] | None = None
         # Where there is room for a server and a model at once, the stages that follow share one server.
-        self.stays_up = STAGES["serve"] in stages_of(run.recipe) and detect().server_beside_model
+        self.stays_up = STAGES["serve"] in stages_of(run.recipe) and detect().server_can_share_memory
 
     def __enter__(self) -> _Server:
         return self
