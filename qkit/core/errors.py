@@ -70,7 +70,18 @@ class RunBusy(UserError):
 
 
 class ServerError(UserError):
-    """The server could not be started where and as it was asked for."""
+    """A server could not be started as requested, or did not answer as expected.
+
+    The fields hold what is known: the server's `url`, the HTTP `status` of its answer, and `reason`, the cause without context or remedy.
+    """
+
+    def __init__(
+        self, message: object = "", *, url: str | None = None, status: int | None = None, reason: str | None = None
+    ):
+        super().__init__(message)
+        self.url = url
+        self.status = status
+        self.reason = reason
 
 
 class Regressed(UserError):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import json
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from qkit.core.device import Device
-from qkit.core.errors import MissingExtra, ServerError
-from qkit.core.network import ADDRESS, models, part, reaching
-from qkit.plugins.runtime import Row, RowScores, Runtime, Timing
+from qkit.core.errors import MissingExtra
+from qkit.plugins.runtime import Row, RowScores, Runtime
 from qkit.recipe.schema import Serve
 from qkit.server import admission, lora, process
 from qkit.server.adapters import Adapter
+from qkit.server.client import CHECK_URL, Client, json_at
 from qkit.server.process import TreeMeter
 
 TOP_LOGPROBS = 20  # vLLM's default ceiling (--max-logprobs)
@@ -174,13 +172,12 @@ class VllmRuntime(Runtime):
     """Asks a vLLM server; ends it on close when it is ours."""
 
     def __init__(self, live: Mapping[str, Any], own: Server | None):
-        import httpx
-
         self.live = live
         self.server = own
         self.startup_seconds: float = live["startup_seconds"]
         self.meter = own.meter if own else TreeMeter(live["pid"])
-        self.client = httpx.Client(base_url=live["url"], timeout=REQUEST_SECONDS)
+        remedy = f"log: {own.child.log}" if own else CHECK_URL
+        self.client = Client(live["url"], timeout=REQUEST_SECONDS, remedy=remedy)
 
     def steps(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
@@ -224,9 +221,7 @@ class VllmRuntime(Runtime):
 
     def _is_adapter(self) -> bool:
         """Whether what is asked is an adapter on the server's base: then /v1/models names its parent."""
-        with self._reaching():
-            offered = models(self.client.get("/v1/models").json())
-        return any(entry["id"] == self.live["model"] and entry.get("parent") for entry in offered)
+        return any(entry["id"] == self.live["model"] and entry.get("parent") for entry in self.client.models())
 
     def _score_by_steps(self, row: Row) -> RowScores:
         """The one token that is allowed is sampled; what is said of it and of the most likely ones is from before that."""
@@ -240,51 +235,10 @@ class VllmRuntime(Runtime):
         return _row_scores(positions, row.input_ids[row.start :])
 
     def _complete(self, prompt: Sequence[int], **extra: Any) -> dict[str, Any]:
-        with self._reaching():
-            answer = self.client.post("/v1/completions", json=self._request(prompt, **extra))
-            if answer.status_code != 200:
-                raise ServerError(
-                    f"the server at {self.live['url']} answered {answer.status_code}: {answer.text[:300]}"
-                )
-            choice: dict[str, Any] = part(answer.json(), "choices", 0)
-        return choice
-
-    def _reaching(self) -> contextlib.AbstractContextManager[None]:
-        what = f"the server at {self.live['url']} does not answer as OpenAI's API has it"
-        return reaching(ServerError, what, f"log: {self.server.child.log}" if self.server else ADDRESS)
-
-    def _request(self, prompt: Sequence[int], **extra: Any) -> dict[str, Any]:
         base = {"model": self.live["model"], "prompt": list(prompt), "temperature": 0.0, "return_token_ids": True}
-        return {**base, **extra}
-
-    def prompt_ids(self, messages: Sequence[Any], tools: Sequence[Any] = ()) -> list[int]:
-        """The token ids that the server makes of a conversation, ready for the assistant to answer."""
-        body = {"model": self.live["model"], "messages": list(messages), "add_generation_prompt": True}
-        if tools:
-            body["tools"] = list(tools)
-        with self._reaching():
-            answer = self.client.post("/tokenize", json=body)
-            answer.raise_for_status()
-            tokens: list[int] = part(answer.json(), "tokens")
-        return tokens
-
-    def timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[Timing]:
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            return list(pool.map(lambda prompt: self._timed(prompt, output_tokens), prompts))
-
-    def _timed(self, prompt: Sequence[int], output_tokens: int) -> Timing:
-        """A chunk may hold several tokens: all of them came when it came."""
-        body = self._request(prompt, max_tokens=output_tokens, ignore_eos=True, stream=True)
-        seconds: list[float] = []
-        begin = time.perf_counter()
-        with self._reaching(), self.client.stream("POST", "/v1/completions", json=body) as answer:
-            answer.raise_for_status()
-            for line in answer.iter_lines():
-                if line.startswith("data: {"):
-                    chunk = json.loads(line[len("data: ") :])
-                    arrived = chunk["choices"][0].get("token_ids") or [] if chunk["choices"] else []
-                    seconds += [time.perf_counter() - begin] * len(arrived)
-        return Timing(seconds)
+        answer = self.client.request("POST", "/v1/completions", {**base, **extra})
+        choice: dict[str, Any] = self.client.read(answer, lambda document: json_at(document, "choices", 0))
+        return choice
 
     def memory_bytes(self) -> int:
         return self.meter.sample()

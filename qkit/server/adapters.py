@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit.core import network
 from qkit.core.errors import MissingArtifact, ServerError
 from qkit.core.files import read_json
-from qkit.core.network import ADDRESS, reaching
 from qkit.model.provenance import check_adapter
+from qkit.server.client import Client, bearer
 from qkit.server.lora import rank_for
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+LOAD_SECONDS = 300.0  # timeout of a request that loads an adapter
 
 
 @dataclass(frozen=True)
@@ -68,47 +68,45 @@ def checked(name: str, place: Path, base: Path | None) -> Adapter:
     return Adapter(name, folder, rank_for(read_json(folder / "adapter_config.json")))
 
 
-# --- while it runs ----------------------------------------------------------------------------------------------------
+# --- at a running server ------------------------------------------------------------------------------------------------
 
 
 class Endpoint:
-    """The adapters of a running vLLM server.
+    """The adapters of the vLLM server at `url`.
 
-    Raises, by each method:
-        ServerError: it does not answer, or refuses; what it said is in the message.
+    Raises, from each method:
+        ServerError: the server does not answer, or refuses; its answer is in the message.
     """
 
     def __init__(self, url: str, key: str = ""):
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.url, self.headers = url, bearer(key)
 
     def list(self) -> Sequence[Mapping[str, Any]]:
         """Models by name; an adapter has its base as `parent`, and its folder as `root`."""
-        answer = self._ask("GET", "/v1/models")
-        with reaching(ServerError, f"{self.url}/v1/models gives no list of models", ADDRESS):
-            models = network.models(answer.json())
-        return [{key: model.get(key) for key in ("id", "parent", "root")} for model in models]
+        with self._client() as client:
+            return [{key: model.get(key) for key in ("id", "parent", "root")} for model in client.models()]
 
     def load(self, name: str, place: Path) -> Adapter:
-        """Load an adapter, after the checks that can be made from here: the base's too, where its folder is on this disk."""
+        """Load an adapter, after the checks that are possible here: against the base too, where its folder is on this disk."""
         base = next((Path(model["root"]) for model in self.list() if not model["parent"] and model["root"]), None)
         adapter = checked(name, place, base if base and base.is_dir() else None)
-        self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(adapter.path)})
+        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(adapter.path)})
         return adapter
 
     def unload(self, name: str) -> None:
-        """Take an adapter out."""
-        self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        """Remove an adapter from the server."""
+        self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        import httpx
+    def _client(self) -> Client:
+        return Client(self.url, self.headers, LOAD_SECONDS)
 
-        with reaching(ServerError, f"{self.url} does not answer", ADDRESS):
-            answer = httpx.request(method, f"{self.url}{path}", json=body, headers=self.headers, timeout=300.0)
-        if answer.status_code == 404 and path.endswith("lora_adapter") and "Not Found" in answer.text:
-            raise ServerError(
-                f"{self.url}: loading adapters is off there; start it with `qkit serve ... --runtime-adapters`"
-            )
-        if answer.status_code != 200:
-            raise ServerError(f"{self.url}{path} answered {answer.status_code}: {answer.text[:500]}")
-        return answer
+    def _post(self, path: str, body: Mapping[str, Any]) -> None:
+        with self._client() as client:
+            answer = client.send("POST", path, body)
+            if answer.status_code == 404 and "Not Found" in answer.text:
+                raise ServerError(
+                    f"{client.url}: this server does not load adapters at run time; start it with `qkit serve ... --runtime-adapters`",
+                    url=client.url,
+                    status=404,
+                )
+            client.expect_ok(answer)

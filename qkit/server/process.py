@@ -22,15 +22,17 @@ from qkit.core.memory_meter import tree_rss_bytes
 from qkit.core.process import Child
 from qkit.recipe.schema import Serve
 from qkit.server import admission
+from qkit.server.client import Client, bearer
 from qkit.server.log_causes import KILLED, error_lines, explain, known_causes
 
 if TYPE_CHECKING:
-    import httpx
     import psutil
 
 
 ENGINE_TITLE = "VLLM::"  # how vLLM's processes that hold the model call themselves
+HEALTH_SECONDS = 2.0  # timeout of a request to /health while the server starts
 WARM_UP_TOKENS = 64
+WARM_UP_SECONDS = 300.0
 LAST_WORDS_SECONDS = 0.6  # for the log to tell a cause, once the end is seen
 
 
@@ -106,10 +108,8 @@ class Server:
         Raises:
             ServerError: it ended, or was not healthy in time; the end of its log is in the message.
         """
-        import httpx
-
-        with httpx.Client(base_url=self.url, timeout=2.0) as client:
-            while not _healthy(client):
+        with Client(self.url, timeout=HEALTH_SECONDS) as client:
+            while not client.is_healthy():
                 self._still_starting()
                 time.sleep(0.1)
         self._warm_up()
@@ -134,22 +134,22 @@ class Server:
         vLLM 0.32 on a CPU with AMX dies of an illegal instruction when its first prompt has a few tokens only and --enforce-eager
         spared it a warm-up of its own: its attention uses AMX before a matrix product has asked the system for it.
         """
-        import httpx
-
         tokens = min(WARM_UP_TOKENS, self.section.max_model_len // 2)
-        asked = {"model": self.name, "prompt": [1] * tokens, "max_tokens": 1, "temperature": 0}
+        body = {"model": self.name, "prompt": [1] * tokens, "max_tokens": 1, "temperature": 0}
         try:
-            answer = httpx.post(f"{self.url}/v1/completions", json=asked, headers=self.headers, timeout=300.0)
-        except httpx.HTTPError as error:
-            raise ServerError(f"{self.program.title} did not survive its first request: {self.ending(error)}") from None
+            with Client(self.url, self.headers, WARM_UP_SECONDS) as client:
+                answer = client.send("POST", "/v1/completions", body)
+        except ServerError as error:
+            raise ServerError(
+                f"{self.program.title} did not survive its first request: {self.ending(error.reason)}"
+            ) from None
         if answer.status_code >= 500:
             raise ServerError(f"{self.program.title} failed at its first request: {self.ending(answer.text[:300])}")
 
     @property
     def headers(self) -> dict[str, str]:
         """What a request must carry."""
-        key = self.program.env.get(admission.API_KEY, "")
-        return {"Authorization": f"Bearer {key}"} if key else {}
+        return bearer(self.program.env.get(admission.API_KEY))
 
     def ended(self) -> bool:
         """Whether the program is gone, or a process that holds the model; sooner than the guard has tidied up. Costs some 0.1 ms."""
@@ -190,15 +190,6 @@ class Server:
             "argv": self.argv,
             "startup_seconds": self.startup_seconds,
         }
-
-
-def _healthy(client: httpx.Client) -> bool:
-    import httpx
-
-    try:
-        return client.get("/health").status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def _processes(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
