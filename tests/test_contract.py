@@ -113,7 +113,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
         plain = vllm.argv
         patch.setattr(vllm, "argv", lambda *given: [*plain(*given), *PARSER])
         section = Serve(port=0, max_model_len=512, enforce_eager=True)
-        running = vllm.Server(run.folder("merge"), "tiny", section, detect(), folder / "vllm.log")
+        running = vllm.start(run.folder("merge"), "tiny", section, detect(), folder / "vllm.log")
     try:
         running.wait()
         yield Served(run, running.url)

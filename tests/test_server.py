@@ -57,9 +57,9 @@ def serving(tmp_path: Path) -> Serving:
 
 def started(last: str) -> Callable[[Serving], process.Server]:
     def start(given: Serving) -> process.Server:
-        port = given.how.serve.port
-        argv = (sys.executable, "-c", PROGRAM.replace("LAST", last), str(process.free_port(given.how.serve)))
-        return process.Server(process.Program("a program", argv), "name", given.how.serve, port, given.log)
+        port = given.section.port
+        argv = (sys.executable, "-c", PROGRAM.replace("LAST", last), str(process.free_port(given.section)))
+        return process.Server(process.Program("a program", argv), "name", given.section, port, given.log)
 
     return start
 
@@ -111,6 +111,13 @@ def test_a_port_that_is_taken_in_between_is_waited_for(tmp_path: Path, monkeypat
     assert "cannot be listened on" in told[1] and "ValueError" in told[2]
 
 
+def test_waits_grow_until_a_server_has_run_steadily() -> None:
+    backoff = lifecycle.Backoff()
+    assert [backoff.next_pause(uptime) for uptime in (1, 0, 0)] == [1.0, 2.0, 4.0]
+    assert [backoff.next_pause(0) for _ in range(9)][-1] == 60.0
+    assert [backoff.next_pause(uptime) for uptime in (lifecycle.STEADY_SECONDS + 1, 1)] == [1.0, 2.0]
+
+
 def test_a_killed_server_is_seen_before_its_children_are_tidied_up(tmp_path: Path) -> None:
     fixed = lifecycle._with_port(serving(tmp_path))
     fixed.logs.mkdir()
@@ -155,12 +162,12 @@ def test_a_start_that_the_system_kills_is_explained() -> None:
 )
 def test_what_would_be_obeyed_by_vllm_alone(rest: tuple[str, ...], how: str) -> None:
     with pytest.raises(ServerError, match=how) as caught:
-        serve_serving.refuse_own(rest)
+        serve_serving.refuse_reserved(rest)
     assert "a-secret" not in str(caught.value)
 
 
 def test_other_options_are_handed_on() -> None:
-    serve_serving.refuse_own(
+    serve_serving.refuse_reserved(
         ("--seed", "1", "--enforce-eager", "--max-model-len", "512", "-tp", "2", "--hf-overrides", "{}")
     )
 
@@ -299,7 +306,7 @@ def test_a_run_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mon
     from test_serve import a_run
 
     run = a_run(tmp_path, vllm="passed")
-    asked = request.Asked(name="sql")
+    asked = request.ServeOptions(name="sql")
     assert serve_serving.of_run(run, asked).log == run.root / "logs" / f"serve-{run.recipe.serve.port}.log"
     monkeypatch.setenv("QKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run.root)

@@ -68,7 +68,7 @@ def test_the_command_line(case: str, release: str) -> None:
     ],
 )
 def test_what_is_started_depends_on_the_version(installed: str | None, module: str) -> None:
-    assert vllm.program(installed) == module
+    assert vllm.server_module(installed) == module
 
 
 def test_what_is_started_is_there() -> None:
@@ -77,7 +77,7 @@ def test_what_is_started_is_there() -> None:
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("vLLM is not installed")
-    place = vllm.program(vllm.version()).removeprefix("vllm.").replace(".", "/")
+    place = vllm.server_module(vllm.version()).removeprefix("vllm.").replace(".", "/")
     assert (Path(spec.submodule_search_locations[0]) / f"{place}.py").is_file()
 
 

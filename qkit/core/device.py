@@ -34,6 +34,10 @@ class Device:
         return asdict(self)
 
     @property
+    def has_gpu(self) -> bool:
+        return self.kind == "cuda"
+
+    @property
     def meter(self) -> str:
         """What `PeakMeter` reads here: CUDA's allocator, or the resident set of the process, imports included."""
         return "cuda_allocated" if self.kind == "cuda" else "rss"

@@ -54,7 +54,7 @@ def planned(serving: Serving) -> plan_plan.Plan | None:
 
 
 def _vllm_plan(serving: Serving) -> plan_plan.Plan:
-    made = plan_plan.plan(serving.how, device=serving.device, stage="serve")
+    made = plan_plan.plan(serving.recipe, device=serving.device, stage="serve")
     size = _file_bytes(serving)
     if not size:
         return made
@@ -66,7 +66,7 @@ def _vllm_plan(serving: Serving) -> plan_plan.Plan:
 def _onnx_plan(serving: Serving) -> plan_plan.Plan:
     """The engine keeps a cache of the model's full length for each request that runs."""
     decoder = (model := read_json(Path(serving.model) / "genai_config.json")["model"])["decoder"]
-    section, size = serving.how.serve, _file_bytes(serving)
+    section, size = serving.section, _file_bytes(serving)
     many, length = section.max_num_seqs or ONNX_SEQS, model["context_length"]
     width = 2 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"] * ONNX_CACHE_BYTES
     items = [

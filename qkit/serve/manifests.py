@@ -33,7 +33,7 @@ SECRET = ("vllm-api-key", "key")
 
 def shell(serving: Serving) -> str:
     """The environment and the command line, for a shell. The key is to be in VLLM_API_KEY already; beyond loopback nothing starts without."""
-    section = serving.how.serve
+    section = serving.section
     drain_file = cache_dir() / f"drain-{section.port}"  # a folder that others do not write to
     told = {**_told(serving, Path(serving.model).exists()), **limits(section, drain_file)}
     words = [f"{name}={shlex.quote(value)}" for name, value in told.items()]
@@ -47,7 +47,7 @@ def compose(serving: Serving) -> str:
 
 
 def compose_document(serving: Serving) -> dict[str, Any]:
-    inside, section = _inside(serving), serving.how.serve
+    inside, section = _inside(serving), serving.section
     mounted = {serving.model: MODEL, **{str(a.path): f"{ADAPTERS}/{a.name}" for a in serving.extras.adapters}}
     service: dict[str, Any] = {
         "image": IMAGE,
@@ -73,7 +73,7 @@ def compose_document(serving: Serving) -> dict[str, Any]:
         },
         "pre_stop": [{"command": _drain()}],
     }
-    if _has_gpu(serving):
+    if serving.device.has_gpu:
         service["gpus"] = [{"count": 1, "capabilities": ["gpu"]}]
     return {"services": {"vllm": service}}
 
@@ -92,7 +92,7 @@ def kubernetes_documents(serving: Serving) -> list[dict[str, Any]]:
         "replicas": 2,
         "selector": {"matchLabels": labels},
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
-        "progressDeadlineSeconds": serving.how.serve.startup_seconds + 300,
+        "progressDeadlineSeconds": serving.section.startup_seconds + 300,
         "template": pod,
     }
     ports = [{"name": "http", "port": PORT, "targetPort": "http"}]
@@ -108,7 +108,7 @@ def _pod(serving: Serving) -> dict[str, Any]:
     return {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,  # else VLLM_PORT is set to the Service's address, and vLLM takes it for a number
-        "terminationGracePeriodSeconds": SETTLE_SECONDS + serving.how.serve.drain_seconds + 20,
+        "terminationGracePeriodSeconds": SETTLE_SECONDS + serving.section.drain_seconds + 20,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,
@@ -158,7 +158,7 @@ def _container(serving: Serving) -> dict[str, Any]:
 
 def _probes(serving: Serving) -> dict[str, Any]:
     """Nothing listens until the model is loaded: the start has a probe of its own. Liveness is patient enough to outlast a drain."""
-    section, ask = serving.how.serve, {"httpGet": {"path": "/health", "port": "http"}, "timeoutSeconds": PROBE_SECONDS}
+    section, ask = serving.section, {"httpGet": {"path": "/health", "port": "http"}, "timeoutSeconds": PROBE_SECONDS}
     every = {**ask, "periodSeconds": PROBE_SECONDS}
     patience = (SETTLE_SECONDS + section.drain_seconds) // PROBE_SECONDS + 6
     return {
@@ -169,7 +169,7 @@ def _probes(serving: Serving) -> dict[str, Any]:
 
 
 def _resources(serving: Serving) -> dict[str, Any]:
-    if _has_gpu(serving):
+    if serving.device.has_gpu:
         return {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"memory": "32Gi", "nvidia.com/gpu": "1"}}
     made = fits.planned(serving)
     memory = f"{-(-made.peak_bytes // 2**30) + 1}Gi" if made else "16Gi"
@@ -177,10 +177,6 @@ def _resources(serving: Serving) -> dict[str, Any]:
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------------
-
-
-def _has_gpu(serving: Serving) -> bool:
-    return serving.device.meter != "rss"
 
 
 def _claims(serving: Serving) -> dict[str, str]:
@@ -196,10 +192,10 @@ def _inside(serving: Serving) -> Serving:
     """
     if why := _not_inside(serving):
         raise NotDeployable(f"{serving.model}: {why}; `--print shell` has the command for this machine")
-    section = serving.how.serve.model_copy(update={"host": "0.0.0.0", "port": PORT})
-    beside = tuple(replace(a, path=Path(ADAPTERS) / a.name) for a in serving.extras.adapters)
-    how = serving.how.model_copy(update={"serve": section})
-    return replace(serving, model=MODEL, how=how, extras=replace(serving.extras, adapters=beside))
+    section = serving.section.model_copy(update={"host": "0.0.0.0", "port": PORT})
+    mounted = tuple(replace(a, path=Path(ADAPTERS) / a.name) for a in serving.extras.adapters)
+    recipe = serving.recipe.model_copy(update={"serve": section})
+    return replace(serving, model=MODEL, recipe=recipe, extras=replace(serving.extras, adapters=mounted))
 
 
 def _not_inside(serving: Serving) -> str | None:
@@ -218,7 +214,7 @@ def _command(inside: Serving) -> list[str]:
 
 
 def _environment(inside: Serving) -> dict[str, str]:
-    return {**_told(inside, local=True), **limits(inside.how.serve, DRAIN_FILE), "HOME": "/tmp"}
+    return {**_told(inside, local=True), **limits(inside.section, DRAIN_FILE), "HOME": "/tmp"}
 
 
 def _told(serving: Serving, local: bool) -> dict[str, str]:

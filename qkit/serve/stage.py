@@ -17,7 +17,7 @@ def run(run: Run, out: Path) -> Peak:
     section = run.recipe.serve.model_copy(update={"port": 0, "host": "127.0.0.1"})
     log = run.log("serve").with_name("vllm.log")
     log.unlink(missing_ok=True)
-    with ready(vllm.Server(run.need("export", "vllm"), run.root.name, section, detect(), log)) as running:
+    with ready(vllm.start(run.need("export", "vllm"), run.root.name, section, detect(), log)) as running:
         write_json(out / "server.json", running.describe())  # from now on verify and bench find it
         while os.read(0, 4096):
             continue
