@@ -122,7 +122,7 @@ def test_a_drain_ends_whoever_answers(fault: str, left: int) -> None:
     ("answer", "left"), [(b'{"in_flight": 3}', 3), (b"", 0), (b"<html>", 0), (b"[1]", 0), (b'{"in_flight": null}', 0)]
 )
 def test_what_a_draining_server_says(answer: bytes, left: int) -> None:
-    assert admission._counted(answer) == left
+    assert admission._count(answer) == left
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------

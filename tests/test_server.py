@@ -108,7 +108,7 @@ def test_a_port_that_is_taken_in_between_is_waited_for(tmp_path: Path, monkeypat
 
         with pytest.raises(Enough):
             lifecycle.serve(serving(tmp_path), lambda _: None, lifecycle.watch, again)
-    assert "cannot be listened on" in told[1] and "ValueError" in told[2]
+    assert "cannot listen on" in told[1] and "ValueError" in told[2]
 
 
 def test_waits_grow_until_a_server_has_run_steadily() -> None:
@@ -124,7 +124,7 @@ def test_a_killed_server_is_seen_before_its_children_are_tidied_up(tmp_path: Pat
     running = started(LIVES)(fixed)
     try:
         running.wait()
-        (own,) = running.own
+        (own,) = running.processes
         assert not running.ended()
         os.kill(own.pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
@@ -207,7 +207,7 @@ class Asking:
     ],
 )
 def test_what_says_nothing_is_taken_out(sent: dict[str, Any], handed_on: dict[str, Any]) -> None:
-    assert json.loads(absence.without_nothings(json.dumps(sent).encode())) == handed_on
+    assert json.loads(absence.remove_empty(json.dumps(sent).encode())) == handed_on
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_what_says_nothing_is_taken_out(sent: dict[str, Any], handed_on: dict[st
     ],
 )
 def test_other_bodies_are_handed_on_to_the_byte(body: bytes) -> None:
-    assert absence.without_nothings(body) == body
+    assert absence.remove_empty(body) == body
 
 
 def test_a_body_in_pieces_is_one_request_and_a_client_that_goes_is_heard_of() -> None:
@@ -238,7 +238,7 @@ def test_a_body_in_pieces_is_one_request_and_a_client_that_goes_is_heard_of() ->
         async def receive() -> Any:
             return events.pop(0)
 
-        again = await absence.received(receive)
+        again = await absence.receive_cleaned(receive)
         return [await again() for _ in range(1 + len(events))]
 
     assert asyncio.run(asked(list(events))) == [

@@ -151,9 +151,9 @@ def test_ports() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(ServerError, match=r"cannot be listened on.*serve\.port=0"):
+        with pytest.raises(ServerError, match=r"cannot listen on.*serve\.port=0"):
             process.free_port(Serve(port=taken.getsockname()[1]))
-    with pytest.raises(ServerError, match="cannot be listened on"):
+    with pytest.raises(ServerError, match="cannot listen on"):
         process.free_port(Serve(host="192.0.2.1"))
 
 
