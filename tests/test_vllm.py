@@ -116,7 +116,7 @@ def test_options_are_ones_that_vllm_has() -> None:
     [
         ("INFO fine\nOSError: [Errno 98] Address already in use\n", "serve.port=0"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried", "gpu_memory_utilization"),
-        ("ValueError: Free memory on device (3/24 GiB) is less than desired", "other programs hold"),
+        ("ValueError: Free memory on device (3/24 GiB) is less than desired", "other programs use"),
         (
             "Worker proc VllmWorker-0 died unexpectedly (exit code: -4)\nEngineDeadError: EngineCore",
             "illegal instruction",
@@ -139,7 +139,7 @@ def test_options_are_ones_that_vllm_has() -> None:
             "KeyError: the cause\nERROR error: ErrorInfo(message='no model', type='NotFoundError', code=404)",
             "the cause",
         ),
-        ("", "it said nothing"),
+        ("", "its log is empty"),
     ],
 )
 def test_a_log_is_explained(log: str, meaning: str) -> None:

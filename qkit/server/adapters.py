@@ -1,6 +1,6 @@
-"""LoRA adapters beside a served base model: checked before vLLM sees them, listed, loaded and unloaded while it runs.
+"""LoRA adapters on a served base model: checked before vLLM loads them; listed, loaded and unloaded while the server runs.
 
-vLLM takes an adapter of another base without a word and answers worse; so its fingerprint is compared with the base's here.
+vLLM accepts an adapter of another base silently, and its answers are worse. So its fingerprint is compared with the base's here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOAD_SECONDS = 300.0  # timeout of a request that loads an adapter
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as vLLM is given it. `rank`: the room it needs, one of served_adapter.RANKS."""
+    """An adapter for vLLM. `rank`: the --max-lora-rank that it needs, one of lora.RANKS."""
 
     name: str
     path: Path
@@ -31,36 +31,36 @@ class Adapter:
 
 
 def parse(text: str) -> tuple[str, Path]:
-    """`name=RUN`, or `name=FOLDER` of an adapter.
+    """The name and the path in `name=RUN`, or in `name=FOLDER` for the folder of an adapter.
 
     Raises:
-        ServerError: it is not written so.
+        ServerError: the text does not have this form.
     """
     name, separator, place = text.partition("=")
     if not (separator and place and NAME.fullmatch(name)):
-        raise ServerError(f"--adapter {text}: write it as name=RUN, the name of letters, digits, `_`, `.` and `-`")
+        raise ServerError(f"--adapter {text}: must be name=RUN, with a name of letters, digits, `_`, `.` and `-`")
     return name, Path(place)
 
 
 def folder_of(place: Path) -> Path:
-    """The adapter of a run, or the folder itself.
+    """The folder of a run's adapter, or `place` itself.
 
     Raises:
-        MissingArtifact: there is none.
+        MissingArtifact: it does not contain an adapter.
     """
-    found = place / "train" / "adapter" if (place / "recipe.yaml").is_file() else place
-    if not (found / "adapter_config.json").is_file():
-        raise MissingArtifact(f"{found}: holds no adapter_config.json; `qkit train {place}` makes an adapter")
-    return found.resolve()
+    folder = place / "train" / "adapter" if (place / "recipe.yaml").is_file() else place
+    if not (folder / "adapter_config.json").is_file():
+        raise MissingArtifact(f"{folder}: adapter_config.json is missing; `qkit train {place}` makes an adapter")
+    return folder.resolve()
 
 
 def checked(name: str, place: Path, base: Path | None) -> Adapter:
-    """The adapter, seen to belong to `base` and to be one that vLLM serves. `base` None: it is not on this disk, and is not compared.
+    """The adapter, after checks that it belongs to `base` and that vLLM serves it. `base`: None if it is not on this disk.
 
     Raises:
-        MissingArtifact: there is no adapter, or it is not one of qkit's.
+        MissingArtifact: there is no adapter, or qkit did not make it.
         ModelError: it was trained on other weights.
-        NotDeployable: vLLM does not serve its kind.
+        NotDeployable: vLLM does not serve adapters of its kind.
     """
     folder = folder_of(place)
     if base is not None:
