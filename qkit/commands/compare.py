@@ -31,6 +31,7 @@ from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Evaluate, Recipe, Serve, Source
 from qkit.run.directory import Run
+from qkit.server.client import root_url
 
 if TYPE_CHECKING:
     from qkit.core.progress import Progress
@@ -131,7 +132,7 @@ def side(text: str) -> Side:
         MissingArtifact: nothing that can be opened.
     """
     if text.startswith(("http://", "https://")):
-        return Side(text, "vllm", url=text.rstrip("/").removesuffix("/v1"))
+        return Side(text, "vllm", url=root_url(text))
     path = Path(text)
     if (path / "recipe.yaml").is_file():
         run = Run.open(path)

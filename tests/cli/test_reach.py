@@ -8,22 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from helpers.hub import FAULTS, failing
 from helpers.sample import open_sample
+from helpers.sse import serving
 from qkit.bench import any_server
+from qkit.bench.tool import COMPLETIONS
 from qkit.commands import compare
-from qkit.core import network
 from qkit.core.errors import ModelError, ServerError, UserError
 from qkit.core.files import write_json
 from qkit.core.network import reaching
 from qkit.core.progress import Progress
 from qkit.measure import endpoint
 from qkit.run.directory import Run
-from qkit.server import adapters, admission, process
-from qkit.server import client as server_client
+from qkit.server import adapters, admission
+from qkit.server.client import Client, bearer, live_server, model_entries, root_url
 
 # --- servers ----------------------------------------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ def bench(url: str, run: Run) -> Any:
 
 
 def bench_of_a_name(url: str, run: Run) -> Any:
-    return any_server.taken(f"{url}/v1/completions", "m")
+    return any_server.taken(url, COMPLETIONS, "m")
 
 
 def verify(url: str, run: Run) -> Any:
@@ -43,8 +43,7 @@ def verify(url: str, run: Run) -> Any:
 def stop_tokens(url: str, run: Run) -> Any:
     """A server that goes wrong once it has been found."""
     asked = object.__new__(endpoint.ServerSubject)
-    asked.url, asked.model, asked.client = url, "m", httpx.Client(base_url=url, timeout=2.0)
-    asked.described = {"id": "m"}
+    asked.model, asked.client, asked.described = "m", Client(url, timeout=2.0), {"id": "m"}
     return asked.stops_at([1], 2)
 
 
@@ -77,14 +76,17 @@ def test_a_server_that_fails_is_one_message(ask: Callable[[str, Run], Any], faul
             return
         with pytest.raises(ServerError) as caught:
             ask(url, run)
-    assert url in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert caught.value.url == url and url in str(caught.value)
+    assert caught.value.reason and caught.value.status is None
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://[", "ftp://127.0.0.1:1", "http://127.0.0.1:99999"])
 @pytest.mark.parametrize("ask", [bench, verify, listed], ids=lambda ask: ask.__name__)
 def test_an_address_that_is_none_is_one_message(ask: Callable[[str, Run], Any], url: str, tmp_path: Path) -> None:
-    with pytest.raises(ServerError, match=r"address|answers|list of models"):
+    with pytest.raises(ServerError) as caught:
         ask(url, open_sample(tmp_path))
+    assert caught.value.url == url and caught.value.reason
 
 
 def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +104,11 @@ def test_health_is_asked_of_anybody(fault: str, tmp_path: Path) -> None:
 
     run = open_sample(tmp_path)
     (run.root / ".work" / "serve").mkdir(parents=True)
-    with failing(fault) as url, httpx.Client(base_url=url, timeout=2.0) as client:
+    with failing(fault) as url, Client(url, timeout=2.0) as client:
         write_json(run.root / ".work" / "serve" / "server.json", {"url": url, "pid": os.getpid()})
         answers = fault not in ("refused", "reset", "no HTTP")
-        assert process._healthy(client) is answers
-        assert bool(server_client.live_server(run)) is answers
+        assert client.is_healthy() is answers
+        assert bool(live_server(run)) is answers
 
 
 @pytest.mark.parametrize(("fault", "left"), [("refused", 0), ("reset", 0), ("no HTTP", 0), ("page", 1)])
@@ -120,7 +122,7 @@ def test_a_drain_ends_whoever_answers(fault: str, left: int) -> None:
     ("answer", "left"), [(b'{"in_flight": 3}', 3), (b"", 0), (b"<html>", 0), (b"[1]", 0), (b'{"in_flight": null}', 0)]
 )
 def test_what_a_draining_server_says(answer: bytes, left: int) -> None:
-    assert admission._counted(answer) == left
+    assert admission._count(answer) == left
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def test_a_hub_that_says_nothing_is_given_up(tmp_path: Path) -> None:
 
     with failing("silent") as url:
         told = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_TOKEN": "x"}
-        code = f"from qkit import reach; reach.HUB_SECONDS = 0.5\n{HUB.partition('lambda: model')[0]}):{HUB.partition('):')[2]}"
+        code = f"from qkit.core import network; network.HUB_SECONDS = 0.5\n{HUB.partition('lambda: source')[0]}):{HUB.partition('):')[2]}"
         argv = [sys.executable, "-c", code, str(tmp_path)]
         done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, **told}, timeout=60)
     assert done.stdout.startswith("UserError 1 "), done.stderr
@@ -192,5 +194,19 @@ def test_an_error_without_words_is_named() -> None:
 
 @pytest.mark.parametrize("document", [None, [], {}, {"data": None}, {"data": [1]}, {"data": [{"id": 3}]}, {"data": {}}])
 def test_what_is_no_list_of_models(document: Any) -> None:
-    with pytest.raises(ValueError, match="its answer"):
-        network.models(document)
+    with pytest.raises(ValueError, match=r"is missing|not a list of models"):
+        model_entries(document)
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
+def test_every_spelling_of_an_address_is_one_server(url: str) -> None:
+    assert root_url(url) == "http://h:1"
+    with Client(url, bearer("a-key")) as client:
+        assert client.url == "http://h:1"
+
+
+def test_a_refused_request_tells_its_status_and_the_answer() -> None:
+    with serving() as fake, Client(fake.url) as client:
+        with pytest.raises(ServerError) as caught:
+            client.request("POST", "/no/such/path", {})
+        assert caught.value.url == fake.url and caught.value.status == client.send("POST", "/no/such/path").status_code

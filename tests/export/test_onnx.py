@@ -457,7 +457,7 @@ def test_the_server_refuses_a_token_that_the_model_has_no_row_for() -> None:
     from qkit.server.onnx_requests import Refused
 
     service = Service.__new__(Service)
-    service.room, service.rows = 10, 259
-    assert service.space([258], 1) == 9
-    with pytest.raises(Refused, match="has the token id 259, and the model has 0 to 258"):
-        service.space([5, 259], 1)
+    service.max_model_len, service.vocab_size = 10, 259
+    assert service.tokens_left([258], 1) == 9
+    with pytest.raises(Refused, match="has the token id 259; the ids of this model are 0 to 258"):
+        service.tokens_left([5, 259], 1)

@@ -135,7 +135,7 @@ def test_greedy_answers_are_those_of_transformers(opened: Runtime, reference: Ru
 
 def test_it_is_not_served(exported: Path, model: Path) -> None:
     with pytest.raises(NotDeployable, match="onnxruntime-genai, which serves, opens only what its builder makes"):
-        serving.of_model(str(exported), recipe_of(model), serve_request.Asked("onnxruntime"))
+        serving.of_model(str(exported), recipe_of(model), serve_request.ServeOptions("onnxruntime"))
 
 
 def test_without_its_note_it_is_not_taken_for_the_builders(exported: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_run_passes_the_gate_of_equality(verified: Run) -> None:
     assert note["format"] == "onnx-fp32" and note["graph"].startswith("traced") and note["merged"]
     assert list(verified.folder("bench").glob("onnx-fp32-*.json"))
     with pytest.raises(NotDeployable, match="opens only what its builder makes"):
-        serving.of_run(verified, serve_request.Asked("onnxruntime"))
+        serving.of_run(verified, serve_request.ServeOptions("onnxruntime"))
 
 
 def test_its_card_says_how_it_is_used(verified: Run, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -113,7 +113,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
         plain = vllm.argv
         patch.setattr(vllm, "argv", lambda *given: [*plain(*given), *PARSER])
         section = Serve(port=0, max_model_len=512, enforce_eager=True)
-        running = vllm.Server(run.folder("merge"), "tiny", section, detect(), folder / "vllm.log")
+        running = vllm.start(run.folder("merge"), "tiny", section, detect(), folder / "vllm.log")
     try:
         running.wait()
         yield Served(run, running.url)
@@ -199,7 +199,7 @@ def test_a_rule_that_only_users_requests_show_is_found_out(
 def test_an_empty_list_of_tools_that_changes_the_prompt_is_found_out(
     served: Served, ours: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint.ServerSubject, "counted", lambda *_: 31)
+    monkeypatch.setattr(endpoint.ServerSubject, "prompt_length", lambda *_: 31)
     [broken] = contract.check(served.run, ours).broken
     assert "with tools: []: it makes 31 prompt tokens where training saw" in broken.detail
 

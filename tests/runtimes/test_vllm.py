@@ -69,7 +69,7 @@ def test_the_command_line(case: str, release: str) -> None:
     ],
 )
 def test_what_is_started_depends_on_the_version(installed: str | None, module: str) -> None:
-    assert vllm.program(installed) == module
+    assert vllm.server_module(installed) == module
 
 
 def test_what_is_started_is_there() -> None:
@@ -78,7 +78,7 @@ def test_what_is_started_is_there() -> None:
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("vLLM is not installed")
-    place = vllm.program(vllm.version()).removeprefix("vllm.").replace(".", "/")
+    place = vllm.server_module(vllm.version()).removeprefix("vllm.").replace(".", "/")
     assert (Path(spec.submodule_search_locations[0]) / f"{place}.py").is_file()
 
 
@@ -117,7 +117,7 @@ def test_options_are_ones_that_vllm_has() -> None:
     [
         ("INFO fine\nOSError: [Errno 98] Address already in use\n", "serve.port=0"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried", "gpu_memory_utilization"),
-        ("ValueError: Free memory on device (3/24 GiB) is less than desired", "other programs hold"),
+        ("ValueError: Free memory on device (3/24 GiB) is less than desired", "other programs use"),
         (
             "Worker proc VllmWorker-0 died unexpectedly (exit code: -4)\nEngineDeadError: EngineCore",
             "illegal instruction",
@@ -140,7 +140,7 @@ def test_options_are_ones_that_vllm_has() -> None:
             "KeyError: the cause\nERROR error: ErrorInfo(message='no model', type='NotFoundError', code=404)",
             "the cause",
         ),
-        ("", "it said nothing"),
+        ("", "its log is empty"),
     ],
 )
 def test_a_log_is_explained(log: str, meaning: str) -> None:
@@ -152,9 +152,9 @@ def test_ports() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(ServerError, match=r"cannot be listened on.*serve\.port=0"):
+        with pytest.raises(ServerError, match=r"cannot listen on.*serve\.port=0"):
             process.free_port(Serve(port=taken.getsockname()[1]))
-    with pytest.raises(ServerError, match="cannot be listened on"):
+    with pytest.raises(ServerError, match="cannot listen on"):
         process.free_port(Serve(host="192.0.2.1"))
 
 

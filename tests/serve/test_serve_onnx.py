@@ -27,6 +27,7 @@ from helpers.served import (
     wait_for_nobody,
 )
 from qkit.bench import any_server
+from qkit.bench.tool import COMPLETIONS
 from qkit.export.formats import onnx as exporter
 from qkit.plugins.exporter import Job
 from qkit.recipe.schema import Recipe
@@ -285,7 +286,7 @@ def test_clients_that_go_away_leave_nothing_running(served: Served, client: open
 
 def test_it_can_be_benched_with_what_it_takes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    found = any_server.taken(f"{served.url}/v1/completions", TEXT_MODEL)
+    found = any_server.taken(served.url, COMPLETIONS, TEXT_MODEL)
     assert found == {"add_special_tokens", "ignore_eos", "repetition_penalty"}
 
 

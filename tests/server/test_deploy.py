@@ -63,7 +63,7 @@ def test_the_default_formats_are_few_and_all_of_them_can_be_had(tiny_model: Path
         ({"num_local_experts": 8}, "model.pad_token=null", "vllm-w8a8", "mixture of experts"),
         ({"num_local_experts": 8}, "model.pad_token=null", "bnb-nf4", "stay in 16 bit"),
         ({}, "model.add_tokens=['<x>']", "vllm-adapter", "is unsupported LoRA weight"),
-        ({}, "lora.r=600", "vllm-adapter", "lora.r=600 is more than vLLM takes"),
+        ({}, "lora.r=600", "vllm-adapter", "lora.r=600 is more than vLLM supports"),
     ],
 )
 def test_refusals(

@@ -57,9 +57,9 @@ def serving(tmp_path: Path) -> Serving:
 
 def started(last: str) -> Callable[[Serving], process.Server]:
     def start(given: Serving) -> process.Server:
-        port = given.how.serve.port
-        argv = (sys.executable, "-c", PROGRAM.replace("LAST", last), str(process.free_port(given.how.serve)))
-        return process.Server(process.Program("a program", argv), "name", given.how.serve, port, given.log)
+        port = given.section.port
+        argv = (sys.executable, "-c", PROGRAM.replace("LAST", last), str(process.free_port(given.section)))
+        return process.Server(process.Program("a program", argv), "name", given.section, port, given.log)
 
     return start
 
@@ -108,7 +108,14 @@ def test_a_port_that_is_taken_in_between_is_waited_for(tmp_path: Path, monkeypat
 
         with pytest.raises(Enough):
             lifecycle.serve(serving(tmp_path), lambda _: None, lifecycle.watch, again)
-    assert "cannot be listened on" in told[1] and "ValueError" in told[2]
+    assert "cannot listen on" in told[1] and "ValueError" in told[2]
+
+
+def test_waits_grow_until_a_server_has_run_steadily() -> None:
+    backoff = lifecycle.Backoff()
+    assert [backoff.next_pause(uptime) for uptime in (1, 0, 0)] == [1.0, 2.0, 4.0]
+    assert [backoff.next_pause(0) for _ in range(9)][-1] == 60.0
+    assert [backoff.next_pause(uptime) for uptime in (lifecycle.STEADY_SECONDS + 1, 1)] == [1.0, 2.0]
 
 
 def test_a_killed_server_is_seen_before_its_children_are_tidied_up(tmp_path: Path) -> None:
@@ -117,7 +124,7 @@ def test_a_killed_server_is_seen_before_its_children_are_tidied_up(tmp_path: Pat
     running = started(LIVES)(fixed)
     try:
         running.wait()
-        (own,) = running.own
+        (own,) = running.processes
         assert not running.ended()
         os.kill(own.pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
@@ -155,12 +162,12 @@ def test_a_start_that_the_system_kills_is_explained() -> None:
 )
 def test_what_would_be_obeyed_by_vllm_alone(rest: tuple[str, ...], how: str) -> None:
     with pytest.raises(ServerError, match=how) as caught:
-        serve_serving.refuse_own(rest)
+        serve_serving.refuse_reserved(rest)
     assert "a-secret" not in str(caught.value)
 
 
 def test_other_options_are_handed_on() -> None:
-    serve_serving.refuse_own(
+    serve_serving.refuse_reserved(
         ("--seed", "1", "--enforce-eager", "--max-model-len", "512", "-tp", "2", "--hf-overrides", "{}")
     )
 
@@ -200,7 +207,7 @@ class Asking:
     ],
 )
 def test_what_says_nothing_is_taken_out(sent: dict[str, Any], handed_on: dict[str, Any]) -> None:
-    assert json.loads(absence.without_nothings(json.dumps(sent).encode())) == handed_on
+    assert json.loads(absence.remove_empty(json.dumps(sent).encode())) == handed_on
 
 
 @pytest.mark.parametrize(
@@ -217,7 +224,7 @@ def test_what_says_nothing_is_taken_out(sent: dict[str, Any], handed_on: dict[st
     ],
 )
 def test_other_bodies_are_handed_on_to_the_byte(body: bytes) -> None:
-    assert absence.without_nothings(body) == body
+    assert absence.remove_empty(body) == body
 
 
 def test_a_body_in_pieces_is_one_request_and_a_client_that_goes_is_heard_of() -> None:
@@ -231,7 +238,7 @@ def test_a_body_in_pieces_is_one_request_and_a_client_that_goes_is_heard_of() ->
         async def receive() -> Any:
             return events.pop(0)
 
-        again = await absence.received(receive)
+        again = await absence.receive_cleaned(receive)
         return [await again() for _ in range(1 + len(events))]
 
     assert asyncio.run(asked(list(events))) == [
@@ -299,7 +306,7 @@ def test_a_run_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mon
     from helpers.sample import a_run
 
     run = a_run(tmp_path, vllm="passed")
-    asked = request.Asked(name="sql")
+    asked = request.ServeOptions(name="sql")
     assert serve_serving.of_run(run, asked).log == run.root / "logs" / f"serve-{run.recipe.serve.port}.log"
     monkeypatch.setenv("QKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run.root)
