@@ -183,7 +183,7 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
     with run.locked():
         run.save_recipe()
         run.adopt()
-        serves, beside = STAGES["serve"] in stages_of(run.recipe), detect().server_beside_model
+        serves, beside = STAGES["serve"] in stages_of(run.recipe), detect().server_can_share_memory
         with _Server(run, options) as server:
             for stage in stages_of(run.recipe):
                 if stage.name == "report" or status(run, stage) == "done":
