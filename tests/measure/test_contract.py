@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers.command import qkit
+from helpers.command import qkit_here
 from helpers.tiny import build_tokenizer, tiny_settings
 from qkit import pipeline
 from qkit.chat import conversation
@@ -317,7 +317,7 @@ def test_no_server_and_no_such_model(served: Served) -> None:
 def test_the_command(served: Served, tmp_path: Path) -> None:
     """Exit code 2 when anything differs."""
     for run, code in ((served.run, 0), (another_stop_token(served, tmp_path), 2)):
-        done = qkit("verify", run.root, "--server", served.url, "--json")
+        done = qkit_here("verify", run.root, "--server", served.url, "--json")
         assert done.returncode == code, done.stderr
         assert {check["status"] for check in json.loads(done.stdout)["checks"]} >= {"ok", "noted"}
 
