@@ -28,7 +28,6 @@ from qkit.core.errors import MissingArtifact
 from qkit.recipe.load import load
 from qkit.run import stages
 from qkit.run.directory import Run
-from qkit.train import sft
 from qkit.train import stage as train_stage
 from qkit.train.checkpoints import SEAL
 
@@ -294,7 +293,7 @@ def test_a_training_that_is_killed_at_its_very_end_is_not_done_again(
             patched.setattr(*moment, killed)
             return peak
 
-        patched.setattr(sft, "run", then_killed)
+        patched.setattr(train_stage, "run", then_killed)
         with pytest.raises(KeyboardInterrupt):
             pipeline.execute(run, "train")
     monkeypatch.setattr(transformers.Trainer, "training_step", lambda *_: pytest.fail("it trains again"))
@@ -348,7 +347,7 @@ def test_changed_rows_are_noticed(tiny_recipe: Path, rows_file: Path, tmp_path: 
     pipeline._check_inputs(run, stages.STAGES["train"])
     rows_file.write_bytes(before)
     assert pipeline.statuses(run)["data"] == "done"
-    run.adopt()
+    run.refresh_mtimes()
     [[stamp]] = [files.values() for files in run.manifest()["stages"]["data"]["sources"].values()]
     assert stamp["mtime_ns"] == rows_file.stat().st_mtime_ns
     rows_file.write_bytes(before.replace(b"say a", b"SAY a", 1))

@@ -18,7 +18,7 @@ from typing import Any
 from qkit.core.device import Device
 from qkit.core.errors import MissingExtra, ServerError
 from qkit.core.network import ADDRESS, models, part, reaching
-from qkit.plugins.runtime import Row, RowScores, Runtime, Timing
+from qkit.plugins.runtime import RowScores, Runtime, Timing, TokenRow
 from qkit.recipe.schema import Serve
 from qkit.server import admission, lora, process
 from qkit.server.adapters import Adapter
@@ -206,7 +206,7 @@ class VllmRuntime(Runtime):
                 advance(1)
         return completions
 
-    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
+    def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         """By the log-probabilities of the prompt's tokens: the server's top 20 at each position; through an adapter, of the first rows alone.
 
         vLLM 0.32 on a CPU dies when it is asked for those of a prompt that an adapter reads (its wrapper of LoRA on the head expects sampled
@@ -218,7 +218,7 @@ class VllmRuntime(Runtime):
             else:
                 yield from pool.map(self._score, rows)
 
-    def _score(self, row: Row) -> RowScores:
+    def _score(self, row: TokenRow) -> RowScores:
         choice = self._complete(row.input_ids, max_tokens=1, prompt_logprobs=TOP_LOGPROBS)
         return _row_scores(choice["prompt_logprobs"][row.start :], row.input_ids[row.start :])
 
@@ -228,7 +228,7 @@ class VllmRuntime(Runtime):
             offered = models(self.client.get("/v1/models").json())
         return any(entry["id"] == self.live["model"] and entry.get("parent") for entry in offered)
 
-    def _score_by_steps(self, row: Row) -> RowScores:
+    def _score_by_steps(self, row: TokenRow) -> RowScores:
         """The one token that is allowed is sampled; what is said of it and of the most likely ones is from before that."""
         asked = {"max_tokens": 1, "logprobs": TOP_LOGPROBS, "return_tokens_as_token_ids": True}
         positions = []

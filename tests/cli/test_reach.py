@@ -129,16 +129,18 @@ def test_what_a_draining_server_says(answer: bytes, left: int) -> None:
 HUB = """
 import sys
 from pathlib import Path
-from qkit import model, push, recipe, rows, shape
-from qkit.errors import UserError
-from qkit.source import HubId
+from qkit.core.errors import UserError
+from qkit.data import read
+from qkit.model import config, source, tokenizer
+from qkit.recipe import schema
+from qkit.report import push
 for ask in (
     lambda: push.push(push.Upload(Path(sys.argv[1]), "me/model", False, {})),
-    lambda: model._from_hub("org/none", None, ["*.json"]),
-    lambda: model.tokenizer_of(recipe.Model(source="org/none")),
-    lambda: shape._hub_config("org/none", None),
-    lambda: list(rows._from_hub("org/none", recipe.Source(source="org/none"))),
-    lambda: list(rows._from_hub("org/none", recipe.Source(source="org/none", streaming=True))),
+    lambda: source._from_hub("org/none", None, ["*.json"]),
+    lambda: tokenizer.tokenizer_of(schema.Model(source="org/none")),
+    lambda: config._hub_config("org/none", None),
+    lambda: list(read._from_hub("org/none", schema.Source(source="org/none"))),
+    lambda: list(read._from_hub("org/none", schema.Source(source="org/none", streaming=True))),
 ):
     try:
         ask()

@@ -48,7 +48,7 @@ def test_two_that_fetch_the_same_at_once(wheels: Path, monkeypatch: pytest.Monke
     copy = sources.shutil.copyfileobj
 
     def late(reading: Any, writing: Any) -> None:
-        code = f"from qkit.source import locate; print(locate({TEXT!r}).read_text())"
+        code = f"from qkit.core.sources import locate; print(locate({TEXT!r}).read_text())"
         assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == '{"a": 1}'
         copy(reading, writing)
 
@@ -61,15 +61,15 @@ def test_two_that_fetch_the_same_at_once(wheels: Path, monkeypatch: pytest.Monke
 def test_its_sha256_is_checked(wheels: Path) -> None:
     digest = hashlib.sha256(next(wheels.iterdir()).read_bytes()).hexdigest()
     locate(TEXT, sha256=digest)
-    with pytest.raises(DataError, match=f"sha256 .* is {digest}, the recipe says {'0' * 64}"):
+    with pytest.raises(DataError, match=f"sha256 .* is {digest}, but the recipe says {'0' * 64}"):
         locate(TEXT, sha256="0" * 64)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("pypi:some-data==1.0!some_data/other", "holds no some_data/other"),
-        ("pypi:some-data==1.0!../../x", "leads out of the package"),
+        ("pypi:some-data==1.0!some_data/other", "does not contain some_data/other"),
+        ("pypi:some-data==1.0!../../x", "points outside the package"),
         ("pypi:some-data", "write it as pypi:"),
         ("pypi:none-such==1.0!x", "pip could not download none-such==1.0"),
         ("./none.jsonl", "no such file or folder"),

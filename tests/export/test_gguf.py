@@ -268,14 +268,16 @@ def rows_of(root: Path, *said: str) -> Path:
 def test_rows_that_llama_cpp_reads_in_other_tokens_are_counted(trained: Path, tmp_path: Path) -> None:
     """NFC makes one letter of a letter and its mark, which is two bytes in training and three in llama.cpp."""
     model = with_tokenizer(trained, tmp_path / "model", normalizer={"type": "NFC"})
-    said: list[str] = []
+    messages: list[str] = []
     job = replace(
-        job_of(model, tmp_path), rows=rows_of(tmp_path, "the e\u0301 thing", "the", "thing", "then"), say=said.append
+        job_of(model, tmp_path),
+        rows=rows_of(tmp_path, "the e\u0301 thing", "the", "thing", "then"),
+        notify=messages.append,
     )
     out = exported(job, "gguf-f16", tmp_path)
     found = json.loads((out / NOTE).read_text())["served_otherwise"]
     assert (found["rows"], found["differ"], found["because"]) == (4, 1, ["the normalizer NFC"])
-    assert "e\u0301" in found["first"] and "25.0% of 4 rows" in said[0]
+    assert "e\u0301" in found["first"] and "25.0% of 4 rows" in messages[0]
     back = AutoTokenizer.from_pretrained(model)
     assert len(back("e\u0301").input_ids) == 2 and len(build_from(out / gguf.FILE)("e\u0301").input_ids) == 3
 

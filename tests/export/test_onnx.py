@@ -24,7 +24,7 @@ from qkit.core.errors import DoesNotFit, MissingArtifact, MissingExtra, NotDeplo
 from qkit.export._onnx import requantize
 from qkit.export.formats import onnx as exporter
 from qkit.plugins.exporter import Job
-from qkit.plugins.runtime import Row, Runtime, open_runtime
+from qkit.plugins.runtime import Runtime, TokenRow, open_runtime
 from qkit.recipe.schema import Recipe
 from qkit.runtimes import _onnx_graph, onnxruntime
 
@@ -38,7 +38,12 @@ PROMPTS = [
     list(range(60, 80)),
     [17, 4],
 ]
-ROWS = [Row([5, 6, 7, 8, 9], 2), Row(list(range(20, 60)), 11), Row([1, 99], 1), Row([200, 100, 50, 25, 12, 6], 3)]
+ROWS = [
+    TokenRow([5, 6, 7, 8, 9], 2),
+    TokenRow(list(range(20, 60)), 11),
+    TokenRow([1, 99], 1),
+    TokenRow([200, 100, 50, 25, 12, 6], 3),
+]
 NEVER: frozenset[int] = frozenset()
 
 
@@ -108,7 +113,7 @@ def reference(model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
-def log_probabilities(reference: Any, row: Row) -> Any:
+def log_probabilities(reference: Any, row: TokenRow) -> Any:
     import torch
 
     with torch.inference_mode():
@@ -247,7 +252,7 @@ def test_scores_do_not_depend_on_the_batch(fp32: Runtime, monkeypatch: pytest.Mo
 
 
 def test_a_row_without_completion_has_no_scores(opened: Runtime) -> None:
-    (scores,) = opened.score([Row([5, 6], 2)])
+    (scores,) = opened.score([TokenRow([5, 6], 2)])
     assert scores.full is not None
     assert (len(scores.targets), len(scores.top1), len(scores.full)) == (0, 0, 0)
 

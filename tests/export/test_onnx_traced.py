@@ -21,7 +21,7 @@ from qkit.core.files import read_json
 from qkit.export._onnx import trace
 from qkit.export.formats import onnx as exporter
 from qkit.plan import deployable
-from qkit.plugins.runtime import Row, Runtime, open_runtime
+from qkit.plugins.runtime import Runtime, TokenRow, open_runtime
 from qkit.recipe.load import load
 from qkit.report import model_card
 from qkit.run.directory import Run
@@ -32,7 +32,13 @@ from qkit.serve import serving
 pytest.importorskip("onnxruntime_genai")
 
 PROMPTS = [[5, 6, 7], [i * 37 % 250 + 5 for i in range(30)], [9, 200, 31, 77, 12, 8, 90], [3]]
-BATCH = [*ROWS, Row([5, 6, 7, 8, 9], 2), Row([1, 99], 1), Row([200, 100, 50, 25, 12, 6], 3), Row([5, 6], 2)]
+BATCH = [
+    *ROWS,
+    TokenRow([5, 6, 7, 8, 9], 2),
+    TokenRow([1, 99], 1),
+    TokenRow([200, 100, 50, 25, 12, 6], 3),
+    TokenRow([5, 6], 2),
+]
 NEVER: frozenset[int] = frozenset()
 SMALL = {"vocab_size": 259, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -66,7 +72,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def exported(model: Path) -> Path:
     said = model.parent / "said"
-    job = replace(job_of(model, model.parent), say=lambda line: said.write_text(line) and None)
+    job = replace(job_of(model, model.parent), notify=lambda line: said.write_text(line) and None)
     exporter.export(job, model.parent / "onnx-fp32", "fp32")
     return model.parent / "onnx-fp32"
 
@@ -134,7 +140,7 @@ def test_it_is_not_served(exported: Path, model: Path) -> None:
 
 def test_without_its_note_it_is_not_taken_for_the_builders(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes((exported / "model.onnx").read_bytes())
-    with pytest.raises(MissingArtifact, match=r"lacks genai_config\.json"):
+    with pytest.raises(MissingArtifact, match=r"missing: genai_config\.json"):
         open_runtime("onnxruntime", tmp_path, detect())
 
 

@@ -159,26 +159,26 @@ def test_a_tokenizer_that_the_library_does_not_open(tmp_path: Path, no_rows: Pat
 
 
 def exported(trained_run: Run, root: Path, template: str | None = None) -> tuple[Run, list[str]]:
-    """The tiny run with its ONNX export in fp32, perhaps of another template; and what was said."""
+    """The tiny run with its ONNX export in fp32, perhaps of another template; and what was messages."""
     shutil.copytree(trained_run.root, root)
-    run, said = Run(root, trained_run.recipe), []
+    run, messages = Run(root, trained_run.recipe), []
     if template:
         (run.folder("merge") / "chat_template.jinja").write_text(template, encoding="utf-8")
     run.folder("export").mkdir()
-    onnx.export(replace(job(run), say=said.append), run.folder("export") / "onnx-fp32", "fp32")
-    return run, said
+    onnx.export(replace(job(run), notify=messages.append), run.folder("export") / "onnx-fp32", "fp32")
+    return run, messages
 
 
 @pytest.mark.parametrize("changed", [False, True], ids=["alike", "other"])
 def test_the_readme_shows_what_makes_the_prompts_of_training(
     changed: bool, trained_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, said = exported(trained_run, tmp_path / "run", BLOCKS if changed else None)
+    run, messages = exported(trained_run, tmp_path / "run", BLOCKS if changed else None)
     folder = run.folder("export") / "onnx-fp32"
     found = read_json(folder / "qkit.json")["prompts"]
     assert found["cases"] > 3 and bool(found["differ"]) is changed
-    assert len(said) == changed and all(
-        "its README.md shows how to make them with transformers" in text for text in said
+    assert len(messages) == changed and all(
+        "its README.md shows how to make them with transformers" in text for text in messages
     )
     card, merged = model_card.render(run, "onnx-fp32"), model_card.render(run)
     assert ("Render with transformers" in card) is ("makes other prompts of `onnx-fp32`" in merged) is changed

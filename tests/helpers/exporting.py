@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qkit.plugins.exporter import Job, exporter
-from qkit.plugins.runtime import Row, RowScores
+from qkit.plugins.runtime import RowScores, TokenRow
 from qkit.recipe.registry import split
 from qkit.recipe.schema import Recipe
 
-ROWS = [Row(list(range(3, 60)), 5), Row([5, 6, 7, 8, 9, 120, 121], 2)]
+ROWS = [TokenRow(list(range(3, 60)), 5), TokenRow([5, 6, 7, 8, 9, 120, 121], 2)]
 
 
 def recipe_of(model: Path, **sections: Any) -> Recipe:

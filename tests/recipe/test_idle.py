@@ -31,7 +31,7 @@ def _recipe(**sections: Any) -> Recipe:
 MISTAKES = [
     (
         {"train": {"lr_scheduler_type": "constant", "warmup_steps": 4}},
-        "train.warmup_steps=4 is not looked at beside train.lr_scheduler_type=constant",
+        "train.warmup_steps=4 has no effect with train.lr_scheduler_type=constant",
     ),
     ({"serve": {"concurrency": 9, "max_num_seqs": 8}}, "serve.concurrency=9 .* serve.max_num_seqs=8"),
     ({"serve": {"max_num_seqs": 8, "max_requests": 4}}, "serve.max_num_seqs=8 .* serve.max_requests=4"),
@@ -41,23 +41,23 @@ MISTAKES = [
     ),
     (
         {"task": "function_calling", "evaluate": {"answer_pattern": "A"}},
-        "evaluate.answer_pattern=A is looked at for task=chat, and task=function_calling compares calls",
+        "evaluate.answer_pattern=A applies to task=chat, but task=function_calling compares calls",
     ),
     ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout: Input should be less than 1, got 1.0"),
     ({"lora": {"lora_alpha": 0}}, "lora.lora_alpha: Input should be greater than 0, got 0"),
     ({"model": {"source": "pypi:a==1!b.gguf", "revision": "main"}}, "model.revision=main .* the source is pypi:a==1!b"),
     (
         {"model": {"source": "owner/x", "sha256": "0" * 64}},
-        "model.sha256=0+ .* a pypi: source, and the source is owner/x",
+        "model.sha256=0+ .* a pypi: source, but the source is owner/x",
     ),
     ({"data": {"test": [ROWS, {**ROWS, "streaming": True}]}}, "data.test.1.streaming=true .* the source is rows.jsonl"),
     ({"data": {"train": [{**ROWS, "sample_by": "line"}]}}, r"sample_by=line .* text files \(.txt, .md\)"),
-    ({"data": {"train": [{**ROWS, "weight": 2.0}]}}, "data.train.0.weight=2 .* there is one only"),
-    ({"data": {"group": "user"}}, "data.group=user .* no data.split"),
-    ({"data": {"stratify": "topic"}}, "data.stratify=topic .* no data.split"),
+    ({"data": {"train": [{**ROWS, "weight": 2.0}]}}, "data.train.0.weight=2 .* there is only one"),
+    ({"data": {"group": "user"}}, "data.group=user .* data.split is not set"),
+    ({"data": {"stratify": "topic"}}, "data.stratify=topic .* data.split is not set"),
     (
         {"data": {"too_long": "split", "train": [{**ROWS, "format": "messages"}]}},
-        "data.too_long=split divides plain text, and data.train is all messages",
+        "data.too_long=split divides plain text, but data.train is all messages",
     ),
 ]
 
@@ -97,10 +97,10 @@ def test_what_has_an_effect_is_taken(sections: dict[str, Any]) -> None:
 REMARKS = [
     (
         {"train": {"max_steps": 20, "num_train_epochs": 2.0}},
-        "train.num_train_epochs=2 is not looked at beside train.max_steps=20",
+        "train.num_train_epochs=2 has no effect with train.max_steps=20",
     ),
     *(
-        ({"quantization": {"load_in_4bit": False, name: value}}, f"quantization.{name}={said} is not looked at beside")
+        ({"quantization": {"load_in_4bit": False, name: value}}, f"quantization.{name}={said} has no effect with")
         for name, value, said in (
             ("bnb_4bit_quant_type", "fp4", "fp4"),
             ("bnb_4bit_use_double_quant", False, "false"),
@@ -109,17 +109,17 @@ REMARKS = [
     ),
     (
         {"export": {"formats": ["vllm"], "method": "awq"}, "bench": {"runtimes": []}},
-        "export.method=awq is for vllm-w4a16",
+        "export.method=awq applies to vllm-w4a16",
     ),
     (
         {"export": {"formats": ["vllm"], "calibration_rows": 9}, "bench": {"runtimes": []}},
-        "export.calibration_rows=9 is for vllm-w4a16 and vllm-w8a8",
+        "export.calibration_rows=9 applies to vllm-w4a16 and vllm-w8a8",
     ),
     (
         {"bench": {"sweep": True, "concurrency": [1, 4]}},
-        "bench.concurrency=[1, 4] is not looked at beside bench.sweep=true",
+        "bench.concurrency=[1, 4] has no effect with bench.sweep=true",
     ),
-    ({"data": {"validation": [ROWS]}}, "data.validation: these rows are held out, and no stage reads them"),
+    ({"data": {"validation": [ROWS]}}, "data.validation: these rows are held out, but no stage reads them"),
     (
         {"data": {"train": [ROWS], "split": {"train": 0.8, "validation": 0.1, "test": 0.1}}},
         "data.split.validation=0.1: these rows are held out",

@@ -39,7 +39,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     assert any(line.startswith(f"{file}:8: train.max_steps: ") and "'many'" in line for line in lines)
     assert "--set: unknown key 'train.optimm', did you mean 'optim'?" in lines
     assert any(line.startswith(f"{file}:4: data.batch_tokens=5 is less than data.max_length") for line in lines)
-    assert f"{file}:1: unknown task 'chatt', did you mean 'chat'?; there are: chat, function_calling" in lines
+    assert f"{file}:1: unknown task 'chatt', did you mean 'chat'?; available: chat, function_calling" in lines
     assert len(lines) == 5
 
 
@@ -58,7 +58,7 @@ def test_numbers_written_as_yaml_reads_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a\n", "a recipe is a mapping"),
+        ("- a\n", "a recipe must be a mapping"),
         ("a: [\n", "not YAML"),
         ("task: chat\n", "'model' is missing"),
         (
@@ -75,11 +75,11 @@ def test_numbers_written_as_yaml_reads_them(tmp_path: Path) -> None:
         ),
         (
             MINIMAL + "lora: {target_modules: [q_proj, lm_head]}\n",
-            "names lm_head, whose adapter would never be trained",
+            "contains lm_head, whose adapter would not be trained",
         ),
-        (MINIMAL + "lora: {target_modules: lm_head}\n", "names lm_head, whose adapter would never be trained"),
+        (MINIMAL + "lora: {target_modules: lm_head}\n", "contains lm_head, whose adapter would not be trained"),
         (MINIMAL + "export: {formats: [tflite]}\n", "unknown format 'tflite'"),
-        (MINIMAL + "export: {formats: [vllm]}\n", "which export.formats does not make"),
+        (MINIMAL + "export: {formats: [vllm]}\n", "but export.formats does not"),
     ],
 )
 def test_what_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
@@ -110,12 +110,16 @@ LONG = "x" * 100_000
 @pytest.mark.parametrize(
     ("text", "overrides", "words"),
     [
-        (json.dumps([{"messages": [{"role": "user", "content": LONG}]}] * 50), [], "a recipe is a mapping of sections"),
+        (
+            json.dumps([{"messages": [{"role": "user", "content": LONG}]}] * 50),
+            [],
+            "a recipe must be a mapping of sections",
+        ),
         (json.dumps({"data": [{"text": LONG}], "version": 1}), [], "data: Input should be"),
         (json.dumps({f"{LONG[:900]}{number}": 1 for number in range(1000)}), [], "\nand 983 more"),
         (json.dumps({"task": LONG, "model": {"source": "m"}, "data": {}}), [], "unknown task 'xxx"),
         (MINIMAL + f"export: {{formats: [{LONG}]}}\n", [], "unknown format 'xxx"),
-        (MINIMAL + f"bench: {{runtimes: [{LONG}]}}\n", [], "bench.runtimes has 'xxx"),
+        (MINIMAL + f"bench: {{runtimes: [{LONG}]}}\n", [], "bench.runtimes contains 'xxx"),
         (MINIMAL + f"train: {{learning_rate: {LONG}}}\n", [], "train.learning_rate: Input should be a valid number"),
         (MINIMAL + f"train: {{? {LONG} : 1}}\n", [], "unknown key 'train.xxx"),
         (f"a: !{LONG} 1\n", [], "not YAML"),
@@ -154,7 +158,7 @@ def test_a_number_is_finite_and_no_truth(tmp_path: Path, field: str, value: str)
     ],
 )
 def test_true_is_no_number(tmp_path: Path, setting: str) -> None:
-    with pytest.raises(RecipeError, match="a number is wanted, not true or false"):
+    with pytest.raises(RecipeError, match="must be a number, not true or false"):
         load(_write(tmp_path, MINIMAL), [setting])
 
 
@@ -168,9 +172,9 @@ def test_truths_and_limits_that_are_none_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("train:\n  learning_rate: 1e-4\n  learning_rate: 1e-5\n", r"r\.yaml:6: 'learning_rate' stands there twice"),
-        ("data: {}\n", r"r\.yaml:4: 'data' stands there twice"),
-        ("export: {formats: [{a: 1, a: 1}]}\n", r"r\.yaml:4: 'a' stands there twice"),
+        ("train:\n  learning_rate: 1e-4\n  learning_rate: 1e-5\n", r"r\.yaml:6: duplicate key 'learning_rate'"),
+        ("data: {}\n", r"r\.yaml:4: duplicate key 'data'"),
+        ("export: {formats: [{a: 1, a: 1}]}\n", r"r\.yaml:4: duplicate key 'a'"),
     ],
 )
 def test_a_key_twice_is_refused(tmp_path: Path, text: str, words: str) -> None:

@@ -91,16 +91,16 @@ def _recipe(tmp_path: Path, source: object, **sections: Any) -> Recipe:
     [
         (
             {"warmup_steps": 100, "max_steps": 6, "learning_rate": 1e-3},
-            r"train\.warmup_steps=100 is no shorter than the training, which has 6 steps: .*0\.001 it would get no higher than 5\.9e-05",
+            r"train\.warmup_steps=100 must be less than the 6 steps of the training: .* 5\.9e-05 only, .*0\.001",
         ),
-        ({"warmup_steps": 6, "max_steps": 6}, "warmup_steps=6 is no shorter than the training, which has 6 steps"),
-        ({"warmup_steps": 0.9, "max_steps": 6}, r"warmup_steps=0\.9, which is 6 steps, is no shorter"),
-        ({"logging_steps": 10, "max_steps": 6}, "logging_steps=10 is beyond the training, which has 6 steps"),
-        ({"warmup_steps": 2.5}, r"warmup_steps: steps are whole, and a share of them is below 1, got 2\.5"),
+        ({"warmup_steps": 6, "max_steps": 6}, "warmup_steps=6 must be less than the 6 steps"),
+        ({"warmup_steps": 0.9, "max_steps": 6}, r"warmup_steps=0\.9, which is 6 steps, must be less"),
+        ({"logging_steps": 10, "max_steps": 6}, "logging_steps=10 must not exceed the 6 steps"),
+        ({"warmup_steps": 2.5}, r"warmup_steps: must be a whole number of steps, or a share below 1, got 2\.5"),
         ({"warmup_steps": -0.1}, "warmup_steps"),
         ({"max_steps": 0}, "0 steps train nothing"),
         ({"warmup_steps": 2, "lr_scheduler_type": "constant"}, "use constant_with_warmup"),
-        ({"lr_scheduler_type": "constant_with_warmup"}, r"no warm-up beside train\.warmup_steps=0"),
+        ({"lr_scheduler_type": "constant_with_warmup"}, r"needs a warm-up, but train\.warmup_steps=0"),
     ],
 )
 def test_steps_that_make_no_sense_are_refused_with_both_numbers(
@@ -130,9 +130,7 @@ EPOCH = {"max_steps": -1, "num_train_epochs": 1.0, "warmup_steps": 50}
 def test_a_warm_up_that_the_rows_make_too_long_is_refused_before_training(tiny_model: Path, tmp_path: Path) -> None:
     run, out = _run(tmp_path, tiny_model, train=EPOCH)
     batches = len(TokenBudgetBatches(LENGTHS, CAPACITY, seed=0))
-    with pytest.raises(
-        RecipeError, match=f"warmup_steps=50 is no shorter than the training, which has {batches} steps"
-    ):
+    with pytest.raises(RecipeError, match=f"warmup_steps=50 must be less than the {batches} steps of the training"):
         train_stage.run(run, out)
     assert not list(out.glob("checkpoints/checkpoint-*"))
 
@@ -142,7 +140,7 @@ def test_the_plan_refuses_it_when_the_rows_are_known(tiny_model: Path, tmp_path:
     how = _recipe(tmp_path, tiny_model, train=EPOCH, data={"packing": packing, "max_length": 128, "batch_tokens": 128})
     lengths = [[tokens, rows, rows] for tokens, rows in Counter(LENGTHS).items()]
     steps = 1 + max(pack for pack, _ in packed(LENGTHS, 128)) if packing else len(TokenBudgetBatches(LENGTHS, 128, 0))
-    with pytest.raises(RecipeError, match=f"which has {steps} steps"):
+    with pytest.raises(RecipeError, match=f"the {steps} steps of the training"):
         sheet.sheet(how, lengths=lengths)
     longer = how.model_copy(update={"train": how.train.model_copy(update={"warmup_steps": steps - 1})})
     assert sheet.sheet(longer, lengths=lengths).pace.steps == steps

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qkit.recipe.schema import Recipe
-from qkit.runtimes._float32 import blocks_of, compute_in_float32, with_any_dtype
+from qkit.runtimes._float32 import blocks_of, compute_in_float32, with_float32_attention
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -95,6 +95,6 @@ def test_attention_in_16_bits_only_is_not_asked_for() -> None:
         "model": {"source": "x", "attn_implementation": "flash_attention_2"},
         "data": {},
     }
-    assert with_any_dtype(Recipe.model_validate(raw)).model.attn_implementation == "sdpa"
+    assert with_float32_attention(Recipe.model_validate(raw)).model.attn_implementation == "sdpa"
     raw["model"]["attn_implementation"] = "eager"
-    assert with_any_dtype(Recipe.model_validate(raw)).model.attn_implementation == "eager"
+    assert with_float32_attention(Recipe.model_validate(raw)).model.attn_implementation == "eager"

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qkit.core.device import detect
-from qkit.plugins.runtime import Row, Runtime, open_runtime
+from qkit.plugins.runtime import Runtime, TokenRow, open_runtime
 
 PROMPTS = [list(range(3, 3 + n)) for n in (4, 9, 17, 6)]
 STOP = frozenset({2})
@@ -44,7 +44,7 @@ def test_rows_that_end_leave_the_batch(opened: Runtime) -> None:
 
 def test_scores_are_the_models_log_probabilities(opened: Runtime, tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(str(tiny_model), dtype=torch.bfloat16)
-    rows = [Row(prompt, len(prompt) // 2) for prompt in PROMPTS]
+    rows = [TokenRow(prompt, len(prompt) // 2) for prompt in PROMPTS]
     for row, scores in zip(rows, opened.score(rows), strict=True):
         with torch.inference_mode():
             wanted = model(torch.tensor([row.input_ids])).logits[0].float().log_softmax(-1)[row.start - 1 : -1]
@@ -73,7 +73,7 @@ def test_scores_are_of_the_logits_that_the_model_ends_with(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads, **changed)).eval()
     model.save_pretrained(tmp_path)
     with open_runtime("transformers", tmp_path, detect()) as opened, torch.inference_mode():
-        (scores,) = opened.score([Row(PROMPTS[1], 1)])
+        (scores,) = opened.score([TokenRow(PROMPTS[1], 1)])
         wanted = model(torch.tensor([PROMPTS[1]])).logits[0].log_softmax(-1)[:-1]
     np.testing.assert_allclose(scores.full, wanted.numpy(), atol=1e-4)
 
@@ -94,7 +94,7 @@ def test_long_prompts_share_smaller_batches(opened: Runtime, monkeypatch: pytest
 
     told: list[int] = []
     monkeypatch.setattr(opened, "steps", watched)
-    monkeypatch.setattr(opened, "most_tokens", 12)
+    monkeypatch.setattr(opened, "prefill_tokens", 12)
     answers = opened.generate(PROMPTS, 12, STOP, batch_size=8, advance=told.append)
     assert seen == [[4, 6], [9], [17]] and told == [2, 1, 1]
     assert answers[1:3] == alone[1:3]  # a batch of several rounds otherwise

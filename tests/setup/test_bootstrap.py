@@ -27,7 +27,9 @@ MISSION = ("transformers", "peft", "bitsandbytes", "trl", "datasets", "vllm", "o
 
 def pins(kind: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
-    for line in (bootstrap.ROOT / "qkit" / "constraints" / f"{kind}.txt").read_text(encoding="utf-8").splitlines():
+    for line in (
+        (bootstrap.ROOT / "qkit" / "setup" / "constraints" / f"{kind}.txt").read_text(encoding="utf-8").splitlines()
+    ):
         if not line.startswith("#"):
             name, _, version = line.partition(";")[0].strip().partition("==")
             found.setdefault(name, set()).add(version)
@@ -99,7 +101,7 @@ def test_both_kinds_pin_the_same_versions_of_what_qkit_is_about() -> None:
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_constraints_are_pins_and_nothing_else(kind: str) -> None:
     assert all(len(version) == 1 for name, versions in pins(kind).items() if name != "torch" for version in [versions])
-    text = (bootstrap.ROOT / "qkit" / "constraints" / f"{kind}.txt").read_text(encoding="utf-8")
+    text = (bootstrap.ROOT / "qkit" / "setup" / "constraints" / f"{kind}.txt").read_text(encoding="utf-8")
     assert not any(sign in text for sign in ("://", "--", " @ ", "file:"))
 
 
@@ -185,7 +187,7 @@ class Machine:
         self.fail_at = ""
         self.error: BaseException = CannotSetUp("pip failed")
         (root / "qkit").mkdir(parents=True)
-        shutil.copytree(bootstrap.ROOT / "qkit" / "constraints", root / "qkit" / "constraints")
+        shutil.copytree(bootstrap.ROOT / "qkit" / "setup" / "constraints", root / "qkit" / "setup" / "constraints")
         for name in ("pyproject.toml", "qkit/__init__.py"):
             shutil.copy(bootstrap.ROOT / name, root / name)
         self.target = Target("linux", "cpu", root / ".venv", sys.executable, root)

@@ -222,7 +222,7 @@ def test_freed_pages_go_back() -> None:
     ]  # 160 MB in blocks that the heap keeps, with gaps between those left
     blocks = blocks[::50]
     before = process.memory_info().rss
-    device.give_back_freed()
+    device.trim_heap()
     assert before - process.memory_info().rss > 100e6
     assert len(blocks) == 40
 
@@ -240,19 +240,19 @@ def test_a_quantized_base_keeps_no_file_mapped(tiny_recipe: Path) -> None:
     assert (embedding.weight is head.weight) == base.config.tie_word_embeddings
 
 
-def test_kernels_are_bounded_before_torch_is_there() -> None:
-    """The stage's process has imported all of qkit's own when it comes to it."""
+def test_the_kernel_cache_is_limited_before_torch_is_imported() -> None:
+    """The variables have no effect later, and a stage's process has imported these modules by then."""
     code = (
-        "import os, sys, qkit.cli, qkit.pipeline, qkit.train, qkit.bench_train\n"
-        "from qkit import device\n"
+        "import os, sys, qkit.cli.app, qkit.pipeline, qkit.train.stage, qkit.commands.bench_training\n"
+        "from qkit.core import device\n"
         "assert 'torch' not in sys.modules\n"
-        "os.environ.pop(device.KERNEL_CACHES[0], None)\n"
-        "os.environ[device.KERNEL_CACHES[1]] = '7'\n"
-        "device.keep_few_kernels()\n"
-        "print(*(os.environ[name] for name in device.KERNEL_CACHES))"
+        "os.environ.pop(device.KERNEL_CACHE_VARIABLES[0], None)\n"
+        "os.environ[device.KERNEL_CACHE_VARIABLES[1]] = '7'\n"
+        "device.limit_kernel_cache()\n"
+        "print(*(os.environ[name] for name in device.KERNEL_CACHE_VARIABLES))"
     )
-    said = subprocess.check_output([sys.executable, "-c", code], text=True).split()
-    assert said == [device.KERNELS_KEPT, "7"]  # what its user has set stays
+    values = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert values == [device.KERNEL_CACHE_SIZE, "7"]  # a user's own value stays
 
 
 def test_tensors_elsewhere_are_not_counted() -> None:
@@ -266,7 +266,7 @@ def test_training_hands_back_between_layers(tiny_model: Path, monkeypatch: pytes
     from transformers import AutoModelForCausalLM
 
     calls: list[int] = []
-    monkeypatch.setattr(heap, "give_back_freed", lambda: calls.append(1))
+    monkeypatch.setattr(heap, "trim_heap", lambda: calls.append(1))
     monkeypatch.setattr(heap, "LAYERS_BETWEEN", 1)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     heap.give_back_between_layers(model)

@@ -32,8 +32,8 @@ import os, signal, sys
 if "train" in sys.orig_argv:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from qkit.tensors_alive import watching
-    from qkit.trainer import Counted
+    from qkit.train.memory_watch import watching
+    from qkit.train.trainer import Counted
 
     def limited(self, model, inputs, items=None, whole=Counted.training_step):
         step = self.state.global_step
