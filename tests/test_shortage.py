@@ -119,7 +119,7 @@ def test_memory_that_the_system_refuses(recipe_file: Path, tmp_path: Path, monke
         pipeline.execute(run, "train")
     text = str(raised.value)
     assert "out of memory: " in text and "allocate memory" in text
-    assert "the plan was" in text and ("more than the" in text or "no line was above its plan" in text)
+    assert "the plan was" in text and ("more than the" in text or "no item exceeded its plan" in text)
     assert "try --set micro_batches=2 (-" in text and "qkit run --fit" in text
     assert pipeline.statuses(run)["train"] == "missing" and raised.value.exit_code == 3
 
@@ -175,8 +175,8 @@ def test_the_line_that_was_over_is_named_with_its_excess() -> None:
     gib = 2**30
     text = fit.over({"weights": gib, "logits": gib}, {"weights": gib, "logits": 3 * gib, "other": 9 * gib})
     assert text == "logits took 3.0 GiB, 2.0 GiB more than the 1.0 GiB planned"
-    assert fit.over({"weights": gib}, {"weights": gib}) == "no line was above its plan"
+    assert fit.over({"weights": gib}, {"weights": gib}) == "no item exceeded its plan"
 
 
 def test_a_stage_without_a_remedy_says_what_is_left(tiny_recipe: Path) -> None:
-    assert "take a smaller model or a larger device" in fit.shortage(load(tiny_recipe), "merge", detect())
+    assert "use a smaller model or a larger device" in fit.shortage(load(tiny_recipe), "merge", detect())

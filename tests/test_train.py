@@ -244,7 +244,10 @@ def test_a_model_that_cannot_be_planned_is_trained(tmp_path: Path) -> None:
     train_stage.run(run, out)
     (said,) = [line for line in heard.lines if line.startswith("not planned: ")]
     assert "has no intermediate_size" in said
-    assert "train: gradient checkpointing is on: there is no plan for this model, and on needs less" in heard.lines
+    assert (
+        "train: gradient checkpointing is on: this model cannot be planned for, and training needs less memory with it"
+        in heard.lines
+    )
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -371,7 +374,7 @@ def test_checkpointing_is_decided_said_kept_and_recorded(
     with pytest.raises(KeyboardInterrupt):
         pipeline.execute(run, "train")
     assert any(
-        line.startswith("train: gradient checkpointing is off: without it training needs ") for line in heard.lines
+        line.startswith("train: gradient checkpointing is off: without it, training needs ") for line in heard.lines
     )
     monkeypatch.setattr(gpus, "usable_bytes", lambda device: 1)
     heard.stop_at, heard.steps = float("inf"), 0
