@@ -96,7 +96,7 @@ def test_a_run_goes_on_from_its_checkpoint_at_the_same_batches(recipe_file: Path
     command = [sys.executable, "-m", "qkit", "run", str(recipe_file), "--out", str(tmp_path / "cut"), "--fit", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
-    assert "going on from the last checkpoint with micro_batches=2" in done.stderr
+    assert "resuming from the last checkpoint with micro_batches=2" in done.stderr
     assert "SIGKILL" in done.stderr and "micro_batches=4" in done.stderr
     steps = [tuple(map(int, line.split())) for line in (tmp_path / "told").read_text().splitlines()]
     assert steps == [*((1, n) for n in (0, 1, 2, 3)), *((2, n) for n in (2, 3, 4, 5)), *((4, n) for n in (4, 5, 6))]
