@@ -23,7 +23,7 @@ from qkit.core.progress import Progress
 from qkit.measure import endpoint
 from qkit.run.directory import Run
 from qkit.server import adapters, admission
-from qkit.server.client import Client, bearer, live_server, model_entries, root_url
+from qkit.server.client import Client, bearer, model_entries, root_url, running_server
 
 # --- servers ----------------------------------------------------------------------------------------------------------
 
@@ -54,8 +54,8 @@ def compared(url: str, run: Run) -> Any:
 def compared_later(url: str, run: Run) -> Any:
     from qkit.plugins.runtime import open_runtime
 
-    live = {"url": url, "model": "m", "pid": 1, "startup_seconds": 0.0}
-    with open_runtime("vllm", Path(), None, live=live) as opened:  # type: ignore[arg-type]
+    running = {"url": url, "model": "m", "pid": 1, "startup_seconds": 0.0}
+    with open_runtime("vllm", Path(), None, running=running) as opened:  # type: ignore[arg-type]
         return opened.generate([[1]], 1, frozenset())
 
 
@@ -108,7 +108,7 @@ def test_health_is_asked_of_anybody(fault: str, tmp_path: Path) -> None:
         write_json(run.root / ".work" / "serve" / "server.json", {"url": url, "pid": os.getpid()})
         answers = fault not in ("refused", "reset", "no HTTP")
         assert client.is_healthy() is answers
-        assert bool(live_server(run)) is answers
+        assert bool(running_server(run)) is answers
 
 
 @pytest.mark.parametrize(("fault", "left"), [("refused", 0), ("reset", 0), ("no HTTP", 0), ("page", 1)])
