@@ -55,7 +55,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 import json, yaml
-from conftest import build_model, chat_rows, tiny_settings
+from helpers.tiny import build_model, chat_rows, tiny_settings
 home, formats = Path(sys.argv[1]), sys.argv[2].split(",")
 rows = home / "rows.jsonl"
 rows.write_text("".join(json.dumps(row) + "\\n" for row in chat_rows(24)))

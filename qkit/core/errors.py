@@ -1,21 +1,29 @@
-"""The error tree. `cli.py` turns these into exit codes; anything else that escapes is a bug in qkit."""
+"""The error tree. The command line turns these into exit codes; anything else that escapes is a bug in qkit.
+
+The message is for people. What a caller may want to act on is a field, so that nobody has to read the message for it.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-SHOWN = 200  # characters of a user's value that a message gives back
-
-
-LINE = 2000  # characters of a line of a message: more is a value that somebody forgot to shorten
+SHOWN = 200  # characters of a user's value that a message quotes
+LINE = 2000  # characters of a line of a message: a longer one quotes a value that somebody forgot to shorten
 
 
 def short(text: object, limit: int = SHOWN) -> str:
-    """What a user gave, for a message: as much of it as tells which it is."""
-    found = str(text)
-    return found if len(found) <= limit else f"{found[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
+    """A user's value, for a message: cut to `limit` characters."""
+    full = str(text)
+    return full if len(full) <= limit else f"{full[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """ ", did you mean 'NAME'?" with the valid name that is most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 class QkitError(Exception):
@@ -28,45 +36,108 @@ class QkitError(Exception):
 
 
 class UserError(QkitError):
-    """Something the user can put right: one message, no traceback, exit code 2."""
+    """Something that the user can fix: one message, no traceback, exit code 2."""
 
     exit_code = 2
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a recipe. `key`: where in the recipe, such as ("train", "max_steps"); `origin`: file and line, or `--set`."""
+
+    key: tuple[str | int, ...]
+    message: str
+    origin: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.message}"
+
+
 class RecipeError(UserError):
-    """The recipe is wrong. Carries every problem found, not only the first."""
+    """The recipe is wrong. `problems`: every one that was found, not only the first."""
+
+    def __init__(self, message: object = "", *, problems: Sequence[Problem] = ()):
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 class DataError(UserError):
-    """A data source is missing, unreadable, or holds a row that cannot be trained on."""
+    """A data source is missing, unreadable, or holds a row that cannot be trained on.
+
+    `source`: the data set as the recipe names it; `line`: 1-based line of its file; `rule`: the name of the check that failed.
+    """
+
+    def __init__(
+        self, message: object = "", *, source: str | None = None, line: int | None = None, rule: str | None = None
+    ):
+        super().__init__(message)
+        self.source = source
+        self.line = line
+        self.rule = rule
 
 
 class ModelError(UserError):
-    """A model source is missing, unreadable, or lacks what the recipe needs of it."""
+    """A model source is missing, unreadable, or lacks what the recipe needs from it. `source`: the folder or file."""
+
+    def __init__(self, message: object = "", *, source: Path | str | None = None):
+        super().__init__(message)
+        self.source = source
 
 
 class DoesNotFit(UserError):
-    """The device, or the disk, has too little room for what was asked."""
+    """The device or the disk has too little room. `needed_bytes`, `free_bytes`: where both are known."""
+
+    def __init__(self, message: object = "", *, needed_bytes: int | None = None, free_bytes: int | None = None):
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
 
 
 class MissingExtra(UserError):
-    """A package that this command needs is not installed."""
+    """A package that this command needs is not installed. `package`: its name."""
+
+    def __init__(self, message: object = "", *, package: str | None = None):
+        super().__init__(message)
+        self.package = package
 
 
 class MissingArtifact(UserError):
-    """A stage needs what an earlier stage makes, and it is not there or is not whole."""
+    """A stage needs what an earlier stage makes, and it is missing or incomplete. `path`: what was looked for."""
+
+    def __init__(self, message: object = "", *, path: Path | None = None):
+        super().__init__(message)
+        self.path = path
 
 
 class NotDeployable(UserError):
-    """The chosen runtime cannot load what the recipe would make."""
+    """The chosen runtime cannot load what the recipe would make. `export_format`: the format."""
+
+    def __init__(self, message: object = "", *, export_format: str | None = None):
+        super().__init__(message)
+        self.export_format = export_format
 
 
 class ParityFailed(UserError):
-    """An artifact is too far from the model that was trained."""
+    """An artifact is too far from the model that was trained.
+
+    `artifact`: its name; `gate`: the limit that it broke; `figure`: what was measured, in the gate's unit.
+    """
+
+    def __init__(
+        self, message: object = "", *, artifact: str | None = None, gate: str | None = None, figure: float | None = None
+    ):
+        super().__init__(message)
+        self.artifact = artifact
+        self.gate = gate
+        self.figure = figure
 
 
 class RunBusy(UserError):
-    """Another process works on this run directory."""
+    """Another process works in this run directory. `holder`: its process id, if it is known."""
+
+    def __init__(self, message: object = "", *, holder: int | None = None):
+        super().__init__(message)
+        self.holder = holder
 
 
 class ServerError(UserError):
@@ -91,7 +162,7 @@ class Regressed(UserError):
 
 
 class StageFailed(QkitError):
-    """A stage died for a reason that is not the user's; its log says more."""
+    """A stage failed for a reason that is not the user's; its log says more."""
 
     def __init__(self, stage: str, run: Path, log: Path, reason: str):
         super().__init__(f"stage {stage} failed in {run}: {reason}\nlog: {log}")
@@ -102,11 +173,6 @@ class StageFailed(QkitError):
 
 
 class OutOfMemory(StageFailed):
-    """A stage ran out of the device's memory: less of it may be asked for, and the stage run again."""
+    """A stage ran out of the device's memory: the recipe can ask for less, and the stage can be run again."""
 
     exit_code = 3
-
-
-def nearest(word: str, words: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""

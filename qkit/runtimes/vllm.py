@@ -15,7 +15,7 @@ from typing import Any
 
 from qkit.core.device import Device
 from qkit.core.errors import MissingExtra
-from qkit.plugins.runtime import Row, RowScores, Runtime
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow
 from qkit.recipe.schema import Serve
 from qkit.server import admission, lora, process
 from qkit.server.adapters import Adapter
@@ -210,7 +210,7 @@ class VllmRuntime(Runtime):
                 advance(1)
         return completions
 
-    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
+    def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         """From the log-probabilities of the prompt's tokens, the top 20 at each position. With an adapter, only the first rows are scored.
 
         vLLM 0.32 on a CPU crashes when a request to an adapter wants log-probabilities of the prompt (its LoRA wrapper of the head expects
@@ -222,7 +222,7 @@ class VllmRuntime(Runtime):
             else:
                 yield from pool.map(self._score, rows)
 
-    def _score(self, row: Row) -> RowScores:
+    def _score(self, row: TokenRow) -> RowScores:
         choice = self._complete(row.input_ids, max_tokens=1, prompt_logprobs=TOP_LOGPROBS)
         return _row_scores(choice["prompt_logprobs"][row.start :], row.input_ids[row.start :])
 
@@ -232,7 +232,7 @@ class VllmRuntime(Runtime):
             entry["id"] == self.server_description["model"] and entry.get("parent") for entry in self.client.models()
         )
 
-    def _score_by_steps(self, row: Row) -> RowScores:
+    def _score_by_steps(self, row: TokenRow) -> RowScores:
         """Each request allows only the true token. Its log-probabilities are those from before that restriction."""
         options = {"max_tokens": 1, "logprobs": TOP_LOGPROBS, "return_tokens_as_token_ids": True}
         positions = []

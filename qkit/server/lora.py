@@ -1,6 +1,6 @@
 """LoRA adapters that vLLM serves with their base: which ones it supports, and its options for an adapter folder.
 
-The rules are vLLM 0.32's; tests/test_deploy.py asks the installed one whether they still hold.
+The rules are vLLM 0.32's; tests/server/test_deploy.py asks the installed one whether they still hold.
 """
 
 from __future__ import annotations
