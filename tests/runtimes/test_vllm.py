@@ -19,7 +19,7 @@ import pytest
 from helpers.paths import GOLDEN
 from qkit.core.device import Device
 from qkit.core.errors import ServerError
-from qkit.plugins.runtime import Row, RowScores, Runtime, open_runtime
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.recipe.schema import Serve
 from qkit.runtimes import vllm
 from qkit.server import log_causes, process
@@ -212,14 +212,14 @@ def check_scores(scores: RowScores) -> None:
 def test_scores_from_the_logprobs_of_a_prompt() -> None:
     top = {str(token): {"logprob": value} for token, value in TOP.items()}
     with answering({"prompt_logprobs": [None, top, {**top, "99": {"logprob": -30.0}}]}) as runtime:
-        (scores,) = runtime.score([Row([7, 1, 99], 1)])
+        (scores,) = runtime.score([TokenRow([7, 1, 99], 1)])
     check_scores(scores)
 
 
 def test_an_adapter_is_scored_token_by_token() -> None:
     top = {f"token_id:{token}": value for token, value in {**TOP, 99: -30.0}.items()}
     with answering({"logprobs": {"top_logprobs": [top]}}, parent="base") as runtime:
-        (scores,) = runtime.score([Row([7, 1, 99], 1)])
+        (scores,) = runtime.score([TokenRow([7, 1, 99], 1)])
     check_scores(scores)
 
 
