@@ -202,10 +202,10 @@ def test_content_in_parts_is_one_text(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("arguments", ['{"side": "left"}', {"side": "left"}, ""])
 def test_arguments_of_tool_calls_are_objects_to_the_template(arguments: Any) -> None:
-    from qkit.server.onnx_requests import as_templates_have_it
+    from qkit.server.onnx_requests import template_message
 
     call = {"id": "1", "type": "function", "function": {"name": "pick", "arguments": arguments}}
-    made = as_templates_have_it({"role": "assistant", "content": None, "tool_calls": [call]})
+    made = template_message({"role": "assistant", "content": None, "tool_calls": [call]})
     assert made["tool_calls"][0]["function"]["arguments"] == ({"side": "left"} if arguments else {})
 
 
