@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHATML, build_tokenizer
-from exporting import ROWS, changed_config, exported, job_of, kl
+from exporting import ROWS, changed_config, exported, job_of, kl, recipe_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qkit.core.device import detect
@@ -241,7 +241,7 @@ def test_what_is_done_to_every_text_before_it_is_cut_cannot_be_left_out(
 ) -> None:
     model = with_tokenizer(tiny_model, tmp_path / "model", normalizer=rule)
     assert rule.get("normalizers", [rule])[-1]["type"] in str(unwritten(model))
-    with pytest.raises(NotDeployable, match=r"llama\.cpp changes no text"):
+    with pytest.raises(NotDeployable, match="all prompts would differ"):
         exported(job_of(model, tmp_path), "gguf-f16", tmp_path)
 
 
@@ -364,7 +364,7 @@ def test_scaled_positions_are_those_of_transformers() -> None:
     config = AutoConfig.for_model("llama", **SIZES, rope_parameters=SCALED, max_position_embeddings=256, vocab_size=8)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
-    np.testing.assert_allclose(gguf._rope_factors(config.to_dict()), (plain / scaled).numpy(), rtol=1e-4)
+    np.testing.assert_allclose(gguf.rope_scaling(config.to_dict()), (plain / scaled).numpy(), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_scaled_positions_are_those_of_transformers() -> None:
     [{"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, {"rope_scaling": {"type": "linear", "factor": 2.0}}],
 )
 def test_other_scalings_are_refused(config: dict[str, Any]) -> None:
-    assert "positions scaled by" in str(gguf._unknown({"model_type": "llama", **config}))
+    assert "RoPE scaling" in str(gguf.unsupported("f16", recipe_of(Path("none")), {"model_type": "llama", **config}))
 
 
 # --- Modelfile --------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_the_folder_is_whole(exported: Path, model: Path) -> None:
     assert {file.name for file in model.iterdir() if file.suffix != ".safetensors"} <= names
     assert {"model.onnx", "model.onnx.data", "qkit.json"} <= names and "genai_config.json" not in names
     assert not list(exported.parent.glob(".*"))
-    assert "is unknown to onnxruntime-genai's builder" in (exported.parent / "said").read_text()
+    assert "onnxruntime-genai's builder does not support" in (exported.parent / "said").read_text()
     assert "Translate the graph into ONNX" in (exported.parent / "export.log").read_text()
 
 
@@ -154,8 +154,8 @@ def unsupported(variant: str, *architectures: str) -> str | None:
 @pytest.mark.parametrize("variant", ["fp16", "int8", "int4", "int4-rtn-b64"])
 def test_other_variants_name_the_one_there_is(variant: str) -> None:
     assert unsupported("fp32", "GPT2LMHeadModel") is None and unsupported(variant, "LlamaForCausalLM") is None
-    assert "of GPT2LMHeadModel; it takes " in str(unsupported(variant, "GPT2LMHeadModel"))
-    assert "onnx-fp32 can be had" in str(unsupported(variant, "GPT2LMHeadModel"))
+    assert "does not support GPT2LMHeadModel; it supports " in str(unsupported(variant, "GPT2LMHeadModel"))
+    assert "can make onnx-fp32" in str(unsupported(variant, "GPT2LMHeadModel"))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_other_variants_name_the_one_there_is(variant: str) -> None:
 def test_what_no_graph_is_made_of_is_known_before_training(architecture: str, why: str) -> None:
     for variant in ("fp32", "int4"):
         found = str(unsupported(variant, architecture))
-        assert f"transformers' exporter neither: {why}" in found and "can be had" not in found
+        assert f"transformers' exporter cannot export it either: {why}" in found and "can make" not in found
 
 
 def test_a_plan_names_what_is_left(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(
     model = build(tmp_path / "mamba", "mamba", hidden_size=64, state_size=8, num_hidden_layers=1)
     monkeypatch.setattr(exporter, "refusal", lambda architecture: None)
     with pytest.raises(
-        NotDeployable, match=r"exporter: no graph could be made of MambaForCausalLM: it keeps .* Leave the onnx"
+        NotDeployable, match=r"exporter: MambaForCausalLM cannot be traced: its cache holds .* Leave the onnx"
     ):
         exporter.export(job_of(model, tmp_path), tmp_path / "out", "fp32")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["export.log", "mamba", "rows.parquet"]

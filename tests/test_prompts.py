@@ -79,19 +79,19 @@ def test_families(family: str, tmp_path: Path, no_rows: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "expected"),
     [
-        (Tiny(BLOCKS), r"^a question: from character 0 on it writes '\\n    \\nU:.* where training has 'U:"),
-        (Tiny(TOOLS), r"^a question with a tool: from character .* it writes 'name.* where training has 'type"),
-        (Tiny(SAYS + "{{ 7 / 2 }}"), r"writes '' where training has '\.5'"),
-        (Tiny(SAYS + "{{ 3 // (1 / 2) }}"), r"^a question: no prompt comes of it: .*[Dd]ivision by zero"),
-        (Tiny(SAYS, composes=True), r"^a question: \d+ token ids of the same text where training has \d+"),
+        (Tiny(BLOCKS), r"^a question: from character 0 it has '\\n    \\nU:.* where training has 'U:"),
+        (Tiny(TOOLS), r"^a question with a tool: from character .* it has 'name.* where training has 'type"),
+        (Tiny(SAYS + "{{ 7 / 2 }}"), r"has '' where training has '\.5'"),
+        (Tiny(SAYS + "{{ 3 // (1 / 2) }}"), r"^a question: no prompt: .*[Dd]ivision by zero"),
+        (Tiny(SAYS, composes=True), r"^a question: \d+ token ids for the same text where training has \d+"),
     ],
     ids=["blocks", "tools", "division", "refused", "normalizes"],
 )
-def test_what_the_library_does_otherwise_is_found(model: Tiny, said: str, tmp_path: Path, no_rows: Path) -> None:
+def test_what_the_library_does_otherwise_is_found(model: Tiny, expected: str, tmp_path: Path, no_rows: Path) -> None:
     found = prompts.compared(folder_of(model, tmp_path / "model"), no_rows)
-    assert re.search(said, found["differ"][0])
+    assert re.search(expected, found["differ"][0])
 
 
 def test_what_is_the_same_is_not_accused(tmp_path: Path, no_rows: Path) -> None:
@@ -109,7 +109,7 @@ def test_the_runs_own_rows_are_tried(tmp_path: Path) -> None:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         rows.append({"input_ids": [*ids, 9, 9], "start": len(ids), "messages": json.dumps(messages), "tools": "[]"})
     found = prompts.compared(folder, written(tmp_path, rows))
-    assert found["differ"] == ["row 1: from character 1 on it writes 'a<|im_end|>' where training has '.5a<|im_end|>'"]
+    assert found["differ"] == ["row 1: from character 1 it has 'a<|im_end|>' where training has '.5a<|im_end|>'"]
     assert found["cases"] == 5
 
 
@@ -117,14 +117,14 @@ def test_a_plain_text_begins_as_the_tokenizer_begins_it(tmp_path: Path) -> None:
     folder = folder_of(FAMILIES["llama3"], tmp_path / "model")
     row = {"input_ids": [0, 40, 41], "start": 1, "messages": "[]", "tools": "[]"}
     assert prompts.compared(folder, written(tmp_path, [row]))["differ"] == [
-        "row 0: 2 token ids of the same text where training has 3"
+        "row 0: 2 token ids for the same text where training has 3"
     ]
 
 
 def test_rows_are_taken_from_all_over(tmp_path: Path) -> None:
     folder = folder_of(Tiny(SAYS), tmp_path / "model")
     rows = [{"input_ids": [1], "start": 1, "messages": "[]", "tools": "[]"}] * 100
-    cases = [*prompts._cases(folder, written(tmp_path, rows), False)]
+    cases = [*prompts.cases_of(folder, written(tmp_path, rows), False)]
     numbers = [int(case.name.split()[1]) for case in cases if case.name.startswith("row")]
     assert 1 < len(numbers) <= prompts.ROWS and numbers[-1] > 80
 
@@ -137,29 +137,28 @@ def test_a_template_that_never_ends_there_ends_no_export(
     monkeypatch.setattr(prompts, "SECONDS", 3.0)
     found = prompts.compared(folder_of(Tiny(SAYS + endless), tmp_path / "model"), no_rows)
     assert found["differ"] == [
-        f"{name}: no prompt comes of it: it did not come back within 3 s"
-        for name in ("a question with a tool", "a tool call")
+        f"{name}: no prompt: no answer within 3 s" for name in ("a question with a tool", "a tool call")
     ]
 
 
 def test_a_crash_is_told_from_an_error() -> None:
     crash = f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"
-    assert prompts._run([sys.executable, "-c", crash]) == f"it crashed (signal {int(signal.SIGSEGV)})"
-    assert prompts._run([sys.executable, "-c", "raise ValueError('oh')"]) == "ValueError: oh"
+    assert prompts.ending_of([sys.executable, "-c", crash]) == f"the library crashed (signal {int(signal.SIGSEGV)})"
+    assert prompts.ending_of([sys.executable, "-c", "raise ValueError('oh')"]) == "ValueError: oh"
 
 
 def test_a_tokenizer_that_the_library_does_not_open(tmp_path: Path, no_rows: Path) -> None:
     folder = folder_of(Tiny(SAYS), tmp_path / "model")
     (folder / "genai_config.json").write_text("{}")
     found = prompts.compared(folder, no_rows)
-    assert len(found["differ"]) == found["cases"] == 3 and "no prompt comes of it" in found["differ"][0]
+    assert len(found["differ"]) == found["cases"] == 3 and "no prompt:" in found["differ"][0]
 
 
 # --- through an export ------------------------------------------------------------------------------------------------
 
 
 def exported(trained_run: Run, root: Path, template: str | None = None) -> tuple[Run, list[str]]:
-    """The tiny run with its ONNX export in fp32, perhaps of another template; and what was messages."""
+    """The tiny run with its ONNX export in fp32, optionally with another template, and the messages of the export."""
     shutil.copytree(trained_run.root, root)
     run, messages = Run(root, trained_run.recipe), []
     if template:

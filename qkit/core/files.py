@@ -77,6 +77,19 @@ def need_disk(folder: Path, wanted_bytes: int, what: str) -> None:
         )
 
 
+def link_or_copy(source: Path, target: Path, what: str) -> None:
+    """Hard-link a file, following a symbolic link; copy it where links do not work, such as on another file system.
+
+    Raises:
+        DoesNotFit: a copy does not fit on the disk. `what`: what needs the file, for the message.
+    """
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        need_disk(target.parent, source.stat().st_size, what)
+        shutil.copyfile(source, target)
+
+
 @contextmanager
 def put_in_place(target: Path) -> Iterator[Path]:
     """A file to write that takes the target's place when all went well. This process's own: two may want the same target at once."""
