@@ -176,7 +176,7 @@ def planned(result: dict[str, Any]) -> dict[str, Any]:
 
     from qkit.core.device import detect
     from qkit.plan import plan as plan_plan
-    from qkit.plan.train_step import KERNELS
+    from qkit.plan._overhead import KERNELS
 
     with tempfile.TemporaryDirectory() as scratch:
         how = recipe_of(result, random_model.write_config(result["config"], Path(scratch)))

@@ -157,7 +157,7 @@ def plan_install(target: Target, *, torch_offered: bool) -> tuple[SetupStep, ...
         index = ["--index-url", CPU_INDEX]
         argv = [*target.pip, "install", "--quiet", "--no-deps", *index, target.cpu_torch]
         steps.append(SetupStep(f"installing {target.cpu_torch} from PyTorch's index", argv))
-    requirements = ["--editable", f"{target.root}[{EXTRA[target.kind]},dev]"]
+    requirements = ["--editable", f"{target.root}[{EXTRA[target.kind]},dev,deploy-checks]"]
     argv = [*target.pip, "install", "--quiet", "--constraint", str(target.constraints), *requirements]
     steps.append(SetupStep(f"installing the packages for {target.kind} ({DURATION[target.kind]})", argv))
     if target.cpu_torch:

@@ -240,7 +240,7 @@ def _reason(status: int, errors: str) -> str:
 
 
 def check_vllm(device: Device) -> DoctorCheck:
-    """DoctorCheck that the build of vLLM for this device is installed, and say how it is started."""
+    """Check that the build of vLLM for this device is installed, and say how it is started."""
     package = bootstrap.VLLM[device.kind]
     if sys.platform != "linux":
         return DoctorCheck("vLLM", "missing", bootstrap.limitations(sys.platform, platform.machine()))
@@ -257,7 +257,9 @@ def check_vllm(device: Device) -> DoctorCheck:
         return DoctorCheck("vLLM", "broken", detail, f"{sys.executable} -m pip uninstall -y {' '.join(cuda_builds)}")
     from qkit.runtimes import vllm as runtimes_vllm
 
-    return DoctorCheck("vLLM", "ok", f"{package} {version}, started as python -m {runtimes_vllm.program(version)}")
+    return DoctorCheck(
+        "vLLM", "ok", f"{package} {version}, started as python -m {runtimes_vllm.server_module(version)}"
+    )
 
 
 def unusable_cuda_builds() -> list[str]:
