@@ -125,9 +125,10 @@ def find_python() -> str:
         python = shutil.which(f"python3.{minor}")
         if python and _runs(python, (3, minor)):
             return python
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
     raise CannotSetUp(
-        f"Python {platform.python_version()} ({sys.executable}) is not supported: qkit requires Python {_dotted(OLDEST)} to "
-        f"{_dotted(NEWEST)}, and none is on PATH. Install one (`apt install python3.12 python3.12-venv`, "
+        f"Python {platform.python_version()} ({sys.executable}) is not supported: qkit requires Python {oldest} to "
+        f"{newest}, and none is on PATH. Install one (`apt install python3.12 python3.12-venv`, "
         "`brew install python@3.12`, or from python.org), or pass one: make test PYTHON=/path/to/python"
     )
 
@@ -136,10 +137,6 @@ def _runs(python: str, version: tuple[int, int]) -> bool:
     """Whether `python` runs that version: version managers install scripts of that name that only print an error."""
     code = f"import sys; sys.exit(sys.version_info[:2] != {version})"
     return subprocess.run([python, "-I", "-c", code], stderr=subprocess.DEVNULL, check=False).returncode == 0
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
 
 
 # --- what to run -----------------------------------------------------------------------------------------------------
@@ -174,9 +171,6 @@ def torch_offered(target: Target) -> bool:
     argv = [*target.pip, "index", "versions", name]
     listed = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False, env=_environment())
     return version.encode() in listed.stdout
-
-
-# --- what was done ---------------------------------------------------------------------------------------------------
 
 
 def fingerprint(target: Target) -> dict[str, str]:
@@ -246,11 +240,7 @@ def clear(target: Target) -> None:
 
 
 def check_machine(target: Target, required_bytes: int) -> None:
-    """Check what would otherwise fail after minutes.
-
-    Raises:
-        CannotSetUp: the folder belongs to something else, the disk is too small, or Python lacks its venv module.
-    """
+    """Raise CannotSetUp for problems of the folder, the disk or Python that would otherwise show after minutes."""
     if target.venv.exists() and any(target.venv.iterdir()) and not (target.venv / STAMP).exists():
         raise CannotSetUp(
             f"{target.venv} was not created by this setup, which would delete its contents; "
@@ -267,11 +257,7 @@ def check_machine(target: Target, required_bytes: int) -> None:
 
 
 def check_venv_module(python: str) -> None:
-    """Check that `python` has its venv module, which Debian and Ubuntu package separately.
-
-    Raises:
-        CannotSetUp: the module is missing.
-    """
+    """Raise CannotSetUp if `python` lacks its venv module, which Debian and Ubuntu package separately."""
     argv = [python, "-I", "-c", "import ensurepip, venv"]
     if subprocess.run(argv, stderr=subprocess.DEVNULL, check=False).returncode:
         raise CannotSetUp(
@@ -331,9 +317,6 @@ def locked(target: Target) -> Iterator[None]:
         except OSError:  # some network file systems do not support locks
             pass
         yield
-
-
-# --- the commands ----------------------------------------------------------------------------------------------------
 
 
 def remedy(extra: str) -> str:

@@ -390,10 +390,23 @@ def test_remedies_name_the_python_that_lacks_something(tmp_path: Path, monkeypat
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 @pytest.mark.parametrize(
     ("goal", "last"),
-    [("quickstart", "build/x/bin/qkit run recipes/quickstart.yaml"), ("test", "build/x/bin/python -m pytest -x")],
+    [
+        ("quickstart", "build/x/bin/qkit run recipes/quickstart.yaml"),
+        ("test", "build/x/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -x"),
+    ],
 )
 def test_the_two_commands_set_up_first(goal: str, last: str) -> None:
-    argv = ["make", "--dry-run", "--no-print-directory", goal, "VENV=build/x", "KIND=cpu", "ARGS=-x", "PYTHON=python3"]
+    argv = [
+        "make",
+        "--dry-run",
+        "--no-print-directory",
+        goal,
+        "VENV=build/x",
+        "KIND=cpu",
+        "ARGS=-x",
+        "PYTHON=python3",
+        "JOBS=2",
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(argv, cwd=bootstrap.ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["python3 -I qkit/setup/bootstrap.py --venv build/x --kind cpu", last]
