@@ -157,7 +157,7 @@ def test_a_low_bit_file_holds_what_its_bits_take(exported: dict[str, Path]) -> N
 
 @pytest.mark.parametrize("variant", ["", "int3", "int4-best", "int4-b48", "int4-rtn-32", "fp32-b32"])
 def test_an_unknown_variant_names_the_known_ones(job: Job, tmp_path: Path, variant: str) -> None:
-    with pytest.raises(NotDeployable, match=r"onnx-fp32, onnx-fp16, onnx-int8, onnx-int4; .*gptq, rtn, .*16, 32"):
+    with pytest.raises(NotDeployable, match=r"onnx-fp32, onnx-fp16, onnx-int8, onnx-int4, .*gptq, rtn, .*16, 32"):
         exporter.export(job, tmp_path / "out", variant)
 
 
