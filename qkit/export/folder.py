@@ -23,8 +23,9 @@ def create(out: Path, kind: str, variant: str, variants: Mapping[str, str]) -> N
         NotDeployable: the exporter `kind` has no such variant.
     """
     if variant not in variants:
-        names = ", ".join("-".join(filter(None, (kind, name))) for name in variants)
-        raise NotDeployable(f"unknown export format {'-'.join(filter(None, (kind, variant)))}; the formats are {names}")
+        names = ", ".join("-".join(filter(None, (kind, known))) for known in variants)
+        name = "-".join(filter(None, (kind, variant)))
+        raise NotDeployable(f"unknown export format {name}; the formats are {names}", export_format=name)
     out.mkdir(parents=True)
 
 
@@ -54,7 +55,8 @@ def check_float16(name: str, largest: float, export_format: str, advice: str) ->
     """
     if not largest <= FLOAT16_MAX:
         raise NotDeployable(
-            f"{export_format}: {name} has the value {largest:g}, and the largest of float16 is {FLOAT16_MAX:g}; {advice}"
+            f"{export_format}: {name} has the value {largest:g}, and the largest of float16 is {FLOAT16_MAX:g}; {advice}",
+            export_format=export_format,
         )
 
 

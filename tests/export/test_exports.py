@@ -120,8 +120,9 @@ def test_it_says_how_it_was_made(folders: dict[str, Path], name: str) -> None:
 @pytest.mark.parametrize("kind", sorted({split(name)[0] for name in FORMATS}))
 def test_an_unknown_variant_names_the_known_ones(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     known = [name for name in FORMATS if split(name)[0] == kind]
-    with pytest.raises(NotDeployable, match=known[-1]):
+    with pytest.raises(NotDeployable, match=known[-1]) as caught:
         exporter(kind).export(job_of(tiny_model, tmp_path), tmp_path / "out", "int3")
+    assert caught.value.export_format == f"{kind}-int3"
     assert not (tmp_path / "out").exists()
 
 

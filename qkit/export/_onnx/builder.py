@@ -41,7 +41,7 @@ def need_builder() -> None:
         MissingExtra: one of its packages is not installed.
     """
     if missing := [name for name in NEEDS if find_spec(name) is None]:
-        raise MissingExtra(f"ONNX export requires {', '.join(missing)}: pip install 'qkit[onnx]'")
+        raise MissingExtra(f"ONNX export requires {', '.join(missing)}: pip install 'qkit[onnx]'", package=missing[0])
 
 
 def unknown_architecture(config: Mapping[str, Any]) -> str | None:
@@ -117,8 +117,9 @@ def reporting_full_disk(folder: Path) -> Iterator[None]:
 
 def disk_full(folder: Path) -> DoesNotFit:
     """Return the error for a full disk."""
-    free_mib = shutil.disk_usage(folder).free / 2**20
+    free_bytes = shutil.disk_usage(folder).free
     return DoesNotFit(
-        f"{folder}: the disk became full while an ONNX file was written ({free_mib:,.0f} MiB are free now that the partial files are removed). "
-        "An export takes up to 4 bytes per weight for the file, and as much again while it is built"
+        f"{folder}: the disk became full while an ONNX file was written. The partial files are removed, and {free_bytes / 2**20:,.0f} MiB are free. "
+        "An export takes up to 4 bytes per weight for the file, and as much again while it is built",
+        free_bytes=free_bytes,
     )

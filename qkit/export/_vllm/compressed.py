@@ -83,7 +83,8 @@ def left_in_16_bit(merged: Path) -> list[str]:
     ]
     if not any(map(QUANTIZED.search, matrices)):
         raise ModelError(
-            f"{merged}: only matrices named `layers.N. ... _proj` are quantized, and the model has none; use vllm (16 bits)"
+            f"{merged}: only matrices named `layers.N. ... _proj` are quantized, and the model has none; use vllm (16 bits)",
+            source=merged,
         )
     rest = [name.removesuffix(".weight") for name in matrices if not QUANTIZED.search(name)]
     return [*NOT_QUANTIZED, *(name for name in rest if name not in NOT_QUANTIZED and not EMBEDDING.search(name))]
@@ -111,7 +112,9 @@ def write_nearest(merged: Path, out: Path, variant: str, config: Mapping[str, An
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationScheme
     except ImportError:
-        raise MissingExtra(f"vllm-{variant} requires compressed-tensors: pip install 'qkit[train]'") from None
+        raise MissingExtra(
+            f"vllm-{variant} requires compressed-tensors: pip install 'qkit[train]'", package="compressed-tensors"
+        ) from None
     quantization = QuantizationScheme(**scheme(variant, config))
     compressor = BaseCompressor.get_value_from_registry(FORMATS[variant])
     merged_specs = model_specs(merged)

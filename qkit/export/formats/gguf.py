@@ -72,7 +72,7 @@ def export(job: Job, out: Path, variant: str) -> None:
     create(out, "gguf", variant, VARIANTS)
     config = json.loads((job.merged / "config.json").read_text(encoding="utf-8"))
     if reason := _unsupported_config(config) or unwritten(job.merged):
-        raise NotDeployable(f"gguf-{variant}: {reason}")
+        raise NotDeployable(f"gguf-{variant}: {reason}", export_format=f"gguf-{variant}")
     import gguf
 
     with closing(gguf.GGUFWriter(str(out / FILE), ARCHITECTURES[config["model_type"]])) as writer:

@@ -104,7 +104,7 @@ def export(job: Job, out: Path, variant: str) -> None:
     builder.need_builder()
     config = read_json(job.merged / "config.json")
     if reason := unsupported(variant, job.recipe, config):
-        raise NotDeployable(reason)
+        raise NotDeployable(reason, export_format=f"onnx-{variant}")
     with (
         builder.reporting_full_disk(out.parent),
         tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch,
@@ -143,10 +143,12 @@ def build_of(variant: str) -> Build:
     """
     if build := BUILDS.get(variant) or BY_HAND.get(variant):
         return build
+    name = "-".join(filter(None, ("onnx", variant)))
     raise NotDeployable(
-        f"unknown export format {'-'.join(filter(None, ('onnx', variant)))}; the formats are "
+        f"unknown export format {name}; the formats are "
         f"{', '.join(f'onnx-{name}' for name in VARIANTS)}, and onnx-int4-ALGORITHM-bBLOCK, where either part may be omitted; "
-        f"ALGORITHM is one of {', '.join(ALGORITHMS)}, and BLOCK one of {', '.join(map(str, BLOCKS))}"
+        f"ALGORITHM is one of {', '.join(ALGORITHMS)}, and BLOCK one of {', '.join(map(str, BLOCKS))}",
+        export_format=name,
     )
 
 

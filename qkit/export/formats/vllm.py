@@ -121,7 +121,8 @@ def _method(job: Job, variant: str) -> str:
     command = side_environments.command(ENVIRONMENT)
     if method != "auto":
         raise MissingExtra(
-            f"export.method={method} requires llm-compressor's environment, which is missing; `{command}` creates it"
+            f"export.method={method} requires llm-compressor's environment, which is missing; `{command}` creates it",
+            package=ENVIRONMENT,
         )
     job.notify(
         f"vllm-{variant}: weights are rounded to nearest; for GPTQ on your own rows, create its environment with `{command}`"
