@@ -1,7 +1,7 @@
-"""Batches by token budget: rows of like length together, right-padded, with no attention mask.
+"""Batches by token budget: rows of similar length together, right-padded, without an attention mask.
 
-Under causal attention a real token never sees the padding on its right, so no mask is needed, and SDPA keeps its fast causal path;
-with rows of like length little of a batch is padding. Reference: TRL's collator, in tests/train/test_fast.py.
+Under causal attention a real token never sees the padding on its right, so no mask is needed, and SDPA uses its fast causal path.
+With rows of similar length, little of a batch is padding. Reference: TRL's collator, in tests/train/test_fast.py.
 """
 
 from __future__ import annotations

@@ -49,15 +49,11 @@ TOOL = {
 CALL = {
     "id": "call00001",
     "type": "function",
-    "function": {
-        "arguments": {"city": "Zürich", "seats": 3},
-        "name": "find_train",
-    },  # in the order that vLLM and training use
+    # In the order that vLLM and training use
+    "function": {"arguments": {"city": "Zürich", "seats": 3}, "name": "find_train"},
 }
-QUESTION = {
-    "role": "user",
-    "content": "To Zu\u0308rich,  please:\n\n1. Early",
-}  # a letter and its accent, which NFC composes
+# A letter and its accent, which NFC composes
+QUESTION = {"role": "user", "content": "To Zu\u0308rich,  please:\n\n1. Early"}
 CALL_AND_RESULT: list[dict[str, Any]] = [
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
     {"role": "tool", "content": '{"at": "7:02"}'},

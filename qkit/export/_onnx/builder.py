@@ -119,7 +119,7 @@ def disk_full(folder: Path) -> DoesNotFit:
     """Return the error for a full disk."""
     free_bytes = shutil.disk_usage(folder).free
     return DoesNotFit(
-        f"{folder}: the disk became full while an ONNX file was written. The partial files are removed, and {free_bytes / 2**20:,.0f} MiB are free. "
-        "An export takes up to 4 bytes per weight for the file, and as much again while it is built",
+        f"{folder}: the disk became full while an ONNX file was written. The partial files are removed, and {free_bytes / 2**20:,.0f} MiB are "
+        "free. An export takes up to 4 bytes per weight for the file, and as much again while it is built",
         free_bytes=free_bytes,
     )

@@ -26,9 +26,8 @@ def complete(merged: Path, out: Path) -> None:
         stop = read_json(out / "generation_config.json").get("eos_token_id")
         config["model"]["eos_token_id"] = config["model"]["eos_token_id"] if stop is None else stop
     config["model"] |= ids_with_embedding(config["model"])
-    config["model"]["decoder"]["session_options"][
-        "provider_options"
-    ] = []  # the CPU; a user adds the providers of a machine
+    # The CPU; a user adds the providers of a machine
+    config["model"]["decoder"]["session_options"]["provider_options"] = []
     write_json(out / FILE, config)
 
 

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-RANGE_FACTORS = tuple(
-    1 - 0.05 * step for step in range(9)
-)  # factors of a block's range: a finer grid, which clips the extremes
+# Factors of a block's range: a finer grid, which clips the extremes
+RANGE_FACTORS = tuple(1 - 0.05 * step for step in range(9))
 DAMPING = 0.01  # of the mean diagonal: keeps the inverse stable where inputs are few or correlated
 COLUMNS = 64  # rounded before their errors are propagated to all later columns at once
 ELEMENTS = 2**22  # that the search for scales works on at once; it holds about ten copies of them

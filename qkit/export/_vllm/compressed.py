@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 GROUPS = (128, 64, 32)  # inputs that share a scale; the best supported size first
 NOT_QUANTIZED = ["lm_head"]
-QUANTIZED = re.compile(
-    r"\.layers\.\d+\..*_proj\.weight$"
-)  # matrices of the layers, without embeddings, head and routers
+# Matrices of the layers, without embeddings, head and routers
+QUANTIZED = re.compile(r"\.layers\.\d+\..*_proj\.weight$")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe)$")  # these are not linear modules
 PER_INT32 = 8  # 4-bit weights in an int32
 
@@ -151,9 +150,8 @@ def _packed(name: str, weight: torch.Tensor, compressor: Any, quantization: Any)
     rows, columns = weight.shape
     groups = weight.float().reshape(rows, -1, quantization.weights.group_size or columns)
     scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), quantization.weights)
-    scale = scale.to(
-        weight.dtype
-    ).float()  # as stored; the division is in 32 bits, since in 16 bits some codes would be off by one
+    # As stored; the division is in 32 bits, since in 16 bits some codes would be off by one
+    scale = scale.to(weight.dtype).float()
     packed = compressor.compress({"weight": weight.float(), "weight_scale": scale}, quantization)
     module = name.removesuffix(".weight")
     yield from ((f"{module}.{part}", packed[part]) for part in sorted(packed))

@@ -18,9 +18,8 @@ def main(job: Mapping[str, Any]) -> None:
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    if (
-        not torch.accelerator.is_available()
-    ):  # the AWQ of llm-compressor 0.14 pins memory, which needs an accelerator (pipelines/cache.py)
+    # The AWQ of llm-compressor 0.14 pins memory, which needs an accelerator (pipelines/cache.py)
+    if not torch.accelerator.is_available():
         torch.Tensor.pin_memory = lambda tensor, *_: tensor
     torch.manual_seed(job["seed"])
     model = AutoModelForCausalLM.from_pretrained(

@@ -55,11 +55,8 @@ FILE = "model.gguf"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type -> GGUF's
 # transformers 5.19 (integrations/ggml.py) does not read attention.key_length of these, and uses the default of their config.
 READ_HEAD_DIM = {"qwen3": 128}
-TYPES = {
-    "f16": ("F16", "F16"),
-    "q8_0": ("Q8_0", "Q8_0"),
-    "q4_0": ("Q4_0", "Q8_0"),
-}  # of the layers; of embeddings and head
+# Of the layers; of embeddings and head
+TYPES = {"f16": ("F16", "F16"), "q8_0": ("Q8_0", "Q8_0"), "q4_0": ("Q4_0", "Q8_0")}
 FILE_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 
 
@@ -128,9 +125,8 @@ def _sizes(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     """Write the model's sizes into the header."""
     sizes = model_config.from_config(config, "the merged model")
     limits = [size for size in (sizes.positions, sizes.window if sizes.windowed else None) if size]
-    writer.add_context_length(
-        min(limits)
-    )  # llama.cpp attends to the whole context, so it must not exceed the model's attention window
+    # llama.cpp attends to the whole context, so it must not exceed the model's attention window
+    writer.add_context_length(min(limits))
     writer.add_embedding_length(sizes.hidden)
     writer.add_block_count(sizes.layers)
     writer.add_feed_forward_length(sizes.intermediate)

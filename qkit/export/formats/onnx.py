@@ -30,12 +30,8 @@ from qkit.plugins.exporter import Job
 from qkit.recipe.schema import Recipe
 
 RUNTIME = "onnxruntime"
-ALGORITHMS = (
-    "gptq",
-    "rtn",
-    "k_quant",
-    "k_quant_mixed",
-)  # gptq is qkit's, on the run's own rows; the others are the builder's
+# gptq is qkit's, on the run's own rows; the others are the builder's
+ALGORITHMS = ("gptq", "rtn", "k_quant", "k_quant_mixed")
 BLOCKS = (16, 32, 64, 128, 256)  # weights that share a scale
 
 
@@ -78,14 +74,10 @@ QUANTIZED = frozenset({"int8", *BY_HAND})
 
 
 ROUNDED_BY_QKIT = ("gptq", "nearest")
-BUILDER_OPTIONS_TO_ROUND = (
-    "algo_config=rtn",
-    "matmul_mixed_precision=last_matmul:int8",
-)  # fast; the head in its final width
-FALLBACK = {
-    "gptq": "k_quant_mixed",
-    "nearest": "rtn",
-}  # the builder's algorithm where its matrices are not those of the model
+# Fast; the head in its final width
+BUILDER_OPTIONS_TO_ROUND = ("algo_config=rtn", "matmul_mixed_precision=last_matmul:int8")
+# The builder's algorithm where its matrices are not those of the model
+FALLBACK = {"gptq": "k_quant_mixed", "nearest": "rtn"}
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")  # files that the builder writes next to the graph
 # The sliding window of this attention kernel fails on a padded batch with "seqlens_k is too small for sequence_length" (onnxruntime 1.31).
 NO_PADDED_BATCHES = frozenset({"gpt_oss"})
