@@ -37,7 +37,6 @@ class Layers:
     def __init__(self, folder: Path, rows: Sequence[Sequence[int]]):
         self.folder = folder
         self.model = _empty(folder)
-        self.names = frozenset(name for shard in shards(folder) for name in tensor_specs(shard))
         self.rows = sorted(rows, key=len)
 
     def walk(self) -> Iterator[Layer]:
@@ -47,11 +46,8 @@ class Layers:
         inner = self.model.model
         with torch.no_grad():
             self._load(inner.embed_tokens, "model.embed_tokens.")
-            padded = [
-                _padded(self.rows[batch.start : batch.stop])
-                for batch in within_budget(map(len, self.rows), BATCH_TOKENS)
-            ]
-            batches, calls = _enter(inner, padded)
+            cuts = within_budget(map(len, self.rows), BATCH_TOKENS)
+            batches, calls = _enter(inner, [_padded(self.rows[cut.start : cut.stop]) for cut in cuts])
             inner.embed_tokens.to("meta")
         for index, module in enumerate(inner.layers):
             self._load(module, f"{PREFIX}{index}.")
