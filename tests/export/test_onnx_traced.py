@@ -71,8 +71,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def exported(model: Path) -> Path:
-    said = model.parent / "said"
-    job = replace(job_of(model, model.parent), notify=lambda line: said.write_text(line) and None)
+    message = model.parent / "message"
+    job = replace(job_of(model, model.parent), notify=lambda line: message.write_text(line) and None)
     exporter.export(job, model.parent / "onnx-fp32", "fp32")
     return model.parent / "onnx-fp32"
 
@@ -100,7 +100,7 @@ def test_the_folder_is_whole(exported: Path, model: Path) -> None:
     assert {file.name for file in model.iterdir() if file.suffix != ".safetensors"} <= names
     assert {"model.onnx", "model.onnx.data", "qkit.json"} <= names and "genai_config.json" not in names
     assert not list(exported.parent.glob(".*"))
-    assert "onnxruntime-genai's builder does not support" in (exported.parent / "said").read_text()
+    assert "onnxruntime-genai's builder does not support" in (exported.parent / "message").read_text()
     assert "Translate the graph into ONNX" in (exported.parent / "export.log").read_text()
 
 
@@ -169,8 +169,8 @@ def test_other_variants_name_the_one_there_is(variant: str) -> None:
 )
 def test_what_no_graph_is_made_of_is_known_before_training(architecture: str, why: str) -> None:
     for variant in ("fp32", "int4"):
-        found = str(unsupported(variant, architecture))
-        assert f"transformers' exporter cannot export it either: {why}" in found and "can make" not in found
+        reason = str(unsupported(variant, architecture))
+        assert f"transformers' exporter cannot export it either: {why}" in reason and "can make" not in reason
 
 
 def test_a_plan_names_what_is_left(tmp_path: Path) -> None:

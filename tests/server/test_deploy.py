@@ -103,7 +103,7 @@ def test_the_plan_warns(tmp_path: Path, tiny_model: Path) -> None:
     assert entry["format"] == "gguf-f16"
     drawn = io.StringIO()
     Console(width=300, file=drawn).print(screen.screen(found))
-    assert "warning: not deployable as gguf-f16: positions scaled by 'yarn'" in drawn.getvalue()
+    assert "warning: not deployable as gguf-f16: the RoPE scaling 'yarn'" in drawn.getvalue()
 
 
 # --- export.formats=all -----------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_the_command_line_names_what_it_leaves_out(tmp_path: Path, tiny_model: P
     file.write_text(yaml.safe_dump(tiny_settings(folder, tmp_path / "rows.jsonl")))
     argv = [sys.executable, "-m", "qkit", "plan", str(file), "--set", "export.formats=all", "--json"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert "left out of export.formats: gguf-f16: positions scaled by 'yarn'" in done.stderr
+    assert "left out of export.formats: gguf-f16: the RoPE scaling 'yarn'" in done.stderr
     assert json.loads(done.stdout)["not_deployable"] == []
 
 

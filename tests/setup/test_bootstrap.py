@@ -1,4 +1,4 @@
-"""The set-up: which commands each machine needs, and that what was done, interrupted or changed is told apart."""
+"""The setup: the commands that each machine needs, and how a complete, an interrupted and an outdated one are told apart."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ MISSION = ("transformers", "peft", "bitsandbytes", "trl", "datasets", "vllm", "o
 
 
 def pins(kind: str) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
+    versions: dict[str, set[str]] = {}
     for line in (
         (bootstrap.ROOT / "qkit" / "setup" / "constraints" / f"{kind}.txt").read_text(encoding="utf-8").splitlines()
     ):
         if not line.startswith("#"):
             name, _, version = line.partition(";")[0].strip().partition("==")
-            found.setdefault(name, set()).add(version)
-    return found
+            versions.setdefault(name, set()).add(version)
+    return versions
 
 
 def project() -> dict[str, Any]:
@@ -136,7 +136,7 @@ def script(folder: Path, name: str, body: str) -> None:
 
 @posix
 @pytest.mark.parametrize(
-    ("said", "devices", "kind"),
+    ("body", "devices", "kind"),
     [
         (None, ["nvidia0"], "cpu"),  # no driver's tool
         ("exit 1", ["nvidia0", "nvidiactl"], "cuda"),  # a device file is enough
@@ -145,11 +145,11 @@ def script(folder: Path, name: str, body: str) -> None:
     ],
 )
 def test_gpu_detection(
-    said: str | None, devices: Sequence[str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    body: str | None, devices: Sequence[str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if said else str(tmp_path))
-    if said:
-        script(tmp_path, "nvidia-smi", said)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if body else str(tmp_path))
+    if body:
+        script(tmp_path, "nvidia-smi", body)
     for name in devices:
         (tmp_path / name).touch()
     assert bootstrap.detect_kind("linux", tmp_path) == kind

@@ -59,7 +59,7 @@ def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str 
 
         return lora.refusal(recipe, config)
     if variant in QUANTIZED and any((config.get(key) or 0) > 1 for key in EXPERTS):
-        return "a mixture of experts is not quantized by this version; use vllm (16 bit)"
+        return "quantizing a mixture of experts is not supported; use vllm (16 bits)"
     if variant == "w4a16":
         from qkit.export._vllm.compressed import group_size
 
