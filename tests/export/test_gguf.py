@@ -335,8 +335,7 @@ def test_which_stop_tokens_have_a_place_in_the_header(
     changed_config(model, vocab_size=len(tokenizer))
     ids = tokenizer.convert_tokens_to_ids(texts)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    texts = [tokenizer.convert_ids_to_tokens(part) for part in placed_stops(model)]
-    assert texts == [placed, unstopped]
+    assert [tokenizer.convert_ids_to_tokens(part) for part in placed_stops(model)] == [placed, unstopped]
     write_modelfile(model, gguf.FILE)
     assert (model / "Modelfile").read_text().count("PARAMETER stop") == len(texts)
 

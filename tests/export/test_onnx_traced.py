@@ -134,7 +134,7 @@ def test_greedy_answers_are_those_of_transformers(opened: Runtime, reference: Ru
 
 
 def test_it_is_not_served(exported: Path, model: Path) -> None:
-    with pytest.raises(NotDeployable, match="onnxruntime-genai, which serves, opens only what its builder makes"):
+    with pytest.raises(NotDeployable, match="opens only graphs of its own builder"):
         serving.of_model(str(exported), recipe_of(model), serve_request.ServeOptions("onnxruntime"))
 
 
@@ -220,7 +220,7 @@ def test_a_run_passes_the_gate_of_equality(verified: Run) -> None:
     note = read_json(verified.need("export", "onnx-fp32") / "qkit.json")
     assert note["format"] == "onnx-fp32" and note["graph"].startswith("traced") and note["merged"]
     assert list(verified.folder("bench").glob("onnx-fp32-*.json"))
-    with pytest.raises(NotDeployable, match="opens only what its builder makes"):
+    with pytest.raises(NotDeployable, match="opens only graphs of its own builder"):
         serving.of_run(verified, serve_request.ServeOptions("onnxruntime"))
 
 

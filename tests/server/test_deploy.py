@@ -59,7 +59,12 @@ def test_the_default_formats_are_few_and_all_of_them_can_be_had(tiny_model: Path
             "head_dim 128, and this model has 32",
         ),
         ({"model_type": "gpt_oss"}, "model.pad_token=null", "onnx-fp32", "rows of different lengths"),
-        ({"hidden_size": 48}, "model.pad_token=null", "vllm-w4a16", "cannot be divided into groups of 128, 64, 32; use w8a8"),
+        (
+            {"hidden_size": 48},
+            "model.pad_token=null",
+            "vllm-w4a16",
+            "cannot be divided into groups of 128, 64, 32; use w8a8",
+        ),
         ({"num_local_experts": 8}, "model.pad_token=null", "vllm-w8a8", "mixture of experts"),
         ({"num_local_experts": 8}, "model.pad_token=null", "bnb-nf4", "stay in 16 bit"),
         ({}, "model.add_tokens=['<x>']", "vllm-adapter", "is unsupported LoRA weight"),
