@@ -15,7 +15,7 @@ from test_bench_record import SCHEMA
 from test_pipeline import qkit
 
 from qkit.bench import any_server
-from qkit.bench.any_server import Asked
+from qkit.bench.any_server import BenchTarget
 from qkit.bench.load import BEYOND_OPENAI
 from qkit.bench.tool import CHAT, COMPLETIONS
 from qkit.core.errors import RecipeError, ServerError, UserError
@@ -59,7 +59,9 @@ def test_a_strict_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: 
     said: list[str] = []
     progress = Progress()
     progress.say = said.append  # type: ignore[method-assign]
-    asked = Asked(fake.url, "strict", str(tiny_model), 16, overrides=("bench.concurrency=[2]", "bench.output_tokens=3"))
+    asked = BenchTarget(
+        fake.url, "strict", str(tiny_model), 16, overrides=("bench.concurrency=[2]", "bench.output_tokens=3")
+    )
     (record,) = any_server.run(asked, tmp_path, progress)
     assert record["failed_requests"] == 0 and record["tokens"] == 18
     assert any("takes no ignore_eos" in text for text in said)
@@ -78,11 +80,11 @@ def test_a_strict_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: 
 def test_what_cannot_be_asked(
     fake: Fake, tmp_path: Path, asked: dict[str, Any], error: type[UserError], said: str
 ) -> None:
-    how = Asked(**{"url": fake.url, "model": "m", "tokenizer": None, **asked})
+    how = BenchTarget(**{"url": fake.url, "model": "m", "tokenizer": None, **asked})
     with pytest.raises(error, match=said):
         any_server.run(how, tmp_path, Progress())
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match=r"127\.0\.0\.1:9.*is the server up"):
-        any_server.run(Asked("http://127.0.0.1:9", None, "t"), tmp_path, Progress())
+        any_server.run(BenchTarget("http://127.0.0.1:9", None, "t"), tmp_path, Progress())

@@ -135,7 +135,7 @@ def test_what_cannot_be_read_is_the_users_error(arguments: list[str], said: str)
 def test_a_plan_takes_little_memory_and_loads_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from qkit.cli import app\n"
+        "from qkit.cli.app import app\n"
         f"app(['plan', {str(RECIPE)!r}, '--memory', '8GiB'], standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'trl', 'huggingface_hub'} & {*sys.modules}\n"
         "assert not heavy, heavy\n"

@@ -31,7 +31,7 @@ SPREAD = 0.5  # of random prompts: from half to one and a half times as many tok
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchTarget:
     """What the command line says of a server. `run`: whose held-out prompts are sent; without one they are random."""
 
     url: str
@@ -43,7 +43,7 @@ class Asked:
     overrides: Sequence[str] = ()
 
 
-def run(asked: Asked, out: Path, progress: Progress) -> list[dict[str, Any]]:
+def run(asked: BenchTarget, out: Path, progress: Progress) -> list[dict[str, Any]]:
     """Measure every load of the bench settings; returns the records, and writes them into `out`.
 
     Raises:
@@ -68,7 +68,7 @@ def run(asked: Asked, out: Path, progress: Progress) -> list[dict[str, Any]]:
     return records
 
 
-def _prompts(asked: Asked) -> tuple[HeldOut | Synthetic, Path | str, Bench]:
+def _prompts(asked: BenchTarget) -> tuple[HeldOut | Synthetic, Path | str, Bench]:
     """What is sent, the tokenizer for it, and the bench settings: of the run that was named, or defaults, with the overrides."""
     if asked.run is None:
         if asked.tokenizer is None:
