@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -24,24 +24,31 @@ else:  # earlier versions of typer use the click that is installed
 
     USAGE_PROBLEM = click.ClickException
 
-# Each verb and its module in qkit.cli.verbs, in the order of `qkit --help`.
+
+class Verb(NamedTuple):
+    """The module in qkit.cli.verbs that holds it, and its line in `qkit --help`."""
+
+    module: str
+    summary: str
+
+
 VERBS = {
-    "doctor": "doctor",
-    "plan": "plan",
-    "inspect": "inspect",
-    "run": "run",
-    "show": "run",
-    "data": "stages",
-    "train": "stages",
-    "evaluate": "stages",
-    "merge": "merge",
-    "export": "stages",
-    "serve": "serve",
-    "verify": "verify",
-    "bench": "bench",
-    "report": "stages",
-    "push": "push",
-    "adapters": "adapters",
+    "doctor": Verb("doctor", "What works on this machine, what is missing, how to install it."),
+    "plan": Verb("plan", "Does it fit? Memory and time, before anything is loaded."),
+    "inspect": Verb("inspect", "What will be learnt, row by row, and what is likely wrong."),
+    "run": Verb("run", "Run all stages in order; done stages are not run again."),
+    "show": Verb("run", "What happened in a run, on one screen."),
+    "data": Verb("stages", "Stage: read and tokenize the rows; write the ledger."),
+    "train": Verb("stages", "Stage: fine-tune the adapter."),
+    "evaluate": Verb("stages", "Stage: score the base model and the adapter."),
+    "merge": Verb("merge", "Stage: merge the adapter, or any adapters, into a base model."),
+    "export": Verb("stages", "Stage: export the merged model in the recipe's formats."),
+    "serve": Verb("serve", "Serve a model with vLLM or ONNX Runtime until Ctrl-C."),
+    "verify": Verb("verify", "Stage: compare artifacts, or a server, with the adapter."),
+    "bench": Verb("bench", "Stage: latency, throughput, memory and cost of each runtime."),
+    "report": Verb("stages", "Stage: write the run's HTML page and its model card."),
+    "push": Verb("push", "Upload a model folder to the Hugging Face hub."),
+    "adapters": Verb("adapters", "List, load and unload the adapters of a running server."),
 }
 
 
@@ -49,7 +56,7 @@ class LazyVerbs(Mapping[str, Any]):
     """The commands by name; a verb's module is imported, and its parser built, when it is looked up."""
 
     def __getitem__(self, verb: str) -> Any:
-        return _commands_in(VERBS[verb])[verb]
+        return _commands_in(VERBS[verb].module)[verb]
 
     def __iter__(self) -> Iterator[str]:
         return iter(VERBS)
@@ -69,6 +76,11 @@ class LazyGroup(TyperGroup):
     def __init__(self, **settings: Any):
         super().__init__(**settings)
         self.commands: Any = LazyVerbs()
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the verbs without importing any of their modules."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, verb.summary) for name, verb in VERBS.items()])
 
 
 app = verb_app(
