@@ -18,7 +18,7 @@ from qkit.core.progress import Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qkit.serve.request import Asked, Serving
+    from qkit.serve.request import ServeOptions, Serving
     from qkit.server.process import Server
 
 app = verb_app()
@@ -81,7 +81,7 @@ def serve(
     child: Child = False,
 ) -> None:
     """Serve a model with vLLM's OpenAI-compatible server, or with ONNX Runtime, until Ctrl-C."""
-    from qkit.serve.request import Asked
+    from qkit.serve.request import ServeOptions
     from qkit.server.process import api_key
 
     if child:
@@ -89,7 +89,9 @@ def serve(
     if form:
         _check_print(context, as_json)
     key, engine_args, adapters = api_key(api_key_file), tuple(_after_dashes(rest)), tuple(adapter or ())
-    options = Asked(runtime, artifact, name, adapters, runtime_adapters, key, engine_args, force, not no_contract)
+    options = ServeOptions(
+        runtime, artifact, name, adapters, runtime_adapters, key, engine_args, force, not no_contract
+    )
     serving = _serving(target, overrides, out, options)
     if form:
         from qkit.serve import manifests
@@ -113,7 +115,7 @@ def _after_dashes(engine_args: list[str] | None) -> list[str]:
     return engine_args or []
 
 
-def _serving(target: str, overrides: list[str] | None, out: Path | None, options: Asked) -> Serving:
+def _serving(target: str, overrides: list[str] | None, out: Path | None, options: ServeOptions) -> Serving:
     """What to serve: an artifact of a run, when the target is one or its recipe, else a model."""
     from qkit.plan.sheet import Options, recipe_for
     from qkit.serve import serving
