@@ -125,8 +125,9 @@ def test_only_device_knows_cuda_from_cpu() -> None:
 
 
 def test_vllm_is_never_imported() -> None:
+    programs = {"vllm_driver.py"}  # run by vLLM's own interpreter, imported by nothing
     for file in MODULES:
-        assert not any(name.split(".")[0] == "vllm" for name in _imports(file)), file
+        assert file.name in programs or not any(name.split(".")[0] == "vllm" for name in _imports(file)), file
 
 
 TESTS = sorted(paths.TESTS.rglob("*.py"))
