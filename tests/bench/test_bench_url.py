@@ -32,7 +32,7 @@ def fake() -> Iterator[Fake]:
 def test_any_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: Path) -> None:
     settings = ("bench.concurrency=[2]", "bench.repeats=2", "bench.output_tokens=3", "bench.slo_e2e_seconds=60")
     done = qkit(
-        *("bench", "--url", f"{fake.url}/v1", "--model", "steady", "--tokenizer", tiny_model, "--prompt-tokens", 16),
+        *("bench", "url", f"{fake.url}/v1", "--model", "steady", "--tokenizer", tiny_model, "--prompt-tokens", 16),
         *(part for setting in settings for part in ("--set", setting)),
         *("--price-per-hour", 2, "--out", tmp_path / "out", "--json"),
     )
@@ -64,16 +64,16 @@ def test_a_strict_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: 
     )
     (record,) = any_server.run(asked, tmp_path, progress)
     assert record["failed_requests"] == 0 and record["tokens"] == 18
-    assert any("takes no ignore_eos" in text for text in said)
+    assert any("does not accept ignore_eos" in text for text in said)
 
 
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
-        ({}, UserError, "name a run for its held-out ones, or --tokenizer"),
+        ({}, UserError, "--run RUN sends its held-out ones"),
         ({"run": SAMPLE, "chat": True}, UserError, "--chat"),
         ({"tokenizer": "t", "overrides": ["bench.repeats=0"]}, RecipeError, "bench.repeats"),
-        ({"tokenizer": "t", "overrides": ["serve.port=0"]}, RecipeError, "knows the section bench only"),
+        ({"tokenizer": "t", "overrides": ["serve.port=0"]}, RecipeError, "settings of the section bench only"),
         ({"tokenizer": "t", "model": None}, ServerError, "answered 404 to /v1/models"),
     ],
 )
