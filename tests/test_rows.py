@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qkit.core import strict_json
 from qkit.core.errors import DataError
 from qkit.core.strict_json import Rounded, Struct
 from qkit.data import read as data_read
+from qkit.data import read_json
 from qkit.data.read import Broken, Record, read
 from qkit.recipe.schema import Source
 
@@ -237,7 +237,7 @@ def test_slices(write: Write, tmp_path: Path, cut: str, kept: str) -> None:
 
 def test_a_slice_reads_no_further_than_it_goes(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    monkeypatch.setattr(strict_json, "decode", lambda text: decoded.append(text) or json.loads(text))
+    monkeypatch.setattr(read_json, "decode", lambda text: decoded.append(text) or json.loads(text))
     for name in ("a.jsonl", "b.jsonl"):
         write(name, '{"a": 1}\n' * 1000)
     assert len(found(tmp_path, rows=":3")) == len(decoded) == 3

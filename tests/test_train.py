@@ -17,7 +17,7 @@ import yaml
 
 from qkit import pipeline
 from qkit.core import device as core_device
-from qkit.core.batching import TokenBudgetBatches, packed
+from qkit.core.batching import IGNORED, TokenBudgetBatches, packed
 from qkit.core.errors import RecipeError, StageFailed
 from qkit.core.progress import Progress
 from qkit.model import load as model_load
@@ -26,7 +26,7 @@ from qkit.recipe.load import load
 from qkit.run.directory import Run
 from qkit.train import checkpoints, sft
 from qkit.train import stage as train_stage
-from qkit.train.collate import IGNORED, collate
+from qkit.train.collate import collate
 from qkit.train.fast import head
 from tests.conftest import build_tokenizer, tiny_settings
 

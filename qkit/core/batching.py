@@ -10,6 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+IGNORED = -100  # the label of a token that carries no loss: torch's cross_entropy skips it
 LENGTH_STEP = 16  # rows are padded to a multiple of this, and shuffled among those that are padded alike
 
 

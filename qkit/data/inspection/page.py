@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from qkit.chat import template
+from qkit.core.batching import IGNORED
 from qkit.core.files import write_text
 from qkit.data.inspection.screen import histogram, suspects
 from qkit.data.inspection.view import Inspection, token_texts
 from qkit.model import tokenizer as model_tokenizer
 from qkit.recipe.schema import SPLITS
-from qkit.tasks._conversation.encode import IGNORED
 
 ROWS = 2000  # of each split: about 3 MB of page for rows of 300 tokens
 DROPPED = 500

@@ -13,6 +13,7 @@ from typing import Any
 
 from qkit import __version__
 from qkit.chat import template
+from qkit.core.batching import IGNORED
 from qkit.core.errors import DataError
 from qkit.core.files import read_json
 from qkit.core.progress import Progress
@@ -24,7 +25,6 @@ from qkit.recipe.load import from_dict
 from qkit.recipe.schema import SPLITS, Recipe
 from qkit.run.directory import Run
 from qkit.run.source_files import named_files
-from qkit.tasks._conversation.encode import IGNORED
 
 KEPT = 8  # inspections in the cache; older ones go
 WORST = 5  # rows of each kind that are shown

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qkit.core.batching import IGNORED
 from qkit.plugins.task import RowError, Tokens
 from qkit.tasks._conversation.turns import Notes, listing, shown
 
-IGNORED = -100
 MAX_ID = 2**31 - 1  # token ids are kept in 32 bits
 
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from qkit.core.batching import IGNORED
 from qkit.core.errors import short
 from qkit.plugins.task import Conversation, Example, Message, RowError, Text, Tokens
 from qkit.recipe.schema import Data
-from qkit.tasks._conversation.tokenized import IGNORED
 from qkit.tasks._conversation.turns import loaded, printable, shown
 
 SYSTEM = ("system", "developer")
