@@ -55,9 +55,9 @@ class Parted(str):
 
     def __new__(cls, parts: Iterable[str]) -> Parted:
         kept = tuple(parts)
-        made = super().__new__(cls, "\n".join(text for text in kept if text))
-        made.parts = kept
-        return made
+        joined = super().__new__(cls, "\n".join(text for text in kept if text))
+        joined.parts = kept
+        return joined
 
     def __reduce__(self) -> tuple[type[Parted], tuple[tuple[str, ...]]]:
         return Parted, (self.parts,)
@@ -119,36 +119,36 @@ def served(
     in_parts = goes_through_parts(template)
     last = len(messages) - 1 if answered else len(messages)
     sent_as = thinking if HARMONY in template else REASONING
-    made = [
+    turns = [
         _turn(turn, in_parts, thinking if number == last else sent_as, number == last)
         for number, turn in enumerate(messages)
     ]
     knows = '"developer"' in template or "'developer'" in template
-    return made if knows or all(turn["role"] != "developer" for turn in made) else _with_one_system(made)
+    return turns if knows or all(turn["role"] != "developer" for turn in turns) else _with_one_system(turns)
 
 
 def sent(turn: Turn) -> dict[str, Any]:
     """A turn in the form that it has once it was sent to a server, whatever the template; its content as it is."""
-    made = _turn(turn, in_parts=False, thinking=REASONING, said=False)
-    said = turn.get("content")
-    return {**made, "content": _in_parts(said) if isinstance(said, Parted) else said or ""}
+    message = _turn(turn, in_parts=False, thinking=REASONING, answered=False)
+    content = turn.get("content")
+    return {**message, "content": _in_parts(content) if isinstance(content, Parted) else content or ""}
 
 
-def _turn(turn: Turn, in_parts: bool, thinking: Sequence[str], said: bool) -> dict[str, Any]:
+def _turn(turn: Turn, in_parts: bool, thinking: Sequence[str], answered: bool) -> dict[str, Any]:
     role, content = turn["role"], turn.get("content")
-    made: dict[str, Any] = {"role": role, "content": _content(content, in_parts, role)}
+    message: dict[str, Any] = {"role": role, "content": _content(content, in_parts, role)}
     if role == "assistant":
         if calls := turn.get("tool_calls"):
             if in_parts and not text_of(content):
-                made[
+                message[
                     "content"
                 ] = []  # clients send null beside calls; some send "", of which vLLM makes a part with nothing in it
-            made["tool_calls"] = list(calls) if said else [call_of(call) for call in calls]
+            message["tool_calls"] = list(calls) if answered else [call_of(call) for call in calls]
         if thought := next((turn[name] for name in THOUGHTS if turn.get(name)), None):
-            made |= dict.fromkeys(thinking, thought)
+            message |= dict.fromkeys(thinking, thought)
     elif role == "tool" and turn.get("tool_call_id"):
-        made["tool_call_id"] = turn["tool_call_id"]
-    return made | {key: value for key, value in turn.items() if key not in OWN and value not in NOTHING}
+        message["tool_call_id"] = turn["tool_call_id"]
+    return message | {key: value for key, value in turn.items() if key not in OWN and value not in NOTHING}
 
 
 def _content(content: Content | None, in_parts: bool, role: str) -> Content:
@@ -168,8 +168,8 @@ def call_of(call: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"a tool call has a function with a name, and this one is {str(call)[:100]}")
     known = {"arguments": arguments_of(function.get("arguments")), "name": function["name"]}
     identity = {"id": call["id"]} if call.get("id") else {}
-    made = {**identity, "function": known | _others(function, known), "type": "function"}
-    return made | _others(call, {**made, "id": None})
+    ordered = {**identity, "function": known | _others(function, known), "type": "function"}
+    return ordered | _others(call, {**ordered, "id": None})
 
 
 def _others(given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,14 +279,14 @@ def _given_content(tree: nodes.Template, macro: nodes.Macro, turns: Sequence[str
     from jinja2 import nodes
 
     names = [argument.name for argument in macro.args]
-    found = set()
+    given = set()
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Name) and call.node.name == macro.name:
             handed = [*zip(names, call.args, strict=False), *((word.key, word.value) for word in call.kwargs)]
-            found |= {
+            given |= {
                 name for name, value in handed if name in names and any(_is_content(value, turn) for turn in turns)
             }
-    return found
+    return given
 
 
 def _bare(node: nodes.Node | None) -> nodes.Node | None:

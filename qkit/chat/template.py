@@ -56,10 +56,10 @@ def choose(tokenizer: PreTrainedTokenizerBase, wanted: str | None, folder: Path)
 
 def texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The templates that a conversation may meet: one, or the one for all and the one for those that offer tools."""
-    found = tokenizer.chat_template
-    if not isinstance(found, dict):
-        return [str(found)]
-    return [found[name] for name in (DEFAULT, WITH_TOOLS) if name in found]
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict):
+        return [str(templates)]
+    return [templates[name] for name in (DEFAULT, WITH_TOOLS) if name in templates]
 
 
 def _text(wanted: str) -> str:
@@ -76,13 +76,13 @@ def _text(wanted: str) -> str:
 
 def reads(tokenizer: PreTrainedTokenizerBase) -> Reads:
     """What a tokenizer's template, or any of its named ones, reads of a record and of a turn."""
-    held = tokenizer.chat_template
-    held_texts = tuple(held.values()) if isinstance(held, dict) else (held or "",)
+    templates = tokenizer.chat_template
+    all_texts = tuple(templates.values()) if isinstance(templates, dict) else (templates or "",)
     given = {"messages", "tools", "add_generation_prompt", "continue_final_message", *tokenizer.special_tokens_map}
-    found = [_reads(text) for text in held_texts]
-    variables = frozenset[str]().union(*(one.variables for one in found)) - given
-    values = frozenset[str]().union(*(one.variables - one.switches for one in found))
-    return Reads(variables, frozenset[str]().union(*(one.keys for one in found)), variables - values)
+    of_each = [_reads(text) for text in all_texts]
+    variables = frozenset[str]().union(*(one.variables for one in of_each)) - given
+    values = frozenset[str]().union(*(one.variables - one.switches for one in of_each))
+    return Reads(variables, frozenset[str]().union(*(one.keys for one in of_each)), variables - values)
 
 
 @functools.lru_cache(maxsize=32)
@@ -176,12 +176,12 @@ def _turns(parsed: Any) -> set[str]:
     """Variables that stand for turns, or for lists of them: those made of `messages`, and what macros call them."""
     from jinja2 import nodes
 
-    found = {"messages", "message", "msg", "m", "turn"}
+    names = {"messages", "message", "msg", "m", "turn"}
     for node in parsed.find_all((nodes.Assign, nodes.For)):
-        made_of = node.node if isinstance(node, nodes.Assign) else node.iter
-        if _is_turn(made_of, found) and isinstance(node.target, nodes.Name):
-            found.add(node.target.name)
-    return found
+        source = node.node if isinstance(node, nodes.Assign) else node.iter
+        if _is_turn(source, names) and isinstance(node.target, nodes.Name):
+            names.add(node.target.name)
+    return names
 
 
 def _is_turn(node: Any, turns: set[str]) -> bool:
@@ -269,8 +269,8 @@ def renderer(tokenizer: PreTrainedTokenizerBase) -> Renderer:
     Raises:
         ModelError: it refuses even that.
     """
-    made = _renderer(tokenizer, ())
-    return replace(made, offering=_renderer(tokenizer, (OFFERED,))) if len(texts(tokenizer)) > 1 else made
+    plain = _renderer(tokenizer, ())
+    return replace(plain, offering=_renderer(tokenizer, (OFFERED,))) if len(texts(tokenizer)) > 1 else plain
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any]) -> Renderer:
@@ -282,9 +282,9 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any]) -> Rende
     suffix = _common_suffix(left, right)
     special = special_ids(tokenizer)
     marks = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-    found = marks.search(suffix)
-    ending = suffix[: found.end()] if found else suffix
-    end = int(tokenizer.convert_tokens_to_ids(found.group())) if found else None
+    match = marks.search(suffix)
+    ending = suffix[: match.end()] if match else suffix
+    end = int(tokenizer.convert_tokens_to_ids(match.group())) if match else None
     return Renderer(tokenizer, frozenset(special.values()), suffix, ending, end, marks)
 
 
@@ -325,7 +325,7 @@ def render(
         raise TemplateRefusal(f"{type(error).__name__}: {str(error)[:300]}") from error
 
 
-def special_tokens(reader: Renderer, pad_token: str | None, rows: int) -> dict[str, Any]:
+def special_tokens(renderer: Renderer, pad_token: str | None, rows: int) -> dict[str, Any]:
     """`stop` (ids that end a turn), `pad`, and `end_of_turn`. `rows`: of the model's embedding.
 
     The padding is a token that the embedding has and that ends no turn, where there is one: other tools mask the end of an answer together
@@ -334,13 +334,13 @@ def special_tokens(reader: Renderer, pad_token: str | None, rows: int) -> dict[s
     Raises:
         ModelError: model.pad_token names no token, or one that the embedding lacks; or no special token ends a turn.
     """
-    tokenizer = reader.tokenizer
-    end = tokenizer.eos_token_id if reader.end is None else reader.end
+    tokenizer = renderer.tokenizer
+    end = tokenizer.eos_token_id if renderer.end is None else renderer.end
     if end is None:
         raise ModelError(
             "no special token ends a turn and the tokenizer has no eos_token: the model could not learn to stop"
         )
-    stop = sorted({end, reader.meeting((OFFERED,)).end, tokenizer.eos_token_id} - {None})
+    stop = sorted({end, renderer.meeting((OFFERED,)).end, tokenizer.eos_token_id} - {None})
     if pad_token is not None:
         return {"stop": stop, "pad": _known_id(tokenizer, pad_token, rows), "end_of_turn": end}
     ids = [
@@ -353,15 +353,15 @@ def special_tokens(reader: Renderer, pad_token: str | None, rows: int) -> dict[s
 
 
 def _known_id(tokenizer: PreTrainedTokenizerBase, token: str, rows: int) -> int:
-    found = tokenizer.get_vocab().get(token)
-    if found is None:
+    token_id = tokenizer.get_vocab().get(token)
+    if token_id is None:
         raise ModelError(f"model.pad_token={short(token)}: the tokenizer has no such token")
-    if found >= rows:
+    if token_id >= rows:
         raise ModelError(
-            f"model.pad_token={short(token)}: its id is {found}, and the model has 0 to {rows - 1}; leave model.pad_token out, or give it a "
+            f"model.pad_token={short(token)}: its id is {token_id}, and the model has 0 to {rows - 1}; leave model.pad_token out, or give it a "
             f"row with model.add_tokens={json.dumps([token])}"
         )
-    return int(found)
+    return int(token_id)
 
 
 @functools.cache

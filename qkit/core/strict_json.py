@@ -31,11 +31,11 @@ class Twice(ValueError):
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
         raise Twice(f"an object has the key {short(repr(next(key for key in keys if keys.count(key) > 1)))} twice")
-    return made
+    return result
 
 
 # json.loads takes NaN and Infinity, which nobody else reads, and would build a decoder for every line

@@ -42,7 +42,7 @@ class Kind:
     """A check over rows: what it means when nothing, or something, is found. `status`: of what is found."""
 
     passes: str
-    found: str
+    problem: str
     status: str
     remedy: str
 
@@ -213,40 +213,40 @@ class Findings:
 
     counts: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[Place]] = field(default_factory=dict)
-    words: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, source: str, line: int, words: str) -> None:
+    def add(self, name: str, source: str, line: int, message: str) -> None:
         """One more row in which check `name` found something."""
         self.counts[name] = self.counts.get(name, 0) + 1
-        self.words.setdefault(name, words)
+        self.messages.setdefault(name, message)
         named = self.places.setdefault(name, [])
         if len(named) < NAMED_ROWS:
             named.append(Place(source, line))
 
-    def checks(self, how: Data, skipped: Iterable[str] = ()) -> Iterator[Check]:
+    def checks(self, section: Data, skipped: Iterable[str] = ()) -> Iterator[Check]:
         """Every check over rows, in order."""
         left_out = set(skipped)
         lesser = {check: (name, kind) for name, (check, kind) in LESSER.items() if name in self.counts}
         for name, kind in KINDS.items():
             if name in self.counts:
-                yield self._found(name, kind, how)
+                yield self._found(name, kind, section)
             elif name in lesser:
-                yield replace(self._found(*lesser[name], how), name=name)
+                yield replace(self._found(*lesser[name], section), name=name)
             elif name in left_out:
                 yield Check(name, "skipped", "does not apply to these rows")
             else:
                 yield Check(name, "pass", kind.passes)
 
-    def _found(self, name: str, kind: Kind, how: Data) -> Check:
+    def _found(self, name: str, kind: Kind, section: Data) -> Check:
         rows = tuple(self.places[name])
         count = self.counts[name]
-        message = f"{count:,} {'row' if count == 1 else 'rows'} {kind.found}: {rows[0]} {self.words[name]}"
-        return Check(name, _status(name, kind, how), message, count, rows, kind.remedy)
+        message = f"{count:,} {'row' if count == 1 else 'rows'} {kind.problem}: {rows[0]} {self.messages[name]}"
+        return Check(name, _status(name, kind, section), message, count, rows, kind.remedy)
 
 
-def _status(name: str, kind: Kind, how: Data) -> str:
+def _status(name: str, kind: Kind, section: Data) -> str:
     """What the recipe says of the rules that it has a word on; dropping is consent, and still worth a word."""
-    rule = getattr(how.clean, name, None)
+    rule = getattr(section.clean, name, None)
     if rule is None:
         return kind.status
     return "fail" if rule == "fail" else "warn"

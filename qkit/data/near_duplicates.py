@@ -34,9 +34,9 @@ def signature(text: str) -> Any:
     """rensa's MinHash of a text's word triples."""
     import rensa
 
-    made = rensa.RMinHash(num_perm=PERMUTATIONS, seed=SEED)
-    made.update(shingles(text))
-    return made
+    minhash = rensa.RMinHash(num_perm=PERMUTATIONS, seed=SEED)
+    minhash.update(shingles(text))
+    return minhash
 
 
 def shingles(text: str) -> list[str]:
@@ -54,22 +54,22 @@ class Index:
         self._lsh = rensa.RMinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS, num_bands=BANDS)
         self._signatures: dict[int, Any] = {}
 
-    def nearest(self, made: Any) -> int | None:
+    def nearest(self, signature: Any) -> int | None:
         """The number of the most similar signature, if it counts as nearly the same."""
-        found = [(self._signatures[number].jaccard(made), -number) for number in self._lsh.query(made)]
-        similarity, number = max(found, default=(0.0, 0))
+        similar = [(self._signatures[number].jaccard(signature), -number) for number in self._lsh.query(signature)]
+        similarity, number = max(similar, default=(0.0, 0))
         return -number if similarity >= NEAR else None
 
-    def add(self, number: int, made: Any) -> int | None:
+    def add(self, number: int, signature: Any) -> int | None:
         """Remember a signature unless one is nearly the same; then that one's number is returned."""
-        alike = self._lsh.query(made)
-        if (found := self.nearest(made)) is not None:
-            return found
+        alike = self._lsh.query(signature)
+        if (similar := self.nearest(signature)) is not None:
+            return similar
         if len(alike) <= CROWD:
-            self.insert(number, made)
+            self.insert(number, signature)
         return None
 
-    def insert(self, number: int, made: Any) -> None:
+    def insert(self, number: int, signature: Any) -> None:
         """Remember a signature, whatever it is like."""
-        self._lsh.insert(number, made)
-        self._signatures[number] = made
+        self._lsh.insert(number, signature)
+        self._signatures[number] = signature

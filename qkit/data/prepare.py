@@ -115,14 +115,14 @@ def _entry(sourced: Sourced, example: Example | RowError, recipe: Recipe) -> Ent
         return entry
     entry.ignored = (*example.ignored, *(name for name in record.unread if name in recipe.data.ignore))
     entry.unread = (*example.unread, *(name for name in record.unread if name not in recipe.data.ignore))
-    asked, said = _contents(example)
+    question, content = _contents(example)
     value = record.value
-    entry.sha256 = near_duplicates.digest(said)
-    entry.key = near_duplicates.digest(near_duplicates.normalized(asked))
-    found = value_of(value, recipe.data.group, recipe)
-    entry.group = entry.key if found is None else near_duplicates.digest(str(found))
+    entry.sha256 = near_duplicates.digest(content)
+    entry.key = near_duplicates.digest(near_duplicates.normalized(question))
+    group = value_of(value, recipe.data.group, recipe)
+    entry.group = entry.key if group is None else near_duplicates.digest(str(group))
     entry.label = _label(value, recipe)
-    entry.near = near_duplicates.signature(said if isinstance(example, Text) else _unframed(example))
+    entry.near = near_duplicates.signature(content if isinstance(example, Text) else _unframed(example))
     return entry
 
 
@@ -141,9 +141,9 @@ def _contents(example: Example) -> tuple[str, str]:
     if isinstance(example, Text):
         return example.text, example.text
     if isinstance(example, Tokens):
-        said = compact(example.input_ids)
-        asked = [i for i, label in zip(example.input_ids, example.labels, strict=True) if label == IGNORED]
-        return compact(asked) if len(asked) > 1 else said, said + compact(example.labels)
+        content = compact(example.input_ids)
+        question = [i for i, label in zip(example.input_ids, example.labels, strict=True) if label == IGNORED]
+        return compact(question) if len(question) > 1 else content, content + compact(example.labels)
     tools = compact(example.tools) if example.tools else ""
     given = compact(example.variables) if example.variables else ""
     return tools + texts_of(example.messages[:-1]), tools + given + compact(example.messages) + compact(example.trained)
@@ -157,14 +157,14 @@ def _unframed(example: Conversation | Tokens) -> str:
 
 
 def _label(value: Mapping[str, Any], recipe: Recipe) -> str | None:
-    found = value_of(value, recipe.data.stratify, recipe)
-    return str(found) if isinstance(found, str | int | bool) else None
+    label = value_of(value, recipe.data.stratify, recipe)
+    return str(label) if isinstance(label, str | int | bool) else None
 
 
 def value_of(value: Mapping[str, Any], column: str | None, recipe: Recipe) -> Any:
     """What a record has in a column, by the name that data.columns gives it; None where there is none, or an empty field."""
-    found = value.get(recipe.data.columns.get(column, column)) if column else None
-    return None if found == "" else found
+    field_value = value.get(recipe.data.columns.get(column, column)) if column else None
+    return None if field_value == "" else field_value
 
 
 def _dropped(entry: Entry, error: RowError) -> Entry:
@@ -204,9 +204,9 @@ def _append(columns: dict[str, list[Any]], row: EncodedRow, example: Example, pl
 def _batch(columns: dict[str, list[Any]]) -> pa.RecordBatch:
     import pyarrow as pa
 
-    made = [_list_array(columns[name]) for name in ("input_ids", "labels")]
+    ids = [_list_array(columns[name]) for name in ("input_ids", "labels")]
     rest = [pa.array(columns[name], schema().field(name).type) for name in COLUMNS[2:]]
-    return pa.RecordBatch.from_arrays([*made, *rest], schema=schema())
+    return pa.RecordBatch.from_arrays([*ids, *rest], schema=schema())
 
 
 def _list_array(rows: Sequence[Sequence[int]]) -> pa.ListArray:
@@ -258,8 +258,8 @@ def _pool(recipe: Recipe, processes: int) -> Iterator[ProcessPoolExecutor]:
 
 def _start(recipe: Recipe) -> None:
     """Runs once in each process of the pool."""
-    if wish := death_wish():
-        wish()
+    if kill_with_parent := death_wish():
+        kill_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core, and no more threads than that
     _workers.append(open_worker(recipe))
 

@@ -68,9 +68,12 @@ def read(source: Source) -> Iterator[Record | Broken]:
         if isinstance(value, str):
             yield Broken(name, line, value)
         else:
-            own = answers.get(str(value["id"])) if answers and value.get("id") is not None else None
-            accepted, unread = own or (None, ())
-            joined, missed = joined + (own is not None), missed or f"{name}:{line} has the id {short(value.get('id'))}"
+            entry = answers.get(str(value["id"])) if answers and value.get("id") is not None else None
+            accepted, unread = entry or (None, ())
+            joined, missed = (
+                joined + (entry is not None),
+                missed or f"{name}:{line} has the id {short(value.get('id'))}",
+            )
             yield Record(name, line, value, accepted, source.format, unread)
 
     if answers and missed and not joined:
@@ -90,7 +93,7 @@ def _answers(source: Source) -> dict[str, tuple[Any, tuple[str, ...]]]:
     """
     if source.answers is None:
         return {}
-    found: dict[str, tuple[Any, tuple[str, ...]]] = {}
+    by_id: dict[str, tuple[Any, tuple[str, ...]]] = {}
     columns: dict[str, None] = {}
     for name, line, value in _located(source, source.answers):
         if isinstance(value, str):
@@ -98,43 +101,43 @@ def _answers(source: Source) -> dict[str, tuple[Any, tuple[str, ...]]]:
         key = str(value.get("id"))
         unread = tuple(f"answers.{short(other)}" for other in value if other not in ANSWER and value[other] is not None)
         accepted = value.get("ground_truth")
-        if value.get("id") is not None and key in found and found[key][0] != accepted:
+        if value.get("id") is not None and key in by_id and by_id[key][0] != accepted:
             raise DataError(
                 f"{name}:{line}: the id {short(key)} stands there twice, with other answers; keep one of both"
             )
-        found[key] = (accepted, unread)
+        by_id[key] = (accepted, unread)
         columns.update(dict.fromkeys(value))
-    if found and all(accepted is None for accepted, _ in found.values()):
+    if by_id and all(accepted is None for accepted, _ in by_id.values()):
         names = short(", ".join(map(str, columns)))
         raise DataError(f"{source.answers}: holds no answers: it has the columns {names}; wanted id and ground_truth")
-    return found
+    return by_id
 
 
 def _located(source: Source, text: str) -> Iterator[tuple[str, int, Mapping[str, Any] | str]]:
     """(file, line, record) of a file, of every file in a folder, of a saved data set, or of one on the hub."""
-    found = locate(text, sha256=source.sha256)
-    if isinstance(found, HubId):
-        for index, row in enumerate(_from_hub(found.name, source)):
+    location = locate(text, sha256=source.sha256)
+    if isinstance(location, HubId):
+        for index, row in enumerate(_from_hub(location.name, source)):
             yield text, index, row
         return
-    kind = saved_kind(found)
+    kind = saved_kind(location)
     if text == source.source:
         _check_settings(source, kind)
     if kind:
-        for index, row in enumerate(_from_saved(found, text, kind, source)):
+        for index, row in enumerate(_from_saved(location, text, kind, source)):
             yield text, index, row
         return
-    for file in _files(found):
-        name = text if file == found else str(file)
+    for file in _files(location):
+        name = text if file == location else str(file)
         for line, value in _from_file(file, name, source):
             yield name, line, value
 
 
 def _check_settings(source: Source, kind: str) -> None:
     """Refuse what is of a hub data set, or of a package, where the source is a file or folder: it would change nothing."""
-    own = {"sha256"} if source.source.startswith("pypi:") else {"split"} if kind else set()
-    what = "a package's file" if "sha256" in own else "a saved data set" if kind else "a file or folder"
-    idle = [name for name in ("name", "split", "revision", "sha256") if getattr(source, name) and name not in own]
+    allowed = {"sha256"} if source.source.startswith("pypi:") else {"split"} if kind else set()
+    what = "a package's file" if "sha256" in allowed else "a saved data set" if kind else "a file or folder"
+    idle = [name for name in ("name", "split", "revision", "sha256") if getattr(source, name) and name not in allowed]
     if idle:
         raise DataError(
             f"{source.source}: data.*.{idle[0]} says nothing of {what}; leave it out (a part of the rows: data.*.rows)"

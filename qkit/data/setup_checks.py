@@ -116,7 +116,7 @@ def _padding(worker: Worker, tokens: Mapping[str, Any]) -> Check:
 
 
 def _date(worker: Worker) -> Check:
-    formats = [found for template in texts(worker.renderer.tokenizer) for found in date_formats(template)]
+    formats = [text_format for template in texts(worker.renderer.tokenizer) for text_format in date_formats(template)]
     offers: list[Sequence[Any]] = [(), (OFFERED,)] if worker.renderer.offering else [()]
     text = "\n".join(worker.renderer.render((ASKED,), tools) for tools in offers) if formats else ""
     today = dt.datetime.now()

@@ -41,23 +41,23 @@ def check(entries: Sequence[Entry], reads: Reads, ignore: Sequence[str] = ()) ->
     matched = {pattern for entry in entries for pattern in entry.ignored}
     idle = [pattern for pattern in ignore if pattern not in matched]
     remark = f"; data.ignore has {short(', '.join(idle))}, which matches no name of any record" if idle else ""
-    found = [entry for entry in entries if entry.part == 0 and entry.unread]
-    if not found:
+    unread = [entry for entry in entries if entry.part == 0 and entry.unread]
+    if not unread:
         return Check("unused", "pass", f"every column and key of the records is read{remark}")
-    counts = Counter(name for entry in found for name in entry.unread)
-    formats = {name: entry.format for entry in reversed(found) for name in entry.unread}
-    named = "; ".join(_words(name, count, formats[name], reads) for name, count in counts.most_common(NAMED))
+    counts = Counter(name for entry in unread for name in entry.unread)
+    formats = {name: entry.format for entry in reversed(unread) for name in entry.unread}
+    named = "; ".join(_described(name, count, formats[name], reads) for name, count in counts.most_common(NAMED))
     more = f"; and {len(counts) - NAMED:,} names more" if len(counts) > NAMED else ""
-    rows = tuple(Place(entry.source, entry.line) for entry in found[:NAMED_ROWS])
-    holds = "1 record holds" if len(found) == 1 else f"{len(found):,} records hold"
+    rows = tuple(Place(entry.source, entry.line) for entry in unread[:NAMED_ROWS])
+    holds = "1 record holds" if len(unread) == 1 else f"{len(unread):,} records hold"
     message = f"{holds} what nothing reads: {named}{more}; the first is {rows[0]}{remark}"
-    return Check("unused", "warn", message, len(found), rows, _remedy(found))
+    return Check("unused", "warn", message, len(unread), rows, _remedy(unread))
 
 
-def _words(name: str, count: int, format: str, reads: Reads) -> str:
-    own = name.rpartition(".")[2]
-    known = () if name.lower() in LABELS else sorted({*_known(name, format, reads)} - {own})
-    close = difflib.get_close_matches(own, known, n=1)
+def _described(name: str, count: int, format: str, reads: Reads) -> str:
+    last = name.rpartition(".")[2]
+    known = () if name.lower() in LABELS else sorted({*_known(name, format, reads)} - {last})
+    close = difflib.get_close_matches(last, known, n=1)
     nearest = f" (did you mean {close[0]}?)" if close else ""
     if name in ANSWER and format in WITH_TURNS:
         nearest = " (it belongs in the assistant's turn)"
@@ -78,17 +78,17 @@ def _known(name: str, format: str, reads: Reads) -> Iterable[str]:
     return INSIDE.get(above.rpartition(".")[2]) or {*TURN, *MARKS, *ANSWER, *reads.keys}
 
 
-def _remedy(found: Iterable[Entry]) -> str:
+def _remedy(entries: Iterable[Entry]) -> str:
     """What to do; where there are labels, that they are not learnt."""
-    labelled = [(entry.format, name) for entry in found for name in entry.unread if name.lower() in LABELS]
+    labelled = [(entry.format, name) for entry in entries for name in entry.unread if name.lower() in LABELS]
     if not labelled:
         return REMEDY
     format, name = labelled[0]
     if format == "text":
-        words = (
+        message = (
             f"these rows train as plain text, and {name} is not learnt; to have it answered, "
             f"data.columns='{{prompt: text, completion: {name}}}'"
         )
     else:
-        words = f"{name} is not learnt: every answer is, whatever its label says"
-    return f"{words}; else {REMEDY}"
+        message = f"{name} is not learnt: every answer is, whatever its label says"
+    return f"{message}; else {REMEDY}"

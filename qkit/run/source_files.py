@@ -14,17 +14,17 @@ from qkit.recipe import chat_templates
 from qkit.recipe.schema import SPLITS, Recipe
 
 
-def named_files(how: Recipe) -> dict[Path, list[Path]]:
+def named_files(recipe: Recipe) -> dict[Path, list[Path]]:
     """By each file or folder that is named, the files that are read there; what is not there, or empty, is left out."""
-    found = {path.resolve(): data_files(path.resolve()) for path in map(_path, _texts(how)) if is_there(path)}
-    return {named: files for named, files in found.items() if files}
+    files_of = {path.resolve(): data_files(path.resolve()) for path in map(_path, _texts(recipe)) if is_there(path)}
+    return {named: files for named, files in files_of.items() if files}
 
 
-def _texts(how: Recipe) -> Iterator[str]:
-    for source in (source for split in SPLITS for source in getattr(how.data, split)):
+def _texts(recipe: Recipe) -> Iterator[str]:
+    for source in (source for split in SPLITS for source in getattr(recipe.data, split)):
         yield from filter(None, (source.source, source.answers))
-    if how.model.chat_template and how.model.chat_template not in chat_templates.named():
-        yield how.model.chat_template
+    if recipe.model.chat_template and recipe.model.chat_template not in chat_templates.named():
+        yield recipe.model.chat_template
 
 
 def _path(text: str) -> Path:

@@ -25,7 +25,7 @@ def correct(prediction: str, reference: Any, section: Evaluate) -> bool:
 
 
 def _picked(text: str, section: Evaluate) -> str:
-    if section.answer_pattern and (found := list(re.finditer(section.answer_pattern, text))):
-        whole, *groups = found[-1][0], *found[-1].groups()
+    if section.answer_pattern and (matches := list(re.finditer(section.answer_pattern, text))):
+        whole, *groups = matches[-1][0], *matches[-1].groups()
         text = groups[0] if groups and groups[0] is not None else whole
     return " ".join(text.replace(",", "").split())

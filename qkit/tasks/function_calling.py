@@ -78,9 +78,9 @@ def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data
         validity.check_text([record["question"], record["function"]], "the row", section)
         validity.check_text(accepted, "the accepted answer", section)
         _check(record, accepted)
-        found, notes = _conversation(record, accepted, section), Notes(section, reads)
-        formats.note_columns(record, {"question", "function"}, section, notes, found, accepted)
-        return formats.checked(replace(found, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
+        conversation, notes = _conversation(record, accepted, section), Notes(section, reads)
+        formats.note_columns(record, {"question", "function"}, section, notes, conversation, accepted)
+        return formats.checked(replace(conversation, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
     except RecursionError:
         raise RowError("is nested too deeply to be written down") from None
 
@@ -112,10 +112,10 @@ def _check_options(options: Any, where: str) -> None:
 
 def _conversation(record: Mapping[str, Any], accepted: Any, section: Data) -> Conversation:
     tools = "\n".join(signature(function) for function in record["function"])
-    asked = "\n".join(turn["content"] for turn in record["question"][0])
+    question = "\n".join(turn["content"] for turn in record["question"][0])
     messages = (
         {"role": "system", "content": f"{section.system or 'Call one of these functions.'}\n{tools}"},
-        {"role": "user", "content": asked},
+        {"role": "user", "content": question},
         {"role": "assistant", "content": first_answer(accepted)},
     )
     return Conversation(messages, accepted)

@@ -91,26 +91,26 @@ def _writes(renderer: Renderer, mark: str, messages: Sequence[Mapping[str, Any]]
         return False
 
 
-def examine(renderer: Renderer, seen: Facts, row: EncodedRow, loss: str, closely: bool) -> Findings:
+def examine(renderer: Renderer, facts: Facts, row: EncodedRow, loss: str, closely: bool) -> Findings:
     """Everything that is found in a row: (check, words). `closely`: also what takes the time of decoding it."""
-    renderer, seen = renderer.meeting(row.tools), (row.tools and seen.offering) or seen
+    renderer, facts = renderer.meeting(row.tools), (row.tools and facts.offering) or facts
     yield from row.findings
     yield from _labels(row)
-    yield from _bos(seen, row)
-    yield from _vocabulary(seen, row)
+    yield from _bos(facts, row)
+    yield from _vocabulary(facts, row)
     yield from _rounded(row)
     if row.text:
-        yield from _conversation(renderer, seen, row, loss, closely)
+        yield from _conversation(renderer, facts, row, loss, closely)
     elif row.start > 1 or IGNORED in row.labels[1:]:
-        yield from _foreign(seen, row)
+        yield from _foreign(facts, row)
 
 
-def _conversation(renderer: Renderer, seen: Facts, row: EncodedRow, loss: str, closely: bool) -> Findings:
-    said = list(_said(renderer, seen, row))
-    yield from said
-    legible = {"content", "special_text"}.isdisjoint(name for name, _ in said)
+def _conversation(renderer: Renderer, facts: Facts, row: EncodedRow, loss: str, closely: bool) -> Findings:
+    lost = list(_lost_texts(renderer, facts, row))
+    yield from lost
+    legible = {"content", "special_text"}.isdisjoint(name for name, _ in lost)
     cut = any(name == "answer_cut" for name, _ in row.findings)
-    if not cut and not _ends_learnt(seen, row):
+    if not cut and not _ends_learnt(facts, row):
         yield (
             "turn_end",
             f"ends with {renderer.tokenizer.decode(row.input_ids[-2:])!r}, which ends no turn or carries no loss",
@@ -119,7 +119,7 @@ def _conversation(renderer: Renderer, seen: Facts, row: EncodedRow, loss: str, c
         if IGNORED in row.labels[1:]:
             yield "mask", f"has {row.labels[1:].count(IGNORED)} tokens without loss, data.loss is all"
         return
-    yield from _headers(seen, row)
+    yield from _headers(facts, row)
     if closely and legible and not cut:
         yield from _mask(renderer, row)
 
@@ -131,28 +131,28 @@ def _labels(row: EncodedRow) -> Findings:
             return
 
 
-def _bos(seen: Facts, row: EncodedRow) -> Findings:
-    if seen.bos is None or row.continues:
+def _bos(facts: Facts, row: EncodedRow) -> Findings:
+    if facts.bos is None or row.continues:
         return
     first = list(row.input_ids[:2])
-    if first == [seen.bos, seen.bos]:
+    if first == [facts.bos, facts.bos]:
         yield "bos", "begins with it twice"
-    elif seen.expects_bos and first[:1] != [seen.bos]:
+    elif facts.expects_bos and first[:1] != [facts.bos]:
         yield "bos", "begins without it"
 
 
-def _vocabulary(seen: Facts, row: EncodedRow) -> Findings:
+def _vocabulary(facts: Facts, row: EncodedRow) -> Findings:
     largest, least = max(row.input_ids), min(row.input_ids)
-    if largest >= seen.vocabulary or least < 0:
-        worst = largest if largest >= seen.vocabulary else least
-        yield "vocabulary", f"has the id {worst}; the model has 0 to {seen.vocabulary - 1}"
+    if largest >= facts.vocabulary or least < 0:
+        worst = largest if largest >= facts.vocabulary else least
+        yield "vocabulary", f"has the id {worst}; the model has 0 to {facts.vocabulary - 1}"
 
 
 def _rounded(row: EncodedRow) -> Findings:
     """Numbers out of a table that have lost digits where they were integers."""
     calls = [message.get("tool_calls") for message in (*row.messages, row.reply)]
-    if (found := _first_rounded([*filter(None, calls), *row.tools, row.variables])) is not None:
-        yield "rounded", f"holds {found!r}"
+    if (number := _first_rounded([*filter(None, calls), *row.tools, row.variables])) is not None:
+        yield "rounded", f"holds {number!r}"
 
 
 def _first_rounded(value: Any) -> Rounded | None:
@@ -160,32 +160,37 @@ def _first_rounded(value: Any) -> Rounded | None:
         return None
     if isinstance(value, dict | list | tuple):
         inside = map(_first_rounded, value.values() if isinstance(value, dict) else value)
-        return next((found for found in inside if found is not None), None)
+        return next((number for number in inside if number is not None), None)
     return value if isinstance(value, Rounded) else None
 
 
-def _ends_learnt(seen: Facts, row: EncodedRow) -> bool:
+def _ends_learnt(facts: Facts, row: EncodedRow) -> bool:
     """Whether every stretch of learnt tokens is closed by a token that ends a turn."""
     labels = row.labels
     last = [
         i for i in range(1, len(labels)) if labels[i] != IGNORED and (i + 1 == len(labels) or labels[i + 1] == IGNORED)
     ]
-    return all(labels[i] in seen.stops for i in last)
+    return all(labels[i] in facts.stops for i in last)
 
 
-def _headers(seen: Facts, row: EncodedRow) -> Findings:
-    if not seen.openings.isdisjoint(row.labels):
+def _headers(facts: Facts, row: EncodedRow) -> Findings:
+    if not facts.openings.isdisjoint(row.labels):
         yield "headers", "carries loss where a turn begins"
 
 
-def _foreign(seen: Facts, row: EncodedRow) -> Findings:
+def _foreign(facts: Facts, row: EncodedRow) -> Findings:
     """Tokens from elsewhere: an end of turn right after learnt tokens that is masked itself, and turns of others that are learnt."""
     ids, labels = row.input_ids, row.labels
     for i in range(1, len(ids)):
-        if labels[i] == IGNORED and labels[i - 1] != IGNORED and ids[i] in seen.stops and ids[i - 1] not in seen.stops:
+        if (
+            labels[i] == IGNORED
+            and labels[i - 1] != IGNORED
+            and ids[i] in facts.stops
+            and ids[i - 1] not in facts.stops
+        ):
             yield "turn_end", f"its token {i} ends the turn and is masked"
             break
-    yield from _headers(seen, row)
+    yield from _headers(facts, row)
 
 
 # --- what is said, and whether it is still there ------------------------------------------------------------------------
@@ -198,59 +203,59 @@ class _Walk:
     text: str
     at: int = 0
 
-    def kept(self, said: str) -> str:
+    def kept(self, text: str) -> str:
         """How much of a text comes next: "exact" but for white space around it, "dense" but for any, or nothing ("").
 
         As it is, or as JSON, in which Llama 3.1's template writes the results of tools.
         """
-        bare = said.strip()
+        bare = text.strip()
         forms = (bare, *(json.dumps(bare, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)))
         for form in forms:
-            if (found := self.text.find(form, self.at)) >= 0:
-                self.at = found + len(form)
+            if (begin := self.text.find(form, self.at)) >= 0:
+                self.at = begin + len(form)
                 return "exact"
         rest = _dense(self.text[self.at :])
         return "dense" if any(_dense(form) in rest for form in forms) else ""
 
 
-def _said(renderer: Renderer, seen: Facts, row: EncodedRow) -> Findings:
+def _lost_texts(renderer: Renderer, facts: Facts, row: EncodedRow) -> Findings:
     messages, walk = [*row.messages, row.reply], _Walk(row.text)
     for number, message in enumerate(messages, start=1):
-        yield from _message(renderer, seen, row, number, message, walk)
-    yield from _calls(renderer, seen, row, messages)
+        yield from _message(renderer, facts, row, number, message, walk)
+    yield from _calls(renderer, facts, row, messages)
     yield from _white_space(renderer, row, messages)
-    if row.tools and not seen.writes_tools:
+    if row.tools and not facts.writes_tools:
         yield "tools", f"offers {len(row.tools)} tools"
 
 
 def _message(
-    renderer: Renderer, seen: Facts, row: EncodedRow, number: int, message: Mapping[str, Any], walk: _Walk
+    renderer: Renderer, facts: Facts, row: EncodedRow, number: int, message: Mapping[str, Any], walk: _Walk
 ) -> Findings:
     role, content = message["role"], text_of(message.get("content"))
     earlier = role == "assistant" and message is not row.reply
     thought = "" if earlier else message.get(THINKING[0]) or ""  # a server leaves out earlier thinking as well
     texts = texts_in(message.get("content"))
     if role in ("system", "developer"):
-        if content.strip() and not seen.writes_system:
+        if content.strip() and not facts.writes_system:
             yield "system", f"its system turn {content.strip()[:40]!r}"
             texts = []
         walk = _Walk(row.text)  # some templates write it into the last question
-    for said, what in ((thought, "the thinking of "), *((text, "") for text in texts)):
-        if (kept := walk.kept(said)) != "exact":
+    for text, what in ((thought, "the thinking of "), *((text, "") for text in texts)):
+        if (kept := walk.kept(text)) != "exact":
             lost = "white_space" if kept else "prefix_stable" if earlier else "content"
-            yield lost, f"{what}its turn {number} ({role}): {said.strip()[:40]!r}"
+            yield lost, f"{what}its turn {number} ({role}): {text.strip()[:40]!r}"
     written = content if len(message) == 2 else compact(message)  # thinking and calls are read as well
     if mark := renderer.marks.search(written):
         yield "special_text", f"{mark.group()!r} in turn {number} ({role})"
 
 
-def _calls(renderer: Renderer, seen: Facts, row: EncodedRow, messages: Sequence[Mapping[str, Any]]) -> Findings:
+def _calls(renderer: Renderer, facts: Facts, row: EncodedRow, messages: Sequence[Mapping[str, Any]]) -> Findings:
     """Turns of which the template leaves out a call, its name or a value of its arguments.
 
     Rendered again with marks in their place, since `f` and `1` stand in any text.
     """
     turns = [number for number, message in enumerate(messages, start=1) if message.get("tool_calls")]
-    if not seen.writes_calls or not turns:
+    if not facts.writes_calls or not turns:
         yield from (("tool_calls", f"its turn {number}") for number in turns)
         return
     marks: dict[str, str] = {}  # and what it stands for
@@ -259,7 +264,7 @@ def _calls(renderer: Renderer, seen: Facts, row: EncodedRow, messages: Sequence[
         written = renderer.render(changed, row.tools, True, row.variables)
     except TemplateRefusal:  # it takes the row's own names only
         return
-    yield from (("tool_calls", words) for mark, words in marks.items() if mark not in written)
+    yield from (("tool_calls", message) for mark, message in marks.items() if mark not in written)
 
 
 def _marked_turn(message: Mapping[str, Any], number: int, marks: dict[str, str]) -> Mapping[str, Any]:
@@ -358,14 +363,14 @@ def _dense(text: str) -> str:
 
 def spans(labels: Sequence[int]) -> list[tuple[int, int]]:
     """Stretches of tokens that carry loss: (first, one past the last)."""
-    found, begin = [], None
+    stretches, begin = [], None
     for index, label in enumerate([*labels, IGNORED]):
         if label != IGNORED and begin is None:
             begin = index
         elif label == IGNORED and begin is not None:
-            found.append((begin, index))
+            stretches.append((begin, index))
             begin = None
-    return found
+    return stretches
 
 
 def _mask(renderer: Renderer, row: EncodedRow) -> Findings:
@@ -377,8 +382,8 @@ def _mask(renderer: Renderer, row: EncodedRow) -> Findings:
     if stretches and stretches[-1][0] != row.start:
         yield "mask", f"learns from token {stretches[-1][0]} on; its answer begins at {row.start}"
         return
-    said = [*(text_of(row.messages[turn].get("content")) for turn in row.turns[:-1]), row.answer]
-    for (begin, end), content in zip(stretches, said, strict=True):
+    contents = [*(text_of(row.messages[turn].get("content")) for turn in row.turns[:-1]), row.answer]
+    for (begin, end), content in zip(stretches, contents, strict=True):
         learnt = _dense(renderer.tokenizer.decode(row.input_ids[begin:end]))
         if not _holds(renderer, learnt, content) or not learnt.endswith(_dense(renderer.ending)):
             yield "mask", f"learns {learnt[:40]!r} where {content.strip()[:40]!r} was said"

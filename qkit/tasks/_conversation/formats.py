@@ -98,12 +98,12 @@ def example(
     name = recognised(record, section) if format == "auto" else format
     notes = Notes(section, reads)
     try:
-        found = FORMS[name].build(_view(record, name, section), notes)
-        if isinstance(found, Conversation):
+        example = FORMS[name].build(_view(record, name, section), notes)
+        if isinstance(example, Conversation):
             variables = variables_of(record, name, section, notes)
-            found = replace(found, reference=accepted, variables=variables)
-        note_columns(record, columns_taken(record, FORMS[name], section, reads), section, notes, found, accepted)
-        return checked(replace(found, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
+            example = replace(example, reference=accepted, variables=variables)
+        note_columns(record, columns_taken(record, FORMS[name], section, reads), section, notes, example, accepted)
+        return checked(replace(example, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
     except RecursionError:
         raise RowError("is nested too deeply to be written down") from None
     except RowError as error:
@@ -134,30 +134,30 @@ def variables_of(record: Mapping[str, Any], name: str, section: Data, notes: Not
 
 
 def _kwargs(value: Any, column: str, notes: Notes) -> dict[str, Any]:
-    found = parsed(value, column)
-    if not isinstance(found, Mapping):
+    variables = parsed(value, column)
+    if not isinstance(variables, Mapping):
         raise RowError(f"{column} is not an object: {shown(value)}")
-    if reserved := RESERVED & found.keys():
+    if reserved := RESERVED & variables.keys():
         raise RowError(
             f"{column} holds {', '.join(sorted(reserved))}, which no row decides: only variables of the template"
         )
-    for key, item in found.items():
+    for key, item in variables.items():
         if key in notes.reads.switches and isinstance(item, str):
             raise RowError(
                 f"{key} of {column} is the text {shown(item)}, and {key} is a switch of the chat template, to which any text is "
                 "true: write true or false, without quotes"
             )
-    return {str(key): item for key, item in without_fillers(found).items()}
+    return {str(key): item for key, item in without_fillers(variables).items()}
 
 
 def _variable_columns(record: Mapping[str, Any], name: str, section: Data, notes: Notes) -> Iterator[tuple[str, Any]]:
     """Columns that the template reads and the format does not."""
-    own = columns_taken(record, FORMS[name], section, notes.reads)
+    taken = columns_taken(record, FORMS[name], section, notes.reads)
     for key in sorted(notes.reads.variables):
         theirs = column_of(key, list(record), section)
         if theirs is None and key in section.columns:
             raise RowError(missing_column(key, name, list(record), section))
-        if theirs is None or theirs in own or notes.left_out(theirs) or record[theirs] in (None, ""):
+        if theirs is None or theirs in taken or notes.left_out(theirs) or record[theirs] in (None, ""):
             continue
         value = without_fillers(record[theirs])
         if key == "documents":  # a list, as transformers has it; in a table often the text of one
@@ -167,12 +167,12 @@ def _variable_columns(record: Mapping[str, Any], name: str, section: Data, notes
 
 def _switched(value: Any, key: str, column: str, notes: Notes) -> Any:
     """True or false for a variable of which the template asks no more, however a table writes it."""
-    said = str(int(value)) if isinstance(value, int | float) and value in (0, 1) else value
-    if isinstance(said, str) and said.strip().lower() not in SWITCHED:
+    text = str(int(value)) if isinstance(value, int | float) and value in (0, 1) else value
+    if isinstance(text, str) and text.strip().lower() not in SWITCHED:
         raise RowError(
             f"{column} is {shown(value)}, and {key} is a switch of the chat template, to which any text is true: write true or false"
         )
-    return SWITCHED[said.strip().lower()] if isinstance(said, str) else value
+    return SWITCHED[text.strip().lower()] if isinstance(text, str) else value
 
 
 def _untexted(value: Any) -> Any:
@@ -187,47 +187,47 @@ def _untexted(value: Any) -> Any:
 
 def columns_taken(record: Mapping[str, Any], form: Form, section: Data, reads: Reads) -> set[str]:
     """The columns of a record that a format takes, by their own names."""
-    found = {ours: column_of(ours, list(record), section) for ours in (*form.needs, *form.takes)}
+    by_name = {ours: column_of(ours, list(record), section) for ours in (*form.needs, *form.takes)}
     return {
         theirs
-        for ours, theirs in found.items()
+        for ours, theirs in by_name.items()
         if theirs is not None and (ours not in THINKING or _is_thought(record[theirs], ours, reads))
     }
 
 
 def note_columns(
-    record: Mapping[str, Any], taken: Set[str], section: Data, notes: Notes, found: Example, accepted: Any = None
+    record: Mapping[str, Any], taken: Set[str], section: Data, notes: Notes, example: Example, accepted: Any = None
 ) -> None:
     """Note the columns that neither the format (`taken` are its) nor the template nor the recipe reads."""
-    names = [*(found.variables if isinstance(found, Conversation) else ()), section.group]
+    names = [*(example.variables if isinstance(example, Conversation) else ()), section.group]
     names += [section.stratify] if section.split is not None else []
     used = taken | {section.columns.get(name, name) for name in names if name is not None}
     used |= {"id"} if accepted is not None else set()
     label = section.columns.get(section.stratify or "", section.stratify)
     for column in record:
         notes.match(str(column))
-        if column not in used or (column == label and _is_missed(found, record[column])):
+        if column not in used or (column == label and _is_missed(example, record[column])):
             notes.add(str(column), record[column])
 
 
-def _is_missed(found: Example, label: Any) -> bool:
+def _is_missed(example: Example, label: Any) -> bool:
     """Whether a label that the recipe spreads over the splits looks like what should have been learnt: a text's, or a verdict."""
-    return isinstance(found, Text) or isinstance(label, bool)
+    return isinstance(example, Text) or isinstance(label, bool)
 
 
-def checked(found: Example, section: Data) -> Example:
+def checked(example: Example, section: Data) -> Example:
     """An example that can be learnt from, with `data.system` before a conversation that has no system turn.
 
     Raises:
         RowError: nothing is said where something should be, a character cannot be used, or the turns are in no order to learn from.
     """
-    check_texts(found, section)
+    check_texts(example, section)
     if section.clean.empty != "keep":
-        check_empty(found)
-    if not isinstance(found, Conversation):
-        return found
-    check_order([message["role"] for message in found.messages])
-    return _with_system(found, section.system) if section.system else found
+        check_empty(example)
+    if not isinstance(example, Conversation):
+        return example
+    check_order([message["role"] for message in example.messages])
+    return _with_system(example, section.system) if section.system else example
 
 
 def column_of(ours: str, columns: Sequence[str], section: Data) -> str | None:
@@ -241,12 +241,12 @@ def column_of(ours: str, columns: Sequence[str], section: Data) -> str | None:
 def _view(record: Mapping[str, Any], name: str, section: Data) -> View:
     """The columns of a format, under our names, without those that are null."""
     form, columns = FORMS[name], list(record)
-    found = {ours: column_of(ours, columns, section) for ours in (*form.needs, *form.takes)}
-    for ours, theirs in found.items():
+    by_name = {ours: column_of(ours, columns, section) for ours in (*form.needs, *form.takes)}
+    for ours, theirs in by_name.items():
         if theirs is None and (ours in form.needs or ours in section.columns):
             raise RowError(missing_column(ours, name, columns, section))
-    view = {ours: record[theirs] for ours, theirs in found.items() if theirs is not None}
-    left_out = {ours for ours, theirs in found.items() if theirs in section.ignore}
+    view = {ours: record[theirs] for ours, theirs in by_name.items() if theirs is not None}
+    left_out = {ours for ours, theirs in by_name.items() if theirs in section.ignore}
     return {
         ours: value
         for ours, value in view.items()
@@ -311,9 +311,9 @@ def _prompt_completion(view: View, notes: Notes) -> Conversation:
     return _conversation([*prompt, *_text_or_turns(view["completion"], "completion", "assistant", notes)], view, notes)
 
 
-def _answer(said: str, view: View, notes: Notes) -> Turn:
+def _answer(text: str, view: View, notes: Notes) -> Turn:
     """The assistant's turn with the thinking that the record has in a column of its own."""
-    message, decided = plain("assistant", said)
+    message, decided = plain("assistant", text)
     return {
         **message,
         **thought_of(
@@ -333,8 +333,8 @@ def _text_or_turns(value: Any, column: str, role: str, notes: Notes) -> list[Tur
 
 
 def _alpaca(view: View, notes: Notes) -> Conversation:
-    asked = [string(view.get(column, ""), column) for column in ("instruction", "input")]
-    prompt = plain("user", "\n\n".join(text for text in asked if text.strip()))
+    questions = [string(view.get(column, ""), column) for column in ("instruction", "input")]
+    prompt = plain("user", "\n\n".join(text for text in questions if text.strip()))
     answer = _answer(string(view["output"], "output"), view, notes)
     return _conversation([*_history(view.get("history", [])), prompt, answer], view, notes)
 
@@ -344,18 +344,18 @@ def _history(value: Any) -> Iterator[Turn]:
     for number, pair in enumerate(listing(value, "history", "is not a list of pairs"), start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError(f"pair {number} of history is no question and answer: {shown(pair)}")
-        for role, said in zip(("user", "assistant"), pair, strict=True):
-            yield plain(role, string(said, f"pair {number} of history"))
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            yield plain(role, string(text, f"pair {number} of history"))
 
 
 def _text(view: View, _: Notes) -> Text:
     return Text(string(view["text"], "text"))
 
 
-def _conversation(said: Sequence[Turn], view: View, notes: Notes) -> Conversation:
+def _conversation(spoken: Sequence[Turn], view: View, notes: Notes) -> Conversation:
     """Turns with what the record's other columns say: the system turn and the tools."""
     system = string(view.get("system", ""), "system")
-    turns = [plain("system", system), *said] if system.strip() else said
+    turns = [plain("system", system), *spoken] if system.strip() else spoken
     trained = tuple(decided for _, decided in turns)
     return Conversation(
         messages=tuple(message for message, _ in turns),
@@ -364,11 +364,13 @@ def _conversation(said: Sequence[Turn], view: View, notes: Notes) -> Conversatio
     )
 
 
-def _with_system(found: Conversation, system: str) -> Conversation:
-    if found.messages[0]["role"] in SYSTEM:
-        return found
-    trained = (None, *found.trained) if found.trained else ()
-    return replace(found, messages=({"role": "system", "content": system}, *found.messages), trained=trained)
+def _with_system(conversation: Conversation, system: str) -> Conversation:
+    if conversation.messages[0]["role"] in SYSTEM:
+        return conversation
+    trained = (None, *conversation.trained) if conversation.trained else ()
+    return replace(
+        conversation, messages=({"role": "system", "content": system}, *conversation.messages), trained=trained
+    )
 
 
 FORMS = {  # in the order in which columns are tried

@@ -38,10 +38,10 @@ def _check_labels(ids: Sequence[int], labels: Sequence[int]) -> None:
 
 
 def _ints(value: Any, column: str) -> list[int]:
-    found = listing(value, column, "is not a list of integers")
-    if not set(map(type, found)) <= {int}:
-        raise RowError(f"{column} is not a list of integers: {shown(found)}")
-    return found
+    numbers = listing(value, column, "is not a list of integers")
+    if not set(map(type, numbers)) <= {int}:
+        raise RowError(f"{column} is not a list of integers: {shown(numbers)}")
+    return numbers
 
 
 def _unmasked(value: Any, count: int) -> tuple[int, int]:

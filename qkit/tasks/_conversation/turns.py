@@ -62,9 +62,9 @@ class Notes:
 
     def match(self, path: str) -> list[str]:
         """The patterns of data.ignore that this name matches; they are noted."""
-        found = [pattern for pattern in self._ignore if fnmatchcase(path, pattern)]
-        self.matched.update(dict.fromkeys(found))
-        return found
+        matching = [pattern for pattern in self._ignore if fnmatchcase(path, pattern)]
+        self.matched.update(dict.fromkeys(matching))
+        return matching
 
     def add(self, path: str, value: Any) -> None:
         """Note what nothing reads, if it holds anything."""
@@ -91,11 +91,11 @@ def turns_of(value: Any, column: str, notes: Notes, problem: str = "is not a lis
     Raises:
         RowError: it is no such list (`problem` says so), it is empty, or a turn of it cannot be read.
     """
-    found = listing(value, column, problem)
-    if not found:
+    turns = listing(value, column, problem)
+    if not turns:
         raise RowError(f"{column} is empty: there are no turns", "empty")
     path = notes.path(column)
-    return [_turn(turn, f"turn {number} of {column}", path, notes) for number, turn in enumerate(found, start=1)]
+    return [_turn(turn, f"turn {number} of {column}", path, notes) for number, turn in enumerate(turns, start=1)]
 
 
 def _turn(value: Any, where: str, path: str, notes: Notes) -> Turn:
@@ -122,15 +122,15 @@ def _turn(value: Any, where: str, path: str, notes: Notes) -> Turn:
 
 def _speaker(given: Mapping[str, Any], where: str) -> str:
     """Who speaks, as the turn has it; both names may be there when they name the same."""
-    said = [given[key] for key in ("role", "from") if key in given]
-    for speaker in said or [None]:
+    speakers = [given[key] for key in ("role", "from") if key in given]
+    for speaker in speakers or [None]:
         if not isinstance(speaker, str):
             raise RowError(f"{where} needs a role and a content: {shown(given)}")
         if speaker not in SPEAKERS:
             raise RowError(f"{where} is by {shown(speaker)}; known are {', '.join(SPEAKERS)}", "roles")
-    if SPEAKERS[said[0]] != SPEAKERS[said[-1]]:
-        raise RowError(f"{where} has the role {said[0]!r} and is from {said[-1]!r}: keep one of both", "roles")
-    return str(said[0])
+    if SPEAKERS[speakers[0]] != SPEAKERS[speakers[-1]]:
+        raise RowError(f"{where} has the role {speakers[0]!r} and is from {speakers[-1]!r}: keep one of both", "roles")
+    return str(speakers[0])
 
 
 def one_of(given: Mapping[str, Any], names: Iterable[str], where: str) -> Any:
@@ -139,15 +139,15 @@ def one_of(given: Mapping[str, Any], names: Iterable[str], where: str) -> Any:
     Raises:
         RowError: under two of them stands something, and not the same.
     """
-    there = [name for name in names if given.get(name) is not None]
-    said = [name for name in there if given[name] != ""] or there
-    for name in said:
-        if given[name] != given[said[0]]:
+    present = [name for name in names if given.get(name) is not None]
+    used = [name for name in present if given[name] != ""] or present
+    for name in used:
+        if given[name] != given[used[0]]:
             raise RowError(
-                f"{where} has {said[0]} and {name}, two names for one thing, and they differ: "
-                f"{shown(given[said[0]])} and {shown(given[name])}; keep one of both"
+                f"{where} has {used[0]} and {name}, two names for one thing, and they differ: "
+                f"{shown(given[used[0]])} and {shown(given[name])}; keep one of both"
             )
-    return given[said[0]] if said else None
+    return given[used[0]] if used else None
 
 
 def thought_of(given: Mapping[str, Any], where: str) -> Message:
@@ -170,15 +170,15 @@ def _no_mark(key: str, value: Any) -> bool:
 
 def _decided(given: Mapping[str, Any], where: str) -> bool | None:
     """Whether the record says that a turn is learnt: OpenAI's `weight`, or `train`."""
-    said = {name: given[name] for name in MARKS if name in given}
-    for name, value in said.items():
+    marks = {name: given[name] for name in MARKS if name in given}
+    for name, value in marks.items():
         if value not in (0, 1):
             raise RowError(f"{where} has the {name} {shown(value)}; it can be 0 or 1")
-    if len({bool(value) for value in said.values()}) > 1:
+    if len({bool(value) for value in marks.values()}) > 1:
         raise RowError(
-            f"{where} has the train {shown(said['train'])} and the weight {shown(said['weight'])}: keep one of both"
+            f"{where} has the train {shown(marks['train'])} and the weight {shown(marks['weight'])}: keep one of both"
         )
-    return next((bool(value) for value in said.values()), None)
+    return next((bool(value) for value in marks.values()), None)
 
 
 def _content(value: Any, where: str, path: str, notes: Notes, optional: bool) -> str:
@@ -196,8 +196,8 @@ def _content(value: Any, where: str, path: str, notes: Notes, optional: bool) ->
 
 def tools_of(value: Any, notes: Notes) -> Iterator[Mapping[str, Any]]:
     """Function descriptions as templates read them: {"type": "function", "function": {"name": ...}}."""
-    path, found = notes.path("tools"), parsed(value or [], "tools")
-    for number, tool in enumerate(listing(found or [], "tools", "is not a list of functions"), start=1):
+    path, tools = notes.path("tools"), parsed(value or [], "tools")
+    for number, tool in enumerate(listing(tools or [], "tools", "is not a list of functions"), start=1):
         where = f"function {number} of tools"
         given = _mapping(tool, where, path, notes)
         if "function" in given:
@@ -211,9 +211,9 @@ def tools_of(value: Any, notes: Notes) -> Iterator[Mapping[str, Any]]:
 
 def _calls(given: Mapping[str, Any], where: str, path: str, notes: Notes) -> list[Message]:
     """A turn's tool calls; `function_call` is what they were called before there could be several."""
-    said = listing(given.get("tool_calls") or [], f"tool_calls of {where}", "is not a list of calls")
+    listed = listing(given.get("tool_calls") or [], f"tool_calls of {where}", "is not a list of calls")
     inside = f"{path}.tool_calls"
-    calls = [_call(call, f"call {number} of {where}", inside, notes) for number, call in enumerate(said, start=1)]
+    calls = [_call(call, f"call {number} of {where}", inside, notes) for number, call in enumerate(listed, start=1)]
     if given.get("function_call"):
         old = _call(given["function_call"], f"call {len(calls) + 1} of {where}", f"{path}.function_call", notes)
         calls += [] if any(call["function"] == old["function"] for call in calls) else [old]  # under both names
@@ -252,10 +252,10 @@ def _name(function: Mapping[str, Any], where: str) -> str:
 
 def listing(value: Any, what: str, problem: str) -> list[Any]:
     """A list, or the JSON text of one."""
-    found = parsed(value, what)
-    if not isinstance(found, list):
+    items = parsed(value, what)
+    if not isinstance(items, list):
         raise RowError(f"{what} {problem}: {shown(value)}")
-    return found
+    return items
 
 
 def parsed(value: Any, what: str) -> Any:

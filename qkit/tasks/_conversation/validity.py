@@ -20,17 +20,17 @@ NAMES = {"\x00": "NUL", "\ufffd": "the replacement character"}
 KWARGS = "chat_template_kwargs"  # TRL's and vLLM's name for a template's variables
 
 
-def check_texts(found: Example, section: Data) -> None:
-    if isinstance(found, Text):
-        check_text(found.text, "text", section)
-    if isinstance(found, Conversation):
-        for number, message in enumerate(found.messages, start=1):
+def check_texts(example: Example, section: Data) -> None:
+    if isinstance(example, Text):
+        check_text(example.text, "text", section)
+    if isinstance(example, Conversation):
+        for number, message in enumerate(example.messages, start=1):
             # most turns are a role and a content; walking through those too would double the time for a row
-            said = message["content"] if len(message) == 2 else message
-            check_text(said, f"turn {number} ({message['role']})", section)
-        check_text(found.tools, "tools", section)
-        check_text(found.variables, KWARGS, section)
-        check_text(found.reference, "the accepted answer", section)
+            spoken = message["content"] if len(message) == 2 else message
+            check_text(spoken, f"turn {number} ({message['role']})", section)
+        check_text(example.tools, "tools", section)
+        check_text(example.variables, KWARGS, section)
+        check_text(example.reference, "the accepted answer", section)
 
 
 def check_text(value: Any, where: str, section: Data) -> None:
@@ -41,9 +41,9 @@ def check_text(value: Any, where: str, section: Data) -> None:
     """
     keep = section.clean.unicode == "keep"
     text = value if isinstance(value, str) else "\n".join(_strings(value, where))
-    found = (SURROGATE if keep else UNUSABLE).search(text)
-    if found:
-        sign = found.group()
+    match = (SURROGATE if keep else UNUSABLE).search(text)
+    if match:
+        sign = match.group()
         name = NAMES.get(sign) or ("half a surrogate pair" if SURROGATE.match(sign) else "a control character")
         raise RowError(f"{where} holds U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
 
@@ -65,13 +65,13 @@ def _strings(value: Any, where: str, key: str = "") -> Iterator[str]:
         raise RowError(f"{where} holds {shown(value)}, a {kind}, which JSON has no way to write{at}{loaded(value)}")
 
 
-def check_empty(found: Example) -> None:
-    if isinstance(found, Text) and not found.text.strip():
+def check_empty(example: Example) -> None:
+    if isinstance(example, Text) and not example.text.strip():
         raise RowError("text is empty or only white space", "empty")
-    if isinstance(found, Tokens) and not set(found.labels) - {IGNORED}:
+    if isinstance(example, Tokens) and not set(example.labels) - {IGNORED}:
         raise RowError("has no label that is learnt", "empty")
-    if isinstance(found, Conversation):
-        for number, message in enumerate(found.messages, start=1):
+    if isinstance(example, Conversation):
+        for number, message in enumerate(example.messages, start=1):
             if message["role"] in ("user", "assistant") and not _says(message):
                 raise RowError(f"turn {number} ({message['role']}) is empty or only white space", "empty")
 
