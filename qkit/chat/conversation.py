@@ -10,7 +10,7 @@ The rule is vLLM 0.32's, measured on it (vllm/renderers/chat_utils.py and hf.py;
 - thinking is both `reasoning` and `reasoning_content`.
 - a developer's turn is a system turn for a template that does not know developers, and all system turns are one then, the first.
 
-Nothing, however it is written (null, [], "" or no key at all), is nothing.
+An empty value counts as absent, however it is written (null, [], "" or no key).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def content_of(value: Any, where: str, only: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):
-        raise ValueError(f"content of {where} is neither text nor a list of parts: {reprlib.repr(value)}")
+        raise ValueError(f"content of {where} must be text or a list of parts: {reprlib.repr(value)}")
     read = [_text(part, f"part {number} of {where}", only) for number, part in enumerate(value, start=1)]
     texts = [text for text in read if text is not None]
     return "".join(texts) if len(texts) < 2 else Parted(texts)
@@ -112,9 +112,9 @@ def _in_parts(content: Content | None) -> list[dict[str, str]]:
 def served(
     messages: Sequence[Turn], template: str, thinking: Sequence[str] = REASONING, answered: bool = False
 ) -> list[dict[str, Any]]:
-    """Turns as a server hands them to this template.
+    """Turns as a server passes them to this template.
 
-    `answered`: the last one is said now, not sent: its calls are learnt as they are, its thinking by the names `thinking`.
+    `answered`: the last turn is the answer, not sent: its calls stay unchanged, and its reasoning gets the names `thinking`.
     """
     in_parts = goes_through_parts(template)
     last = len(messages) - 1 if answered else len(messages)
@@ -158,14 +158,14 @@ def _content(content: Content | None, in_parts: bool, role: str) -> Content:
 
 
 def call_of(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call in the order in which a server gives it on.
+    """A call with the key order in which a server passes it on.
 
     Raises:
-        ValueError: it has no function with a name, or its arguments are no object.
+        ValueError: it has no function with a name, or its arguments are not an object.
     """
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError(f"a tool call has a function with a name, and this one is {str(call)[:100]}")
+        raise ValueError(f"a tool call must have a function with a name: {str(call)[:100]}")
     known = {"arguments": arguments_of(function.get("arguments")), "name": function["name"]}
     identity = {"id": call["id"]} if call.get("id") else {}
     ordered = {**identity, "function": known | _others(function, known), "type": "function"}
@@ -186,7 +186,7 @@ def arguments_of(value: Any) -> Mapping[str, Any]:
     if not read and not isinstance(read, list | int | float):
         return {}
     if not isinstance(read, Mapping):
-        raise ValueError(f"the arguments of a tool call are an object in JSON, and these are {str(value)[:100]}")
+        raise ValueError(f"the arguments of a tool call must be a JSON object: {str(value)[:100]}")
     return read
 
 

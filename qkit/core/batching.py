@@ -1,7 +1,7 @@
-"""Batches by token budget: rows of like length together, right-padded, with no attention mask.
+"""Batches by token budget: rows of similar length together, right-padded, without an attention mask.
 
-Under causal attention a real token never sees the padding on its right, so no mask is needed, and SDPA keeps its fast causal path;
-with rows of like length little of a batch is padding. Reference: TRL's collator, in tests/test_fast.py.
+Under causal attention a token never attends to padding on its right, so no mask is needed and SDPA keeps its fast causal path.
+Rows of similar length need little padding. Reference: TRL's collator, in tests/test_fast.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ LENGTH_STEP = 16  # rows are padded to a multiple of this, and shuffled among th
 
 
 class SeededBatches:
-    """A batch sampler whose order depends on the seed and the epoch alone: a run that goes on from a checkpoint sees the batches
-    that it would have seen. The number of batches is the same in every epoch.
+    """A batch sampler whose order depends on the seed and the epoch alone: a run resumed from a checkpoint sees the same
+    batches as an uninterrupted one. The number of batches is the same in every epoch.
     """
 
     def __init__(self, seed: int):
@@ -81,12 +81,12 @@ def count_batches(lengths: Sequence[tuple[int, int]], budget: int) -> int:
 
 
 def padded_length(length: int) -> int:
-    """Few distinct shapes: each new one costs a CPU backend a set of kernels that it keeps, and the heap a new cut."""
+    """The length rounded up to LENGTH_STEP. Few distinct shapes save memory: a CPU backend keeps a set of kernels for each shape."""
     return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 def part_sizes(rows: int, parts: int) -> list[int]:
-    """Rows of each part when a batch is divided as evenly as can be; no part is empty."""
+    """Rows of each part when a batch is divided as evenly as possible; no part is empty."""
     size, larger = divmod(rows, min(parts, rows))
     return [size + (part < larger) for part in range(min(parts, rows))]
 

@@ -1,6 +1,6 @@
-"""Rows that are the same, or nearly: digests of what is said, and MinHash signatures for what is said in other words.
+"""Exact and near-duplicates: digests of texts, and MinHash signatures (from rensa) for similar texts.
 
-Case, white space and Unicode's ways of writing one character do not count. Signatures and their index are rensa's.
+Case, white space and Unicode composition are ignored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PERMUTATIONS = 128  # the estimate of a Jaccard similarity then has a standard e
 BANDS = (
     16  # of 8 values each: pairs at 0.8 are found with a probability of 95 %, at 0.6 of 24 % (and are then sorted out)
 )
-CROWD = 256  # rows that many others look like are not indexed again: comparing would become quadratic, and one of them is enough to be found
+CROWD = 256  # a row with more similar rows than this is not indexed: comparing would become quadratic, and one of them suffices
 NEAR = 0.8  # Jaccard similarity of word triples from which two rows count as nearly the same
 WORD = re.compile(r"\w{1,8}")  # long runs are cut, since some scripts write no spaces
 SEED = 42
@@ -46,7 +46,7 @@ def shingles(text: str) -> list[str]:
 
 
 class Index:
-    """Signatures that were seen, each by a number."""
+    """An index of signatures, each with a number."""
 
     def __init__(self) -> None:
         import rensa
@@ -55,13 +55,13 @@ class Index:
         self._signatures: dict[int, Any] = {}
 
     def nearest(self, signature: Any) -> int | None:
-        """The number of the most similar signature, if it counts as nearly the same."""
+        """The number of the most similar signature, if it counts as a near-duplicate."""
         similar = [(self._signatures[number].jaccard(signature), -number) for number in self._lsh.query(signature)]
         similarity, number = max(similar, default=(0.0, 0))
         return -number if similarity >= NEAR else None
 
     def add(self, number: int, signature: Any) -> int | None:
-        """Remember a signature unless one is nearly the same; then that one's number is returned."""
+        """Add a signature, unless a near-duplicate is present: then return the number of that one."""
         alike = self._lsh.query(signature)
         if (similar := self.nearest(signature)) is not None:
             return similar
@@ -70,6 +70,6 @@ class Index:
         return None
 
     def insert(self, number: int, signature: Any) -> None:
-        """Remember a signature, whatever it is like."""
+        """Add a signature unconditionally."""
         self._lsh.insert(number, signature)
         self._signatures[number] = signature

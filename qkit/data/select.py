@@ -92,7 +92,9 @@ def _drop_earlier_turns(selection: Selection) -> None:
     for decision in selection.decisions:
         entry = decision.entry
         if entry.part and decision.split in HELD_OUT and entry.format != "text" and decision.used:
-            decision.drop("earlier_turn", "an earlier turn: held-out conversations are scored on their last one")
+            decision.drop(
+                "earlier_turn", "is an earlier turn: held-out conversations are scored on their last turn only"
+            )
 
 
 def _find_duplicates(selection: Selection) -> None:
@@ -103,7 +105,7 @@ def _find_duplicates(selection: Selection) -> None:
         entry = decision.entry
         first = first_with.setdefault((decision.split, entry.sha256), entry)
         if first is not entry:
-            _report_repeat("duplicate", action, decision, f"is {first.place} again", selection.findings)
+            _report_repeat("duplicate", action, decision, f"is a duplicate of {first.place}", selection.findings)
 
 
 def _find_near_duplicates(selection: Selection) -> None:
@@ -117,7 +119,7 @@ def _find_near_duplicates(selection: Selection) -> None:
             continue
         other = selection.decisions[number].entry
         if other.sha256 != entry.sha256:
-            message = f"is nearly {other.place}"
+            message = f"is a near-duplicate of {other.place}"
             _report_repeat("near_duplicate", action, decision, message, selection.findings)
 
 
@@ -138,7 +140,7 @@ def _mix_sources(selection: Selection) -> None:
     taken = splits.mixed(origins, [decision.entry.sha256 for decision in records], weights, recipe.seed)
     for decision, kept in zip(records, taken, strict=True):
         if not kept:
-            decision.drop("mix", "left out by the weights of data.train")
+            decision.drop("mix", "is excluded by the weights of data.train")
 
 
 def _follow_first_row(selection: Selection) -> None:
@@ -175,8 +177,8 @@ def _find_overlap(selection: Selection) -> None:
     near = _nearly_trained(selection, [row for row in held_out if row.number not in matched])
     count = len(held_out)
     selection.checks += [
-        _share_check("overlap", "are in training too", same, count, data.max_overlap),
-        _share_check("near_overlap", "are nearly in training too", near, count, data.max_near_overlap),
+        _share_check("overlap", "are also in the training data", same, count, data.max_overlap),
+        _share_check("near_overlap", "have a near-duplicate in the training data", near, count, data.max_near_overlap),
     ]
 
 
@@ -205,7 +207,9 @@ def _drop_near_overlap(selection: Selection, held_out: Sequence[Decision]) -> No
     index = _index(held_out)
     for decision in selection.records("train"):
         if (number := index.nearest(decision.entry.near)) is not None:
-            decision.drop("near_overlap", f"is nearly the held-out {selection.decisions[number].entry.place}")
+            decision.drop(
+                "near_overlap", f"is a near-duplicate of the held-out {selection.decisions[number].entry.place}"
+            )
 
 
 def _index(decisions: Iterable[Decision]) -> near_duplicates.Index:
@@ -222,11 +226,11 @@ def _share_check(name: str, message: str, pairs: Sequence[Pair], rows: int, allo
         return Check(name, "pass", f"none of {rows:,} held-out rows {message}")
     first, other = (_place(decision) for decision in pairs[0])
     message = (
-        f"{len(pairs):,} of {rows:,} held-out rows ({share:.1%}) {message}, case and white space aside: {first} is {other}; "
+        f"{len(pairs):,} of {rows:,} held-out rows ({share:.1%}) {message}, ignoring case and white space: {first} matches {other}; "
         f"data.max_{name}={allowed:g}"
     )
     places = tuple(_place(decision) for pair in pairs[:NAMED_ROWS] for decision in pair)
-    remedy = f"take them out of training with data.clean.{name}=drop"
+    remedy = f"remove them from training with data.clean.{name}=drop"
     return Check(name, "fail" if share > allowed else "warn", message, len(pairs), places, remedy)
 
 

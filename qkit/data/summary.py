@@ -64,26 +64,26 @@ def lengths(decisions: Sequence[Decision]) -> list[list[int]]:
 
 
 def warnings(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Before training: what of a text would not be learnt, in full, and which other checks have a word to say."""
+    """Warnings to show before training: in full where text would be lost, else the names of the checks."""
     warned = {check["name"]: check for check in summary["checks"] if check["status"] == "warn"}
     yield from (f"data: {name}: {warned[name]['message']}" for name in ("unused", "content") if name in warned)
     if others := [name for name in warned if name not in ("unused", "content")]:
-        yield f"data: worth a look with `qkit inspect`: {', '.join(others)}"
+        yield f"data: warnings, see `qkit inspect`: {', '.join(others)}"
 
 
 def sums(summary: Mapping[str, Any]) -> str:
-    """In one line: where every training record went."""
+    """One line that accounts for every training record."""
     train = summary["splits"]["train"]
     return (
         f"data: {train['records']:,} records = {train['kept']:,} trained + {train['dropped']:,} dropped; "
-        f"{train['rows']:,} rows, {train['tokens']:,} tokens, {train['labelled_tokens']:,} of them carry loss"
+        f"{train['rows']:,} rows, {train['tokens']:,} tokens, {train['labelled_tokens']:,} with loss"
     )
 
 
 def left_out(summary: Mapping[str, Any], split: str) -> str:
-    """Which records of somebody's own rows are not used, by the rule that left them out; "" where all are."""
+    """Which of a user's own records are dropped, by rule; "" if all are used."""
     counts = summary["splits"][split]
     if not counts["dropped"]:
         return ""
     rules = ", ".join(f"{rule} {count:,}" for rule, count in summary["dropped"].items())
-    return f"{counts['dropped']:,} of {counts['records']:,} records are left out ({rules}): `qkit inspect` names them"
+    return f"{counts['dropped']:,} of {counts['records']:,} records are dropped ({rules}): see `qkit inspect`"

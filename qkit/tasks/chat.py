@@ -1,4 +1,4 @@
-"""Chat: answer the last user turn. A prediction counts when it equals the reference, or the part of it that a pattern picks."""
+"""Chat: answer the last user turn. A prediction is correct if it, or the part that a pattern extracts, equals the reference."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ METRIC = "exact match"
 
 
 def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data, reads: Reads = NO_MORE) -> Example:
-    """A record of any format; accepted answers, where there are some, are what predictions are compared with."""
+    """A record of any format. Predictions are compared with the accepted answers, if there are any."""
     return formats.example(record, format, section, accepted, reads)
 
 
 def correct(prediction: str, reference: Any, section: Evaluate) -> bool:
-    """Equal after the pattern has picked its part, thinking, white space and thousands separators aside."""
+    """Whether they are equal after extraction by the pattern, ignoring reasoning, white space and thousands separators."""
     wanted = reference if isinstance(reference, list) else [reference]
     return _picked(said(prediction), section) in {_picked(said(str(text)), section) for text in wanted}
 

@@ -28,11 +28,11 @@ SOURCES = 8  # of more, the rest is counted
 
 CONTROL = {
     code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
-}  # shown as signs: a row must not steer the terminal
+}  # shown as symbols: a row must not control the terminal
 
 
 def plain(text: str) -> str:
-    """Text of a row as a terminal may be given it."""
+    """Text of a row that is safe to print on a terminal."""
     return text.translate(CONTROL)
 
 
@@ -54,7 +54,7 @@ def to_dict(inspection: Inspection, row: RowView | None, losses: Mapping[str, An
 
 
 def screen(inspection: Inspection, losses: Mapping[str, Sequence[Mapping[str, Any]]] | None) -> RenderableType:
-    """Everything but single rows."""
+    """The whole report without single rows."""
     from rich.console import Group
     from rich.text import Text
 
@@ -96,7 +96,7 @@ def _splits(splits: Mapping[str, Mapping[str, int]]) -> Table:
     table.add_column("split")
     for name in columns:
         table.add_column(
-            {"labelled_tokens": "carry loss", "truncated_tokens": "cut off"}.get(name, name), justify="right"
+            {"labelled_tokens": "carry loss", "truncated_tokens": "truncated"}.get(name, name), justify="right"
         )
     for split, counts in splits.items():
         if counts["records"]:
@@ -107,7 +107,7 @@ def _splits(splits: Mapping[str, Mapping[str, int]]) -> Table:
 def _template(inspection: Inspection) -> str:
     template = inspection.summary["template"]
     return (
-        f"\ntemplate: {template['name']}; a turn ends with {template['end_of_turn']}, {template['pad']} pads; "
+        f"\ntemplate: {template['name']}; end of turn: {template['end_of_turn']}; padding: {template['pad']}; "
         f"loss: {inspection.recipe.data.loss}; packing: {'on' if inspection.recipe.data.packing else 'off'}"
     )
 
@@ -130,7 +130,7 @@ def histogram(lengths: Sequence[Sequence[int]], max_length: int) -> Iterator[str
         sum(rows for tokens, rows, _ in lengths if tokens // width == index) for index in range(longest // width + 1)
     ]
     shares = "  ".join(f"p{share} {solve.percentile(lengths, share / 100):,}" for share in (50, 90, 99))
-    yield f"tokens a row: {shares}  longest {longest:,}  (max_length {max_length:,})"
+    yield f"tokens per row: {shares}  longest {longest:,}  (max_length {max_length:,})"
     for index, rows in enumerate(bins):
         bar = "█" * -(-rows * BAR // max(bins)) if rows else ""
         yield f"{index * width:>7,} {bar:<{BAR}} {rows:,} ({rows / total:.0%})"
@@ -145,7 +145,7 @@ def _choices(inspection: Inspection) -> Iterator[Table]:
 
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
-    """Checks that found something, each with its words; the names of the others."""
+    """The names of the checks that passed or were skipped."""
     from rich.table import Table
     from rich.text import Text
 
@@ -160,7 +160,7 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def suspects(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What is most likely wrong: failures before warnings, by how many rows they found; repeated rows last, they harm least."""
+    """Failed checks before warnings, those with most rows first; duplicates come last because they do the least harm."""
     bad = [check for check in checks if check["status"] in ("fail", "warn")]
     return sorted(bad, key=lambda check: (check["status"] != "fail", "duplicate" in check["name"], -check["found"]))
 
@@ -170,7 +170,7 @@ def _suspects(checks: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
 
     suspicious = suspects(checks)
     if not suspicious:
-        yield Text("nothing looks wrong", style="green")
+        yield Text("no problems found", style="green")
     for check in suspicious[:SUSPECTS]:
         yield Text.assemble(
             (f"{check['status']} ", STYLES[check["status"]]), (check["name"], "bold"), f": {plain(check['message'])}"
@@ -182,8 +182,8 @@ def _suspects(checks: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
 
 def _losses(losses: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
     for kind, title in (
-        ("did_not_learn", "rows that did not learn"),
-        ("suspiciously_low", "rows whose loss was low before training"),
+        ("did_not_learn", "rows that were not learned"),
+        ("suspiciously_low", "rows with a low loss before training"),
     ):
         yield f"\n{title}:"
         for row in losses[kind]:

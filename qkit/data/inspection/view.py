@@ -1,4 +1,4 @@
-"""What `qkit inspect` shows: the data stage's own work, made without a run and kept in the cache, and single rows token by token."""
+"""What `qkit inspect` shows: the output of the data stage, cached and without a run, and single rows token by token."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def inspect(recipe: Recipe, progress: Progress) -> Inspection:
 
 
 def recipe_for(model: str, source: str, format: str, overrides: Sequence[str]) -> Recipe:
-    """A recipe for somebody's own set-up: this model's tokenizer and template, these rows."""
+    """A recipe with this model's tokenizer and template, and these rows."""
     raw = {"task": "chat", "model": {"source": model}, "data": {"train": [{"source": source, "format": format}]}}
     return from_dict(raw, overrides, "--model and --data")
 
@@ -130,16 +130,16 @@ def _stamp(path: Path) -> list[str | int]:
 
 
 def row(inspection: Inspection, split: str, number: int) -> RowView:
-    """Take one row apart.
+    """One row, token by token.
 
     Raises:
-        DataError: no such split, or no such row.
+        DataError: the split or the row does not exist.
     """
     if split not in SPLITS:
-        raise DataError(f"--split {split}: there are {', '.join(SPLITS)}")
+        raise DataError(f"--split {split}: must be one of {', '.join(SPLITS)}")
     count = inspection.summary["splits"][split]["rows"]
     if not 0 <= number < count:
-        raise DataError(f"--row {number}: the split {split} has {count} rows, counted from 0")
+        raise DataError(f"--row {number}: the split {split} has {count} rows, numbered from 0")
     tokenizer = model_tokenizer.tokenizer_of(inspection.recipe.model)
     return view(tokenizer, _read_row(inspection.folder / f"{split}.parquet", number), split, number)
 

@@ -1,4 +1,4 @@
-"""What is looked at in every row once it is tokenized. Each check reads the finished row, not the code that made it."""
+"""Checks of every row once it is tokenized. They look at the finished row only, independently of the code that made it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Findings = Iterator[Finding]
 
 @dataclass(frozen=True)
 class Facts:
-    """What template, tokenizer and model were seen to do. `openings`: special tokens that begin a turn; `vocabulary`: its size.
+    """What probes show that template, tokenizer and model do. `openings`: special tokens that begin a turn; `vocabulary`: its size.
 
     `offering`: what they do where a conversation offers tools; a template may do something else then, or be another one.
     """
@@ -92,7 +92,7 @@ def _writes(renderer: Renderer, mark: str, messages: Sequence[Mapping[str, Any]]
 
 
 def examine(renderer: Renderer, facts: Facts, row: EncodedRow, loss: str, closely: bool) -> Findings:
-    """Everything that is found in a row: (check, words). `closely`: also what takes the time of decoding it."""
+    """Everything found in a row: (check, message). `closely`: run also the slow checks, which decode the row."""
     renderer, facts = renderer.meeting(row.tools), (row.tools and facts.offering) or facts
     yield from row.findings
     yield from _labels(row)
@@ -113,11 +113,11 @@ def _conversation(renderer: Renderer, facts: Facts, row: EncodedRow, loss: str, 
     if not cut and not _ends_learnt(facts, row):
         yield (
             "turn_end",
-            f"ends with {renderer.tokenizer.decode(row.input_ids[-2:])!r}, which ends no turn or carries no loss",
+            f"ends with {renderer.tokenizer.decode(row.input_ids[-2:])!r}, which does not end a turn or carries no loss",
         )
     if loss == "all":
         if IGNORED in row.labels[1:]:
-            yield "mask", f"has {row.labels[1:].count(IGNORED)} tokens without loss, data.loss is all"
+            yield "mask", f"has {row.labels[1:].count(IGNORED)} tokens without loss, although data.loss is all"
         return
     yield from _headers(facts, row)
     if closely and legible and not cut:
@@ -127,7 +127,7 @@ def _conversation(renderer: Renderer, facts: Facts, row: EncodedRow, loss: str, 
 def _labels(row: EncodedRow) -> Findings:
     for place, (token, label) in enumerate(zip(row.input_ids, row.labels, strict=True)):
         if label not in (token, IGNORED):
-            yield "mask", f"learns {label} at its token {place}, which is {token}"
+            yield "mask", f"has the label {label} at position {place}, where the token is {token}"
             return
 
 
@@ -136,23 +136,23 @@ def _bos(facts: Facts, row: EncodedRow) -> Findings:
         return
     first = list(row.input_ids[:2])
     if first == [facts.bos, facts.bos]:
-        yield "bos", "begins with it twice"
+        yield "bos", "begins with two of them"
     elif facts.expects_bos and first[:1] != [facts.bos]:
-        yield "bos", "begins without it"
+        yield "bos", "begins with none"
 
 
 def _vocabulary(facts: Facts, row: EncodedRow) -> Findings:
     largest, least = max(row.input_ids), min(row.input_ids)
     if largest >= facts.vocabulary or least < 0:
         worst = largest if largest >= facts.vocabulary else least
-        yield "vocabulary", f"has the id {worst}; the model has 0 to {facts.vocabulary - 1}"
+        yield "vocabulary", f"has the id {worst}; the model's ids are 0 to {facts.vocabulary - 1}"
 
 
 def _rounded(row: EncodedRow) -> Findings:
-    """Numbers out of a table that have lost digits where they were integers."""
+    """Numbers from a table that have lost digits if they were integers."""
     calls = [message.get("tool_calls") for message in (*row.messages, row.reply)]
     if (number := _first_rounded([*filter(None, calls), *row.tools, row.variables])) is not None:
-        yield "rounded", f"holds {number!r}"
+        yield "rounded", f"contains {number!r}"
 
 
 def _first_rounded(value: Any) -> Rounded | None:
@@ -165,7 +165,7 @@ def _first_rounded(value: Any) -> Rounded | None:
 
 
 def _ends_learnt(facts: Facts, row: EncodedRow) -> bool:
-    """Whether every stretch of learnt tokens is closed by a token that ends a turn."""
+    """Whether every span of tokens that carry loss ends with a token that ends a turn."""
     labels = row.labels
     last = [
         i for i in range(1, len(labels)) if labels[i] != IGNORED and (i + 1 == len(labels) or labels[i + 1] == IGNORED)
@@ -179,7 +179,8 @@ def _headers(facts: Facts, row: EncodedRow) -> Findings:
 
 
 def _foreign(facts: Facts, row: EncodedRow) -> Findings:
-    """Tokens from elsewhere: an end of turn right after learnt tokens that is masked itself, and turns of others that are learnt."""
+    """Rows tokenized elsewhere: an end-of-turn token that is masked although the turn before it is trained on, and other roles' turns
+    that are trained on."""
     ids, labels = row.input_ids, row.labels
     for i in range(1, len(ids)):
         if (
@@ -188,7 +189,7 @@ def _foreign(facts: Facts, row: EncodedRow) -> Findings:
             and ids[i] in facts.stops
             and ids[i - 1] not in facts.stops
         ):
-            yield "turn_end", f"its token {i} ends the turn and is masked"
+            yield "turn_end", f"its token {i} ends the turn but is masked"
             break
     yield from _headers(facts, row)
 
@@ -198,7 +199,7 @@ def _foreign(facts: Facts, row: EncodedRow) -> Findings:
 
 @dataclass
 class _Walk:
-    """Through a row's text, turn by turn: what is said later is looked for behind what was said before, and found nowhere else."""
+    """Searches a row's text turn by turn: each text must come after the one before it."""
 
     text: str
     at: int = 0
@@ -237,10 +238,10 @@ def _message(
     texts = texts_in(message.get("content"))
     if role in ("system", "developer"):
         if content.strip() and not facts.writes_system:
-            yield "system", f"its system turn {content.strip()[:40]!r}"
+            yield "system", f"its system message {content.strip()[:40]!r}"
             texts = []
         walk = _Walk(row.text)  # some templates write it into the last question
-    for text, what in ((thought, "the thinking of "), *((text, "") for text in texts)):
+    for text, what in ((thought, "the reasoning of "), *((text, "") for text in texts)):
         if (kept := walk.kept(text)) != "exact":
             lost = "white_space" if kept else "prefix_stable" if earlier else "content"
             yield lost, f"{what}its turn {number} ({role}): {text.strip()[:40]!r}"
@@ -311,7 +312,7 @@ def _white_space(renderer: Renderer, row: EncodedRow, messages: Sequence[Mapping
             around = text[: len(text.rstrip())] if place == "beginning" else text[len(text) - len(text.lstrip()) :]
             if gone and whole - _written(renderer, row, changed) < gone and around not in learnt:
                 white = text[:gone] if place == "beginning" else text[-gone:]
-                what = "" if key == "content" else "the thinking of "
+                what = "" if key == "content" else "the reasoning of "
                 yield "white_space", f"{white[:20]!r} at the {place} of {what}its turn {turn + 1} (assistant)"
 
 
@@ -377,16 +378,16 @@ def _mask(renderer: Renderer, row: EncodedRow) -> Findings:
     """The learnt tokens, decoded: as many stretches as turns; the last one is the answer and the end of its turn."""
     stretches = spans(row.labels)
     if len(stretches) != len(row.turns):
-        yield "mask", f"{len(stretches)} stretches carry loss for {len(row.turns)} turns"
+        yield "mask", f"has {len(stretches)} spans that carry loss, for {len(row.turns)} turns"
         return
     if stretches and stretches[-1][0] != row.start:
-        yield "mask", f"learns from token {stretches[-1][0]} on; its answer begins at {row.start}"
+        yield "mask", f"carries loss from token {stretches[-1][0]}, but its answer begins at {row.start}"
         return
     contents = [*(text_of(row.messages[turn].get("content")) for turn in row.turns[:-1]), row.answer]
     for (begin, end), content in zip(stretches, contents, strict=True):
         learnt = _dense(renderer.tokenizer.decode(row.input_ids[begin:end]))
         if not _holds(renderer, learnt, content) or not learnt.endswith(_dense(renderer.ending)):
-            yield "mask", f"learns {learnt[:40]!r} where {content.strip()[:40]!r} was said"
+            yield "mask", f"carries loss on {learnt[:40]!r}, but the answer is {content.strip()[:40]!r}"
             return
 
 

@@ -1,8 +1,8 @@
-"""Examples to rows of token ids: rendered, tokenized, and marked where they carry loss.
+"""Encodes examples as rows of token ids and labels.
 
-Which tokens carry loss is found by rendering and comparing token ids: a turn of the assistant begins where the ids of the prompt it would be
-asked with end. No marker in the template is needed. A turn that the template later writes differently (thinking that is dropped from
-earlier turns) gets a row of its own, with the prompt that a server would send.
+Labels come from rendering and comparing token ids: a turn of the assistant begins where the ids of its prompt end, so templates need no
+markers. A turn that the template later writes differently (for example without its reasoning) becomes a separate row, with the prompt that
+a server would send.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Finding = tuple[str, str]  # the check that noticed something, and a message tha
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One row to learn from. `input_ids`, `labels`: [tokens]; `start`: where the last completion begins.
+    """One row to train on. `input_ids`, `labels`: [tokens]; `start`: where the last completion begins.
 
     `messages`: those before the answer, they and `tools` as they are once they were sent to a server; `variables`: what the template is
     given beside them; `reply`: the turn that answers, `answer` what it says, `reference` how a prediction that is right reads; `text`: the
@@ -53,7 +53,7 @@ class EncodedRow:
 
 
 class Refused(RowError):
-    """A row that cannot be learnt from once it is rendered; `rule` is the check that it fails, `row` the whole row where there is one."""
+    """A row that cannot be trained on once it is rendered. `rule`: the check that it fails; `row`: the whole row, if there is one."""
 
     def __init__(self, message: str, rule: str, row: EncodedRow | None = None):
         super().__init__(message, rule)
@@ -62,7 +62,7 @@ class Refused(RowError):
 
 @dataclass(frozen=True)
 class Draft:
-    """A conversation as text: the whole, and the prompt of each turn to learn. The last turn to learn ends it."""
+    """A conversation as text: the whole, which ends with the last turn to train on, and the prompt of each turn to train on."""
 
     conversation: Conversation
     whole: str
@@ -140,7 +140,7 @@ def _encoded(renderer: Renderer, drafted: Drafted, ids: Sequence[list[int]], sec
 
 
 def learnt_turns(example: Conversation, loss: str) -> list[int]:
-    """The messages that carry loss: what the record says, else what data.loss does."""
+    """Indices of the messages that carry loss: by the marks of the record, else by data.loss."""
     marks = example.trained or (None,) * len(example.messages)
     assistant = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
     by_default = assistant[-1:] if loss == "completion" else assistant
@@ -148,21 +148,21 @@ def learnt_turns(example: Conversation, loss: str) -> list[int]:
 
 
 def drafts(renderer: Renderer, example: Conversation, loss: str) -> Iterator[Draft]:
-    """The rows that a conversation makes: one, and one more for each turn that its end does not continue as it was.
+    """The rows of a conversation: one, and another for each turn that the template writes differently in the whole conversation.
 
     Raises:
-        Refused: no turn is to be learnt, or the template does not take the conversation.
+        Refused: there is no turn to train on, or the template rejects the conversation.
     """
     renderer, turns = renderer.meeting(example.tools), learnt_turns(example, loss)
     if not turns:
-        raise Refused("has no turn that may be learnt: every assistant turn is marked not to be trained", "loss_tokens")
+        raise Refused("has no turn to train on: every assistant turn is marked as not trained", "loss_tokens")
     try:
         while turns:
             draft = _draft(renderer, example, turns)
             yield draft
             turns = [turn for turn in turns if turn not in draft.prompts]
     except TemplateRefusal as error:
-        raise Refused(f"is refused by the chat template: {error}", "template") from None
+        raise Refused(f"is rejected by the chat template: {error}", "template") from None
 
 
 def _draft(renderer: Renderer, example: Conversation, turns: Sequence[int]) -> Draft:
@@ -172,8 +172,8 @@ def _draft(renderer: Renderer, example: Conversation, turns: Sequence[int]) -> D
     prompts = {turn: renderer.render(messages[:turn], tools, False, variables) for turn in turns}
     if not whole.startswith(prompts[last]):
         raise Refused(
-            "is written by the chat template, once answered, in another way than the prompt it would be asked with, first at "
-            f"{_first_difference(prompts[last], whole)!r}: a server would send what training never saw",
+            "does not begin with its prompt once the chat template writes the answer; the first difference is at "
+            f"{_first_difference(prompts[last], whole)!r}: a server would send a prompt that training never saw",
             "generation_prompt",
         )
     kept = {
@@ -183,7 +183,7 @@ def _draft(renderer: Renderer, example: Conversation, turns: Sequence[int]) -> D
 
 
 def _stays(renderer: Renderer, example: Conversation, turn: int, prompt: str, whole: str) -> bool:
-    """Whether a turn reads, further on in the conversation, as it did when it was the last one."""
+    """Whether the template writes a turn in the whole conversation as it did when the turn was the last one."""
     if not whole.startswith(prompt):
         return False
     answered = renderer.render(example.messages[: turn + 1], example.tools, True, example.variables)
@@ -207,7 +207,7 @@ def _conversation_rows(
     if len(rows) == 1:
         return rows
     earlier = ", ".join(str(row.turns[-1] + 1) for row in rows[1:] if row.turns)
-    finding = ("prefix_stable", f"its turns {earlier} read differently at its end")
+    finding = ("prefix_stable", f"the template writes its turns {earlier} differently at the end of the conversation")
     return [replace(rows[0], findings=(*rows[0].findings, finding)), *rows[1:]]
 
 
@@ -260,7 +260,7 @@ def _joined_as_served(
         return whole, []
     answer = renderer.encode([draft.whole[len(draft.prompts[draft.last]) :]])[0]
     seam = renderer.tokenizer.decode(prompt[-3:])
-    return prompt + answer, [("joins", f"the tokens change where the answer joins its prompt, after {seam!r}")]
+    return prompt + answer, [("joins", f"the tokens change where the answer follows its prompt, after {seam!r}")]
 
 
 def _labels(
@@ -272,7 +272,7 @@ def _labels(
     for turn, prompt in prompts.items():
         begin = len(prompt)
         if input_ids[:begin] != prompt:
-            message = f"the tokens of turn {turn + 1} change where it joins its prompt: it is not learnt here"
+            message = f"the tokens change where turn {turn + 1} follows its prompt: this row does not train on it"
             unlearnt.append(("joins", message))
             continue
         end = _end_of_turn(input_ids, begin, end_token)
@@ -283,7 +283,7 @@ def _labels(
 
 
 def _answer(renderer: Renderer, message: Mapping[str, Any], draft: Draft) -> str:
-    """What the last turn says; for one that only calls tools, or speaks in parts, all of it as the template writes it."""
+    """The text of the last turn; if it only calls tools, or has its text in parts, the whole turn as the template writes it."""
     content = message.get("content")
     return (
         content
@@ -308,23 +308,23 @@ def too_long(row: EncodedRow, section: Data) -> Refused:
 
 
 def _without_oldest_turns(renderer: Renderer, draft: Draft, row: EncodedRow, section: Data) -> EncodedRow:
-    """The row of the same turns to learn without the oldest exchanges; a system turn stays."""
+    """The row without its oldest exchanges, but with its system turn."""
     for cut, shorter in _shortened(draft.conversation, draft.last):
         again = _draft(renderer, shorter, [turn - cut for turn in draft.prompts if turn > cut])
         shortened = label_row(renderer, again, renderer.encode(again.texts), section.loss)
         if len(shortened.input_ids) <= section.max_length:
             gone = row.whole_tokens - len(shortened.input_ids)
-            finding = ("prompt_cut", f"its oldest turns are cut: {gone} of {row.whole_tokens} tokens")
+            finding = ("prompt_cut", f"its oldest turns are removed: {gone} of {row.whole_tokens} tokens")
             return replace(shortened, whole_tokens=row.whole_tokens, findings=(*shortened.findings, finding))
     raise Refused(
-        f"has {row.whole_tokens} tokens, and its last question and answer alone are more than data.max_length={section.max_length}",
+        f"has {row.whole_tokens} tokens; even its last question and answer alone exceed data.max_length={section.max_length}",
         "length",
         row,
     )
 
 
 def _shortened(example: Conversation, last: int) -> Iterator[tuple[int, Conversation]]:
-    """How many turns are cut, and the conversation up to `last` without them: its system turn, then from ever later user turns on."""
+    """Ever shorter conversations up to `last`, which begin at later user turns but keep the system turn; with the number of turns removed."""
     head = sum(message["role"] in ("system", "developer") for message in example.messages[:1])
     for begin in range(head + 1, last):
         if example.messages[begin]["role"] == "user":
@@ -344,7 +344,7 @@ def cut_end(row: EncodedRow, max_length: int) -> EncodedRow:
     cut = row.whole_tokens - max_length
     finding = (
         "answer_cut",
-        f"the end of its answer is cut: {cut} of {row.whole_tokens} tokens, and with them the end of the turn",
+        f"its answer is truncated: {cut} of {row.whole_tokens} tokens are removed, including the end of the turn",
     )
     return replace(kept, findings=(*row.findings, finding))
 
@@ -353,14 +353,14 @@ def cut_end(row: EncodedRow, max_length: int) -> EncodedRow:
 
 
 def _text_rows(renderer: Renderer, example: Text, section: Data) -> list[EncodedRow]:
-    """A text, begun and ended as the tokenizer does; in pieces when data.too_long=split says so."""
+    """A text with the tokenizer's begin and end tokens; in pieces if data.too_long=split."""
     tokenizer = renderer.tokenizer
     ids: list[int] = tokenizer(example.text, return_attention_mask=False, verbose=False)["input_ids"]
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
     row = EncodedRow(ids, [IGNORED, *ids[1:]], start=1, whole_tokens=len(ids))
     if not row.labelled:
-        raise Refused("is one token long: there is nothing to predict", "loss_tokens")
+        raise Refused("is only one token long: there is nothing to predict", "loss_tokens")
     if len(ids) <= section.max_length:
         return [row]
     if section.too_long == "split":
@@ -371,7 +371,7 @@ def _text_rows(renderer: Renderer, example: Text, section: Data) -> list[Encoded
 
 
 def pieces(row: EncodedRow, max_length: int) -> Iterator[EncodedRow]:
-    """A row in pieces. Each begins with the last token of the one before, as context, so that every token is learnt exactly once."""
+    """A row in pieces. Each begins with the last token of the piece before as context, so that every token is trained on exactly once."""
     for begin in range(0, len(row.input_ids) - 1, max_length - 1):
         ids = row.input_ids[begin : begin + max_length]
         labels = [IGNORED, *row.labels[begin + 1 : begin + max_length]]
@@ -379,7 +379,7 @@ def pieces(row: EncodedRow, max_length: int) -> Iterator[EncodedRow]:
 
 
 def _from_tokens(example: Tokens) -> EncodedRow:
-    """Somebody else's tokens, as they are; the label of the first one is never used."""
+    """Tokens from elsewhere, unchanged; the label of the first one is never used."""
     labels = [IGNORED, *example.labels[1:]]
     start = next((i for i in range(len(labels) - 1, 0, -1) if labels[i] != IGNORED and labels[i - 1] == IGNORED), 1)
     row = EncodedRow(example.input_ids, labels, start=start, whole_tokens=len(labels))

@@ -1,4 +1,4 @@
-"""The forms in which training data come, and how a record of each becomes an example; "auto" tells them apart by their columns.
+"""The formats of training data, and how a record of each becomes an example. "auto" recognises the format by its columns.
 
 messages            messages (role, content; weight or train), tools, system
 sharegpt            conversations (from, value), tools, system
@@ -7,9 +7,9 @@ alpaca              instruction, input, output, history, tools, system
 prompt_completion   prompt, completion: each text or a list of turns; tools, system
 text                text
 
-Beside these a conversation may have chat_template_kwargs, an object, and columns that are called as variables of the chat template are
-(enable_thinking). The thinking of an answer is a key of its turn, or where that is text a column beside it: reasoning_content, reasoning
-or thinking. What nothing reads is noted by its name.
+A conversation may also have chat_template_kwargs (an object), and columns named like variables of the chat template (enable_thinking).
+The reasoning of an answer is a key of its turn or, where the answer is text, a separate column: reasoning_content, reasoning or thinking.
+Names that nothing reads are noted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from qkit.tasks._conversation.turns import (
 from qkit.tasks._conversation.validity import KWARGS, SYSTEM, check_empty, check_order, check_texts
 
 BESIDE_TURNS = ("tools", "system", KWARGS)
-# Arguments of transformers' apply_chat_template that decide what is done with the text: no variables of a template.
+# Arguments of transformers' apply_chat_template that control rendering and tokenizing; they are not variables of a template.
 RESERVED = {
     *(
         "conversation",
@@ -58,7 +58,7 @@ RESERVED = {
 TRUTH = {
     "true": True,
     "false": False,
-}  # tables of text have no other way to write them, and a template takes any text for true
+}  # text tables have no other way to write them, and a template treats any text as true
 SWITCHED = TRUTH | {"1": True, "yes": True, "on": True, "0": False, "no": False, "off": False}
 
 
@@ -75,7 +75,7 @@ def recognised(record: Mapping[str, Any], section: Data) -> str:
     """The name of the format whose columns a record has.
 
     Raises:
-        RowError: of none.
+        RowError: no format matches.
     """
     here = [column for column, value in record.items() if value is not None]
     for columns in (here, list(record)):
@@ -93,7 +93,7 @@ def example(
     `accepted` answers become a conversation's `reference`. `reads`: what the model's template reads.
 
     Raises:
-        RowError: it cannot be used, or a rule that is not "keep" is against it.
+        RowError: it cannot be used, or violates a rule of data.clean that is not "keep".
     """
     name = recognised(record, section) if format == "auto" else format
     notes = Notes(section, reads)
@@ -105,18 +105,18 @@ def example(
         note_columns(record, columns_taken(record, FORMS[name], section, reads), section, notes, example, accepted)
         return checked(replace(example, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
     except RecursionError:
-        raise RowError("is nested too deeply to be written down") from None
+        raise RowError("is nested too deeply") from None
     except RowError as error:
         if error.rule == "empty" and section.clean.empty == "keep":
-            raise RowError(str(error)) from None  # there is nothing that could be kept
+            raise RowError(str(error)) from None  # an empty row cannot be kept
         raise
 
 
 def variables_of(record: Mapping[str, Any], name: str, section: Data, notes: Notes) -> dict[str, Any]:
-    """What a record gives to the template beside turns and tools: chat_template_kwargs, and columns that the template reads.
+    """The variables that a record passes to the template: chat_template_kwargs, and columns that the template reads.
 
     Raises:
-        RowError: the two do not say the same, or there is one that is no variable.
+        RowError: the two differ, or chat_template_kwargs has a reserved name.
     """
     theirs = column_of(KWARGS, list(record), section)
     read = theirs is not None and record[theirs] and not notes.left_out(theirs)
@@ -127,7 +127,7 @@ def variables_of(record: Mapping[str, Any], name: str, section: Data, notes: Not
     for key, value in _variable_columns(record, name, section, notes):
         if key in given and given[key] != value:
             raise RowError(
-                f"{key} is {shown(value)} in its column and {shown(given[key])} in {theirs}: keep one of both"
+                f"{key} is {shown(value)} in its column and {shown(given[key])} in {theirs}: keep only one of them"
             )
         given[key] = value
     return given
@@ -139,13 +139,13 @@ def _kwargs(value: Any, column: str, notes: Notes) -> dict[str, Any]:
         raise RowError(f"{column} is not an object: {shown(value)}")
     if reserved := RESERVED & variables.keys():
         raise RowError(
-            f"{column} holds {', '.join(sorted(reserved))}, which no row decides: only variables of the template"
+            f"{column} holds {', '.join(sorted(reserved))}, which a row cannot set: only variables of the template are allowed"
         )
     for key, item in variables.items():
         if key in notes.reads.switches and isinstance(item, str):
             raise RowError(
-                f"{key} of {column} is the text {shown(item)}, and {key} is a switch of the chat template, to which any text is "
-                "true: write true or false, without quotes"
+                f"{key} of {column} is the text {shown(item)}, but {key} is a switch of the chat template, which treats any text "
+                "as true: write true or false, without quotes"
             )
     return {str(key): item for key, item in without_fillers(variables).items()}
 
@@ -166,21 +166,21 @@ def _variable_columns(record: Mapping[str, Any], name: str, section: Data, notes
 
 
 def _switched(value: Any, key: str, column: str, notes: Notes) -> Any:
-    """True or false for a variable of which the template asks no more, however a table writes it."""
+    """True or false for a variable that the template only tests for truth, however a table writes it."""
     text = str(int(value)) if isinstance(value, int | float) and value in (0, 1) else value
     if isinstance(text, str) and text.strip().lower() not in SWITCHED:
         raise RowError(
-            f"{column} is {shown(value)}, and {key} is a switch of the chat template, to which any text is true: write true or false"
+            f"{column} is {shown(value)}, but {key} is a switch of the chat template, which treats any text as true: write true or false"
         )
     return SWITCHED[text.strip().lower()] if isinstance(text, str) else value
 
 
 def _untexted(value: Any) -> Any:
-    """What a field of a table means where only text can be: true, false, or the JSON of a list or an object."""
+    """The value of a text field in a table: true, false, or the JSON of a list or an object."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return parsed(value, "a variable")
-        except RowError:  # it is a text that begins so
+        except RowError:  # a text that only begins like JSON
             return value
     return TRUTH.get(value.lower(), value) if isinstance(value, str) else value
 
@@ -211,7 +211,7 @@ def note_columns(
 
 
 def _is_missed(example: Example, label: Any) -> bool:
-    """Whether a label that the recipe spreads over the splits looks like what should have been learnt: a text's, or a verdict."""
+    """Whether the label in data.stratify looks like the intended training target: the label of a text, or a boolean."""
     return isinstance(example, Text) or isinstance(label, bool)
 
 
@@ -219,7 +219,7 @@ def checked(example: Example, section: Data) -> Example:
     """An example that can be learnt from, with `data.system` before a conversation that has no system turn.
 
     Raises:
-        RowError: nothing is said where something should be, a character cannot be used, or the turns are in no order to learn from.
+        RowError: a turn is empty, a character is invalid, or the turns are in an invalid order.
     """
     check_texts(example, section)
     if section.clean.empty != "keep":
@@ -231,7 +231,7 @@ def checked(example: Example, section: Data) -> Example:
 
 
 def column_of(ours: str, columns: Sequence[str], section: Data) -> str | None:
-    """Their column for our name, if there; a column that is mapped to one of our names is no other's."""
+    """The record's column for our name, if present. A column that is mapped to one of our names serves no other name."""
     if ours in section.columns:
         return theirs if (theirs := section.columns[ours]) in columns else None
     taken = any(theirs == ours and name in KNOWN for name, theirs in section.columns.items())
@@ -256,34 +256,34 @@ def _view(record: Mapping[str, Any], name: str, section: Data) -> View:
 
 def missing_column(ours: str, name: str, columns: Sequence[str], section: Data) -> str:
     theirs = section.columns.get(ours, ours)
-    mapped = f" (data.columns maps {ours} to it)" if ours in section.columns else f", which format {name} needs"
+    mapped = f" (data.columns maps {ours} to it)" if ours in section.columns else f", which the format {name} needs"
     close = difflib.get_close_matches(theirs, list(map(str, columns)), n=1)
     nearest = f"; did you mean {short(repr(close[0]))}?" if close else ""
     return f"has no column {short(repr(theirs))}{mapped}; it has the columns {listed(columns)}{nearest}"
 
 
 def _not_recognised(record: Mapping[str, Any], section: Data) -> str:
-    """What is wrong with the map, where it names columns that are not there; else what would have been right."""
+    """Why no format matches: a column in data.columns is missing, or else which columns are expected."""
     columns = list(record)
     for ours, theirs in section.columns.items():
         if ours in KNOWN and theirs not in columns:
             return missing_column(ours, "auto", columns, section)
     wanted = ", or ".join(" and ".join(form.needs) for form in FORMS.values())
     return (
-        f"has the columns {listed(columns)}; wanted {wanted}: "
+        f"has the columns {listed(columns)}; it must have {wanted}: "
         "map yours with data.columns, such as {prompt: question, completion: answer}"
     )
 
 
 def unknown_column(section: Data, reads: Reads) -> str:
-    """What is wrong with the first name in data.columns that is nobody's and so would have no effect; "" where there is none."""
+    """The error for the first name in data.columns that nothing reads and that would have no effect; "" if all are read."""
     known = sorted({*KNOWN, *reads.variables, *filter(None, (section.group, section.stratify))})
     for ours, theirs in section.columns.items():
         if ours not in known:
             close = difflib.get_close_matches(ours, known, n=1)
             nearest = f", did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
             return (
-                f"data.columns maps {short(repr(ours))} to {short(repr(theirs))}, and {short(repr(ours))} is neither a column of a format "
+                f"data.columns maps {short(repr(ours))} to {short(repr(theirs))}, but {short(repr(ours))} is neither a column of a format "
                 f"nor a variable of the chat template{nearest}"
             )
     return ""
@@ -306,13 +306,13 @@ def _prompt_completion(view: View, notes: Notes) -> Conversation:
     prompt = _text_or_turns(view["prompt"], "prompt", "user", notes)
     if isinstance(view["completion"], str):
         return _conversation([*prompt, _answer(view["completion"], view, notes)], view, notes)
-    for name in THINKING:  # a list of turns says itself what was thought
+    for name in THINKING:  # a list of turns has its reasoning in the turns
         notes.add(notes.path(name), view.get(name))
     return _conversation([*prompt, *_text_or_turns(view["completion"], "completion", "assistant", notes)], view, notes)
 
 
 def _answer(text: str, view: View, notes: Notes) -> Turn:
-    """The assistant's turn with the thinking that the record has in a column of its own."""
+    """The assistant's turn, with the reasoning that the record has in a separate column."""
     message, decided = plain("assistant", text)
     return {
         **message,
@@ -323,7 +323,7 @@ def _answer(text: str, view: View, notes: Notes) -> Turn:
 
 
 def _is_thought(value: Any, name: str, reads: Reads) -> bool:
-    """Whether it is what was thought, and not the template's switch of this name."""
+    """Whether the value is reasoning, and not the template's switch of the same name."""
     return isinstance(value, str) and not (name in reads.switches and value.strip().lower() in SWITCHED)
 
 
@@ -343,7 +343,7 @@ def _history(value: Any) -> Iterator[Turn]:
     """Earlier questions and their answers."""
     for number, pair in enumerate(listing(value, "history", "is not a list of pairs"), start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowError(f"pair {number} of history is no question and answer: {shown(pair)}")
+            raise RowError(f"pair {number} of history must be a question and an answer: {shown(pair)}")
         for role, text in zip(("user", "assistant"), pair, strict=True):
             yield plain(role, string(text, f"pair {number} of history"))
 
@@ -353,7 +353,7 @@ def _text(view: View, _: Notes) -> Text:
 
 
 def _conversation(spoken: Sequence[Turn], view: View, notes: Notes) -> Conversation:
-    """Turns with what the record's other columns say: the system turn and the tools."""
+    """A conversation of these turns, and of the record's system and tools columns."""
     system = string(view.get("system", ""), "system")
     turns = [plain("system", system), *spoken] if system.strip() else spoken
     trained = tuple(decided for _, decided in turns)
