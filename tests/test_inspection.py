@@ -236,7 +236,7 @@ def test_the_stage_says_what_is_not_learnt_before_training(tiny_recipe: Path, ro
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stderr.split())
     assert "data: unused: 2 records hold what nothing reads: messages.reasonning in 2 (did you mean reasoning?)" in said
-    assert "data: worth a look with `qkit inspect`: duplicate" in said
+    assert "data: warnings, see `qkit inspect`: duplicate" in said
 
 
 # --- tokenizer and embedding ----------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_the_server_chooses_as_training_does(folder: Path) -> None:
 def test_a_model_without_a_default_one_is_refused_in_words(tmp_path: Path) -> None:
     made = tokenizer()
     made.chat_template = {"rag": PLAIN, "tool_use": WITH_TOOLS}
-    with pytest.raises(ModelError, match=r"rag, tool_use none is called default"):
+    with pytest.raises(ModelError, match=r"rag, tool_use\) is called default"):
         template.choose(made, None, tmp_path)
 
 

@@ -249,7 +249,7 @@ def test_a_first_piece_without_its_beginning_is_found(tmp_path: Path) -> None:
         dict(checks.examine(reader, facts, piece, "completion", closely=True))
         for piece in pieces(EncodedRow(ids, [IGNORED, *ids[1:]], start=1, whole_tokens=len(ids)), 128)
     ]
-    assert [row.get("bos") for row in found] == ["begins without it", None]
+    assert [row.get("bos") for row in found] == ["begins with none", None]
 
 
 def test_a_cut_prompt_keeps_its_system_turn_and_loses_the_oldest(model: Path, tmp_path: Path) -> None:

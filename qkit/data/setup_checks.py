@@ -81,7 +81,7 @@ def with_embedding(worker: Worker, tokens: Mapping[str, Any], rows: Check) -> Ch
             "vocabulary", "fail", f"{sought}; every conversation may contain {names}", len(beyond), remedy=remedy
         )
     pads = worker.renderer.tokenizer.convert_ids_to_tokens(tokens["pad"])
-    message = f"{sought}; no row contains one, and {pads} is the padding token; a text that contains one causes an error in training and on a server"
+    message = f"{sought}; no row contains one, and {pads} is the padding token; a text with one fails in training and on a server"
     return Check("vocabulary", "warn", message, len(beyond), remedy=remedy)
 
 
@@ -155,7 +155,7 @@ def _served(recipe: Recipe, used: Sequence[Entry]) -> Check:
     if not beyond:
         return Check("served_length", "pass", f"every row fits the server (serve.max_model_len={limit})")
     rows = tuple(Place(entry.source, entry.line) for entry in beyond[:NAMED_ROWS])
-    message = f"{len(beyond):,} rows are longer than the server supports (serve.max_model_len={limit}): {rows[0]} has {beyond[0].tokens:,} tokens"
+    message = f"{len(beyond):,} rows exceed the server's limit (serve.max_model_len={limit}): {rows[0]} has {beyond[0].tokens:,} tokens"
     return Check(
         "served_length",
         "warn",
