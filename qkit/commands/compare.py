@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.device import detect
 from qkit.core.errors import DataError, MissingArtifact, ParityFailed
 from qkit.core.files import read_json
-from qkit.data.stage import left_out
+from qkit.data.summary import left_out
 from qkit.measure import contract, divergence, evidence, reference
 from qkit.measure import held_out as measure_held_out
 from qkit.measure import scores as measure_scores

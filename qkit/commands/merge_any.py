@@ -21,6 +21,7 @@ from qkit.core.errors import DataError, MissingArtifact, ModelError, RecipeError
 from qkit.core.files import make_folder, need_disk, read_json, write_json
 from qkit.core.progress import Progress
 from qkit.data import stage as data_stage
+from qkit.data import summary as data_summary
 from qkit.measure import candidates, held_out, parity
 from qkit.measure import reference as measure_reference
 from qkit.measure.candidates import Candidate
@@ -242,7 +243,7 @@ def _prepare(run: Run, source: str, spoken: Path | None) -> str:
     summary = data_stage.prepare(how, run.folder("data"), run.progress)
     if not summary["splits"]["test"]["rows"]:
         raise DataError(f"--data {source}: no row of it can be used: {summary['dropped'] or 'it has none'}")
-    return data_stage.left_out(summary, "test")
+    return data_summary.left_out(summary, "test")
 
 
 def _take_tokenizer(adapter: Path, out: Path) -> None:

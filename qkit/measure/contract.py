@@ -153,11 +153,11 @@ def _as_users_write(
         for form in request_forms.forms(as_request(held_out.messages[number]), held_out.tools[number]):
             trained = request_forms.trained(tokenizer, form, variables)
             answer = None if trained is None else server.prompt_ids(form.messages, form.tools, variables)
-            where = f"held-out row {number}, with {form.words}"
+            where = f"held-out row {number}, with {form.description}"
             if isinstance(answer, list) and trained is not None and answer != trained:
                 return ContractCheck(plain.name, DIFFERS, _parting(tokenizer, where, trained, answer))
-            kept |= {form.words: None} if isinstance(answer, list) else {}
-            refused |= {form.words: answer} if isinstance(answer, str) else {}
+            kept |= {form.description: None} if isinstance(answer, list) else {}
+            refused |= {form.description: answer} if isinstance(answer, str) else {}
         if not held_out.tools[number] and (words := _without_tools(server, held_out, number)):
             return ContractCheck(plain.name, DIFFERS, words)
     more = f"; the ids that training makes also of {', '.join(kept)}" if kept else ""
