@@ -22,13 +22,14 @@ from qkit.data.stage import left_out
 from qkit.measure import contract, divergence, evidence, reference
 from qkit.measure import held_out as measure_held_out
 from qkit.measure import scores as measure_scores
-from qkit.measure.artifacts import MERGED, Artifact, open_artifact
+from qkit.measure.artifacts import Artifact, open_artifact
 from qkit.measure.held_out import HeldOut
 from qkit.model import provenance, source
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.exporter import exporter
 from qkit.plugins.runtime import Row, RowScores, Runtime, open_runtime
 from qkit.plugins.task import open_task
+from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Evaluate, Recipe, Serve, Source
 from qkit.run.directory import Run
 

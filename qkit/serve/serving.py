@@ -8,19 +8,20 @@ serve/server.json   url, argv, start-up seconds. What it answers is checked by `
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qkit.core.device import detect
 from qkit.core.errors import MissingArtifact, ModelError, NotDeployable, ParityFailed, ServerError
 from qkit.core.files import read_json
 from qkit.core.sources import cache_dir, is_hub_id
-from qkit.measure.artifacts import MERGED, Artifact
-from qkit.measure.evidence import made_of
+from qkit.measure.artifacts import Artifact
+from qkit.measure.evidence import FAILED, PASSED, Evidence, read_evidence
 from qkit.model import source as model_source
 from qkit.model.provenance import is_traced
+from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.runtimes import vllm
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 
 RUNTIMES = ("vllm", "onnxruntime")
+UNVERIFIED = "unverified"  # by verify, as the files are now
 # Options of the runtime that are not taken after `--`, and how qkit is told the same.
 OWN = {
     "--host": "write --set serve.host=ADDRESS",
@@ -145,8 +147,8 @@ def pick(run: Run, asked: Asked) -> tuple[Artifact, str]:
             f"{run.root}: has no export {wanted} for --runtime {asked.runtime}: "
             f"name it in export.formats, then `qkit run {run.root}` makes it"
         )
-    known = _verified(run, found)
-    good = [artifact for artifact in found if asked.force or _status(known, artifact) != "failed"]
+    known = read_evidence(run.root)
+    good = [artifact for artifact in found if asked.force or known.status(artifact.name) != FAILED]
     if not good:
         raise ParityFailed(
             f"{run.root}: {', '.join(artifact.name for artifact in found)} failed the gate, so it is not served; "
@@ -155,7 +157,10 @@ def pick(run: Run, asked: Asked) -> tuple[Artifact, str]:
     best = max(good, key=lambda artifact: _merit(known, artifact, run.recipe.merge.choose))
     if asked.runtime == "onnxruntime":
         _need_genai(best.path)
-    return best, f"{best.name} ({_status(known, best)}, of {', '.join(artifact.name for artifact in found)})"
+    return (
+        best,
+        f"{best.name} ({known.status(best.name) or UNVERIFIED}, of {', '.join(artifact.name for artifact in found)})",
+    )
 
 
 def _need_loader(folder: Path) -> None:
@@ -186,25 +191,9 @@ def _made(run: Run) -> list[Artifact]:
     return [a for a in named if any((a.path / file).is_file() for file in signs)]
 
 
-def _verified(run: Run, found: Sequence[Artifact]) -> Mapping[str, Any]:
-    """What verify said of these artifacts; nothing of one that has been made anew since."""
-    file, manifest = run.folder("verify") / "parity.json", run.manifest()
-    if not file.is_file():
-        return {"parity": {}, "scores": {}}
-    same = {one.name for one in found if made_of(manifest, "verify", f"{one.path.relative_to(run.root)}/")}
-    said = read_json(file)
-    return {key: {name: entry for name, entry in said[key].items() if name in same} for key in ("parity", "scores")}
-
-
-def _status(known: Mapping[str, Any], artifact: Artifact) -> str:
-    """What verify said of it: passed, failed, measured; or unverified."""
-    entry: Mapping[str, Any] = known["parity"].get(artifact.name, {})
-    return str(entry.get("status", "unverified"))
-
-
-def _merit(known: Mapping[str, Any], artifact: Artifact, rule: str) -> tuple[bool, float, float]:
+def _merit(known: Evidence, artifact: Artifact, rule: str) -> tuple[bool, float, float]:
     """Passed before not judged; then the nearer to what was trained (a few points of a score are chance), or by `rule` the better score."""
-    score = known["scores"].get(artifact.name, {}).get("score", float("-inf"))
-    nearness = -known["parity"].get(artifact.name, {}).get("kl_mean", float("inf"))
-    passed = _status(known, artifact) == "passed"
+    score = known.scores.get(artifact.name, {}).get("score", float("-inf"))
+    nearness = -known.parity.get(artifact.name, {}).get("kl_mean", float("inf"))
+    passed = known.status(artifact.name) == PASSED
     return (passed, score, nearness) if rule == "score" else (passed, nearness, score)
