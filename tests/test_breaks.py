@@ -224,7 +224,7 @@ BREAKS = {
         texts("config.json", dtype="float16"),
         contract={"dtype": "float16, the run made bfloat16", "transformers 4": "torch_dtype bfloat16, and float16 in newer words"},
     ),
-    "no stop token": Break(texts("generation_config.json", eos_token_id=0), contract={"stop tokens": "talks on after token 2"}),
+    "no stop token": Break(texts("generation_config.json", eos_token_id=0), contract={"stop tokens": "does not stop at token 2"}),
     "no tokenizer": Break(no_tokenizer, contract={"prompt tokens": "it holds no tokenizer"}),
     "another tokenizer": Break(other_tokenizer, contract={"prompt tokens": r"training saw 'system\\nBe br', it writes 'ayatem"}),
     "no system turn": Break(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ParityFailed, short
 from qkit.core.files import read_json
+from qkit.core.sequences import first_difference
 from qkit.measure import held_out as measure_held_out
 from qkit.measure.endpoint import FolderSubject, ServerSubject, as_request, read_if_there
 from qkit.measure.held_out import HeldOut
@@ -63,10 +64,11 @@ class Contract:
         return tuple(check for check in self.checks if check.status == DIFFERS)
 
     def enforce(self) -> None:
-        """Raises ParityFailed when anything differs."""
+        """Raise ParityFailed (gate `contract`) if anything differs."""
         if self.broken:
-            said = "\n".join(f"{check.name}: {check.detail}" for check in self.broken)
-            raise ParityFailed(f"{self.url} does not do with {self.model} what training did\n{said}")
+            details = "\n".join(f"{check.name}: {check.detail}" for check in self.broken)
+            message = f"{self.url} does not handle conversations with {self.model} as training did\n{details}"
+            raise ParityFailed(message, artifact=self.model, gate="contract")
 
 
 def check(
@@ -182,13 +184,12 @@ def _tokenizer(run: Run) -> PreTrainedTokenizerBase:
 
 
 def _parting(tokenizer: PreTrainedTokenizerBase, where: str, trained: Sequence[int], served: Sequence[int]) -> str:
-    """Where two prompts part, in words and in tokens."""
-    pairs = zip(trained, served, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(trained), len(served)))
-    seen, made = (tokenizer.decode(list(ids[place : place + 12])) for ids in (trained, served))
+    """The first difference of two prompts, as token index and as text."""
+    place = first_difference(trained, served) or 0
+    expected, actual = (tokenizer.decode(list(ids[place : place + 12])) for ids in (trained, served))
     return (
         f"{where}: it makes {len(served)} prompt tokens where training saw {len(trained)}; from token {place} on "
-        f"training saw {seen!r}, it writes {made!r}: {_why(tokenizer)}"
+        f"training saw {expected!r}, it writes {actual!r}: {_why(tokenizer)}"
     )
 
 
@@ -205,12 +206,12 @@ def _stop(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
     """Whether an answer ends with the tokens that ended it in training: each is made the likeliest by far, and must be the last."""
     name = "stop tokens"
     trained: list[int] = read_json(run.need("data", "tokens.json"))["stop"]
-    talks_on = [token for token in trained if not server.stops_at(held_out.rows[0].prompt, token)]
-    if talks_on:
+    continues = [token for token in trained if not server.stops_at(held_out.rows[0].prompt, token)]
+    if continues:
         return ContractCheck(
             name,
             DIFFERS,
-            f"the server talks on after token {talks_on[0]}, which ended every answer in training: "
+            f"generation does not stop at token {continues[0]}, which ended every answer in training: "
             "eos_token_id in the served generation_config.json must name it",
         )
     return ContractCheck(name, OK, f"an answer ends at {', '.join(map(str, trained))}, as in training")
