@@ -1,9 +1,9 @@
-"""The serve contract: a running server makes of a conversation what training made of it, token by token, and stops where it stopped.
+"""The serve contract: a running server turns a conversation into the same tokens as training did, and stops at the same tokens.
 
-What counts is what the server does. So it is asked, over HTTP: for the ids of a prompt, for what ends an answer, for its longest context. Only
-what no request can show (dtype, default sampling) is read from the folder that it says it serves, when that is on this machine.
+The checks send requests: for the ids of a prompt, for what ends an answer, for the longest context. Only what no request can show (dtype,
+default sampling) is read from the folder that the server names, if that is on this machine.
 
-A folder that no server has loaded yet is asked the same: by its own tokenizer, template and generation config.
+A folder that no server has loaded is checked the same way, through its own tokenizer, template and generation config.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by a form
 
 @dataclass(frozen=True)
 class ContractCheck:
-    """One thing that training and server must agree on. `status`: ok, differs, noted (worth knowing, no fault) or not checked."""
+    """One thing in which training and server must agree. `status`: ok, differs, noted (worth knowing, not an error) or not checked."""
 
     name: str
     status: str
@@ -53,7 +53,7 @@ class ContractCheck:
 
 @dataclass(frozen=True)
 class Contract:
-    """What was found of the model `model` that the server at `url` offers; or that lies in the folder `url`."""
+    """The checks of the model `model` that the server at `url` offers, or that is in the folder `url`."""
 
     url: str
     model: str
@@ -115,7 +115,7 @@ def _checks(run: Run, server: Subject, held_out: HeldOut, rows: int) -> Iterator
 
 
 def _spread(numbers: Sequence[int], count: int) -> list[int]:
-    """At most `count` of them, from all over."""
+    """At most `count` of them, evenly spaced."""
     return [numbers[i * len(numbers) // count] for i in range(count)] if len(numbers) > count else list(numbers)
 
 
@@ -126,7 +126,7 @@ def _prompts(run: Run, server: Subject, held_out: HeldOut, numbers: Sequence[int
     """Whether each conversation becomes the token ids that training saw up to the answer."""
     name = "prompt tokens"
     if not numbers:
-        return ContractCheck(name, NOT_CHECKED, "the held-out rows are plain text: there are no turns to write")
+        return ContractCheck(name, NOT_CHECKED, "the held-out rows are plain text, not conversations")
     for number in numbers:
         answer = server.prompt_ids(held_out.messages[number], held_out.tools[number], held_out.variables[number])
         if answer is None:
@@ -194,7 +194,7 @@ def _parting(tokenizer: PreTrainedTokenizerBase, where: str, trained: Sequence[i
 
 
 def _why(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What makes prompts part, as far as it can be known."""
+    """The likely cause of a difference between prompts."""
     from qkit.chat.template import date_formats, texts
 
     if any(date_formats(text) for text in texts(tokenizer)):
@@ -220,7 +220,7 @@ def _stop(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
 def _length(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
     name = "length"
     if server.max_model_len is None:
-        return ContractCheck(name, NOT_CHECKED, "it does not say how long a context it takes")
+        return ContractCheck(name, NOT_CHECKED, "the server does not report its context length")
     trained = [length for length, *_ in read_json(run.need("data", "summary.json")).get("lengths", ())]
     longest = max(
         min(max(trained, default=0), run.recipe.data.max_length), *(len(row.input_ids) for row in held_out.rows)
@@ -330,7 +330,7 @@ def _named(call: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def screen(found: Contract) -> str:
-    """One line for each check."""
+    """The checks as text, one per line."""
     width = max(len(check.name) for check in found.checks)
     lines = [f"{check.name:<{width}}  {check.status}: {check.detail}" for check in found.checks]
     return "\n".join([f"{found.url} serves {found.model}", *lines])

@@ -1,4 +1,4 @@
-"""Who is asked in a serve contract: a server over HTTP, or a folder through transformers."""
+"""What a serve contract is checked against: a server over HTTP, or a model folder through transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 Found = TypeVar("Found")
-FORCED = 100.0  # added to the logit of a token that shall be said: the most that OpenAI's logit_bias takes
+FORCED = 100.0  # logit bias that forces a token: the maximum of OpenAI's logit_bias
 REQUEST_SECONDS = 60.0
 
 
@@ -29,38 +29,38 @@ def read_if_there(file: Path) -> dict[str, Any]:
 
 
 class Subject(Protocol):
-    """What the checks ask of a server, or of a folder in its place."""
+    """What the checks need from a server, or from a folder."""
 
     max_model_len: int | None
 
     def folder(self) -> Path | None:
-        """The model folder that it serves, when it is on this machine."""
+        """The model folder that it serves, if it is on this machine."""
 
     def prompt_ids(
         self, messages: Sequence[Any], tools: Sequence[Any] | None, variables: Mapping[str, Any]
     ) -> list[int] | str | None:
-        """The ids that it makes of a conversation; why it refuses; None if it cannot be asked."""
+        """The prompt's token ids; the reason as text if it refuses the conversation; None if it has no such endpoint."""
 
     def counted(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> int | None:
-        """How many tokens the prompt of an answer has where the request says `tools: []`; None if that is refused."""
+        """The number of prompt tokens of a request with `tools: []`; None if it refuses the request."""
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
-        """Whether saying this token ends an answer."""
+        """Whether this token ends an answer."""
 
     def said(
         self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
     ) -> dict[str, Any] | str:
-        """Its message when it can say nothing but `text`; or why it does not take tools."""
+        """Its message when it is constrained to generate `text`; the reason as text if it does not accept tools."""
 
 
 class FolderSubject:
-    """What a program will do that loads a folder as it is."""
+    """What any program does that loads this folder."""
 
     def __init__(self, path: Path):
         self.path = path
         config = read_if_there(path / "config.json")
         self.max_model_len: int | None = config.get("max_position_embeddings")
-        self.refusal = "" if (path / "tokenizer_config.json").is_file() else "it holds no tokenizer"
+        self.refusal = "" if (path / "tokenizer_config.json").is_file() else "it has no tokenizer"
         self.tokenizer: Any = None
 
     def folder(self) -> Path:
@@ -86,7 +86,7 @@ class FolderSubject:
         return len(made) if isinstance(made, list) else None
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
-        """The generation config decides; without one transformers and vLLM take the config's. onnxruntime-genai has a config of its own."""
+        """By generation_config.json; without it, transformers and vLLM use config.json. onnxruntime-genai has its own config."""
         if genai := read_if_there(self.path / "genai_config.json"):
             return token in _listed(genai["model"]["eos_token_id"])
         own, config = read_if_there(self.path / "generation_config.json"), read_if_there(self.path / "config.json")
@@ -96,18 +96,18 @@ class FolderSubject:
     def said(
         self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
     ) -> dict[str, Any] | str:
-        return "only a server does"
+        return "only a server parses tool calls"
 
 
 class ServerSubject:
-    """What a running server says when asked."""
+    """What a running server answers."""
 
     def __init__(self, url: str, model: str | None, headers: Mapping[str, str] | None = None):
         import httpx
 
         self.url = url
         base = url.rstrip("/").removesuffix("/v1")
-        with network.reaching(ServerError, f"{url} is no address", "write it as http://HOST:PORT"):
+        with network.reaching(ServerError, f"{url} is not an address", "write it as http://HOST:PORT"):
             self.client = httpx.Client(base_url=base, headers=headers, timeout=REQUEST_SECONDS)
         try:
             self.described = self._described(model)
@@ -124,7 +124,7 @@ class ServerSubject:
         self.client.close()
 
     def _described(self, model: str | None) -> dict[str, Any]:
-        """The entry of /v1/models."""
+        """The model's entry in /v1/models."""
         models = self._read(self._ask("GET", "/v1/models"), network.models)
         offered = [entry for entry in models if model in (None, entry["id"])]
         if not offered:
@@ -144,8 +144,12 @@ class ServerSubject:
         return ServerError(f"the server at {self.url} answered {answer.status_code} to {path}: {answer.text[:300]}")
 
     def _read(self, answer: httpx.Response, pick: Callable[[Any], Found]) -> Found:
-        """What is looked for in an answer."""
-        what = f"the server at {self.url} answers otherwise than OpenAI's API has it"
+        """Read a part of an answer.
+
+        Raises:
+            ServerError: the answer does not have that part.
+        """
+        what = f"the server at {self.url} does not answer as OpenAI's API does"
         with network.reaching(ServerError, what, network.ADDRESS):
             return pick(answer.json())
 
@@ -177,7 +181,7 @@ class ServerSubject:
         return self._read(answer, lambda document: int(network.part(document, "usage", "prompt_tokens")))
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
-        """A server that cannot be made to say a token is taken at the word of its folder."""
+        """If the server rejects the logit bias, its folder's configuration decides."""
         body = {"model": self.model, "prompt": list(prompt), "max_tokens": 3, "temperature": 0.0}
         asked, folder = {**body, "logit_bias": {str(token): FORCED}}, self.folder()
         answer = self._ask("POST", "/v1/completions", asked, refusable=folder is not None)
@@ -212,7 +216,7 @@ def _listed(tokens: Any) -> list[Any]:
 
 
 def as_request(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Turns as OpenAI's API has them: a call's arguments are text there, and thinking goes by vLLM's two names, the newer and the older."""
+    """Messages in the form of OpenAI's API: a call's arguments are text, and thinking has both of vLLM's names, the newer and the older."""
     return [
         {
             **turn,
@@ -224,7 +228,7 @@ def as_request(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _given(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's variables of the template, as a request has them."""
+    """A row's template variables in the form of a request."""
     return {"chat_template_kwargs": dict(variables)} if variables else {}
 
 
