@@ -19,7 +19,7 @@ from qkit.core.device import detect
 from qkit.core.files import make_folder, need_disk, read_json, write_json
 from qkit.measure.parity import ArtifactDistances, Parity, Reference
 from qkit.model import source
-from qkit.plugins.runtime import Row, RowScores, Runtime, open_runtime
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.run.directory import Run
 
 REFERENCE_BYTES = (
@@ -31,7 +31,7 @@ DONE = "done.json"  # written last: how many rows each file holds, and the dista
 DEPENDS_ON = ("data/test.parquet", "train/adapter/adapter_model.safetensors")
 
 
-def recorded(run: Run, rows: Sequence[Row]) -> Reference:
+def recorded(run: Run, rows: Sequence[TokenRow]) -> Reference:
     """The reference model's scores: read from disk if this adapter's were recorded, otherwise computed and recorded.
 
     Raises:
@@ -64,7 +64,7 @@ def _key(run: Run) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _record(run: Run, rows: Sequence[Row], folder: Path) -> None:
+def _record(run: Run, rows: Sequence[TokenRow], folder: Path) -> None:
     """Score the rows with the adapter, then the base alone, then the adapter in bf16. One model is in memory at a time."""
     need_disk(folder, REFERENCE_BYTES, "measuring against the reference model")
     run.progress.say("scoring the held-out rows with the reference model in fp32")
@@ -89,7 +89,7 @@ def _opened(run: Run, adapter: Path | None, exact: bool) -> Runtime:
     return open_runtime("transformers", base, detect(), recipe=run.recipe, adapter=adapter, exact=exact)
 
 
-def _read_both(folder: Path, rows: Sequence[Row], done: dict[str, Any]) -> Reference:
+def _read_both(folder: Path, rows: Sequence[TokenRow], done: dict[str, Any]) -> Reference:
     scores, base = (tuple(read(folder / name, rows[: done[name]])) for name in (REFERENCE, BASE))
     return Reference(scores, base)
 
@@ -108,7 +108,7 @@ def write(scores: Iterable[RowScores], file: Path) -> int:
     return count
 
 
-def read(file: Path, rows: Sequence[Row]) -> Iterator[RowScores]:
+def read(file: Path, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
     """The scores of these rows, memory-mapped from the file that `write` wrote for them."""
     import numpy as np
 

@@ -27,7 +27,7 @@ from qkit.measure import scores as measure_scores
 from qkit.measure.answers import answered
 from qkit.measure.artifacts import Artifact, artifacts, open_artifact, rounding
 from qkit.measure.parity import Parity
-from qkit.plugins.runtime import Row, RowScores, Runtime, open_runtime
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED
 from qkit.run.directory import Run
@@ -123,7 +123,7 @@ def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_c
 
 
 @contextmanager
-def _source(run: Run, artifact: Artifact, rows: Sequence[Row]) -> Iterator[tuple[RowScores, ...]]:
+def _source(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[tuple[RowScores, ...]]:
     """The merged model's scores of these rows in fp32, on disk while the context is open; none if the artifact need not equal it."""
     if not gates.is_exact(artifact.name):
         yield ()
