@@ -67,10 +67,7 @@ def test_a_wrong_gate_is_named_with_its_line(tiny_recipe: Path) -> None:
         load(tiny_recipe, ["verify.gates.merged.kl_mean=-1"])
     said = str(caught.value)
     assert f"{tiny_recipe}:{lines}: unknown key 'verify.gates.vllm.kl_men', did you mean 'kl_mean'?" in said
-    assert (
-        f"{tiny_recipe}:{lines - 2}: verify.gates: unknown format 'onnx-int44', did you mean 'onnx-int4'?; there are: merged"
-        in said
-    )
+    assert f"{tiny_recipe}:{lines - 2}: verify.gates: unknown format 'onnx-int44', did you mean 'onnx-int4'?" in said
     assert "--set: verify.gates.merged.kl_mean: Input should be greater than or equal to 0" in said
 
 
