@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from helpers import sandbox
+from helpers.command import qkit
 from helpers.tiny import build_model, chat_rows, tiny_settings
 
 if TYPE_CHECKING:
@@ -31,7 +33,10 @@ LONGEST = (
     "test_every_field.py",
 )
 # Files that share a fixture of the session that is dear to make are run by the same worker.
-TOGETHER: dict[str, tuple[str, ...]] = {}
+TOGETHER = {
+    "whole_run": ("test_pipeline.py", "test_merge.py"),
+    "onnx_exports": ("test_onnx.py", "test_serve_onnx.py"),
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
     for item in items:
-        group = next((name for name, files in TOGETHER.items() if item.path.name in files), item.path.name)
+        group = next((name for name, files in TOGETHER.items() if item.path.name in files), item.path.stem)
         item.add_marker(pytest.mark.xdist_group(group))
 
 
@@ -107,3 +112,46 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> R
     for stage in ("data", "train", "evaluate", "merge"):
         pipeline.execute(run, stage)
     return run
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Run:
+    """A run with every stage, by the command: its fine-tune is small against the 4-bit grid. Not to be changed; takes a minute or two."""
+    from qkit.recipe.load import load
+    from qkit.run.directory import Run
+
+    folder = tmp_path_factory.mktemp("whole")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(24)), encoding="utf-8")
+    settings = tiny_settings(tiny_model, rows)
+    settings["train"] = {"max_steps": 12, "learning_rate": 2e-3}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    done = qkit("run", folder / "tiny.yaml", "--out", folder / "run")
+    logs = "".join(f"\n--- {log.name}\n{log.read_text()[-1500:]}" for log in (folder / "run" / "logs").glob("*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    assert not [line for line in done.stderr.splitlines() if "Traceback" in line]
+    return Run(folder / "run", load(folder / "run" / "recipe.yaml"))
+
+
+@pytest.fixture(scope="session")
+def onnx_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with two stop tokens, in a folder that nothing may be written to."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("models") / "onnx-source")
+    stop = {"eos_token_id": [2, 7], "bos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(stop))
+    for file in (*folder.iterdir(), folder):
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def onnx_exports(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """It in each variant of ONNX. Not to be changed."""
+    from helpers.exporting import job_for
+    from qkit.export.formats import onnx as exporter
+
+    pytest.importorskip("onnxruntime_genai")
+    root, job = tmp_path_factory.mktemp("onnx"), job_for(onnx_model, tmp_path_factory.mktemp("run"))
+    for variant in exporter.VARIANTS:
+        exporter.export(job, root / variant, variant)
+    return {variant: root / variant for variant in exporter.VARIANTS}

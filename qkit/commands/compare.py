@@ -172,8 +172,8 @@ def opened(which: Side, longest: int) -> Iterator[Runtime]:
 
 def _open(which: Side, longest: int, scratch: Path) -> Runtime:
     if which.url:
-        live_server = {"url": which.url, "model": served_name(which.url), "pid": os.getpid(), "startup_seconds": 0.0}
-        return open_runtime("vllm", Path(), detect(), live=live_server)
+        running = {"url": which.url, "model": served_name(which.url), "pid": os.getpid(), "startup_seconds": 0.0}
+        return open_runtime("vllm", Path(), detect(), running=running)
     assert which.path is not None
     if which.is_reference and which.run is not None:
         how = which.run.recipe

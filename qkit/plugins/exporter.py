@@ -34,9 +34,8 @@ class Exporter(Protocol):
     """The names that a module in export/formats/ defines."""
 
     VARIANTS: Mapping[str, str]  # variant ("" for none) -> one line of description
-    QUANTIZED: frozenset[
-        str
-    ]  # variants with weights of 8 bits or fewer: for each of them, every merge is exported and measured
+    # Variants with weights of 8 bits or fewer: for each of them, every merge is exported and measured
+    QUANTIZED: frozenset[str]
     RUNTIME: str  # the runtime that opens the export
 
     def export(self, job: Job, out: Path, variant: str) -> None:

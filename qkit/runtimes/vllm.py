@@ -161,10 +161,10 @@ def start(
 
 
 def open(artifact: Path, device: Device, **options: Any) -> Runtime:
-    """A model folder behind a server. Options: `serve` (the recipe's section) and `log`; or `live` (the description of a running server)."""
-    live: dict[str, Any] | None = options.get("live")
-    if live is not None:
-        return VllmRuntime(live, None)
+    """A model folder behind a server. Options: `serve` (the recipe's section) and `log`; or `running`, the description of a server."""
+    running: dict[str, Any] | None = options.get("running")
+    if running is not None:
+        return VllmRuntime(running, None)
     options["log"].unlink(missing_ok=True)
     server = start(artifact, options.get("served_name", artifact.name), options["serve"], device, options["log"])
     try:
@@ -178,13 +178,13 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime:
 class VllmRuntime(Runtime):
     """A vLLM server. `server`: the one that this runtime has started, which `close` stops; None for a server of somebody else."""
 
-    def __init__(self, live: Mapping[str, Any], server: Server | None):
-        self.live = live
+    def __init__(self, description: Mapping[str, Any], server: Server | None):
+        self.server_description = description
         self.server = server
-        self.startup_seconds: float = live["startup_seconds"]
-        self.meter = server.meter if server else TreeMeter(live["pid"])
+        self.startup_seconds: float = description["startup_seconds"]
+        self.meter = server.meter if server else TreeMeter(description["pid"])
         remedy = f"log: {server.child.log}" if server else CHECK_URL
-        self.client = Client(live["url"], timeout=REQUEST_SECONDS, remedy=remedy)
+        self.client = Client(description["url"], timeout=REQUEST_SECONDS, remedy=remedy)
 
     def steps(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
@@ -228,7 +228,9 @@ class VllmRuntime(Runtime):
 
     def _is_adapter(self) -> bool:
         """Whether the served model is an adapter on a base: then /v1/models names its parent."""
-        return any(entry["id"] == self.live["model"] and entry.get("parent") for entry in self.client.models())
+        return any(
+            entry["id"] == self.server_description["model"] and entry.get("parent") for entry in self.client.models()
+        )
 
     def _score_by_steps(self, row: TokenRow) -> RowScores:
         """Each request allows only the true token. Its log-probabilities are those from before that restriction."""
@@ -242,7 +244,12 @@ class VllmRuntime(Runtime):
         return _row_scores(positions, row.input_ids[row.start :])
 
     def _complete(self, prompt: Sequence[int], **extra: Any) -> dict[str, Any]:
-        base = {"model": self.live["model"], "prompt": list(prompt), "temperature": 0.0, "return_token_ids": True}
+        base = {
+            "model": self.server_description["model"],
+            "prompt": list(prompt),
+            "temperature": 0.0,
+            "return_token_ids": True,
+        }
         answer = self.client.request("POST", "/v1/completions", {**base, **extra})
         choice: dict[str, Any] = self.client.read(answer, lambda document: json_at(document, "choices", 0))
         return choice

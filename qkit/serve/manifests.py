@@ -205,7 +205,7 @@ def _not_inside(serving: Serving) -> str | None:
     if is_adapter(Path(serving.model)):
         return "this is an adapter, which is served with its base: give the base as the target, and the adapter with --adapter NAME=RUN"
     if is_hub_id(serving.model) and not Path(serving.model).is_dir():
-        return f"the model is on the hub, and a container needs a folder: run `hf download {serving.model} --local-dir model`, then serve that folder"
+        return f"the model is on the hub, and a container needs a folder: run `hf download {serving.model} --local-dir model` and serve that"
     return None
 
 

@@ -1,6 +1,6 @@
 """The client of OpenAI-compatible servers: one place that cleans up URLs, sends keys, sets timeouts and translates errors.
 
-`httpx` is imported when a client is made, so that commands which ask no server start without it.
+`httpx` is imported when a client is made, so that commands that contact no server start without it.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def model_entries(document: Any) -> list[dict[str, Any]]:
     return entries
 
 
-def live_server(run: Run) -> dict[str, object] | None:
+def running_server(run: Run) -> dict[str, object] | None:
     """The description of the server that the serve stage has up for this run at the moment, or None."""
     import psutil
 

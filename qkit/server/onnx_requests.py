@@ -210,7 +210,7 @@ def _same(value: Any, other: Any) -> bool:
 # --- prompts ------------------------------------------------------------------------------------------------------------
 
 
-def as_templates_have_it(message: Mapping[str, Any], where: str = "messages") -> dict[str, Any]:
+def template_message(message: Mapping[str, Any], where: str = "messages") -> dict[str, Any]:
     """A message of the API in the form that chat templates read: its content is text, the arguments of its calls are objects.
 
     Raises:
@@ -259,7 +259,7 @@ def chat_prompt(tokenizer: Any, request: Chat) -> list[int]:
     Raises:
         Refused: the template rejects these messages.
     """
-    messages = [as_templates_have_it(message, f"messages[{number}]") for number, message in enumerate(request.messages)]
+    messages = [template_message(message, f"messages[{number}]") for number, message in enumerate(request.messages)]
     tools = read_tools(request.tools)
     try:
         text = template.render(tokenizer, messages, tools, variables=request.variables())

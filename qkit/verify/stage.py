@@ -117,7 +117,7 @@ def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -
 
 def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_contract.ContractCheck, ...]:
     """What the server does with conversations; for a folder, what a server would do. A folder without a config.json is not checked."""
-    if served := getattr(runtime, "live", None):
+    if served := getattr(runtime, "server_description", None):
         return measure_contract.check(run, served["url"], served["model"]).checks
     return measure_contract.check_folder(run, artifact.path).checks if (artifact.path / "config.json").is_file() else ()
 

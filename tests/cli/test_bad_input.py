@@ -1,4 +1,4 @@
-"""Bad input gets one clear message and exit code 2, and leaves earlier results alone. Each case goes through the real command."""
+"""Bad input gets one clear message and exit code 2, and leaves earlier results alone. Each goes through `main`, three in a process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import filelock
 import pytest
 import yaml
 
-from helpers.command import qkit
+from helpers.command import qkit, qkit_here
 from qkit import pipeline
 from qkit.core.errors import MissingArtifact
 from qkit.recipe.load import load
@@ -51,17 +51,17 @@ def change(tiny_recipe: Path) -> Callable[[Change], Path]:
 
 
 def test_missing_recipe(tmp_path: Path) -> None:
-    refused(qkit("run", tmp_path / "none.yaml"), "no such recipe")
+    refused(qkit_here("run", tmp_path / "none.yaml"), "no such recipe")
 
 
 def test_missing_data_file(change: Any, tmp_path: Path) -> None:
     recipe = change(lambda s: s["data"].update(train=[{"source": "./gone.jsonl"}]))
-    refused(qkit("run", recipe, "--out", tmp_path / "run"), "./gone.jsonl", "no such file")
+    refused(qkit_here("run", recipe, "--out", tmp_path / "run"), "./gone.jsonl", "no such file")
 
 
 def test_unknown_key(change: Any, tmp_path: Path) -> None:
     recipe = change(lambda s: s["train"].update(learning_rat=1))
-    refused(qkit("run", recipe, "--out", tmp_path / "run"), "tiny.yaml:", "did you mean 'learning_rate'")
+    refused(qkit_here("run", recipe, "--out", tmp_path / "run"), "tiny.yaml:", "did you mean 'learning_rate'")
     assert not (tmp_path / "run").exists()
 
 
@@ -69,7 +69,7 @@ def test_base_model_without_chat_template(change: Any, tiny_model: Path, tmp_pat
     bare = shutil.copytree(tiny_model, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     recipe = change(lambda s: s["model"].update(source=str(bare)))
-    refused(qkit("data", recipe, "--out", tmp_path / "run"), "no chat template", "chat_template.jinja")
+    refused(qkit_here("data", recipe, "--out", tmp_path / "run"), "no chat template", "chat_template.jinja")
 
 
 def test_no_rows_to_score_the_result_on(change: Any, rows_file: Path, tmp_path: Path) -> None:
@@ -77,36 +77,40 @@ def test_no_rows_to_score_the_result_on(change: Any, rows_file: Path, tmp_path: 
     recipe = change(lambda s: s["data"].update(test=[]))
     root = tmp_path / "run"
     refused(
-        qkit("run", recipe, "--out", root), "no rows to score the result on", "data.split={train: 0.95, test: 0.05}"
+        qkit_here("run", recipe, "--out", root),
+        "no rows to score the result on",
+        "data.split={train: 0.95, test: 0.05}",
     )
     assert not (root / "data").exists()
-    assert qkit("data", recipe, "--out", root).returncode == 0
-    assert qkit("train", root).returncode == 0
+    assert qkit_here("data", recipe, "--out", root).returncode == 0
+    assert qkit_here("train", root).returncode == 0
     change(lambda s: s["data"].update(test=[{"source": str(rows_file), "rows": "100:"}]))
-    refused(qkit("run", recipe, "--out", tmp_path / "none"), "no row is left in data.test", "data.split={train: 0.95")
+    refused(
+        qkit_here("run", recipe, "--out", tmp_path / "none"), "no row is left in data.test", "data.split={train: 0.95"
+    )
     assert (tmp_path / "none" / "data").exists() and not (tmp_path / "none" / "train").exists()
 
 
 def test_broken_line_is_named(rows_file: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     with rows_file.open("a") as file:
         file.write('{"messages": [\n')
-    refused(qkit("data", tiny_recipe, "--out", tmp_path / "run"), "rows.jsonl:25", "not JSON")
+    refused(qkit_here("data", tiny_recipe, "--out", tmp_path / "run"), "rows.jsonl:25", "not JSON")
 
 
 def test_row_without_assistant_turn(rows_file: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     with rows_file.open("a") as file:
         file.write(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
-    refused(qkit("data", tiny_recipe, "--out", tmp_path / "run"), "rows.jsonl:25", "no assistant turn")
+    refused(qkit_here("data", tiny_recipe, "--out", tmp_path / "run"), "rows.jsonl:25", "no assistant turn")
 
 
 def test_stage_before_its_time(tiny_recipe: Path, tmp_path: Path) -> None:
-    refused(qkit("merge", tiny_recipe, "--out", tmp_path / "run"), "needs the stage `data`", "has not been run")
+    refused(qkit_here("merge", tiny_recipe, "--out", tmp_path / "run"), "needs the stage `data`", "has not been run")
 
 
 def test_not_a_run_directory(tmp_path: Path) -> None:
-    refused(qkit("show", tmp_path), "not a run directory")
+    refused(qkit_here("show", tmp_path), "not a run directory")
     (tmp_path / "mine.txt").write_text("mine")
-    refused(qkit("run", "recipes/quickstart.yaml", "--out", tmp_path), "holds other files")
+    refused(qkit_here("run", "recipes/quickstart.yaml", "--out", tmp_path), "holds other files")
 
 
 def test_two_processes_on_one_run(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -115,7 +119,7 @@ def test_two_processes_on_one_run(tiny_recipe: Path, tmp_path: Path) -> None:
         run.log("data").write_text("what the other has said")
         refused(qkit("data", tiny_recipe, "--out", run.root), f"process {os.getpid()} works on this run directory")
         assert run.log("data").read_text() == "what the other has said"
-    assert qkit("data", tiny_recipe, "--out", run.root).returncode == 0
+    assert qkit_here("data", tiny_recipe, "--out", run.root).returncode == 0
     assert "the other" not in run.log("data").read_text()
 
 
@@ -125,7 +129,7 @@ def test_port_in_use(tiny_model: Path, tiny_recipe: Path, tmp_path: Path) -> Non
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refused(qkit("serve", run.root, "--set", f"serve.port={port}"), f"127.0.0.1:{port}", "serve.port=0")
+        refused(qkit_here("serve", run.root, "--set", f"serve.port={port}"), f"127.0.0.1:{port}", "serve.port=0")
 
 
 def test_no_vllm_installed(tiny_model: Path, tiny_recipe: Path, tmp_path: Path) -> None:
@@ -186,11 +190,11 @@ def test_a_run_directory_that_cannot_be_written(
 
 def test_failures_leave_earlier_results_alone(tiny_recipe: Path, rows_file: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    assert qkit("data", tiny_recipe, "--out", root).returncode == 0
+    assert qkit_here("data", tiny_recipe, "--out", root).returncode == 0
     before = {p: p.read_bytes() for p in sorted((root / "data").iterdir())}
     manifest = (root / "run.json").read_bytes()
     rows_file.write_text("not json\n")
-    refused(qkit("data", tiny_recipe, "--out", root, "--set", "seed=1"), "rows.jsonl:1")
+    refused(qkit_here("data", tiny_recipe, "--out", root, "--set", "seed=1"), "rows.jsonl:1")
     assert {p: p.read_bytes() for p in sorted((root / "data").iterdir())} == before
     assert (root / "run.json").read_bytes() == manifest
 
@@ -203,10 +207,12 @@ def test_errors_as_json(tmp_path: Path) -> None:
 
 def test_usage_errors_exit_with_2() -> None:
     for arguments in (["nonsense"], ["run"], ["run", "recipes/quickstart.yaml", "--nonsense"]):
-        assert qkit(*arguments).returncode == 2
+        assert qkit_here(*arguments).returncode == 2
 
 
 def test_the_lock_is_not_asked_for_below_its_holder(tiny_recipe: Path, tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", load(tiny_recipe))
     with run.locked():
-        assert qkit("data", tiny_recipe, "--out", run.root, env={LOCK_HELD: str(run.root.resolve())}).returncode == 0
+        assert (
+            qkit_here("data", tiny_recipe, "--out", run.root, env={LOCK_HELD: str(run.root.resolve())}).returncode == 0
+        )

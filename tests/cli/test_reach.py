@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,13 @@ from qkit.core.progress import Progress
 from qkit.measure import endpoint
 from qkit.run.directory import Run
 from qkit.server import adapters, admission
-from qkit.server.client import Client, bearer, live_server, model_entries, root_url
+from qkit.server.client import Client, bearer, model_entries, root_url, running_server
 
 # --- servers ----------------------------------------------------------------------------------------------------------
 
 
 def bench(url: str, run: Run) -> Any:
-    return any_server.run(any_server.Asked(url, None, "t"), run.root, Progress())
+    return any_server.run(any_server.BenchTarget(url, None, "t"), run.root, Progress())
 
 
 def bench_of_a_name(url: str, run: Run) -> Any:
@@ -54,8 +56,8 @@ def compared(url: str, run: Run) -> Any:
 def compared_later(url: str, run: Run) -> Any:
     from qkit.plugins.runtime import open_runtime
 
-    live = {"url": url, "model": "m", "pid": 1, "startup_seconds": 0.0}
-    with open_runtime("vllm", Path(), None, live=live) as opened:  # type: ignore[arg-type]
+    running = {"url": url, "model": "m", "pid": 1, "startup_seconds": 0.0}
+    with open_runtime("vllm", Path(), None, running=running) as opened:  # type: ignore[arg-type]
         return opened.generate([[1]], 1, frozenset())
 
 
@@ -108,21 +110,35 @@ def test_health_is_asked_of_anybody(fault: str, tmp_path: Path) -> None:
         write_json(run.root / ".work" / "serve" / "server.json", {"url": url, "pid": os.getpid()})
         answers = fault not in ("refused", "reset", "no HTTP")
         assert client.is_healthy() is answers
-        assert bool(live_server(run)) is answers
+        assert bool(running_server(run)) is answers
 
 
 @pytest.mark.parametrize(("fault", "left"), [("refused", 0), ("reset", 0), ("no HTTP", 0), ("page", 1)])
-def test_a_drain_ends_whoever_answers(fault: str, left: int) -> None:
+def test_a_drain_ends_whoever_answers(fault: str, left: int, tmp_path: Path) -> None:
     """A port that has become somebody else's; one that answers 200 is a server that has not heard of it yet."""
     with failing(fault) as url:
-        assert admission._in_flight(url) == left
+        assert admission.drain(url, tmp_path / "drain", 0.0) == left
 
 
 @pytest.mark.parametrize(
     ("answer", "left"), [(b'{"in_flight": 3}', 3), (b"", 0), (b"<html>", 0), (b"[1]", 0), (b'{"in_flight": null}', 0)]
 )
-def test_what_a_draining_server_says(answer: bytes, left: int) -> None:
-    assert admission._count(answer) == left
+def test_what_a_draining_server_says(answer: bytes, left: int, tmp_path: Path) -> None:
+    class Draining(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(503)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Draining) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert admission.drain(url, tmp_path / "drain", 0.0) == left
+        server.shutdown()
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------

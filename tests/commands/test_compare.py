@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.command import qkit
+from helpers.command import qkit_here
 from helpers.tiny import chat_rows
 from qkit.commands import compare, where_layers_part
 from qkit.core.errors import DataError, MissingArtifact, NotDeployable, ParityFailed
@@ -97,10 +97,10 @@ def test_where_two_answers_part(a: list[int], b: list[int], place: int | None) -
 
 def test_the_command(trained_run: Run, tiny_model: Path) -> None:
     """The table and the walk on stdout, and exit code 2 beyond --max-kl."""
-    done = qkit("verify", tiny_model, trained_run.folder("merge"), "--where", "--max-kl", "0.1")
+    done = qkit_here("verify", tiny_model, trained_run.folder("merge"), "--where", "--max-kl", "0.1")
     assert done.returncode == 2 and "--max-kl allows 0.1" in done.stderr
     assert "KL(A || B)" in done.stdout and "They part first at layer 0" in done.stdout
-    three = qkit("verify", "a", "b", "c")
+    three = qkit_here("verify", "a", "b", "c")
     assert three.returncode == 2 and "name a run, or two artifacts to compare" in three.stderr
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from helpers.command import qkit
+from helpers.command import qkit_here
 from qkit import pipeline
 from qkit.core.errors import DataError, ModelError
 from qkit.core.progress import Progress
@@ -34,7 +34,7 @@ def seen(tiny_recipe: Path) -> view.Inspection:
 
 
 def test_the_document(tiny_recipe: Path) -> None:
-    done = qkit("inspect", tiny_recipe, "--json", "--row", 2)
+    done = qkit_here("inspect", tiny_recipe, "--json", "--row", 2)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert {check["status"] for check in found["checks"]} <= {"pass", "skipped"}
@@ -50,12 +50,12 @@ def test_the_document(tiny_recipe: Path) -> None:
 def test_the_screen_names_what_is_wrong_with_its_row_and_remedy(rows_file: Path, tiny_recipe: Path) -> None:
     with rows_file.open("a") as file:
         file.write(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
-    done = qkit("inspect", tiny_recipe)
+    done = qkit_here("inspect", tiny_recipe)
     assert done.returncode == 2
     words = " ".join(done.stdout.split())
     assert "fail roles" in words and "rows.jsonl:25" in words and "data.clean.roles=drop" in words
     assert "train 21 20 1 20" in words
-    assert qkit("inspect", tiny_recipe, "--set", "data.clean.roles=drop").returncode == 0
+    assert qkit_here("inspect", tiny_recipe, "--set", "data.clean.roles=drop").returncode == 0
 
 
 def test_a_second_look_reads_nothing_again(tiny_recipe: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_a_run_is_shown_from_its_own_folder(tiny_recipe: Path, tmp_path: Path) -
     pipeline.execute(run, "data")
     found = view.of_run(run)
     assert found.folder == run.folder("data") and view.losses(run) is None
-    assert json.loads(qkit("inspect", run.root, "--json").stdout)["splits"] == found.summary["splits"]
+    assert json.loads(qkit_here("inspect", run.root, "--json").stdout)["splits"] == found.summary["splits"]
 
 
 def test_losses_name_the_rows(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -94,16 +94,16 @@ def test_losses_name_the_rows(tiny_recipe: Path, tmp_path: Path) -> None:
     assert [row["row"] for row in found["did_not_learn"]] == [2, 1, 0]
     assert [row["row"] for row in found["suspiciously_low"]] == [1, 2, 0]
     assert found["did_not_learn"][0]["place"].endswith("rows.jsonl:7")
-    assert "did not learn" in qkit("inspect", run.root).stdout
+    assert "did not learn" in qkit_here("inspect", run.root).stdout
 
 
 def test_somebody_elses_set_up(tiny_model: Path, rows_file: Path) -> None:
-    done = qkit("inspect", "--model", tiny_model, "--data", rows_file, "--format", "messages", "--json")
+    done = qkit_here("inspect", "--model", tiny_model, "--data", rows_file, "--format", "messages", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["splits"]["train"]["rows"] == 24
     assert [check["name"] for check in found["checks"] if check["status"] == "warn"] == ["held_out"]
-    assert qkit("inspect", "--model", tiny_model).returncode == 2
+    assert qkit_here("inspect", "--model", tiny_model).returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_the_page_holds_every_row_and_no_row_can_end_its_script(
 def test_a_row_is_shown_with_the_check_that_fails(rows_file: Path, tiny_recipe: Path) -> None:
     with rows_file.open("a") as file:
         file.write(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
-    done = qkit("inspect", tiny_recipe, "--row", 0)
+    done = qkit_here("inspect", tiny_recipe, "--row", 0)
     assert done.returncode == 2 and done.stdout.startswith("train row 0")
     assert "check roles: 1 row have turns" in done.stderr and "rows.jsonl:25" in done.stderr
     assert "data.clean.roles=drop" in done.stderr
@@ -224,7 +224,7 @@ def test_the_stage_says_what_is_not_learnt_before_training(tiny_recipe: Path, ro
     }
     with rows_file.open("a") as file:
         file.write(json.dumps(row) + "\n" + json.dumps(row) + "\n")
-    done = qkit("data", tiny_recipe, "--out", tmp_path / "run")
+    done = qkit_here("data", tiny_recipe, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stderr.split())
     assert "data: unused: 2 records hold what nothing reads: messages.reasonning in 2 (did you mean reasoning?)" in said
@@ -343,5 +343,5 @@ def test_the_plan_says_it_too(tiny_model: Path, tmp_path: Path) -> None:
     assert found is not None and "[PAD] (259)" in found and "0 to 258" in found
     assert vocabulary.without_a_row(schema.Model(source=str(model), add_tokens=("[PAD]",))) is None
     assert vocabulary.without_a_row(schema.Model(source=str(tiny_model))) is None
-    done = qkit("plan", "--model", model)
+    done = qkit_here("plan", "--model", model)
     assert f"warning: {found}" in " ".join(done.stdout.split()), done.stdout

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers.command import qkit
+from helpers import served as helpers_served
+from helpers.command import qkit_here
+from helpers.processes import living
 from helpers.tiny import build_tokenizer, tiny_settings
 from qkit import pipeline
 from qkit.chat import conversation
 from qkit.commands import compare
-from qkit.core.device import detect
 from qkit.core.errors import ParityFailed, ServerError
 from qkit.core.files import read_json, write_json
 from qkit.core.progress import Progress
@@ -28,7 +29,6 @@ from qkit.plugins.exporter import Job
 from qkit.recipe.load import load
 from qkit.recipe.schema import Serve
 from qkit.run.directory import Run
-from qkit.runtimes import vllm
 from qkit.server import process
 
 PARSER = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
@@ -85,6 +85,7 @@ FORMS = (
 class Served:
     run: Run
     url: str
+    server: helpers_served.Served
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +110,11 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     run = Run.create(folder / "run", load(folder / "tiny.yaml"))
     for stage in ("data", "train", "evaluate", "merge"):
         pipeline.execute(run, stage)
-    with pytest.MonkeyPatch.context() as patch:
-        plain = vllm.argv
-        patch.setattr(vllm, "argv", lambda *given: [*plain(*given), *PARSER])
-        section = Serve(port=0, max_model_len=512, enforce_eager=True)
-        running = vllm.start(run.folder("merge"), "tiny", section, detect(), folder / "vllm.log")
-    try:
-        running.wait()
-        yield Served(run, running.url)
-    finally:
-        running.stop()
+    settings = ("serve.max_model_len=512", "serve.enforce_eager=true")
+    sets = [word for setting in settings for word in ("--set", setting)]
+    command = [run.folder("merge"), "--name", "tiny", *sets, "--", *PARSER]
+    with helpers_served.serving(folder, *command, env={"VLLM_API_KEY": ""}) as server:
+        yield Served(run, server.url, server)
 
 
 def by_name(found: contract.Contract) -> dict[str, contract.ContractCheck]:
@@ -319,7 +315,7 @@ def test_no_server_and_no_such_model(served: Served) -> None:
 def test_the_command(served: Served, tmp_path: Path) -> None:
     """Exit code 2 when anything differs."""
     for run, code in ((served.run, 0), (another_stop_token(served, tmp_path), 2)):
-        done = qkit("verify", run.root, "--server", served.url, "--json")
+        done = qkit_here("verify", run.root, "--server", served.url, "--json")
         assert done.returncode == code, done.stderr
         assert {check["status"] for check in json.loads(done.stdout)["checks"]} >= {"ok", "noted"}
 
@@ -337,3 +333,11 @@ def test_a_server_beside_the_merged_model(served: Served) -> None:
         assert found.loss_a == pytest.approx(found.loss_b, abs=0.05)
     assert there.loss_a == back.loss_b
     assert "both servers' top 20" in both.over and both.kl_mean < 1e-6 and both.identical == 8 and both.parting is None
+
+
+def test_a_killed_server_leaves_no_process(served: Served) -> None:
+    """Last, since it ends the server."""
+    below = served.server.below()
+    served.server.process.kill()
+    served.server.process.wait()
+    assert len(below) > 1 and not living(below, 30)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers.command import qkit
+from helpers.command import qkit, qkit_here
 from helpers.sample import edit, open_sample
 from helpers.tiny import tiny_settings
 from qkit import pipeline
@@ -191,7 +191,7 @@ def test_a_failed_gate_ends_a_run_after_its_report(tiny_recipe: Path, tiny_model
     run = Run.create(tmp_path / "run", load(tiny_recipe))
     for stage in ("data", "train", "evaluate", "merge", "export", "verify", "bench"):
         pipeline.execute(run, stage)
-    first, again = qkit("run", run.root), qkit("run", run.root, "--json")
+    first, again = qkit("run", run.root), qkit_here("run", run.root, "--json")
     assert first.returncode == again.returncode == 2
     assert (run.folder("report") / "index.html").read_text().count("merged failed its gate") == 1
     assert set(pipeline.statuses(run).values()) == {"done"}

@@ -14,7 +14,6 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qkit import pipeline
 from qkit.core.device import detect
 from qkit.core.errors import ModelError, ParityFailed
 from qkit.core.files import read_json
@@ -33,24 +32,10 @@ from qkit.recipe.schema import Quantization
 from qkit.run.directory import Run
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Run:
-    """A run up to its export, with a fine-tune that is small against the 4-bit grid."""
-    import yaml
-
-    from helpers.tiny import chat_rows, tiny_settings
-
-    folder = tmp_path_factory.mktemp("merge")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(24)), encoding="utf-8")
-    settings = tiny_settings(tiny_model, folder / "rows.jsonl")
-    settings["train"] = {"max_steps": 12, "learning_rate": 2e-3}
-    settings["export"] = {"formats": ["onnx-fp32", "onnx-int4"]}
-    settings["bench"]["runtimes"] = ["onnx-int4"]
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    run = Run.create(folder / "run", load(folder / "tiny.yaml"))
-    for stage in ("data", "train", "evaluate", "merge", "export"):
-        pipeline.execute(run, stage)
-    return run
+@pytest.fixture
+def finished(whole_run: Run) -> Run:
+    """A run with a fine-tune that is small against the 4-bit grid."""
+    return whole_run
 
 
 def test_every_way_is_measured_and_the_nearest_kept(finished: Run) -> None:

@@ -241,7 +241,8 @@ def test_steps_without_a_finite_loss_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("absent", FILES)
 def test_a_file_may_be_absent(tmp_path: Path, absent: str) -> None:
-    page(open_sample(tmp_path, without=absent))
+    whole, without = page(open_sample(tmp_path / "whole")), page(open_sample(tmp_path, without=absent))
+    assert without.text != whole.text or absent == "run.json"
 
 
 @pytest.mark.parametrize(

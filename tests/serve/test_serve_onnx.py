@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -28,9 +29,6 @@ from helpers.served import (
 )
 from qkit.bench import any_server
 from qkit.bench.tool import COMPLETIONS
-from qkit.export.formats import onnx as exporter
-from qkit.plugins.exporter import Job
-from qkit.recipe.schema import Recipe
 
 pytest.importorskip("onnxruntime_genai")
 
@@ -40,11 +38,9 @@ chat = asking(TEXT_MODEL)
 
 
 @pytest.fixture(scope="module")
-def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(onnx_exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    recipe = Recipe.model_validate({"task": "chat", "model": {"source": "none"}, "data": {}})
-    job = Job(tiny_model, tiny_model, tiny_model, tiny_model, recipe, folder / "export.log")
-    exporter.export(job, folder / TEXT_MODEL, "fp32")
+    shutil.copytree(onnx_exports["fp32"], folder / TEXT_MODEL)
     settings = [
         f"serve.max_model_len={LENGTH}",
         "serve.max_body_bytes=20000",
@@ -206,10 +202,10 @@ def test_content_in_parts_is_one_text(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("arguments", ['{"side": "left"}', {"side": "left"}, ""])
 def test_arguments_of_tool_calls_are_objects_to_the_template(arguments: Any) -> None:
-    from qkit.server.onnx_requests import as_templates_have_it
+    from qkit.server.onnx_requests import template_message
 
     call = {"id": "1", "type": "function", "function": {"name": "pick", "arguments": arguments}}
-    made = as_templates_have_it({"role": "assistant", "content": None, "tool_calls": [call]})
+    made = template_message({"role": "assistant", "content": None, "tool_calls": [call]})
     assert made["tool_calls"][0]["function"]["arguments"] == ({"side": "left"} if arguments else {})
 
 

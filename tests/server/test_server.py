@@ -21,6 +21,7 @@ import pytest
 from qkit.core.device import Device
 from qkit.core.errors import ServerError
 from qkit.plan.sheet import Options, recipe_for
+from qkit.recipe.schema import Serve
 from qkit.runtimes import vllm
 from qkit.serve import lifecycle, request
 from qkit.serve import serving as serve_serving
@@ -49,10 +50,10 @@ DIES = "time.sleep(1); print('ValueError: [/odd] cause', flush=True); os._exit(1
 LIVES = "os.fork() or signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
 
-def serving(tmp_path: Path) -> Serving:
-    how = recipe_for(Options("owner/name"), ("serve.port=0", "serve.drain_seconds=1"))
+def serving(tmp_path: Path, port: int = 0) -> Serving:
+    recipe = recipe_for(Options("owner/name"), (f"serve.port={port}", "serve.drain_seconds=1"))
     device = Device("cpu", "a CPU", 24 << 30, 2)
-    return Serving("owner/name", "name", how, device, tmp_path / "logs", "vllm", vllm.Extras())
+    return Serving("owner/name", "name", recipe, device, tmp_path / "logs", "vllm", vllm.Extras())
 
 
 def started(last: str) -> Callable[[Serving], process.Server]:
@@ -119,7 +120,7 @@ def test_waits_grow_until_a_server_has_run_steadily() -> None:
 
 
 def test_a_killed_server_is_seen_before_its_children_are_tidied_up(tmp_path: Path) -> None:
-    fixed = lifecycle._with_port(serving(tmp_path))
+    fixed = serving(tmp_path, process.free_port(Serve(port=0)))
     fixed.logs.mkdir()
     running = started(LIVES)(fixed)
     try:
@@ -295,11 +296,10 @@ def test_a_server_too_busy_to_answer_is_waited_for(tmp_path: Path, monkeypatch: 
     thread = threading.Thread(target=busy.serve_forever, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{busy.server_port}"
-    assert admission._in_flight(url) == 1
+    assert admission.drain(url, tmp_path / "drain", 0.0) == 1
     busy.shutdown()
     busy.server_close()
-    assert admission._in_flight(url) == 0  # nobody listens any more
-    assert admission.drain(url, tmp_path / "drain", 5.0) == 0
+    assert admission.drain(url, tmp_path / "drain", 5.0) == 0  # nobody listens any more
 
 
 def test_a_run_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
