@@ -34,11 +34,11 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """A tiny run through `merge`, and what its live adapter says of the held-out rows."""
+    """A tiny run through `merge`, and what its reference model says of the held-out rows."""
 
     run: Run
     held_out: HeldOut
-    live: parity.Live
+    reference: parity.Reference
 
     @property
     def merged(self) -> Path:
@@ -243,7 +243,7 @@ def gated(trained: Trained, folder: Path) -> list[evidence.Breach]:
     """What the gate of a 16-bit artifact says of the folder."""
     with open_runtime("transformers", folder, detect()) as runtime:
         try:
-            measured = parity.measure(trained.live, runtime.score(trained.held_out.rows))
+            measured = parity.measure(trained.reference, runtime.score(trained.held_out.rows))
         except ParityFailed:
             return [evidence.Breach("numbers")]
     return measure_gates.judge(measure_gates.gate_of("merged", trained.run.recipe), measured)
@@ -274,7 +274,7 @@ def test_a_broken_artifact_is_seen(name: str, trained: Trained, tmp_path: Path) 
             gated(trained, folder)
         return
     breaches = gated(trained, folder)
-    found_gates = {breach.gate: breach.words for breach in breaches}
+    found_gates = {breach.gate: breach.message for breach in breaches}
     more = {
         "lost",
         "kl_row",

@@ -121,7 +121,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
         running.stop()
 
 
-def by_name(found: contract.Contract) -> dict[str, contract.Check]:
+def by_name(found: contract.Contract) -> dict[str, contract.ContractCheck]:
     return {check.name: check for check in found.checks}
 
 

@@ -94,7 +94,7 @@ def test_limits(
 ) -> None:  # fmt: skip
     found = measure_gates.judge(gate, measured, gain, exactness)
     assert [breach.gate for breach in found] == fires
-    assert said in "".join(breach.words for breach in found)
+    assert said in "".join(breach.message for breach in found)
 
 
 def test_what_is_said_of_each_limit(tmp_path: Path, tiny_recipe: Path) -> None:
@@ -146,7 +146,7 @@ def test_answers_may_hold_any_character(tmp_path: Path) -> None:
     line = {"artifact": "adapter", "correct": True, "text": "a\u2028b\u0085c"}
     file = run.folder("evaluate") / "predictions.jsonl"
     file.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert evidence.live_answers(run) == [line]
+    assert evidence.reference_answers(run) == [line]
 
 
 def test_a_failed_gate_ends_a_run_after_its_report(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_bounds_of_what_is_only_known_in_part() -> None:
         return RowScores(full[:, 0], full.argmax(1), **part)
 
     exact = divergence.divergence(scores(0), scores(1))
-    for live, other in ((scores(0), scores(1, 9)), (scores(0, 9), scores(1)), (scores(0, 9), scores(1, 9))):
-        bound = divergence.divergence(live, other)
+    for reference, other in ((scores(0), scores(1, 9)), (scores(0, 9), scores(1)), (scores(0, 9), scores(1, 9))):
+        bound = divergence.divergence(reference, other)
         assert (bound <= exact + 1e-5).all() and (bound > -1e-5).all() and bound.mean() > 0.05
     assert abs(divergence.divergence(scores(0, 9), scores(0, 9))).max() < 1e-5
     assert parity.largest_difference(scores(0), scores(1, 9)) is None

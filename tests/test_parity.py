@@ -12,7 +12,7 @@ from qkit.core.errors import ParityFailed
 from qkit.measure import divergence, gates, parity
 from qkit.measure import reference as measure_reference
 from qkit.measure.held_out import read_held_out
-from qkit.measure.parity import Live
+from qkit.measure.parity import Reference
 from qkit.plugins.runtime import RowScores
 from qkit.recipe.load import load
 from qkit.run.directory import Run
@@ -28,13 +28,13 @@ def _scores(seed: int, near: RowScores | None = None, step: float = 0.0) -> RowS
 
 
 def test_an_artifact_near_the_base_has_lost_the_fine_tune() -> None:
-    reference = Live(tuple(_scores(n) for n in range(4)), tuple(_scores(n) for n in range(10, 12)))
-    near_live = parity.measure(reference, [_scores(90 + n, reference.scores[n], 0.05) for n in range(4)])
+    reference = Reference(tuple(_scores(n) for n in range(4)), tuple(_scores(n) for n in range(10, 12)))
+    near_reference = parity.measure(reference, [_scores(90 + n, reference.scores[n], 0.05) for n in range(4)])
     near_base = parity.measure(reference, [_scores(90 + n, reference.base[n % 2], 0.05) for n in range(4)])
-    assert near_live.kl_mean < 0.01 < near_base.kl_mean
-    assert not near_live.lost and near_base.lost
-    assert near_live.rows == 4 and near_live.tokens == 28
-    assert near_live.max_difference is not None and near_live.max_difference < 0.5
+    assert near_reference.kl_mean < 0.01 < near_base.kl_mean
+    assert not near_reference.lost and near_base.lost
+    assert near_reference.rows == 4 and near_reference.tokens == 28
+    assert near_reference.max_difference is not None and near_reference.max_difference < 0.5
 
 
 def test_numbers_that_are_none_are_an_error() -> None:
@@ -42,7 +42,7 @@ def test_numbers_that_are_none_are_an_error() -> None:
     assert broken.full is not None
     broken.full[3, 4] = np.nan
     with pytest.raises(ParityFailed, match="no numbers"):
-        parity.measure(Live((_scores(0),), ()), [broken])
+        parity.measure(Reference((_scores(0),), ()), [broken])
 
 
 def test_the_live_model_is_asked_once(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_the_live_model_is_asked_once(tiny_recipe: Path, tmp_path: Path, monkeyp
     assert sum(first.rounding) == pytest.approx(first.bf16.kl_mean * first.bf16.tokens)
     assert again.rounding == first.rounding and again.bf16 == first.bf16
     measure_reference.forget(run)
-    assert not (run.root / ".work" / "live").exists()
+    assert not (run.root / ".work" / "reference").exists()
 
 
 def test_as_many_rows_as_fit_the_disk_budget(
@@ -72,24 +72,24 @@ def test_as_many_rows_as_fit_the_disk_budget(
     for stage in ("data", "train"):
         pipeline.execute(run, stage)
     rows = read_held_out(run.need("data", "test.parquet")).rows
-    monkeypatch.setattr(measure_reference, "LIVE_BYTES", 10_000)
+    monkeypatch.setattr(measure_reference, "REFERENCE_BYTES", 10_000)
     recorded = measure_reference.recorded(run, rows)
     assert 0 < len(recorded.scores) < len(rows) and len(recorded.base) == len(recorded.scores)
 
 
-def _rows_of(live: Live, step: float, seed: int) -> list[RowScores]:
-    return [_scores(seed + n, row, step) for n, row in enumerate(live.scores)]
+def _rows_of(reference: Reference, step: float, seed: int) -> list[RowScores]:
+    return [_scores(seed + n, row, step) for n, row in enumerate(reference.scores)]
 
 
 @pytest.mark.parametrize("step", [0.01, 0.1, 0.3])
 def test_what_rounding_does_is_no_distance(step: float) -> None:
-    """However coarse the rounding: an artifact as far as the live adapter in bf16 is not beyond it, one much farther is."""
-    exact = Live(tuple(_scores(n) for n in range(40)), ())
+    """However coarse the rounding: an artifact as far as the reference model in bf16 is not beyond it, one much farther is."""
+    exact = Reference(tuple(_scores(n) for n in range(40)), ())
     rounded = parity.measure(exact, _rows_of(exact, step, 1000))
     sums = [
         float(divergence.divergence(a, b).sum()) for a, b in zip(exact.scores, _rows_of(exact, step, 1000), strict=True)
     ]
-    reference = Live(exact.scores, (), tuple(sums), rounded)
+    reference = Reference(exact.scores, (), tuple(sums), rounded)
     whole = parity.measure(reference, _rows_of(exact, step, 2000))
     merged = parity.measure(reference, _rows_of(exact, step * 2**0.5, 3000))  # its weights were rounded too
     broken = parity.measure(reference, _rows_of(exact, step * 3, 4000))
@@ -113,10 +113,10 @@ def test_an_interval_draws_whole_rows() -> None:
 @pytest.mark.parametrize(("rows", "broken"), [(4, 1), (10, 3), (100, 3), (100, 1)])
 def test_damage_that_few_rows_show_is_seen(rows: int, broken: int) -> None:
     """Redrawing rows leaves such rows out often enough that the interval begins at nothing; the row itself tells."""
-    exact = Live(tuple(_scores(n) for n in range(rows)), ())
+    exact = Reference(tuple(_scores(n) for n in range(rows)), ())
     near = _rows_of(exact, 0.01, 1000)
     sums = tuple(float(divergence.divergence(a, b).sum()) for a, b in zip(exact.scores, near, strict=True))
-    reference = Live(exact.scores, (), sums)
+    reference = Reference(exact.scores, (), sums)
     whole = parity.measure(reference, _rows_of(exact, 0.01, 2000))
     damaged = parity.measure(
         reference, [*(_scores(9000 + n) for n in range(broken)), *_rows_of(exact, 0.01, 2000)[broken:]]

@@ -20,15 +20,15 @@ def _scores(logits: np.ndarray, top: int | None = None) -> RowScores:
 def test_divergence_is_kl_and_from_the_top_a_lower_bound() -> None:
     rng = np.random.default_rng(0)
     p, q = rng.normal(size=(7, 50)), rng.normal(size=(7, 50))
-    live, other = _scores(p), _scores(q)
-    assert live.full is not None and other.full is not None
-    wanted = (np.exp(live.full.astype("f8")) * (live.full - other.full)).sum(1)
-    np.testing.assert_allclose(divergence.divergence(live, other), wanted, rtol=1e-4)
-    bounds = [divergence.divergence(live, _scores(q, top)) for top in (5, 20, 49)]
+    reference, other = _scores(p), _scores(q)
+    assert reference.full is not None and other.full is not None
+    wanted = (np.exp(reference.full.astype("f8")) * (reference.full - other.full)).sum(1)
+    np.testing.assert_allclose(divergence.divergence(reference, other), wanted, rtol=1e-4)
+    bounds = [divergence.divergence(reference, _scores(q, top)) for top in (5, 20, 49)]
     for less, more in pairwise(bounds):
         assert (less <= wanted + 1e-4).all() and less.mean() < more.mean()
     np.testing.assert_allclose(bounds[-1], wanted, rtol=1e-2, atol=1e-3)
-    np.testing.assert_allclose(divergence.divergence(live, live), 0, atol=1e-6)
+    np.testing.assert_allclose(divergence.divergence(reference, reference), 0, atol=1e-6)
 
 
 def test_models_of_other_vocabularies_are_compared_over_what_both_have() -> None:

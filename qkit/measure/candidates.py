@@ -16,7 +16,7 @@ from qkit.core.errors import ParityFailed
 from qkit.core.files import read_json
 from qkit.measure import gates
 from qkit.measure import parity as measure_parity
-from qkit.measure.parity import Live, Parity
+from qkit.measure.parity import Reference, Parity
 from qkit.plugins.runtime import Row, Runtime
 from qkit.recipe.schema import Base, Dtype, Recipe
 from qkit.run.directory import Run
@@ -192,7 +192,7 @@ def finer_merge(run: Run) -> Callable[[Candidate, CandidateResult], Candidate | 
     return finer
 
 
-def merged_parity(reference: Live, folder: Path, runtime: Runtime, rows: Sequence[Row]) -> Parity:
+def merged_parity(reference: Reference, folder: Path, runtime: Runtime, rows: Sequence[Row]) -> Parity:
     """The parity of a merged model that `runtime` has opened, with the rounding of its own dtype."""
     dtype = str(read_json(folder / "config.json")["dtype"])
     return measure_parity.measure(reference, runtime.score(rows), dtype, dtype)
@@ -247,13 +247,13 @@ def _other_choice(best: CandidateResult, other: CandidateResult, rule: str) -> d
 # --- rows for comparison ----------------------------------------------------------------------------------------------
 
 
-def base_row(reference: Live) -> CandidateResult:
+def base_row(reference: Reference) -> CandidateResult:
     """The base model without the adapter, from its recorded scores: how much there is to lose."""
     parity = measure_parity.measure(reference, reference.base) if reference.base else None
     return CandidateResult("base", "the base model without the adapter", parity)
 
 
-def adapter_row(reference: Live, score: Mapping[str, float] | None) -> CandidateResult:
+def adapter_row(reference: Reference, score: Mapping[str, float] | None) -> CandidateResult:
     """The unmerged adapter computed in bf16, as it was trained; all others are measured against the same in fp32."""
     return CandidateResult(ADAPTER, "the unmerged adapter on the base as trained, in bf16", reference.bf16, score)
 

@@ -20,7 +20,7 @@ from qkit.measure import reference as measure_reference
 from qkit.measure.answers import answered
 from qkit.measure.candidates import Candidate, CandidateResult
 from qkit.measure.held_out import HeldOut
-from qkit.measure.parity import Live
+from qkit.measure.parity import Reference
 from qkit.merging.folder import write_folder
 from qkit.model import provenance, source
 from qkit.plugins.runtime import open_runtime
@@ -71,7 +71,7 @@ def _make(run: Run, out: Path, candidate: Candidate) -> Path:
     return folder
 
 
-def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, reference: Live) -> CandidateResult:
+def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, reference: Reference) -> CandidateResult:
     """Parity to the reference model, and its score next to the reference model's on the same rows."""
     run.progress.say(f"merge: measuring {candidate.name}")
     with open_runtime("transformers", folder, detect()) as runtime:
@@ -85,7 +85,7 @@ def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, ref
     )
 
 
-def _reference_rows(run: Run, folder: Path, held_out: HeldOut, reference: Live) -> Sequence[CandidateResult]:
+def _reference_rows(run: Run, folder: Path, held_out: HeldOut, reference: Reference) -> Sequence[CandidateResult]:
     """What needs no merge: the base model, and the unmerged adapter."""
     score = read_json(run.need("evaluate", "scores.json"))["scores"]["adapter"]
     rows = [candidates.base_row(reference), candidates.adapter_row(reference, score)]
@@ -94,7 +94,7 @@ def _reference_rows(run: Run, folder: Path, held_out: HeldOut, reference: Live) 
     return rows
 
 
-def _adapter_on_16_bit(run: Run, folder: Path, held_out: HeldOut, reference: Live) -> CandidateResult:
+def _adapter_on_16_bit(run: Run, folder: Path, held_out: HeldOut, reference: Reference) -> CandidateResult:
     """The unmerged adapter on the 16-bit base, as vLLM serves it; measured only if the recipe exports it that way."""
     row = CandidateResult("adapter-16bit", "the unmerged adapter on the base's 16-bit weights, as vLLM serves it")
     if "vllm-adapter" not in run.recipe.export.formats:
