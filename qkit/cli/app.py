@@ -402,7 +402,7 @@ def merge(
     several = {"combine", *({"density"} if combine.startswith(SPARSE) else ())} if len(adapter) > 1 else ()
     alone = "with this --combine" if several else "with one --adapter"
     need_effect(context, alone, {"base", "adapter", "out", "weight", "data", "overrides", *several})
-    wish = commands_combine.Wish(base, adapter, out, weight or (), combine, density, data, overrides or ())
+    wish = commands_combine.MergeRequest(base, adapter, out, weight or (), combine, density, data, overrides or ())
     console = _stderr(keep=True)
     with _errors_only():
         made = merge_any.merge(wish, _progress(console, quiet))

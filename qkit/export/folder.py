@@ -12,7 +12,7 @@ from typing import Any
 from qkit.core.errors import NotDeployable
 from qkit.model import older_forms
 from qkit.model.provenance import NOTE
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import copy_companions
 
 
 def start(out: Path, kind: str, variant: str, known: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ from qkit.core.errors import ParityFailed
 from qkit.core.files import read_json
 from qkit.measure import gates
 from qkit.measure import parity as measure_parity
-from qkit.measure.parity import Reference, Parity
+from qkit.measure.parity import Parity, Reference
 from qkit.plugins.runtime import Row, Runtime
 from qkit.recipe.schema import Base, Dtype, Recipe
 from qkit.run.directory import Run

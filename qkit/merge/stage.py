@@ -80,7 +80,7 @@ def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, ref
     return replace(
         CandidateResult.of(candidate, distance),
         score=asdict(scores.score(answers.right, distance.heldout_loss, run.recipe.evaluate, run.recipe.seed)),
-        gain=gates.gain_over_live(run, answers.right),
+        gain=gates.gain_over_reference(run, answers.right),
         texts=answers.texts,
     )
 

@@ -12,7 +12,7 @@ from qkit.model import older_forms, provenance, source
 from qkit.model import tokenizer as model_tokenizer
 from qkit.recipe.schema import Base, Dtype
 from qkit.run.directory import Run
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import copy_companions
 
 
 def write_folder(

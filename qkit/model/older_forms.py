@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qkit.tensors.companions import CHAT_TEMPLATES
+
 CONFIG, TOKENIZER, CUTS = "config.json", "tokenizer_config.json", "tokenizer.json"
-TEMPLATES = ("chat_template*", "additional_chat_templates")
 NEW_CLASSES = {"TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend"}
 OLD_CLASS = "PreTrainedTokenizerFast"  # what reads tokenizer.json and nothing else, in 4 and in 5
 
@@ -210,7 +211,7 @@ def cuts_alike(tokenizer: Any, folder: Path) -> bool:
 
 def drop_templates(folder: Path) -> None:
     """Take a folder's chat templates away, wherever they are kept."""
-    for pattern in TEMPLATES:
+    for pattern in CHAT_TEMPLATES:
         for file in folder.glob(pattern):
             shutil.rmtree(file) if file.is_dir() else file.unlink()
     if (spoken := _read(folder / TOKENIZER)) and spoken.pop("chat_template", None) is not None:

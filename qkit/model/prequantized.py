@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
 from qkit.core.files import need_disk
-from qkit.tensors.shards import copy_companions, shards, tensor_specs
+from qkit.tensors.companions import copy_companions
+from qkit.tensors.shards import shards, tensor_specs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,6 +15,7 @@ from qkit.model import added_tokens, older_forms, prequantized
 from qkit.model.gguf import rope as gguf_rope
 from qkit.model.gguf import tokenizer as gguf_tokenizer
 from qkit.recipe import schema
+from qkit.tensors.companions import HUB_PATTERNS
 from qkit.tensors.shards import SHARDS
 
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 
 
 CONVERSION = 2  # of .gguf files: what the cache holds of an earlier one is made anew
-# What stands beside the weights, in folders too; a licence goes on with what is made of them, as most ask for.
-TEXTS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "*.txt", "*.py")
-LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-COMPANIONS = (*TEXTS, *LICENCES)
 
 
 def resolve(model: schema.Model) -> Path:
@@ -35,7 +32,7 @@ def resolve(model: schema.Model) -> Path:
     Raises:
         ModelError: there is no such model, it cannot be had, not be dequantized, or not be given these tokens.
     """
-    folder = _resolved(model, (*COMPANIONS, SHARDS))
+    folder = _resolved(model, (*HUB_PATTERNS, SHARDS))
     if kind := prequantized.of_folder(folder):
         folder = _dequantized(folder, kind, model.trust_remote_code)
     if not model.add_tokens:
@@ -56,7 +53,7 @@ def companions(model: schema.Model) -> Path:
     Raises:
         ModelError: as `resolve`.
     """
-    return _resolved(model, COMPANIONS)
+    return _resolved(model, HUB_PATTERNS)
 
 
 def _resolved(model: schema.Model, wanted: Sequence[str]) -> Path:

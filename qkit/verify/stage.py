@@ -72,8 +72,8 @@ def run(run: Run, out: Path) -> None:
 
 def _rounding(run: Run) -> dict[str, Any]:
     """The row of what was trained itself, computed in bf16: so far from fp32 is what no artifact can be blamed for."""
-    found = next((row for row in candidates.read_table(run)["beside"] if row["name"] == candidates.APART), None)
-    return {candidates.APART: {"status": None, "failed": [], **found["parity"]}} if found and found["parity"] else {}
+    found = next((row for row in candidates.read_table(run)["beside"] if row["name"] == candidates.ADAPTER), None)
+    return {candidates.ADAPTER: {"status": None, "failed": [], **found["parity"]}} if found and found["parity"] else {}
 
 
 def _check_hashes(run: Run) -> None:

@@ -32,7 +32,7 @@ from qkit.measure.evidence import KEY
 from qkit.model.provenance import MARK, NOTE, TRACER
 from qkit.plugins.exporter import Job
 from qkit.recipe.schema import Recipe
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import copy_companions, text_files
 
 RUNTIME = "onnxruntime"
 
@@ -86,7 +86,6 @@ INSTEAD = {"gptq": "k_quant_mixed", "nearest": "rtn"}  # the builder's, where it
 
 
 NEEDS = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
-TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")  # what a model folder holds beside its weights
 BUILDER = "onnxruntime-genai's builder"
 GENAI = "genai_config.json"  # in a folder that onnxruntime-genai opens
 # How the builder says that it does not know an architecture, and how our own program does.
@@ -229,7 +228,7 @@ def _rounded_by_us(job: Job, build: Build, whole: Path) -> None:
     _build(job, Build("int4", "rtn", build.block), (*TO_REFIT, f"block_size={build.block}"), built)
     whole.mkdir()
     refit(job, built, whole, build.bits)
-    for file in _texts(built):
+    for file in text_files(built):
         file.rename(whole / file.name)
 
 
@@ -293,8 +292,3 @@ def _within(model: Mapping[str, Any]) -> dict[str, Any]:
     pad = model.get("pad_token_id")
     padded = {"pad_token_id": stops[0]} if stops and pad is not None and pad >= rows else {}
     return {"eos_token_id": stops if isinstance(stop, list) or not stops else stops[0], **padded}
-
-
-def _texts(model: Path) -> list[Path]:
-    """Configuration, tokenizer and template of a model folder, without the index of its weights."""
-    return [file for pattern in TEXTS for file in model.glob(pattern) if not file.name.endswith(".index.json")]
