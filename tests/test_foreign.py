@@ -39,7 +39,7 @@ def test_a_foreign_adapter_goes_onto_the_16_bit_base(tiny_model: Path, tmp_path:
     adapter = _foreign(tiny_model, tmp_path / "adapter")
     made = merge_any.merge(MergeRequest(str(tiny_model), [adapter], tmp_path / "merged", overrides=FP32), Progress())
     assert made["chosen"] == "16bit" and "not measured" in made["note"]
-    assert "only names and shapes of its weights could be checked" in made["notes"][0]
+    assert "only the names and shapes of its weights could be checked" in made["notes"][0]
     base = AutoModelForCausalLM.from_pretrained(str(tiny_model), dtype=torch.float32)
     wanted = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
     found = load_file(tmp_path / "merged" / "model.safetensors")
@@ -221,7 +221,7 @@ def test_from_the_command_line(tiny_model: Path, tmp_path: Path, rows_file: Path
         [*command, "--out", str(tmp_path / "merged"), "--data", str(rows_file)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "16bit" in done.stdout and "<- kept" in done.stdout and "only names and shapes" in done.stdout
+    assert "16bit" in done.stdout and "<- kept" in done.stdout and "only the names and shapes" in done.stdout
     assert "1 of 25 records are left out (duplicate 1)" in done.stdout
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and "--base, --adapter and --out" in refused.stderr
