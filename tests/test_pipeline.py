@@ -18,25 +18,20 @@ import jsonschema
 import psutil
 import pytest
 import yaml
-from conftest import CHATML, build_model, chat_rows, tiny_settings
 
+from helpers.command import qkit
+from helpers.paths import ROOT
+from helpers.tiny import CHATML, build_model, chat_rows, tiny_settings
 from qkit import pipeline
 from qkit.core.device import Device
 from qkit.core.errors import MissingArtifact
 from qkit.recipe.load import load
 from qkit.run import stages
 from qkit.run.directory import Run
-from qkit.train import sft
 from qkit.train import stage as train_stage
 from qkit.train.checkpoints import SEAL
 
 NOTHING_TO_DO = "nothing to do: every stage is done"
-
-
-def qkit(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "qkit", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +188,7 @@ def test_a_server_answers_and_stops_cleanly(finished: Path) -> None:
         assert answer.choices[0].message.content is not None
         assert answer.usage and answer.usage.completion_tokens <= 6
         assert [chunk for chunk in client.chat.completions.create(**asked, max_tokens=4, stream=True) if chunk.choices]
-        example = Path(__file__).parent.parent / "serve" / "client.py"
+        example = ROOT / "serve" / "client.py"
         command = [sys.executable, str(example), "Hello", "--url", f"{described['url']}/v1", "--max-tokens", "4"]
         assert subprocess.run(command, capture_output=True, check=True).stdout
         process.send_signal(signal.SIGINT)
@@ -298,7 +293,7 @@ def test_a_training_that_is_killed_at_its_very_end_is_not_done_again(
             patched.setattr(*moment, killed)
             return peak
 
-        patched.setattr(sft, "run", then_killed)
+        patched.setattr(train_stage, "run", then_killed)
         with pytest.raises(KeyboardInterrupt):
             pipeline.execute(run, "train")
     monkeypatch.setattr(transformers.Trainer, "training_step", lambda *_: pytest.fail("it trains again"))
@@ -352,7 +347,7 @@ def test_changed_rows_are_noticed(tiny_recipe: Path, rows_file: Path, tmp_path: 
     pipeline._check_inputs(run, stages.STAGES["train"])
     rows_file.write_bytes(before)
     assert pipeline.statuses(run)["data"] == "done"
-    run.adopt()
+    run.refresh_mtimes()
     [[stamp]] = [files.values() for files in run.manifest()["stages"]["data"]["sources"].values()]
     assert stamp["mtime_ns"] == rows_file.stat().st_mtime_ns
     rows_file.write_bytes(before.replace(b"say a", b"SAY a", 1))

@@ -27,10 +27,11 @@ from qkit.measure.held_out import HeldOut
 from qkit.model import provenance, source
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.exporter import exporter
-from qkit.plugins.runtime import Row, RowScores, Runtime, open_runtime
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Evaluate, Recipe, Serve, Source
 from qkit.run.directory import Run
+from qkit.server.client import root_url
 
 if TYPE_CHECKING:
     from qkit.core.progress import Progress
@@ -131,7 +132,7 @@ def side(text: str) -> Side:
         MissingArtifact: nothing that can be opened.
     """
     if text.startswith(("http://", "https://")):
-        return Side(text, "vllm", url=text.rstrip("/").removesuffix("/v1"))
+        return Side(text, "vllm", url=root_url(text))
     path = Path(text)
     if (path / "recipe.yaml").is_file():
         run = Run.open(path)
@@ -274,7 +275,7 @@ def _answers(which: Side, runtime: Runtime, asked: Questions) -> list[list[int]]
     return runtime.generate(prompts, section.max_new_tokens, asked.stop, section.batch_size)
 
 
-def _kept(scores: Iterator[RowScores], rows: Sequence[Row], file: Path) -> list[RowScores]:
+def _kept(scores: Iterator[RowScores], rows: Sequence[TokenRow], file: Path) -> list[RowScores]:
     """The scores for later: on disk, as many as fit, where there is one for each token of the vocabulary."""
     first = next(scores)
     if first.full is None:

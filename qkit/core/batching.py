@@ -1,16 +1,39 @@
 """Batches by token budget: rows of like length together, right-padded, with no attention mask.
 
 Under causal attention a real token never sees the padding on its right, so no mask is needed, and SDPA keeps its fast causal path;
-with rows of like length little of a batch is padding. Reference: TRL's collator, in tests/test_fast.py.
+with rows of like length little of a batch is padding. Reference: TRL's collator, in tests/train/test_fast.py.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 LENGTH_STEP = 16  # rows are padded to a multiple of this, and shuffled among those that are padded alike
+
+
+def within_budget(lengths: Iterable[int], budget: float, most: float = math.inf) -> Iterator[range]:
+    """Cut rows, in their order, into batches that hold at most `budget` tokens when padded to the longest row of the batch.
+
+    Args:
+        lengths: tokens of each row.
+        budget: tokens of a batch, padding included. A row that is longer has a batch to itself.
+        most: rows of a batch.
+
+    Yields:
+        The indices of the rows of each batch; no batch is empty.
+    """
+    begin = rows = longest = 0
+    for length in lengths:
+        longest = max(longest, length)
+        if rows and (rows >= most or longest * (rows + 1) > budget):
+            yield range(begin, begin + rows)
+            begin, rows, longest = begin + rows, 0, length
+        rows += 1
+    if rows:
+        yield range(begin, begin + rows)
 
 
 class SeededBatches:
@@ -49,16 +72,9 @@ class TokenBudgetBatches(SeededBatches):
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
         order.sort(key=lambda index: padded_length(self.lengths[index]))
-        batches = self._cut(order)
+        lengths = [padded_length(self.lengths[index]) for index in order]
+        batches = [[order[place] for place in batch] for batch in within_budget(lengths, self.budget)]
         rng.shuffle(batches)
-        return batches
-
-    def _cut(self, order: Sequence[int]) -> list[list[int]]:
-        batches: list[list[int]] = [[]]
-        for index in order:
-            if batches[-1] and padded_length(self.lengths[index]) * (len(batches[-1]) + 1) > self.budget:
-                batches.append([])
-            batches[-1].append(index)
         return batches
 
 

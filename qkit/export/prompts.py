@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.process import death_wish
+from qkit.core.process import kill_when_parent_dies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -172,7 +172,7 @@ def _run(program: Sequence[str]) -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=SECONDS,
-            preexec_fn=death_wish(),
+            preexec_fn=kill_when_parent_dies(),
             check=False,
         )
     except subprocess.TimeoutExpired:

@@ -93,7 +93,7 @@ def job(run: Run) -> Job:
         rows=run.need("data", "train.parquet"),
         recipe=run.recipe,
         log=run.log("export"),
-        say=run.progress.say,
+        notify=run.progress.say,
     )
 
 

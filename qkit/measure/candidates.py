@@ -17,7 +17,7 @@ from qkit.core.files import read_json
 from qkit.measure import gates
 from qkit.measure import parity as measure_parity
 from qkit.measure.parity import Parity, Reference
-from qkit.plugins.runtime import Row, Runtime
+from qkit.plugins.runtime import Runtime, TokenRow
 from qkit.recipe.schema import Base, Dtype, Recipe
 from qkit.run.directory import Run
 
@@ -192,7 +192,7 @@ def finer_merge(run: Run) -> Callable[[Candidate, CandidateResult], Candidate | 
     return finer
 
 
-def merged_parity(reference: Reference, folder: Path, runtime: Runtime, rows: Sequence[Row]) -> Parity:
+def merged_parity(reference: Reference, folder: Path, runtime: Runtime, rows: Sequence[TokenRow]) -> Parity:
     """The parity of a merged model that `runtime` has opened, with the rounding of its own dtype."""
     dtype = str(read_json(folder / "config.json")["dtype"])
     return measure_parity.measure(reference, runtime.score(rows), dtype, dtype)

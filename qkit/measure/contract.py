@@ -167,7 +167,7 @@ def _as_users_write(
 
 def _without_tools(server: Subject, held_out: HeldOut, number: int) -> str:
     """What is wrong with an empty list of tools: it is refused, or no tools at all."""
-    made = server.counted(held_out.messages[number], held_out.variables[number])
+    made = server.prompt_length(held_out.messages[number], held_out.variables[number])
     wanted = len(held_out.rows[number].prompt)
     if made in (None, wanted):
         return ""
@@ -303,7 +303,7 @@ def _tools(server: Subject, held_out: HeldOut, rows: int) -> ContractCheck:
         return ContractCheck(name, NOT_CHECKED, "no held-out answer holds tool calls")
     for number in numbers:
         prompt = held_out.messages[number], held_out.tools[number], held_out.variables[number]
-        answer = server.said(*prompt, held_out.answers[number])
+        answer = server.parsed_message(*prompt, held_out.answers[number])
         if isinstance(answer, str):
             return ContractCheck(name, NOT_CHECKED, f"the server parses no tool calls: {answer}")
         wanted = [_named(call) for call in held_out.calls[number]]

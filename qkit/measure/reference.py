@@ -20,7 +20,7 @@ from qkit.core.files import make_folder, need_disk, read_json, write_json
 from qkit.measure import divergence, parity
 from qkit.measure.parity import Parity, Reference
 from qkit.model import source
-from qkit.plugins.runtime import Row, RowScores, Runtime, open_runtime
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.run.directory import Run
 
 REFERENCE_BYTES = 4 * 2**30  # parity is measured on as many rows as the reference model's log-probabilities fit here
@@ -30,7 +30,7 @@ DONE = "done.json"  # written last: how many rows each file holds, and what bf16
 ON_WHICH = ("data/test.parquet", "train/adapter/adapter_model.safetensors")
 
 
-def recorded(run: Run, rows: Sequence[Row]) -> Reference:
+def recorded(run: Run, rows: Sequence[TokenRow]) -> Reference:
     """The reference model's scores: read from disk if this adapter's are there, else made."""
     folder = _home(run) / _key(run)
     if not (folder / DONE).is_file():
@@ -59,7 +59,7 @@ def _key(run: Run) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _record(run: Run, rows: Sequence[Row], folder: Path) -> None:
+def _record(run: Run, rows: Sequence[TokenRow], folder: Path) -> None:
     """The adapter first, then the base alone, then the adapter in bf16; never two models in memory at once."""
     need_disk(folder, REFERENCE_BYTES, "measuring against the reference model")
     run.progress.say("the trained model's log-probabilities on the held-out rows, in fp32")
@@ -81,7 +81,7 @@ def _opened(run: Run, adapter: Path | None, exact: bool) -> Runtime:
     return open_runtime("transformers", base, detect(), recipe=run.recipe, adapter=adapter, exact=exact)
 
 
-def _read_both(folder: Path, rows: Sequence[Row], done: dict[str, Any]) -> Reference:
+def _read_both(folder: Path, rows: Sequence[TokenRow], done: dict[str, Any]) -> Reference:
     scores, base = (tuple(read(folder / name, rows[: done[name]])) for name in (REFERENCE, BASE))
     return Reference(scores, base)
 
@@ -115,7 +115,7 @@ def write(scores: Iterable[RowScores], file: Path) -> int:
     return count
 
 
-def read(file: Path, rows: Sequence[Row]) -> Iterator[RowScores]:
+def read(file: Path, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
     """The rows' scores, mapped from the file."""
     import numpy as np
 

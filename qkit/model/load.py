@@ -55,7 +55,7 @@ def load_base(folder: Path, how: schema.Recipe, device: Device) -> PreTrainedMod
     _need_whole(folder, report["missing_keys"])
     loaded.config.use_cache = False
     leave_as_quantized(loaded)
-    if how.quantization.load_in_4bit and device.gives_back:
+    if how.quantization.load_in_4bit and device.frees_through_malloc:
         _let_go_of_files(loaded)
     return loaded
 

@@ -18,9 +18,9 @@ from qkit.model.config import shape_of
 from qkit.model.shape import Shape
 from qkit.plan import gpus, stage_memory
 from qkit.plan import remedies as plan_remedies
+from qkit.plan._overhead import overhead_of
 from qkit.plan.items import MemoryItem
 from qkit.plan.remedies import Remedy
-from qkit.plan.train_step import OVERHEADS
 from qkit.recipe.schema import ALL, Recipe
 
 NOT_ON_THE_DEVICE = ("export",)  # these work in the host's memory, whatever the device
@@ -164,7 +164,7 @@ def predicted_items(recipe: Recipe, device: Device, labelled_tokens: int | None 
         items = stage_memory.train_items(how, shape_of(recipe.model), device, labelled_tokens)
     except ModelError:
         return {}
-    return {item.name: item.bytes for item in items if item.name not in OVERHEADS[device.meter].unmetered}
+    return {item.name: item.bytes for item in items if item.name not in overhead_of(device).unmetered}
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def plan_install(target: Target, *, torch_offered: bool) -> tuple[Step, ...]:
         index = ["--index-url", CPU_INDEX]
         argv = [*target.pip, "install", "--quiet", "--no-deps", *index, target.cpu_torch]
         steps.append(Step(f"installing {target.cpu_torch} from PyTorch's own index", argv))
-    wanted = ["--editable", f"{target.root}[{EXTRA[target.kind]},dev]"]
+    wanted = ["--editable", f"{target.root}[{EXTRA[target.kind]},dev,deploy-checks]"]
     argv = [*target.pip, "install", "--quiet", "--constraint", str(target.constraints), *wanted]
     steps.append(Step(f"installing the {target.kind} set of packages ({DURATION[target.kind]})", argv))
     if target.cpu_torch:

@@ -252,7 +252,7 @@ def check_vllm(device: Device) -> Check:
         return Check("vLLM", "broken", detail, f"{sys.executable} -m pip uninstall -y {' '.join(unfit)}")
     from qkit.runtimes import vllm as runtimes_vllm
 
-    return Check("vLLM", "ok", f"{wanted} {version}, started as python -m {runtimes_vllm.program(version)}")
+    return Check("vLLM", "ok", f"{wanted} {version}, started as python -m {runtimes_vllm.server_module(version)}")
 
 
 def unfit_builds() -> list[str]:

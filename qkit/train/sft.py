@@ -66,7 +66,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     )
     if how.model.add_tokens:
         added_tokens.show_head(made.model)
-    if device.gives_back:
+    if device.frees_through_malloc:
         give_back_between_layers(made.base_model)
     return made
 

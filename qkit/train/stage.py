@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.device import Device, detect, keep_few_kernels, out_of_memory
+from qkit.core.device import Device, detect, limit_kernel_cache, out_of_memory
 from qkit.core.errors import MissingArtifact, ModelError, OutOfMemory, RecipeError, StageFailed, short
 from qkit.core.files import need_disk, read_json, write_json
 from qkit.core.memory_meter import PeakMeter
@@ -55,7 +55,7 @@ def run(run: Run, out: Path) -> Peak:
         NotDeployable: a format that the recipe names could not be made of the result, or not be loaded where it goes.
         StageFailed: the labels that were trained on are not those of the ledger, or the loss is no number.
     """
-    keep_few_kernels()
+    limit_kernel_cache()
     device = detect()
     fit.check(run.recipe, device)
     deployable.check(run.recipe)

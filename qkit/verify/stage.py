@@ -27,7 +27,7 @@ from qkit.measure import scores as measure_scores
 from qkit.measure.answers import answered
 from qkit.measure.artifacts import MERGED, Artifact, artifacts, open_artifact, rounding
 from qkit.measure.parity import Parity
-from qkit.plugins.runtime import Row, RowScores, Runtime, open_runtime
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
 from qkit.run.directory import Run
 
@@ -118,7 +118,7 @@ def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_c
 
 
 @contextmanager
-def _made_from(run: Run, artifact: Artifact, rows: Sequence[Row]) -> Iterator[tuple[RowScores, ...]]:
+def _made_from(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[tuple[RowScores, ...]]:
     """What the merged model says of these rows in fp32, on disk for as long as it is wanted; nothing for what is not held to it."""
     if not gates.is_exact(artifact.name):
         yield ()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.core.batching import within_budget
 from qkit.tensors.shards import read, shards, tensor_specs
 
 if TYPE_CHECKING:
@@ -46,7 +47,11 @@ class Layers:
         inner = self.model.model
         with torch.no_grad():
             self._load(inner.embed_tokens, "model.embed_tokens.")
-            batches, calls = _enter(inner, [_padded(rows) for rows in _batches(self.rows)])
+            padded = [
+                _padded(self.rows[batch.start : batch.stop])
+                for batch in within_budget(map(len, self.rows), BATCH_TOKENS)
+            ]
+            batches, calls = _enter(inner, padded)
             inner.embed_tokens.to("meta")
         for index, module in enumerate(inner.layers):
             self._load(module, f"{PREFIX}{index}.")
@@ -154,17 +159,6 @@ def _recorder() -> Any:
             return states
 
     return Recorder
-
-
-def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Rows, sorted by length, as many at once as fit BATCH_TOKENS when padded."""
-    batch: list[Sequence[int]] = []
-    for row in rows:
-        if batch and len(row) * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -91,11 +91,11 @@ def _say(job: Job, out: Path, variant: str) -> None:
     if texts and texts["differ"]:
         share = texts["differ"] / texts["rows"]
         why = ", ".join(texts["because"]) or "its own patterns"
-        job.say(
+        job.notify(
             f"gguf-{variant}: llama.cpp reads {share:.1%} of {texts['rows']:,} rows in other tokens than training ({why})"
         )
     if unstopped:
-        job.say(
+        job.notify(
             f"gguf-{variant}: llama.cpp does not stop at the tokens {unstopped}: a header has room for three; the Modelfile has all"
         )
 

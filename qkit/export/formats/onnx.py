@@ -194,7 +194,7 @@ def _full(folder: Path) -> DoesNotFit:
 
 def _trace(job: Job, architecture: str, whole: Path) -> None:
     """Have the graph traced into the folder `whole`, with a note by which the runtime knows it."""
-    job.say(
+    job.notify(
         f"export: {architecture} is unknown to {BUILDER}: {TRACER} makes onnx-fp32, which ONNX Runtime opens "
         "and onnxruntime-genai, and so `qkit serve`, does not"
     )
@@ -279,7 +279,7 @@ def _try_prompts(job: Job, whole: Path, name: str) -> None:
     found = compared(whole, job.rows, job.recipe.model.trust_remote_code)
     note(whole, **{KEY: found})
     if found["differ"]:
-        job.say(
+        job.notify(
             f"export: {name}: {found['by']} by itself makes other prompts than training had, in {len(found['differ'])} of "
             f"{found['cases']} cases ({found['differ'][0]}); its README.md shows how to make them with transformers"
         )

@@ -115,7 +115,7 @@ def _method(job: Job, variant: str) -> str:
     makes = side_environments.command(ENVIRONMENT)
     if wanted != "auto":
         raise MissingExtra(f"export.method={wanted}: llm-compressor's environment is not there; `{makes}` makes it")
-    job.say(
+    job.notify(
         f"vllm-{variant}: rounded to the nearest value; `{makes}` makes the environment in which GPTQ fits the weights to your rows"
     )
     return NEAREST

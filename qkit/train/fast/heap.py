@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qkit.core.device import give_back_freed
+from qkit.core.device import trim_heap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,5 +22,5 @@ def give_back_between_layers(model: PreTrainedModel) -> None:
     """From now on, every few layers and before the head hand back what was freed."""
     layers = getattr(model.get_decoder(), "layers", ())  # some families call them otherwise: then before the head alone
     for layer in layers[::LAYERS_BETWEEN]:  # before one, not after: recomputing a layer ends within it
-        layer.register_forward_pre_hook(lambda *_: give_back_freed())
-    model.get_output_embeddings().register_forward_pre_hook(lambda *_: give_back_freed())
+        layer.register_forward_pre_hook(lambda *_: trim_heap())
+    model.get_output_embeddings().register_forward_pre_hook(lambda *_: trim_heap())
