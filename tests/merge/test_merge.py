@@ -86,7 +86,7 @@ def test_a_quantized_format_is_made_from_both_and_the_nearer_kept(finished: Run)
 
 
 def test_the_merged_model_takes_no_adapter_twice(finished: Run) -> None:
-    with pytest.raises(ModelError, match=r"is in .* already"):
+    with pytest.raises(ModelError, match=r"is already merged into"):
         provenance.check_adapter(finished.need("train", "adapter"), finished.folder("merge"))
 
 

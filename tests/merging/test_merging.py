@@ -386,7 +386,7 @@ def test_an_adapter_is_not_folded_in_twice(tiny_model: Path, tmp_path: Path) -> 
     _merge(tiny_model, adapter, merged, "16bit", Merge())
     digest = provenance.adapter_sha256(adapter)
     provenance.write_merged(merged, tiny_model, "the base", "16bit", {digest: 1.0})
-    with pytest.raises(ModelError, match=r"is in .* already .* the base it was trained on, the base"):
+    with pytest.raises(ModelError, match=r"is already merged into .* the base that it was trained on, the base"):
         provenance.check_adapter(adapter, merged)
     again = tmp_path / "again"  # saved anew, with other metadata and in another order: the same adapter
     shutil.copytree(adapter, again)
