@@ -109,7 +109,7 @@ def _onto(run: Run, export: str | None) -> str | None:
     folder = run.folder("export") / export if export else run.folder("merge")
     made = files.read(folder / (NOTE if export else candidates.FILE)) or {}
     name = made.get("base" if export else "chosen")
-    return ONTO[candidates.base_of(name)] if name else None
+    return ONTO[candidates.Candidate.from_name(name).base] if name else None
 
 
 def kind_of(export: str | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from qkit.core.figures import ABSENT, trimmed
 from qkit.core.files import read
-from qkit.measure.candidates import APART
+from qkit.measure.candidates import ADAPTER
 from qkit.measure.evidence import STALE, cost_of, read_evidence
 from qkit.recipe.registry import MERGED
 from qkit.run.directory import Run
@@ -172,7 +172,7 @@ def remarks(figures: Summary) -> list[tuple[str, str]]:
 
 def farthest(figures: Summary) -> str | None:
     """The artifact with the largest mean distance to what was trained; the adapter's own row is what bf16 makes of it."""
-    judged = {name: p for name, p in figures["parity"].items() if name != APART}
+    judged = {name: p for name, p in figures["parity"].items() if name != ADAPTER}
     distances = {name: p["kl_mean"] for name, p in judged.items() if p["kl_mean"] is not None}
     return max(distances, key=lambda name: distances[name], default=None)
 

@@ -74,8 +74,8 @@ def run(run: Run, out: Path) -> None:
 def _rounding(run: Run) -> dict[str, Any]:
     """The entry of the reference model computed in bf16: a distance that rounding alone causes. It has no gate."""
     rows = candidates.read_table(run)["beside"]
-    parity = next((row["parity"] for row in rows if row["name"] == candidates.APART), None)
-    return {candidates.APART: {"status": None, "failed": [], **parity}} if parity else {}
+    parity = next((row["parity"] for row in rows if row["name"] == candidates.ADAPTER), None)
+    return {candidates.ADAPTER: {"status": None, "failed": [], **parity}} if parity else {}
 
 
 def _check_hashes(run: Run) -> None:
