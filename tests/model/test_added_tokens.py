@@ -220,7 +220,7 @@ def test_a_named_template_begins_as_the_models_texts_do(tmp_path: Path, name: st
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["lora.target_modules=[q_proj, lm_head]"], "lora.target_modules names lm_head"),
+        (["lora.target_modules=[q_proj, lm_head]"], "lora.target_modules contains lm_head"),
         (["model.add_tokens=['two words']"], "should match pattern"),
     ],
 )

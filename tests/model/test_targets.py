@@ -112,7 +112,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",
         {"target_modules": r".*layers\.0.*"},
-        r"that are not linear.*the first is model\.layers\.0\. End it with",
+        r"that are not linear.*the first is model\.layers\.0\. End the pattern with",
     ),
     ("gpt2", {"target_modules": r".*h\.1.*"}, r"that are not linear.*the first is transformer\.h\.1\."),
     ("phi3", {"target_modules": r".*mlp.*"}, r"that are not linear.*the first is model\.layers\.0\.mlp"),
@@ -254,10 +254,7 @@ def test_the_remedy_for_a_pattern_that_matches_too_much_is_taken() -> None:
     [
         ([], "both empty: nothing would be trained"),
         ("", "both empty"),
-        *(
-            (name, "written as a text, all-linear")
-            for name in ("all_linear", "all linear", ["all-linear"], ["all_linear"])
-        ),
+        *((name, "as the string all-linear") for name in ("all_linear", "all linear", ["all-linear"], ["all_linear"])),
     ],
 )
 def test_no_modules_and_all_of_them_by_another_spelling(modules: Any, words: str) -> None:
