@@ -148,7 +148,7 @@ def test_name_that_matches_nothing_is_an_error_in_plan_and_before_training(
 
 def test_plan_says_what_experts_cost_and_who_is_not_trained(tmp_path: Path) -> None:
     said = sheet.sheet(_recipe({}, _folder(tmp_path, "mixtral")), CPU).remarks
-    assert "They take 393,216 bytes" in said[0] and "in 4 bit they would take" in said[0]
+    assert "They take 393,216 bytes" in said[0] and "in 4 bits they would take" in said[0]
     assert any("router gets no adapter; lora.target_parameters=[gate.weight]" in line for line in said)
     said = sheet.sheet(
         _recipe({}, _folder(tmp_path, "gpt_oss"), quantization={"load_in_4bit": False}, merge={"base": "16bit"}), CPU
