@@ -87,10 +87,10 @@ def _in_own_process(point: dict[str, Any], gpu: bool) -> dict[str, Any] | None:
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
     """Two steps of one point, in this process."""
-    from qkit.core.device import detect, keep_few_kernels
+    from qkit.core.device import detect, limit_kernel_cache
     from qkit.core.memory_meter import PeakMeter
 
-    keep_few_kernels()
+    limit_kernel_cache()
     device = detect()
     meter = PeakMeter(device)
     with tempfile.TemporaryDirectory() as scratch:
@@ -119,7 +119,7 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
     import random_model
 
     from qkit.train import memory_watch, sft
-    from qkit.train.fast.heap import give_back_between_layers
+    from qkit.train.fast.heap import trim_between_layers
     from qkit.train.trainer import trainer_class
 
     how = recipe_of(point, random_model.write_config(point["config"], scratch / "model"))
@@ -136,8 +136,8 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
         batch_tokens=how.data.batch_tokens,
         labelled_head=point.get("labelled_head", device.uses_labelled_head),
     )
-    if device.gives_back:
-        give_back_between_layers(trainer.base_model)
+    if device.frees_through_malloc:
+        trim_between_layers(trainer.base_model)
     watcher = memory_watch.step_watcher()
     trainer.add_callback(watcher)
     return trainer, watcher
@@ -176,7 +176,7 @@ def planned(result: dict[str, Any]) -> dict[str, Any]:
 
     from qkit.core.device import detect
     from qkit.plan import plan as plan_plan
-    from qkit.plan.train_step import KERNELS
+    from qkit.plan._overhead import KERNELS
 
     with tempfile.TemporaryDirectory() as scratch:
         how = recipe_of(result, random_model.write_config(result["config"], Path(scratch)))

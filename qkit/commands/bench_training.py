@@ -20,7 +20,7 @@ from typing import Any
 from qkit import pipeline
 from qkit.bench import record as bench_record
 from qkit.bench.meter import driver
-from qkit.core.device import detect, keep_few_kernels
+from qkit.core.device import detect, limit_kernel_cache
 from qkit.core.errors import RecipeError, StageFailed
 from qkit.core.files import make_folder, read_json, write_json
 from qkit.core.memory_meter import PeakMeter
@@ -123,7 +123,7 @@ def _in_a_process(how: Recipe, point: Point, steps: int, out: Path) -> dict[str,
 
 def measure(run: Run) -> dict[str, Any]:
     """In the point's own process: tokenize, load, train; the first step warms up and is in no figure of speed."""
-    keep_few_kernels()
+    limit_kernel_cache()
     device = detect()
     pipeline.execute(run, "data")
     how = plan_plan.decided(run.recipe, device)

@@ -1,6 +1,6 @@
-"""The device that work runs on: the only file that knows cuda from cpu.
+"""The device that work runs on. This is the only module that tells CUDA from CPU: everything else asks a property of `Device`.
 
-Detection needs no torch: `qkit plan` and `qkit doctor` ask it before anything heavy is imported.
+Detection does not import torch, so `qkit plan` and `qkit doctor` can use it before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Device:
-    """What we run on. `memory_bytes` is the card's memory on a GPU, the machine's on a CPU."""
+    """The device that work runs on.
+
+    `kind`: "cuda" or "cpu", as torch names it. `memory_bytes`: the memory of the card on a GPU, of the machine on a CPU. `cores`: logical
+    cores of the machine. `features`: the compute capability of a card (`sm_90`), or the vector extensions of a CPU.
+    """
 
     kind: str
     name: str
@@ -34,105 +37,127 @@ class Device:
         return asdict(self)
 
     @property
-    def meter(self) -> str:
-        """What `PeakMeter` reads here: CUDA's allocator, or the resident set of the process, imports included."""
-        return "cuda_allocated" if self.kind == "cuda" else "rss"
-
-    @property
-    def server_beside_model(self) -> bool:
-        """Whether a vLLM server and a loaded model share the memory without one starving the other."""
-        return self.kind == "cpu"
-
-    @property
-    def uses_labelled_head(self) -> bool:
-        """Whether qkit's head (labelled positions only) is used; on a GPU TRL's fused Triton head is the better one."""
-        return self.kind == "cpu"
-
-    @property
-    def gives_back(self) -> bool:
-        """Whether tensors live in the C library's heap, where training does well to hand freed pages back."""
-        return self.kind == "cpu"
-
-    @property
-    def offloads(self) -> bool:
-        """Whether activations can wait somewhere else for the backward pass."""
+    def has_gpu(self) -> bool:
+        """Whether the device is a GPU with memory of its own."""
         return self.kind == "cuda"
 
     @property
+    def meter(self) -> str:
+        """The figure that `PeakMeter` reads here: bytes allocated by torch on the GPU, or the resident set of the process, imports included."""
+        return "cuda_allocated" if self.has_gpu else "rss"
+
+    @property
+    def server_can_share_memory(self) -> bool:
+        """Whether a vLLM server and a model loaded in another process can share the memory: on a GPU vLLM reserves most of it."""
+        return not self.has_gpu
+
+    @property
+    def uses_labelled_head(self) -> bool:
+        """Whether training uses qkit's head, which computes labelled positions only; on a GPU, TRL's fused Triton head is better."""
+        return not self.has_gpu
+
+    @property
+    def frees_through_malloc(self) -> bool:
+        """Whether tensors are allocated by the C library, so that training saves memory by trimming the heap."""
+        return not self.has_gpu
+
+    @property
+    def offloads(self) -> bool:
+        """Whether activations can wait in another memory for the backward pass."""
+        return self.has_gpu
+
+    @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """What SFTConfig must be told about the device."""
-        return {"use_cpu": self.kind == "cpu", "bf16": True, "dataloader_pin_memory": self.kind == "cuda"}
+        """Arguments of SFTConfig that depend on the device."""
+        return {"use_cpu": not self.has_gpu, "bf16": True, "dataloader_pin_memory": self.has_gpu}
 
     @property
     def device_map(self) -> dict[str, int | str]:
-        """`device_map` for from_pretrained: the whole model on this one device, also where torch sees another."""
-        return {"": 0 if self.kind == "cuda" else "cpu"}
+        """`device_map` for from_pretrained: the whole model on this device, even if torch sees others."""
+        return {"": 0 if self.has_gpu else "cpu"}
 
     @property
     def onnx_providers(self) -> tuple[str, ...]:
-        """ONNX Runtime's execution providers for this device, the preferred one first."""
-        return ("CUDAExecutionProvider", "CPUExecutionProvider") if self.kind == "cuda" else ("CPUExecutionProvider",)
+        """ONNX Runtime's execution providers for this device, in order of preference."""
+        return ("CUDAExecutionProvider", "CPUExecutionProvider") if self.has_gpu else ("CPUExecutionProvider",)
 
     @property
     def server_environment(self) -> dict[str, str]:
-        """Environment that vLLM needs here.
+        """Environment variables that vLLM needs on this device.
 
-        On a CPU vLLM 0.32 keeps the compiled model in a form that it then fails to read ("no attribute 'finalize_loading'"), and compiles
-        again at each start: 76 s for a 135M model, where torch's own cache takes 38 s.
+        On a CPU, vLLM 0.32 caches the compiled model in a form that it then fails to read ("no attribute 'finalize_loading'"), and so compiles
+        at each start: 76 s for a 135M model. With torch's cache instead, a start takes 38 s.
         """
-        if self.kind == "cuda":
+        if self.has_gpu:
             return {}
         return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_USE_AOT_COMPILE": "0"}
 
     @property
     def server_arguments(self) -> tuple[str, ...]:
-        """Which of vLLM's memory options mean something here."""
-        return ("gpu_memory_utilization",) if self.kind == "cuda" else ()
+        """The memory options of vLLM that have an effect on this device, as named in the recipe's serve section."""
+        return ("gpu_memory_utilization",) if self.has_gpu else ()
 
 
 @functools.cache
 def detect() -> Device:
-    """The first NVIDIA GPU that is visible and that torch can use, else this machine's CPU. QKIT_DEVICE=cpu forces the CPU."""
-    if os.environ.get("QKIT_DEVICE") != "cpu" and (gpu := _nvidia()):
+    """Return the first visible NVIDIA GPU if the installed torch can use it, else the CPU. QKIT_DEVICE=cpu forces the CPU."""
+    if os.environ.get("QKIT_DEVICE") != "cpu" and (gpu := _visible_gpu()):
         return gpu
     return Device("cpu", _cpu_name(), _machine_memory(), os.cpu_count() or 1, _cpu_features())
 
 
-def _nvidia() -> Device | None:
+def _visible_gpu() -> Device | None:
+    """Read the card from the driver. The check for nvidia-smi, which comes with every driver, spares other machines the import."""
     if not shutil.which("nvidia-smi") or not _torch_has_cuda():
         return None
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    listed = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-    card = _first_visible(listed, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if done.returncode or card is None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # the driver is not loaded, or is of another version than its library
         return None
-    _, _, name, mebibytes, capability = card
-    # A card that shares the machine's memory has none of its own to tell of: [N/A].
-    memory = int(mebibytes) * 2**20 if mebibytes.isdigit() else _machine_memory()
-    return Device("cuda", name, memory, os.cpu_count() or 1, (f"sm_{capability.replace('.', '')}",))
+    try:
+        cards = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        uuids = [pynvml.nvmlDeviceGetUUID(card) for card in cards]
+        index = _first_visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return None if index is None else _gpu(cards[index])
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(card: Any) -> Device:
+    """Describe a card, given its NVML handle."""
+    import pynvml
+
+    try:
+        memory_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(card).total) // 2**20 * 2**20
+    except pynvml.NVMLError_NotSupported:  # the card uses the memory of the machine
+        memory_bytes = _machine_memory()
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(card)
+    return Device("cuda", pynvml.nvmlDeviceGetName(card), memory_bytes, os.cpu_count() or 1, (f"sm_{major}{minor}",))
 
 
 def _torch_has_cuda() -> bool:
-    """Whether the torch that is installed can use a card, read without importing it; where there is none, one to come may."""
-    found = importlib.util.find_spec("torch")
-    file = Path(found.origin).with_name("version.py") if found and found.origin else None
+    """Whether the installed torch is built for CUDA, read from its version file without an import; True if torch is not installed."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
     text = file.read_text(encoding="utf-8") if file and file.is_file() else ""
     return re.search(r"^cuda\b.*= *None", text, re.MULTILINE) is None
 
 
-def _first_visible(listed: Sequence[list[str]], visible: str | None) -> list[str] | None:
-    """Of cards by index and UUID, the first that CUDA_VISIBLE_DEVICES lets programs see; None: it lets them see none."""
-    if visible is None:
-        return next(iter(listed), None)
-    first = visible.partition(",")[0].strip()
-    if first.startswith("MIG"):  # part of a card, and only whole ones are listed
-        return next(iter(listed), None)
-    return next((card for card in listed if first and (card[0] == first or card[1].startswith(first))), None)
+def _first_visible(uuids: Sequence[str], visible: str | None) -> int | None:
+    """Return the index of the first card that CUDA_VISIBLE_DEVICES (`visible`) lets programs see; None if it hides all of them."""
+    first = None if visible is None else visible.partition(",")[0].strip()
+    if first is None or first.startswith("MIG"):  # a MIG device is a part of a card, and the driver lists whole cards
+        return 0 if uuids else None
+    matches = (index for index, uuid in enumerate(uuids) if first and (str(index) == first or uuid.startswith(first)))
+    return next(matches, None)
 
 
 def _machine_memory() -> int:
-    """Memory of this machine in bytes, or of the container when that is less."""
+    """Return the memory of this machine, or the limit of its container if that is lower, in bytes."""
     if sys.platform == "win32":
         import psutil
 
@@ -154,7 +179,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_features() -> tuple[str, ...]:
-    """The instruction sets that decide how fast bf16 and int8 are here."""
+    """Return the instruction sets that decide how fast bf16 and int8 arithmetic is."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
     return tuple(
@@ -163,38 +188,39 @@ def _cpu_features() -> tuple[str, ...]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no memory left: CUDA's own, torch's on the CPU, Python's, the system's."""
-    if isinstance(error, MemoryError | ImportError):  # of a library there may be no room for among the static ones
+    """Whether an error means that memory ran out: of the GPU, of torch on the CPU, of Python, or of the system."""
+    # An ImportError may say "cannot allocate memory in static TLS block", which has another cause.
+    if isinstance(error, MemoryError | ImportError):
         return isinstance(error, MemoryError)
     text = str(error).lower()
-    return any(words in text for words in ("out of memory", "allocate memory", "bad_alloc", "alloc_failed"))
+    return any(phrase in text for phrase in ("out of memory", "allocate memory", "bad_alloc", "alloc_failed"))
 
 
-def give_back_freed() -> None:
-    """Hand the pages that lie freed in the heap back to the system, where the C library can (glibc); takes some 10 ms."""
+def trim_heap() -> None:
+    """Return freed pages of the heap to the system if the C library can do that (glibc); takes about 10 ms."""
     import ctypes
 
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 
-KERNELS_KEPT = "128"
-# oneDNN's cache, and that of torch's own layer over it.
-KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+KERNEL_CACHE_SIZE = "128"
+# Of oneDNN, and of torch's layer over it
+KERNEL_CACHE_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
-def keep_few_kernels() -> None:
-    """Have oneDNN, which torch computes with on a CPU, forget kernels that were not used lately; of no effect once torch is imported.
+def limit_kernel_cache() -> None:
+    """Limit how many compiled kernels oneDNN keeps. Has no effect once torch is imported.
 
-    It makes some for every shape of batch, keeps a thousand, and training meets new shapes for as long as an epoch lasts.
+    On a CPU, oneDNN compiles kernels for each shape of batch and keeps 1024 of them; training meets new shapes throughout an epoch.
     """
-    for name in KERNEL_CACHES:
-        os.environ.setdefault(name, KERNELS_KEPT)
+    for name in KERNEL_CACHE_VARIABLES:
+        os.environ.setdefault(name, KERNEL_CACHE_SIZE)
 
 
 @contextmanager
 def released() -> Iterator[None]:
-    """Give cached device memory back on leaving, so that the next model finds it free."""
+    """Return cached device memory on leaving the block, so that the next model finds it free."""
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.chat.template import Renderer, compact, renderer, texts_of
 from qkit.core.batching import IGNORED
-from qkit.core.process import death_wish
+from qkit.core.process import kill_when_parent_dies
 from qkit.data import near_duplicates
 from qkit.data.entry import Entry, Sourced
 from qkit.data.read import Broken, Record
@@ -258,8 +258,8 @@ def _pool(recipe: Recipe, processes: int) -> Iterator[ProcessPoolExecutor]:
 
 def _start(recipe: Recipe) -> None:
     """Runs once in each process of the pool."""
-    if kill_with_parent := death_wish():
-        kill_with_parent()
+    if request := kill_when_parent_dies():
+        request()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core, and no more threads than that
     _workers.append(open_worker(recipe))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.plugins.runtime import Row, Runtime
+from qkit.plugins.runtime import Runtime, TokenRow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out rows as the data stage left them. `calls`: the tool calls of each answer; `variables`: what its template is given."""
+    """The held-out rows as the stage `data` wrote them. `calls`: the tool calls of each answer; `variables`: the template's variables."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TokenRow, ...]
     messages: tuple[list[dict[str, Any]], ...]
     tools: tuple[list[dict[str, Any]], ...]
     references: tuple[Any, ...]
@@ -34,7 +34,7 @@ def read_held_out(file: Path) -> HeldOut:
 
     records = pyarrow.parquet.read_table(file).to_pylist()
     return HeldOut(
-        rows=tuple(Row(r["input_ids"], r["start"]) for r in records),
+        rows=tuple(TokenRow(r["input_ids"], r["start"]) for r in records),
         messages=tuple(json.loads(r["messages"]) for r in records),
         tools=tuple(json.loads(r["tools"]) for r in records),
         references=tuple(json.loads(r["reference"]) for r in records),
@@ -45,7 +45,7 @@ def read_held_out(file: Path) -> HeldOut:
 
 
 def heldout_targets(runtime: Runtime, held_out: HeldOut, tick: Callable[[], None]) -> list[NDArray[np.float32]]:
-    """The log-probability of every token of every reference answer."""
+    """The log-probability of every token of every reference answer, [T] per row. `tick` is called after each row."""
     targets = []
     for scores in runtime.score(held_out.rows):
         targets.append(scores.targets)
