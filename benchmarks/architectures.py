@@ -3,7 +3,8 @@
     python benchmarks/architectures.py
     python benchmarks/architectures.py --only mixtral --only gpt2      a part; what the results file has of the others stays
 
-Each is a model of two layers, hidden 64, built from its config with random weights (tests/tiny_models.py), and a default recipe of few steps.
+Each is a model of two layers, hidden 64, built from its config with random weights
+(tests/helpers/tiny_models.py), and a default recipe of few steps.
 The formats are one or two of each exporter's that the plan does not refuse, or those of --format; those for vLLM are left out, since each would
 need a server of its own to be verified. A row is about a minute on two idle cores, half of it ONNX.
 A row is right where the plan's adapter bytes are the trained ones, and every stage ended well that no refusal was said for.
@@ -24,8 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
 
-from tiny_models import ARCHITECTURES, build  # noqa: E402
-
+from helpers.tiny_models import ARCHITECTURES, build  # noqa: E402
 from qkit import pipeline  # noqa: E402
 from qkit.core.device import detect  # noqa: E402
 from qkit.core.errors import QkitError  # noqa: E402

@@ -55,7 +55,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 import json, yaml
-from conftest import build_model, chat_rows, tiny_settings
+from helpers.tiny import build_model, chat_rows, tiny_settings
 home, formats = Path(sys.argv[1]), sys.argv[2].split(",")
 rows = home / "rows.jsonl"
 rows.write_text("".join(json.dumps(row) + "\\n" for row in chat_rows(24)))
@@ -150,7 +150,7 @@ def options(scratch: Path) -> dict[str, Any]:
     golden = json.loads((ROOT / "tests" / "golden" / "vllm_argv.json").read_text(encoding="utf-8"))
     words = {word[2:] for argv in golden.values() for word in argv if word.startswith("--")}
     gone = sorted(word for word in words if word.replace("-", "_") not in text)
-    module = vllm.program(version)
+    module = vllm.server_module(version)
     there = f"{module.replace('.', '/')}.py" in files
     return {
         "vllm": version,

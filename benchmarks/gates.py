@@ -30,7 +30,7 @@ from qkit.core.device import detect
 from qkit.core.errors import ParityFailed
 from qkit.core.files import read_json, write_json
 from qkit.measure import gates, held_out, parity, reference
-from qkit.measure.parity import Live
+from qkit.measure.parity import Reference
 from qkit.model import source
 from qkit.plugins.runtime import RowScores, open_runtime
 from qkit.recipe.load import from_dict
@@ -268,7 +268,7 @@ class _Judges:
         self.gate = gates.gate_of("merged", run.recipe)
         self.exact = reference.recorded(run, self.rows)
         base, adapter = source.resolve(run.recipe.model), run.need("train", "adapter")
-        self.old = Live(
+        self.old = Reference(
             _scores(base, self.rows, recipe=run.recipe, adapter=adapter),
             _scores(base, self.rows, recipe=run.recipe, adapter=None),
         )

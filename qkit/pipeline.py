@@ -1,4 +1,4 @@
-"""The stages in order. `run` starts each one as a process of its own and skips what is done."""
+"""Runs the stages. `run_all` starts each stage in a process of its own and skips those that are done; `execute` runs one in this process."""
 
 from __future__ import annotations
 
@@ -42,18 +42,17 @@ if TYPE_CHECKING:
     from qkit.run.stages import Stage
 
 
-KILLED = -9  # SIGKILL, as a process's status
-CARDED = ("merge", "export", "verify", "bench", "report")  # after these the model card has something new to say
+KILLED = -9  # the return code of a process that SIGKILL ended
 
 
 def status(run: Run, stage: Stage) -> str:
-    """done, stale (the recipe, an input or a file that the recipe names changed since, or a file of its own is gone), or missing."""
-    found = _left(run, stage)
-    return "stale" if found == "done" and run.sources_changed(stage.name) else found
+    """done, missing, or stale: the recipe, an input, a source file or a file of the stage itself has changed since."""
+    recorded = _recorded_status(run, stage)
+    return "stale" if recorded == "done" and run.sources_changed(stage.name) else recorded
 
 
-def _left(run: Run, stage: Stage) -> str:
-    """The status of what a stage left, whatever became of the files that it read: those may be edited while a run goes on."""
+def _recorded_status(run: Run, stage: Stage) -> str:
+    """The status without regard to source files, which may be edited while a run continues."""
     entry = run.manifest()["stages"].get(stage.name)
     if entry is None:
         return "missing"
@@ -61,7 +60,7 @@ def _left(run: Run, stage: Stage) -> str:
 
 
 def statuses(run: Run) -> dict[str, str]:
-    """Status of every stage of the run's recipe, in order."""
+    """The status of every stage of a run, in order."""
     return {stage.name: status(run, stage) for stage in stages_of(run.recipe)}
 
 
@@ -78,50 +77,54 @@ def _key(run: Run, stage: Stage) -> str:
 
 
 def execute(run: Run, name: str) -> None:
-    """Run one stage in this process: check its inputs, work, write the manifest, then put the result in place.
+    """Run one stage in this process: check its inputs, run it, write the manifest, then move the result into place.
 
     Raises:
-        MissingArtifact: an earlier stage has not been run, or its files were changed since.
-        UserError: what the stage found wrong; earlier results are untouched.
-        OutOfMemory: it ran out of memory; what a stage that resumes has done so far is kept.
-        StageFailed: anything else.
+        MissingArtifact: an earlier stage has not been run, or its files have changed since.
+        UserError: an error that the user can fix; earlier results are untouched.
+        OutOfMemory: the stage ran out of memory; a stage that resumes keeps its work.
+        StageFailed: any other error.
     """
     stage = STAGES[name]
     with run.locked():
         if run.log(name).exists():
             os.truncate(run.log(name), 0)
         run.save_recipe()
-        run.adopt()
+        run.refresh_mtimes()
         _check_inputs(run, stage)
-        _remark(run, stage)
-        key, inputs = _key(run, stage), _inputs(run, stage)
-        sources = (
-            run.hash_sources() if stage.reads_sources else {}
-        )  # before they are read: a change from here on is seen
-        work = run.work_folder(name, key, stage.resumes)
-        meter = PeakMeter(detect())
-        started, begin = datetime.now(UTC), time.perf_counter()
-        peak = _call(run, name, work) or Peak(meter.peak_bytes(), meter.meter)
-        record = StageRecord(
-            status="done",
-            key=key,
-            seconds=time.perf_counter() - begin,
-            started_at=started.isoformat(timespec="seconds"),
-            peak_bytes=asdict(peak),
-            inputs=inputs,
-            outputs=run.hash_outputs(name),
-            sources=sources,
-            decided=decisions(work),
-        )
-        # First the record, which says nothing while its files are not there: a kill in between leaves work to go on from.
+        _warn_of_idle_values(run, stage)
+        record = _measured(run, stage)
+        # The manifest first: it does not count until the files are in place, and after a kill in between there is work to continue from.
         run.record(name, record, environment(detect().to_dict()))
         run.commit(name)
-        if name in CARDED:
+        if stage.extends_card:
             model_card.write(run)
 
 
-def _remark(run: Run, stage: Stage) -> None:
-    """Say which values of the recipe nothing uses, in the stage that they are written for."""
+def _measured(run: Run, stage: Stage) -> StageRecord:
+    """Run the stage in its work folder. Returns its record: time, memory, hashes."""
+    key, inputs = _key(run, stage), _inputs(run, stage)
+    # Sources are hashed before they are read, so that a change from here on is noticed.
+    sources = run.hash_sources() if stage.reads_sources else {}
+    work = run.work_folder(stage.name, key, stage.resumes)
+    meter = PeakMeter(detect())
+    started, begin = datetime.now(UTC), time.perf_counter()
+    peak = _call(run, stage.name, work) or Peak(meter.peak_bytes(), meter.meter)
+    return StageRecord(
+        status="done",
+        key=key,
+        seconds=time.perf_counter() - begin,
+        started_at=started.isoformat(timespec="seconds"),
+        peak_bytes=asdict(peak),
+        inputs=inputs,
+        outputs=run.hash_outputs(stage.name),
+        sources=sources,
+        decided=decisions(work),
+    )
+
+
+def _warn_of_idle_values(run: Run, stage: Stage) -> None:
+    """Warn of recipe values that have no effect, in the stage that they belong to."""
     for key, text in idle.remarks(run.recipe):
         if key[0] == stage.name or (key[0] == "quantization" and stage.name == "train"):
             run.progress.say(f"{stage.name}: warning: {text}")
@@ -129,17 +132,17 @@ def _remark(run: Run, stage: Stage) -> None:
 
 def _check_inputs(run: Run, stage: Stage) -> None:
     for needed in _needs(run, stage):
-        found = _left(run, needed)
-        if found != "done":
-            what = "has not been run" if found == "missing" else "is out of date"
+        recorded = _recorded_status(run, needed)
+        if recorded != "done":
+            problem = "has not been run" if recorded == "missing" else "is out of date"
             raise MissingArtifact(
-                f"{run.root}: `{stage.name}` needs the stage `{needed.name}`, which {what}: "
-                f"`qkit run {run.root}` does all that is missing, `qkit {needed.name} {run.root}` this one"
+                f"{run.root}: `{stage.name}` needs the stage `{needed.name}`, which {problem}: "
+                f"`qkit run {run.root}` runs everything that is missing, `qkit {needed.name} {run.root}` only this stage"
             )
 
 
 def _call(run: Run, name: str, work: Path) -> Peak | None:
-    """The stage's own `run`, with foreign errors turned into ours."""
+    """Call the stage's `run` and translate errors of libraries."""
     try:
         peak: Peak | None = importlib.import_module(f"qkit.{name}.stage").run(run, work)
         return peak
@@ -150,7 +153,7 @@ def _call(run: Run, name: str, work: Path) -> Peak | None:
 
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise DoesNotFit(
-                f"{name}: no space left on the disk of {run.root}; free some, or give --out another disk"
+                f"{name}: no space left on the disk of {run.root}; free some space, or set --out to a folder on another disk"
             ) from error
 
         logging.getLogger("qkit").exception("stage %s failed", name)
@@ -165,16 +168,17 @@ def _call(run: Run, name: str, work: Path) -> Peak | None:
 
 
 def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[str]:
-    """Run every stage that is not done, each in a process of its own; returns the names of those that ran.
+    """Run every stage that is not done, each in a process of its own. Returns the names of the stages that ran.
 
-    `fit`: a training that runs out of memory goes on from its last checkpoint with a recipe that needs less, which is then the run's.
+    `options`: passed on to each process. `fit`: a training that runs out of memory continues from its last checkpoint with a recipe that
+    needs less, which then becomes the run's recipe.
 
     Raises:
-        RecipeError: before anything is done, when the recipe holds no rows out to score the result on.
-        DataError: before anything is trained, when its rows leave none to score the result on.
-        NotDeployable: before anything is done, when a format that the recipe names is known not to work.
-        StageFailed, UserError: as the stage's own process reported it.
-        ParityFailed: every stage is done, and an artifact failed its gate.
+        RecipeError: before any stage, if the recipe holds out no rows to score the result on.
+        DataError: before training, if the data stage left no such rows.
+        NotDeployable: before any stage, if a format of the recipe is known not to work.
+        StageFailed, UserError: as reported by the stage's process.
+        ParityFailed: after all stages, if an artifact failed its gate.
     """
     done = []
     plan_fit.check(run.recipe, detect())
@@ -182,38 +186,44 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
     deployable.check(run.recipe)
     with run.locked():
         run.save_recipe()
-        run.adopt()
-        serves, beside = STAGES["serve"] in stages_of(run.recipe), detect().server_can_share_memory
+        run.refresh_mtimes()
         with _Server(run, options) as server:
             for stage in stages_of(run.recipe):
-                if stage.name == "report" or status(run, stage) == "done":
+                if stage.reads_server:
+                    server.stop()
+                if status(run, stage) == "done":
                     continue
                 done.append(stage.name)
-                if stage.name == "serve" or (stage.name in SERVED and serves and beside):
-                    server.start()
-                if stage.name == "train":
-                    _check_test_rows(run)
-                if stage.name == "train" and fit:
-                    run = plan_fit.train(run, lambda given: _start(given, "train", options), _rekey)
-                elif stage.name != "serve":
-                    _start(run, stage.name, options)
-                elif not beside:
-                    server.stop()
-        if status(run, STAGES["report"]) != "done":
-            _start(run, "report", options)
-            done.append("report")
+                run = _run_stage(run, stage, server, options, fit)
     gates.check(run)
     return done
 
 
-HOLD_OUT = "give data.test a source, or divide the rows: data.split={train: 0.95, test: 0.05}"
+def _run_stage(run: Run, stage: Stage, server: _Server, options: Sequence[str], fit: bool) -> Run:
+    """Run one stage of `run_all`. Returns the run, whose recipe `fit` may have changed."""
+    if stage.is_server:
+        server.start()
+        if not detect().server_can_share_memory:
+            server.stop()
+        return run
+    if stage.uses_server and server.stays_up:
+        server.start()
+    if stage.needs_test_rows:
+        _check_test_rows(run)
+    if stage.can_shrink and fit:
+        return plan_fit.train(run, lambda smaller: _start(smaller, stage.name, options), _rekey)
+    _start(run, stage.name, options)
+    return run
+
+
+HOLD_OUT = "set data.test to a source, or split the rows: data.split={train: 0.95, test: 0.05}"
 
 
 def _check_held_out(data: Data) -> None:
     if not data.test and not (data.split and data.split.test):
         raise RecipeError(
-            "the recipe names no rows to score the result on, so `qkit run` would train and then stop: "
-            f"{HOLD_OUT}; `qkit train` alone does without"
+            "the recipe holds out no rows, so the result cannot be evaluated: "
+            f"{HOLD_OUT}; `qkit train` alone works without them"
         )
 
 
@@ -221,27 +231,26 @@ def _check_test_rows(run: Run) -> None:
     summary = run.folder("data") / "summary.json"
     if summary.exists() and not read_json(summary)["splits"]["test"]["rows"]:
         raise DataError(
-            f"{run.root}: no row is left in data.test to score the result on, so nothing is trained: {HOLD_OUT}; "
-            f"`qkit inspect {run.root}` says what became of them"
+            f"{run.root}: data.test has no rows left, so the result cannot be evaluated: {HOLD_OUT}; "
+            f"`qkit inspect {run.root}` shows why each row was dropped"
         )
 
 
-SERVED = ("verify", "bench")  # these ask a server; one that is up already is used by both
-
-
 class _Server:
-    """`qkit serve` as a child, started when first wanted; at the end, or by `stop`, it ends the server and writes its record."""
+    """`qkit serve` as a child process. It is started when first needed; `stop` ends it, and it then writes its record."""
 
     def __init__(self, run: Run, options: Sequence[str]):
         self.run = run
         self.options = options
         self.process: subprocess.Popen[bytes] | None = None
+        # Where there is room for a server and a model at once, the stages that follow share one server.
+        self.stays_up = STAGES["serve"] in stages_of(run.recipe) and detect().server_can_share_memory
 
     def __enter__(self) -> _Server:
         return self
 
     def start(self) -> None:
-        """Start it unless it is up, and wait until it says that it is ready."""
+        """Start the server unless it is up, and wait until it is ready."""
         if self.process is not None:
             return
         ready = self.run.root / ".work" / "serve" / "server.json"
@@ -253,7 +262,7 @@ class _Server:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Close its standard input, and wait."""
+        """Stop the server if it is up: close its standard input, and wait."""
         if self.process is None or self.process.stdin is None:
             return
         self.process.stdin.close()
@@ -263,7 +272,7 @@ class _Server:
             _raise_for("serve", self.run, code)
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with contextlib.suppress(*([QkitError] if kind else [])):  # the first error is the one to tell
+        with contextlib.suppress(*([QkitError] if kind else [])):  # report the first error only
             self.stop()
 
 
@@ -280,20 +289,20 @@ def _start(run: Run, name: str, options: Sequence[str]) -> None:
 
 
 def _rekey(run: Run) -> None:
-    """Make the changed recipe the run's, and the checkpoints that are there its own."""
+    """Save the changed recipe, and re-stamp existing checkpoints with its key."""
     run.save_recipe()
     run.rekey("train", _key(run, STAGES["train"]))
 
 
 def _process(run: Run, name: str, options: Sequence[str]) -> subprocess.Popen[bytes]:
-    """A stage's process; it ends when we do, by the pipe on its standard input."""
+    """Start a stage's process. It ends when this process ends, through the pipe on its standard input."""
     argv = [sys.executable, "-m", "qkit", name, str(run.root), "--child", *options]
     env = {**os.environ, LOCK_HELD: str(run.root.resolve())}
     return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env)
 
 
 class Reported(UserError):
-    """The stage's process has already said what was wrong; only its exit code is left to hand on."""
+    """The stage's process has already printed its error; only the exit code is passed on."""
 
     def __init__(self, code: int):
         super().__init__("")
@@ -301,7 +310,7 @@ class Reported(UserError):
 
 
 class ReportedShortage(OutOfMemory):
-    """The stage's process has already said what memory it lacked."""
+    """The stage's process has already printed how much memory was missing."""
 
     def __str__(self) -> str:
         return ""
@@ -320,15 +329,15 @@ def _raise_for(name: str, run: Run, code: int) -> None:
 
 def _death(code: int) -> str:
     if code == KILLED:
-        return "its process was killed (SIGKILL); on Linux that is most often the system running out of memory"
-    return f"its process ended with status {code}"
+        return "its process was killed (SIGKILL); on Linux the usual cause is that the system ran out of memory"
+    return f"its process exited with status {code}"
 
 
 @contextlib.contextmanager
 def captured(run: Run, name: str) -> Iterator[None]:
-    """Send what libraries print to the stage's log; the command line keeps the terminal for itself.
+    """Redirect the output of libraries to the stage's log; only the command line writes to the terminal.
 
-    What an earlier attempt has written there goes when the stage begins: until then another process may be writing.
+    The log of an earlier attempt is truncated when the stage begins, not here: another process may still be writing to it.
     """
     make_folder(run.root)
     with writing(run.log(name)):

@@ -1,30 +1,67 @@
-"""A tiny real Llama and a byte-level tokenizer with a chat template, built on disk, so that the real `from_pretrained` runs with no network."""
+"""What every test has: a place of its own for qkit's files, no hub, no GPU; and the models and runs that several test files use."""
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 
+from helpers import sandbox
+from helpers.command import qkit
+from helpers.tiny import build_model, chat_rows, tiny_settings
+
 if TYPE_CHECKING:
     from qkit.run.directory import Run
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+# By name of file, measured on 2 cores with `--durations=0`.
+LONGEST = (
+    "test_pipeline.py",
+    "test_serve_vllm.py",
+    "test_contract.py",
+    "test_onnx_traced.py",
+    "test_merge.py",
+    "test_onnx.py",
+    "test_serve_onnx.py",
+    "test_shortage.py",
+    "test_train.py",
+    "test_every_field.py",
 )
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Files that share a fixture of the session that is dear to make are run by the same worker.
+TOGETHER = {
+    "whole_run": ("test_pipeline.py", "test_merge.py"),
+    "onnx_exports": ("test_onnx.py", "test_serve_onnx.py"),
+}
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests never see the user's cache, nor the hub."""
-    monkeypatch.setenv("QKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("QKIT_DEVICE", "cpu")
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module is imported: huggingface_hub reads its settings, and OpenMP its threads, when they are loaded."""
+    sandbox.enter(worker=hasattr(config, "workerinput"))
+
+
+def pytest_unconfigure() -> None:
+    sandbox.leave()
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest come first, so that no worker is left with one of them at the end; and each file is run by one worker."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    for item in items:
+        group = next((name for name, files in TOGETHER.items() if item.path.name in files), item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: qkit collects garbage after each model that it closes, and need not look at all of torch."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -39,89 +76,12 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("models") / "other", seed=1)
 
 
-def build_model(folder: Path, seed: int) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = build_tokenizer()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,  # of 32: the narrowest that vLLM's CPU attention takes
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,  # tied and with small weights it would say its last token for ever,
-        initializer_range=0.2,  # and a fault in positions or caches would not show
-        bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def build_tokenizer() -> Any:
-    """One token per byte, and three special ones; ChatML."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|im_start|>"
-    )
-    fast.chat_template = CHATML
-    return fast
-
-
-def chat_rows(count: int) -> list[dict[str, Any]]:
-    """Conversations that a tiny model can learn: repeat the letter."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {letters[i % 26]} {'please ' * (i % 4)}"},
-                {"role": "assistant", "content": letters[i % 26] * 3},
-            ]
-        }
-        for i in range(count)
-    ]
-
-
 @pytest.fixture
 def rows_file(tmp_path: Path) -> Path:
     """24 conversations as JSON lines."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(24)), encoding="utf-8")
     return file
-
-
-def tiny_settings(model: Path, rows: Path) -> dict[str, Any]:
-    """A whole recipe that runs in seconds."""
-    return {
-        "task": "chat",
-        "model": {"source": str(model)},
-        "data": {
-            "train": [{"source": str(rows), "rows": "4:"}],
-            "test": [{"source": str(rows), "rows": ":4"}],
-            "max_length": 128,
-            "batch_tokens": 256,
-        },
-        "lora": {"r": 4, "lora_alpha": 8},
-        "train": {"max_steps": 4, "learning_rate": 1e-2, "save_steps": 2},
-        "evaluate": {"max_new_tokens": 8},
-        # Random weights as large as these magnify every rounding: no measure of a format.
-        "verify": {"gates": {"vllm": {"kl_mean": 0.01}, "onnx-int4": {"kl_mean": 0.5}}},
-        "serve": {"port": 0, "max_model_len": 256, "enforce_eager": True},
-        "bench": {"concurrency": [1, 2], "output_tokens": 4, "repeats": 1},
-    }
 
 
 @pytest.fixture
@@ -152,3 +112,46 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> R
     for stage in ("data", "train", "evaluate", "merge"):
         pipeline.execute(run, stage)
     return run
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Run:
+    """A run with every stage, by the command: its fine-tune is small against the 4-bit grid. Not to be changed; takes a minute or two."""
+    from qkit.recipe.load import load
+    from qkit.run.directory import Run
+
+    folder = tmp_path_factory.mktemp("whole")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(24)), encoding="utf-8")
+    settings = tiny_settings(tiny_model, rows)
+    settings["train"] = {"max_steps": 12, "learning_rate": 2e-3}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    done = qkit("run", folder / "tiny.yaml", "--out", folder / "run")
+    logs = "".join(f"\n--- {log.name}\n{log.read_text()[-1500:]}" for log in (folder / "run" / "logs").glob("*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    assert not [line for line in done.stderr.splitlines() if "Traceback" in line]
+    return Run(folder / "run", load(folder / "run" / "recipe.yaml"))
+
+
+@pytest.fixture(scope="session")
+def onnx_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with two stop tokens, in a folder that nothing may be written to."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("models") / "onnx-source")
+    stop = {"eos_token_id": [2, 7], "bos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(stop))
+    for file in (*folder.iterdir(), folder):
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def onnx_exports(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """It in each variant of ONNX. Not to be changed."""
+    from helpers.exporting import job_for
+    from qkit.export.formats import onnx as exporter
+
+    pytest.importorskip("onnxruntime_genai")
+    root, job = tmp_path_factory.mktemp("onnx"), job_for(onnx_model, tmp_path_factory.mktemp("run"))
+    for variant in exporter.VARIANTS:
+        exporter.export(job, root / variant, variant)
+    return {variant: root / variant for variant in exporter.VARIANTS}

@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.paths import PACKAGE
+from helpers.tiny import chat_rows
 from qkit import pipeline
 from qkit.core import device
 from qkit.core.errors import UserError
@@ -28,10 +30,6 @@ from qkit.run.directory import Run
 from qkit.runtimes import vllm
 from qkit.server import process
 from qkit.train import sft
-from tests.conftest import chat_rows
-
-PACKAGE = Path(__file__).parent.parent / "qkit"
-
 
 # --- probes -------------------------------------------------------------------------------------------------------------
 
@@ -98,16 +96,16 @@ Place = tuple[str, str]
 
 # By section and field: a probe, the change, and what else must be set before and after; or the file that reads it, and by which words.
 TABLE: dict[str, Line | Place] = {
-    "Recipe.task": ("evaluate.py", "open_task(run.recipe.task)"),
+    "Recipe.task": ("evaluate/stage.py", "open_task(run.recipe.task)"),
     "Recipe.seed": (trainer, {"seed": 7}),
     "Recipe.micro_batches": (planned, {"micro_batches": 4}, {"data.batch_tokens": 8192}),
     "Model.source": (planned, {"model.source": "Qwen/Qwen2.5-3B"}),
-    "Model.revision": ("model.py", "model.revision"),
-    "Model.sha256": ("model.py", "sha256=model.sha256"),
-    "Model.trust_remote_code": ("model.py", '"trust_remote_code": how.model.trust_remote_code'),
+    "Model.revision": ("model/source.py", "model.revision"),
+    "Model.sha256": ("model/source.py", "sha256=model.sha256"),
+    "Model.trust_remote_code": ("model/load.py", '"trust_remote_code": how.model.trust_remote_code'),
     "Model.attn_implementation": (planned, {"model.attn_implementation": "eager"}),
     "Model.chat_template": (data, {"model.chat_template": "plain.jinja"}),
-    "Model.pad_token": ("data.py", "how.model.pad_token"),
+    "Model.pad_token": ("data/stage.py", "how.model.pad_token"),
     "Model.add_tokens": (planned, {"model.add_tokens": ["<a>", "<b>"]}),
     "Quantization.load_in_4bit": (planned, {"quantization.load_in_4bit": False}),
     "Quantization.bnb_4bit_quant_type": (bitsandbytes, {"quantization.bnb_4bit_quant_type": "fp4"}),
@@ -117,14 +115,14 @@ TABLE: dict[str, Line | Place] = {
     "Lora.lora_alpha": (adapter, {"lora.lora_alpha": 8}),
     "Lora.lora_dropout": (planned, {"lora.lora_dropout": 0.1}),
     "Lora.target_modules": (planned, {"lora.target_modules": ["q_proj"]}),
-    "Lora.target_parameters": ("targets.py", "target_parameters"),
+    "Lora.target_parameters": ("model/targets.py", "target_parameters"),
     "Lora.use_rslora": (adapter, {"lora.use_rslora": True}),
     "Source.source": (data, {"data.train": [{"source": "other.jsonl"}]}),
-    "Source.name": ("rows.py", "load_dataset(name, source.name"),
-    "Source.split": ("rows.py", "source.split"),
-    "Source.revision": ("rows.py", "revision=source.revision"),
-    "Source.streaming": ("rows.py", "streaming=source.streaming"),
-    "Source.sha256": ("rows.py", "sha256=source.sha256"),
+    "Source.name": ("data/read.py", "load_dataset(name, source.name"),
+    "Source.split": ("data/read.py", "source.split"),
+    "Source.revision": ("data/read.py", "revision=source.revision"),
+    "Source.streaming": ("data/read.py", "streaming=source.streaming"),
+    "Source.sha256": ("data/read.py", "sha256=source.sha256"),
     "Source.answers": (
         data,
         {"data.train": [{"source": "calls.jsonl", "answers": "accepted.jsonl"}]},
@@ -198,7 +196,7 @@ TABLE: dict[str, Line | Place] = {
     "Data.packing": (planned, {"data.packing": True}),
     "Data.batch_tokens": (planned, {"data.batch_tokens": 8192}),
     "Data.clean": (data, {"data.clean": {"duplicate": "keep"}}, {"data.train": [{"source": "twice.jsonl"}]}),
-    "Ledger.losses": ("train.py", "how.ledger.losses"),
+    "Ledger.losses": ("train/stage.py", "how.ledger.losses"),
     "Train.learning_rate": (trainer, {"train.learning_rate": 1e-5}),
     "Train.lr_scheduler_type": (trainer, {"train.lr_scheduler_type": "linear"}),
     "Train.warmup_steps": (trainer, {"train.warmup_steps": 0.1}),
@@ -216,21 +214,21 @@ TABLE: dict[str, Line | Place] = {
     "Train.optim": (planned, {"train.optim": "paged_adamw_8bit"}),
     "Train.logging_steps": (trainer, {"train.logging_steps": 5}),
     "Train.save_steps": (trainer, {"train.save_steps": 5}),
-    "Train.save_total_limit": ("train.py", "checkpoints_kept=how.train.save_total_limit"),
+    "Train.save_total_limit": ("train/sft.py", "checkpoints_kept=how.train.save_total_limit"),
     "Evaluate.max_new_tokens": (planned, {"evaluate.max_new_tokens": 512}, {"data.max_length": 64}),
     "Evaluate.batch_size": (planned, {"evaluate.batch_size": 4}, {"data.max_length": 64}),
     "Evaluate.answer_pattern": ("tasks/chat.py", "section.answer_pattern"),
     "Evaluate.confidence": (scored, {"evaluate.confidence": 0.5}),
-    "Merge.base": ("candidates.py", "how.merge.base"),
-    "Merge.choose": ("merge.py", "run.recipe.merge.choose"),
+    "Merge.base": ("measure/candidates.py", "how.merge.base"),
+    "Merge.choose": ("merge/stage.py", "run.recipe.merge.choose"),
     "Merge.dtype": (planned, {"merge.dtype": "float32"}),
-    "Merge.max_shard_bytes": ("export/bnb.py", "merge.max_shard_bytes"),
+    "Merge.max_shard_bytes": ("export/formats/bnb.py", "merge.max_shard_bytes"),
     "Export.formats": (planned, {"export.formats": ["safetensors"], "bench.runtimes": []}, {"bench.runtimes": []}),
     "Export.method": (said, {"export.method": "awq"}),
     "Export.calibration_rows": (said, {"export.calibration_rows": 7}),
-    "Verify.gates": ("gates.py", "verify.gates"),
+    "Verify.gates": ("measure/gates.py", "verify.gates"),
     **{
-        f"Gate.{name}": ("gates.py", name)
+        f"Gate.{name}": ("measure/gates.py", name)
         for name in ("kl_mean", "kl_row", "kl_p99", "top1", "max_difference", "score")
     },
     "Serve.host": (served, {"serve.host": "127.0.0.2"}),
@@ -243,17 +241,17 @@ TABLE: dict[str, Line | Place] = {
     "Serve.max_requests": (served, {"serve.max_requests": 16}),
     "Serve.max_body_bytes": (served, {"serve.max_body_bytes": 1000}),
     "Serve.drain_seconds": (served, {"serve.drain_seconds": 3}),
-    "Serve.startup_seconds": ("server.py", "self.section.startup_seconds"),
-    "Bench.runtimes": ("bench.py", "section.runtimes"),
-    "Bench.concurrency": ("bench.py", "section.concurrency"),
-    "Bench.output_tokens": ("bench.py", "section.output_tokens"),
-    "Bench.repeats": ("bench.py", "section.repeats"),
-    "Bench.rounds": ("bench.py", "section.rounds"),
-    "Bench.sweep": ("bench.py", "section.sweep"),
-    "Bench.price_per_hour": ("bench.py", "section.price_per_hour"),
-    "Bench.slo_ttft_seconds": ("bench.py", "section.slo_ttft_seconds"),
-    "Bench.slo_tpot_seconds": ("bench.py", "section.slo_tpot_seconds"),
-    "Bench.slo_e2e_seconds": ("bench.py", "section.slo_e2e_seconds"),
+    "Serve.startup_seconds": ("server/process.py", "self.section.startup_seconds"),
+    "Bench.runtimes": ("bench/stage.py", "section.runtimes"),
+    "Bench.concurrency": ("bench/stage.py", "section.concurrency"),
+    "Bench.output_tokens": ("bench/stage.py", "section.output_tokens"),
+    "Bench.repeats": ("bench/stage.py", "section.repeats"),
+    "Bench.rounds": ("bench/stage.py", "section.rounds"),
+    "Bench.sweep": ("bench/stage.py", "section.sweep"),
+    "Bench.price_per_hour": ("bench/stage.py", "section.price_per_hour"),
+    "Bench.slo_ttft_seconds": ("bench/stage.py", "section.slo_ttft_seconds"),
+    "Bench.slo_tpot_seconds": ("bench/stage.py", "section.slo_tpot_seconds"),
+    "Bench.slo_e2e_seconds": ("bench/stage.py", "section.slo_e2e_seconds"),
 }
 
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import chat_rows
 
+from helpers.tiny import chat_rows
 from qkit import pipeline
 from qkit.core import device
 from qkit.core.errors import OutOfMemory

@@ -6,11 +6,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from helpers.paths import ROOT
+
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip() for line in TEXT.splitlines() if line.startswith("    ")]
 # Run for real elsewhere: the Makefile's targets by CI, the run directory's commands on the tiny run of test_pipeline.py.

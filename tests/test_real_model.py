@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers import paths
 from qkit import pipeline
 from qkit.recipe.load import load
 from qkit.run.directory import Run
 
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+QUICKSTART = paths.RECIPES / "quickstart.yaml"
 FEWER = ["train.max_steps=24", "evaluate.max_new_tokens=64", "export.formats=[]", "bench.runtimes=[transformers]"]
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "qkit"
+from helpers import paths
+from helpers.paths import PACKAGE, ROOT
+
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = [
     *("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "vllm"),
@@ -124,6 +125,24 @@ def test_only_device_knows_cuda_from_cpu() -> None:
 def test_vllm_is_never_imported() -> None:
     for file in MODULES:
         assert not any(name.split(".")[0] == "vllm" for name in _imports(file)), file
+
+
+TESTS = sorted(paths.TESTS.rglob("*.py"))
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several use is in tests/helpers; and conftest is pytest's own to load, once."""
+    for file in TESTS:
+        parts = {part for name in _imports(file) for part in name.split(".")}
+        assert not {part for part in parts if part.startswith("test_") or part in ("conftest", "tests")}, file
+
+
+def test_tests_are_where_their_package_is() -> None:
+    """And each has a name of its own: pytest imports them by it."""
+    names = [file.name for file in TESTS if file.name.startswith("test_")]
+    assert len(names) == len(set(names))
+    folders = {file.relative_to(paths.TESTS).parts[0] for file in TESTS if file.parent != paths.TESTS} - {"helpers"}
+    assert not [folder for folder in folders if not (PACKAGE / folder / "__init__.py").exists()]
 
 
 def test_no_module_is_called_utils() -> None:

@@ -16,12 +16,12 @@ from qkit.bench.stage import as_text, held_out_prompts, measure, record, tokeniz
 from qkit.bench.tool import CHAT, COMPLETIONS, Tool
 from qkit.core.errors import RecipeError, ServerError, UserError, short
 from qkit.core.files import make_folder, write_json
-from qkit.core.network import ADDRESS, models, reaching
 from qkit.core.progress import Progress
 from qkit.model import tokenizer as model_tokenizer
 from qkit.recipe.load import override
 from qkit.recipe.schema import Bench
 from qkit.run.directory import Run
+from qkit.server.client import Client, bearer, root_url
 
 # What is known of an artifact of a run, and not of a model behind an address.
 UNKNOWN = ("model_sha256", "disk_bytes", "startup_seconds", "argv", "peak_bytes", "meter", "training", "quality")
@@ -50,14 +50,14 @@ def run(asked: Asked, out: Path, progress: Progress) -> list[dict[str, Any]]:
         UserError: neither a run nor a tokenizer was named.
         ServerError: it does not answer, or answers none of the requests.
     """
-    url = asked.url.rstrip("/").removesuffix("/v1")
+    url = root_url(asked.url)
     prompts, tokenizer, section = _prompts(asked)
     name = asked.model or _only_model(url)
     make_folder(out)
     about = {"runtime": "url", "artifact": name, **dict.fromkeys(UNKNOWN)}
     records = []
     endpoint = CHAT if asked.chat else COMPLETIONS
-    takes = taken(f"{url}{endpoint}", name)
+    takes = taken(url, endpoint, name)
     if "ignore_eos" not in takes:
         progress.say(f"bench: {url} takes no ignore_eos, so answers are as long as the model makes them")
     with Tool(url, name, tokenizer, prompts, SEED, out / "load.log", endpoint, takes) as source:
@@ -99,29 +99,26 @@ def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
         raise RecipeError("\n".join(problems)) from None
 
 
-def taken(place: str, name: str) -> frozenset[str]:
+def taken(url: str, endpoint: str, name: str) -> frozenset[str]:
     """Which of BEYOND_OPENAI a server takes: some refuse a request for a parameter that they do not know. Found out by asking.
 
     Raises:
         ServerError: it cannot be reached, or does not answer in time.
     """
-    if _answers(place, name, BEYOND_OPENAI):
-        return frozenset(BEYOND_OPENAI)
-    return frozenset(key for key in BEYOND_OPENAI if _answers(place, name, [key]))
+    with _client(url) as client:
+        if _answers(client, endpoint, name, BEYOND_OPENAI):
+            return frozenset(BEYOND_OPENAI)
+        return frozenset(key for key in BEYOND_OPENAI if _answers(client, endpoint, name, [key]))
 
 
-def _answers(place: str, name: str, extra: Collection[str]) -> bool:
-    import httpx
-
-    asked = stream.body(place.endswith(CHAT), name, "a", 1, beyond_openai(extra))
-    with reaching(ServerError, f"{place} does not answer", ADDRESS):
-        return httpx.post(place, json=asked, headers=_key(), timeout=PROBE_SECONDS).status_code == 200
+def _answers(client: Client, endpoint: str, name: str, extra: Collection[str]) -> bool:
+    body = stream.body(endpoint == CHAT, name, "a", 1, beyond_openai(extra))
+    return client.send("POST", endpoint, body).status_code == 200
 
 
-def _key() -> dict[str, str]:
-    """As the load tool has it."""
-    key = os.environ.get("OPENAI_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+def _client(url: str) -> Client:
+    """With the API key that the load tool sends."""
+    return Client(url, bearer(os.environ.get("OPENAI_API_KEY")), PROBE_SECONDS)
 
 
 def _only_model(url: str) -> str:
@@ -130,12 +127,8 @@ def _only_model(url: str) -> str:
     Raises:
         ServerError: it does not answer, or has several.
     """
-    import httpx
-
-    with reaching(ServerError, f"{url}/v1/models gives no list of models", ADDRESS):
-        answer = httpx.get(f"{url}/v1/models", timeout=10.0, headers=_key())
-        answer.raise_for_status()
-        names = [entry["id"] for entry in models(answer.json())]
+    with _client(url) as client:
+        names = [entry["id"] for entry in client.models()]
     if len(names) != 1:
         raise ServerError(f"{url} has {len(names)} models; say which with --model: {', '.join(names)}")
     return str(names[0])

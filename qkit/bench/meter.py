@@ -140,7 +140,7 @@ class Nvml:
     @classmethod
     def open(cls) -> Nvml | None:
         """None where there is no driver or no card, or where qkit was told to leave it alone."""
-        if detect().meter == "rss":
+        if not detect().has_gpu:
             return None
         with suppress(OSError):
             library = ctypes.CDLL("libnvidia-ml.so.1")

@@ -89,7 +89,7 @@ def bench_artifact(run: Run, artifact: Artifact, rows: Sequence[Sequence[int]], 
     with ExitStack() as stack:
         runtime = stack.enter_context(open_artifact(run, artifact, "bench"))
         startup = getattr(runtime, "startup_seconds", time.perf_counter() - begin)
-        live: Mapping[str, Any] | None = getattr(runtime, "live", None)
+        live: Mapping[str, Any] | None = getattr(runtime, "server_description", None)
         source = stack.enter_context(_tool(run, live, rows)) if live else Direct(runtime, rows)
         about = {**_about(run, artifact), "startup_seconds": startup, "argv": live["argv"] if live else None}
         for measured in measure(source, run.recipe.bench, live["pid"] if live else os.getpid()):

@@ -23,7 +23,7 @@ answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 from vllm.benchmarks import serve
 from vllm.benchmarks.lib import endpoint_request_func as asking
-from qkit.bench_stream import Reader
+from qkit.bench.stream import Reader
 reader = Reader(asking.RequestFuncOutput)
 asking.ASYNC_REQUEST_FUNCS.update({"openai": reader.completions, "openai-chat": reader.chat})
 parser = argparse.ArgumentParser()

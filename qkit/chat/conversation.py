@@ -1,6 +1,6 @@
 """A conversation as a server hands it to a chat template: one rule for training, for evaluation and for our own server.
 
-The rule is vLLM 0.32's, measured on it (vllm/renderers/chat_utils.py and hf.py; tests/test_conversation.py asks the installed one again):
+The rule is vLLM 0.32's, measured on it (vllm/renderers/chat_utils.py and hf.py; tests/chat/test_conversation.py asks the installed one again):
 
 - text in parts is one text, a part to a line, without those that are empty; a template that goes through the parts of a turn gets the
   parts, of a turn of one text too. Results of tools are one text always.

@@ -644,7 +644,7 @@ def serve(
     child: Child = False,
 ) -> None:
     """Serve a model through vLLM's OpenAI-compatible server, or ONNX Runtime, until Ctrl-C."""
-    from qkit.serve.request import Asked
+    from qkit.serve.request import ServeOptions
     from qkit.server.process import api_key
 
     if child:
@@ -654,7 +654,7 @@ def serve(
             raise typer.BadParameter("--json: no effect with --print, which prints what is asked for as it is")
         need_effect(context, "with --print", {p.name for p in context.command.params} - {"restart", "no_contract"})
     key, options, beside = api_key(api_key_file), tuple(_after_dashes(rest)), tuple(adapter or ())
-    asked = Asked(runtime, artifact, name, beside, runtime_adapters, key, options, force, not no_contract)
+    asked = ServeOptions(runtime, artifact, name, beside, runtime_adapters, key, options, force, not no_contract)
     chosen = _serving(target, overrides, out, asked)
     if form:
         from qkit.serve import manifests

@@ -1,4 +1,4 @@
-"""Any two of: a run's live adapter, a model folder, an export, a running server. How far the second is from the first, on the same token ids.
+"""Any two of: a run (its reference model), a model folder, an export, a server. How far the second is from the first, on the same token ids.
 
 One is open at a time: what the first says is kept on disk while the second is asked.
 """
@@ -27,10 +27,11 @@ from qkit.measure.held_out import HeldOut
 from qkit.model import provenance, source
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.exporter import exporter
-from qkit.plugins.runtime import Row, RowScores, Runtime, open_runtime
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Evaluate, Recipe, Serve, Source
 from qkit.run.directory import Run
+from qkit.server.client import root_url
 
 if TYPE_CHECKING:
     from qkit.core.progress import Progress
@@ -48,13 +49,17 @@ class Side:
     run: Run | None = None
 
     @property
-    def is_live(self) -> bool:
+    def is_reference(self) -> bool:
         """Whether it is a run's adapter as it was trained."""
         return self.run is not None and self.path == self.run.root
 
     @property
     def words(self) -> str:
-        what = "the live adapter" if self.is_live else self.format or ("a server" if self.url else "a model folder")
+        what = (
+            "the reference model"
+            if self.is_reference
+            else self.format or ("a server" if self.url else "a model folder")
+        )
         return f"{self.name} ({what}, {self.runtime})"
 
 
@@ -96,7 +101,7 @@ class Comparison:
     parting: float | None
     metric: str
     score: dict[str, float]
-    checks: tuple[contract.Check, ...] = ()
+    checks: tuple[contract.ContractCheck, ...] = ()
 
     @property
     def perplexity_a(self) -> float:
@@ -127,7 +132,7 @@ def side(text: str) -> Side:
         MissingArtifact: nothing that can be opened.
     """
     if text.startswith(("http://", "https://")):
-        return Side(text, "vllm", url=text.rstrip("/").removesuffix("/v1"))
+        return Side(text, "vllm", url=root_url(text))
     path = Path(text)
     if (path / "recipe.yaml").is_file():
         run = Run.open(path)
@@ -164,10 +169,10 @@ def opened(which: Side, longest: int) -> Iterator[Runtime]:
 
 def _open(which: Side, longest: int, scratch: Path) -> Runtime:
     if which.url:
-        live_server = {"url": which.url, "model": served_name(which.url), "pid": os.getpid(), "startup_seconds": 0.0}
-        return open_runtime("vllm", Path(), detect(), live=live_server)
+        running = {"url": which.url, "model": served_name(which.url), "pid": os.getpid(), "startup_seconds": 0.0}
+        return open_runtime("vllm", Path(), detect(), running=running)
     assert which.path is not None
-    if which.is_live and which.run is not None:
+    if which.is_reference and which.run is not None:
         how = which.run.recipe
         return open_runtime(
             "transformers", source.resolve(how.model), detect(), recipe=how, adapter=which.run.need("train", "adapter")
@@ -262,15 +267,15 @@ def compare(a: Side, b: Side, asked: Questions, progress: Progress) -> Compariso
 
 
 def _answers(which: Side, runtime: Runtime, asked: Questions) -> list[list[int]]:
-    """Greedy answers; those of a live adapter to its run's own rows are there since it was evaluated."""
-    own = which.run if which.is_live and asked.own_of is which.run else None
+    """Greedy answers; those of a reference model to its run's own rows are there since it was evaluated."""
+    own = which.run if which.is_reference and asked.own_of is which.run else None
     if own is not None and (own.folder("evaluate") / "predictions.jsonl").is_file():
-        return [line["token_ids"] for line in evidence.live_answers(own)]
+        return [line["token_ids"] for line in evidence.reference_answers(own)]
     section, prompts = asked.section, [row.prompt for row in asked.held_out.rows]
     return runtime.generate(prompts, section.max_new_tokens, asked.stop, section.batch_size)
 
 
-def _kept(scores: Iterator[RowScores], rows: Sequence[Row], file: Path) -> list[RowScores]:
+def _kept(scores: Iterator[RowScores], rows: Sequence[TokenRow], file: Path) -> list[RowScores]:
     """The scores for later: on disk, as many as fit, where there is one for each token of the vocabulary."""
     first = next(scores)
     if first.full is None:
@@ -356,10 +361,10 @@ def _scores(
     }
 
 
-def _checks(a: Side, b: Side) -> tuple[contract.Check, ...]:
+def _checks(a: Side, b: Side) -> tuple[contract.ContractCheck, ...]:
     """The serve contract of b with the run that a or b belongs to."""
     run = a.run or b.run
-    if run is None or b.is_live:
+    if run is None or b.is_reference:
         return ()
     if b.url:
         return contract.check(run, b.url).checks

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.commands.compare import Side, opened
 from qkit.core.errors import NotDeployable
-from qkit.plugins.runtime import Row
+from qkit.plugins.runtime import TokenRow
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ def _figures(place: Place) -> str:
     return f"relative difference {place.error:.2g}, one bf16 run {max(place.rounding, HALF_STEP):.2g}"
 
 
-def walk(a: Side, b: Side, rows: Sequence[Row], progress: Progress) -> Walk:
+def walk(a: Side, b: Side, rows: Sequence[TokenRow], progress: Progress) -> Walk:
     """Compare the two layer by layer; one is open at a time.
 
     Raises:

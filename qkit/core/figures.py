@@ -1,4 +1,4 @@
-"""How figures are written for people: bytes, seconds, shares, distances."""
+"""Formats figures for people: bytes, seconds, percentages, distances."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ MIB = 2**20
 
 
 def gib(count: int) -> str:
-    """Bytes for a message."""
+    """Bytes in GiB, with the unit."""
     return f"{count / GIB:.1f} GiB"
 
 
 def mib(count: int) -> str:
+    """Bytes in MiB, with the unit."""
     return f"{count / MIB:,.1f} MiB"
 
 
-WIDE = 0.15  # a range over repeats that is more than this share of its median is no single figure
+WIDE = 0.15  # repeats whose range exceeds this share of their median are shown as a range
 
 
 def steady(values: Sequence[float]) -> bool:
-    """Whether one figure may stand for repeats: their range is within WIDE of their median."""
+    """Whether one figure can stand for all repeats: their range is within WIDE of the median."""
     return max(values) - min(values) <= WIDE * median(values)
 
 
@@ -31,12 +32,12 @@ ABSENT = "–"
 
 
 def trimmed(value: float | None) -> str:
-    """At most one decimal, none where it would be 0."""
+    """At most one decimal, and none if it would be 0."""
     return ABSENT if value is None else f"{value:.1f}".removesuffix(".0")
 
 
 def fixed(value: float | None, decimals: int = 1) -> str:
-    """Always the same decimals, so that columns line up; from 1,000 on with separators."""
+    """A fixed number of decimals, so that columns line up; with thousands separators."""
     return ABSENT if value is None else f"{value:,.{decimals}f}"
 
 
@@ -46,12 +47,12 @@ def percent(fraction: float | None) -> str:
 
 
 def kl_text(value: float | None) -> str:
-    """A divergence in nats; what four decimals cannot show is said to be less, not 0."""
+    """A divergence in nats; a value too small for four decimals is shown as `< 0.0001`, not as 0."""
     return "< 0.0001" if value is not None and 0 < value < 0.00005 else fixed(value, 4)
 
 
 def speed_text(record: Mapping[str, Any]) -> str:
-    """Output tokens per second; where repeats lie too far apart for one figure, the slowest and the fastest."""
+    """Output tokens per second; the slowest and the fastest repeat if they are too far apart for one figure."""
     speed, ends = record["output_tokens_per_second"], record["output_tokens_per_second_range"]
     if speed is None or ends is None or steady([ends[0], speed, ends[1]]):
         return fixed(speed)
@@ -59,12 +60,12 @@ def speed_text(record: Mapping[str, Any]) -> str:
 
 
 def ms_text(seconds: float | None) -> str:
-    """Milliseconds, the unit left to the heading."""
+    """Milliseconds, without the unit."""
     return ABSENT if seconds is None else fixed(seconds * 1000, 1 if seconds < 0.1 else 0)
 
 
 def gib_text(count: float | None) -> str:
-    """GiB, the unit left to the heading."""
+    """GiB, without the unit."""
     return ABSENT if count is None else fixed(count / 2**30, 2)
 
 

@@ -1,4 +1,4 @@
-"""Files of ours: JSON and texts written whole or not at all, hashes, folders, room on the disk."""
+"""File helpers: JSON and text written atomically, hashes, folders, disk space."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from qkit.core.errors import DoesNotFit, MissingArtifact
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file by rename: a reader sees the old text or the new, never half of it.
+    """Write a file atomically, by rename: a reader sees the old text or the new one.
 
     Raises:
-        MissingArtifact: its folder cannot be written.
+        MissingArtifact: its folder is not writable.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path.parent):
@@ -28,7 +28,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON document by rename."""
+    """Write a JSON document atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
@@ -38,24 +38,24 @@ def read_json(path: Path) -> Any:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it.
+    """Create a folder and its parents.
 
     Raises:
-        MissingArtifact: a file is in the way, or the place cannot be written.
+        MissingArtifact: a file of that name exists, or the parent is not writable.
     """
     try:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise MissingArtifact(f"{path}: cannot make this folder: {error.strerror}") from None
+        raise MissingArtifact(f"{path}: cannot create this folder: {error.strerror}") from None
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """For what writes to `path`.
+    """Translate permission errors of a block that writes to `path`.
 
     Raises:
-        MissingArtifact: the system does not let this user, or lets nobody, write there.
+        MissingArtifact: the path is not writable.
     """
     try:
         yield
@@ -63,23 +63,38 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise MissingArtifact(
-            f"{path}: cannot be written: {error.strerror}; make it writable, or give --out another folder"
+            f"{path}: cannot be written: {error.strerror}; make it writable, or set --out to another folder"
         ) from None
 
 
-def need_disk(folder: Path, wanted_bytes: int, what: str) -> None:
-    """Raise DoesNotFit when the disk below `folder` has less than `wanted_bytes` free."""
+def need_disk(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raise DoesNotFit when the disk of `folder` has less than `needed_bytes` free."""
     free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < wanted_bytes:
+    if free_bytes < needed_bytes:
         raise DoesNotFit(
-            f"{what} needs {wanted_bytes / 2**30:.1f} GiB on the disk of {folder}, which has {free_bytes / 2**30:.1f} GiB free; "
-            "free some, or give --out a folder on another disk"
+            f"{what} needs {needed_bytes / 2**30:.1f} GiB on the disk of {folder}, which has {free_bytes / 2**30:.1f} GiB free; "
+            "free some space, or set --out to a folder on another disk",
+            needed_bytes=needed_bytes,
+            free_bytes=free_bytes,
         )
+
+
+def link_or_copy(source: Path, target: Path, what: str) -> None:
+    """Hard-link a file, following a symbolic link; copy it where links do not work, such as on another file system.
+
+    Raises:
+        DoesNotFit: a copy does not fit on the disk. `what`: what needs the file, for the message.
+    """
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        need_disk(target.parent, source.stat().st_size, what)
+        shutil.copyfile(source, target)
 
 
 @contextmanager
 def put_in_place(target: Path) -> Iterator[Path]:
-    """A file to write that takes the target's place when all went well. This process's own: two may want the same target at once."""
+    """A temporary file that replaces the target if the block succeeds. Its name has the process id: two processes may write one target."""
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         yield partial
@@ -89,13 +104,13 @@ def put_in_place(target: Path) -> Iterator[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's content, in hexadecimal."""
+    """The sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(path: Path) -> Any:
-    """A JSON document, None when it is absent. NaN and infinities become null: no JSON reader but Python's takes them.
+    """A JSON document, or None if the file is missing. NaN and infinities become None: only Python's JSON reader accepts them.
 
     Raises:
         MissingArtifact: it is not JSON.
@@ -104,7 +119,7 @@ def read(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The documents of a JSON lines file, as `read` reads them; none when it is absent.
+    """The documents of a JSON Lines file, read as by `read`; empty if the file is missing.
 
     Raises:
         MissingArtifact: a line is not JSON.

@@ -1,4 +1,4 @@
-"""What a stage says while it works. The command line decides how it looks; stages never print."""
+"""Progress of a stage. The command line decides how it is shown; stages never print."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ T = TypeVar("T")
 
 
 class Bar(Protocol):
-    """One thing that takes time."""
+    """One progress bar."""
 
     def advance(self, steps: float = 1, **figures: float) -> None:
-        """Go on by `steps`; `figures` (loss, tokens_per_second ...) are shown beside the bar."""
+        """Advance by `steps`; `figures` (loss, tokens_per_second ...) are shown next to the bar."""
 
 
 class Progress:
-    """The silent one, and the base of those that show something."""
+    """Shows nothing; the base of the classes that do."""
 
     def say(self, text: str) -> None:
-        """One line of news."""
+        """Show one line."""
 
     @contextmanager
     def bar(self, name: str, total: float | None, start: float = 0) -> Iterator[Bar]:
-        """A bar over `total` steps (None: nobody knows how many), `start` of them done already."""
+        """A bar over `total` steps (None if unknown), of which `start` are already done."""
         yield _Silent()
 
     def track(self, items: Iterable[T], name: str, total: int) -> Iterator[T]:
-        """Yield `items` while a bar moves."""
+        """Yield `items` and advance a bar."""
         with self.bar(name, total) as bar:
             for item in items:
                 yield item

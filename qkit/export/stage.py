@@ -23,7 +23,7 @@ from qkit.measure import held_out as measure_held_out
 from qkit.measure import reference as measure_reference
 from qkit.measure.candidates import Candidate
 from qkit.measure.held_out import HeldOut
-from qkit.measure.parity import Live
+from qkit.measure.parity import Reference
 from qkit.merging.folder import dtype_of, write_folder
 from qkit.model import provenance, source
 from qkit.plan import deployable
@@ -92,7 +92,7 @@ def job(run: Run) -> Job:
         rows=run.need("data", "train.parquet"),
         recipe=run.recipe,
         log=run.log("export"),
-        say=run.progress.say,
+        notify=run.progress.say,
     )
 
 
@@ -140,7 +140,7 @@ def _from_other(run: Run, out: Path, name: str, way: str) -> Path:
     return target
 
 
-def _measured(run: Run, way: str, folder: Path, runtime: str, held_out: HeldOut, reference: Live) -> Candidate:
+def _measured(run: Run, way: str, folder: Path, runtime: str, held_out: HeldOut, reference: Reference) -> Candidate:
     run.progress.say(f"export: measuring what is made from the {way} merge")
     with open_runtime(runtime, folder, detect()) as opened:
         rows = held_out.rows[

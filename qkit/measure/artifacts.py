@@ -12,7 +12,7 @@ from qkit.plugins.exporter import exporter
 from qkit.plugins.runtime import Runtime, open_runtime
 from qkit.recipe.registry import split
 from qkit.run.directory import Run
-from qkit.server.client import live_server
+from qkit.server.client import running_server
 
 MERGED = "merged"
 SERVED = "vllm"  # the export that the stage `serve` serves
@@ -67,6 +67,6 @@ def open_artifact(run: Run, artifact: Artifact, stage: str) -> Runtime:
     if artifact.runtime == "vllm":
         serve = run.recipe.serve.model_copy(update={"port": 0})
         log = run.log(stage).with_name(f"{stage}-{artifact.name}.log")
-        live = live_server(run) if artifact.name == SERVED else None
-        options = {"live": live, "serve": serve, "log": log, "served_name": run.root.name}
+        running = running_server(run) if artifact.name == SERVED else None
+        options = {"running": running, "serve": serve, "log": log, "served_name": run.root.name}
     return open_runtime(artifact.runtime, artifact.path, detect(), **options)

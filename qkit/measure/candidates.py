@@ -13,7 +13,7 @@ from typing import Any
 from qkit.core.errors import ParityFailed
 from qkit.core.files import read_json
 from qkit.measure import parity as measure_parity
-from qkit.measure.parity import Live, Parity
+from qkit.measure.parity import Parity, Reference
 from qkit.recipe.schema import Base, Recipe
 from qkit.run.directory import Run
 
@@ -30,7 +30,7 @@ FINER = "-fp16"  # after the name of a base: merged into that, and rounded to fl
 class Candidate:
     """One way, and what was measured of it; `parity` is None where it could not be.
 
-    `score`: percent right with its interval, `gain`: points against the live adapter on the same rows, with theirs. `texts`: its answers.
+    `score`: percent right with its interval, `gain`: points against the reference model on the same rows, with theirs. `texts`: its answers.
     """
 
     name: str
@@ -66,7 +66,7 @@ def describe(name: str) -> str:
 
 
 def choose(candidates: Sequence[Candidate], rule: str) -> Candidate:
-    """The one with the least mean KL to the live model, or (`score`) with the best score; one that has lost the fine-tune comes last."""
+    """The one with the least mean KL to the reference model, or (`score`) with the best score; one that has lost the fine-tune comes last."""
 
     def worth(candidate: Candidate) -> tuple[bool, float, float]:
         found = candidate.parity
@@ -119,14 +119,16 @@ def _otherwise(best: Candidate, other: Candidate, rule: str) -> dict[str, Any]:
     }
 
 
-def base_model(live: Live) -> Candidate:
+def base_model(reference: Reference) -> Candidate:
     """The base model without the adapter, from what was recorded: how much there is to lose."""
-    return Candidate("base", "the base model alone", measure_parity.measure(live, live.base) if live.base else None)
+    return Candidate(
+        "base", "the base model alone", measure_parity.measure(reference, reference.base) if reference.base else None
+    )
 
 
-def apart(live: Live, score: Mapping[str, float] | None) -> Candidate:
+def apart(reference: Reference, score: Mapping[str, float] | None) -> Candidate:
     """The adapter kept apart on the base it was trained on, computed in bf16 as it was trained: all are measured against the same in fp32."""
-    return Candidate(APART, "the adapter apart, on the base as it was trained, in bf16", live.bf16, score)
+    return Candidate(APART, "the adapter apart, on the base as it was trained, in bf16", reference.bf16, score)
 
 
 # --- read by other stages ---------------------------------------------------------------------------------------------

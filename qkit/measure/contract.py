@@ -42,7 +42,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by a form
 
 
 @dataclass(frozen=True)
-class Check:
+class ContractCheck:
     """One thing that training and server must agree on. `status`: ok, differs, noted (worth knowing, no fault) or not checked."""
 
     name: str
@@ -56,10 +56,10 @@ class Contract:
 
     url: str
     model: str
-    checks: tuple[Check, ...]
+    checks: tuple[ContractCheck, ...]
 
     @property
-    def broken(self) -> tuple[Check, ...]:
+    def broken(self) -> tuple[ContractCheck, ...]:
         return tuple(check for check in self.checks if check.status == DIFFERS)
 
     def enforce(self) -> None:
@@ -100,7 +100,7 @@ def offered(url: str) -> dict[str, Any]:
         return server.described
 
 
-def _checks(run: Run, server: Subject, held_out: HeldOut, rows: int) -> Iterator[Check]:
+def _checks(run: Run, server: Subject, held_out: HeldOut, rows: int) -> Iterator[ContractCheck]:
     numbers = _spread([n for n, messages in enumerate(held_out.messages) if messages], rows)
     served = server.folder()
     yield _prompts(run, server, held_out, numbers)
@@ -120,30 +120,32 @@ def _spread(numbers: Sequence[int], count: int) -> list[int]:
 # --- the checks -----------------------------------------------------------------------------------------------------
 
 
-def _prompts(run: Run, server: Subject, held_out: HeldOut, numbers: Sequence[int]) -> Check:
+def _prompts(run: Run, server: Subject, held_out: HeldOut, numbers: Sequence[int]) -> ContractCheck:
     """Whether each conversation becomes the token ids that training saw up to the answer."""
     name = "prompt tokens"
     if not numbers:
-        return Check(name, NOT_CHECKED, "the held-out rows are plain text: there are no turns to write")
+        return ContractCheck(name, NOT_CHECKED, "the held-out rows are plain text: there are no turns to write")
     for number in numbers:
         answer = server.prompt_ids(held_out.messages[number], held_out.tools[number], held_out.variables[number])
         if answer is None:
-            return Check(name, NOT_CHECKED, "the server has no /tokenize that takes messages")
+            return ContractCheck(name, NOT_CHECKED, "the server has no /tokenize that takes messages")
         if isinstance(answer, str):
-            return Check(name, DIFFERS, f"held-out row {number}: refused: {answer}")
+            return ContractCheck(name, DIFFERS, f"held-out row {number}: refused: {answer}")
         if answer != list(held_out.rows[number].prompt):
             trained = held_out.rows[number].prompt
-            return Check(name, DIFFERS, _parting(_tokenizer(run), f"held-out row {number}", trained, answer))
+            return ContractCheck(name, DIFFERS, _parting(_tokenizer(run), f"held-out row {number}", trained, answer))
     tools = [number for number in numbers if held_out.tools[number]]
     given = [held_out.variables[number] for number in numbers if held_out.variables[number]]
     such = f", such as {short(json.dumps(given[0]))}, which its clients have to send" if given else ""
     more = f", {len(given)} with chat_template_kwargs{such}" if given else ""
     said = f"{len(numbers)} held-out conversations, {len(tools)} with tools{more}: the ids that training saw"
     tried = [*tools[:1], *(number for number in numbers if number not in tools)][:FORM_ROWS]
-    return _as_users_write(run, server, held_out, tried, Check(name, OK, said))
+    return _as_users_write(run, server, held_out, tried, ContractCheck(name, OK, said))
 
 
-def _as_users_write(run: Run, server: Subject, held_out: HeldOut, numbers: Sequence[int], plain: Check) -> Check:
+def _as_users_write(
+    run: Run, server: Subject, held_out: HeldOut, numbers: Sequence[int], plain: ContractCheck
+) -> ContractCheck:
     """The same of conversations in forms that rows seldom hold; `plain`, which their own form gave, where these agree as well."""
     tokenizer, kept, refused = _tokenizer(run), dict[str, None](), dict[str, str]()
     for number in numbers:
@@ -153,11 +155,11 @@ def _as_users_write(run: Run, server: Subject, held_out: HeldOut, numbers: Seque
             answer = None if trained is None else server.prompt_ids(form.messages, form.tools, variables)
             where = f"held-out row {number}, with {form.words}"
             if isinstance(answer, list) and trained is not None and answer != trained:
-                return Check(plain.name, DIFFERS, _parting(tokenizer, where, trained, answer))
+                return ContractCheck(plain.name, DIFFERS, _parting(tokenizer, where, trained, answer))
             kept |= {form.words: None} if isinstance(answer, list) else {}
             refused |= {form.words: answer} if isinstance(answer, str) else {}
         if not held_out.tools[number] and (words := _without_tools(server, held_out, number)):
-            return Check(plain.name, DIFFERS, words)
+            return ContractCheck(plain.name, DIFFERS, words)
     more = f"; the ids that training makes also of {', '.join(kept)}" if kept else ""
     more += "".join(f"; {words} is refused: {why[:100]}" for words, why in refused.items())
     return replace(plain, detail=plain.detail + more)
@@ -165,7 +167,7 @@ def _as_users_write(run: Run, server: Subject, held_out: HeldOut, numbers: Seque
 
 def _without_tools(server: Subject, held_out: HeldOut, number: int) -> str:
     """What is wrong with an empty list of tools: it is refused, or no tools at all."""
-    made = server.counted(held_out.messages[number], held_out.variables[number])
+    made = server.prompt_length(held_out.messages[number], held_out.variables[number])
     wanted = len(held_out.rows[number].prompt)
     if made in (None, wanted):
         return ""
@@ -199,118 +201,122 @@ def _why(tokenizer: PreTrainedTokenizerBase) -> str:
     return "the template or the tokenizer changed on the way"
 
 
-def _stop(run: Run, server: Subject, held_out: HeldOut) -> Check:
+def _stop(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
     """Whether an answer ends with the tokens that ended it in training: each is made the likeliest by far, and must be the last."""
     name = "stop tokens"
     trained: list[int] = read_json(run.need("data", "tokens.json"))["stop"]
     talks_on = [token for token in trained if not server.stops_at(held_out.rows[0].prompt, token)]
     if talks_on:
-        return Check(
+        return ContractCheck(
             name,
             DIFFERS,
             f"the server talks on after token {talks_on[0]}, which ended every answer in training: "
             "eos_token_id in the served generation_config.json must name it",
         )
-    return Check(name, OK, f"an answer ends at {', '.join(map(str, trained))}, as in training")
+    return ContractCheck(name, OK, f"an answer ends at {', '.join(map(str, trained))}, as in training")
 
 
-def _length(run: Run, server: Subject, held_out: HeldOut) -> Check:
+def _length(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
     name = "length"
     if server.max_model_len is None:
-        return Check(name, NOT_CHECKED, "it does not say how long a context it takes")
+        return ContractCheck(name, NOT_CHECKED, "it does not say how long a context it takes")
     trained = [length for length, *_ in read_json(run.need("data", "summary.json")).get("lengths", ())]
     longest = max(
         min(max(trained, default=0), run.recipe.data.max_length), *(len(row.input_ids) for row in held_out.rows)
     )
     said = f"it takes {server.max_model_len} tokens, the longest row of training has {longest}"
     if server.max_model_len < longest:
-        return Check(name, DIFFERS, f"{said}: raise serve.max_model_len")
-    return Check(name, OK, said)
+        return ContractCheck(name, DIFFERS, f"{said}: raise serve.max_model_len")
+    return ContractCheck(name, OK, said)
 
 
-def _dtype(run: Run, served: Path | None) -> Check:
+def _dtype(run: Run, served: Path | None) -> ContractCheck:
     name = "dtype"
     if served is None:
-        return Check(name, NOT_CHECKED, "the server does not say where on this machine its model is")
+        return ContractCheck(name, NOT_CHECKED, "the server does not say where on this machine its model is")
     if not any(served.glob("*.safetensors")):
-        return Check(name, NOT_CHECKED, "its weights are not safetensors")
+        return ContractCheck(name, NOT_CHECKED, "its weights are not safetensors")
     config, note = read_if_there(served / "config.json"), read_if_there(served / NOTE)
     found = config.get("dtype", config.get("torch_dtype"))
     kind, variant = split(note.get("format", ""))
     always_bf16 = kind == "bnb" or (kind, variant) == ("safetensors", "")
     wanted = "bfloat16" if always_bf16 else DTYPES.get(variant, dtype_of(run))
     said = f"its config says {found}, the run made {wanted}"
-    return Check(name, OK if found == wanted else DIFFERS, said)
+    return ContractCheck(name, OK if found == wanted else DIFFERS, said)
 
 
-def _head(served: Path | None) -> Check:
+def _head(served: Path | None) -> ContractCheck:
     """A config that ties the head to the embedding beside weights that hold another head: vLLM takes the one, transformers the other."""
     name = "tied head"
     if served is None or not any(served.glob(SHARDS)):
-        return Check(name, NOT_CHECKED, "no safetensors on this machine")
+        return ContractCheck(name, NOT_CHECKED, "no safetensors on this machine")
     if not read_if_there(served / "config.json").get("tie_word_embeddings"):
-        return Check(name, OK, "the head is not tied to the embedding")
+        return ContractCheck(name, OK, "the head is not tied to the embedding")
     names = [found for shard in shards(served) for found in tensor_specs(shard)]
     pair = [found for found in names if found.endswith(("embed_tokens.weight", "lm_head.weight"))]
     held = [tensor for _, tensor in read(served, pair)]
     if len(held) > 1 and not held[0].equal(held[1]):
         said = f"config.json ties the head to the embedding, and {pair[0]} and {pair[1]} differ: runtimes will not agree on the head"
-        return Check(name, DIFFERS, f"{said}; set tie_word_embeddings to false")
-    return Check(name, OK, "one matrix is embedding and head")
+        return ContractCheck(name, DIFFERS, f"{said}; set tie_word_embeddings to false")
+    return ContractCheck(name, OK, "one matrix is embedding and head")
 
 
-def _older(folder: Path) -> Check:
+def _older(folder: Path) -> ContractCheck:
     """Whether transformers 4, and what is built on it or reads the same files, finds what it needs: a rule for what was tried with it."""
     name = "transformers 4"
     found = list(older_forms.unreadable(folder))
     if found:
-        return Check(
+        return ContractCheck(
             name,
             DIFFERS,
             f"{'; '.join(found)}: transformers 4, older vLLM, mlx-lm and llama.cpp's converter would refuse it or take a default in its "
             "place; make the folder again",
         )
-    return Check(name, OK, "what it says in newer words it says in the older ones as well")
+    return ContractCheck(name, OK, "what it says in newer words it says in the older ones as well")
 
 
-def _sampling(served: Path | None) -> Check:
+def _sampling(served: Path | None) -> ContractCheck:
     """Evaluation was greedy. What a request gets that names no temperature is the server's choice, so it is said."""
     name = "default sampling"
     if served is None:
-        return Check(name, NOT_CHECKED, "the server does not say where on this machine its model is")
+        return ContractCheck(name, NOT_CHECKED, "the server does not say where on this machine its model is")
     own = read_if_there(served / "generation_config.json")
     found = {key: own[key] for key in SAMPLING if own.get(key) is not None}
     values = {**SAMPLING, **found}
     lasting = {key: value for key, value in found.items() if key == "repetition_penalty" and value != 1}
     if values["temperature"] == 0 and not lasting:
-        return Check(name, OK, "greedy, as in evaluation")
+        return ContractCheck(name, OK, "greedy, as in evaluation")
     said = ", ".join(
         f"{key} {value:g}" for key, value in values.items() if value != SAMPLING[key] or key == "temperature"
     )
     more = ", repetition_penalty=1" if lasting else ""
-    return Check(name, NOTED, f"a request that names none gets {said}; evaluation was greedy: send temperature=0{more}")
+    return ContractCheck(
+        name, NOTED, f"a request that names none gets {said}; evaluation was greedy: send temperature=0{more}"
+    )
 
 
-def _tools(server: Subject, held_out: HeldOut, rows: int) -> Check:
+def _tools(server: Subject, held_out: HeldOut, rows: int) -> ContractCheck:
     """Whether the server's parser reads the calls back from the text that training taught: the server is made to say just that text."""
     name = "tool calls"
     numbers = _spread([n for n, calls in enumerate(held_out.calls) if calls and held_out.tools[n]], rows)
     if not numbers:
-        return Check(name, NOT_CHECKED, "no held-out answer holds tool calls")
+        return ContractCheck(name, NOT_CHECKED, "no held-out answer holds tool calls")
     for number in numbers:
         prompt = held_out.messages[number], held_out.tools[number], held_out.variables[number]
-        answer = server.said(*prompt, held_out.answers[number])
+        answer = server.parsed_message(*prompt, held_out.answers[number])
         if isinstance(answer, str):
-            return Check(name, NOT_CHECKED, f"the server parses no tool calls: {answer}")
+            return ContractCheck(name, NOT_CHECKED, f"the server parses no tool calls: {answer}")
         wanted = [_named(call) for call in held_out.calls[number]]
         if (parsed := [_named(call) for call in answer.get("tool_calls") or ()]) != wanted:
-            return Check(
+            return ContractCheck(
                 name,
                 DIFFERS,
                 f"held-out row {number}: from {short(repr(held_out.answers[number]))} the server's parser reads {short(parsed or 'no call')}, "
                 f"the row holds {short(wanted)}: another --tool-call-parser fits this template",
             )
-    return Check(name, OK, f"{len(numbers)} trained answers: the server's parser returns the calls that the rows hold")
+    return ContractCheck(
+        name, OK, f"{len(numbers)} trained answers: the server's parser returns the calls that the rows hold"
+    )
 
 
 def _named(call: Mapping[str, Any]) -> tuple[str, Any]:

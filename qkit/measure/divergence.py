@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def divergence(live: RowScores, other: RowScores) -> NDArray[np.float32]:
-    """KL(live || other) in nats at each completion token of a row, [T].
+def divergence(reference: RowScores, other: RowScores) -> NDArray[np.float32]:
+    """KL(reference || other) in nats at each completion token of a row, [T].
 
     Over the whole vocabulary where both have it; else over the tokens that both show and the rest as one: a lower bound of the true KL.
     """
     import numpy as np
 
-    if live.full is not None and other.full is not None:
-        ours, theirs = _cut(live.full, other.full), _cut(other.full, live.full)
+    if reference.full is not None and other.full is not None:
+        ours, theirs = _cut(reference.full, other.full), _cut(other.full, reference.full)
         difference: NDArray[np.float32] = np.sum(np.exp(ours) * (ours - theirs), axis=1)
         return difference
-    ours, theirs, shared = _shared(live, other)
+    ours, theirs, shared = _shared(reference, other)
     with np.errstate(invalid="ignore"):
         inside = np.where(shared, np.exp(ours) * (ours - theirs), 0.0).sum(axis=1)
     our_rest, their_rest = _rest(ours, shared), _rest(theirs, shared)
@@ -30,10 +30,10 @@ def divergence(live: RowScores, other: RowScores) -> NDArray[np.float32]:
     return bound
 
 
-def over(live: RowScores, other: RowScores) -> str:
+def over(reference: RowScores, other: RowScores) -> str:
     """What `divergence` sums over, in words."""
-    tops = [scores.top.shape[1] for scores in (live, other) if scores.full is None and scores.top is not None]
-    widths = {scores.full.shape[1] for scores in (live, other) if scores.full is not None}
+    tops = [scores.top.shape[1] for scores in (reference, other) if scores.full is None and scores.top is not None]
+    widths = {scores.full.shape[1] for scores in (reference, other) if scores.full is not None}
     if not tops:
         return "all tokens" if len(widths) == 1 else f"the {min(widths):,} tokens that both have"
     both = "both servers'" if len(tops) > 1 else "the server's"
@@ -52,20 +52,20 @@ def _cut(scores: NDArray[np.float32], beside: NDArray[np.float32]) -> NDArray[np
     return made
 
 
-def _shared(live: RowScores, other: RowScores) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def _shared(reference: RowScores, other: RowScores) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Log-probabilities of both, [T, k], and which of them are of a token that both show."""
     import numpy as np
 
-    shown = other if live.full is not None else live
+    shown = other if reference.full is not None else reference
     assert shown.top is not None and shown.top_ids is not None
-    hidden = live if live.full is not None else other
+    hidden = reference if reference.full is not None else other
     if hidden.full is not None:
         found, shared = np.take_along_axis(hidden.full, shown.top_ids, axis=1), np.isfinite(shown.top)
     else:
         assert hidden.top is not None and hidden.top_ids is not None
         same = shown.top_ids[:, :, None] == hidden.top_ids[:, None, :]
         found, shared = np.take_along_axis(hidden.top, same.argmax(axis=2), axis=1), same.any(axis=2)
-    return (found, shown.top, shared) if hidden is live else (shown.top, found, shared)
+    return (found, shown.top, shared) if hidden is reference else (shown.top, found, shared)
 
 
 def _rest(known: NDArray[Any], shared: NDArray[Any]) -> NDArray[np.float32]:

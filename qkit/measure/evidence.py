@@ -32,7 +32,7 @@ WORDS = {
     "kl_p99": "99th percentile of the KL to the trained model",
     "top1": "share of tokens with the same most likely one as the model it was made from",
     "max_difference": "largest difference of a log-probability from the model it was made from",
-    "score": "score against the live adapter's on the same rows, upper end of the paired interval, in points",
+    "score": "score against the reference model's on the same rows, upper end of the paired interval, in points",
     "lost": "distance to the base model smaller than to the trained one by more than chance: the fine-tune is not in it",
     "numbers": "log-probabilities that are no numbers",
     "opens": "its runtime does not open it, or does not answer",
@@ -50,14 +50,14 @@ class Breach:
     detail: str = ""
 
     @property
-    def words(self) -> str:
+    def message(self) -> str:
         figures = "" if self.figure is None else f" {self.figure:.4g}"
         limit = "" if self.limit is None else f" (limit {self.limit:.4g})"
         return f"{WORDS[self.gate]}{figures}{limit}{self.detail and f': {self.detail}'}"
 
 
-def live_answers(run: Run) -> list[dict[str, Any]]:
-    """The live adapter's answers as `evaluate` kept them, in the order of the held-out rows."""
+def reference_answers(run: Run) -> list[dict[str, Any]]:
+    """The reference model's answers as `evaluate` kept them, in the order of the held-out rows."""
     return [
         answer for answer in read_lines(run.need("evaluate", "predictions.jsonl")) if answer["artifact"] == "adapter"
     ]

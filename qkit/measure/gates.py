@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from qkit.core.errors import ParityFailed
 from qkit.core.files import read
 from qkit.measure import scores
-from qkit.measure.evidence import PASSED, Breach, failures, live_answers
+from qkit.measure.evidence import PASSED, Breach, failures, reference_answers
 from qkit.measure.parity import Parity
 from qkit.plugins.exporter import exporter
 from qkit.recipe.registry import split
@@ -71,7 +71,7 @@ def _on_another_base(name: str, recipe: Recipe) -> bool:
 def judge(
     gate: Gate, measured: Parity, gain: Mapping[str, float] | None = None, exactness: Exactness | None = None
 ) -> list[Breach]:
-    """Every limit that is not kept. `gain`: points over the live adapter's answers to the same rows, `low` to `high`."""
+    """Every limit that is not kept. `gain`: points over the reference model's answers to the same rows, `low` to `high`."""
     found = [Breach("lost", measured.kl_base, measured.kl_base_live)] if measured.lost else []
     if is_far(gate, measured):
         found.append(Breach("kl_mean", measured.excess, gate.kl_mean, _of_which(measured)))
@@ -97,13 +97,13 @@ def _of_which(measured: Parity) -> str:
     if measured.rounding is None:
         return ""
     interval = "" if measured.kl_low is None else f" ({measured.kl_low:.4g} to {measured.kl_high:.4g})"
-    return f"it is {measured.kl_mean:.4g}{interval}, and the live adapter's own in bf16 {measured.rounding:.4g}"
+    return f"it is {measured.kl_mean:.4g}{interval}, and the reference model itself, computed in bf16, is at {measured.rounding:.4g}"
 
 
-def gain_over_live(run: Run, right: Sequence[bool]) -> dict[str, float]:
-    """Points that an artifact's answers gain over the live adapter's on the same held-out rows, with their paired interval."""
-    live = [bool(line["correct"]) for line in live_answers(run)]
-    return scores.paired_gain(live, right, run.recipe.evaluate.confidence, run.recipe.seed)
+def gain_over_reference(run: Run, right: Sequence[bool]) -> dict[str, float]:
+    """Points that an artifact's answers gain over the reference model's on the same held-out rows, with their paired interval."""
+    adapter_right = [bool(line["correct"]) for line in reference_answers(run)]
+    return scores.paired_gain(adapter_right, right, run.recipe.evaluate.confidence, run.recipe.seed)
 
 
 def check(run: Run, *names: str) -> None:
@@ -128,7 +128,7 @@ def check_served(run: Run, name: str) -> None:
 
 
 def _line(run: Run, name: str, breach: Breach) -> str:
-    return f"{run.root}: {name} failed its gate: {breach.words}. {remedy(run, name, breach)}"
+    return f"{run.root}: {name} failed its gate: {breach.message}. {remedy(run, name, breach)}"
 
 
 def remedy(run: Run, name: str, breach: Breach) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.plugins.runtime import Row, Runtime
+from qkit.plugins.runtime import Runtime, TokenRow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class HeldOut:
     """The held-out rows as the data stage left them. `calls`: the tool calls of each answer; `variables`: what its template is given."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TokenRow, ...]
     messages: tuple[list[dict[str, Any]], ...]
     tools: tuple[list[dict[str, Any]], ...]
     references: tuple[Any, ...]
@@ -34,7 +34,7 @@ def read_held_out(file: Path) -> HeldOut:
 
     records = pyarrow.parquet.read_table(file).to_pylist()
     return HeldOut(
-        rows=tuple(Row(r["input_ids"], r["start"]) for r in records),
+        rows=tuple(TokenRow(r["input_ids"], r["start"]) for r in records),
         messages=tuple(json.loads(r["messages"]) for r in records),
         tools=tuple(json.loads(r["tools"]) for r in records),
         references=tuple(json.loads(r["reference"]) for r in records),

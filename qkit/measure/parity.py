@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95  # of the intervals, two-sided
 DRAWS = 2000
 FEW_TOKENS = 8  # a row counts as if it had at least so many: of one token anything may be said by chance
-# What rounding to a dtype does, as a multiple of what the live adapter is from fp32 when it is computed in bf16. A divergence grows with the
+# What rounding to a dtype does, as a multiple of what the reference model is from fp32 when it is computed in bf16. A divergence grows with the
 # square of the relative error: fp16 has three bits more than bf16, fp32 sixteen.
 ROUNDING = {"bfloat16": 1.0, "float16": 2.0**-6, "float32": 2.0**-32}
 SPARE = 3.0  # times that: other kernels round elsewhere, and a sum that is rounded is not always rounded evenly
 
 
 @dataclass(frozen=True)
-class Live:
+class Reference:
     """What was trained, computed in fp32: scores of the first held-out rows, and those of the base alone on the first few of them.
 
     `rounding`: of each of these rows, the sum over its tokens of KL(this || the same adapter computed in bf16), in nats; () where it was not
@@ -48,7 +48,7 @@ class Live:
 class Parity:
     """Distance to what was trained. KL(trained || artifact) in nats per completion token; `top1`: share of tokens with the same top one.
 
-    `kl_low`, `kl_high`: interval of `kl_mean` over rows. `rounding`: mean KL of the live adapter computed in bf16, on the same rows;
+    `kl_low`, `kl_high`: interval of `kl_mean` over rows. `rounding`: mean KL of the reference model computed in bf16, on the same rows;
     `beyond`: the lower end of the interval of `kl_mean` less what rounding may do in the artifact's dtypes. None where they were not measured.
     `kl_base`: mean KL(base model || artifact) on the rows that the base was scored on, `kl_base_live` mean KL(trained || artifact) on these
     same rows, `nearer_base` the lower end of the interval of their difference; None without such rows. `worst_row`: of the row that is
@@ -90,7 +90,9 @@ class Parity:
         return asdict(self)
 
 
-def measure(live: Live, others: Iterable[RowScores], computed: str = "bfloat16", weights: str = "bfloat16") -> Parity:
+def measure(
+    reference: Reference, others: Iterable[RowScores], computed: str = "bfloat16", weights: str = "bfloat16"
+) -> Parity:
     """The parity of an artifact from its scores of all held-out rows, in order.
 
     `computed`, `weights`: the dtypes of its products and sums, and of what the adapter was added to; each rounds once.
@@ -100,17 +102,17 @@ def measure(live: Live, others: Iterable[RowScores], computed: str = "bfloat16",
     """
     import numpy as np
 
-    to_live, to_base, agreements, targets, differences, over = [], [], [], [], [], ""
+    to_reference, to_base, agreements, targets, differences, over = [], [], [], [], [], ""
     for index, other in enumerate(others):
         targets.append(other.targets)
-        if index < len(live.scores):
-            over = divergence.over(live.scores[index], other)
-            to_live.append(divergence.divergence(live.scores[index], other))
-            agreements.append(live.scores[index].top1 == other.top1)
-            differences.append(largest_difference(live.scores[index], other))
-        if index < len(live.base):
-            to_base.append(divergence.divergence(live.base[index], other))
-    kl = np.concatenate(to_live)
+        if index < len(reference.scores):
+            over = divergence.over(reference.scores[index], other)
+            to_reference.append(divergence.divergence(reference.scores[index], other))
+            agreements.append(reference.scores[index].top1 == other.top1)
+            differences.append(largest_difference(reference.scores[index], other))
+        if index < len(reference.base):
+            to_base.append(divergence.divergence(reference.base[index], other))
+    kl = np.concatenate(to_reference)
     if not np.isfinite(kl).all():
         raise ParityFailed("the artifact gives log-probabilities that are no numbers: it is broken")
     known = [value for value in differences if value is not None]
@@ -119,12 +121,12 @@ def measure(live: Live, others: Iterable[RowScores], computed: str = "bfloat16",
         kl_p99=float(np.quantile(kl, 0.99)),
         top1=float(np.concatenate(agreements).mean()),
         heldout_loss=measure_scores.mean_loss(targets),
-        rows=len(to_live),
+        rows=len(to_reference),
         tokens=len(kl),
         over=over,
         max_difference=max(known, default=None),
-        **_intervals(live, to_live, SPARE * (ROUNDING[computed] + ROUNDING[weights])),
-        **_beside_base(to_live, to_base),
+        **_intervals(reference, to_reference, SPARE * (ROUNDING[computed] + ROUNDING[weights])),
+        **_beside_base(to_reference, to_base),
     )
 
 
@@ -135,15 +137,15 @@ def row_sums(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
     return np.array([float(row.sum(dtype="float64")) for row in rows])
 
 
-def _intervals(live: Live, to_live: Sequence[NDArray[np.float32]], times: float) -> dict[str, float]:
+def _intervals(reference: Reference, to_reference: Sequence[NDArray[np.float32]], times: float) -> dict[str, float]:
     """The interval of the mean, and what is certainly beyond `times` the rounding of bf16."""
     import numpy as np
 
-    sums, sizes = row_sums(to_live), np.array([len(row) for row in to_live])
+    sums, sizes = row_sums(to_reference), np.array([len(row) for row in to_reference])
     low, high = interval(sums, sizes)
-    if not live.rounding:
+    if not reference.rounding:
         return {"kl_low": low, "kl_high": high}
-    rounding = np.array(live.rounding[: len(sums)])
+    rounding = np.array(reference.rounding[: len(sums)])
     mean = float(rounding.sum() / sizes.sum())
     beyond, _ = interval(sums - times * rounding, sizes)
     worst = float(np.max((sums - times * np.maximum(rounding, mean * sizes)) / np.maximum(sizes, FEW_TOKENS)))
@@ -151,14 +153,14 @@ def _intervals(live: Live, to_live: Sequence[NDArray[np.float32]], times: float)
 
 
 def _beside_base(
-    to_live: Sequence[NDArray[np.float32]], to_base: Sequence[NDArray[np.float32]]
+    to_reference: Sequence[NDArray[np.float32]], to_base: Sequence[NDArray[np.float32]]
 ) -> dict[str, float | None]:
     """The distance to the base alone, beside that to the adapter on the same rows."""
     import numpy as np
 
     if not to_base:
         return {}
-    same = to_live[: len(to_base)]
+    same = to_reference[: len(to_base)]
     sizes = np.array([len(row) for row in to_base])
     nearer, _ = interval(row_sums(same) - row_sums(to_base), sizes)
     return {"kl_base": _mean(to_base), "kl_base_live": _mean(same), "nearer_base": nearer}
@@ -183,8 +185,8 @@ def _mean(rows: Sequence[NDArray[np.float32]]) -> float | None:
     return float(np.concatenate(rows).mean()) if rows else None
 
 
-def largest_difference(live: RowScores, other: RowScores) -> float | None:
+def largest_difference(reference: RowScores, other: RowScores) -> float | None:
     """Of any log-probability of a row; None where only the top ones are known."""
     import numpy as np
 
-    return None if live.full is None or other.full is None else float(np.abs(live.full - other.full).max())
+    return None if reference.full is None or other.full is None else float(np.abs(reference.full - other.full).max())

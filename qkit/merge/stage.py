@@ -20,7 +20,7 @@ from qkit.measure import reference as measure_reference
 from qkit.measure.answers import answered
 from qkit.measure.candidates import Candidate
 from qkit.measure.held_out import HeldOut
-from qkit.measure.parity import Live
+from qkit.measure.parity import Reference
 from qkit.merging.folder import write_folder
 from qkit.model import provenance, source
 from qkit.plugins.runtime import open_runtime
@@ -120,7 +120,7 @@ def _write_finer(run: Run, out: Path, best: Candidate, adapters: Mapping[str, fl
     return name
 
 
-def _measured(run: Run, out: Path, candidate: Candidate, held_out: HeldOut, reference: Live) -> Candidate:
+def _measured(run: Run, out: Path, candidate: Candidate, held_out: HeldOut, reference: Reference) -> Candidate:
     """Its distance to the live adapter, and its score beside the live adapter's on the same rows."""
     run.progress.say(f"merge: measuring {candidate.name}")
     folder = candidates.folder_of(out, candidate.name)
@@ -132,19 +132,19 @@ def _measured(run: Run, out: Path, candidate: Candidate, held_out: HeldOut, refe
         candidate,
         parity=found,
         score=asdict(scores.score(own.right, found.heldout_loss, run.recipe.evaluate, run.recipe.seed)),
-        gain=gates.gain_over_live(run, own.right),
+        gain=gates.gain_over_reference(run, own.right),
         texts=own.texts,
     )
 
 
-def _beside(run: Run, folder: Path, held_out: HeldOut, reference: Live) -> Sequence[Candidate]:
+def _beside(run: Run, folder: Path, held_out: HeldOut, reference: Reference) -> Sequence[Candidate]:
     """What needs no merge: the base model, and the adapter kept apart."""
     score = read_json(run.need("evaluate", "scores.json"))["scores"]["adapter"]
     rows = [candidates.base_model(reference), candidates.apart(reference, score)]
     return [*rows, _apart_on_16_bit(run, folder, held_out, reference)] if run.recipe.quantization.load_in_4bit else rows
 
 
-def _apart_on_16_bit(run: Run, folder: Path, held_out: HeldOut, reference: Live) -> Candidate:
+def _apart_on_16_bit(run: Run, folder: Path, held_out: HeldOut, reference: Reference) -> Candidate:
     """The adapter as vLLM serves it beside its base; measured where the recipe exports it so."""
     row = Candidate("adapter-16bit", "the adapter apart, on the base's 16-bit weights: as vLLM serves it")
     if "vllm-adapter" not in run.recipe.export.formats:

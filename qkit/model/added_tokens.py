@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.chat import template
 from qkit.core.errors import ModelError
-from qkit.core.files import need_disk, sha256_of
+from qkit.core.files import link_or_copy, need_disk, sha256_of
 from qkit.model import older_forms
 from qkit.tensors.shards import TensorFile, copy_companions, fingerprint, read, shards, tensor_specs
 
@@ -181,7 +180,7 @@ def prepare(folder: Path, tokens: Sequence[str], trust_remote_code: bool, out: P
     copy_companions(folder, out, but=LEGACY)
     for file in folder.iterdir():
         if file.suffix == ".safetensors" and file not in changed:
-            _link(file, out / file.name)
+            link_or_copy(file, out / file.name, "model.add_tokens")
         elif file.name == INDEX:
             shutil.copyfile(file, out / file.name)
     for shard in changed:
@@ -289,12 +288,3 @@ def _write_sizes(out: Path, rows: int) -> None:
         specs = [spec for shard in shards(out) for spec in tensor_specs(shard).values()]
         index["metadata"] = {"total_size": sum(spec["data_offsets"][1] - spec["data_offsets"][0] for spec in specs)}
         (out / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link to the file itself (the hub's cache holds links to it), or a copy on another file system."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        need_disk(target.parent, source.stat().st_size, "model.add_tokens")
-        shutil.copyfile(source, target)

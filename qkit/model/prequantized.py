@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # quant_method -> the package that dequantizing needs, and whether the loader does it or the loaded model. transformers 5.19; each is tried
-# in tests/test_prequantized.py.
+# in tests/model/test_prequantized.py.
 DEQUANTIZED: Mapping[str, tuple[str, bool]] = {
     "bitsandbytes": ("bitsandbytes", False),
     "compressed-tensors": ("compressed_tensors", True),

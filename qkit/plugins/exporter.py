@@ -1,4 +1,4 @@
-"""What an exporter is given, and what its module offers. One file per format beside this one; the file's name is the format's name."""
+"""The contract of an exporter. A format `onnx-int4` is the module `qkit/export/formats/onnx.py` and its variant `int4`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qkit.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Job:
-    """What an exporter works from: folders of a run, and where its programs' output goes.
+    """What an exporter works from.
 
-    `merged`: the merged model in 16 bit, with tokenizer, template and generation config. `base`, `adapter`: what it was merged from.
-    `rows`: data/train.parquet, columns input_ids and labels (-100: no loss), to calibrate with.
-    `say`: tells the user something worth knowing.
+    `merged`: the merged model in 16 bits, with tokenizer, chat template and generation config. `base`, `adapter`: what it was merged from.
+    `rows`: data/train.parquet to calibrate with, columns input_ids and labels (-100: no loss). `log`: receives the output of programs that
+    the exporter runs. `notify`: shows the user a message.
     """
 
     merged: Path
@@ -27,32 +27,35 @@ class Job:
     rows: Path
     recipe: Recipe
     log: Path
-    say: Callable[[str], None] = lambda _: None
+    notify: Callable[[str], None] = lambda _: None
 
 
 class Exporter(Protocol):
-    """What a module in export/ holds. A format `onnx-int4` is the module onnx, its variant `int4`."""
+    """The names that a module in export/formats/ defines."""
 
-    VARIANTS: Mapping[str, str]  # variant, "" for none -> a line on what it is
-    QUANTIZED: frozenset[str]  # variants with weights of 8 bits and fewer: the base to merge onto is measured for each
-    RUNTIME: str  # the runtime that opens them
+    VARIANTS: Mapping[str, str]  # variant ("" for none) -> one line of description
+    # Variants with weights of 8 bits or fewer: for each of them, every merge is exported and measured
+    QUANTIZED: frozenset[str]
+    RUNTIME: str  # the runtime that opens the export
 
     def export(self, job: Job, out: Path, variant: str) -> None:
-        """Make the folder `out`, complete and whole."""
+        """Make the folder `out`: complete, or not at all."""
 
     def unsupported(self, variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
-        """Why it cannot be made, or not be loaded where it goes, as far as recipe and config.json tell; None if nothing is known."""
+        """Return why the variant cannot be made of, or loaded for, the model with this config.json; None if no reason is known."""
 
 
 def remark(name: str) -> str | None:
-    """What its exporter has to say on a format's measured distance (REMARKS); None where that is what a server will show."""
+    """Return a format's note on its measured distance (REMARKS of the exporter); None if the figure needs no note."""
     kind, variant = split(name)
-    found: str | None = getattr(exporter(name), "REMARKS", {}).get(variant) if kind in names(FORMATS) else None
-    return found
+    if kind not in names(FORMATS):
+        return None
+    remarks: Mapping[str, str] = getattr(exporter(name), "REMARKS", {})
+    return remarks.get(variant)
 
 
 def exporter(name: str) -> Exporter:
-    """The exporter of a format."""
+    """Return the exporter of a format, given the format's name."""
     module: Any = importlib.import_module(f"qkit.{FORMATS}.{split(name)[0]}")
-    found: Exporter = module
-    return found
+    exporter_module: Exporter = module
+    return exporter_module

@@ -1,6 +1,6 @@
-"""What every runtime offers, for every kind of artifact: greedy generation for token ids, scores of token ids, memory, close.
+"""The contracts of a runtime, the thing that opens an artifact: `Scores` for every model, `Generates` for those that generate text.
 
-evaluate, verify and bench are written once on top of this; `runtimes/NAME.py` says how NAME does it.
+evaluate, verify and bench use only these; `runtimes/NAME.py` implements the runtime NAME.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
+
+from qkit.core.batching import within_budget
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +25,81 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 8192  # of prompts, padding included, that a model in this process reads at once
 
 
+class Scores(ABC):
+    """An opened artifact. Use it as a context manager, or call `close`."""
+
+    @abstractmethod
+    def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
+        """Yield the scores of each row, in order. The logits of no more than one batch are in memory at a time."""
+
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """Return the peak memory of this runtime so far; `Device.meter` says what is counted."""
+
+    def close(self) -> None:
+        """Release the model and its memory."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class Generates(ABC):
+    """An opened model that generates text, greedily, from token ids."""
+
+    # Of prompts, padding included, in one batch; no limit where a server forms the batches
+    prefill_tokens: float = float("inf")
+
+    @abstractmethod
+    def steps(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
+    ) -> Iterator[dict[int, int]]:
+        """Decode all prompts as one batch; yield, for each step, {index of a prompt: its new token}.
+
+        A prompt ends with its first token in `stop`, which is yielded too, or after `max_new_tokens`.
+        """
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop: frozenset[int],
+        batch_size: int = 32,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> list[list[int]]:
+        """Return the completions, stop token included, in the order of `prompts`. Prompts of similar length share a batch.
+
+        `advance` is called after each batch with the number of its prompts.
+        """
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        completions: list[list[int]] = [[] for _ in prompts]
+        for places in within_budget((len(prompts[index]) for index in order), self.prefill_tokens, batch_size):
+            batch = [order[place] for place in places]
+            for step in self.steps([prompts[index] for index in batch], max_new_tokens, stop):
+                for place, token in step.items():
+                    completions[batch[place]].append(token)
+            advance(len(batch))
+        return completions
+
+    def timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[Timing]:
+        """Decode all prompts as one batch, and time each of exactly `output_tokens` tokens of each prompt."""
+        begin = time.perf_counter()
+        seconds: list[list[float]] = [[] for _ in prompts]
+        for step in self.steps(prompts, output_tokens, frozenset()):
+            now = time.perf_counter() - begin
+            for index in step:
+                seconds[index].append(now)
+        return [Timing(of_prompt) for of_prompt in seconds]
+
+
+class Runtime(Scores, Generates):
+    """An opened causal language model: it scores and generates."""
+
+
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """A prompt and its completion as token ids; `input_ids[start:]` is the completion."""
 
     input_ids: Sequence[int]
@@ -37,10 +112,10 @@ class Row:
 
 @dataclass(frozen=True)
 class RowScores:
-    """What a model says of one row's T completion tokens, each from the true tokens before it.
+    """The scores of one row's T completion tokens, each given the true tokens before it.
 
-    `targets` [T] float32: log-probability of the tokens that are there. `top1` [T] int64: the most likely tokens.
-    `full` [T, vocabulary] float32: all log-probabilities, where the runtime gives them; else `top_ids` and `top` [T, k].
+    `targets` [T] float32: log-probability of the true tokens. `top1` [T] int64: the most likely tokens.
+    `full` [T, vocabulary] float32: all log-probabilities, if the runtime returns them; else `top_ids` and `top` [T, k].
     """
 
     targets: NDArray[np.float32]
@@ -52,7 +127,7 @@ class RowScores:
 
 @dataclass(frozen=True)
 class Timing:
-    """One request: seconds from sending it to each of its output tokens. bench_record.py makes figures of them."""
+    """One request: seconds from sending it to each of its output tokens."""
 
     token_seconds: Sequence[float]
 
@@ -61,82 +136,7 @@ class Timing:
         return self.token_seconds[-1]
 
 
-class Runtime(ABC):
-    """An opened artifact. Use it as a context manager, or call `close`."""
-
-    most_tokens: int | None = None  # of prompts in a batch; None: the runtime sees to it that they fit
-
-    @abstractmethod
-    def steps(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
-    ) -> Iterator[dict[int, int]]:
-        """Greedy decoding of all prompts as one batch: each yield is one step, {index of the prompt: its new token}.
-
-        A prompt ends with its first token in `stop` (which is yielded), or after `max_new_tokens`.
-        """
-
-    @abstractmethod
-    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
-        """One RowScores per row, in order; streamed, so that no more than a batch of logits is ever held."""
-
-    @abstractmethod
-    def memory_bytes(self) -> int:
-        """Peak memory of this runtime so far: see `Device.meter` for what is counted."""
-
-    def close(self) -> None:
-        """Give everything back."""
-
-    def __enter__(self) -> Runtime:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop: frozenset[int],
-        batch_size: int = 32,
-        advance: Callable[[int], None] = lambda _: None,
-    ) -> list[list[int]]:
-        """Greedy completions, stop token included, in the order of `prompts`; prompts of like length share a batch.
-
-        `advance` is told after each batch how many prompts it has finished.
-        """
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        completions: list[list[int]] = [[] for _ in prompts]
-        for batch in self._batches(order, prompts, batch_size):
-            for step in self.steps([prompts[i] for i in batch], max_new_tokens, stop):
-                for index, token in step.items():
-                    completions[batch[index]].append(token)
-            advance(len(batch))
-        return completions
-
-    def _batches(self, order: Sequence[int], prompts: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
-        """Prompts in their order, the longest last, as many at once as `most` and `most_tokens` let; one always."""
-        batch: list[int] = []
-        for index in order:
-            padded = len(prompts[index]) * (len(batch) + 1)
-            if batch and (len(batch) == most or (self.most_tokens is not None and padded > self.most_tokens)):
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
-
-    def timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[Timing]:
-        """Send all prompts at once and time each of exactly `output_tokens` tokens of each."""
-        begin = time.perf_counter()
-        seconds: list[list[float]] = [[] for _ in prompts]
-        for step in self.steps(prompts, output_tokens, frozenset()):
-            now = time.perf_counter() - begin
-            for index in step:
-                seconds[index].append(now)
-        return [Timing(s) for s in seconds]
-
-
 def open_runtime(name: str, artifact: Path, device: Device, **options: Any) -> Runtime:
-    """Open `artifact` with the runtime of that name: `runtimes/NAME.py` is where to read on."""
+    """Open `artifact` with the runtime of that name; `runtimes/NAME.py` documents its options and errors."""
     opened: Runtime = importlib.import_module(f"qkit.runtimes.{name}").open(artifact, device, **options)
     return opened

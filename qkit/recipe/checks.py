@@ -1,4 +1,4 @@
-"""Values of a recipe that are each valid and cannot stand together."""
+"""Combinations of values that conflict although each value is valid."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ Key = tuple[str | int, ...]
 
 
 def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
-    """Values that are each valid and cannot stand together: (key, what is wrong and what to do)."""
+    """Conflicts between valid values, as (key, message): what is wrong and what to do."""
     if recipe.data.batch_tokens < recipe.data.max_length:
         yield (
             ("data", "batch_tokens"),
             f"data.batch_tokens={recipe.data.batch_tokens} is less than data.max_length={recipe.data.max_length}: "
-            "the longest row would not fit a batch; raise the one or lower the other",
+            "the longest row would not fit into a batch; raise data.batch_tokens or lower data.max_length",
         )
     if recipe.serve.max_model_len < recipe.evaluate.max_new_tokens:
         yield (
             ("serve", "max_model_len"),
-            f"serve.max_model_len={recipe.serve.max_model_len} leaves no room for "
+            f"serve.max_model_len={recipe.serve.max_model_len} must be greater than "
             f"evaluate.max_new_tokens={recipe.evaluate.max_new_tokens}",
         )
     if recipe.merge.base == "dequantized" and not recipe.quantization.load_in_4bit:
         yield (
             ("merge", "base"),
-            "merge.base=dequantized needs quantization.load_in_4bit=true; use merge.base=16bit, or leave it out",
+            "merge.base=dequantized needs quantization.load_in_4bit=true; use merge.base=16bit, or remove it",
         )
     if recipe.micro_batches > 1 and recipe.data.packing:
         yield (
             ("micro_batches",),
-            f"micro_batches={recipe.micro_batches} divides a batch by its rows, and with data.packing=true a batch is one row; "
+            f"micro_batches={recipe.micro_batches} splits a batch by rows, but with data.packing=true a batch is one row; "
             "lower data.batch_tokens and raise train.gradient_accumulation_steps instead",
         )
     for runtime in recipe.bench.runtimes:
         if runtime != "transformers" and not {runtime, ALL} & {*recipe.export.formats}:
             yield (
                 ("bench", "runtimes"),
-                f"bench.runtimes has {short(repr(runtime))}, which export.formats does not make",
+                f"bench.runtimes contains {short(repr(runtime))}, but export.formats does not",
             )
     yield from _target_clashes(recipe)
     yield from _split_clashes(recipe.data)
@@ -61,13 +61,13 @@ def _target_clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     if "lm_head" in named:
         yield (
             where,
-            "lora.target_modules names lm_head, whose adapter would never be trained: the loss is made of the head's own weights; "
-            "leave it out",
+            "lora.target_modules contains lm_head, whose adapter would not be trained: the loss uses the weights of the head directly; "
+            "remove it",
         )
     if not targets and not recipe.lora.target_parameters:
         yield (
             where,
-            "lora.target_modules and lora.target_parameters are both empty: nothing would be trained; leave them out for all-linear",
+            "lora.target_modules and lora.target_parameters are both empty: nothing would be trained; remove them to use all-linear",
         )
     for name in sorted(named):
         if re.sub(r"[\W_]", "", name).lower() == "alllinear" and (
@@ -75,12 +75,12 @@ def _target_clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         ):
             yield (
                 where,
-                f"lora.target_modules={short(repr(name))}: every linear module is written as a text, all-linear, and not in a list",
+                f"lora.target_modules={short(repr(name))}: write it as the string all-linear, not in a list",
             )
     if recipe.model.add_tokens and "embed_tokens" in named:
         yield (
             where,
-            "lora.target_modules names embed_tokens, in which model.add_tokens has rows learnt; peft takes only one of both",
+            "lora.target_modules contains embed_tokens, but model.add_tokens trains rows of it; PEFT supports only one of the two",
         )
 
 
@@ -89,18 +89,18 @@ def _split_clashes(data: Data) -> Iterator[tuple[Key, str]]:
         return
     total = data.split.train + data.split.validation + data.split.test
     if abs(total - 1) > 1e-6:
-        yield ("data", "split"), f"the fractions of data.split add up to {total:g}; they must add up to 1"
+        yield ("data", "split"), f"the fractions of data.split must add up to 1, but add up to {total:g}"
     for name in ("validation", "test"):
         if getattr(data, name):
-            yield ("data", name), f"data.{name} names sources and data.split divides data.train: leave one of them out"
+            yield ("data", name), f"data.{name} lists sources and data.split splits data.train: remove one of the two"
 
 
 def _unknown_names(recipe: Recipe) -> Iterator[tuple[Key, str]]:
-    """Tasks are files in tasks/, formats files in export/ (before the dash): the folder is the registry."""
+    """Tasks are files in tasks/, export formats are files in export/formats/: the folder is the registry."""
     if recipe.task not in (tasks := names(TASKS)):
         yield (
             ("task",),
-            f"unknown task {short(repr(recipe.task))}{nearest(recipe.task, tasks)}; there are: {', '.join(tasks)}",
+            f"unknown task {short(repr(recipe.task))}{nearest(recipe.task, tasks)}; available: {', '.join(tasks)}",
         )
     for name in recipe.export.formats:
         if name != ALL and not accepts(name):
@@ -114,4 +114,4 @@ def _unknown_names(recipe: Recipe) -> Iterator[tuple[Key, str]]:
 
 
 def _instead(name: str, known: Sequence[str]) -> str:
-    return f"{short(repr(name))}{nearest(name, known)}; there are: {', '.join(known)}"
+    return f"{short(repr(name))}{nearest(name, known)}; available: {', '.join(known)}"

@@ -1,6 +1,6 @@
-"""Values of a recipe that are valid and that nothing would use, since another value has made them idle: whoever wrote them means something.
+"""Valid values of a recipe that have no effect because of another value: whoever wrote them expects one.
 
-What a trial with `--set` makes idle (fewer steps, another format, 16 bit) is only said; the rest is a mistake.
+What a quick trial with `--set` typically makes idle (fewer steps, another format, 16 bit) is a warning; the rest is an error.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     Problems = Iterator[tuple[Key, str]]
 
 
-FITTED = ("vllm-w4a16", "vllm-w8a8")  # the formats that export.method and its rows are for
-FREE_TEXT = ("chat",)  # the tasks whose answers are text, of which a pattern may take a part
+FITTED = ("vllm-w4a16", "vllm-w8a8")  # the export formats that use export.method and its calibration rows
+FREE_TEXT = ("chat",)  # the tasks whose answers are free text, which a pattern can cut
 TEXT = (".txt", ".md")  # the files that sample_by divides
 ONE_LINERS = (
     "messages",
@@ -28,45 +28,45 @@ ONE_LINERS = (
     "alpaca",
     "prompt_completion",
     "tokenized",
-)  # formats of which too_long=split divides none
+)  # data formats that too_long=split cannot divide
 
 
-def remarks(how: Recipe) -> Problems:
-    """(key, what is idle beside what): for the plan and for the stage that would have used it to say."""
-    yield from _epochs(how.train)
-    yield from _quantization(how.quantization)
-    yield from _exporting(how.export)
-    yield from _unread(how.data)
-    if how.bench.sweep and _set(how.bench, "concurrency"):
-        at_once = ", ".join(map(str, how.bench.concurrency))
-        yield ("bench", "concurrency"), f"bench.concurrency=[{at_once}] is not looked at beside bench.sweep=true"
+def remarks(recipe: Recipe) -> Problems:
+    """Warnings, as (key, message): shown by the plan and by the stage that would have used the value."""
+    yield from _epochs(recipe.train)
+    yield from _quantization(recipe.quantization)
+    yield from _exporting(recipe.export)
+    yield from _unread(recipe.data)
+    if recipe.bench.sweep and _set(recipe.bench, "concurrency"):
+        limit = ", ".join(map(str, recipe.bench.concurrency))
+        yield ("bench", "concurrency"), f"bench.concurrency=[{limit}] has no effect with bench.sweep=true"
 
 
-def mistakes(how: Recipe) -> Problems:
-    """(key, what is idle, why, and what to do)."""
-    yield from _steps(how.train)
-    yield from _serving(how.serve)
-    yield from _merging(how.merge)
-    if how.evaluate.answer_pattern is not None and how.task not in FREE_TEXT:
+def mistakes(recipe: Recipe) -> Problems:
+    """Errors, as (key, message): what has no effect, why, and what to do."""
+    yield from _steps(recipe.train)
+    yield from _serving(recipe.serve)
+    yield from _merging(recipe.merge)
+    if recipe.evaluate.answer_pattern is not None and recipe.task not in FREE_TEXT:
         yield (
             ("evaluate", "answer_pattern"),
-            f"evaluate.answer_pattern={how.evaluate.answer_pattern} is looked at for task={', '.join(FREE_TEXT)}, and task={how.task} "
-            "compares calls: leave it out",
+            f"evaluate.answer_pattern={recipe.evaluate.answer_pattern} applies to task={', '.join(FREE_TEXT)}, but task={recipe.task} "
+            "compares calls: remove it",
         )
-    yield from _base(how.model)
-    yield from _division(how.data)
+    yield from _base(recipe.model)
+    yield from _division(recipe.data)
     for name in ("train", "validation", "test"):
-        for index, source in enumerate(getattr(how.data, name)):
+        for index, source in enumerate(getattr(recipe.data, name)):
             yield from _source(source, ("data", name, index))
-    if len(how.data.train) == 1 and how.data.train[0].weight is not None:
+    if len(recipe.data.train) == 1 and recipe.data.train[0].weight is not None:
         yield (
             ("data", "train", 0, "weight"),
-            f"data.train.0.weight={how.data.train[0].weight:g} is a share against other sources, and there is one only: leave it out",
+            f"data.train.0.weight={recipe.data.train[0].weight:g} is relative to other sources, but there is only one: remove it",
         )
 
 
 def _set(section: Section, *names: str) -> list[str]:
-    """Those fields that have another value than their default."""
+    """The fields whose value is not the default."""
     fields: Any = type(section).model_fields
     return [name for name in names if getattr(section, name) != fields[name].default]
 
@@ -74,15 +74,15 @@ def _set(section: Section, *names: str) -> list[str]:
 def _epochs(train: Train) -> Problems:
     if train.max_steps > 0 and _set(train, "num_train_epochs"):
         epochs = f"train.num_train_epochs={train.num_train_epochs:g}"
-        yield ("train", "num_train_epochs"), f"{epochs} is not looked at beside train.max_steps={train.max_steps}"
+        yield ("train", "num_train_epochs"), f"{epochs} has no effect with train.max_steps={train.max_steps}"
 
 
 def _unread(data: Data) -> Problems:
     share = f"data.split.validation={data.split.validation:g}" if data.split and data.split.validation else ""
-    if said := "data.validation" if data.validation else share:
+    if name := "data.validation" if data.validation else share:
         yield (
             ("data", "validation"),
-            f"{said}: these rows are held out, and no stage reads them; data.test is what the result is scored on",
+            f"{name}: these rows are held out, but no stage reads them; the result is scored on data.test",
         )
 
 
@@ -93,12 +93,12 @@ def _steps(train: Train) -> Problems:
     if train.lr_scheduler_type == "constant" and train.warmup_steps:
         yield (
             ("train", "warmup_steps"),
-            f"train.warmup_steps={train.warmup_steps} is not looked at beside train.lr_scheduler_type=constant; use constant_with_warmup",
+            f"train.warmup_steps={train.warmup_steps} has no effect with train.lr_scheduler_type=constant; use constant_with_warmup",
         )
     if train.lr_scheduler_type == "constant_with_warmup" and not train.warmup_steps:
         yield (
             ("train", "lr_scheduler_type"),
-            "train.lr_scheduler_type=constant_with_warmup has no warm-up beside train.warmup_steps=0; set that, or use constant",
+            "train.lr_scheduler_type=constant_with_warmup needs a warm-up, but train.warmup_steps=0; set it, or use constant",
         )
 
 
@@ -108,25 +108,25 @@ def _quantization(section: Quantization) -> Problems:
     for name in _set(section, "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"):
         yield (
             ("quantization", name),
-            f"quantization.{name}={_written(getattr(section, name))} is not looked at beside quantization.load_in_4bit=false",
+            f"quantization.{name}={_as_yaml(getattr(section, name))} has no effect with quantization.load_in_4bit=false",
         )
 
 
 def _serving(section: Serve) -> Problems:
-    at_once = section.max_num_seqs
-    if at_once is None:
+    limit = section.max_num_seqs
+    if limit is None:
         return
-    if section.concurrency > at_once:
+    if section.concurrency > limit:
         yield (
             ("serve", "concurrency"),
-            f"serve.concurrency={section.concurrency} conversations are never in the cache at once beside serve.max_num_seqs={at_once}: "
-            "raise the one or lower the other",
+            f"serve.concurrency={section.concurrency} conversations can never run at once with serve.max_num_seqs={limit}: "
+            "raise serve.max_num_seqs or lower serve.concurrency",
         )
-    if section.max_requests < at_once:
+    if section.max_requests < limit:
         yield (
             ("serve", "max_num_seqs"),
-            f"serve.max_num_seqs={at_once} requests are never let in beside serve.max_requests={section.max_requests}: "
-            "raise the one or lower the other",
+            f"serve.max_num_seqs={limit} requests can never run at once with serve.max_requests={section.max_requests}: "
+            "raise serve.max_requests or lower serve.max_num_seqs",
         )
 
 
@@ -134,8 +134,8 @@ def _merging(section: Merge) -> Problems:
     if section.base != "measured" and section.dtype != "measured" and _set(section, "choose"):
         yield (
             ("merge", "choose"),
-            f"merge.choose={section.choose} has nothing to choose from beside merge.base={section.base} and merge.dtype={section.dtype}: "
-            "leave it out",
+            f"merge.choose={section.choose} has nothing to choose from with merge.base={section.base} and merge.dtype={section.dtype}: "
+            "remove it",
         )
 
 
@@ -145,7 +145,7 @@ def _exporting(section: Export) -> Problems:
     for name in _set(section, "method", "calibration_rows"):
         yield (
             ("export", name),
-            f"export.{name}={getattr(section, name)} is for {' and '.join(FITTED)}, and export.formats has neither",
+            f"export.{name}={getattr(section, name)} applies to {' and '.join(FITTED)}, but export.formats has neither",
         )
 
 
@@ -157,18 +157,18 @@ def _base(section: Model) -> Problems:
 
 
 def _source(source: Source, where: Sequence[str | int]) -> Problems:
-    """What a data set's name alone tells; `qkit.rows` knows the rest once it has looked at the place."""
+    """What the name of a data set alone tells; data/read.py checks the rest when it opens the source."""
     dotted = ".".join(map(str, where))
     if source.streaming and not is_hub_id(source.source):
         yield (*where, "streaming"), _only(f"{dotted}.streaming", "true", "a data set of the hub", source.source)
     path = Path(source.source.removesuffix(".gz"))
     if _set(source, "sample_by") and path.suffix and path.suffix.lower() not in TEXT and not is_hub_id(source.source):
-        said = _only(f"{dotted}.sample_by", source.sample_by, f"text files ({', '.join(TEXT)})", source.source)
-        yield (*where, "sample_by"), said
+        message = _only(f"{dotted}.sample_by", source.sample_by, f"text files ({', '.join(TEXT)})", source.source)
+        yield (*where, "sample_by"), message
 
 
 def _only(key: str, value: object, what: str, source: str) -> str:
-    return f"{key}={value} is looked at for {what}, and the source is {source}: leave it out"
+    return f"{key}={value} applies to {what}, but the source is {source}: remove it"
 
 
 def _division(data: Data) -> Problems:
@@ -176,17 +176,17 @@ def _division(data: Data) -> Problems:
         for name in _set(data, "group", "stratify"):
             yield (
                 ("data", name),
-                f"data.{name}={getattr(data, name)} says how data.split divides the rows, and there is no data.split: leave it out",
+                f"data.{name}={getattr(data, name)} says how data.split divides the rows, but data.split is not set: remove it",
             )
     if data.too_long == "split" and data.train and all(source.format in ONE_LINERS for source in data.train):
         named = ", ".join(dict.fromkeys(source.format for source in data.train))
         yield (
             ("data", "too_long"),
-            f"data.too_long=split divides plain text, and data.train is all {named}, whose long rows would be dropped: "
+            f"data.too_long=split divides plain text, but data.train is all {named}, whose long rows would be dropped: "
             "use drop or truncate_prompt",
         )
 
 
-def _written(value: object) -> str:
-    """As YAML has it."""
+def _as_yaml(value: object) -> str:
+    """As YAML writes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""A recipe from its file: YAML, `--set` overrides, and every problem at once with its file and line."""
+"""Loads a recipe: YAML, `--set` overrides, validation. All problems are reported at once, with file and line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from qkit.core.errors import LINE, RecipeError, nearest, short
+from qkit.core.errors import LINE, Problem, RecipeError, nearest, short
 from qkit.recipe.checks import clashes
 from qkit.recipe.schema import Recipe, Section
 
@@ -19,29 +19,31 @@ if TYPE_CHECKING:
     from qkit.recipe.checks import Key
 
 
-PROBLEMS = 20  # of a recipe, how many a message names: a file of another kind has thousands
+MAX_PROBLEMS = 20  # in a message: a file that is not a recipe has thousands
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `a.b=c` overrides.
 
     Raises:
-        RecipeError: naming every problem: file, line, key, what is wrong, the nearest valid key.
+        RecipeError: with every problem: file, line, key, what is wrong, the nearest valid key.
     """
     if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe; `qkit run recipes/quickstart.yaml` is one to start from")
+        raise RecipeError(f"{path}: no such recipe; `recipes/quickstart.yaml` is an example to start from")
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {short(error, LINE)}") from None
-    if twice := list(_twice(node)):
-        raise RecipeError(
-            "\n".join(f"{path}:{line}: {short(repr(key))} stands there twice; keep one" for key, line in twice)
-        )
+    duplicates = [
+        Problem((key,), f"duplicate key {short(repr(key))}; keep one", f"{path}:{line}")
+        for key, line in _duplicate_keys(node)
+    ]
+    if duplicates:
+        raise _recipe_error(duplicates)
     if not isinstance(raw, dict):
         raise RecipeError(
-            f"{path}: a recipe is a mapping of sections (model, data, train ...), this is {short(repr(raw))}"
+            f"{path}: a recipe must be a mapping of sections (model, data, train ...), got {short(repr(raw))}"
         )
     return from_dict(raw, overrides, str(path), {key: f"{path}:{line}" for key, line in _lines(node)})
 
@@ -49,7 +51,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def from_dict(
     raw: dict[str, Any], overrides: Sequence[str], name: str, origins: dict[Key, str] | None = None
 ) -> Recipe:
-    """A recipe from its sections, with overrides. `origins`: where each key was written; `name`: what to call the rest.
+    """A recipe from a mapping of sections, with overrides. `origins`: file and line of each key; `name`: origin of keys without one.
 
     Raises:
         RecipeError: as `load`.
@@ -61,42 +63,47 @@ def from_dict(
 
 
 def _validated(raw: dict[str, Any], origins: dict[Key, str], default: str) -> Recipe:
-    """The recipe, or one RecipeError with all problems: of form first, then of values that clash."""
-    problems: list[str] = []
+    """Validate the fields first, then the combinations of values; raise one RecipeError with all problems."""
+    problems: list[Problem] = []
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         details = error.errors()
-        problems = [_describe(detail, origins, default) for detail in details]
+        problems = [
+            Problem(detail["loc"], _describe(detail), _origin(detail["loc"], origins, default)) for detail in details
+        ]
         partial = _without(raw, [detail["loc"] for detail in details])
         recipe = _or_none(partial)  # type: ignore[assignment]
     if recipe is not None:
-        problems += [f"{_origin(key, origins, default)}: {text}" for key, text in clashes(recipe)]
+        problems += [Problem(key, message, _origin(key, origins, default)) for key, message in clashes(recipe)]
     if problems:
-        more = [f"and {len(problems) - PROBLEMS:,} more"] if len(problems) > PROBLEMS else []
-        raise RecipeError("\n".join([*problems[:PROBLEMS], *more]))
+        raise _recipe_error(problems)
     return recipe
 
 
-def _describe(detail: ErrorDetails, origins: dict[Key, str], default: str) -> str:
-    """One line for one problem that pydantic found."""
+def _recipe_error(problems: Sequence[Problem]) -> RecipeError:
+    rest = len(problems) - MAX_PROBLEMS
+    lines = [*map(str, problems[:MAX_PROBLEMS]), *([f"and {rest:,} more"] if rest > 0 else [])]
+    return RecipeError("\n".join(lines), problems=problems)
+
+
+def _describe(detail: ErrorDetails) -> str:
+    """The message for one error of pydantic."""
     loc = detail["loc"]
     dotted = short(".".join(map(str, loc)))
     if detail["type"] == "extra_forbidden":
         siblings = list(_fields(loc[:-1]))
-        problem = f"unknown key {dotted!r}{nearest(str(loc[-1]), siblings)}"
-    elif detail["type"] == "missing":
-        problem = f"{dotted!r} is missing"
-    else:
-        problem = f"{dotted}: {detail['msg']}, got {short(repr(detail['input']))}"
-    return f"{_origin(loc, origins, default)}: {problem}"
+        return f"unknown key {dotted!r}{nearest(str(loc[-1]), siblings)}"
+    if detail["type"] == "missing":
+        return f"{dotted!r} is missing"
+    return f"{dotted}: {detail['msg']}, got {short(repr(detail['input']))}"
 
 
 def _fields(loc: Key) -> Iterator[str]:
-    """The valid keys at a place in the recipe."""
+    """The valid keys at a location in the recipe."""
     section: Any = Recipe
     for key in loc:
-        if isinstance(key, int) or key not in section.model_fields:  # a place in a list, or a name of the user's own
+        if isinstance(key, int) or key not in section.model_fields:  # a list index, or a user-defined name
             continue
         annotation = section.model_fields[key].annotation
         args = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]
@@ -105,7 +112,7 @@ def _fields(loc: Key) -> Iterator[str]:
 
 
 def _origin(loc: Key, origins: dict[Key, str], default: str) -> str:
-    """Where a key was written; for a key that was not, the nearest section above it."""
+    """File and line of a key; for a key that is not in the file, of the nearest section above it."""
     for length in range(len(loc), 0, -1):
         if loc[:length] in origins:
             return origins[loc[:length]]
@@ -113,7 +120,7 @@ def _origin(loc: Key, origins: dict[Key, str], default: str) -> str:
 
 
 def _lines(node: yaml.Node | None, prefix: Key = ()) -> Iterator[tuple[Key, int]]:
-    """Every key of a YAML document with its line, counted from 1."""
+    """Every key of a YAML document with its 1-based line."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             yield (*prefix, key.value), key.start_mark.line + 1
@@ -124,25 +131,25 @@ def _lines(node: yaml.Node | None, prefix: Key = ()) -> Iterator[tuple[Key, int]
             yield from _lines(value, (*prefix, index))
 
 
-def _twice(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
-    """Keys that a mapping of a YAML document has again, of which only the last would count, with their lines."""
+def _duplicate_keys(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
+    """Keys that occur twice in a mapping, with the line of the second: PyYAML would silently keep the last."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 yield key.value, key.start_mark.line + 1
             seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
-            yield from _twice(value)
+            yield from _duplicate_keys(value)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            yield from _twice(value)
+            yield from _duplicate_keys(value)
 
 
 def override(raw: dict[str, Any], text: str) -> list[Key]:
-    """Write one `a.b=c` override into the raw recipe; the value is YAML. Returns the keys it set.
+    """Apply one `a.b=c` override to the raw recipe; the value is YAML. Returns the keys that were set.
 
     Raises:
-        RecipeError: it is not of this form.
+        RecipeError: the override is not of this form.
     """
     dotted, equals, value = text.partition("=")
     shown = short(text)
@@ -163,7 +170,7 @@ def override(raw: dict[str, Any], text: str) -> list[Key]:
 
 
 def _without(raw: dict[str, Any], locs: Sequence[Key]) -> dict[str, Any]:
-    """A copy without the keys that were wrong, so that the rest can still be checked for clashes."""
+    """A copy without the invalid keys, so that the rest can still be checked for conflicts."""
     copy: dict[str, Any] = json.loads(json.dumps(raw, default=str))
     for loc in locs:
         where: Any = copy

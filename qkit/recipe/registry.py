@@ -1,4 +1,4 @@
-"""The names that a recipe may use for tasks, formats of export and runtimes: the folders are the registry."""
+"""The names of tasks, export formats and runtimes: the folders are the registry, and a file adds its name."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ TASKS, FORMATS, RUNTIMES = "tasks", "export.formats", "runtimes"  # the folders,
 
 
 def format_names() -> Iterator[str]:
-    """Every format that an exporter makes: its name, and its variant after a dash."""
+    """Every export format: the exporter's name, and the variant after a dash."""
     for kind in names(FORMATS):
         exporter: Any = importlib.import_module(f"qkit.{FORMATS}.{kind}")
         yield from ("-".join(filter(None, (kind, variant))) for variant in exporter.VARIANTS)
 
 
 def names(folder: str) -> list[str]:
-    """The names that a registry folder of the package offers."""
+    """The names in a registry folder (TASKS, FORMATS or RUNTIMES)."""
     return sorted(p.stem for p in (PACKAGE / folder.replace(".", "/")).glob("*.py") if not p.stem.startswith("_"))
 
 
 def split(name: str) -> tuple[str, str]:
-    """A format's name as its exporter's and its variant."""
+    """Split an export format into the exporter's name and the variant."""
     kind, _, variant = name.partition("-")
     return kind, variant
 
 
 def accepts(name: str) -> bool:
-    """Whether a format is one that its exporter makes: a variant of its list, or a longer name that spells out how (BY_HAND)."""
+    """Whether an exporter makes this format: one of its VARIANTS, or a longer spelling (BY_HAND)."""
     kind, variant = split(name)
     if kind not in names(FORMATS):
         return False
-    found: Any = importlib.import_module(f"qkit.{FORMATS}.{kind}")
-    return variant in found.VARIANTS or variant in getattr(found, "BY_HAND", ())
+    exporter: Any = importlib.import_module(f"qkit.{FORMATS}.{kind}")
+    return variant in exporter.VARIANTS or variant in getattr(exporter, "BY_HAND", ())

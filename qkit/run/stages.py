@@ -1,4 +1,4 @@
-"""The stages, in their order: what each needs, reads and writes. pipeline.py runs them."""
+"""The table of stages: what each one needs, reads and does in the pipeline. pipeline.py runs them."""
 
 from __future__ import annotations
 
@@ -10,44 +10,48 @@ from qkit.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: whose folders it reads, and which sections of the recipe it depends on."""
+    """A stage: the stages whose folders it reads, the recipe sections it depends on, and what the pipeline has to do for it."""
 
     name: str
     needs: tuple[str, ...]
     sections: tuple[str, ...]
-    resumes: bool = False  # goes on from what a killed attempt left
-    reads_sources: bool = False  # the files on this machine that the recipe names
+    resumes: bool = False  # continues from what a killed attempt left
+    reads_sources: bool = False  # reads the local files that the recipe names
+    needs_test_rows: bool = False  # is not worth starting without rows to score the result on
+    can_shrink: bool = False  # with `run --fit`: continues with a smaller recipe after running out of memory
+    is_server: bool = False  # a process that stays up for the stages that use it
+    uses_server: bool = False  # asks the server of a run, if the recipe has one
+    reads_server: bool = False  # needs the server's own record, so the server must have stopped
+    extends_card: bool = False  # adds to the model card
 
 
 BEFORE_REPORT = ("data", "train", "evaluate", "merge", "export", "serve", "verify", "bench")
-SECTIONS = tuple(name for name in Recipe.model_fields)
-
+TRAINING = ("seed", "model", "quantization", "lora", "data", "ledger", "train", "micro_batches")
+MERGING = ("task", "seed", "model", "quantization", "evaluate", "merge")
+VERIFYING = ("task", "evaluate", "export", "verify", "serve")
 
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("data", (), ("task", "seed", "model", "data"), reads_sources=True),
-        Stage(
-            "train",
-            ("data",),
-            ("seed", "model", "quantization", "lora", "data", "ledger", "train", "micro_batches"),
-            resumes=True,
-        ),
+        Stage("train", ("data",), TRAINING, resumes=True, needs_test_rows=True, can_shrink=True),
         Stage("evaluate", ("data", "train"), ("task", "model", "quantization", "evaluate")),
-        Stage("merge", ("data", "train", "evaluate"), ("task", "seed", "model", "quantization", "evaluate", "merge")),
-        Stage("export", ("data", "train", "merge"), ("model", "quantization", "merge", "export")),
-        Stage("serve", ("export",), ("serve",)),
+        Stage("merge", ("data", "train", "evaluate"), MERGING, extends_card=True),
+        Stage("export", ("data", "train", "merge"), ("model", "quantization", "merge", "export"), extends_card=True),
+        Stage("serve", ("export",), ("serve",), is_server=True),
         Stage(
             "verify",
             ("data", "train", "evaluate", "merge", "export"),
-            ("task", "evaluate", "export", "verify", "serve"),
+            VERIFYING,
+            uses_server=True,
+            extends_card=True,
         ),
-        Stage("bench", ("data", "merge", "export"), ("bench", "serve")),
-        Stage("report", BEFORE_REPORT, SECTIONS),
+        Stage("bench", ("data", "merge", "export"), ("bench", "serve"), uses_server=True, extends_card=True),
+        Stage("report", BEFORE_REPORT, tuple(Recipe.model_fields), reads_server=True, extends_card=True),
     )
 }
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
-    """The stages that a recipe has: without a vllm export there is nothing to serve."""
-    return [stage for name, stage in STAGES.items() if name != "serve" or "vllm" in recipe.export.formats]
+    """The stages of a recipe, in order: without a vLLM export there is nothing to serve."""
+    return [stage for stage in STAGES.values() if not stage.is_server or "vllm" in recipe.export.formats]

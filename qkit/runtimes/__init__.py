@@ -1,4 +1,4 @@
-"""What opens an artifact: one file for each runtime, whose name is what recipes call it. The contract is plugins/runtime.py.
+"""The runtimes, which open an artifact: one module each, named as recipes name the runtime. The contracts are in plugins/runtime.py.
 
-In: an artifact's folder. Out: a `Runtime` that generates, scores and tells its memory. No runtime imports another. Start with transformers.py.
+In: an artifact's folder. Out: a `Runtime` that scores and generates. No runtime imports another. Start with transformers.py.
 """

@@ -1,7 +1,7 @@
-"""A model in 16 bits computed in fp32: its blocks are turned to fp32 one at a time, as they run.
+"""Computes a 16-bit model in fp32: each block is converted to fp32 while it runs.
 
-What a model's numbers mean exactly is what they give without the rounding of a 16-bit computation. All of a 7B in fp32 would take 28 GB;
-this way the weights stay as they are, but for embedding, final norm and head, and one block at a time is held twice.
+The result is what the weights give without the rounding of 16-bit arithmetic. All of a 7B model in fp32 would take 28 GB. Here only
+embedding, final norm and head are kept in fp32, and one block at a time is held in both precisions.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ if TYPE_CHECKING:
     from qkit.recipe.schema import Recipe
 
 
-def with_any_dtype(how: Recipe) -> Recipe:
-    """The recipe with an attention that takes fp32: kernels of flash attention compute in 16 bits only."""
-    if not how.model.attn_implementation.startswith("flash"):
-        return how
-    section = how.model.model_copy(update={"attn_implementation": "sdpa"})
-    return how.model_copy(update={"model": section})
+def with_float32_attention(recipe: Recipe) -> Recipe:
+    """Return the recipe with an attention implementation that computes in fp32; flash attention takes 16-bit inputs only."""
+    if not recipe.model.attn_implementation.startswith("flash"):
+        return recipe
+    section = recipe.model.model_copy(update={"attn_implementation": "sdpa"})
+    return recipe.model_copy(update={"model": section})
 
 
 def compute_in_float32(model: PreTrainedModel) -> None:
-    """Make every later forward of `model` compute in fp32, from its weights as they are now. For inference only: the weights move."""
+    """Make every later forward pass of `model` compute in fp32. For inference only: the forward replaces the weights while it runs."""
     blocks = list(blocks_of(model))
-    inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
+    in_blocks = {id(tensor) for block in blocks for tensor in _tensors(block)}
     for tensor in _tensors(model):
-        if id(tensor) not in inside:
+        if id(tensor) not in in_blocks:
             tensor.data = tensor.data.float()
     for block in blocks:
-        waiting = _Waiting(block)
-        block.register_forward_pre_hook(waiting.widen, with_kwargs=True)
-        block.register_forward_hook(waiting.narrow, always_call=True)
+        converter = _BlockConverter(block)
+        block.register_forward_pre_hook(converter.widen, with_kwargs=True)
+        block.register_forward_hook(converter.narrow, always_call=True)
 
 
 def blocks_of(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
-    """The layers of the decoder, whatever it calls them: its longest list of modules that is in no other. None where it keeps no such list."""
+    """Yield the layers of the decoder: its longest ModuleList that is not inside another. Yields nothing if it has no such list."""
     import torch
 
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -48,7 +48,7 @@ def blocks_of(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and buffers that hold 16-bit numbers."""
+    """Yield the parameters and buffers in a 16-bit dtype."""
     import torch
 
     for tensor in (*module.parameters(), *module.buffers()):
@@ -56,8 +56,8 @@ def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield tensor
 
 
-class _Waiting:
-    """The 16-bit numbers of a block while it runs in fp32."""
+class _BlockConverter:
+    """Forward hooks of one block: they keep its 16-bit tensors while it runs in fp32."""
 
     def __init__(self, block: torch.nn.Module):
         self.block = block

@@ -1,11 +1,12 @@
-"""What both kinds of ONNX graph share: batches, and scores from logits."""
+"""What both ONNX runtimes share: batches, and scores computed from logits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qkit.plugins.runtime import Row, RowScores
+from qkit.core.batching import within_budget
+from qkit.plugins.runtime import RowScores, TokenRow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,24 +15,17 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int64]
 
 
-BATCH_TOKENS = 256  # right-padded tokens per forward that reads; more is no quicker, and slower in int4
-PICKED = "picked"
+BATCH_TOKENS = 256  # padded tokens per forward pass over given tokens; more is not faster, and slower in int4
+PICKED = "picked"  # the graph input that selects the positions to compute logits for
 
 
-def batches(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Rows in their order, as many at once as fit BATCH_TOKENS when padded: begin and end of each batch."""
-    begin = longest = 0
-    for index, length in enumerate(lengths):
-        longest = max(longest, length)
-        if index > begin and longest * (index + 1 - begin) > BATCH_TOKENS:
-            yield begin, index
-            begin, longest = index, length
-    if len(lengths):
-        yield begin, len(lengths)
+def batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """Cut rows of token ids, in their order, into batches of BATCH_TOKENS: begin and end of each."""
+    return ((batch.start, batch.stop) for batch in within_budget(map(len, rows), BATCH_TOKENS))
 
 
-def scores_of(rows: Sequence[Row], logits: NDArray[Any]) -> Iterator[RowScores]:
-    """From the logits [n, vocabulary] of all completion tokens of these rows, in their order."""
+def scores_of(rows: Sequence[TokenRow], logits: NDArray[Any]) -> Iterator[RowScores]:
+    """Yield the scores of each row, given the logits [n, vocabulary] of the completion tokens of all rows, in order."""
     import numpy as np
 
     begin = 0
@@ -41,13 +35,13 @@ def scores_of(rows: Sequence[Row], logits: NDArray[Any]) -> Iterator[RowScores]:
         begin = end
 
 
-def spoken_from(row: Row) -> range:
-    """The positions whose states say the completion: each token is said from the one before it."""
+def predicting_positions(row: TokenRow) -> range:
+    """Return the positions whose states predict the completion: each token is predicted at the position before it."""
     return range(row.start - 1, len(row.input_ids) - 1)
 
 
 def _row_scores(logits: NDArray[Any], targets: Ids) -> RowScores:
-    """From the logits [T, vocabulary], which are overwritten where they are float32 already."""
+    """Compute scores from logits [T, vocabulary]; float32 logits are overwritten."""
     import numpy as np
 
     full = logits.astype(np.float32, copy=False)

@@ -1,7 +1,7 @@
-"""ONNX Runtime, on graphs that transformers' exporter traced (`qkit.export._traced` has their inputs), in this process.
+"""ONNX Runtime, in this process, on graphs that transformers' exporter traced; `qkit.export._onnx.trace` documents their inputs.
 
-The plain way: rows are padded on the left, and what a step says of the cache is the next one's past, so that each step copies it.
-onnxruntime-genai does not open these graphs. The head is applied only where its answer is wanted, as with the builder's.
+Rows are padded on the left, and the cache that one step returns is the input of the next, so each step copies it. onnxruntime-genai does
+not open these graphs. Logits are computed only for the positions that are needed, as with the builder's graphs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.memory_meter import PeakMeter
-from qkit.plugins.runtime import Row, RowScores, Runtime
-from qkit.runtimes._onnx_graph import PICKED, batches, scores_of, spoken_from
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow
+from qkit.runtimes._onnx_graph import PICKED, batches, predicting_positions, scores_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TracedRuntime(Runtime):
-    """Greedy decoding and scoring with a graph that is loaded here."""
+    """Greedy decoding and scoring with a traced graph."""
 
     def __init__(self, session: Any, meter: PeakMeter):
         self.session = session
@@ -36,7 +36,7 @@ class TracedRuntime(Runtime):
     def steps(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
     ) -> Iterator[dict[int, int]]:
-        """All prompts are read at once; a row that has ended is taken out of the batch."""
+        """All prompts are read at once; a row that has ended leaves the batch."""
         import numpy as np
 
         alive = list(range(len(prompts)))
@@ -47,16 +47,16 @@ class TracedRuntime(Runtime):
             logits, past = self._run(ids, mask, past, np.array(last))
             tokens = logits.argmax(-1)
             yield dict(zip(alive, tokens.tolist(), strict=True))
-            going = [row for row, token in enumerate(tokens.tolist()) if token not in stop]
-            if not going:
+            running = [row for row, token in enumerate(tokens.tolist()) if token not in stop]
+            if not running:
                 return
-            if len(going) < len(alive):
-                alive, mask, tokens = [alive[row] for row in going], mask[going], tokens[going]
-                past = {name: array[going] for name, array in past.items()}
+            if len(running) < len(alive):
+                alive, mask, tokens = [alive[row] for row in running], mask[running], tokens[running]
+                past = {name: array[running] for name, array in past.items()}
             ids, mask = tokens[:, None], np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
 
-    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
-        for begin, end in batches([len(row.input_ids) for row in rows]):
+    def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
+        for begin, end in batches([row.input_ids for row in rows]):
             yield from self._score(rows[begin:end])
 
     def memory_bytes(self) -> int:
@@ -65,38 +65,40 @@ class TracedRuntime(Runtime):
     def close(self) -> None:
         del self.session
 
-    def _score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
-        """Read in two pieces, the second on the cache of the first: whoever compares these scores has compared the cache too."""
+    def _score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
+        """Score in two passes, the second with the cache of the first, so that a comparison of scores covers the cache as well."""
         import numpy as np
 
         ids, mask = _left_padded([row.input_ids for row in rows])
         width = ids.shape[1]
-        places = [(i, width - len(row.input_ids) + at) for i, row in enumerate(rows) for at in spoken_from(row)]
+        places = [
+            (i, width - len(row.input_ids) + at) for i, row in enumerate(rows) for at in predicting_positions(row)
+        ]
         picked = np.array(places, np.int64).reshape(-1, 2)
         logits, past = np.empty((len(picked), self.vocabulary), np.float32), self._empty(len(rows))
         for begin, end in ((0, width // 2), (width // 2, width)):
-            inside = (begin <= picked[:, 1]) & (picked[:, 1] < end)
+            in_pass = (begin <= picked[:, 1]) & (picked[:, 1] < end)
             if begin < end:
-                logits[inside], past = self._run(ids[:, begin:end], mask[:, :end], past, picked[inside] - [0, begin])
+                logits[in_pass], past = self._run(ids[:, begin:end], mask[:, :end], past, picked[in_pass] - [0, begin])
         yield from scores_of(rows, logits)
 
     def _empty(self, rows: int) -> Cache:
-        """The cache before a text begins."""
+        """Return the cache before the first token: no positions."""
         import numpy as np
 
         shapes = {name: self.inputs[name].shape for name in self.caches}
         return {name: np.zeros((rows, heads, 0, size), np.float32) for name, (_, heads, _, size) in shapes.items()}
 
     def _run(self, ids: Ids, mask: Ids, past: Cache, picked: Ids) -> tuple[NDArray[Any], Cache]:
-        """Logits [n, vocabulary] at `picked` [n, 2], of `ids` [rows, new]; and the cache with these in it. `mask` [rows, past + new]."""
+        """Return the logits [n, vocabulary] at `picked` [n, 2] of `ids` [rows, new], and the new cache. `mask`: [rows, past + new]."""
         positions = (mask.cumsum(1) - 1).clip(min=0)[:, -ids.shape[1] :]
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, PICKED: picked, **past}
-        logits, *present = self.session.run(self.outputs, {name: given[name] for name in self.inputs})
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, PICKED: picked, **past}
+        logits, *present = self.session.run(self.outputs, {name: inputs[name] for name in self.inputs})
         return logits, dict(zip(self.caches, present, strict=True))
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:
-    """Token ids and their mask, [rows, longest]; padded positions hold token 0."""
+    """Return token ids and their mask, [rows, longest]; padded positions hold token 0."""
     import numpy as np
 
     ids = np.zeros((len(rows), max(map(len, rows), default=0)), np.int64)

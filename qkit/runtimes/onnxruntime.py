@@ -1,15 +1,14 @@
-"""ONNX Runtime, on folders made by onnxruntime-genai's model builder, in this process; `_traced.py` is for the others.
+"""ONNX Runtime, in this process, on folders made by onnxruntime-genai's model builder; `_onnx_traced.py` opens traced graphs.
 
-Two things make it quick. The cache is shared: each key and value tensor is input and output of the model at once, so
-that a step writes one position and copies nothing. And the head is applied only where its answer is wanted: as the
-model is opened, its graph gets one input more, `picked`, that selects hidden states before the head; the file stays.
+Two things make it fast. The cache is shared: each key and value tensor is both input and output of the model, so a step writes one
+position and copies nothing. And logits are computed only for the positions that are needed: when the model is opened, its graph gets a
+further input, `picked`, which selects hidden states before the head. The file is not changed.
 
-Rows of a batch may differ in length. The builder's attention (GroupQueryAttention) takes a row's length from the sum
-of its attention mask, so rows are padded on the right, and a row's next token overwrites its first padded position.
+The rows of a batch may differ in length. The builder's attention (GroupQueryAttention) takes a row's length from the sum of its attention
+mask, so rows are padded on the right, and a row's next token overwrites its first padded position.
 
-The int4 kernels round activations to 8 bits, which magnifies the last bit of a sum: between reading a text at once (as
-`score` does) and token by token (as `steps` does) their answers differ a little, and near ties fall either way. fp32
-agrees with itself.
+The int4 kernels round activations to 8 bits, which magnifies differences in the last bit of a sum. Logits of a text that is read at once
+(`score`) and token by token (`steps`) therefore differ slightly, and near ties may be decided either way. In fp32 both agree.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from qkit.core.device import Device
 from qkit.core.errors import MissingArtifact, MissingExtra, NotDeployable
 from qkit.core.files import read_json
 from qkit.core.memory_meter import PeakMeter
-from qkit.plugins.runtime import Row, RowScores, Runtime
-from qkit.runtimes._onnx_graph import PICKED, batches, scores_of, spoken_from
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow
+from qkit.runtimes._onnx_graph import PICKED, batches, predicting_positions, scores_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,15 +37,15 @@ DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 
 def open(artifact: Path, device: Device, **options: Any) -> Runtime:
-    """A folder with `model.onnx`. Options: `threads` (default: one per physical core).
+    """Open a folder with `model.onnx`. Options: `threads` (default: one per physical core).
 
     Raises:
-        MissingArtifact: it is not such a folder.
+        MissingArtifact: the folder was not made by qkit's ONNX export.
         MissingExtra: onnxruntime is not installed.
-        NotDeployable: the graph is not of the kind that the builder makes for decoders.
+        NotDeployable: the graph is not one that the builder makes for decoders.
     """
     from qkit.model.provenance import is_traced
-    from qkit.runtimes._onnx_traced import TracedRuntime  # which builds on this file
+    from qkit.runtimes._onnx_traced import TracedRuntime
 
     traced = is_traced(artifact)
     _need(artifact, ("model.onnx",) if traced else ("model.onnx", "genai_config.json"))
@@ -59,18 +58,21 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime:
 
 def _need(artifact: Path, files: Sequence[str]) -> None:
     if missing := [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]:
-        raise MissingExtra(f"{artifact}: to open it needs {', '.join(missing)}: pip install 'qkit[onnx]'")
-    if gone := [name for name in files if not (artifact / name).is_file()]:
-        raise MissingArtifact(f"{artifact}: not a folder made by qkit's ONNX export; it lacks {', '.join(gone)}")
+        raise MissingExtra(
+            f"{artifact}: opening it requires {', '.join(missing)}: pip install 'qkit[onnx]'", package=missing[0]
+        )
+    if absent := [name for name in files if not (artifact / name).is_file()]:
+        message = f"{artifact}: not a folder made by qkit's ONNX export; missing: {', '.join(absent)}"
+        raise MissingArtifact(message, path=artifact / absent[0])
 
 
 def _head_size(artifact: Path) -> int:
-    """Width of a key: the graph leaves it open, since a quantized cache would have another."""
+    """Return the width of a key; the graph leaves that axis open, since a quantized cache would have another width."""
     return int(read_json(artifact / "genai_config.json")["model"]["decoder"]["head_size"])
 
 
 class OnnxRuntime(Runtime):
-    """Greedy decoding and scoring with a model that is loaded here."""
+    """Greedy decoding and scoring with a graph of the builder."""
 
     def __init__(self, model: _Model, meter: PeakMeter):
         self.model = model
@@ -79,11 +81,11 @@ class OnnxRuntime(Runtime):
     def steps(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
     ) -> Iterator[dict[int, int]]:
-        """Prompts are read a few at a time, their first tokens being a step of their own; then all go on together."""
+        """Prompts are read in small batches, and the first tokens of each batch are a step; then all prompts advance together."""
         if not prompts:
             return
         batch = _Batch(self.model, prompts, max_new_tokens)
-        for begin, end in batches([len(prompt) for prompt in batch.prompts]):
+        for begin, end in batches(batch.prompts):
             yield batch.read(begin, end)
         for _ in range(max_new_tokens - 1):
             batch.drop(stop)
@@ -91,8 +93,8 @@ class OnnxRuntime(Runtime):
                 return
             yield batch.step()
 
-    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
-        for begin, end in batches([len(row.input_ids) for row in rows]):
+    def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
+        for begin, end in batches([row.input_ids for row in rows]):
             yield from _score(self.model, rows[begin:end])
 
     def memory_bytes(self) -> int:
@@ -106,10 +108,9 @@ class OnnxRuntime(Runtime):
 
 
 def _session(artifact: Path, device: Device, threads: int) -> Any:
-    """An InferenceSession on the graph with `picked` in it; weights stay in their file next to model.onnx.
+    """Return an InferenceSession on the graph with the input `picked`; weights stay in their file next to model.onnx.
 
-    Idle threads sleep instead of spinning: as fast on a machine of one's own, and several times faster beside another
-    busy process.
+    Idle threads sleep instead of spinning: equally fast on an idle machine, and several times faster next to another busy process.
     """
     import onnxruntime
 
@@ -123,9 +124,9 @@ def _session(artifact: Path, device: Device, threads: int) -> Any:
 
 
 def _with_picked(file: Path) -> bytes:
-    """The graph of `file` with the input `picked` [n, 2]: row and position of the states that the head is applied to.
+    """Return the graph of `file` with the input `picked` [n, 2]: row and position of the states that the head is applied to.
 
-    `logits` become [n, vocabulary]. Whatever comes after the head works token by token and does not mind.
+    `logits` become [n, vocabulary]. Nodes after the head work on each token separately and need no change.
     """
     import onnx
 
@@ -139,24 +140,26 @@ def _with_picked(file: Path) -> bytes:
     logits = next(output for output in graph.output if output.name == "logits").type.tensor_type
     logits.shape.dim[0].Clear()
     del logits.shape.dim[1]
-    del graph.value_info[:]  # shapes between head and logits are not true any more; they are inferred again
+    del graph.value_info[:]  # the shapes between head and logits no longer hold; ONNX Runtime infers them again
     serialized: bytes = model.SerializeToString()
     return serialized
 
 
 def _head(graph: Any, file: Path) -> Any:
-    """The matrix product that `logits` come from, perhaps through a scale or a cast."""
+    """Return the matrix product that computes `logits`, possibly followed by a scale or a cast."""
     makers = {name: node for node in graph.node for name in node.output}
     node = makers.get("logits")
     while node is not None and node.op_type not in HEADS:
         node = makers.get(node.input[0])
     if node is None:
-        raise NotDeployable(f"{file}: its `logits` do not come from a matrix product; was it made by qkit's export?")
+        raise NotDeployable(
+            f"{file}: `logits` are not the result of a matrix product; was this file made by qkit's export?"
+        )
     return node
 
 
 class _Model:
-    """A session with its names: token ids and their places in; logits out."""
+    """A session and its named inputs: takes token ids and their positions, returns logits."""
 
     def __init__(self, session: Any, head_size: int):
         inputs = {node.name: node for node in session.get_inputs()}
@@ -168,13 +171,13 @@ class _Model:
         known = {"input_ids", "attention_mask", "position_ids", PICKED, *(node.name for node in self.caches)}
         if unknown := sorted(inputs.keys() - known):
             raise NotDeployable(
-                f"onnxruntime: only decoders with a key-value cache; this model also wants {', '.join(unknown)}"
+                f"onnxruntime opens decoders with a key-value cache only; this model also has the inputs {', '.join(unknown)}"
             )
 
     def run(self, binding: Any, ids: Ids, past: Ids, new: Ids, picked: Ids) -> NDArray[Any]:
-        """Logits [n, vocabulary] at `picked` [n, 2], for `ids` [rows, width], right-padded.
+        """Return the logits [n, vocabulary] at `picked` [n, 2], for right-padded `ids` [rows, width].
 
-        `new` [rows] of them are real, and follow `past` [rows] tokens that `binding`'s cache holds.
+        `new` [rows]: how many tokens of each row are real. They follow the `past` [rows] tokens in the cache of `binding`.
         """
         import numpy as np
 
@@ -191,7 +194,7 @@ class _Model:
 
 
 class _Cache:
-    """Keys and values of a batch: arrays [rows, heads, capacity, head size], two a layer, that the model writes to."""
+    """Keys and values of a batch, which the model writes to: two arrays [rows, heads, capacity, head size] for each layer."""
 
     def __init__(self, model: _Model, rows: int, capacity: int):
         import numpy as np
@@ -203,7 +206,7 @@ class _Cache:
         }
 
     def binding(self, begin: int, end: int) -> Any:
-        """What the model is run with to work on these rows; good for any number of runs."""
+        """Return a binding of the model to these rows of the cache; it can be used for any number of runs."""
         binding = self.session.io_binding()
         for name, array in self.arrays.items():
             _bind(binding.bind_input, name, array[begin:end])
@@ -211,13 +214,13 @@ class _Cache:
         return binding
 
     def move(self, source: int, target: int) -> None:
-        """Row `source` takes the place of row `target`."""
+        """Overwrite row `target` with row `source`."""
         for array in self.arrays.values():
             array[target] = array[source]
 
 
 def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
-    """Let the session read or write an array where it is; the caller keeps it alive."""
+    """Let the session read or write an array in place; the caller must keep it alive."""
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
@@ -227,8 +230,7 @@ def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
 class _Batch:
     """Prompts that are continued together, shortest first.
 
-    `order` holds, for each row that goes on, the index of its prompt. These rows are the first of the cache: when one
-    of them ends, the last takes its place.
+    `order` holds the index of the prompt of each unfinished row. These rows come first in the cache: when one ends, the last takes its place.
     """
 
     def __init__(self, model: _Model, prompts: Sequence[Sequence[int]], max_new_tokens: int):
@@ -237,13 +239,13 @@ class _Batch:
         self.model = model
         self.order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         self.prompts = [prompts[index] for index in self.order]
-        self.lengths = np.array([len(prompt) for prompt in self.prompts])  # tokens that the cache holds
-        self.tokens = np.zeros(len(prompts), np.int64)  # the newest, which the model has not seen yet
+        self.lengths = np.array([len(prompt) for prompt in self.prompts])  # tokens of each row in the cache
+        self.tokens = np.zeros(len(prompts), np.int64)  # the newest of each row, not yet in the cache
         self.cache = _Cache(model, len(prompts), int(self.lengths[-1]) + max_new_tokens)
         self.binding: Any = None
 
     def read(self, begin: int, end: int) -> dict[int, int]:
-        """Read the prompts of these rows; their first tokens."""
+        """Read the prompts of these rows, and return their first tokens."""
         import numpy as np
 
         new = self.lengths[begin:end]
@@ -254,7 +256,7 @@ class _Batch:
         return self._newest(begin, end)
 
     def step(self) -> dict[int, int]:
-        """One token more for each row."""
+        """Decode one more token of each row."""
         import numpy as np
 
         count = len(self.order)
@@ -267,7 +269,7 @@ class _Batch:
         return self._newest(0, count)
 
     def drop(self, stop: frozenset[int]) -> None:
-        """Take out the rows whose newest token is in `stop`."""
+        """Remove the rows whose newest token is in `stop`."""
         ended = [row for row, index in enumerate(self.order) if int(self.tokens[row]) in stop]
         for row in reversed(ended):
             last = len(self.order) - 1
@@ -283,7 +285,7 @@ class _Batch:
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Ids:
-    """[rows, longest], padded with 0 on the right."""
+    """Return token ids [rows, longest], padded with 0 on the right."""
     import numpy as np
 
     ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
@@ -295,13 +297,15 @@ def _padded(rows: Sequence[Sequence[int]]) -> Ids:
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 
-def _score(model: _Model, rows: Sequence[Row]) -> Iterator[RowScores]:
-    """One forward for these rows, the head applied to the states that their completions are said from."""
+def _score(model: _Model, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
+    """Score rows in one forward pass; logits are computed only where they predict a completion token."""
     import numpy as np
 
     ids = _padded([row.input_ids for row in rows])
     new = np.array([len(row.input_ids) for row in rows])
-    picked = np.array([(index, place) for index, row in enumerate(rows) for place in spoken_from(row)], np.int64)
+    picked = np.array(
+        [(index, place) for index, row in enumerate(rows) for place in predicting_positions(row)], np.int64
+    )
     cache = _Cache(model, len(rows), ids.shape[1])
     logits = model.run(cache.binding(0, len(rows)), ids, np.zeros_like(new), new, picked.reshape(-1, 2))
     yield from scores_of(rows, logits)

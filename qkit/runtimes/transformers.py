@@ -1,4 +1,4 @@
-"""transformers: the base model, the live adapter, or a merged model folder, in this process."""
+"""transformers, in this process: the base model, the reference model (base and adapter as trained), or a model folder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.core.batching import within_budget
 from qkit.core.device import Device, released
 from qkit.core.errors import ModelError
 from qkit.core.memory_meter import PeakMeter
 from qkit.model.load import scaled
-from qkit.plugins.runtime import PREFILL_TOKENS, Row, RowScores, Runtime
+from qkit.plugins.runtime import PREFILL_TOKENS, RowScores, Runtime, TokenRow
 
 if TYPE_CHECKING:
     import torch
@@ -19,36 +20,46 @@ if TYPE_CHECKING:
     from qkit.recipe.schema import Recipe
 
 
-SCORE_TOKENS = 2048  # right-padded tokens per forward when scoring
+SCORE_TOKENS = 2048  # padded tokens per forward pass when scoring
 
 
 def open(artifact: Path, device: Device, **options: Any) -> Runtime:
-    """A model folder, in the dtype that it has or in `dtype` of options; one that holds a .gguf file, dequantized to float32. With `recipe` and
-    `adapter` in options: the live model, quantized as it was trained; with `exact` too: the same numbers, computed in fp32."""
+    """Open a model folder; a folder with a .gguf file is dequantized to float32.
+
+    Options:
+        dtype: the dtype to load a folder in (default: that of its config.json).
+        recipe, adapter: open the reference model, quantized as in training; without an adapter, the base model.
+        exact: with `recipe`: compute in fp32 from the same 16-bit weights.
+
+    Raises:
+        ModelError: the weights are damaged, or do not match config.json.
+    """
     meter = PeakMeter(device)
     recipe: Recipe | None = options.get("recipe")
     if recipe is None:
-        return TransformersRuntime(_merged(artifact, device, options), meter)
+        return TransformersRuntime(_model_folder(artifact, device, options), meter)
     exact = bool(options.get("exact"))
-    loaded = _live(artifact, recipe, device, options.get("adapter"), exact)
+    loaded = _reference(artifact, recipe, device, options.get("adapter"), exact)
     return TransformersRuntime(loaded, meter, SCORE_TOKENS // 2 if exact else SCORE_TOKENS)
 
 
-def _live(folder: Path, recipe: Recipe, device: Device, adapter: Path | None, exact: bool) -> PreTrainedModel:
+def _reference(folder: Path, recipe: Recipe, device: Device, adapter: Path | None, exact: bool) -> PreTrainedModel:
     from qkit.model import load
-    from qkit.runtimes._float32 import compute_in_float32, with_any_dtype
+    from qkit.runtimes._float32 import compute_in_float32, with_float32_attention
 
-    loaded: PreTrainedModel = load.load_live(folder, with_any_dtype(recipe) if exact else recipe, device, adapter)
+    loaded: PreTrainedModel = load.load_live(
+        folder, with_float32_attention(recipe) if exact else recipe, device, adapter
+    )
     if exact:
         compute_in_float32(loaded)
     return loaded
 
 
-def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrainedModel:
-    """Loaded as it is; what transformers would make up with random numbers is an error.
+def _model_folder(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrainedModel:
+    """Load a folder without changes to its weights. transformers would initialize missing weights at random; here that is an error.
 
     Raises:
-        ModelError: weights are damaged, missing, of another shape, or more than the model has.
+        ModelError: weights are damaged, missing, unexpected, or of another shape than config.json says.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -56,33 +67,38 @@ def _merged(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrai
     from qkit.model.load import leave_as_quantized
 
     gguf = next(folder.glob("*.gguf"), None)
-    how = _gguf(folder, gguf.name) if gguf else {"dtype": options.get("dtype", "auto"), **_unpacked(folder)}
+    arguments = _gguf(folder, gguf.name) if gguf else {"dtype": options.get("dtype", "auto"), **_unpacked(folder)}
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             str(folder),
             device_map=device.device_map,
             output_loading_info=True,
             generation_config=GenerationConfig(),
-            **how,
+            **arguments,
         )
     except SafetensorError as error:
-        raise ModelError(f"{folder}: its weights are damaged ({error}); make the folder again") from None
+        raise ModelError(
+            f"{folder}: the weights are damaged ({error}); create the folder again", source=folder
+        ) from None
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ModelError(
-            f"{folder}: its weights have other shapes than its config.json says; make the folder again"
+            f"{folder}: the shapes of the weights do not match config.json; create the folder again", source=folder
         ) from None
-    for what in ("missing_keys", "unexpected_keys"):
-        if names := sorted(name for name in report[what] if name.endswith(".weight")):
-            words = {"missing_keys": "lacks", "unexpected_keys": "has, and its config.json knows nothing of,"}[what]
-            raise ModelError(f"{folder}: {words} {names[0]} and {len(names) - 1} more weights; make the folder again")
+    for key, problem in (
+        ("missing_keys", "missing weights"),
+        ("unexpected_keys", "weights that config.json does not describe"),
+    ):
+        if names := sorted(name for name in report[key] if name.endswith(".weight")):
+            message = f"{folder}: {problem}: {names[0]} and {len(names) - 1} more; create the folder again"
+            raise ModelError(message, source=folder)
     leave_as_quantized(loaded, also_packable=False)
     return loaded.eval()
 
 
 def _unpacked(folder: Path) -> dict[str, Any]:
-    """compressed-tensors would leave weights packed until a forward of the whole model, which scoring does not make."""
+    """Return arguments that unpack compressed-tensors on loading; else a forward pass of the whole model would, and scoring runs none."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(folder))
@@ -94,14 +110,14 @@ def _unpacked(folder: Path) -> dict[str, Any]:
 
 
 def _gguf(folder: Path, file: str) -> dict[str, Any]:
-    """How a .gguf file is read back: by its own header, but for Llama 3.1's scaling of positions, which transformers takes from config.json."""
+    """Return arguments that load a .gguf file by its header; only Llama 3.1's RoPE scaling is read from config.json."""
     import torch
     from transformers import AutoConfig, GgufConfig
 
     config = AutoConfig.from_pretrained(str(folder), gguf_file=file)
-    beside = AutoConfig.from_pretrained(str(folder))
-    if beside.rope_parameters["rope_type"] != "default":
-        config.rope_parameters = beside.rope_parameters
+    merged = AutoConfig.from_pretrained(str(folder))
+    if merged.rope_parameters["rope_type"] != "default":
+        config.rope_parameters = merged.rope_parameters
     return {
         "gguf_file": file,
         "config": config,
@@ -111,9 +127,9 @@ def _gguf(folder: Path, file: str) -> dict[str, Any]:
 
 
 class TransformersRuntime(Runtime):
-    """Greedy decoding and scoring with a model that is loaded here."""
+    """Greedy decoding and scoring with a transformers model."""
 
-    most_tokens = PREFILL_TOKENS
+    prefill_tokens = PREFILL_TOKENS
 
     def __init__(self, model: PreTrainedModel, meter: PeakMeter, score_tokens: int = SCORE_TOKENS):
         self.model = model
@@ -128,12 +144,12 @@ class TransformersRuntime(Runtime):
         with torch.inference_mode():
             yield from _decode(self.model, prompts, max_new_tokens, stop)
 
-    def score(self, rows: Sequence[Row]) -> Iterator[RowScores]:
+    def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         import torch
 
-        for batch in _score_batches(rows, self.score_tokens):
+        for batch in within_budget([len(row.input_ids) for row in rows], self.score_tokens):
             with torch.inference_mode():
-                scores = list(_score(self.model, batch))
+                scores = list(_score(self.model, rows[batch.start : batch.stop]))
             yield from scores
 
     def memory_bytes(self) -> int:
@@ -147,7 +163,7 @@ class TransformersRuntime(Runtime):
 def _decode(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
 ) -> Iterator[dict[int, int]]:
-    """Left-padded greedy decoding; a row that has ended leaves the batch, so the last long ones do not wait for the rest."""
+    """Left-padded greedy decoding. A row that has ended leaves the batch, so long rows are not slowed by finished ones."""
     import torch
     from transformers import DynamicCache
 
@@ -167,19 +183,19 @@ def _decode(
         ids = logits.argmax(-1, keepdim=True)
         tokens = ids[:, 0].tolist()
         yield dict(zip(alive, tokens, strict=True))
-        going = [index for index, token in enumerate(tokens) if token not in stop]
-        if not going:
+        running = [index for index, token in enumerate(tokens) if token not in stop]
+        if not running:
             return
-        if len(going) < len(alive):
-            keep = torch.tensor(going, device=ids.device)
+        if len(running) < len(alive):
+            keep = torch.tensor(running, device=ids.device)
             cache.batch_select_indices(keep)
-            alive, ids, mask, positions = [alive[i] for i in going], ids[keep], mask[keep], positions[keep]
+            alive, ids, mask, positions = [alive[i] for i in running], ids[keep], mask[keep], positions[keep]
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         positions = positions[:, -1:] + 1
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ids` and `mask`, [rows, longest]; padded positions hold token 0 and are masked."""
+    """Return `ids` and `mask`, [rows, longest]; padded positions hold token 0 and are masked."""
     import torch
 
     longest = max(map(len, prompts))
@@ -191,21 +207,8 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: Any) -> tuple[torch.T
     return ids.to(device), mask.to(device)
 
 
-def _score_batches(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
-    """Rows in their order, as many at once as fit `most` tokens when right-padded."""
-    batch: list[Row] = []
-    for row in rows:
-        longest = max(len(r.input_ids) for r in [*batch, row])
-        if batch and longest * (len(batch) + 1) > most:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _score(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[RowScores]:
-    """One forward, right-padded and without a mask: under causal attention a token does not see what is on its right."""
+def _score(model: PreTrainedModel, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
+    """Score rows in one forward pass, right-padded and without a mask: under causal attention no token sees the padding on its right."""
     import torch
 
     longest = max(len(row.input_ids) for row in rows)
@@ -215,8 +218,8 @@ def _score(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[RowScores]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = base.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     for index, row in enumerate(rows):
-        wanted = hidden[index, row.start - 1 : len(row.input_ids) - 1]
-        logprobs = scaled(base, base.get_output_embeddings()(wanted).float()).log_softmax(-1)
+        states = hidden[index, row.start - 1 : len(row.input_ids) - 1]
+        logprobs = scaled(base, base.get_output_embeddings()(states).float()).log_softmax(-1)
         targets = torch.tensor(row.input_ids[row.start :], device=logprobs.device)
         yield RowScores(
             targets=logprobs.gather(1, targets[:, None])[:, 0].cpu().numpy(),

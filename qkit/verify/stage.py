@@ -27,7 +27,7 @@ from qkit.measure import scores as measure_scores
 from qkit.measure.answers import answered
 from qkit.measure.artifacts import MERGED, Artifact, artifacts, open_artifact, rounding
 from qkit.measure.parity import Parity
-from qkit.plugins.runtime import Row, RowScores, Runtime, open_runtime
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
 from qkit.run.directory import Run
 
@@ -41,11 +41,11 @@ class Measured:
     parity: Parity
     right: tuple[bool, ...]
     exactness: gates.Exactness | None = None
-    contract: tuple[measure_contract.Check, ...] = ()
+    contract: tuple[measure_contract.ContractCheck, ...] = ()
 
 
 def run(run: Run, out: Path) -> None:
-    """Compare the merged model and every export with the live adapter; never two models in memory at once.
+    """Compare the merged model and every export with the reference model; never two models in memory at once.
 
     Raises:
         MissingArtifact: an artifact's file is not the one that its stage wrote.
@@ -110,15 +110,15 @@ def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -
     return Measured(measured, own.right, exact.found(), checks)
 
 
-def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_contract.Check, ...]:
+def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_contract.ContractCheck, ...]:
     """What the server does with conversations; of a folder that is no server's, what it would do. A folder of one file is not asked."""
-    if served := getattr(runtime, "live", None):
+    if served := getattr(runtime, "server_description", None):
         return measure_contract.check(run, served["url"], served["model"]).checks
     return measure_contract.check_folder(run, artifact.path).checks if (artifact.path / "config.json").is_file() else ()
 
 
 @contextmanager
-def _made_from(run: Run, artifact: Artifact, rows: Sequence[Row]) -> Iterator[tuple[RowScores, ...]]:
+def _made_from(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[tuple[RowScores, ...]]:
     """What the merged model says of these rows in fp32, on disk for as long as it is wanted; nothing for what is not held to it."""
     if not gates.is_exact(artifact.name):
         yield ()
@@ -166,7 +166,7 @@ def _same_top(wanted: RowScores, row: RowScores) -> list[bool]:
 
 def _judged(run: Run, name: str, measured: Measured) -> dict[str, Any]:
     """The artifact's entry in parity.json."""
-    gate, gain = gates.gate_of(name, run.recipe), gates.gain_over_live(run, measured.right)
+    gate, gain = gates.gate_of(name, run.recipe), gates.gain_over_reference(run, measured.right)
     failed = gates.judge(gate, measured.parity, gain, measured.exactness)
     broken = [check for check in measured.contract if check.status == measure_contract.DIFFERS]
     failed += [evidence.Breach("contract", detail=f"{check.name}: {check.detail}") for check in broken]

@@ -1,7 +1,7 @@
 """The language-model head on labelled positions only.
 
 Half to nine tenths of a row is prompt and has no loss, so its logits (vocabulary x 4 bytes each) are not computed.
-Reference: TRL's loss and the models' own, in tests/test_fast.py.
+Reference: TRL's loss and the models' own, in tests/train/test_fast.py.
 """
 
 from __future__ import annotations

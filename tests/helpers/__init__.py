@@ -1,0 +1,1 @@
+"""What several test modules use: models, runs, servers, and the command. No test module imports another."""

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from qkit.measure import divergence, scores
+from qkit.plugins.runtime import RowScores
+
+
+def _scores(logits: np.ndarray, top: int | None = None) -> RowScores:
+    full = (logits - np.log(np.exp(logits).sum(1, keepdims=True))).astype(np.float32)
+    if top is None:
+        return RowScores(full[:, 0], full.argmax(1), full=full)
+    ids = np.argsort(-full, axis=1)[:, :top]
+    return RowScores(full[:, 0], ids[:, 0], top_ids=ids, top=np.take_along_axis(full, ids, axis=1))
+
+
+def test_divergence_is_kl_and_from_the_top_a_lower_bound() -> None:
+    rng = np.random.default_rng(0)
+    p, q = rng.normal(size=(7, 50)), rng.normal(size=(7, 50))
+    reference, other = _scores(p), _scores(q)
+    assert reference.full is not None and other.full is not None
+    wanted = (np.exp(reference.full.astype("f8")) * (reference.full - other.full)).sum(1)
+    np.testing.assert_allclose(divergence.divergence(reference, other), wanted, rtol=1e-4)
+    bounds = [divergence.divergence(reference, _scores(q, top)) for top in (5, 20, 49)]
+    for less, more in pairwise(bounds):
+        assert (less <= wanted + 1e-4).all() and less.mean() < more.mean()
+    np.testing.assert_allclose(bounds[-1], wanted, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(divergence.divergence(reference, reference), 0, atol=1e-6)
+
+
+def test_models_of_other_vocabularies_are_compared_over_what_both_have() -> None:
+    """Qwen2.5 pads its vocabulary to 151,936 or 152,064 rows, by the model's size."""
+    rng = np.random.default_rng(0)
+    p, q = rng.normal(size=(7, 50)), rng.normal(size=(7, 50))
+    wider = np.concatenate([p, np.full((7, 3), 5.0)], axis=1)
+    np.testing.assert_allclose(
+        divergence.divergence(_scores(wider), _scores(q)), divergence.divergence(_scores(p), _scores(q)), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        divergence.divergence(_scores(q), _scores(wider)), divergence.divergence(_scores(q), _scores(p)), rtol=1e-4
+    )
+    assert divergence.over(_scores(wider), _scores(q)) == "the 50 tokens that both have"
+    assert divergence.over(_scores(p), _scores(q)) == "all tokens"
+
+
+def test_bootstrap_intervals() -> None:
+    low, high = scores.bootstrap([True] * 50 + [False] * 50, 0.95, seed=0)
+    assert low == pytest.approx(40.2, abs=1.5) and high == pytest.approx(59.8, abs=1.5)  # the normal approximation
+    assert scores.bootstrap([False] * 100, 0.95, 0) == (0.0, pytest.approx(3.62, abs=0.01))  # Clopper-Pearson
+    assert scores.bootstrap([True] * 100, 0.95, 0) == (pytest.approx(96.38, abs=0.01), 100.0)
+
+
+def test_a_paired_gain_is_narrower_than_two_intervals() -> None:
+    before = [index % 2 == 0 for index in range(100)]
+    after = [right or index % 10 == 1 for index, right in enumerate(before)]
+    gain = scores.paired_gain(before, after, 0.95, seed=0)
+    assert gain["points"] == 10 and 4 <= gain["low"] < 10 < gain["high"] <= 17
+
+
+def test_mean_loss_counts_tokens_not_rows() -> None:
+    assert scores.mean_loss([np.array([-1.0, -1.0, -1.0]), np.array([-5.0])]) == 2.0
