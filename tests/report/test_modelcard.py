@@ -222,8 +222,8 @@ def test_what_was_measured_with_another_runtime_is_said_beside_the_figure(tmp_pa
     parity = json.loads((run.folder("verify") / "parity.json").read_text())["parity"]
     edit(run, "verify/parity.json", parity={**parity, "gguf-q8_0": distances, "gguf-q4_0": distances})
     for said in (model_card.render(run), report_stage.page(run)):
-        assert "0.0025 here and 0.0071 there" in said and "Q4_K_M" in said
+        assert "0.0071 in llama.cpp" in said and "Q4_K_M" in said
     assert {name for name, _ in summary.remarks(summary.summary(run))} == {"gguf-q8_0", "gguf-q4_0"}
     drawn = Console(width=80, record=True, file=io.StringIO())
     drawn.print(screen.screen(summary.summary(run)))
-    assert "and 0.0071 there" in " ".join(drawn.export_text().split())
+    assert "and 0.0071 in llama.cpp" in " ".join(drawn.export_text().split())
