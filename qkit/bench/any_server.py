@@ -1,4 +1,4 @@
-"""Bench a server that somebody else runs, whatever it is, as long as it speaks the OpenAI API."""
+"""Bench any server that speaks the OpenAI API."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qkit.recipe.schema import Bench
 from qkit.run.directory import Run
 from qkit.server.client import Client, bearer, root_url
 
-# What is known of an artifact of a run, and not of a model behind an address.
+# Fields of a record that only a run's artifact has.
 UNKNOWN = ("model_sha256", "disk_bytes", "startup_seconds", "argv", "peak_bytes", "meter", "training", "quality")
 SEED = 42
 PROBE_SECONDS = 60.0
@@ -31,8 +31,8 @@ SPREAD = 0.5  # of random prompts: from half to one and a half times as many tok
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the command line says of a server. `run`: whose held-out prompts are sent; without one they are random."""
+class BenchTarget:
+    """A server and what to send it. `run`: the run whose held-out prompts are sent; without one, prompts are random."""
 
     url: str
     model: str | None
@@ -43,23 +43,23 @@ class Asked:
     overrides: Sequence[str] = ()
 
 
-def run(asked: Asked, out: Path, progress: Progress) -> list[dict[str, Any]]:
+def run(target: BenchTarget, out: Path, progress: Progress) -> list[dict[str, Any]]:
     """Measure every load of the bench settings; returns the records, and writes them into `out`.
 
     Raises:
         UserError: neither a run nor a tokenizer was named.
         ServerError: it does not answer, or answers none of the requests.
     """
-    url = root_url(asked.url)
-    prompts, tokenizer, section = _prompts(asked)
-    name = asked.model or _only_model(url)
+    url = root_url(target.url)
+    prompts, tokenizer, section = _prompts(target)
+    name = target.model or _only_model(url)
     make_folder(out)
     about = {"runtime": "url", "artifact": name, **dict.fromkeys(UNKNOWN)}
     records = []
-    endpoint = CHAT if asked.chat else COMPLETIONS
+    endpoint = CHAT if target.chat else COMPLETIONS
     takes = taken(url, endpoint, name)
     if "ignore_eos" not in takes:
-        progress.say(f"bench: {url} takes no ignore_eos, so answers are as long as the model makes them")
+        progress.say(f"bench: {url} does not accept ignore_eos, so the model decides how long answers are")
     with Tool(url, name, tokenizer, prompts, SEED, out / "load.log", endpoint, takes) as source:
         for measured in measure(source, section, None):
             progress.say(f"bench: {name} {measured.name}: {measured.rate('output_tokens_per_second'):.1f} tokens/s")
@@ -68,20 +68,22 @@ def run(asked: Asked, out: Path, progress: Progress) -> list[dict[str, Any]]:
     return records
 
 
-def _prompts(asked: Asked) -> tuple[HeldOut | Synthetic, Path | str, Bench]:
+def _prompts(target: BenchTarget) -> tuple[HeldOut | Synthetic, Path | str, Bench]:
     """What is sent, the tokenizer for it, and the bench settings: of the run that was named, or defaults, with the overrides."""
-    if asked.run is None:
-        if asked.tokenizer is None:
-            raise UserError("--url needs prompts: name a run for its held-out ones, or --tokenizer DIR for random ones")
-        return Synthetic(asked.prompt_tokens, SPREAD), asked.tokenizer, _section({}, asked.overrides)
-    if asked.chat:
+    if target.run is None:
+        if target.tokenizer is None:
+            raise UserError(
+                "`qkit bench url` needs prompts: --run RUN sends its held-out ones, --tokenizer DIR sends random ones"
+            )
+        return Synthetic(target.prompt_tokens, SPREAD), target.tokenizer, _section({}, target.overrides)
+    if target.chat:
         raise UserError(
-            "--chat sends random prompts: a run's held-out ones are rendered already, and would be once more; leave the run out"
+            "--chat sends random prompts: a run's held-out prompts are already rendered, and the server would render them again; omit --run"
         )
-    opened = Run.open(asked.run)
+    opened = Run.open(target.run)
     rows = as_text(model_tokenizer.tokenizer_of(opened.recipe.model), held_out_prompts(opened))
-    section = _section(opened.recipe.bench.model_dump(mode="json"), asked.overrides)
-    return rows, asked.tokenizer or tokenizer_folder(opened), section
+    section = _section(opened.recipe.bench.model_dump(mode="json"), target.overrides)
+    return rows, target.tokenizer or tokenizer_folder(opened), section
 
 
 def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
@@ -89,7 +91,7 @@ def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
     for text in overrides:
         override(raw, text)
     if others := sorted(raw.keys() - {"bench"}):
-        raise RecipeError(f"--set {others[0]}...: a server's bench knows the section bench only")
+        raise RecipeError(f"--set {others[0]}...: `qkit bench url` takes settings of the section bench only")
     try:
         return Bench.model_validate(raw["bench"])
     except ValidationError as error:

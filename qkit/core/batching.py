@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
+IGNORED = -100  # the label of a token that carries no loss: torch's cross_entropy skips it
 LENGTH_STEP = 16  # rows are padded to a multiple of this, and shuffled among those of the same padded length
 
 

@@ -6,7 +6,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qkit.core.figures import ABSENT, fixed, gib_text, kl_text, ms_text, speed_text
-from qkit.report.summary import LATENCY_KEYS, doubts, headline, interval_text, quality, refused, remarks
+from qkit.report.summary import (
+    LATENCY_KEYS,
+    doubts,
+    headline,
+    interval_text,
+    outdated,
+    quality,
+    refused,
+    remarks,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -16,6 +25,7 @@ if TYPE_CHECKING:
     from qkit.report.summary import Summary
 
 
+OUTDATED = "has changed since it was measured: run `qkit verify` again"
 STYLES = {"done": "green", "missing": "dim", "stale": "yellow", "failed": "bold red"}
 
 
@@ -29,6 +39,7 @@ def screen(figures: Summary) -> RenderableType:
     columns.add_row(_stages_table(figures), *([_quality_table(figures)] if quality(figures) else []))
     parts: list[RenderableType] = [Text(headline(figures), style="bold"), Text(), columns]
     parts += [Text(f"{name} failed its gate: {why}", style=STYLES["failed"]) for name, why in refused(figures)]
+    parts += [Text(f"{name} {OUTDATED}", style=STYLES["stale"]) for name in outdated(figures)]
     parts += [Text(f"{name}: {text}", style="dim") for name, text in remarks(figures)]
     if figures["bench"]:
         parts += [Text(), _bench_table(figures)]
@@ -52,7 +63,7 @@ def _quality_table(figures: Summary) -> Table:
     """Score and distance to the trained model, one line for each artifact."""
     table = _table("artifact", "score", "interval", "KL", "top-1")
     for name, score, parity in quality(figures):
-        style = STYLES["failed"] if parity["status"] == "failed" else ""
+        style = STYLES.get(parity["status"] or "", "")
         scored = (name, fixed(score["score"]), interval_text(score))
         table.add_row(*_cells(*scored, kl_text(parity["kl_mean"]), fixed(_times(parity["top1"], 100)), style=style))
     return table

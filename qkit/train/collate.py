@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.batching import padded_length
+from qkit.core.batching import IGNORED, padded_length
 
 if TYPE_CHECKING:
     import torch
-
-
-IGNORED = -100  # torch's cross_entropy skips these labels
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tensor]:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qkit.train.collate import IGNORED, collate, collate_pack
+from qkit.core.batching import IGNORED
+from qkit.train.collate import collate, collate_pack
 
 if TYPE_CHECKING:
     import torch

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.batching import PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
+from qkit.core.batching import IGNORED, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
 from qkit.train import checkpoints, pack_isolation
-from qkit.train.collate import IGNORED, collate, collate_pack
+from qkit.train.collate import collate, collate_pack
 from qkit.train.fast.head import labelled_loss
 from qkit.train.label_sums import Sums
 

@@ -31,7 +31,7 @@ from qkit.server.client import Client, bearer, model_entries, root_url, running_
 
 
 def bench(url: str, run: Run) -> Any:
-    return any_server.run(any_server.Asked(url, None, "t"), run.root, Progress())
+    return any_server.run(any_server.BenchTarget(url, None, "t"), run.root, Progress())
 
 
 def bench_of_a_name(url: str, run: Run) -> Any:

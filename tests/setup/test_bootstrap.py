@@ -109,7 +109,7 @@ def test_extras_hold_the_mission_and_the_base_is_light() -> None:
     extras = project()["optional-dependencies"]
     listed = " ".join(line for extra in ("train", "onnx", "vllm") for line in extras[extra])
     assert all(name in listed for name in MISSION)
-    light = {"filelock", "jinja2", "psutil", "pydantic", "pyyaml", "rich", "typer"}
+    light = {"filelock", "jinja2", "nvidia-ml-py", "psutil", "pydantic", "pyyaml", "rich", "typer"}
     assert {line.partition(">")[0] for line in project()["dependencies"]} == light
     assert set(bootstrap.EXTRA.values()) | set(bootstrap.VLLM.values()) <= extras.keys()
 

@@ -13,7 +13,7 @@ from helpers.tiny import build_tokenizer
 from helpers.training import CAPACITY, LENGTHS, Heard, _json, _labelled, _losses, _rows, _run
 from qkit import pipeline
 from qkit.core import device as core_device
-from qkit.core.batching import TokenBudgetBatches, packed
+from qkit.core.batching import IGNORED, TokenBudgetBatches, packed
 from qkit.core.errors import RecipeError, StageFailed
 from qkit.model import load as model_load
 from qkit.plan import gpus
@@ -21,7 +21,7 @@ from qkit.recipe.load import load
 from qkit.run.directory import Run
 from qkit.train import checkpoints, sft
 from qkit.train import stage as train_stage
-from qkit.train.collate import IGNORED, collate
+from qkit.train.collate import collate
 from qkit.train.fast import head
 
 # --- sums -------------------------------------------------------------------------------------------------------------

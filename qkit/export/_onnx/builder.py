@@ -56,7 +56,7 @@ def architectures() -> frozenset[str]:
 
     The builder offers no list: it compares `config.architectures[0]` with each name in a chain of `if`s. The names are read from its source
     by a regular expression, without an import, which would load torch. A version that spells the comparison differently gives an empty set,
-    and then the builder itself refuses an architecture when it runs. tests/test_onnx.py checks the pinned version.
+    and then the builder itself refuses an architecture when it runs. tests/export/test_onnx.py checks the pinned version.
     """
     spec = find_spec("onnxruntime_genai")
     for folder in (spec and spec.submodule_search_locations) or ():

@@ -36,7 +36,7 @@ def refusal(config: Mapping[str, Any]) -> str | None:
 
     transformers states nowhere which models have an ordinary cache, and importing a model's module loads torch, which `qkit plan` must not.
     So the source is read as text: the model's class must take `past_key_values`, and its module must not set `_is_stateful`. A model that
-    passes but cannot be traced is refused by `write`. tests/test_onnx_traced.py checks the pinned version.
+    passes but cannot be traced is refused by `write`. tests/export/test_onnx_traced.py checks the pinned version.
     """
     spec = find_spec("transformers")
     if spec is None or spec.submodule_search_locations is None:

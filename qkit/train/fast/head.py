@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from qkit.core.batching import IGNORED
 from qkit.model.load import scaled
-from qkit.train.collate import IGNORED
 
 if TYPE_CHECKING:
     import torch
