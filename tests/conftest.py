@@ -32,6 +32,7 @@ LONGEST = (
     "test_train.py",
     "test_every_field.py",
 )
+SLOW_FIXTURES = {"whole_run", "trained_run", "onnx_exports"}
 # Files that share a fixture of the session that is dear to make are run by the same worker.
 TOGETHER = {
     "whole_run": ("test_pipeline.py", "test_merge.py"),
@@ -49,7 +50,10 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take longest come first, so that no worker is left with one of them at the end."""
+    """What needs a run of the session is slow; files that take longest come first, so that no worker is left with one at the end."""
+    for item in items:
+        if SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.slow)
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 

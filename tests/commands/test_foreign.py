@@ -24,6 +24,8 @@ from qkit.measure import held_out
 from qkit.merge import stage as merge_stage
 from qkit.run.directory import Run
 
+pytestmark = pytest.mark.slow
+
 FP32 = ["merge.dtype=float32"]
 
 

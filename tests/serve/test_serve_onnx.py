@@ -29,6 +29,8 @@ from helpers.served import (
 )
 from qkit.bench import any_server
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnxruntime_genai")
 
 LENGTH = 256
