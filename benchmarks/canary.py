@@ -150,7 +150,7 @@ def options(scratch: Path) -> dict[str, Any]:
     golden = json.loads((ROOT / "tests" / "golden" / "vllm_argv.json").read_text(encoding="utf-8"))
     words = {word[2:] for argv in golden.values() for word in argv if word.startswith("--")}
     gone = sorted(word for word in words if word.replace("-", "_") not in text)
-    module = vllm.program(version)
+    module = vllm.server_module(version)
     there = f"{module.replace('.', '/')}.py" in files
     return {
         "vllm": version,

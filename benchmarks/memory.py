@@ -119,7 +119,7 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
     import random_model
 
     from qkit.train import memory_watch, sft
-    from qkit.train.fast.heap import give_back_between_layers
+    from qkit.train.fast.heap import trim_between_layers
     from qkit.train.trainer import trainer_class
 
     how = recipe_of(point, random_model.write_config(point["config"], scratch / "model"))
@@ -137,7 +137,7 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
         labelled_head=point.get("labelled_head", device.uses_labelled_head),
     )
     if device.frees_through_malloc:
-        give_back_between_layers(trainer.base_model)
+        trim_between_layers(trainer.base_model)
     watcher = memory_watch.step_watcher()
     trainer.add_callback(watcher)
     return trainer, watcher
@@ -176,7 +176,7 @@ def planned(result: dict[str, Any]) -> dict[str, Any]:
 
     from qkit.core.device import detect
     from qkit.plan import plan as plan_plan
-    from qkit.plan.train_step import KERNELS
+    from qkit.plan._overhead import KERNELS
 
     with tempfile.TemporaryDirectory() as scratch:
         how = recipe_of(result, random_model.write_config(result["config"], Path(scratch)))

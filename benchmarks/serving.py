@@ -297,10 +297,14 @@ def _tool_by_hand(arguments: Sequence[str], folder: Path) -> dict[str, float]:
     """A process of its own, and the summary that the tool writes."""
     mine = list(arguments)
     mine[mine.index("--result-dir") + 1] = str(folder)
-    code = bench_tool.DRIVER
     env = {**os.environ, **bench_tool.ENVIRONMENT}
     subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(mine) + "\n", text=True, capture_output=True, check=True, env=env
+        [sys.executable, "-m", "qkit.bench.vllm_driver"],
+        input=json.dumps(mine) + "\n",
+        text=True,
+        capture_output=True,
+        check=True,
+        env=env,
     )
     told = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return {

@@ -1,4 +1,4 @@
-"""The old place of qkit.server.admission, which the command lines of servers, compose files and manifests name."""
+"""Another name for qkit.server.admission: command lines of servers, compose files and manifests use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ask a model that `qkit serve RUN` serves, through the openai client.
+"""Send a question to a model that `qkit serve RUN` serves, with the openai client.
 
 python serve/client.py --url http://127.0.0.1:8000/v1 "Find the area of a triangle with a base of 10 and a height of 5."
 """
@@ -16,15 +16,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("question")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--system", help="a system turn, such as the functions that may be called")
+    parser.add_argument("--system", help="a system message, such as the functions that the model may call")
     parser.add_argument("--max-tokens", type=int, default=128)
-    given = parser.parse_args()
-    client = OpenAI(base_url=given.url, api_key=os.environ.get("VLLM_API_KEY", "none"))
-    turns = [{"role": "system", "content": given.system}] if given.system else []
+    options = parser.parse_args()
+    client = OpenAI(base_url=options.url, api_key=os.environ.get("VLLM_API_KEY", "none"))
+    messages = [{"role": "system", "content": options.system}] if options.system else []
     answer = client.chat.completions.create(
         model=client.models.list().data[0].id,
-        messages=[*turns, {"role": "user", "content": given.question}],  # type: ignore[list-item]
-        max_tokens=given.max_tokens,
+        messages=[*messages, {"role": "user", "content": options.question}],  # type: ignore[list-item]
+        max_tokens=options.max_tokens,
         temperature=0,
         stream=True,
     )

@@ -1,18 +1,18 @@
-"""Many replicas over many machines with Ray Serve LLM, scaled by requests in work.
+"""Replicas on many machines with Ray Serve LLM, scaled by the number of current requests.
 
-serve run serve.ray_serve:app        (not started in qkit's tests)
+serve run serve.ray_serve:app        (qkit's tests do not run it)
 
-`pip install 'ray[serve,llm]'` in an environment of its own: Ray 2.60 pins vLLM 0.29, qkit's is a newer one. Both read the same exports.
+Run `pip install 'ray[serve,llm]'` in a separate environment: Ray 2.60 pins vLLM 0.29, and qkit's is newer. Both read the same exports.
 
-The engine's options are those that `qkit serve` gives vLLM; Ray has routing, scaling, health and draining of its own, so `qkit.admission`
-is left out. Ray's proxy asks for no key: put nginx.conf or envoy.yaml, or a gateway that does, in front of it.
+The engine has the options that `qkit serve` gives vLLM. Ray has its own routing, scaling, health checks and draining, so `qkit.admission` is
+not used. Ray's proxy does not check a key: put nginx.conf, envoy.yaml, or a gateway that checks one in front of it.
 """
 
 from __future__ import annotations
 
 from ray.serve.llm import LLMConfig, build_openai_app
 
-MODEL = "/srv/model"  # an export of a run, at the same place on every machine
+MODEL = "/srv/model"  # an export of a run, with the same path on every machine
 ENGINE = {"max_model_len": 2048, "gpu_memory_utilization": 0.9}
 
 config = LLMConfig(

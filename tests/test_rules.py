@@ -112,7 +112,9 @@ def test_only_the_command_line_prints_or_exits() -> None:
             for node in ast.walk(ast.parse(file.read_text()))
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
-        assert file.parent.name == "cli" or file.name in allowed or not calls & {"print", "exit", "input"}, file
+        assert (
+            "cli" in file.relative_to(PACKAGE).parts or file.name in allowed or not calls & {"print", "exit", "input"}
+        ), file
 
 
 def test_only_device_knows_cuda_from_cpu() -> None:
@@ -123,8 +125,9 @@ def test_only_device_knows_cuda_from_cpu() -> None:
 
 
 def test_vllm_is_never_imported() -> None:
+    programs = {"vllm_driver.py"}  # run by vLLM's own interpreter, imported by nothing
     for file in MODULES:
-        assert not any(name.split(".")[0] == "vllm" for name in _imports(file)), file
+        assert file.name in programs or not any(name.split(".")[0] == "vllm" for name in _imports(file)), file
 
 
 TESTS = sorted(paths.TESTS.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""Bench a server that somebody else runs, whatever it is, as long as it speaks the OpenAI API."""
+"""Bench any server that speaks the OpenAI API."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qkit.bench.stage import as_text, held_out_prompts, measure, record, tokeniz
 from qkit.bench.tool import CHAT, COMPLETIONS, Tool
 from qkit.core.errors import RecipeError, ServerError, UserError, short
 from qkit.core.files import make_folder, write_json
-from qkit.core.network import ADDRESS, models, reaching
 from qkit.core.progress import Progress
 from qkit.model import tokenizer as model_tokenizer
 from qkit.recipe.load import override
 from qkit.recipe.schema import Bench
 from qkit.run.directory import Run
+from qkit.server.client import Client, bearer, root_url
 
-# What is known of an artifact of a run, and not of a model behind an address.
+# Fields of a record that only a run's artifact has.
 UNKNOWN = ("model_sha256", "disk_bytes", "startup_seconds", "argv", "peak_bytes", "meter", "training", "quality")
 SEED = 42
 PROBE_SECONDS = 60.0
@@ -31,8 +31,8 @@ SPREAD = 0.5  # of random prompts: from half to one and a half times as many tok
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the command line says of a server. `run`: whose held-out prompts are sent; without one they are random."""
+class BenchTarget:
+    """A server and what to send it. `run`: the run whose held-out prompts are sent; without one, prompts are random."""
 
     url: str
     model: str | None
@@ -43,23 +43,23 @@ class Asked:
     overrides: Sequence[str] = ()
 
 
-def run(asked: Asked, out: Path, progress: Progress) -> list[dict[str, Any]]:
+def run(target: BenchTarget, out: Path, progress: Progress) -> list[dict[str, Any]]:
     """Measure every load of the bench settings; returns the records, and writes them into `out`.
 
     Raises:
         UserError: neither a run nor a tokenizer was named.
         ServerError: it does not answer, or answers none of the requests.
     """
-    url = asked.url.rstrip("/").removesuffix("/v1")
-    prompts, tokenizer, section = _prompts(asked)
-    name = asked.model or _only_model(url)
+    url = root_url(target.url)
+    prompts, tokenizer, section = _prompts(target)
+    name = target.model or _only_model(url)
     make_folder(out)
     about = {"runtime": "url", "artifact": name, **dict.fromkeys(UNKNOWN)}
     records = []
-    endpoint = CHAT if asked.chat else COMPLETIONS
-    takes = taken(f"{url}{endpoint}", name)
+    endpoint = CHAT if target.chat else COMPLETIONS
+    takes = taken(url, endpoint, name)
     if "ignore_eos" not in takes:
-        progress.say(f"bench: {url} takes no ignore_eos, so answers are as long as the model makes them")
+        progress.say(f"bench: {url} does not accept ignore_eos, so the model decides how long answers are")
     with Tool(url, name, tokenizer, prompts, SEED, out / "load.log", endpoint, takes) as source:
         for measured in measure(source, section, None):
             progress.say(f"bench: {name} {measured.name}: {measured.rate('output_tokens_per_second'):.1f} tokens/s")
@@ -68,20 +68,22 @@ def run(asked: Asked, out: Path, progress: Progress) -> list[dict[str, Any]]:
     return records
 
 
-def _prompts(asked: Asked) -> tuple[HeldOut | Synthetic, Path | str, Bench]:
+def _prompts(target: BenchTarget) -> tuple[HeldOut | Synthetic, Path | str, Bench]:
     """What is sent, the tokenizer for it, and the bench settings: of the run that was named, or defaults, with the overrides."""
-    if asked.run is None:
-        if asked.tokenizer is None:
-            raise UserError("--url needs prompts: name a run for its held-out ones, or --tokenizer DIR for random ones")
-        return Synthetic(asked.prompt_tokens, SPREAD), asked.tokenizer, _section({}, asked.overrides)
-    if asked.chat:
+    if target.run is None:
+        if target.tokenizer is None:
+            raise UserError(
+                "`qkit bench url` needs prompts: --run RUN sends its held-out ones, --tokenizer DIR sends random ones"
+            )
+        return Synthetic(target.prompt_tokens, SPREAD), target.tokenizer, _section({}, target.overrides)
+    if target.chat:
         raise UserError(
-            "--chat sends random prompts: a run's held-out ones are rendered already, and would be once more; leave the run out"
+            "--chat sends random prompts: a run's held-out prompts are already rendered, and the server would render them again; omit --run"
         )
-    opened = Run.open(asked.run)
+    opened = Run.open(target.run)
     rows = as_text(model_tokenizer.tokenizer_of(opened.recipe.model), held_out_prompts(opened))
-    section = _section(opened.recipe.bench.model_dump(mode="json"), asked.overrides)
-    return rows, asked.tokenizer or tokenizer_folder(opened), section
+    section = _section(opened.recipe.bench.model_dump(mode="json"), target.overrides)
+    return rows, target.tokenizer or tokenizer_folder(opened), section
 
 
 def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
@@ -89,7 +91,7 @@ def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
     for text in overrides:
         override(raw, text)
     if others := sorted(raw.keys() - {"bench"}):
-        raise RecipeError(f"--set {others[0]}...: a server's bench knows the section bench only")
+        raise RecipeError(f"--set {others[0]}...: `qkit bench url` takes settings of the section bench only")
     try:
         return Bench.model_validate(raw["bench"])
     except ValidationError as error:
@@ -99,29 +101,26 @@ def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
         raise RecipeError("\n".join(problems)) from None
 
 
-def taken(place: str, name: str) -> frozenset[str]:
+def taken(url: str, endpoint: str, name: str) -> frozenset[str]:
     """Which of BEYOND_OPENAI a server takes: some refuse a request for a parameter that they do not know. Found out by asking.
 
     Raises:
         ServerError: it cannot be reached, or does not answer in time.
     """
-    if _answers(place, name, BEYOND_OPENAI):
-        return frozenset(BEYOND_OPENAI)
-    return frozenset(key for key in BEYOND_OPENAI if _answers(place, name, [key]))
+    with _client(url) as client:
+        if _answers(client, endpoint, name, BEYOND_OPENAI):
+            return frozenset(BEYOND_OPENAI)
+        return frozenset(key for key in BEYOND_OPENAI if _answers(client, endpoint, name, [key]))
 
 
-def _answers(place: str, name: str, extra: Collection[str]) -> bool:
-    import httpx
-
-    asked = stream.body(place.endswith(CHAT), name, "a", 1, beyond_openai(extra))
-    with reaching(ServerError, f"{place} does not answer", ADDRESS):
-        return httpx.post(place, json=asked, headers=_key(), timeout=PROBE_SECONDS).status_code == 200
+def _answers(client: Client, endpoint: str, name: str, extra: Collection[str]) -> bool:
+    body = stream.body(endpoint == CHAT, name, "a", 1, beyond_openai(extra))
+    return client.send("POST", endpoint, body).status_code == 200
 
 
-def _key() -> dict[str, str]:
-    """As the load tool has it."""
-    key = os.environ.get("OPENAI_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+def _client(url: str) -> Client:
+    """With the API key that the load tool sends."""
+    return Client(url, bearer(os.environ.get("OPENAI_API_KEY")), PROBE_SECONDS)
 
 
 def _only_model(url: str) -> str:
@@ -130,12 +129,8 @@ def _only_model(url: str) -> str:
     Raises:
         ServerError: it does not answer, or has several.
     """
-    import httpx
-
-    with reaching(ServerError, f"{url}/v1/models gives no list of models", ADDRESS):
-        answer = httpx.get(f"{url}/v1/models", timeout=10.0, headers=_key())
-        answer.raise_for_status()
-        names = [entry["id"] for entry in models(answer.json())]
+    with _client(url) as client:
+        names = [entry["id"] for entry in client.models()]
     if len(names) != 1:
         raise ServerError(f"{url} has {len(names)} models; say which with --model: {', '.join(names)}")
     return str(names[0])

@@ -1,16 +1,14 @@
 """Memory over time and energy while a bench runs.
 
-Memory is sampled: the resident set of a process and all that it started, and on an NVIDIA card what the driver says is in use.
-Energy is read from counters that the hardware keeps, RAPL's of the processor packages or NVML's of the first card: all that runs there
-is in it, not ours alone.
+Memory is sampled: the resident set of a process and its children, and on an NVIDIA card the memory that the driver reports in use.
+Energy is read from hardware counters, RAPL's for the processor packages or NVML's for the first card, so it includes other programs that
+run there.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from qkit.core.device import detect
 from qkit.core.memory_meter import tree_rss_bytes
 
 EVERY_SECONDS = 1.0
-POINTS = 600  # kept of a series: a long one is thinned to every second point, again and again
+POINTS = 600  # at most, in a series: a longer one loses every second point
 POWERCAP = Path("/sys/class/powercap")
 
 
@@ -33,14 +31,14 @@ class Sample:
 
 
 class Meter:
-    """Watches the tree of `pid` (None: nothing to see, as with a server elsewhere) until `stop`."""
+    """Samples the process tree of `pid` until `stop`; None, for a server on another machine, samples nothing."""
 
     def __init__(self, pid: int | None, every_seconds: float = EVERY_SECONDS):
         self.pid = pid
         self.samples: list[Sample] = []
         self._every = every_seconds
         self._begin = time.perf_counter()
-        self._nvml = Nvml.open()
+        self._card = Card.open()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -55,7 +53,7 @@ class Meter:
         """Take one now."""
         if self.pid is None:
             return
-        device = self._nvml.memory_bytes() if self._nvml else None
+        device = self._card.memory_bytes() if self._card else None
         self.samples.append(Sample(time.perf_counter() - self._begin, tree_rss_bytes(self.pid), device))
         if len(self.samples) > POINTS:
             del self.samples[1::2]
@@ -84,8 +82,8 @@ class Meter:
 
 def driver() -> str | None:
     """Version of the NVIDIA driver; None without a card."""
-    nvml = Nvml.open()
-    return nvml.driver() if nvml else None
+    card = Card.open()
+    return card.driver() if card else None
 
 
 # --- energy -----------------------------------------------------------------------------------------------------------
@@ -93,7 +91,7 @@ def driver() -> str | None:
 
 @dataclass(frozen=True)
 class Counter:
-    """Energy counters that can be read, one for each package or card: `joules` so far, and where each wraps to 0 (empty: never)."""
+    """Readings of energy counters, one for each package or card: `joules` so far, and where each wraps to 0 (empty: never)."""
 
     source: str
     joules: tuple[float, ...]
@@ -101,10 +99,10 @@ class Counter:
 
 
 def energy() -> Counter | str:
-    """The counters of this machine as they stand, or why there are none. RAPL's `psys` is the whole board, packages and all."""
-    if nvml := Nvml.open():
-        joules = nvml.energy_joules()
-        return Counter("nvml", (joules,)) if joules is not None else "the card keeps no energy counter"
+    """The current readings on this machine, or why there are none. RAPL's `psys` is left out: it includes the packages."""
+    if card := Card.open():
+        joules = card.energy_joules()
+        return Counter("nvml", (joules,)) if joules is not None else "the card has no energy counter"
     try:
         zones = sorted(POWERCAP.glob("intel-rapl:*"))
         packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
@@ -120,47 +118,58 @@ def energy() -> Counter | str:
 
 
 def spent(before: Counter | str, after: Counter | str, tokens: int) -> dict[str, Any]:
-    """Joules between two readings, in all and for each output token; nulls with the reason where nothing can be told."""
+    """Joules between two readings, in total and per output token; nulls with the reason where there is no counter."""
     if isinstance(before, str) or isinstance(after, str):
         why = before if isinstance(before, str) else str(after)
         return {"joules": None, "joules_per_output_token": None, "source": None, "why": why}
     wraps = before.wrap_at or (0.0,) * len(before.joules)
-    apart = zip(before.joules, after.joules, wraps, strict=True)
-    joules = sum(now - then + (wrap if now < then else 0) for then, now, wrap in apart)
+    readings = zip(before.joules, after.joules, wraps, strict=True)
+    joules = sum(now - then + (wrap if now < then else 0) for then, now, wrap in readings)
     return {"joules": joules, "joules_per_output_token": joules / tokens, "source": before.source, "why": None}
 
 
-class Nvml:
-    """The first NVIDIA card by the driver's own library; nothing is installed for it."""
+class Card:
+    """The first NVIDIA card, as NVML describes it."""
 
-    def __init__(self, library: ctypes.CDLL, card: ctypes.c_void_p):
-        self._library = library
-        self._card = card
+    def __init__(self, handle: Any):
+        self._handle = handle
 
     @classmethod
-    def open(cls) -> Nvml | None:
-        """None where there is no driver or no card, or where qkit was told to leave it alone."""
-        if detect().meter == "rss":
+    def open(cls) -> Card | None:
+        """None where there is no driver or no card, or where qkit runs on the CPU."""
+        if not detect().has_gpu:
             return None
-        with suppress(OSError):
-            library = ctypes.CDLL("libnvidia-ml.so.1")
-            card = ctypes.c_void_p()
-            if not (library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(card))):
-                return cls(library, card)
-        return None
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            return cls(pynvml.nvmlDeviceGetHandleByIndex(0))
+        except pynvml.NVMLError:
+            return None
 
     def memory_bytes(self) -> int | None:
-        """In use on the card, by whomever."""
-        found = (ctypes.c_ulonglong * 3)()  # total, free, used
-        return None if self._library.nvmlDeviceGetMemoryInfo(self._card, found) else int(found[2])
+        """Memory in use on the card, by all processes; None where the driver does not tell."""
+        import pynvml
+
+        try:
+            return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        except pynvml.NVMLError:
+            return None
 
     def energy_joules(self) -> float | None:
-        """Since the driver was loaded."""
-        millijoules = ctypes.c_ulonglong()
-        failed = self._library.nvmlDeviceGetTotalEnergyConsumption(self._card, ctypes.byref(millijoules))
-        return None if failed else millijoules.value / 1000
+        """Energy since the driver was loaded; None where the card has no counter."""
+        import pynvml
+
+        try:
+            return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
+        except pynvml.NVMLError:
+            return None
 
     def driver(self) -> str | None:
         """Version of the driver."""
-        text = ctypes.create_string_buffer(96)
-        return None if self._library.nvmlSystemGetDriverVersion(text, 96) else text.value.decode()
+        import pynvml
+
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        except pynvml.NVMLError:
+            return None

@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import mean, median
+from statistics import mean, median, quantiles
 from typing import Any
 
 from qkit.core.figures import steady
@@ -22,7 +22,7 @@ from qkit.core.figures import steady
 SCHEMA_VERSION = 1
 FAR = 3  # times longer, or shorter: a gap that no other of its answer is like
 FEW = 3  # gaps, below which none can be told from the others
-QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+PERCENTILES = {"p50": 50, "p90": 90, "p99": 99}
 MILLION = 1_000_000
 
 
@@ -172,18 +172,13 @@ def _compared(repeats: Sequence[Repeat]) -> dict[str, list[float]]:
 
 
 def distribution(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and percentiles, these by linear interpolation between the two nearest values; nulls where there is nothing."""
+    """Mean and percentiles, linearly interpolated between the two nearest values; nulls for an empty sequence."""
     if not values:
-        return dict.fromkeys(("mean", *QUANTILES))
-    ordered = sorted(values)
-
-    def at(quantile: float) -> float:
-        place = quantile * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-    return {"mean": mean(values), **{name: at(quantile) for name, quantile in QUANTILES.items()}}
+        return dict.fromkeys(("mean", *PERCENTILES))
+    if len(values) == 1:
+        return dict.fromkeys(("mean", *PERCENTILES), float(values[0]))
+    cuts = quantiles(values, n=100, method="inclusive")
+    return {"mean": mean(values), **{name: cuts[percent - 1] for name, percent in PERCENTILES.items()}}
 
 
 def cost(price_per_hour: float | None, output_tokens_per_second: float) -> dict[str, float] | None:

@@ -28,10 +28,11 @@ from qkit.core.device import detect
 from qkit.core.errors import DataError
 from qkit.core.files import write_json
 from qkit.measure import held_out
-from qkit.measure.artifacts import MERGED, Artifact, artifacts, open_artifact
-from qkit.measure.evidence import cost_of, measured
+from qkit.measure.artifacts import Artifact, artifacts, open_artifact
+from qkit.measure.evidence import cost_of, read_evidence
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.runtime import Runtime
+from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Bench
 from qkit.run.directory import Run
 from qkit.run.environment import environment
@@ -89,7 +90,7 @@ def bench_artifact(run: Run, artifact: Artifact, rows: Sequence[Sequence[int]], 
     with ExitStack() as stack:
         runtime = stack.enter_context(open_artifact(run, artifact, "bench"))
         startup = getattr(runtime, "startup_seconds", time.perf_counter() - begin)
-        live: Mapping[str, Any] | None = getattr(runtime, "live", None)
+        live: Mapping[str, Any] | None = getattr(runtime, "server_description", None)
         source = stack.enter_context(_tool(run, live, rows)) if live else Direct(runtime, rows)
         about = {**_about(run, artifact), "startup_seconds": startup, "argv": live["argv"] if live else None}
         for measured in measure(source, run.recipe.bench, live["pid"] if live else os.getpid()):
@@ -223,8 +224,8 @@ def _peak(runtime: Runtime, artifact: Artifact) -> dict[str, Any]:
 def _about(run: Run, artifact: Artifact) -> dict[str, Any]:
     """What is benched, and what the same run knows of it: how it was trained, and how good it is."""
     outputs = {**run.outputs("merge"), **run.outputs("export")}
-    found, training = measured(run), cost_of(run.manifest()["stages"].get("train"))
-    score, distance = found.scores.get(artifact.name, {}), found.parity.get(artifact.name, {})
+    evidence, training = read_evidence(run.root), cost_of(run.manifest()["stages"].get("train"))
+    score, distance = evidence.scores.get(artifact.name, {}), evidence.parity.get(artifact.name, {})
     return {
         "runtime": artifact.runtime,
         "artifact": artifact.name,
@@ -232,7 +233,7 @@ def _about(run: Run, artifact: Artifact) -> dict[str, Any]:
         "disk_bytes": artifact.disk_bytes,
         "training": training,
         "quality": {
-            "metric": found.metric,
+            "metric": evidence.metric,
             **{key: score.get(key) for key in ("score", "low", "high")},
             **{key: distance.get(key) for key in ("kl_mean", "top1")},
         },

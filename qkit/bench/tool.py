@@ -17,26 +17,6 @@ from qkit.bench.load import BEYOND_OPENAI, HeldOut, Load, Prompt, Synthetic, bey
 from qkit.bench.record import Repeat, Request
 from qkit.core.errors import MissingExtra, ServerError
 
-DRIVER = """
-import argparse, json, os, sys
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-from vllm.benchmarks import serve
-from vllm.benchmarks.lib import endpoint_request_func as asking
-from qkit.bench.stream import Reader
-reader = Reader(asking.RequestFuncOutput)
-asking.ASYNC_REQUEST_FUNCS.update({"openai": reader.completions, "openai-chat": reader.chat})
-parser = argparse.ArgumentParser()
-serve.add_cli_args(parser)
-for line in sys.stdin:
-    reader.doubts.clear()
-    try:
-        serve.main(parser.parse_args(json.loads(line)))
-        answer = {"doubts": reader.doubts}
-    except Exception as error:
-        answer = {"problem": f"{type(error).__name__}: {error}"}
-    print(json.dumps(answer), file=answers, flush=True)
-"""
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -180,7 +160,7 @@ class Tool:
                 raise MissingExtra(NO_TOOL)
             with self.log.open("w") as sink:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", DRIVER],
+                    [sys.executable, "-m", "qkit.bench.vllm_driver"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=sink,

@@ -10,7 +10,7 @@ The rule is vLLM 0.32's, measured on it (vllm/renderers/chat_utils.py and hf.py;
 - thinking is both `reasoning` and `reasoning_content`.
 - a developer's turn is a system turn for a template that does not know developers, and all system turns are one then, the first.
 
-Nothing, however it is written (null, [], "" or no key at all), is nothing.
+An empty value counts as absent, however it is written (null, [], "" or no key).
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Parted(str):
 
     def __new__(cls, parts: Iterable[str]) -> Parted:
         kept = tuple(parts)
-        made = super().__new__(cls, "\n".join(text for text in kept if text))
-        made.parts = kept
-        return made
+        joined = super().__new__(cls, "\n".join(text for text in kept if text))
+        joined.parts = kept
+        return joined
 
     def __reduce__(self) -> tuple[type[Parted], tuple[tuple[str, ...]]]:
         return Parted, (self.parts,)
@@ -72,7 +72,7 @@ def content_of(value: Any, where: str, only: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):
-        raise ValueError(f"content of {where} is neither text nor a list of parts: {reprlib.repr(value)}")
+        raise ValueError(f"content of {where} must be text or a list of parts: {reprlib.repr(value)}")
     read = [_text(part, f"part {number} of {where}", only) for number, part in enumerate(value, start=1)]
     texts = [text for text in read if text is not None]
     return "".join(texts) if len(texts) < 2 else Parted(texts)
@@ -112,43 +112,43 @@ def _in_parts(content: Content | None) -> list[dict[str, str]]:
 def served(
     messages: Sequence[Turn], template: str, thinking: Sequence[str] = REASONING, answered: bool = False
 ) -> list[dict[str, Any]]:
-    """Turns as a server hands them to this template.
+    """Turns as a server passes them to this template.
 
-    `answered`: the last one is said now, not sent: its calls are learnt as they are, its thinking by the names `thinking`.
+    `answered`: the last turn is the answer, not sent: its calls stay unchanged, and its reasoning gets the names `thinking`.
     """
     in_parts = goes_through_parts(template)
     last = len(messages) - 1 if answered else len(messages)
     sent_as = thinking if HARMONY in template else REASONING
-    made = [
+    turns = [
         _turn(turn, in_parts, thinking if number == last else sent_as, number == last)
         for number, turn in enumerate(messages)
     ]
     knows = '"developer"' in template or "'developer'" in template
-    return made if knows or all(turn["role"] != "developer" for turn in made) else _with_one_system(made)
+    return turns if knows or all(turn["role"] != "developer" for turn in turns) else _with_one_system(turns)
 
 
 def sent(turn: Turn) -> dict[str, Any]:
     """A turn in the form that it has once it was sent to a server, whatever the template; its content as it is."""
-    made = _turn(turn, in_parts=False, thinking=REASONING, said=False)
-    said = turn.get("content")
-    return {**made, "content": _in_parts(said) if isinstance(said, Parted) else said or ""}
+    message = _turn(turn, in_parts=False, thinking=REASONING, answered=False)
+    content = turn.get("content")
+    return {**message, "content": _in_parts(content) if isinstance(content, Parted) else content or ""}
 
 
-def _turn(turn: Turn, in_parts: bool, thinking: Sequence[str], said: bool) -> dict[str, Any]:
+def _turn(turn: Turn, in_parts: bool, thinking: Sequence[str], answered: bool) -> dict[str, Any]:
     role, content = turn["role"], turn.get("content")
-    made: dict[str, Any] = {"role": role, "content": _content(content, in_parts, role)}
+    message: dict[str, Any] = {"role": role, "content": _content(content, in_parts, role)}
     if role == "assistant":
         if calls := turn.get("tool_calls"):
             if in_parts and not text_of(content):
-                made[
+                message[
                     "content"
                 ] = []  # clients send null beside calls; some send "", of which vLLM makes a part with nothing in it
-            made["tool_calls"] = list(calls) if said else [call_of(call) for call in calls]
+            message["tool_calls"] = list(calls) if answered else [call_of(call) for call in calls]
         if thought := next((turn[name] for name in THOUGHTS if turn.get(name)), None):
-            made |= dict.fromkeys(thinking, thought)
+            message |= dict.fromkeys(thinking, thought)
     elif role == "tool" and turn.get("tool_call_id"):
-        made["tool_call_id"] = turn["tool_call_id"]
-    return made | {key: value for key, value in turn.items() if key not in OWN and value not in NOTHING}
+        message["tool_call_id"] = turn["tool_call_id"]
+    return message | {key: value for key, value in turn.items() if key not in OWN and value not in NOTHING}
 
 
 def _content(content: Content | None, in_parts: bool, role: str) -> Content:
@@ -158,18 +158,18 @@ def _content(content: Content | None, in_parts: bool, role: str) -> Content:
 
 
 def call_of(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call in the order in which a server gives it on.
+    """A call with the key order in which a server passes it on.
 
     Raises:
-        ValueError: it has no function with a name, or its arguments are no object.
+        ValueError: it has no function with a name, or its arguments are not an object.
     """
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError(f"a tool call has a function with a name, and this one is {str(call)[:100]}")
+        raise ValueError(f"a tool call must have a function with a name: {str(call)[:100]}")
     known = {"arguments": arguments_of(function.get("arguments")), "name": function["name"]}
     identity = {"id": call["id"]} if call.get("id") else {}
-    made = {**identity, "function": known | _others(function, known), "type": "function"}
-    return made | _others(call, {**made, "id": None})
+    ordered = {**identity, "function": known | _others(function, known), "type": "function"}
+    return ordered | _others(call, {**ordered, "id": None})
 
 
 def _others(given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def arguments_of(value: Any) -> Mapping[str, Any]:
     if not read and not isinstance(read, list | int | float):
         return {}
     if not isinstance(read, Mapping):
-        raise ValueError(f"the arguments of a tool call are an object in JSON, and these are {str(value)[:100]}")
+        raise ValueError(f"the arguments of a tool call must be a JSON object: {str(value)[:100]}")
     return read
 
 
@@ -279,14 +279,14 @@ def _given_content(tree: nodes.Template, macro: nodes.Macro, turns: Sequence[str
     from jinja2 import nodes
 
     names = [argument.name for argument in macro.args]
-    found = set()
+    given = set()
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Name) and call.node.name == macro.name:
             handed = [*zip(names, call.args, strict=False), *((word.key, word.value) for word in call.kwargs)]
-            found |= {
+            given |= {
                 name for name, value in handed if name in names and any(_is_content(value, turn) for turn in turns)
             }
-    return found
+    return given
 
 
 def _bare(node: nodes.Node | None) -> nodes.Node | None:

@@ -1,4 +1,4 @@
-"""Chat templates: which one a model has, how a conversation reads in it, and what ends a turn."""
+"""Chat templates: which one a model uses, how it renders a conversation, and which token ends a turn."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ OFFERED = {
 
 
 def choose(tokenizer: PreTrainedTokenizerBase, wanted: str | None, folder: Path) -> None:
-    """Give the tokenizer the template that the recipe names (a file or one of ours), or see that it has its own.
+    """Set the tokenizer's template to the one that the recipe names (a file or a built-in one), or check that it has one.
 
     Raises:
-        ModelError: there is none, or no such one.
+        ModelError: there is no template, or not the named one.
     """
     if wanted is not None:
         tokenizer.chat_template = _text(wanted)
     if not tokenizer.chat_template:
         raise ModelError(
-            f"{folder}: this model has no chat template, so nobody can say how its turns are written; take its instruct version, "
+            f"{folder}: this model has no chat template, so the format of its turns is unknown; use its instruct version, "
             "or set model.chat_template=chatml (others: "
             f"{', '.join(named())}; or a file such as chat_template.jinja)"
         )
     if isinstance(tokenizer.chat_template, dict) and DEFAULT not in tokenizer.chat_template:
         raise ModelError(
-            f"{folder}: of its chat templates {', '.join(sorted(tokenizer.chat_template))} none is called {DEFAULT}, so no server knows "
-            f"which to take; copy one to chat_template.jinja there, or name a file as model.chat_template"
+            f"{folder}: none of its chat templates ({', '.join(sorted(tokenizer.chat_template))}) is called {DEFAULT}, so a server cannot "
+            f"choose one; copy one to chat_template.jinja there, or set model.chat_template to a file"
         )
 
 
 def texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The templates that a conversation may meet: one, or the one for all and the one for those that offer tools."""
-    found = tokenizer.chat_template
-    if not isinstance(found, dict):
-        return [str(found)]
-    return [found[name] for name in (DEFAULT, WITH_TOOLS) if name in found]
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict):
+        return [str(templates)]
+    return [templates[name] for name in (DEFAULT, WITH_TOOLS) if name in templates]
 
 
 def _text(wanted: str) -> str:
@@ -67,7 +67,7 @@ def _text(wanted: str) -> str:
         return (FOLDER / f"{wanted}.jinja").read_text(encoding="utf-8")
     file = Path(wanted).expanduser()
     if not (is_there(file) and file.is_file()):
-        raise ModelError(f"model.chat_template={short(wanted)}: neither a file nor one of {', '.join(named())}")
+        raise ModelError(f"model.chat_template={short(wanted)}: must be a file or one of {', '.join(named())}")
     return file.read_text(encoding="utf-8")
 
 
@@ -76,13 +76,13 @@ def _text(wanted: str) -> str:
 
 def reads(tokenizer: PreTrainedTokenizerBase) -> Reads:
     """What a tokenizer's template, or any of its named ones, reads of a record and of a turn."""
-    held = tokenizer.chat_template
-    held_texts = tuple(held.values()) if isinstance(held, dict) else (held or "",)
+    templates = tokenizer.chat_template
+    all_texts = tuple(templates.values()) if isinstance(templates, dict) else (templates or "",)
     given = {"messages", "tools", "add_generation_prompt", "continue_final_message", *tokenizer.special_tokens_map}
-    found = [_reads(text) for text in held_texts]
-    variables = frozenset[str]().union(*(one.variables for one in found)) - given
-    values = frozenset[str]().union(*(one.variables - one.switches for one in found))
-    return Reads(variables, frozenset[str]().union(*(one.keys for one in found)), variables - values)
+    of_each = [_reads(text) for text in all_texts]
+    variables = frozenset[str]().union(*(one.variables for one in of_each)) - given
+    values = frozenset[str]().union(*(one.variables - one.switches for one in of_each))
+    return Reads(variables, frozenset[str]().union(*(one.keys for one in of_each)), variables - values)
 
 
 @functools.lru_cache(maxsize=32)
@@ -176,12 +176,12 @@ def _turns(parsed: Any) -> set[str]:
     """Variables that stand for turns, or for lists of them: those made of `messages`, and what macros call them."""
     from jinja2 import nodes
 
-    found = {"messages", "message", "msg", "m", "turn"}
+    names = {"messages", "message", "msg", "m", "turn"}
     for node in parsed.find_all((nodes.Assign, nodes.For)):
-        made_of = node.node if isinstance(node, nodes.Assign) else node.iter
-        if _is_turn(made_of, found) and isinstance(node.target, nodes.Name):
-            found.add(node.target.name)
-    return found
+        source = node.node if isinstance(node, nodes.Assign) else node.iter
+        if _is_turn(source, names) and isinstance(node.target, nodes.Name):
+            names.add(node.target.name)
+    return names
 
 
 def _is_turn(node: Any, turns: set[str]) -> bool:
@@ -206,12 +206,12 @@ def _thinking(template: str) -> Sequence[str]:
 
 
 class TemplateRefusal(ValueError):
-    """The template does not take this conversation; the message is its own."""
+    """The template rejects this conversation; the message is the template's."""
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """A tokenizer with what its template was seen to do.
+    """A tokenizer and what probing shows about its template.
 
     `suffix` is what the template writes after an answer, `ending` the part of it through the token that ends the turn, `end` that token's id
     (None: no special token ends a turn). `marks` finds special tokens in a text. `offering`: the same of another template that conversations
@@ -237,7 +237,7 @@ class Renderer:
         answered: bool = False,
         variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> str:
-        """Messages as the template writes them with these variables, ready for the assistant to go on unless `answered`.
+        """Messages as the template writes them with these variables, followed by the generation prompt unless `answered`.
 
         Raises:
             TemplateRefusal: the template raises an error on them.
@@ -246,11 +246,11 @@ class Renderer:
 
     @property
     def reads(self) -> Reads:
-        """What the template reads of a conversation beside what every template does."""
+        """What the template reads of a conversation in addition to what every template reads."""
         return reads(self.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered texts; nothing is added."""
+        """Token ids of rendered texts, without added special tokens."""
         if not texts:
             return []
         ids: list[list[int]] = self.tokenizer(
@@ -269,8 +269,8 @@ def renderer(tokenizer: PreTrainedTokenizerBase) -> Renderer:
     Raises:
         ModelError: it refuses even that.
     """
-    made = _renderer(tokenizer, ())
-    return replace(made, offering=_renderer(tokenizer, (OFFERED,))) if len(texts(tokenizer)) > 1 else made
+    plain = _renderer(tokenizer, ())
+    return replace(plain, offering=_renderer(tokenizer, (OFFERED,))) if len(texts(tokenizer)) > 1 else plain
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any]) -> Renderer:
@@ -278,13 +278,13 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any]) -> Rende
     try:
         left, right = (render(tokenizer, talk, tools, answered=True) for talk in talks)
     except TemplateRefusal as error:
-        raise ModelError(f"the chat template refuses a question and its answer: {error}") from None
+        raise ModelError(f"the chat template rejects a simple question with its answer: {error}") from None
     suffix = _common_suffix(left, right)
     special = special_ids(tokenizer)
     marks = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-    found = marks.search(suffix)
-    ending = suffix[: found.end()] if found else suffix
-    end = int(tokenizer.convert_tokens_to_ids(found.group())) if found else None
+    match = marks.search(suffix)
+    ending = suffix[: match.end()] if match else suffix
+    end = int(tokenizer.convert_tokens_to_ids(match.group())) if match else None
     return Renderer(tokenizer, frozenset(special.values()), suffix, ending, end, marks)
 
 
@@ -325,7 +325,7 @@ def render(
         raise TemplateRefusal(f"{type(error).__name__}: {str(error)[:300]}") from error
 
 
-def special_tokens(reader: Renderer, pad_token: str | None, rows: int) -> dict[str, Any]:
+def special_tokens(renderer: Renderer, pad_token: str | None, rows: int) -> dict[str, Any]:
     """`stop` (ids that end a turn), `pad`, and `end_of_turn`. `rows`: of the model's embedding.
 
     The padding is a token that the embedding has and that ends no turn, where there is one: other tools mask the end of an answer together
@@ -334,13 +334,13 @@ def special_tokens(reader: Renderer, pad_token: str | None, rows: int) -> dict[s
     Raises:
         ModelError: model.pad_token names no token, or one that the embedding lacks; or no special token ends a turn.
     """
-    tokenizer = reader.tokenizer
-    end = tokenizer.eos_token_id if reader.end is None else reader.end
+    tokenizer = renderer.tokenizer
+    end = tokenizer.eos_token_id if renderer.end is None else renderer.end
     if end is None:
         raise ModelError(
-            "no special token ends a turn and the tokenizer has no eos_token: the model could not learn to stop"
+            "no special token ends a turn and the tokenizer has no eos_token, so the model could not learn to stop"
         )
-    stop = sorted({end, reader.meeting((OFFERED,)).end, tokenizer.eos_token_id} - {None})
+    stop = sorted({end, renderer.meeting((OFFERED,)).end, tokenizer.eos_token_id} - {None})
     if pad_token is not None:
         return {"stop": stop, "pad": _known_id(tokenizer, pad_token, rows), "end_of_turn": end}
     ids = [
@@ -353,15 +353,15 @@ def special_tokens(reader: Renderer, pad_token: str | None, rows: int) -> dict[s
 
 
 def _known_id(tokenizer: PreTrainedTokenizerBase, token: str, rows: int) -> int:
-    found = tokenizer.get_vocab().get(token)
-    if found is None:
+    token_id = tokenizer.get_vocab().get(token)
+    if token_id is None:
         raise ModelError(f"model.pad_token={short(token)}: the tokenizer has no such token")
-    if found >= rows:
+    if token_id >= rows:
         raise ModelError(
-            f"model.pad_token={short(token)}: its id is {found}, and the model has 0 to {rows - 1}; leave model.pad_token out, or give it a "
+            f"model.pad_token={short(token)}: its id is {token_id}, but the model's ids are 0 to {rows - 1}; remove model.pad_token, or add a "
             f"row with model.add_tokens={json.dumps([token])}"
         )
-    return int(found)
+    return int(token_id)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Batches by token budget: rows of like length together, right-padded, with no attention mask.
+"""Batches by token budget: rows of similar length together, right-padded, without an attention mask.
 
-Under causal attention a real token never sees the padding on its right, so no mask is needed, and SDPA keeps its fast causal path;
-with rows of like length little of a batch is padding. Reference: TRL's collator, in tests/train/test_fast.py.
+Under causal attention a real token never sees the padding on its right, so no mask is needed, and SDPA uses its fast causal path.
+With rows of similar length, little of a batch is padding. Reference: TRL's collator, in tests/train/test_fast.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-LENGTH_STEP = 16  # rows are padded to a multiple of this, and shuffled among those that are padded alike
+IGNORED = -100  # the label of a token that carries no loss: torch's cross_entropy skips it
+LENGTH_STEP = 16  # rows are padded to a multiple of this, and shuffled among those of the same padded length
 
 
 def within_budget(lengths: Iterable[int], budget: float, most: float = math.inf) -> Iterator[range]:
@@ -37,8 +38,8 @@ def within_budget(lengths: Iterable[int], budget: float, most: float = math.inf)
 
 
 class SeededBatches:
-    """A batch sampler whose order depends on the seed and the epoch alone: a run that goes on from a checkpoint sees the batches
-    that it would have seen. The number of batches is the same in every epoch.
+    """A batch sampler whose order depends on the seed and the epoch only, so a run that resumes from a checkpoint sees the same batches as one
+    without an interruption. The number of batches is the same in every epoch.
     """
 
     def __init__(self, seed: int):
@@ -46,11 +47,11 @@ class SeededBatches:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's loader at the start of each epoch."""
+        """Select the epoch; accelerate's data loader calls this at the start of each."""
         self.epoch = epoch
 
     def batches(self, rng: random.Random) -> list[list[int]]:
-        """The batches of one epoch, as lists of row indices."""
+        """Return the batches of one epoch, as lists of row indices."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -79,42 +80,45 @@ class TokenBudgetBatches(SeededBatches):
 
 
 def count_batches(lengths: Sequence[tuple[int, int]], budget: int) -> int:
-    """How many batches TokenBudgetBatches makes of rows: (tokens, how many rows) of each length."""
-    alike: dict[int, int] = {}
+    """Return how many batches TokenBudgetBatches makes. `lengths`: pairs of a length in tokens and the number of rows of that length."""
+    rows_by_length: dict[int, int] = {}
     for tokens, rows in lengths:
-        alike[padded_length(tokens)] = alike.get(padded_length(tokens), 0) + rows
-    batches = held = 0
-    for length, left in sorted(alike.items()):
+        rows_by_length[padded_length(tokens)] = rows_by_length.get(padded_length(tokens), 0) + rows
+    batches = filled = 0  # `filled`: rows of the last batch
+    for length, left in sorted(rows_by_length.items()):
         rows = left
         while rows:
-            room = budget // length - held
-            if batches == 0 or room < 1:  # a row that is longer than the budget has a batch to itself
-                batches, held, room = batches + 1, 0, max(1, budget // length)
+            room = budget // length - filled
+            if batches == 0 or room < 1:  # a row longer than the budget is a batch of its own
+                batches, filled, room = batches + 1, 0, max(1, budget // length)
             taken = min(rows, room)
-            rows, held = rows - taken, held + taken
+            rows, filled = rows - taken, filled + taken
     return batches
 
 
 def padded_length(length: int) -> int:
-    """Few distinct shapes: each new one costs a CPU backend a set of kernels that it keeps, and the heap a new cut."""
+    """Round a length up to LENGTH_STEP. Each distinct shape makes a CPU backend compile and keep kernels, and fragments the heap."""
     return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 def part_sizes(rows: int, parts: int) -> list[int]:
-    """Rows of each part when a batch is divided as evenly as can be; no part is empty."""
+    """Return the rows of each part of a batch that is divided as evenly as possible; no part is empty."""
     size, larger = divmod(rows, min(parts, rows))
     return [size + (part < larger) for part in range(min(parts, rows))]
 
 
 def packed(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
-    """For each row its pack and its first token's offset there: best fit, the longest rows first, of equal ones the earliest.
+    """Assign rows to packs by best fit, the longest rows first, and of equal ones the earliest.
 
-    A pack holds at most `capacity` tokens; a row that is longer has one to itself. A bit for every room that some pack has left finds
-    the tightest fit without a look at the packs: 100,000 rows take a fraction of a second.
+    A pack holds at most `capacity` tokens; a longer row has a pack of its own. One bit for each amount of free space that some pack has finds
+    the tightest fit without a search: 100,000 rows take a fraction of a second.
+
+    Returns:
+        For each row, its pack and the offset of its first token there.
     """
     places = [(0, 0)] * len(lengths)
     packs_by_room: defaultdict[int, list[int]] = defaultdict(list)
-    rooms, count = 0, 0  # bit r of `rooms`: there is a pack with room for r tokens
+    rooms, count = 0, 0  # bit r of `rooms`: some pack has room for exactly r more tokens
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         fits = rooms >> lengths[row] << lengths[row]
         room = (fits & -fits).bit_length() - 1 if fits else max(capacity, lengths[row])
@@ -131,7 +135,7 @@ def packed(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
 
 
 class PackBatches(SeededBatches):
-    """A batch sampler: the rows of one pack at a time, in their places; packs in an order of seed and epoch."""
+    """A batch sampler: each batch is the rows of one pack, in order; the order of the packs depends on seed and epoch."""
 
     def __init__(self, packs: Sequence[int], positions: Sequence[int], seed: int):
         super().__init__(seed)

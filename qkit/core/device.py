@@ -189,9 +189,8 @@ def _cpu_features() -> tuple[str, ...]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out: of the GPU, of torch on the CPU, of Python, or of the system."""
-    if isinstance(
-        error, MemoryError | ImportError
-    ):  # an ImportError may say "cannot allocate memory in static TLS block"
+    # An ImportError may say "cannot allocate memory in static TLS block", which has another cause.
+    if isinstance(error, MemoryError | ImportError):
         return isinstance(error, MemoryError)
     text = str(error).lower()
     return any(phrase in text for phrase in ("out of memory", "allocate memory", "bad_alloc", "alloc_failed"))
@@ -206,10 +205,8 @@ def trim_heap() -> None:
 
 
 KERNEL_CACHE_SIZE = "128"
-KERNEL_CACHE_VARIABLES = (
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
-    "LRU_CACHE_CAPACITY",
-)  # of oneDNN, and of torch's layer over it
+# Of oneDNN, and of torch's layer over it
+KERNEL_CACHE_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def limit_kernel_cache() -> None:

@@ -141,12 +141,18 @@ class RunBusy(UserError):
 
 
 class ServerError(UserError):
-    """A server could not be started or did not answer as it must. `url`: the server; `status`: its HTTP status."""
+    """A server could not be started as requested, or did not answer as expected.
 
-    def __init__(self, message: object = "", *, url: str | None = None, status: int | None = None):
+    The fields hold what is known: the server's `url`, the HTTP `status` of its answer, and `reason`, the cause without context or remedy.
+    """
+
+    def __init__(
+        self, message: object = "", *, url: str | None = None, status: int | None = None, reason: str | None = None
+    ):
         super().__init__(message)
         self.url = url
         self.status = status
+        self.reason = reason
 
 
 class Regressed(UserError):

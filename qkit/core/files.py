@@ -79,6 +79,19 @@ def need_disk(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
+def link_or_copy(source: Path, target: Path, what: str) -> None:
+    """Hard-link a file, following a symbolic link; copy it where links do not work, such as on another file system.
+
+    Raises:
+        DoesNotFit: a copy does not fit on the disk. `what`: what needs the file, for the message.
+    """
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        need_disk(target.parent, source.stat().st_size, what)
+        shutil.copyfile(source, target)
+
+
 @contextmanager
 def put_in_place(target: Path) -> Iterator[Path]:
     """A temporary file that replaces the target if the block succeeds. Its name has the process id: two processes may write one target."""

@@ -1,4 +1,4 @@
-"""JSON as data has it: a number is finite, a key stands once, and what is too large for a float is kept as it was written."""
+"""Strict JSON for data: numbers must be finite and keys unique; integers keep all their digits."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from qkit.core.errors import short
 
 
 class Struct(dict[str, Any]):
-    """An object out of a table: it has the keys of all others there, and null where it has nothing. What is null in JSON is meant."""
+    """An object from a table. It has the keys of all rows, with null where a row has no value; a null from JSON is intended."""
 
 
 class Rounded(float):
-    """A number of a table that its loader may have rounded: what JSON writes as an integer beyond 2**63 is a float there."""
+    """A number that a table loader may have rounded: it stores integers beyond 2**63 as floats."""
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number in JSON")
+    raise ValueError(f"{constant} is not a number in JSON")
 
 
 def _finite(text: str) -> float:
@@ -27,18 +27,18 @@ def _finite(text: str) -> float:
 
 
 class Twice(ValueError):
-    """An object has a key twice: one of its values would be read and the other not."""
+    """An object has a key twice, so one of the two values would be lost."""
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
         raise Twice(f"an object has the key {short(repr(next(key for key in keys if keys.count(key) > 1)))} twice")
-    return made
+    return result
 
 
-# json.loads takes NaN and Infinity, which nobody else reads, and would build a decoder for every line
+# json.loads accepts NaN and Infinity, which other parsers reject, and would build a decoder for every line
 DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_each_once)
 
 
@@ -46,7 +46,7 @@ def decode(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is none, has a number that is not finite, or an object that has a key twice.
+        ValueError: the text is not JSON, or has a number that is not finite or an object with a duplicate key.
         RecursionError: it is nested too deeply.
     """
     return DECODER.decode(text)

@@ -1,6 +1,6 @@
-"""What is looked at before training, check by check: what was found, in which rows, how bad it is, and what to do.
+"""The checks before training: what each one found, in which rows, how serious it is, and how to fix it.
 
-A check that fails stops the stage `data`: training on these rows would teach something that nobody wants.
+A check that fails stops the stage `data`, because training on these rows would teach the model something wrong.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 from qkit.recipe.schema import Data
 
-NAMED_ROWS = 5  # of the rows that a check found, how many it names
+NAMED_ROWS = 5  # how many of the rows that it found a check names
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row came from: the file or data set, and its line."""
+    """Where a row comes from: the file or data set, and the line."""
 
     source: str
     line: int
@@ -27,7 +27,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Check:
-    """`status`: pass, warn, fail or skipped. `rows`: the first that were found; `found`: how many there are."""
+    """`status`: pass, warn, fail or skipped. `found`: how many rows the check found; `rows`: the first of them."""
 
     name: str
     status: str
@@ -39,169 +39,168 @@ class Check:
 
 @dataclass(frozen=True)
 class Kind:
-    """A check over rows: what it means when nothing, or something, is found. `status`: of what is found."""
+    """A check over rows. `passes`: its message when it finds nothing; `problem`: what is wrong with the rows that it finds, and `status`
+    how serious that is."""
 
     passes: str
-    found: str
+    problem: str
     status: str
     remedy: str
 
 
-# In the order in which they are shown. What is found in a row is said by whoever finds it; this says what it means.
+# In the order in which they are shown. The code that examines a row describes what it finds there; these texts say what that means.
 KINDS: Mapping[str, Kind] = {
     "malformed": Kind(
-        "every record is in a known format",
+        "every record has a known format",
         "cannot be read",
         "fail",
-        "correct them, map their columns with data.columns, or drop them with data.clean.malformed=drop",
+        "fix them, map their columns with data.columns, or drop them with data.clean.malformed=drop",
     ),
     "roles": Kind(
-        "turns come in an order that can be learnt from",
-        "have turns in an order that cannot be learnt from",
+        "every conversation has a valid order of turns",
+        "have an invalid order of turns",
         "fail",
-        "correct them, or drop them with data.clean.roles=drop",
+        "fix them, or drop them with data.clean.roles=drop",
     ),
-    "unicode": Kind(
-        "no broken characters", "hold broken characters", "warn", "correct the encoding where the rows were made"
-    ),
-    "empty": Kind("no row is empty", "have nothing to learn", "warn", "find out where they come from"),
+    "unicode": Kind("no invalid characters", "contain invalid characters", "warn", "fix the encoding at the source"),
+    "empty": Kind("no empty rows", "are empty", "warn", "check how these rows were made"),
     "duplicate": Kind(
-        "no row comes twice",
-        "are there again, to the letter",
+        "no exact duplicates",
+        "are exact duplicates",
         "warn",
-        "keep them with data.clean.duplicate=keep if it is meant",
+        "if repeating rows is intended, keep them with data.clean.duplicate=keep",
     ),
     "near_duplicate": Kind(
-        "no row comes nearly twice",
-        "are nearly there again",
+        "no near-duplicates",
+        "are near-duplicates",
         "warn",
-        "look at a few; data.clean.near_duplicate=drop leaves one of each kind",
+        "look at a few; data.clean.near_duplicate=drop keeps the first of each group",
     ),
     "template": Kind(
-        "the chat template takes every conversation",
-        "are refused by the chat template",
+        "the chat template accepts every conversation",
+        "are rejected by the chat template",
         "fail",
-        "take a template that knows these roles (model.chat_template), or change the rows",
+        "use a template that supports these roles (model.chat_template), or change the rows",
     ),
     "system": Kind(
-        "every system turn is in what the model reads",
-        "lose their system turn: the template leaves it out",
+        "the chat template writes every system message",
+        "lose their system message: the chat template omits it",
         "fail",
-        "take a template that writes system turns (model.chat_template), or put the text into the user turn",
+        "use a template that writes system messages (model.chat_template), or move the text to the user message",
     ),
     "content": Kind(
-        "every turn's text is in what the model reads",
-        "lose text on the way through the template",
+        "the chat template writes the text of every message",
+        "lose text in the chat template",
         "fail",
-        "take a template that writes every turn, thinking too (model.chat_template), or do without the thinking "
-        "(data.ignore='[messages.reasoning_content]', or as your rows call it)",
+        "use a template that writes every message, reasoning included (model.chat_template), or ignore the reasoning "
+        "(data.ignore='[messages.reasoning_content]', or the name that it has in your rows)",
     ),
     "tools": Kind(
-        "every offered tool is in what the model reads",
-        "offer tools that the template leaves out",
+        "the chat template writes every tool",
+        "offer tools that the chat template omits",
         "fail",
-        "take a template that writes tools (model.chat_template), or describe them in the system turn",
+        "use a template that writes tools (model.chat_template), or describe them in the system message",
     ),
     "tool_calls": Kind(
-        "every tool call is in what the model reads",
-        "hold tool calls that the template writes as nothing",
+        "the chat template writes every tool call",
+        "contain tool calls that the chat template omits",
         "fail",
-        "take a template that writes tool_calls (model.chat_template), or write the call as the turn's text",
+        "use a template that writes tool_calls (model.chat_template), or write the call as the text of the message",
     ),
     "generation_prompt": Kind(
-        "the prompt a server sends is a true prefix of what is trained on",
-        "are written differently once answered",
+        "the prompt that a server sends is a prefix of every training row",
+        "do not begin with the prompt that a server would send",
         "fail",
-        "take a template whose generation prompt is what it writes before an answer (model.chat_template)",
+        "use a template whose generation prompt is exactly what it writes before an answer (model.chat_template)",
     ),
     "turn_end": Kind(
-        "the token that ends a turn carries loss in every turn that is learnt",
-        "never learn to stop: the token that ends the turn carries no loss",
+        "the end-of-turn token carries loss in every trained turn",
+        "do not teach the model to stop: the end-of-turn token carries no loss",
         "fail",
-        "end the assistant's turn with a special token in the template; in rows tokenized elsewhere, unmask it (it is often masked "
-        "together with the padding, where both are one token)",
+        "end the assistant's turn with a special token in the template; in rows tokenized elsewhere, unmask that token (masking the "
+        "padding masks it too when both are the same token)",
     ),
     "bos": Kind(
-        "the text begins with the beginning-of-sequence token as often as the model expects",
-        "begin with the beginning-of-sequence token twice, or lack it",
+        "every text has the beginning-of-sequence token that the model expects",
+        "have two beginning-of-sequence tokens, or none",
         "fail",
-        "write it once: in the template, or in the text, not in both",
+        "write the token once: either in the template or in the text",
     ),
     "mask": Kind(
-        "the tokens that carry loss read as the turns to be learnt",
-        "carry loss elsewhere than on the turns to be learnt",
+        "the tokens that carry loss are the turns to train on",
+        "carry loss on other tokens than the turns to train on",
         "fail",
-        "this is a fault of qkit: please report it with the row",
+        "this is a bug in qkit: please report it together with the row",
     ),
     "headers": Kind(
         "no user or system turn carries loss",
         "carry loss on the start of a turn: the model learns to speak for the user",
         "warn",
-        "mask everything but the assistant's turns",
+        "mask everything except the assistant's turns",
     ),
     "joins": Kind(
-        "tokens stay the same where an answer joins its prompt",
-        "have other tokens where an answer joins its prompt",
+        "tokens do not change where an answer follows its prompt",
+        "have different tokens where an answer follows its prompt",
         "warn",
-        "qkit trains on what a server would send; elsewhere, tokenize prompt and answer apart",
+        "qkit trains on the tokens that a server would send; in other tools, tokenize prompt and answer separately",
     ),
     "prefix_stable": Kind(
-        "turns read the same once the conversation has gone on",
-        "hold turns that the template writes differently once the conversation has gone on (thinking left out, say)",
+        "turns do not change as the conversation continues",
+        "contain turns that the template writes differently once the conversation continues (without the reasoning, for example)",
         "warn",
-        "such a turn is learnt in a row of its own, with the prompt a server would send; that takes more tokens",
+        "qkit trains on such a turn in a separate row, with the prompt that a server would send; this takes more tokens",
     ),
     "rounded": Kind(
         "no number was rounded when its table was read",
-        "hold numbers beyond 2**63 that are floats in their table: were they integers, their last digits are gone",
+        "contain numbers beyond 2**63 that the table stores as floats: if they were integers, their last digits are lost",
         "warn",
-        "write such numbers as text, or give the rows as JSON lines, which keep every digit",
+        "write such numbers as text, or provide the rows as JSON lines, which keep every digit",
     ),
     "special_text": Kind(
-        "no text spells a special token",
-        "spell a special token in their text, which the model reads as the token itself",
+        "no text contains a special token",
+        "contain the text of a special token, which the model reads as the token itself",
         "warn",
-        "take it out of the text unless it is meant",
+        "remove it from the text unless it is intended",
     ),
     "vocabulary": Kind(
         "every token id is in the model's vocabulary",
-        "hold token ids that the model does not have",
+        "contain token ids that are not in the model's vocabulary",
         "fail",
         "tokenize with this model's own tokenizer",
     ),
     "length": Kind(
         "every row fits data.max_length",
-        "are longer than data.max_length and left out",
+        "are longer than data.max_length and dropped",
         "warn",
-        "raise data.max_length, or choose data.too_long=truncate_prompt (text: split)",
+        "raise data.max_length, or set data.too_long=truncate_prompt (for plain text: split)",
     ),
     "prompt_cut": Kind(
-        "no prompt is cut", "lose their oldest turns to data.max_length", "warn", "raise data.max_length"
+        "no prompt is truncated", "lose their oldest turns to data.max_length", "warn", "raise data.max_length"
     ),
     "answer_cut": Kind(
-        "no answer is cut",
-        "have the end of their answer cut, and never learn to stop there",
+        "no answer is truncated",
+        "have a truncated answer, and do not teach the model to stop there",
         "warn",
-        "raise data.max_length, or choose data.too_long=drop or truncate_prompt",
+        "raise data.max_length, or set data.too_long=drop or truncate_prompt",
     ),
     "loss_tokens": Kind(
-        "every row has something to learn",
+        "every row has tokens that carry loss",
         "have no token that carries loss",
         "warn",
-        "see their labels, weights or train marks",
+        "check their labels, weights or train marks",
     ),
 }
 
 
-# What is found under another name than a check's own is the lesser degree of it: said, and no reason to stop.
+# Findings under these names are milder forms of another check: they are reported as warnings and stop nothing.
 LESSER: Mapping[str, tuple[str, Kind]] = {
     "white_space": (
         "content",
         Kind(
             "",
-            "lose white space on the way through the template, such as the indentation of code: what is learnt is the text without it",
+            "lose white space in the chat template, such as the indentation of code: training sees the text without it",
             "warn",
-            "take a template that writes turns as they are (model.chat_template), or strip the rows if nothing hangs on it",
+            "use a template that writes messages unchanged (model.chat_template), or strip the rows if white space does not matter",
         ),
     )
 }
@@ -209,54 +208,54 @@ LESSER: Mapping[str, tuple[str, Kind]] = {
 
 @dataclass
 class Findings:
-    """Collects what is found in rows: counts, the first places and the first words, by check."""
+    """Collects what is found in rows, by check: how many rows, the first places, and the first message."""
 
     counts: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[Place]] = field(default_factory=dict)
-    words: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, source: str, line: int, words: str) -> None:
-        """One more row in which check `name` found something."""
+    def add(self, name: str, source: str, line: int, message: str) -> None:
+        """Add a row in which check `name` found something."""
         self.counts[name] = self.counts.get(name, 0) + 1
-        self.words.setdefault(name, words)
+        self.messages.setdefault(name, message)
         named = self.places.setdefault(name, [])
         if len(named) < NAMED_ROWS:
             named.append(Place(source, line))
 
-    def checks(self, how: Data, skipped: Iterable[str] = ()) -> Iterator[Check]:
+    def checks(self, section: Data, skipped: Iterable[str] = ()) -> Iterator[Check]:
         """Every check over rows, in order."""
         left_out = set(skipped)
         lesser = {check: (name, kind) for name, (check, kind) in LESSER.items() if name in self.counts}
         for name, kind in KINDS.items():
             if name in self.counts:
-                yield self._found(name, kind, how)
+                yield self._found(name, kind, section)
             elif name in lesser:
-                yield replace(self._found(*lesser[name], how), name=name)
+                yield replace(self._found(*lesser[name], section), name=name)
             elif name in left_out:
                 yield Check(name, "skipped", "does not apply to these rows")
             else:
                 yield Check(name, "pass", kind.passes)
 
-    def _found(self, name: str, kind: Kind, how: Data) -> Check:
+    def _found(self, name: str, kind: Kind, section: Data) -> Check:
         rows = tuple(self.places[name])
         count = self.counts[name]
-        message = f"{count:,} {'row' if count == 1 else 'rows'} {kind.found}: {rows[0]} {self.words[name]}"
-        return Check(name, _status(name, kind, how), message, count, rows, kind.remedy)
+        message = f"{count:,} {'row' if count == 1 else 'rows'} {kind.problem}: {rows[0]} {self.messages[name]}"
+        return Check(name, _status(name, kind, section), message, count, rows, kind.remedy)
 
 
-def _status(name: str, kind: Kind, how: Data) -> str:
-    """What the recipe says of the rules that it has a word on; dropping is consent, and still worth a word."""
-    rule = getattr(how.clean, name, None)
+def _status(name: str, kind: Kind, section: Data) -> str:
+    """The status of what is found; for a rule of data.clean the recipe decides. Rows that it drops still deserve a warning."""
+    rule = getattr(section.clean, name, None)
     if rule is None:
         return kind.status
     return "fail" if rule == "fail" else "warn"
 
 
 def failures(checks: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of checks as JSON, those that would spoil training."""
+    """The checks (as JSON) that failed."""
     return [check for check in checks if check["status"] == "fail"]
 
 
 def refusal(failed: Iterable[Mapping[str, Any]]) -> str:
-    """Failed checks as the message of an error."""
+    """The error message for failed checks."""
     return "\n".join(f"check {check['name']}: {check['message']}\n  {check['remedy']}" for check in failed)

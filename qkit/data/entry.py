@@ -1,4 +1,4 @@
-"""One row between the workers and the ledger."""
+"""What the links of the chain hand on: a record with its place (`Sourced`), then what is known of each row it makes (`Entry`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qkit.data.read import Broken, Record
 
 @dataclass(frozen=True)
 class Sourced:
-    """A record with the split it was given for and the number of its source there."""
+    """A record, the split it was given for, and the number of its source there."""
 
     pool: str
     source: int
@@ -19,10 +19,10 @@ class Sourced:
 
 @dataclass
 class Entry:
-    """What is known of a record, or of one of the rows it makes. `rule`: the check under which it is dropped, or "".
+    """What is known of a record, or of one of the rows it makes (`part`). `rule`: the check under which it is dropped, or "".
 
-    `record` counts records from 0, `row` the rows of the candidates file (-1: none). `key` is the digest of its prompt in plain writing.
-    `unread`: what of the record nothing reads; `ignored`: the patterns of data.ignore that match a name of it.
+    `record` counts records from 0, `candidate` the rows of the candidates file (-1: it has none). `key`: digest of the normalized prompt;
+    `near`: MinHash signature. `unread`: names in the record that nothing reads; `ignored`: the patterns of data.ignore that match one.
     """
 
     pool: str
@@ -32,7 +32,7 @@ class Entry:
     format: str
     record: int = 0
     part: int = 0
-    row: int = -1
+    candidate: int = -1
     sha256: str = ""
     key: str = ""
     group: str = ""
@@ -46,3 +46,7 @@ class Entry:
     findings: tuple[tuple[str, str], ...] = ()
     unread: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        return f"{self.source}:{self.line}"

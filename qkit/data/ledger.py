@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qkit.core.batching import TokenBudgetBatches, packed, padded_length
-from qkit.data.entry import Entry
-from qkit.data.select import Fate
+from qkit.data.select import Decision
 from qkit.recipe.schema import SPLITS, Recipe
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -44,59 +40,66 @@ class LedgerRow:
 # --- the ledger -------------------------------------------------------------------------------------------------------
 
 
-def make_ledger(entries: Sequence[Entry], fates: Sequence[Fate], how: Recipe) -> Iterator[LedgerRow]:
-    """One row for each entry, in their order; rows are numbered and packed as they will be trained on."""
+def make_ledger(decisions: Sequence[Decision], recipe: Recipe) -> list[LedgerRow]:
+    """One row for each decision, in their order; rows of a split are numbered, and packed as they will be trained on."""
+    packs = _packs(decisions, recipe)
     used = dict.fromkeys(SPLITS, 0)
-    packs = iter(_packs(entries, fates, how))
-    for entry, fate in zip(entries, fates, strict=True):
+    ledger = []
+    for decision in decisions:
         row, pack, position = None, None, None
-        if not fate.rule:
-            row = used[fate.split]
-            used[fate.split] += 1
-            pack, position = next(packs) if fate.split == "train" else (None, None)
-        yield LedgerRow(
-            split=fate.split,
-            source=entry.source,
-            line=entry.line,
-            part=entry.part,
-            format=entry.format,
-            sha256=entry.sha256,
-            tokens=entry.tokens,
-            labelled_tokens=entry.labelled_tokens,
-            truncated_by=entry.truncated_by,
-            status="dropped" if fate.rule else "trained" if fate.split == "train" else "held_out",
-            reason=fate.reason,
-            row=row,
-            pack=pack,
-            position=position,
-        )
+        if decision.used:
+            row = used[decision.split]
+            used[decision.split] += 1
+            if packs and decision.split == "train":
+                pack, position = packs[row]
+        ledger.append(_ledger_row(decision, row, pack, position))
+    return ledger
 
 
-def _packs(entries: Sequence[Entry], fates: Sequence[Fate], how: Recipe) -> Iterator[tuple[int | None, int | None]]:
-    """(pack, position) of each training row, in order."""
-    lengths = [e.tokens for e, f in zip(entries, fates, strict=True) if not f.rule and f.split == "train"]
-    if how.data.packing:
-        yield from packed(lengths, how.data.batch_tokens)
-    else:
-        yield from [(None, None)] * len(lengths)
+def _ledger_row(decision: Decision, row: int | None, pack: int | None, position: int | None) -> LedgerRow:
+    entry = decision.entry
+    return LedgerRow(
+        split=decision.split,
+        source=entry.source,
+        line=entry.line,
+        part=entry.part,
+        format=entry.format,
+        sha256=entry.sha256,
+        tokens=entry.tokens,
+        labelled_tokens=entry.labelled_tokens,
+        truncated_by=entry.truncated_by,
+        status="dropped" if not decision.used else "trained" if decision.split == "train" else "held_out",
+        reason=decision.reason,
+        row=row,
+        pack=pack,
+        position=position,
+    )
 
 
-def batch_budget(ledger: Sequence[LedgerRow], how: Recipe) -> dict[str, int]:
+def _packs(decisions: Sequence[Decision], recipe: Recipe) -> list[tuple[int, int]]:
+    """(pack, position) of each training row by its number; none without data.packing."""
+    if not recipe.data.packing:
+        return []
+    lengths = [decision.entry.tokens for decision in decisions if decision.used and decision.split == "train"]
+    return packed(lengths, recipe.data.batch_tokens)
+
+
+def batch_budget(ledger: Sequence[LedgerRow], recipe: Recipe) -> dict[str, int]:
     """Tokens that one epoch computes: real ones, padding, and those that carry loss."""
     rows = [row for row in ledger if row.status == "trained"]
     lengths = [row.tokens for row in rows]
-    if how.data.packing:
+    if recipe.data.packing:
         ends: dict[int, int] = {}
         for row in rows:
             assert row.pack is not None and row.position is not None
             ends[row.pack] = max(ends.get(row.pack, 0), row.position + row.tokens)
-        computed, batches = sum(map(padded_length, ends.values())), len(ends)
+        computed, count = sum(map(padded_length, ends.values())), len(ends)
     else:
-        made = list(TokenBudgetBatches(lengths, how.data.batch_tokens, how.seed)) if lengths else []
-        computed = sum(len(batch) * padded_length(max(lengths[i] for i in batch)) for batch in made)
-        batches = len(made)
+        batches = list(TokenBudgetBatches(lengths, recipe.data.batch_tokens, recipe.seed)) if lengths else []
+        computed = sum(len(batch) * padded_length(max(lengths[i] for i in batch)) for batch in batches)
+        count = len(batches)
     return {
-        "batches": batches,
+        "batches": count,
         "computed": computed,
         "real": sum(lengths),
         "padding": computed - sum(lengths),

@@ -1,6 +1,6 @@
-"""Rows that are the same, or nearly: digests of what is said, and MinHash signatures for what is said in other words.
+"""Exact and near-duplicates: digests of texts, and MinHash signatures (from rensa) for similar texts.
 
-Case, white space and Unicode's ways of writing one character do not count. Signatures and their index are rensa's.
+Case, white space and Unicode composition are ignored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PERMUTATIONS = 128  # the estimate of a Jaccard similarity then has a standard e
 BANDS = (
     16  # of 8 values each: pairs at 0.8 are found with a probability of 95 %, at 0.6 of 24 % (and are then sorted out)
 )
-CROWD = 256  # rows that many others look like are not indexed again: comparing would become quadratic, and one of them is enough to be found
+CROWD = 256  # a row with more similar rows than this is not indexed: comparing would become quadratic, and one of them suffices
 NEAR = 0.8  # Jaccard similarity of word triples from which two rows count as nearly the same
 WORD = re.compile(r"\w{1,8}")  # long runs are cut, since some scripts write no spaces
 SEED = 42
@@ -34,9 +34,9 @@ def signature(text: str) -> Any:
     """rensa's MinHash of a text's word triples."""
     import rensa
 
-    made = rensa.RMinHash(num_perm=PERMUTATIONS, seed=SEED)
-    made.update(shingles(text))
-    return made
+    minhash = rensa.RMinHash(num_perm=PERMUTATIONS, seed=SEED)
+    minhash.update(shingles(text))
+    return minhash
 
 
 def shingles(text: str) -> list[str]:
@@ -46,7 +46,7 @@ def shingles(text: str) -> list[str]:
 
 
 class Index:
-    """Signatures that were seen, each by a number."""
+    """An index of signatures, each with a number."""
 
     def __init__(self) -> None:
         import rensa
@@ -54,22 +54,22 @@ class Index:
         self._lsh = rensa.RMinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS, num_bands=BANDS)
         self._signatures: dict[int, Any] = {}
 
-    def nearest(self, made: Any) -> int | None:
-        """The number of the most similar signature, if it counts as nearly the same."""
-        found = [(self._signatures[number].jaccard(made), -number) for number in self._lsh.query(made)]
-        similarity, number = max(found, default=(0.0, 0))
+    def nearest(self, signature: Any) -> int | None:
+        """The number of the most similar signature, if it counts as a near-duplicate."""
+        similar = [(self._signatures[number].jaccard(signature), -number) for number in self._lsh.query(signature)]
+        similarity, number = max(similar, default=(0.0, 0))
         return -number if similarity >= NEAR else None
 
-    def add(self, number: int, made: Any) -> int | None:
-        """Remember a signature unless one is nearly the same; then that one's number is returned."""
-        alike = self._lsh.query(made)
-        if (found := self.nearest(made)) is not None:
-            return found
+    def add(self, number: int, signature: Any) -> int | None:
+        """Add a signature, unless a near-duplicate is present: then return the number of that one."""
+        alike = self._lsh.query(signature)
+        if (similar := self.nearest(signature)) is not None:
+            return similar
         if len(alike) <= CROWD:
-            self.insert(number, made)
+            self.insert(number, signature)
         return None
 
-    def insert(self, number: int, made: Any) -> None:
-        """Remember a signature, whatever it is like."""
-        self._lsh.insert(number, made)
-        self._signatures[number] = made
+    def insert(self, number: int, signature: Any) -> None:
+        """Add a signature unconditionally."""
+        self._lsh.insert(number, signature)
+        self._signatures[number] = signature

@@ -15,7 +15,8 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from qkit.chat.template import Renderer, compact, renderer, texts_of
-from qkit.core.process import death_wish
+from qkit.core.batching import IGNORED
+from qkit.core.process import kill_when_parent_dies
 from qkit.data import near_duplicates
 from qkit.data.entry import Entry, Sourced
 from qkit.data.read import Broken, Record
@@ -23,7 +24,7 @@ from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.task import Conversation, Example, Reads, RowError, Task, Text, Tokens, open_task
 from qkit.recipe.schema import Recipe
 from qkit.tasks._conversation import checks, encode, formats
-from qkit.tasks._conversation.encode import IGNORED, Row
+from qkit.tasks._conversation.encode import EncodedRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,45 +46,46 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Worker:
-    """What a process needs to work on chunks."""
+    """What a process needs to work on chunks: the task, and the tokenizer with its template. `facts`: what both were seen to do."""
 
-    how: Recipe
+    recipe: Recipe
     task: Task
-    reader: Renderer
+    renderer: Renderer
     facts: checks.Facts
     reads: Reads
 
     def prepare(self, chunk: Sequence[Sourced]) -> Prepared:
-        """Read, tokenize and look at a chunk of records."""
-        examples = [self._example(one) for one in chunk]
-        made = encode.tokenize(self.reader, examples, self.how.data)
+        """A chunk of records along the chain: recognise, encode, check."""
+        examples = [self._recognise(sourced) for sourced in chunk]
+        results = encode.tokenize(self.renderer, examples, self.recipe.data)
         entries: list[Entry] = []
         columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-        for one, example, rows in zip(chunk, examples, made, strict=True):
-            entry = _entry(one, example, self.how)
-            if isinstance(rows, RowError) or isinstance(example, RowError):
-                assert isinstance(rows, RowError)
-                entries.append(_dropped(entry, rows))
+        for sourced, example, result in zip(chunk, examples, results, strict=True):
+            entry = _entry(sourced, example, self.recipe)
+            if isinstance(example, RowError) or result.error is not None:
+                assert result.error is not None
+                entries.append(_dropped(entry, result.error))
                 continue
-            for part, row in enumerate(rows):
-                entries.append(self._kept(entry, part, row))
-                _append(columns, row, example, f"{entry.source}:{entry.line}")
+            for part, row in enumerate(result.rows):
+                entries.append(self._checked(entry, part, row))
+                _append(columns, row, example, entry.place)
         return Prepared(_batch(columns), entries)
 
-    def _example(self, one: Sourced) -> Example | RowError:
-        if isinstance(one.record, Broken):
-            return RowError(one.record.reason)
-        record = one.record
+    def _recognise(self, sourced: Sourced) -> Example | RowError:
+        record = sourced.record
+        if isinstance(record, Broken):
+            return RowError(record.reason)
         try:
-            return self.task.example(record.value, record.accepted, record.format, self.how.data, self.reads)
+            return self.task.example(record.value, record.accepted, record.format, self.recipe.data, self.reads)
         except RowError as error:
             return error
 
-    def _kept(self, entry: Entry, part: int, row: Row) -> Entry:
+    def _checked(self, entry: Entry, part: int, row: EncodedRow) -> Entry:
+        """The entry of a row, with what the checks find in it."""
         closely = entry.line <= CLOSELY_FIRST or entry.line % CLOSELY == 0
-        found: dict[str, str] = {}  # a check counts a row once, whatever it finds there
-        for name, words in checks.examine(self.reader, self.facts, row, self.how.data.loss, closely):
-            found.setdefault(name, words)
+        findings: dict[str, str] = {}  # a check counts a row once, however much it finds there
+        for name, message in checks.examine(self.renderer, self.facts, row, self.recipe.data.loss, closely):
+            findings.setdefault(name, message)
         return replace(
             entry,
             part=part,
@@ -91,47 +93,47 @@ class Worker:
             tokens=len(row.input_ids),
             labelled_tokens=row.labelled,
             truncated_by=row.whole_tokens - len(row.input_ids),
-            findings=tuple(found.items()),
+            findings=tuple(findings.items()),
         )
 
 
-def worker(how: Recipe) -> Worker:
-    """Load what is needed to work on a recipe's records."""
-    tokenizer = model_tokenizer.tokenizer_of(how.model)
-    reader = renderer(tokenizer)
-    seen = checks.facts(reader, model_tokenizer.vocabulary(how.model, tokenizer))
-    return Worker(how, open_task(how.task), reader, seen, reader.reads)
+def open_worker(recipe: Recipe) -> Worker:
+    """Load what is needed to work on a recipe's records. Each process opens the tokenizer and its template here, once."""
+    tokenizer = model_tokenizer.tokenizer_of(recipe.model)
+    opened = renderer(tokenizer)
+    facts = checks.facts(opened, model_tokenizer.vocabulary(recipe.model, tokenizer))
+    return Worker(recipe, open_task(recipe.task), opened, facts, opened.reads)
 
 
-def _entry(one: Sourced, example: Example | RowError, how: Recipe) -> Entry:
-    record = one.record
-    entry = Entry(one.pool, one.source, record.source, record.line, "")
+def _entry(sourced: Sourced, example: Example | RowError, recipe: Recipe) -> Entry:
+    record = sourced.record
+    entry = Entry(sourced.pool, sourced.source, record.source, record.line, "")
     if isinstance(record, Broken):
         return entry
-    entry.format = _format(record, how)
+    entry.format = _format(record, recipe)
     if isinstance(example, RowError):
         return entry
-    entry.ignored = (*example.ignored, *(name for name in record.unread if name in how.data.ignore))
-    entry.unread = (*example.unread, *(name for name in record.unread if name not in how.data.ignore))
-    asked, said = _contents(example)
+    entry.ignored = (*example.ignored, *(name for name in record.unread if name in recipe.data.ignore))
+    entry.unread = (*example.unread, *(name for name in record.unread if name not in recipe.data.ignore))
+    question, content = _contents(example)
     value = record.value
-    entry.sha256 = near_duplicates.digest(said)
-    entry.key = near_duplicates.digest(near_duplicates.normalized(asked))
-    found = value_of(value, how.data.group, how)
-    entry.group = entry.key if found is None else near_duplicates.digest(str(found))
-    entry.label = _label(value, how)
-    entry.near = near_duplicates.signature(said if isinstance(example, Text) else _unframed(example))
+    entry.sha256 = near_duplicates.digest(content)
+    entry.key = near_duplicates.digest(near_duplicates.normalized(question))
+    group = value_of(value, recipe.data.group, recipe)
+    entry.group = entry.key if group is None else near_duplicates.digest(str(group))
+    entry.label = _label(value, recipe)
+    entry.near = near_duplicates.signature(content if isinstance(example, Text) else _unframed(example))
     return entry
 
 
-def _format(record: Record, how: Recipe) -> str:
+def _format(record: Record, recipe: Recipe) -> str:
     """The format that a record was read in; a task's own has the task's name."""
     if record.format != "auto":
         return record.format
     try:
-        return formats.recognised(record.value, how.data)
+        return formats.recognised(record.value, recipe.data)
     except RowError:
-        return how.task
+        return recipe.task
 
 
 def _contents(example: Example) -> tuple[str, str]:
@@ -139,9 +141,9 @@ def _contents(example: Example) -> tuple[str, str]:
     if isinstance(example, Text):
         return example.text, example.text
     if isinstance(example, Tokens):
-        said = compact(example.input_ids)
-        asked = [i for i, label in zip(example.input_ids, example.labels, strict=True) if label == IGNORED]
-        return compact(asked) if len(asked) > 1 else said, said + compact(example.labels)
+        content = compact(example.input_ids)
+        question = [i for i, label in zip(example.input_ids, example.labels, strict=True) if label == IGNORED]
+        return compact(question) if len(question) > 1 else content, content + compact(example.labels)
     tools = compact(example.tools) if example.tools else ""
     given = compact(example.variables) if example.variables else ""
     return tools + texts_of(example.messages[:-1]), tools + given + compact(example.messages) + compact(example.trained)
@@ -154,15 +156,15 @@ def _unframed(example: Conversation | Tokens) -> str:
     return texts_of(message for message in example.messages if message["role"] != "system")
 
 
-def _label(value: Mapping[str, Any], how: Recipe) -> str | None:
-    found = value_of(value, how.data.stratify, how)
-    return str(found) if isinstance(found, str | int | bool) else None
+def _label(value: Mapping[str, Any], recipe: Recipe) -> str | None:
+    label = value_of(value, recipe.data.stratify, recipe)
+    return str(label) if isinstance(label, str | int | bool) else None
 
 
-def value_of(value: Mapping[str, Any], column: str | None, how: Recipe) -> Any:
+def value_of(value: Mapping[str, Any], column: str | None, recipe: Recipe) -> Any:
     """What a record has in a column, by the name that data.columns gives it; None where there is none, or an empty field."""
-    found = value.get(how.data.columns.get(column, column)) if column else None
-    return None if found == "" else found
+    field_value = value.get(recipe.data.columns.get(column, column)) if column else None
+    return None if field_value == "" else field_value
 
 
 def _dropped(entry: Entry, error: RowError) -> Entry:
@@ -187,7 +189,7 @@ def schema() -> pa.Schema:
     return pa.schema([("input_ids", ids), ("labels", ids), ("start", pa.int32()), *text])
 
 
-def _append(columns: dict[str, list[Any]], row: Row, example: Example, place: str) -> None:
+def _append(columns: dict[str, list[Any]], row: EncodedRow, example: Example, place: str) -> None:
     reference = example.reference if isinstance(example, Conversation) else None
     values = (
         *(row.input_ids, row.labels, row.start),
@@ -202,9 +204,9 @@ def _append(columns: dict[str, list[Any]], row: Row, example: Example, place: st
 def _batch(columns: dict[str, list[Any]]) -> pa.RecordBatch:
     import pyarrow as pa
 
-    made = [_list_array(columns[name]) for name in ("input_ids", "labels")]
+    ids = [_list_array(columns[name]) for name in ("input_ids", "labels")]
     rest = [pa.array(columns[name], schema().field(name).type) for name in COLUMNS[2:]]
-    return pa.RecordBatch.from_arrays([*made, *rest], schema=schema())
+    return pa.RecordBatch.from_arrays([*ids, *rest], schema=schema())
 
 
 def _list_array(rows: Sequence[Sequence[int]]) -> pa.ListArray:
@@ -222,17 +224,17 @@ def _list_array(rows: Sequence[Sequence[int]]) -> pa.ListArray:
 _workers: list[Worker] = []  # a process of the pool has one
 
 
-def prepared(own: Worker, records: Iterable[Sourced], processes: int) -> Iterator[Prepared]:
+def prepared(worker: Worker, records: Iterable[Sourced], processes: int) -> Iterator[Prepared]:
     """The chunks' candidates in order; by several processes once it turns out that there is much to do."""
     chunks = _chunks(records)
-    yield from (own.prepare(chunk) for chunk in islice(chunks, ALONE))
+    yield from (worker.prepare(chunk) for chunk in islice(chunks, ALONE))
     rest = next(chunks, None)
     if rest is None:
         return
     if processes < 2:
-        yield from (own.prepare(chunk) for chunk in chain([rest], chunks))
+        yield from (worker.prepare(chunk) for chunk in chain([rest], chunks))
         return
-    with _pool(own.how, processes) as pool:
+    with _pool(worker.recipe, processes) as pool:
         yield from _ordered(pool, chain([rest], chunks), ahead=2 * processes)
 
 
@@ -243,10 +245,10 @@ def _chunks(records: Iterable[Sourced]) -> Iterator[list[Sourced]]:
 
 
 @contextmanager
-def _pool(how: Recipe, processes: int) -> Iterator[ProcessPoolExecutor]:
+def _pool(recipe: Recipe, processes: int) -> Iterator[ProcessPoolExecutor]:
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start, (how,)) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _start, (recipe,)) as pool:
         try:
             yield pool
         except BaseException:
@@ -254,12 +256,12 @@ def _pool(how: Recipe, processes: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def _start(how: Recipe) -> None:
+def _start(recipe: Recipe) -> None:
     """Runs once in each process of the pool."""
-    if wish := death_wish():
-        wish()
+    if request := kill_when_parent_dies():
+        request()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core, and no more threads than that
-    _workers.append(worker(how))
+    _workers.append(open_worker(recipe))
 
 
 def _work(chunk: Sequence[Sourced]) -> Prepared:

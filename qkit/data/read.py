@@ -1,4 +1,4 @@
-"""Reading data sources: each record with the place it came from, so that every later message can name it."""
+"""Reads data sources: each record with its place, so that every later message can name it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a source, with its `accepted` answers; of these `unread` is what nothing reads.
+    """One record of a source, with its `accepted` answers. `unread`: names in the answers file that nothing reads.
 
     `source` is its file; `line` counts records from 1 (in JSON lines: lines), in a saved or hub data set from 0.
     """
@@ -68,14 +68,17 @@ def read(source: Source) -> Iterator[Record | Broken]:
         if isinstance(value, str):
             yield Broken(name, line, value)
         else:
-            own = answers.get(str(value["id"])) if answers and value.get("id") is not None else None
-            accepted, unread = own or (None, ())
-            joined, missed = joined + (own is not None), missed or f"{name}:{line} has the id {short(value.get('id'))}"
+            entry = answers.get(str(value["id"])) if answers and value.get("id") is not None else None
+            accepted, unread = entry or (None, ())
+            joined, missed = (
+                joined + (entry is not None),
+                missed or f"{name}:{line} has the id {short(value.get('id'))}",
+            )
             yield Record(name, line, value, accepted, source.format, unread)
 
     if answers and missed and not joined:
         raise DataError(
-            f"{source.answers}: holds no answer to any record: {missed}, there {short(next(iter(answers)))}"
+            f"{source.answers}: contains no answer to any record: {missed}, the answers have ids such as {short(next(iter(answers)))}"
         )
 
 
@@ -86,65 +89,67 @@ def _answers(source: Source) -> dict[str, tuple[Any, tuple[str, ...]]]:
     """id, as text -> accepted answers, and the names of what else their record holds.
 
     Raises:
-        DataError: a record cannot be read, an id has two answers, or no record has one.
+        DataError: a record cannot be read, an id has two different answers, or no record has an answer.
     """
     if source.answers is None:
         return {}
-    found: dict[str, tuple[Any, tuple[str, ...]]] = {}
+    by_id: dict[str, tuple[Any, tuple[str, ...]]] = {}
     columns: dict[str, None] = {}
     for name, line, value in _located(source, source.answers):
         if isinstance(value, str):
-            raise DataError(f"{name}:{line}: {value}; without its answers data.*.source cannot be used")
+            raise DataError(f"{name}:{line}: {value}; data.*.answers must be readable completely")
         key = str(value.get("id"))
         unread = tuple(f"answers.{short(other)}" for other in value if other not in ANSWER and value[other] is not None)
         accepted = value.get("ground_truth")
-        if value.get("id") is not None and key in found and found[key][0] != accepted:
+        if value.get("id") is not None and key in by_id and by_id[key][0] != accepted:
             raise DataError(
-                f"{name}:{line}: the id {short(key)} stands there twice, with other answers; keep one of both"
+                f"{name}:{line}: the id {short(key)} appears twice, with different answers; keep only one of them"
             )
-        found[key] = (accepted, unread)
+        by_id[key] = (accepted, unread)
         columns.update(dict.fromkeys(value))
-    if found and all(accepted is None for accepted, _ in found.values()):
+    if by_id and all(accepted is None for accepted, _ in by_id.values()):
         names = short(", ".join(map(str, columns)))
-        raise DataError(f"{source.answers}: holds no answers: it has the columns {names}; wanted id and ground_truth")
-    return found
+        raise DataError(
+            f"{source.answers}: contains no answers: it has the columns {names}; it must have id and ground_truth"
+        )
+    return by_id
 
 
 def _located(source: Source, text: str) -> Iterator[tuple[str, int, Mapping[str, Any] | str]]:
     """(file, line, record) of a file, of every file in a folder, of a saved data set, or of one on the hub."""
-    found = locate(text, sha256=source.sha256)
-    if isinstance(found, HubId):
-        for index, row in enumerate(_from_hub(found.name, source)):
+    location = locate(text, sha256=source.sha256)
+    if isinstance(location, HubId):
+        for index, row in enumerate(_from_hub(location.name, source)):
             yield text, index, row
         return
-    kind = saved_kind(found)
+    kind = saved_kind(location)
     if text == source.source:
         _check_settings(source, kind)
     if kind:
-        for index, row in enumerate(_from_saved(found, text, kind, source)):
+        for index, row in enumerate(_from_saved(location, text, kind, source)):
             yield text, index, row
         return
-    for file in _files(found):
-        name = text if file == found else str(file)
+    for file in _files(location):
+        name = text if file == location else str(file)
         for line, value in _from_file(file, name, source):
             yield name, line, value
 
 
 def _check_settings(source: Source, kind: str) -> None:
-    """Refuse what is of a hub data set, or of a package, where the source is a file or folder: it would change nothing."""
-    own = {"sha256"} if source.source.startswith("pypi:") else {"split"} if kind else set()
-    what = "a package's file" if "sha256" in own else "a saved data set" if kind else "a file or folder"
-    idle = [name for name in ("name", "split", "revision", "sha256") if getattr(source, name) and name not in own]
+    """Reject settings for hub data sets or packages where the source is a file or folder: they would have no effect."""
+    allowed = {"sha256"} if source.source.startswith("pypi:") else {"split"} if kind else set()
+    what = "a package's file" if "sha256" in allowed else "a saved data set" if kind else "a file or folder"
+    idle = [name for name in ("name", "split", "revision", "sha256") if getattr(source, name) and name not in allowed]
     if idle:
         raise DataError(
-            f"{source.source}: data.*.{idle[0]} says nothing of {what}; leave it out (a part of the rows: data.*.rows)"
+            f"{source.source}: data.*.{idle[0]} does not apply to {what}; remove it (to use a part of the rows, set data.*.rows)"
         )
 
 
 def _files(path: Path) -> list[Path]:
     inside = data_files(path)
     if not inside:
-        raise DataError(f"{path}: is a folder with no data in it; it should hold files of {', '.join(SUFFIXES)}")
+        raise DataError(f"{path}: the folder contains no data files; supported: {', '.join(SUFFIXES)}")
     return inside
 
 
@@ -158,11 +163,9 @@ def _from_file(file: Path, name: str, source: Source) -> Numbered:
         elif suffix in JSON_SUFFIXES:
             yield from from_json(file, name, whole=suffix == ".json")
         else:
-            folder = "; the folder that save_to_disk wrote is read as a whole: name that" if suffix == ".arrow" else ""
+            folder = "; for a data set that save_to_disk wrote, name its folder" if suffix == ".arrow" else ""
             known = ", ".join(SUFFIXES)
-            raise DataError(
-                f"{name}: no format is known by the suffix {short(repr(suffix))}; there are {known}{folder}"
-            )
+            raise DataError(f"{name}: unsupported file type {short(repr(suffix))}; supported: {known}{folder}")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -171,7 +174,7 @@ def _from_hub(name: str, source: Source) -> Iterator[Mapping[str, Any]]:
     from datasets import load_dataset
 
     split = source.split or "train"
-    remedy = "check its name, configuration and split, and the network, or give data.*.source a local file"
+    remedy = "check its name, configuration and split, and the network, or set data.*.source to a local file"
     with reaching_hub(DataError, f"{name}: could not be loaded from the hub", remedy):
         loaded = load_dataset(name, source.name, split=split, revision=source.revision, streaming=source.streaming)
         yield from _meant(loaded)
@@ -187,13 +190,13 @@ def _from_saved(folder: Path, name: str, kind: str, source: Source) -> Iterator[
         splits = _splits(folder / "dataset_dict.json", where)
         wanted = source.split or (splits[0] if len(splits) == 1 else None)
         if wanted is None:
-            raise DataError(f"{where} holds the splits {' and '.join(splits)}; name one: data.*.split={splits[0]}")
+            raise DataError(f"{where} contains the splits {' and '.join(splits)}; choose one: data.*.split={splits[0]}")
         if wanted not in splits:
             raise DataError(f"{where} has no split {short(repr(wanted))}; there are {' and '.join(splits)}")
         chosen = folder / wanted
     elif source.split is not None:
         raise DataError(
-            f"{where} is one data set, with no splits in it: leave data.*.split out, or take a part with data.*.rows"
+            f"{where} is one data set without splits: remove data.*.split, or use a part of it with data.*.rows"
         )
     try:
         yield from _meant(load_from_disk(str(chosen)))
@@ -212,7 +215,7 @@ def _splits(file: Path, where: str) -> list[str]:
     splits = listed.get("splits") if isinstance(listed, dict) else None
     if not isinstance(splits, list) or not splits or not all(isinstance(name, str) for name in splits):
         raise DataError(
-            f"{where} cannot be read: its {file.name} names no splits: {short(repr(listed))}; save it again"
+            f"{where} cannot be read: its {file.name} does not list splits: {short(repr(listed))}; save it again"
         )
     return splits
 
@@ -231,7 +234,7 @@ def _from_datasets(kind: str, file: Path, source: Source) -> Numbered:
 
 
 def _meant(rows: Any) -> Iterator[Mapping[str, Any]]:
-    """The rows of a data set, with what came out of structs told apart from what was JSON."""
+    """The rows of a data set, with objects from structs distinguished from objects from JSON."""
     features = getattr(rows, "features", None)
     if features is not None and (raw := _undecoded(features)) != features:
         streamed = (
@@ -257,7 +260,7 @@ def _undecoded(feature: Any) -> Any:
 
 
 def _typed(value: Any, feature: Any, unknown: bool) -> Any:
-    """A value by its type in the table; `unknown`: nobody says, so that every object may have come out of a struct."""
+    """A value by its type in the table. `unknown`: the type is not known, so any object may come from a struct."""
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
         if not getattr(inner, "dtype", "float").startswith("float"):
@@ -286,7 +289,7 @@ def _from_csv(file: Path, name: str, delimiter: str) -> Numbered:
         try:
             header = next(rows, [])
             if len(set(header)) < len(header):
-                raise DataError(f"{name}:1: the header names a column twice: {short(', '.join(header))}")
+                raise DataError(f"{name}:1: the header has a column twice: {short(', '.join(header))}")
             yield from enumerate(_records(rows, header), start=1)
         except UnicodeDecodeError as error:
             raise DataError(f"{name}:{rows.line_num + 1}: {not_utf8(error)}; save the file as UTF-8") from None
@@ -295,7 +298,7 @@ def _from_csv(file: Path, name: str, delimiter: str) -> Numbered:
 
 
 def _records(rows: Iterator[list[str]], header: list[str]) -> Iterator[Mapping[str, Any] | str]:
-    """Fields by the names in the header; the reader goes on after a line that it cannot take apart."""
+    """Fields by the names in the header; the reader continues after a line that it cannot parse."""
     while True:
         try:
             fields = next(rows)
@@ -304,9 +307,9 @@ def _records(rows: Iterator[list[str]], header: list[str]) -> Iterator[Mapping[s
         except csv.Error as error:
             if "unexpected end" in str(error):
                 raise
-            yield f"cannot be taken apart: {error}"
+            yield f"cannot be parsed: {error}"
             continue
         if len(fields) == len(header):
             yield dict(zip(header, fields, strict=True))
         elif fields:
-            yield f"has {len(fields)} fields, the header {len(header)}"
+            yield f"has {len(fields)} fields, but the header has {len(header)}"

@@ -17,7 +17,7 @@ SHOWN = 60  # characters of a broken line
 WHITE = re.compile(r"[ \t\r\n]*")
 
 
-Numbered = Iterator[tuple[int, Mapping[str, Any] | str]]  # line, and the record or why it is none
+Numbered = Iterator[tuple[int, Mapping[str, Any] | str]]  # the line, and its record or the reason why it has none
 
 
 def open_text(file: Path) -> BinaryIO:
@@ -43,7 +43,7 @@ def _first_line(lines: BinaryIO, name: str) -> tuple[bytes, int]:
     """The first line that is not blank, without its byte order mark, and its number."""
     number, line = 1, lines.readline()
     if line.startswith(UTF16):
-        raise DataError(f"{name}: is UTF-16; save the file as UTF-8")
+        raise DataError(f"{name}: the file is UTF-16; save it as UTF-8")
     line = line.removeprefix(b"\xef\xbb\xbf")
     while line and not line.strip():
         number, line = number + 1, lines.readline()
@@ -56,7 +56,7 @@ def _and_then(first: bytes, lines: BinaryIO) -> Iterator[bytes]:
 
 
 def _complete(line: bytes) -> bool:
-    """Whether a line is a JSON value of its own: the file is JSON lines then, whatever it is called."""
+    """Whether a line is a complete JSON value: then the file is JSON lines, whatever its suffix."""
     try:
         decode(line.decode())
     except Twice:  # that is said of the line
@@ -74,7 +74,7 @@ def _decoded(raw: bytes, name: str) -> str:
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
+    return f"invalid UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
 
 
 def _lines(lines: Iterator[bytes], start: int) -> Numbered:
@@ -84,7 +84,7 @@ def _lines(lines: Iterator[bytes], start: int) -> Numbered:
 
 
 def _object(raw: bytes) -> Mapping[str, Any] | str:
-    """The record in a line, or why there is none."""
+    """The record of a line, or the reason why it has none."""
     try:
         text = raw.decode()
         value = decode(text)
@@ -101,10 +101,10 @@ def _no_object(text: str) -> str:
 
 def _why(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.colno}"
+        return f"invalid JSON: {error.msg} at column {error.colno}"
     if isinstance(error, Twice):
-        return f"{error}: keep one of both"
-    return f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}"
+        return f"{error}: keep only one of them"
+    return f"invalid JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}"
 
 
 def _document(text: str, name: str, begins: int) -> Numbered:
@@ -119,13 +119,15 @@ def _document(text: str, name: str, begins: int) -> Numbered:
 
 
 def _rows_in(value: dict[str, Any]) -> list[Any]:
-    """The one list of objects in {"data": [...], "version": 1}; an object that has none, or has turns, is a row itself."""
+    """The single list of objects in {"data": [...], "version": 1}. An object without one, or with a list of turns, is itself a row."""
     lists = [item for item in value.values() if isinstance(item, list)]
     if len(lists) != 1 or not lists[0] or not all(isinstance(item, dict) for item in lists[0]):
         return [value]
     return [value] if {"role", "from"} & lists[0][0].keys() else lists[0]
 
 
+# A scanner of our own: ijson reports a byte offset at best, not the line and the element of the fault, accepts duplicate keys, and takes its
+# own number types, so strict_json.DECODER could not be used.
 def _elements(text: str, at: int, name: str, begins: int) -> Numbered:
     number, end = 0, _next(text, at)
     closed = text.startswith("]", end)
@@ -138,7 +140,7 @@ def _elements(text: str, at: int, name: str, begins: int) -> Numbered:
         if not closed and not text.startswith(",", end):
             line = _line(text, end, begins)
             raise DataError(
-                f"{name}:{line}: not JSON: a comma or the end of the array is missing after element {number}"
+                f"{name}:{line}: invalid JSON: a comma or the end of the array is missing after element {number}"
             )
     _check_end(text, end + 1, name, begins)
 
@@ -158,12 +160,12 @@ def _check_end(text: str, at: int, name: str, begins: int) -> None:
     end = _next(text, at)
     if end < len(text):
         raise DataError(
-            f"{name}:{_line(text, end, begins)}: not JSON: there is more after its end: {text[end : end + SHOWN]!r}"
+            f"{name}:{_line(text, end, begins)}: invalid JSON: unexpected text after the end: {text[end : end + SHOWN]!r}"
         )
 
 
 def _next(text: str, at: int) -> int:
-    """Where white space ends."""
+    """The position where white space ends."""
     return WHITE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
 
 

@@ -1,10 +1,12 @@
-"""Which split each row is in and which rows are dropped, once all have been seen; and whether training has seen what is held out."""
+"""Which split each row is in and which rows are dropped, once all rows are known; and whether training rows are held out as well.
+
+Rules in RULES apply in order; each sees only the rows that the rules before it kept.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from qkit.data import near_duplicates, splits
 from qkit.data.checks import NAMED_ROWS, Check, Findings, Place
@@ -15,225 +17,233 @@ HELD_OUT = SPLITS[1:]
 
 
 @dataclass
-class Fate:
-    """What becomes of an entry. `rule` "": it is used."""
+class Decision:
+    """What becomes of an entry: its split, and why it is dropped. `rule` is "" for a row that is used.
 
+    `number`: its place among all decisions.
+    """
+
+    number: int
+    entry: Entry
     split: str
     rule: str = ""
     reason: str = ""
+
+    @property
+    def used(self) -> bool:
+        return not self.rule
 
     def drop(self, rule: str, reason: str) -> None:
         self.rule, self.reason = rule, reason
 
 
-def decide(entries: Sequence[Entry], how: Recipe, findings: Findings) -> tuple[list[Fate], list[Check]]:
-    """The fate of each entry, and the checks that need all rows at once; what is found in single rows goes to `findings`."""
-    fates = [Fate(split, entry.rule, entry.reason) for entry, split in zip(entries, _splits(entries, how), strict=True)]
+@dataclass
+class Selection:
+    """All decisions, in the order of the entries, and what the rules report. `indexes`: near-duplicate index of each split."""
+
+    decisions: Sequence[Decision]
+    recipe: Recipe
+    findings: Findings
+    checks: list[Check] = field(default_factory=list)
+    indexes: dict[str, near_duplicates.Index] = field(default_factory=dict)
+
+    def records(self, *in_splits: str) -> list[Decision]:
+        """Decisions on the first row of each record that is used so far; of these splits only, where some are given."""
+        return [
+            decision
+            for decision in self.decisions
+            if decision.entry.part == 0 and decision.used and (not in_splits or decision.split in in_splits)
+        ]
+
+
+def select(entries: Sequence[Entry], recipe: Recipe, findings: Findings) -> tuple[list[Decision], list[Check]]:
+    """A decision for each entry, and the checks that need all rows at once. What single rows show goes to `findings`."""
+    decisions = [
+        Decision(number, entry, split, entry.rule, entry.reason)
+        for number, (entry, split) in enumerate(zip(entries, _splits(entries, recipe), strict=True))
+    ]
     for entry in entries:
-        for name, words in entry.findings:
-            findings.add(name, entry.source, entry.line, words)
-    _earlier_turns(entries, fates)
-    _duplicates(entries, fates, how, findings)
-    seen = _near_duplicates(entries, fates, how, findings)
-    overlap = list(_overlap(entries, fates, how, seen))
-    _mix(entries, fates, how)
-    _follow(entries, fates)
-    return fates, overlap
+        for name, message in entry.findings:
+            findings.add(name, entry.source, entry.line, message)
+    selection = Selection(decisions, recipe, findings)
+    for _, apply in RULES:
+        apply(selection)
+    return decisions, selection.checks
 
 
-def _splits(entries: Sequence[Entry], how: Recipe) -> list[str]:
-    """The split each entry was given for, or, with data.split, the one that its content has drawn."""
-    division = how.data.split
+def _splits(entries: Sequence[Entry], recipe: Recipe) -> list[str]:
+    """The split that each entry was given for; with data.split, the one drawn for its content."""
+    division = recipe.data.split
     if division is None:
         return [entry.pool for entry in entries]
     usable = [entry for entry in entries if entry.key]
-    drawn = splits.assigned([e.group for e in usable], [e.label for e in usable], division, how.seed)
+    drawn = splits.assigned([e.group for e in usable], [e.label for e in usable], division, recipe.seed)
     together = {(entry.group, split) for entry, split in zip(usable, drawn, strict=True)}
     assert len(together) == len({entry.group for entry in usable}), "a group of rows is in several splits"
     by_record = {entry.record: split for entry, split in zip(usable, drawn, strict=True)}
     return [by_record.get(entry.record, "train") for entry in entries]
 
 
-def _earlier_turns(entries: Sequence[Entry], fates: Sequence[Fate]) -> None:
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def _drop_earlier_turns(selection: Selection) -> None:
     """Held-out conversations are scored on their last turn alone."""
-    for entry, fate in zip(entries, fates, strict=True):
-        if entry.part and fate.split in HELD_OUT and entry.format != "text" and not fate.rule:
-            fate.drop("earlier_turn", "an earlier turn: held-out conversations are scored on their last one")
-
-
-def _firsts(entries: Sequence[Entry], fates: Sequence[Fate], split: str | None = None) -> Iterator[int]:
-    """Entries that stand for a record which is used so far."""
-    for index, (entry, fate) in enumerate(zip(entries, fates, strict=True)):
-        if entry.part == 0 and not fate.rule and split in (None, fate.split):
-            yield index
-
-
-def _duplicates(entries: Sequence[Entry], fates: Sequence[Fate], how: Recipe, findings: Findings) -> None:
-    seen: dict[tuple[str, str], Entry] = {}
-    for index in _firsts(entries, fates):
-        entry, fate = entries[index], fates[index]
-        first = seen.setdefault((fate.split, entry.sha256), entry)
-        if first is not entry:
-            _again(
-                "duplicate", how.data.clean.duplicate, entry, fate, f"is {first.source}:{first.line} again", findings
+    for decision in selection.decisions:
+        entry = decision.entry
+        if entry.part and decision.split in HELD_OUT and entry.format != "text" and decision.used:
+            decision.drop(
+                "earlier_turn", "is an earlier turn: held-out conversations are scored on their last turn only"
             )
 
 
-def _near_duplicates(
-    entries: Sequence[Entry], fates: Sequence[Fate], how: Recipe, findings: Findings
-) -> dict[str, near_duplicates.Index]:
-    """Finds rows nearly alike within a split; returns what was seen, by split."""
-    indexes = {split: near_duplicates.Index() for split in SPLITS}
-    for index in list(_firsts(entries, fates)):
-        entry, fate = entries[index], fates[index]
-        found = indexes[fate.split].add(index, entry.near)
-        if found is not None and entries[found].sha256 != entry.sha256:
-            words = f"is nearly {entries[found].source}:{entries[found].line}"
-            _again("near_duplicate", how.data.clean.near_duplicate, entry, fate, words, findings)
-    return indexes
+def _find_duplicates(selection: Selection) -> None:
+    """Rows of a split with the same content."""
+    action = selection.recipe.data.clean.duplicate
+    first_with: dict[tuple[str, str], Entry] = {}
+    for decision in selection.records():
+        entry = decision.entry
+        first = first_with.setdefault((decision.split, entry.sha256), entry)
+        if first is not entry:
+            _report_repeat("duplicate", action, decision, f"is a duplicate of {first.place}", selection.findings)
 
 
-def _again(name: str, action: str, entry: Entry, fate: Fate, words: str, findings: Findings) -> None:
-    findings.add(name, entry.source, entry.line, words)
+def _find_near_duplicates(selection: Selection) -> None:
+    """Rows of a split with nearly the same content; the indexes stay for the checks of overlap."""
+    action = selection.recipe.data.clean.near_duplicate
+    selection.indexes = {split: near_duplicates.Index() for split in SPLITS}
+    for decision in selection.records():
+        entry = decision.entry
+        number = selection.indexes[decision.split].add(decision.number, entry.near)
+        if number is None:
+            continue
+        other = selection.decisions[number].entry
+        if other.sha256 != entry.sha256:
+            message = f"is a near-duplicate of {other.place}"
+            _report_repeat("near_duplicate", action, decision, message, selection.findings)
+
+
+def _report_repeat(rule: str, action: str, decision: Decision, message: str, findings: Findings) -> None:
+    findings.add(rule, decision.entry.source, decision.entry.line, message)
     if action == "drop":
-        fate.drop(name, words)
+        decision.drop(rule, message)
 
 
-def _mix(entries: Sequence[Entry], fates: Sequence[Fate], how: Recipe) -> None:
-    """Leave out what the sources' weights leave out."""
-    weights = {i: source.weight for i, source in enumerate(how.data.train) if source.weight is not None}
+def _mix_sources(selection: Selection) -> None:
+    """Drop the rows that the sources' weights leave out."""
+    recipe = selection.recipe
+    weights = {i: source.weight for i, source in enumerate(recipe.data.train) if source.weight is not None}
     if not weights:
         return
-    rows = list(_firsts(entries, fates, "train"))
-    taken = splits.mixed([entries[i].origin for i in rows], [entries[i].sha256 for i in rows], weights, how.seed)
-    for index, kept in zip(rows, taken, strict=True):
+    records = selection.records("train")
+    origins = [decision.entry.origin for decision in records]
+    taken = splits.mixed(origins, [decision.entry.sha256 for decision in records], weights, recipe.seed)
+    for decision, kept in zip(records, taken, strict=True):
         if not kept:
-            fates[index].drop("mix", "left out by the weights of data.train")
+            decision.drop("mix", "is excluded by the weights of data.train")
 
 
-def _follow(entries: Sequence[Entry], fates: Sequence[Fate]) -> None:
-    """The further rows of a record go where its first one goes."""
-    dropped = {entry.record: fate for entry, fate in zip(entries, fates, strict=True) if entry.part == 0 and fate.rule}
-    for entry, fate in zip(entries, fates, strict=True):
-        if entry.part and not fate.rule and (first := dropped.get(entry.record)):
-            fate.drop(first.rule, first.reason)
+def _follow_first_row(selection: Selection) -> None:
+    """Further rows of a record are dropped with its first one."""
+    dropped = {
+        decision.entry.record: decision
+        for decision in selection.decisions
+        if decision.entry.part == 0 and not decision.used
+    }
+    for decision in selection.decisions:
+        if decision.entry.part and decision.used and (first := dropped.get(decision.entry.record)):
+            decision.drop(first.rule, first.reason)
 
 
-# --- what is held out and trained on as well ----------------------------------------------------------------------------
+# --- overlap of training and held-out rows ----------------------------------------------------------------------------
+
+Pair = tuple[Decision, Decision]  # a held-out row, and the training row that it resembles
 
 
-def _overlap(
-    entries: Sequence[Entry], fates: Sequence[Fate], how: Recipe, seen: dict[str, near_duplicates.Index]
-) -> Iterator[Check]:
-    held_out = [index for index in _firsts(entries, fates) if fates[index].split in HELD_OUT]
+def _find_overlap(selection: Selection) -> None:
+    """Held-out rows that are in training too, or nearly; with data.clean.overlap=drop they leave training first."""
+    data, held_out = selection.recipe.data, selection.records(*HELD_OUT)
     if not held_out:
-        yield Check("overlap", "skipped", "nothing is held out")
-        yield Check("near_overlap", "skipped", "nothing is held out")
+        selection.checks += [Check(name, "skipped", "nothing is held out") for name in ("overlap", "near_overlap")]
         return
-    if how.data.clean.overlap == "drop":
-        _drop_overlap(entries, fates, held_out)
-    if how.data.clean.near_overlap == "drop":
-        _drop_near_overlap(entries, fates, held_out)
-    if "drop" in (how.data.clean.overlap, how.data.clean.near_overlap):
-        seen = {"train": _index(entries, _firsts(entries, fates, "train"))}
-    trained = {entries[index].key: index for index in _firsts(entries, fates, "train")}
-    same = [(index, trained[entries[index].key]) for index in held_out if entries[index].key in trained]
-    yield _shared("overlap", "are in training too", entries, same, len(held_out), how.data.max_overlap)
-    known = {index for index, _ in same}
-    near = [
-        (index, found)
-        for index in held_out
-        if index not in known and (found := seen["train"].nearest(entries[index].near)) is not None
-        if not fates[found].rule
+    if data.clean.overlap == "drop":
+        _drop_overlap(selection, held_out)
+    if data.clean.near_overlap == "drop":
+        _drop_near_overlap(selection, held_out)
+    if "drop" in (data.clean.overlap, data.clean.near_overlap):
+        selection.indexes["train"] = _index(selection.records("train"))
+    same = _with_the_same_prompt(selection, held_out)
+    matched = {pair[0].number for pair in same}
+    near = _nearly_trained(selection, [row for row in held_out if row.number not in matched])
+    count = len(held_out)
+    selection.checks += [
+        _share_check("overlap", "are also in the training data", same, count, data.max_overlap),
+        _share_check("near_overlap", "have a near-duplicate in the training data", near, count, data.max_near_overlap),
     ]
-    yield _shared("near_overlap", "are nearly in training too", entries, near, len(held_out), how.data.max_near_overlap)
 
 
-def _drop_overlap(entries: Sequence[Entry], fates: Sequence[Fate], held_out: Sequence[int]) -> None:
-    keys = {entries[index].key: entries[index] for index in held_out}
-    for index in list(_firsts(entries, fates, "train")):
-        if other := keys.get(entries[index].key):
-            fates[index].drop("overlap", f"has the prompt of the held-out {other.source}:{other.line}")
+def _with_the_same_prompt(selection: Selection, held_out: Sequence[Decision]) -> list[Pair]:
+    trained = {decision.entry.key: decision for decision in selection.records("train")}
+    return [(row, trained[row.entry.key]) for row in held_out if row.entry.key in trained]
 
 
-def _drop_near_overlap(entries: Sequence[Entry], fates: Sequence[Fate], held_out: Sequence[int]) -> None:
-    index = _index(entries, held_out)
-    for row in list(_firsts(entries, fates, "train")):
-        if (found := index.nearest(entries[row].near)) is not None:
-            other = entries[found]
-            fates[row].drop("near_overlap", f"is nearly the held-out {other.source}:{other.line}")
+def _nearly_trained(selection: Selection, held_out: Sequence[Decision]) -> list[Pair]:
+    index, pairs = selection.indexes["train"], []
+    for row in held_out:
+        number = index.nearest(row.entry.near)
+        if number is not None and selection.decisions[number].used:
+            pairs.append((row, selection.decisions[number]))
+    return pairs
 
 
-def _index(entries: Sequence[Entry], rows: Iterable[int]) -> near_duplicates.Index:
-    made = near_duplicates.Index()
-    for row in rows:
-        made.insert(row, entries[row].near)
-    return made
+def _drop_overlap(selection: Selection, held_out: Sequence[Decision]) -> None:
+    by_key = {decision.entry.key: decision.entry for decision in held_out}
+    for decision in selection.records("train"):
+        if other := by_key.get(decision.entry.key):
+            decision.drop("overlap", f"has the prompt of the held-out {other.place}")
 
 
-def _shared(
-    name: str, words: str, entries: Sequence[Entry], pairs: Sequence[tuple[int, int]], rows: int, allowed: float
-) -> Check:
-    """A check on (held-out row, training row) pairs against the share that is allowed."""
+def _drop_near_overlap(selection: Selection, held_out: Sequence[Decision]) -> None:
+    index = _index(held_out)
+    for decision in selection.records("train"):
+        if (number := index.nearest(decision.entry.near)) is not None:
+            decision.drop(
+                "near_overlap", f"is a near-duplicate of the held-out {selection.decisions[number].entry.place}"
+            )
+
+
+def _index(decisions: Iterable[Decision]) -> near_duplicates.Index:
+    index = near_duplicates.Index()
+    for decision in decisions:
+        index.insert(decision.number, decision.entry.near)
+    return index
+
+
+def _share_check(name: str, message: str, pairs: Sequence[Pair], rows: int, allowed: float) -> Check:
+    """A check on the share of held-out rows that a pair was found for, against the share that is allowed."""
     share = len(pairs) / rows
     if not pairs:
-        return Check(name, "pass", f"none of {rows:,} held-out rows {words}")
-    first, other = (Place(entries[i].source, entries[i].line) for i in pairs[0])
+        return Check(name, "pass", f"none of {rows:,} held-out rows {message}")
+    first, other = (_place(decision) for decision in pairs[0])
     message = (
-        f"{len(pairs):,} of {rows:,} held-out rows ({share:.1%}) {words}, case and white space aside: {first} is {other}; "
+        f"{len(pairs):,} of {rows:,} held-out rows ({share:.1%}) {message}, ignoring case and white space: {first} matches {other}; "
         f"data.max_{name}={allowed:g}"
     )
-    places = tuple(Place(entries[i].source, entries[i].line) for pair in pairs[:NAMED_ROWS] for i in pair)
-    remedy = f"take them out of training with data.clean.{name}=drop"
+    places = tuple(_place(decision) for pair in pairs[:NAMED_ROWS] for decision in pair)
+    remedy = f"remove them from training with data.clean.{name}=drop"
     return Check(name, "fail" if share > allowed else "warn", message, len(pairs), places, remedy)
 
 
-# --- counts -------------------------------------------------------------------------------------------------------------
+def _place(decision: Decision) -> Place:
+    return Place(decision.entry.source, decision.entry.line)
 
 
-def split_counts(entries: Sequence[Entry], fates: Sequence[Fate]) -> dict[str, dict[str, int]]:
-    """By split: records in, those used (`kept`) and dropped, rows, tokens, tokens that carry loss."""
-    counted: dict[str, Counter[str]] = {
-        split: Counter(records=0, kept=0, dropped=0, rows=0, tokens=0, labelled_tokens=0, truncated_tokens=0)
-        for split in SPLITS
-    }
-    for entry, fate in zip(entries, fates, strict=True):
-        counts = counted[fate.split]
-        if entry.part == 0:
-            counts.update({"records": 1, "dropped" if fate.rule else "kept": 1})
-        if not fate.rule:
-            counts.update(
-                rows=1,
-                tokens=entry.tokens,
-                labelled_tokens=entry.labelled_tokens,
-                truncated_tokens=entry.truncated_by,
-            )
-    return {split: dict(counts) for split, counts in counted.items()}
-
-
-def dropped_by_rule(fates: Sequence[Fate]) -> dict[str, int]:
-    """Rows left out, by the rule under which they were."""
-    return dict(Counter(fate.rule for fate in fates if fate.rule).most_common())
-
-
-def source_counts(entries: Sequence[Entry], fates: Sequence[Fate]) -> list[dict[str, object]]:
-    """By file and split: records, and in which format they were read."""
-    counted: dict[tuple[str, str], Counter[str]] = {}
-    for entry, fate in zip(entries, fates, strict=True):
-        if entry.part == 0:
-            counted.setdefault((entry.source, fate.split), Counter())[entry.format] += 1
-    return [
-        {"source": source, "split": split, "records": counts.total(), "formats": dict(counts)}
-        for (source, split), counts in counted.items()
-    ]
-
-
-def lengths(entries: Sequence[Entry], fates: Sequence[Fate]) -> list[list[int]]:
-    """[tokens, rows, labelled tokens] of the training rows before any was cut or left out for its length, by rising length."""
-    counted: dict[int, list[int]] = {}
-    for entry, fate in zip(entries, fates, strict=True):
-        if fate.split == "train" and entry.tokens and fate.rule in ("", "length"):
-            of_length = counted.setdefault(entry.tokens + entry.truncated_by, [0, 0])
-            of_length[0] += 1
-            of_length[1] += entry.labelled_tokens
-    return [[tokens, *counts] for tokens, counts in sorted(counted.items())]
+# The order matters: a row that an earlier rule drops takes no part in a later one.
+RULES: tuple[tuple[str, Callable[[Selection], None]], ...] = (
+    ("earlier turns of held-out conversations", _drop_earlier_turns),
+    ("duplicates", _find_duplicates),
+    ("near-duplicates", _find_near_duplicates),
+    ("overlap with held-out rows", _find_overlap),
+    ("weights of the sources", _mix_sources),
+    ("further rows of dropped records", _follow_first_row),
+)

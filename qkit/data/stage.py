@@ -9,6 +9,7 @@ data/tokens.json                                      the tokens that end a turn
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,14 @@ from qkit.core.errors import DataError, short
 from qkit.core.files import write_json
 from qkit.core.progress import Progress
 from qkit.data import prepare as data_prepare
-from qkit.data import select, setup_checks, unused
+from qkit.data import setup_checks, unused
+from qkit.data import summary as data_summary
 from qkit.data.checks import Findings, failures, refusal
 from qkit.data.entry import Entry, Sourced
 from qkit.data.ledger import batch_budget, check_packs, check_sums, make_ledger, write_ledger
 from qkit.data.prepare import Worker
 from qkit.data.read import Record, read
+from qkit.data.select import select
 from qkit.recipe.schema import SPLITS, Recipe
 from qkit.run.directory import Run
 from qkit.tasks._conversation import formats
@@ -32,6 +35,7 @@ from qkit.tasks._conversation import formats
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from qkit.data.checks import Check
     from qkit.data.ledger import LedgerRow
 
 
@@ -39,7 +43,7 @@ CANDIDATES = ".candidates.arrow"
 
 
 def run(run: Run, out: Path) -> None:
-    """Read, look at and tokenize every row.
+    """Read, check and tokenize every row.
 
     Raises:
         DataError: a check failed; all that did are named.
@@ -47,124 +51,100 @@ def run(run: Run, out: Path) -> None:
     summary = prepare(run.recipe, out, run.progress)
     if failed := failures(summary["checks"]):
         raise DataError(refusal(failed))
-    for line in (sums(summary), *warnings(summary)):
+    for line in (data_summary.sums(summary), *data_summary.warnings(summary)):
         run.progress.say(line)
 
 
-def warnings(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Before training: what of a text would not be learnt, in full, and which other checks have a word to say."""
-    warned = {check["name"]: check for check in summary["checks"] if check["status"] == "warn"}
-    yield from (f"data: {name}: {warned[name]['message']}" for name in ("unused", "content") if name in warned)
-    if others := [name for name in warned if name not in ("unused", "content")]:
-        yield f"data: worth a look with `qkit inspect`: {', '.join(others)}"
-
-
-def sums(summary: Mapping[str, Any]) -> str:
-    """In one line: where every training record went."""
-    train = summary["splits"]["train"]
-    return (
-        f"data: {train['records']:,} records = {train['kept']:,} trained + {train['dropped']:,} dropped; "
-        f"{train['rows']:,} rows, {train['tokens']:,} tokens, {train['labelled_tokens']:,} of them carry loss"
-    )
-
-
-def left_out(summary: Mapping[str, Any], split: str) -> str:
-    """Which records of somebody's own rows are not used, by the rule that left them out; "" where all are."""
-    counts = summary["splits"][split]
-    if not counts["dropped"]:
-        return ""
-    rules = ", ".join(f"{rule} {count:,}" for rule, count in summary["dropped"].items())
-    return f"{counts['dropped']:,} of {counts['records']:,} records are left out ({rules}): `qkit inspect` names them"
-
-
-def prepare(how: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
+def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     """Write everything that `data/` holds to `out`; returns summary.json. Checks that fail are in it and raise nothing.
 
     Raises:
         DataError, ModelError: a source, or the tokenizer, cannot be read at all; or data.columns has a name that is nobody's.
     """
-    own = data_prepare.worker(how)
-    if wrong := formats.unknown_column(how.data, own.reads):
+    worker = data_prepare.open_worker(recipe)
+    if wrong := formats.unknown_column(recipe.data, worker.reads):
         raise DataError(wrong)
-    tokens = template.special_tokens(own.reader, how.model.pad_token, own.facts.vocabulary)
-    entries = list(_candidates(own, out / CANDIDATES, progress))
+    tokens = template.special_tokens(worker.renderer, recipe.model.pad_token, worker.facts.vocabulary)
+    entries = list(_candidates(worker, out / CANDIDATES, progress))
     findings = Findings()
-    fates, overlap = select.decide(entries, how, findings)
-    ledger = list(make_ledger(entries, fates, how))
+    decisions, overlap = select(entries, recipe, findings)
+    ledger = make_ledger(decisions, recipe)
     _write_splits(ledger, entries, out)
     write_ledger(ledger, out / "ledger.parquet")
-    counts = select.split_counts(entries, fates)
-    of_rows = (setup_checks.held_together(own, tokens, check) for check in findings.checks(how.data))
-    found = [
+    counts = data_summary.split_counts(decisions)
+    of_rows = (setup_checks.with_embedding(worker, tokens, check) for check in findings.checks(recipe.data))
+    checks: list[Check] = [
         *of_rows,
-        unused.check(entries, own.reads, how.data.ignore),
+        unused.check(entries, worker.reads, recipe.data.ignore),
         *overlap,
-        *setup_checks.checks(own, entries, fates, tokens, counts),
+        *setup_checks.checks(worker, decisions, tokens, counts),
     ]
     summary = {
-        "sources": select.source_counts(entries, fates),
-        "template": _template(own, tokens),
+        "sources": data_summary.source_counts(decisions),
+        "template": _template(worker, tokens),
         "splits": counts,
-        "dropped": select.dropped_by_rule(fates),
-        "lengths": select.lengths(entries, fates),
-        "budget": batch_budget(ledger, how),
-        "checks": [asdict(check) for check in found],
+        "dropped": data_summary.dropped_by_rule(decisions),
+        "lengths": data_summary.lengths(decisions),
+        "budget": batch_budget(ledger, recipe),
+        "checks": [asdict(check) for check in checks],
     }
     check_sums(summary, ledger)
-    check_packs(ledger, how.data.batch_tokens)
+    check_packs(ledger, recipe.data.batch_tokens)
     write_json(out / "summary.json", summary)
     write_json(out / "tokens.json", tokens)
     return summary
 
 
-def _template(own: Worker, tokens: Mapping[str, Any]) -> dict[str, str]:
-    """Which chat template it is, and the tokens that end a turn and pad."""
-    name = own.reader.tokenizer.convert_ids_to_tokens
-    chosen = own.how.model.chat_template or "the tokenizer's"
-    return {"name": chosen, "end_of_turn": name(tokens["end_of_turn"]), "pad": name(tokens["pad"])}
+def _template(worker: Worker, tokens: Mapping[str, Any]) -> dict[str, str]:
+    """The name of the chat template, and the tokens that end a turn and pad."""
+    text_of = worker.renderer.tokenizer.convert_ids_to_tokens
+    name = worker.recipe.model.chat_template or "the tokenizer's"
+    return {"name": name, "end_of_turn": text_of(tokens["end_of_turn"]), "pad": text_of(tokens["pad"])}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _candidates(own: Worker, file: Path, progress: Progress) -> Iterator[Entry]:
+def _candidates(worker: Worker, file: Path, progress: Progress) -> Iterator[Entry]:
     """Every record's entries; the rows themselves go to a file as they come."""
     import pyarrow as pa
 
-    row, record = 0, -1
+    candidate, record = 0, -1
     with progress.bar("tokenize", None) as bar, pa.OSFile(str(file), "wb") as sink:
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with pa.ipc.new_file(sink, data_prepare.schema(), options=options) as writer:
-            for chunk in data_prepare.prepared(own, _records(own.how), detect().cores):
+            for chunk in data_prepare.prepared(worker, _records(worker.recipe), detect().cores):
                 writer.write_batch(chunk.batch)
                 for entry in chunk.entries:
                     record += entry.part == 0
                     entry.record = record
                     if not entry.rule:
-                        entry.row, row = row, row + 1
+                        entry.candidate, candidate = candidate, candidate + 1
                     yield entry
                 bar.advance(len(chunk.entries))
 
 
-def _records(how: Recipe) -> Iterator[Sourced]:
-    """Every record.
+def _records(recipe: Recipe) -> Iterator[Sourced]:
+    """Every record of every source.
 
     Raises:
         DataError: there are some, and none has a value in the column data.group.
     """
     columns: dict[str, None] = {}
-    grouped = how.data.group is None
+    group = recipe.data.group
+    grouped = group is None
     for pool in SPLITS:
-        for number, source in enumerate(getattr(how.data, pool)):
+        for number, source in enumerate(getattr(recipe.data, pool)):
             for record in read(source):
                 yield Sourced(pool, number, record)
                 if not grouped and isinstance(record, Record):
                     columns.update(dict.fromkeys(record.value))
-                    grouped = data_prepare.value_of(record.value, how.data.group, how) is not None
+                    grouped = data_prepare.value_of(record.value, group, recipe) is not None
     if columns and not grouped:
-        raise DataError(
-            f"data.group={short(how.data.group)}: no row has a value there; there are: {formats.listed(columns)}"
-        )
+        raise DataError(f"data.group={short(group)}: no row has a value there; there are: {formats.listed(columns)}")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def _write_splits(ledger: Sequence[LedgerRow], entries: Sequence[Entry], out: Path) -> None:
@@ -172,29 +152,32 @@ def _write_splits(ledger: Sequence[LedgerRow], entries: Sequence[Entry], out: Pa
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    by_candidate = [fate for fate, entry in zip(ledger, entries, strict=True) if entry.row >= 0]
+    rows = [row for row, entry in zip(ledger, entries, strict=True) if entry.candidate >= 0]
     packs = [pa.field("pack", pa.int32()), pa.field("position", pa.int32())]
     schema = pa.schema([*data_prepare.schema(), *packs])
-    writers = {split: pq.ParquetWriter(out / f"{split}.parquet", schema, compression="zstd") for split in SPLITS}
-    with pa.memory_map(str(out / CANDIDATES)) as source, pa.ipc.open_file(source) as candidates:
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(pq.ParquetWriter(out / f"{split}.parquet", schema, compression="zstd"))
+            for split in SPLITS
+        }
+        source = stack.enter_context(pa.memory_map(str(out / CANDIDATES)))
+        candidates = stack.enter_context(pa.ipc.open_file(source))
         begin = 0
         for number in range(candidates.num_record_batches):
             batch = candidates.get_batch(number)
-            fates = by_candidate[begin : begin + batch.num_rows]
+            batch_rows = rows[begin : begin + batch.num_rows]
             begin += batch.num_rows
             for split, writer in writers.items():
-                if (chosen := _chosen(batch, fates, split, schema)).num_rows:
+                if (chosen := _chosen(batch, batch_rows, split, schema)).num_rows:
                     writer.write_batch(chosen)
-    for writer in writers.values():
-        writer.close()
     (out / CANDIDATES).unlink()
 
 
-def _chosen(batch: pa.RecordBatch, fates: Sequence[LedgerRow], split: str, schema: pa.Schema) -> pa.RecordBatch:
-    """The rows of a batch that a split uses, with their packs."""
+def _chosen(batch: pa.RecordBatch, rows: Sequence[LedgerRow], split: str, schema: pa.Schema) -> pa.RecordBatch:
+    """The rows of a batch that a split uses, with their packs. `rows`: their ledger rows."""
     import pyarrow as pa
 
-    rows = [i for i, fate in enumerate(fates) if fate.split == split and fate.status != "dropped"]
-    taken = batch.take(pa.array(rows, pa.int64()))
-    packs = [pa.array([getattr(fates[i], name) for i in rows], pa.int32()) for name in ("pack", "position")]
+    places = [i for i, row in enumerate(rows) if row.split == split and row.status != "dropped"]
+    taken = batch.take(pa.array(places, pa.int64()))
+    packs = [pa.array([getattr(rows[i], name) for i in places], pa.int32()) for name in ("pack", "position")]
     return pa.RecordBatch.from_arrays([*taken.columns, *packs], schema=schema)

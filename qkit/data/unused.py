@@ -1,6 +1,6 @@
-"""What of the records nothing reads: columns, and keys of turns, of their parts and calls, and of tools. Counted by name.
+"""Counts the names in records that nothing reads: columns, and keys of turns, parts, calls and tools.
 
-A name that is a typing mistake, or one that another tool reads, would otherwise be left out of what is learnt without a word.
+A misspelled name, or a name that only another tool reads, would otherwise be ignored silently.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ INSIDE = {
 WITH_TURNS = ("messages", "sharegpt", "alpaca", "prompt_completion")
 LABELS = {"label", "labels", "class", "category", "intent", "sentiment", "tags", "ner_tags", "target"}
 REMEDY = (
-    "map columns with data.columns, correct the names, or list in data.ignore what is not meant to be read "
+    "map columns with data.columns, fix the names, or list in data.ignore what should not be read "
     "(data.ignore='[id, messages.id]')"
 )
 
 
 def check(entries: Sequence[Entry], reads: Reads, ignore: Sequence[str] = ()) -> Check:
-    """Every name that nothing reads, in how many records it stands, and the nearest name that is read; and the patterns of data.ignore
-    that match nothing. `reads`: the template's."""
+    """Every name that nothing reads, the number of records that have it, and the nearest name that is read; also the patterns of
+    data.ignore that match nothing. `reads`: what the template reads."""
     matched = {pattern for entry in entries for pattern in entry.ignored}
     idle = [pattern for pattern in ignore if pattern not in matched]
-    remark = f"; data.ignore has {short(', '.join(idle))}, which matches no name of any record" if idle else ""
-    found = [entry for entry in entries if entry.part == 0 and entry.unread]
-    if not found:
+    remark = f"; data.ignore has {short(', '.join(idle))}, which does not match any name" if idle else ""
+    unread = [entry for entry in entries if entry.part == 0 and entry.unread]
+    if not unread:
         return Check("unused", "pass", f"every column and key of the records is read{remark}")
-    counts = Counter(name for entry in found for name in entry.unread)
-    formats = {name: entry.format for entry in reversed(found) for name in entry.unread}
-    named = "; ".join(_words(name, count, formats[name], reads) for name, count in counts.most_common(NAMED))
-    more = f"; and {len(counts) - NAMED:,} names more" if len(counts) > NAMED else ""
-    rows = tuple(Place(entry.source, entry.line) for entry in found[:NAMED_ROWS])
-    holds = "1 record holds" if len(found) == 1 else f"{len(found):,} records hold"
-    message = f"{holds} what nothing reads: {named}{more}; the first is {rows[0]}{remark}"
-    return Check("unused", "warn", message, len(found), rows, _remedy(found))
+    counts = Counter(name for entry in unread for name in entry.unread)
+    formats = {name: entry.format for entry in reversed(unread) for name in entry.unread}
+    named = "; ".join(_described(name, count, formats[name], reads) for name, count in counts.most_common(NAMED))
+    more = f"; and {len(counts) - NAMED:,} more names" if len(counts) > NAMED else ""
+    rows = tuple(Place(entry.source, entry.line) for entry in unread[:NAMED_ROWS])
+    holds = "1 record has" if len(unread) == 1 else f"{len(unread):,} records have"
+    message = f"{holds} data that nothing reads: {named}{more}; the first is {rows[0]}{remark}"
+    return Check("unused", "warn", message, len(unread), rows, _remedy(unread))
 
 
-def _words(name: str, count: int, format: str, reads: Reads) -> str:
-    own = name.rpartition(".")[2]
-    known = () if name.lower() in LABELS else sorted({*_known(name, format, reads)} - {own})
-    close = difflib.get_close_matches(own, known, n=1)
+def _described(name: str, count: int, format: str, reads: Reads) -> str:
+    last = name.rpartition(".")[2]
+    known = () if name.lower() in LABELS else sorted({*_known(name, format, reads)} - {last})
+    close = difflib.get_close_matches(last, known, n=1)
     nearest = f" (did you mean {close[0]}?)" if close else ""
     if name in ANSWER and format in WITH_TURNS:
         nearest = " (it belongs in the assistant's turn)"
@@ -65,7 +65,7 @@ def _words(name: str, count: int, format: str, reads: Reads) -> str:
 
 
 def _known(name: str, format: str, reads: Reads) -> Iterable[str]:
-    """The names that are read where this one stands, in a record of this format."""
+    """The names that are read at the place of this one, in a record of this format."""
     above, _, _ = name.rpartition(".")
     if not above:
         form = FORMS.get(format)
@@ -78,17 +78,17 @@ def _known(name: str, format: str, reads: Reads) -> Iterable[str]:
     return INSIDE.get(above.rpartition(".")[2]) or {*TURN, *MARKS, *ANSWER, *reads.keys}
 
 
-def _remedy(found: Iterable[Entry]) -> str:
-    """What to do; where there are labels, that they are not learnt."""
-    labelled = [(entry.format, name) for entry in found for name in entry.unread if name.lower() in LABELS]
+def _remedy(entries: Iterable[Entry]) -> str:
+    """The remedy; for labels, it also says that they are not trained on."""
+    labelled = [(entry.format, name) for entry in entries for name in entry.unread if name.lower() in LABELS]
     if not labelled:
         return REMEDY
     format, name = labelled[0]
     if format == "text":
-        words = (
-            f"these rows train as plain text, and {name} is not learnt; to have it answered, "
+        message = (
+            f"these rows are trained on as plain text, without {name}; to train on it as the answer, set "
             f"data.columns='{{prompt: text, completion: {name}}}'"
         )
     else:
-        words = f"{name} is not learnt: every answer is, whatever its label says"
-    return f"{words}; else {REMEDY}"
+        message = f"{name} is not used: every answer is trained on, whatever its label"
+    return f"{message}; otherwise {REMEDY}"

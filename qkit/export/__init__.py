@@ -1,4 +1,4 @@
-"""The export stage: the merged model in every format that the recipe names.
+"""The export stage: writes the merged model in every format that the recipe names.
 
-In: RUN/merge/. Out: RUN/export/FORMAT/, each whole. Start with stage.py; formats/ holds one file for each kind of format.
+In: RUN/merge/. Out: RUN/export/FORMAT/, each complete. Start with stage.py; formats/ has one exporter for each kind of format.
 """

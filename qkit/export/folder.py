@@ -1,57 +1,65 @@
-"""What every export folder holds beside its weights, and how an exporter says that it has no such variant."""
+"""What every export folder holds besides its weights, and the checks that exporters share."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qkit.core.errors import NotDeployable
+from qkit.core.files import link_or_copy
 from qkit.model import older_forms
 from qkit.model.provenance import NOTE
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import copy_companions
+
+FLOAT16_MAX = 65504.0
 
 
-def start(out: Path, kind: str, variant: str, known: Mapping[str, str]) -> None:
-    """Make the folder.
+def create(out: Path, kind: str, variant: str, variants: Mapping[str, str]) -> None:
+    """Create the folder of an export.
 
     Raises:
-        NotDeployable: the exporter has no such variant.
+        NotDeployable: the exporter `kind` has no such variant.
     """
-    if variant not in known:
-        names = ", ".join("-".join(filter(None, (kind, name))) for name in known)
-        raise NotDeployable(f"export format {'-'.join(filter(None, (kind, variant)))}: there is {names}")
+    if variant not in variants:
+        names = ", ".join("-".join(filter(None, (kind, known))) for known in variants)
+        name = "-".join(filter(None, (kind, variant)))
+        raise NotDeployable(f"unknown export format {name}; the formats are {names}", export_format=name)
     out.mkdir(parents=True)
 
 
-def beside_weights(merged: Path, out: Path, **config: Any) -> None:
-    """Tokenizer, template, generation config and config.json of the merged model, the last with `config` put into it."""
+def write_companions(merged: Path, out: Path, **config: Any) -> None:
+    """Copy tokenizer, template, generation config and config.json of the merged model; the last is updated with `config`."""
     copy_companions(merged, out)
     if config:
         file = out / "config.json"
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        made = older_forms.in_dtype({**kept, **config}, config["dtype"]) if "dtype" in config else {**kept, **config}
-        file.write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def link(source: Path, target: Path) -> None:
-    """A hard link; a copy where links do not work."""
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links: a copy serves as well
-        shutil.copyfile(source, target)
+        updated = {**json.loads(file.read_text(encoding="utf-8")), **config}
+        if "dtype" in config:
+            updated = older_forms.in_dtype(updated, config["dtype"])
+        file.write_text(json.dumps(updated, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def link_weights(merged: Path, out: Path) -> None:
-    """The merged model's weights and their index, at no cost of disk."""
+    """Hard-link the merged model's weights and their index, which takes no disk space."""
     for file in merged.iterdir():
         if file.suffix == ".safetensors" or file.name.endswith(".index.json"):
-            link(file, out / file.name)
+            link_or_copy(file, out / file.name, "export")
+
+
+def check_float16(name: str, largest: float, export_format: str, advice: str) -> None:
+    """Check that a tensor fits float16, given its largest absolute value.
+
+    Raises:
+        NotDeployable: it would become infinite, or it is NaN.
+    """
+    if not largest <= FLOAT16_MAX:
+        raise NotDeployable(
+            f"{export_format}: {name} has the value {largest:g}, and the largest of float16 is {FLOAT16_MAX:g}; {advice}",
+            export_format=export_format,
+        )
 
 
 def note(out: Path, **keys: Any) -> None:
-    """What an exporter says of its own in qkit.json; written last."""
+    """Write what an exporter records about its work into qkit.json; to be called last."""
     (out / NOTE).write_text(json.dumps(keys, indent=1), encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Whether onnxruntime-genai makes of conversations the prompts that training saw.
+"""Checks whether onnxruntime-genai's prompts are those of training.
 
-`og.Tokenizer` renders a chat template with an engine of its own and encodes with code of its own. In 0.18 that engine knows neither
-trim_blocks nor lstrip_blocks, cuts tools down to names and bare properties under most templates, and divides integers; the encoder adds no
-first token and normalizes nothing. None of it is an error there. So the folder is asked, on some of the run's rows and on a tool call.
+`og.Tokenizer` has its own template engine and its own encoder. In 0.18 the engine ignores trim_blocks and lstrip_blocks, reduces tools to
+names and bare properties under most templates, and divides integers as integers; the encoder adds no first token and does not normalize.
+None of these raises an error. So its prompts are compared with training's, on some of the run's rows and on a tool call.
 
-The library is asked in a process of its own with a time limit, `python -m qkit.export._prompts FOLDER CASES ANSWERS`: what it does to a
-template that it was not made for, a crash included, must not end an export.
+The library runs in a process of its own with a time limit, `python -m qkit.export.prompts FOLDER CASES ANSWERS`, so that a failure on an
+unusual template, even a crash, does not end the export.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.process import death_wish
+from qkit.core.process import kill_when_parent_dies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 LIBRARY = "onnxruntime-genai"
-ROWS = 8  # of the run
-LOOKED_AT = 512  # rows from which they are taken
+ROWS = 8  # of the run that are compared
+FIRST_ROWS = 512  # of the run, from which they are taken
 SECONDS = 60.0
-SHOWN = 60  # characters of either prompt, from where they part
+SHOWN = 60  # characters of either prompt, from where they differ
 TOOL = {
     "type": "function",
     "function": {
@@ -49,30 +49,26 @@ TOOL = {
 CALL = {
     "id": "call00001",
     "type": "function",
-    "function": {
-        "arguments": {"city": "Zürich", "seats": 3},
-        "name": "find_train",
-    },  # in the order that vLLM and training write
+    # In the order that vLLM and training use
+    "function": {"arguments": {"city": "Zürich", "seats": 3}, "name": "find_train"},
 }
-ASKED = {
-    "role": "user",
-    "content": "To Zu\u0308rich,  please:\n\n1. Early",
-}  # a letter that normalizing would put together
-ANSWERED: list[dict[str, Any]] = [
+# A letter and its accent, which NFC composes
+QUESTION = {"role": "user", "content": "To Zu\u0308rich,  please:\n\n1. Early"}
+CALL_AND_RESULT: list[dict[str, Any]] = [
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
     {"role": "tool", "content": '{"at": "7:02"}'},
 ]
-# What is asked beside the rows; a template need not take all of it.
+# Conversations that are compared besides the rows; a template may reject some of them.
 PROBES: Mapping[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
-    "a question": ([ASKED], []),
-    "a question with a tool": ([ASKED], [TOOL]),
-    "a tool call": ([{"role": "system", "content": "Be brief."}, ASKED, *ANSWERED], [TOOL]),
+    "a question": ([QUESTION], []),
+    "a question with a tool": ([QUESTION], [TOOL]),
+    "a tool call": ([{"role": "system", "content": "Be brief."}, QUESTION, *CALL_AND_RESULT], [TOOL]),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A conversation, its prompt as transformers writes it, and the token ids that training made of that; or a plain text and its ids."""
+    """A conversation, its prompt as rendered by transformers, and the prompt's token ids in training; or a plain text and its ids."""
 
     name: str
     text: str
@@ -82,22 +78,32 @@ class Case:
 
 
 def compared(folder: Path, rows: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """How the library's prompts differ from training's: `by` (its version), `cases` (how many were tried), `differ` (a sentence for each).
+    """Compare the library's prompts with training's.
 
-    `folder`: an export that the library opens; `rows`: the run's data/train.parquet.
+    Args:
+        folder: an export that the library opens.
+        rows: the run's data/train.parquet.
+
+    Returns:
+        `by`: name and version of the library. `cases`: how many prompts were compared. `differ`: a sentence for each that differs.
     """
     from importlib.metadata import version
 
-    cases = [*_cases(folder, rows, trust_remote_code)]
-    answers = _asked(folder, cases)
-    found = (_difference(case, answer) for case, answer in zip(cases, answers, strict=True))
-    return {"by": f"{LIBRARY} {version(LIBRARY)}", "cases": len(cases), "differ": [said for said in found if said]}
+    cases = [*cases_of(folder, rows, trust_remote_code)]
+    answers = _answers(folder, cases)
+    sentences = [_difference(case, answer) for case, answer in zip(cases, answers, strict=True)]
+    return {
+        "by": f"{LIBRARY} {version(LIBRARY)}",
+        "cases": len(cases),
+        "differ": [sentence for sentence in sentences if sentence],
+    }
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------
+# --- cases ------------------------------------------------------------------------------------------------------------
 
 
-def _cases(folder: Path, rows: Path, trust_remote_code: bool) -> Iterator[Case]:
+def cases_of(folder: Path, rows: Path, trust_remote_code: bool) -> Iterator[Case]:
+    """Yield what is compared: some of the first rows of a split, and PROBES."""
     from qkit.model import tokenizer as model_tokenizer
     from qkit.recipe import schema
 
@@ -113,7 +119,7 @@ def _cases(folder: Path, rows: Path, trust_remote_code: bool) -> Iterator[Case]:
 
 
 def _records(rows: Path) -> list[dict[str, Any]]:
-    """The first rows of a split, as far as it is there and says what they were made of."""
+    """Return the first rows of a split; none if the file or one of its columns is missing."""
     from pyarrow import parquet
 
     if not rows.is_file():
@@ -122,12 +128,12 @@ def _records(rows: Path) -> list[dict[str, Any]]:
     with parquet.ParquetFile(rows) as file:
         if not set(columns) <= set(file.schema_arrow.names):
             return []
-        batch = next(file.iter_batches(LOOKED_AT, columns=columns), None)
+        batch = next(file.iter_batches(FIRST_ROWS, columns=columns), None)
         return batch.to_pylist() if batch is not None else []
 
 
 def _of_row(tokenizer: PreTrainedTokenizerBase, name: str, record: Mapping[str, Any]) -> Case:
-    """A conversation's prompt as it was trained on; of a plain text what a user's own text of these words becomes."""
+    """Return a row's prompt as in training; for a plain text, the token ids of that text when a user sends it."""
     messages = json.loads(record["messages"])
     if messages:
         ids = record["input_ids"][: record["start"]]
@@ -139,7 +145,7 @@ def _of_row(tokenizer: PreTrainedTokenizerBase, name: str, record: Mapping[str, 
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, name: str, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]
 ) -> Iterator[Case]:
-    """None where the template refuses it: then training had none like it either."""
+    """Yield the case, unless the template rejects the conversation: then training had none like it."""
     from qkit.chat import template
 
     try:
@@ -149,55 +155,57 @@ def _rendered(
     yield Case(name, text, tokenizer(text, add_special_tokens=False).input_ids, messages, tools)
 
 
-# --- what comes of it -------------------------------------------------------------------------------------------------
+# --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def _asked(folder: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """The library's answer to each case; what became of it where it gave none."""
+def _answers(folder: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Return the library's answer to each case, or why there is none."""
     with tempfile.TemporaryDirectory() as scratch:
-        asked, answered = Path(scratch) / "cases.json", Path(scratch) / "answers.jsonl"
-        asked.write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
-        answered.touch()
-        program = [sys.executable, "-m", "qkit.export.prompts", str(folder), str(asked), str(answered)]
-        end = _run(program)
-        answers = [json.loads(line) for line in answered.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
-    return [*answers, *({"error": end} for _ in cases[len(answers) :])]
+        input_file, output_file = Path(scratch) / "cases.json", Path(scratch) / "answers.jsonl"
+        input_file.write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
+        output_file.touch()
+        program = [sys.executable, "-m", "qkit.export.prompts", str(folder), str(input_file), str(output_file)]
+        ending = ending_of(program)
+        answers = [
+            json.loads(line) for line in output_file.read_text(encoding="utf-8").split("\n") if line.endswith("}")
+        ]
+    return [*answers, *({"error": ending} for _ in cases[len(answers) :])]
 
 
-def _run(program: Sequence[str]) -> str:
-    """How it ended."""
+def ending_of(program: Sequence[str]) -> str:
+    """Run a program with the time limit, and describe how it ended: by a crash, or with the last line of its stderr."""
     try:
         done = subprocess.run(
             program,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=SECONDS,
-            preexec_fn=death_wish(),
+            preexec_fn=kill_when_parent_dies(),
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"it did not come back within {SECONDS:g} s"
+        return f"no answer within {SECONDS:g} s"
     if done.returncode < 0:
-        return f"it crashed (signal {-done.returncode})"
-    return (done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1][:200]
+        return f"the library crashed (signal {-done.returncode})"
+    return (done.stderr.decode(errors="replace").strip().splitlines() or ["no error message"])[-1][:200]
 
 
 def _difference(case: Case, answer: Mapping[str, Any]) -> str:
-    """In a sentence; empty when there is none."""
+    """Describe the difference in a sentence; empty if there is none."""
     if "error" in answer:
-        return f"{case.name}: no prompt comes of it: {answer['error']}"
+        return f"{case.name}: no prompt: {answer['error']}"
     if answer["ids"] == case.ids:
         return ""
     if answer["text"] == case.text:
-        return f"{case.name}: {len(answer['ids'])} token ids of the same text where training has {len(case.ids)}"
+        return f"{case.name}: {len(answer['ids'])} token ids for the same text where training has {len(case.ids)}"
     place = next((i for i, (a, b) in enumerate(zip(answer["text"], case.text, strict=False)) if a != b), -1)
     begin = max(0, place if place >= 0 else min(len(answer["text"]), len(case.text)))
-    wrote, wanted = (text[begin : begin + SHOWN] for text in (answer["text"], case.text))
-    return f"{case.name}: from character {begin} on it writes {wrote!r} where training has {wanted!r}"
+    actual, expected = (text[begin : begin + SHOWN] for text in (answer["text"], case.text))
+    return f"{case.name}: from character {begin} it has {actual!r} where training has {expected!r}"
 
 
 def answer(folder: Path, cases: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What the library makes of each case: text and ids, or its error. Called in a process of its own."""
+    """Yield the library's text and token ids for each case, or its error. Runs in a process of its own."""
     import onnxruntime_genai
 
     tokenizer = onnxruntime_genai.Tokenizer(str(folder))
@@ -205,7 +213,7 @@ def answer(folder: Path, cases: Sequence[Mapping[str, Any]]) -> Iterator[dict[st
         try:
             text = case["text"] if case["messages"] is None else _prompt(tokenizer, case)
             yield {"text": text, "ids": tokenizer.encode(text).tolist()}
-        except Exception as error:  # the library's, of any kind: this is what is to be found out
+        except Exception as error:  # any error of the library is a result
             yield {"error": (str(error) or type(error).__name__).splitlines()[0][:200]}
 
 

@@ -1,66 +1,60 @@
-"""Who is asked in a serve contract: a server over HTTP, or a folder through transformers."""
+"""What the serve contract queries: a server over HTTP, or a model folder through transformers in its place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from qkit.core import network
 from qkit.core.errors import ModelError, ServerError
 from qkit.core.files import read_json
+from qkit.server.client import Client, json_at
 
-if TYPE_CHECKING:
-    import httpx
-
-
-Found = TypeVar("Found")
-FORCED = 100.0  # added to the logit of a token that shall be said: the most that OpenAI's logit_bias takes
+FORCED = 100.0  # added to the logit of a token that must come next: the largest value that OpenAI's logit_bias takes
 REQUEST_SECONDS = 60.0
+REFUSAL_CHARACTERS = 300
+START_SERVER = "start one with `qkit serve`, or correct the URL"
 
 
 def read_if_there(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(file) if file.is_file() else {}
-    return found
-
-
-# --- who is asked ---------------------------------------------------------------------------------------------------
+    document: dict[str, Any] = read_json(file) if file.is_file() else {}
+    return document
 
 
 class Subject(Protocol):
-    """What the checks ask of a server, or of a folder in its place."""
+    """What the checks need to know of a server, or of the folder that it would load."""
 
     max_model_len: int | None
 
     def folder(self) -> Path | None:
-        """The model folder that it serves, when it is on this machine."""
+        """The model folder that is served, if it is on this machine."""
 
     def prompt_ids(
         self, messages: Sequence[Any], tools: Sequence[Any] | None, variables: Mapping[str, Any]
     ) -> list[int] | str | None:
-        """The ids that it makes of a conversation; why it refuses; None if it cannot be asked."""
+        """The token ids of a conversation; the reason of a refusal; or None if this cannot be queried."""
 
-    def counted(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> int | None:
-        """How many tokens the prompt of an answer has where the request says `tools: []`; None if that is refused."""
+    def prompt_length(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> int | None:
+        """The number of prompt tokens of a request that says `tools: []`, or None if it is refused."""
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
-        """Whether saying this token ends an answer."""
+        """Whether this token ends an answer."""
 
-    def said(
+    def parsed_message(
         self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
     ) -> dict[str, Any] | str:
-        """Its message when it can say nothing but `text`; or why it does not take tools."""
+        """The message that the server returns when its answer must be `text`; or the reason why it does not take tools."""
 
 
 class FolderSubject:
-    """What a program will do that loads a folder as it is."""
+    """What programs do that load a folder as it is."""
 
     def __init__(self, path: Path):
         self.path = path
         config = read_if_there(path / "config.json")
         self.max_model_len: int | None = config.get("max_position_embeddings")
-        self.refusal = "" if (path / "tokenizer_config.json").is_file() else "it holds no tokenizer"
+        self.refusal = "" if (path / "tokenizer_config.json").is_file() else "the folder has no tokenizer"
         self.tokenizer: Any = None
 
     def folder(self) -> Path:
@@ -77,38 +71,37 @@ class FolderSubject:
             self.tokenizer = self.tokenizer or tokenizer.load_tokenizer(self.path, schema.Model(source=str(self.path)))
             text = template.render(self.tokenizer, messages, tools, variables=variables)
         except (ModelError, template.TemplateRefusal, OSError, ValueError) as error:
-            return self.refusal or str(error)[:300]
+            return self.refusal or str(error)[:REFUSAL_CHARACTERS]
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def counted(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> int | None:
-        made = self.prompt_ids(messages, [], variables)
-        return len(made) if isinstance(made, list) else None
+    def prompt_length(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> int | None:
+        ids = self.prompt_ids(messages, [], variables)
+        return len(ids) if isinstance(ids, list) else None
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
-        """The generation config decides; without one transformers and vLLM take the config's. onnxruntime-genai has a config of its own."""
+        """By the generation config, which transformers and vLLM prefer to config.json. onnxruntime-genai has a config of its own."""
         if genai := read_if_there(self.path / "genai_config.json"):
             return token in _listed(genai["model"]["eos_token_id"])
-        own, config = read_if_there(self.path / "generation_config.json"), read_if_there(self.path / "config.json")
-        named = own.get("eos_token_id", config.get("eos_token_id"))
-        return token in _listed(named)
+        generation = read_if_there(self.path / "generation_config.json")
+        config = read_if_there(self.path / "config.json")
+        return token in _listed(generation.get("eos_token_id", config.get("eos_token_id")))
 
-    def said(
+    def parsed_message(
         self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
     ) -> dict[str, Any] | str:
-        return "only a server does"
+        return "only a server parses tool calls"
 
 
 class ServerSubject:
-    """What a running server says when asked."""
+    """A running server, queried over HTTP.
+
+    Raises, from the constructor and from each method:
+        ServerError: the server does not answer, or not as the OpenAI API says, or does not serve `model`.
+    """
 
     def __init__(self, url: str, model: str | None, headers: Mapping[str, str] | None = None):
-        import httpx
-
-        self.url = url
-        base = url.rstrip("/").removesuffix("/v1")
-        with network.reaching(ServerError, f"{url} is no address", "write it as http://HOST:PORT"):
-            self.client = httpx.Client(base_url=base, headers=headers, timeout=REQUEST_SECONDS)
+        self.client = Client(url, headers, REQUEST_SECONDS, START_SERVER)
         try:
             self.described = self._described(model)
         except BaseException:
@@ -124,30 +117,14 @@ class ServerSubject:
         self.client.close()
 
     def _described(self, model: str | None) -> dict[str, Any]:
-        """The entry of /v1/models."""
-        models = self._read(self._ask("GET", "/v1/models"), network.models)
+        """The entry of `model` in /v1/models; of an adapter, with what only its base's entry says."""
+        models = self.client.models()
         offered = [entry for entry in models if model in (None, entry["id"])]
         if not offered:
             names = ", ".join(entry["id"] for entry in models)
-            raise ServerError(f"the server at {self.url} does not serve {model}; it offers {names}")
+            url = self.client.url
+            raise ServerError(f"the server at {url} does not serve {model}; it offers {names or 'no model'}", url=url)
         return {**models[0], **offered[0]}
-
-    def _ask(self, method: str, path: str, body: Any = None, refusable: bool = False) -> httpx.Response:
-        with network.reaching(ServerError, f"no server answers at {self.url}", "start one with `qkit serve`"):
-            answer = self.client.request(method, path, json=body)
-        if answer.status_code != 200 and not refusable:
-            raise self._unexpected(answer)
-        return answer
-
-    def _unexpected(self, answer: httpx.Response) -> ServerError:
-        path = answer.request.url.path
-        return ServerError(f"the server at {self.url} answered {answer.status_code} to {path}: {answer.text[:300]}")
-
-    def _read(self, answer: httpx.Response, pick: Callable[[Any], Found]) -> Found:
-        """What is looked for in an answer."""
-        what = f"the server at {self.url} answers otherwise than OpenAI's API has it"
-        with network.reaching(ServerError, what, network.ADDRESS):
-            return pick(answer.json())
 
     def folder(self) -> Path | None:
         folder = Path(self.described.get("root") or "")
@@ -156,55 +133,49 @@ class ServerSubject:
     def prompt_ids(
         self, messages: Sequence[Any], tools: Sequence[Any] | None, variables: Mapping[str, Any]
     ) -> list[int] | str | None:
-        body = {"model": self.model, "messages": as_request(messages), "add_generation_prompt": True}
         offered: dict[str, Any] = {"tools": list(tools)} if tools else {} if tools is not None else {"tools": None}
-        more = {**offered, **_given(variables)}
-        answer = self._ask("POST", "/tokenize", {**body, **more}, refusable=True)
+        body = {**self._chat(messages, variables), "add_generation_prompt": True, **offered}
+        answer = self.client.send("POST", "/tokenize", body)
         if answer.status_code in (404, 405):
             return None
         if answer.status_code != 200:
-            return answer.text[:300]
-        tokens: list[int] = self._read(answer, lambda document: network.part(document, "tokens"))
+            return answer.text[:REFUSAL_CHARACTERS]
+        tokens: list[int] = self.client.read(answer, lambda document: json_at(document, "tokens"))
         return tokens
 
-    def counted(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> int | None:
-        body = {"model": self.model, "messages": as_request(messages), "tools": [], **_given(variables)}
-        answer = self._ask(
-            "POST", "/v1/chat/completions", {**body, "max_tokens": 1, "temperature": 0.0}, refusable=True
-        )
+    def prompt_length(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> int | None:
+        body = {**self._chat(messages, variables), "tools": [], "max_tokens": 1, "temperature": 0.0}
+        answer = self.client.send("POST", "/v1/chat/completions", body)
         if answer.status_code != 200:
             return None
-        return self._read(answer, lambda document: int(network.part(document, "usage", "prompt_tokens")))
+        return self.client.read(answer, lambda document: int(json_at(document, "usage", "prompt_tokens")))
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
-        """A server that cannot be made to say a token is taken at the word of its folder."""
+        """By forcing the token. If the server does not support that, by the folder that it serves."""
         body = {"model": self.model, "prompt": list(prompt), "max_tokens": 3, "temperature": 0.0}
-        asked, folder = {**body, "logit_bias": {str(token): FORCED}}, self.folder()
-        answer = self._ask("POST", "/v1/completions", asked, refusable=folder is not None)
+        answer = self.client.send("POST", "/v1/completions", {**body, "logit_bias": {str(token): FORCED}})
+        folder = self.folder()
         if answer.status_code == 400 and folder is not None:
             return FolderSubject(folder).stops_at(prompt, token)
-        if answer.status_code != 200:
-            raise self._unexpected(answer)
-        reason = self._read(answer, lambda document: network.part(document, "choices", 0, "finish_reason"))
+        self.client.expect_ok(answer)
+        reason = self.client.read(answer, lambda document: json_at(document, "choices", 0, "finish_reason"))
         return bool(reason == "stop")
 
-    def said(
+    def parsed_message(
         self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
     ) -> dict[str, Any] | str:
-        body = {
-            "model": self.model,
-            "messages": as_request(messages),
-            "tools": list(tools),
-            **_given(variables),
-            "tool_choice": "auto",
-            "temperature": 0.0,
-            "structured_outputs": {"choice": [text]},
-        }
-        answer = self._ask("POST", "/v1/chat/completions", body, refusable=True)
+        forced = {"tool_choice": "auto", "temperature": 0.0, "structured_outputs": {"choice": [text]}}
+        body = {**self._chat(messages, variables), "tools": list(tools), **forced}
+        answer = self.client.send("POST", "/v1/chat/completions", body)
         if answer.status_code != 200:
-            return answer.text[:300]
-        message: dict[str, Any] = self._read(answer, lambda document: network.part(document, "choices", 0, "message"))
+            return answer.text[:REFUSAL_CHARACTERS]
+        message: dict[str, Any] = self.client.read(answer, lambda document: json_at(document, "choices", 0, "message"))
         return message
+
+    def _chat(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a request that holds a row's conversation and the variables of its template."""
+        given = {"chat_template_kwargs": dict(variables)} if variables else {}
+        return {"model": self.model, "messages": as_request(messages), **given}
 
 
 def _listed(tokens: Any) -> list[Any]:
@@ -212,7 +183,7 @@ def _listed(tokens: Any) -> list[Any]:
 
 
 def as_request(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Turns as OpenAI's API has them: a call's arguments are text there, and thinking goes by vLLM's two names, the newer and the older."""
+    """Turns in the form of the OpenAI API: arguments of calls are JSON text, and thinking has both of vLLM's names, the older and the newer."""
     return [
         {
             **turn,
@@ -223,16 +194,11 @@ def as_request(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _given(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's variables of the template, as a request has them."""
-    return {"chat_template_kwargs": dict(variables)} if variables else {}
-
-
 def _calls(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
-    made = []
+    calls = []
     for number, call in enumerate(turn["tool_calls"]):
         function = call["function"]
         arguments = function["arguments"]
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        made.append({"id": f"call_{number}", **call, "function": {**function, "arguments": text}})
-    return made
+        calls.append({"id": f"call_{number}", **call, "function": {**function, "arguments": text}})
+    return calls

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.chat import template
 from qkit.core.errors import ModelError
-from qkit.core.files import need_disk, sha256_of
+from qkit.core.files import link_or_copy, need_disk, sha256_of
 from qkit.model import older_forms
-from qkit.tensors.shards import TensorFile, copy_companions, fingerprint, read, shards, tensor_specs
+from qkit.tensors.companions import copy_companions, is_companion
+from qkit.tensors.shards import TensorFile, fingerprint, read, shards, tensor_specs
 
 if TYPE_CHECKING:
     import torch
@@ -143,13 +143,9 @@ def settle(model: PeftModel) -> None:
 
 def key(folder: Path, tokens: Sequence[str]) -> str:
     """Hash of a model and the tokens that are added to it."""
-    files = (file for file in sorted(folder.rglob("*")) if _beside_weights(file))
-    beside = {str(file.relative_to(folder)): sha256_of(file) for file in files}
-    return hashlib.sha256(json.dumps([FORM, fingerprint(folder), beside, list(tokens)]).encode()).hexdigest()
-
-
-def _beside_weights(file: Path) -> bool:
-    return file.is_file() and file.suffix not in {".safetensors", ".bin", ".gguf", ".pth"} and file.name != "README.md"
+    files = (file for file in sorted(folder.rglob("*")) if is_companion(file))
+    hashes = {str(file.relative_to(folder)): sha256_of(file) for file in files}
+    return hashlib.sha256(json.dumps([FORM, fingerprint(folder), hashes, list(tokens)]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -181,7 +177,7 @@ def prepare(folder: Path, tokens: Sequence[str], trust_remote_code: bool, out: P
     copy_companions(folder, out, but=LEGACY)
     for file in folder.iterdir():
         if file.suffix == ".safetensors" and file not in changed:
-            _link(file, out / file.name)
+            link_or_copy(file, out / file.name, "model.add_tokens")
         elif file.name == INDEX:
             shutil.copyfile(file, out / file.name)
     for shard in changed:
@@ -289,12 +285,3 @@ def _write_sizes(out: Path, rows: int) -> None:
         specs = [spec for shard in shards(out) for spec in tensor_specs(shard).values()]
         index["metadata"] = {"total_size": sum(spec["data_offsets"][1] - spec["data_offsets"][0] for spec in specs)}
         (out / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link to the file itself (the hub's cache holds links to it), or a copy on another file system."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        need_disk(target.parent, source.stat().st_size, "model.add_tokens")
-        shutil.copyfile(source, target)

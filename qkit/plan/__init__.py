@@ -1,4 +1,5 @@
-"""Whether it fits, before anything is loaded: bytes of every part at the peak of every stage, time, and what would make it fit.
+"""Whether a recipe fits a device, before anything is loaded: memory by item at the peak of each stage, time, and changes that make it fit.
 
-In: a recipe, a `Shape`, a device. Out: a `Plan` and its remedies. Start with plan.py; train_step.py and stage_memory.py do the sums.
+In: a recipe, a `Shape`, a device. Out: a `Plan` and its remedies. The stages, the pipeline and the command line may import it; it imports
+model, recipe and core. Start with plan.py; stage_memory.py, train_step.py and fixed_memory.py compute the items.
 """

@@ -1,4 +1,4 @@
-"""What a recipe would make, asked of the exporters before anything is trained: can it be made of this model, and loaded where it goes?"""
+"""Checks, before anything is trained, whether each export format of a recipe supports the model and loads in its runtime."""
 
 from __future__ import annotations
 
@@ -15,48 +15,47 @@ from qkit.recipe.schema import ALL, Recipe
 
 @dataclass(frozen=True)
 class Refusal:
-    """A format that this recipe cannot have, and why."""
+    """An export format that does not work with this recipe, and why."""
 
     format: str
     reason: str
 
 
-def refusals(how: Recipe) -> tuple[Refusal, ...]:
+def refusals(recipe: Recipe) -> tuple[Refusal, ...]:
     """The formats of `export.formats` that are known not to work.
 
     Raises:
-        ModelError: the model's config.json cannot be had, says that it is quantized in a way that is not dequantized here, or is not of
-            text alone.
+        ModelError: config.json of the model is not available, has a quantization that qkit cannot dequantize, or is not of a text model.
     """
-    return tuple(_refused(how, [name for name in how.export.formats if name != ALL]))
+    return tuple(_refused(recipe, [name for name in recipe.export.formats if name != ALL]))
 
 
-def check(how: Recipe) -> None:
-    """Raise NotDeployable when a format that the recipe names is known not to work, with the reasons for all of them."""
-    if found := refusals(how):
-        lines = "\n".join(f"{refusal.format}: {refusal.reason}" for refusal in found)
-        kept = [name for name in how.export.formats if name not in {refusal.format for refusal in found}]
-        raise NotDeployable(f"{lines}\nthe others: --set export.formats=[{','.join(kept)}]")
+def check(recipe: Recipe) -> None:
+    """Raise NotDeployable, with all reasons, if a format that the recipe names is known not to work."""
+    if refused := refusals(recipe):
+        lines = "\n".join(f"{refusal.format}: {refusal.reason}" for refusal in refused)
+        kept = [name for name in recipe.export.formats if name not in {refusal.format for refusal in refused}]
+        raise NotDeployable(f"{lines}\nto export only the other formats: --set export.formats=[{','.join(kept)}]")
 
 
-def resolved(how: Recipe) -> tuple[Recipe, tuple[Refusal, ...]]:
-    """The recipe with the formats that `export.formats=all` stands for, and those left out because they are known not to work.
+def resolved(recipe: Recipe) -> tuple[Recipe, tuple[Refusal, ...]]:
+    """The recipe with `export.formats=all` replaced by the formats that work, and the formats that do not.
 
     Raises:
-        ModelError: the model's config.json cannot be had.
+        ModelError: config.json of the model is not available.
     """
-    if ALL not in how.export.formats:
-        return how, ()
-    every = list(format_names())
-    left = tuple(_refused(how, every))
-    kept = tuple(name for name in every if name not in {refusal.format for refusal in left})
-    return how.model_copy(update={"export": how.export.model_copy(update={"formats": kept})}), left
+    if ALL not in recipe.export.formats:
+        return recipe, ()
+    names = list(format_names())
+    refused = tuple(_refused(recipe, names))
+    kept = tuple(name for name in names if name not in {refusal.format for refusal in refused})
+    return recipe.model_copy(update={"export": recipe.export.model_copy(update={"formats": kept})}), refused
 
 
-def _refused(how: Recipe, names: Iterable[str]) -> Iterator[Refusal]:
-    config = model_config.config_of(how.model)
-    prequantized.check(config, how.model.source)
-    model_config.need_text_model(config, how.model.source)
+def _refused(recipe: Recipe, names: Iterable[str]) -> Iterator[Refusal]:
+    config = model_config.config_of(recipe.model)
+    prequantized.check(config, recipe.model.source)
+    model_config.need_text_model(config, recipe.model.source)
     for name in names:
-        if reason := exporter(name).unsupported(split(name)[1], how, config):
+        if reason := exporter(name).unsupported(split(name)[1], recipe, config):
             yield Refusal(name, reason)

@@ -1,4 +1,4 @@
-"""Bytes with a known layout: the base model as it is quantized, the adapter, its optimizer's state. Exact, from the shapes alone."""
+"""Memory with a known layout: the quantized base model, the adapter, its optimizer state. Exact, from the shapes alone."""
 
 from __future__ import annotations
 
@@ -24,22 +24,20 @@ from qkit.plan.items import MemoryItem
 from qkit.recipe.schema import Recipe
 
 BLOCK = 64  # bitsandbytes: weights that share one absmax
-NESTED_BLOCK = 256  # double quantization: absmax values that share one absmax of their own
+NESTED_BLOCK = 256  # double quantization: absmax values that share one absmax
 CODE_BYTES = 16 * 4  # per matrix: the 16 values of NF4 or FP4 in fp32
-NESTED_CODE_BYTES = 256 * 4  # once: the 256 values of the 8-bit absmax in fp32
-OFFSET_BYTES = 4  # per matrix, double quantization: the mean that was taken off the absmax
+NESTED_CODE_BYTES = 256 * 4  # once per model: the 256 values of the 8-bit absmax in fp32
+OFFSET_BYTES = 4  # per matrix, with double quantization: the mean that is subtracted from the absmax
 
-
-BASE_BYTES = 2  # whatever is not quantized is loaded in bf16
+BASE_BYTES = 2  # tensors that are not quantized are loaded in bf16
 ADAPTER_BYTES = 4  # the adapter is trained in fp32
 
-
-# Values that an optimizer keeps per trained parameter: in fp32, or, for matrices of 4,096 values and more, in 8 bit
-# with one fp32 absmax for each 256.
+# Values that an optimizer keeps per trained parameter: in fp32, or, in 8-bit optimizers and for matrices of at least 4,096 values, in
+# 8 bits with one fp32 absmax per 256 values.
 MOMENTS = {"adamw": 2, "adam": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "sgd": 0, "adagrad": 1}
 SMALLEST_8BIT = 4096
 STATE_BLOCK = 256
-STEP_BYTES = 4  # torch's own Adam counts its steps in an fp32 tensor for each matrix
+STEP_BYTES = 4  # torch's own Adam counts its steps in an fp32 scalar per matrix
 
 
 def quantized_bytes(weights: int, double_quant: bool) -> int:
@@ -52,14 +50,14 @@ def quantized_bytes(weights: int, double_quant: bool) -> int:
 
 
 def weight_bytes(recipe: Recipe, shape: Shape) -> int:
-    """Bytes of the base model as training holds it: every linear of the layers in 4 bit, the rest in bf16."""
+    """Bytes of the base model in training: the linear modules of the layers in 4 bits if the recipe says so, the rest in bf16."""
     quantization = recipe.quantization
     return base_weights(shape, quantization.load_in_4bit, quantization.bnb_4bit_use_double_quant).bytes
 
 
 @functools.lru_cache(maxsize=256)
 def base_weights(shape: Shape, four_bit: bool, nested: bool) -> MemoryItem:
-    """The base model, by kind of layer."""
+    """The base model, by kind of layer. `nested`: double quantization."""
     attention = [entry for entry in linears(shape) if entry[0].name.startswith(("self_attn", "attn"))]
     mlp = [entry for entry in linears(shape) if entry not in attention]
     matrices = [_matrices(name, of, four_bit, nested) for name, of in (("attention", attention), ("mlp", mlp)) if of]
@@ -73,12 +71,8 @@ def base_weights(shape: Shape, four_bit: bool, nested: bool) -> MemoryItem:
         *([_experts(shape, four_bit, nested)] if experts(shape) else []),
         _tables(shape, four_bit and nested),
     ]
-    how = (
-        "sum of its parts; bitsandbytes quantizes linear modules, and no other tensor"
-        if four_bit
-        else "sum of its parts"
-    )
-    return MemoryItem("weights", sum(part.bytes for part in parts), shape.exact, how, tuple(parts))
+    formula = "sum of its parts; bitsandbytes quantizes linear modules only" if four_bit else "sum of its parts"
+    return MemoryItem("weights", sum(part.bytes for part in parts), shape.exact, formula, tuple(parts))
 
 
 def _matrices(name: str, of: Sequence[tuple[Linear, int]], four_bit: bool, nested: bool) -> MemoryItem:
@@ -89,47 +83,49 @@ def _matrices(name: str, of: Sequence[tuple[Linear, int]], four_bit: bool, neste
     absmax = f"1 byte of absmax and 1/{NESTED_BLOCK} of 4" if nested else "4 bytes of absmax"
     modules = sum(layers for _, layers in of)
     table = CODE_BYTES + (OFFSET_BYTES if nested else 0)
-    how = f"{count:,} weights x (1/2 byte + {absmax} for each {BLOCK}) + {modules:,} matrices x {table} bytes of tables"
-    return MemoryItem(name, size, True, how)
+    formula = (
+        f"{count:,} weights x (1/2 byte + {absmax} for each {BLOCK}) + {modules:,} matrices x {table} bytes of tables"
+    )
+    return MemoryItem(name, size, True, formula)
 
 
 def _experts(shape: Shape, four_bit: bool, nested: bool) -> MemoryItem:
-    """Held in parameters of three dimensions, they stay in 16 bits whatever the recipe says."""
+    """Experts are parameters of three dimensions, which stay in 16 bits even if the recipe asks for 4."""
     count = sum(matrix.weights for matrix in experts(shape))
-    made = _plain("experts", count, shape.exact)
+    item = _plain("experts", count, shape.exact)
     if not four_bit:
-        return made
+        return item
     return replace(
-        made,
-        formula=f"{made.formula}; bitsandbytes has no 4 bit for them, which would take {mib(in_four_bit(shape, nested))}",
+        item,
+        formula=f"{item.formula}; bitsandbytes cannot quantize them; in 4 bits they would take {mib(in_four_bit(shape, nested))}",
     )
 
 
 def in_four_bit(shape: Shape, nested: bool) -> int:
-    """Bytes that the experts would take if they were quantized as linear modules are."""
+    """Bytes of the experts if bitsandbytes could quantize them."""
     return sum(quantized_bytes(matrix.weights, nested) for matrix in experts(shape))
 
 
 def remarks(recipe: Recipe, shape: Shape) -> tuple[str, ...]:
-    """What there is to say of a mixture of experts: what is not quantized, and what that costs, and what is not trained.
+    """Warnings about the model: what the adapter leaves out, attention that is slow, and experts that are not quantized.
 
     Raises:
         ModelError: a name in `target_modules` or `target_parameters` matches nothing.
     """
-    said = list(targets.remarks(recipe.lora, shape))
+    texts = list(targets.remarks(recipe.lora, shape))
     if shape.eager and recipe.model.attn_implementation == "sdpa":
-        said.append(
-            f"Attention is computed eagerly, score by score: transformers has no sdpa for {shape.architecture}."
+        texts.append(
+            f"Attention is computed eagerly, with all scores in memory: transformers has no sdpa for {shape.architecture}."
         )
     if experts(shape) and recipe.quantization.load_in_4bit:
         count = sum(matrix.weights for matrix in experts(shape))
         held, less = count * BASE_BYTES, in_four_bit(shape, recipe.quantization.bnb_4bit_use_double_quant)
-        said.insert(
+        texts.insert(
             0,
-            f"The experts stay in 16 bits: bitsandbytes quantizes linear modules, and these are parameters of three dimensions. They take "
-            f"{held:,} bytes ({gib(held)}); in 4 bit they would take {less:,}.",
+            f"The experts stay in 16 bits: bitsandbytes quantizes linear modules only, and these are parameters of three dimensions. They take "
+            f"{held:,} bytes ({gib(held)}); in 4 bits they would take {less:,}.",
         )
-    return tuple(said)
+    return tuple(texts)
 
 
 def _plain(name: str, count: int, exact: bool) -> MemoryItem:
@@ -137,15 +133,17 @@ def _plain(name: str, count: int, exact: bool) -> MemoryItem:
 
 
 def _tables(shape: Shape, nested: bool) -> MemoryItem:
-    """Rotary frequencies are kept twice in fp32, one set for each kind of attention that has its own."""
+    """Rotary frequencies, twice in fp32 for each kind of attention that has its own, and the table of double quantization."""
     rotary = shape.rotary_sets * 2 * (shape.head_dim // 2) * 4
     table = NESTED_CODE_BYTES if nested else 0
-    how = f"rotary frequencies {rotary} bytes" + (f" + one table of 256 absmax values {table} bytes" if nested else "")
-    return MemoryItem("tables", rotary + table, shape.exact, how)
+    formula = f"rotary frequencies {rotary} bytes" + (
+        f" + one table of 256 absmax values {table} bytes" if nested else ""
+    )
+    return MemoryItem("tables", rotary + table, shape.exact, formula)
 
 
 def adapted(recipe: Recipe, shape: Shape) -> tuple[Target, ...]:
-    """What gets an adapter, one entry per weight of the model.
+    """The weights of the model that get an adapter.
 
     Raises:
         ModelError: a name in `target_modules` or `target_parameters` matches nothing.
@@ -154,9 +152,9 @@ def adapted(recipe: Recipe, shape: Shape) -> tuple[Target, ...]:
 
 
 def adapted_inputs(recipe: Recipe, shape: Shape) -> tuple[int, int]:
-    """Widths of the inputs of the modules with an adapter, added up: each its own, and those that are one tensor once.
+    """Summed input widths of the modules with an adapter: of each module, and with an input that several modules read counted once.
 
-    Query, key and value read one tensor, gate and up another; the projection out of attention reads what attention keeps anyway.
+    Query, key and value read one tensor; gate and up another. The output projection reads a tensor that attention keeps anyway.
     """
     return _adapted_inputs(targets.names(recipe.lora), shape)
 
@@ -169,8 +167,8 @@ def _adapted_inputs(named: Names, shape: Shape) -> tuple[int, int]:
 
 
 class Folds(NamedTuple):
-    """Experts with an adapter are computed with as one matrix each, the delta added: bytes of them in a layer, how many layers have any, and
-    bytes of the largest parameter."""
+    """Experts with an adapter are computed with the delta added to the weight. Bytes of those in one layer, the number of layers that have
+    any, and bytes of the largest parameter."""
 
     layer_bytes: int
     layers: int
@@ -178,7 +176,7 @@ class Folds(NamedTuple):
 
 
 def folds(recipe: Recipe, shape: Shape) -> Folds:
-    """What putting the adapters into the experts makes, in 16 bits."""
+    """The experts with their adapters added, in 16 bits."""
     return _folds(targets.names(recipe.lora), shape)
 
 
@@ -199,12 +197,12 @@ def _layers_modules(of: Sequence[Target]) -> list[Linear]:
 
 
 def adapter_sizes(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
-    """Trained parameters, matrix by matrix: A is r x inputs, B is outputs x r; then the rows of added tokens."""
+    """Trained parameters by matrix: A is r x inputs, B is outputs x r; then the rows of added tokens."""
     return _adapter_sizes(targets.names(recipe.lora), recipe.lora.r, shape) + learnt_rows(recipe, shape)
 
 
 def learnt_rows(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
-    """Parameters of the added tokens' rows, which are learnt as they are: of the embedding, and of a head that is another matrix."""
+    """Parameters of the rows of added tokens, which are trained in full: in the embedding, and in the head if it is not tied."""
     rows = len(set(recipe.model.add_tokens))
     return (rows * shape.hidden,) * (1 if shape.tied else 2) if rows else ()
 
@@ -216,7 +214,7 @@ def _adapter_sizes(named: Names, rank: int, shape: Shape) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=256)
 def optimizer_bytes(optim: str, sizes: tuple[int, ...]) -> int:
-    """State that an optimizer of this name keeps for matrices of these sizes (an unknown one is taken for Adam)."""
+    """Bytes of optimizer state for matrices of these sizes. An unknown optimizer counts as Adam."""
     name = optim.removeprefix("paged_")
     moments = MOMENTS.get(name.partition("_")[0], 2)
     if not name.endswith("8bit"):
@@ -225,30 +223,30 @@ def optimizer_bytes(optim: str, sizes: tuple[int, ...]) -> int:
     return sum(moments * (n + 4 * -(-n // STATE_BLOCK) if n >= SMALLEST_8BIT else 4 * n) for n in sizes)
 
 
-def optimizer_item(how: Recipe, shape: Shape) -> MemoryItem:
-    """The optimizer's state, and no less than any smaller rank has: at 4,096 values a matrix goes over from fp32 to 8 bit."""
-    optim, named, sizes = how.train.optim, targets.names(how.lora), adapter_sizes(how, shape)
-    exactly = optimizer_bytes(optim, sizes)
-    earlier = [rank for rank in _last_in_fp32(how, shape) if rank < how.lora.r]
-    rows = learnt_rows(how, shape)
-    size = max([exactly, *(optimizer_bytes(optim, _adapter_sizes(named, rank, shape) + rows) for rank in earlier)])
-    exact = shape.exact and "adamw" in optim and size == exactly
-    return MemoryItem("optimizer", size, exact, _optimizer_how(optim, sum(sizes)))
+def optimizer_item(recipe: Recipe, shape: Shape) -> MemoryItem:
+    """The optimizer state. It is not below that of any smaller rank, although a matrix of 4,096 values switches from fp32 to 8 bits."""
+    optim, named, sizes = recipe.train.optim, targets.names(recipe.lora), adapter_sizes(recipe, shape)
+    computed = optimizer_bytes(optim, sizes)
+    earlier = [rank for rank in _last_in_fp32(recipe, shape) if rank < recipe.lora.r]
+    rows = learnt_rows(recipe, shape)
+    size = max([computed, *(optimizer_bytes(optim, _adapter_sizes(named, rank, shape) + rows) for rank in earlier)])
+    exact = shape.exact and "adamw" in optim and size == computed
+    return MemoryItem("optimizer", size, exact, _optimizer_formula(optim, sum(sizes)))
 
 
-def _optimizer_how(optim: str, trained: int) -> str:
+def _optimizer_formula(optim: str, trained: int) -> str:
     name = optim.removeprefix("paged_")
     moments = MOMENTS.get(name.partition("_")[0], 2)
     width = f"1 byte + 4 for each {STATE_BLOCK}" if name.endswith("8bit") else "4 bytes"
-    paged = "; in managed memory, which may leave the card" if optim.startswith("paged_") else ""
+    paged = "; in managed memory, which CUDA may move to the host" if optim.startswith("paged_") else ""
     return f"{optim}: {trained:,} parameters x {moments} moments x {width}{paged}"
 
 
-def _last_in_fp32(how: Recipe, shape: Shape) -> frozenset[int]:
-    """For each width, the highest rank at which its matrices are too small for 8 bit; 0 where there is none, or no need."""
-    if not how.train.optim.endswith("8bit"):
+def _last_in_fp32(recipe: Recipe, shape: Shape) -> frozenset[int]:
+    """For each width, the highest rank at which its matrices are too small for 8 bits. Only {0} if the optimizer is not an 8-bit one."""
+    if not recipe.train.optim.endswith("8bit"):
         return frozenset({0})
-    return _last_ranks(targets.names(how.lora), shape)
+    return _last_ranks(targets.names(recipe.lora), shape)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,8 +1,8 @@
-"""Cards that are often trained on: a plan can be made for one without having it.
+"""GPUs that are often used for training: `qkit plan --card` plans for one that this machine does not have.
 
-`memory_bytes` is what CUDA hands to programs, the least that torch's "total capacity of ..." reports for the card
-(drivers and ECC take 0.3 to 2 GB of the nominal size). Bandwidth and arithmetic come from the vendor's data sheet or
-architecture paper named beside each; arithmetic is bf16 on tensor cores, accumulated in fp32, without sparsity.
+`memory_bytes` is the memory that CUDA gives to programs: the smallest "total capacity of ..." that torch reports for the card (drivers and
+ECC take 0.3 to 2 GB of the nominal size). Bandwidth and FLOP/s come from the vendor's data sheet or architecture paper, which a comment
+names; FLOP/s are bf16 on tensor cores, accumulated in fp32, without sparsity.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from qkit.core.device import Device
 from qkit.core.errors import UserError, short
 
 GIB = 2**30
-UNKNOWN_CARD_SHARE = (
-    0.98  # of what nvidia-smi reports, for cards that are not below; it was 0.98 to 0.99 on those that are
-)
-OTHER_MODELS = {"ti", "super", "laptop", "mobile", "max", "mig", "d"}  # words that make it another card of like name
+# The share of nvidia-smi's figure that programs get on a card that is not listed; on those below it is 0.98 to 0.99.
+UNKNOWN_CARD_SHARE = 0.98
+OTHER_MODELS = {"ti", "super", "laptop", "mobile", "max", "mig", "d"}  # suffixes of other cards with a similar name
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU: usable memory in bytes, bandwidth in bytes/s, dense bf16 in FLOP/s (None: it has no bf16)."""
+    """A GPU: usable memory in bytes, bandwidth in bytes/s, dense bf16 FLOP/s (None: no bf16)."""
 
     name: str
     title: str
@@ -60,45 +59,45 @@ CARDS = {
 
 
 def device(name: str) -> Device:
-    """A device to plan for, by a card's name.
+    """The device with the card called `name`.
 
     Raises:
-        UserError: no such card is known.
+        UserError: the card is unknown.
     """
     card = CARDS.get(name.lower())
     if card is None:
         close = difflib.get_close_matches(name.lower(), CARDS, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
-        raise UserError(f"unknown card {short(repr(name))}{hint}; there are: {', '.join(CARDS)}")
+        raise UserError(f"unknown card {short(repr(name))}{hint}; known cards: {', '.join(CARDS)}")
     return Device("cuda", card.title, card.memory_bytes, cores=1)
 
 
-def find(seen: Device) -> Card | None:
-    """The card that a detected GPU is: by the word in its name, and by memory where one word means two cards."""
-    words = set(re.split(r"[^a-z0-9]+", seen.name.lower()))
-    if seen.meter == "rss" or words & OTHER_MODELS:
+def find(device: Device) -> Card | None:
+    """The card that a detected GPU is, by the model number in its name and, where two cards share it, by memory; None: unknown or a CPU."""
+    words = set(re.split(r"[^a-z0-9]+", device.name.lower()))
+    if not device.has_gpu or words & OTHER_MODELS:
         return None
     same = [card for card in CARDS.values() if _word(card) in words]
-    nearest = min(same, key=lambda card: abs(card.memory_bytes - seen.memory_bytes), default=None)
-    # A card of like name and another size (A100 slices, RTX 3060 8GB) is another card.
-    return nearest if nearest and abs(nearest.memory_bytes / seen.memory_bytes - 1) < 0.15 else None
+    nearest = min(same, key=lambda card: abs(card.memory_bytes - device.memory_bytes), default=None)
+    # The same name with another size is another card: an A100 slice, an RTX 3060 8GB.
+    return nearest if nearest and abs(nearest.memory_bytes / device.memory_bytes - 1) < 0.15 else None
 
 
-def usable_bytes(seen: Device) -> int:
-    """Bytes that a program can have on a device: of nvidia-smi's figure, the driver keeps a part for itself."""
-    if seen.meter == "rss":
-        return seen.memory_bytes
-    card = find(seen)
-    return min(card.memory_bytes, seen.memory_bytes) if card else int(seen.memory_bytes * UNKNOWN_CARD_SHARE)
+def usable_bytes(device: Device) -> int:
+    """Bytes that a program can use on a device. On a GPU this is less than nvidia-smi's figure: the driver keeps some memory."""
+    if not device.has_gpu:
+        return device.memory_bytes
+    card = find(device)
+    return min(card.memory_bytes, device.memory_bytes) if card else int(device.memory_bytes * UNKNOWN_CARD_SHARE)
 
 
-def title(seen: Device) -> str:
-    """What to call a device in a message."""
-    card = find(seen)
-    return card.title if card else seen.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+def title(device: Device) -> str:
+    """The device's name for messages."""
+    card = find(device)
+    return card.title if card else device.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
 
 
 def _word(card: Card) -> str:
-    """The word of a device name that says which card it is: rtx-4090 -> 4090, a100-40gb -> a100."""
+    """The word of a device name that identifies the card: rtx-4090 -> 4090, a100-40gb -> a100."""
     parts = card.name.split("-")
     return parts[1] if parts[0] == "rtx" else parts[0]

@@ -1,4 +1,4 @@
-"""One line of a plan: what is in memory, and how much of it."""
+"""One line of a memory plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MemoryItem:
-    """A part of the peak, `parts` what it is made of. `exact`: to the byte; else a bound or an estimate, as `formula` says."""
+    """A share of the peak in bytes, and its parts. `exact`: correct to the byte; else `formula` says how it is estimated."""
 
     name: str
     bytes: int

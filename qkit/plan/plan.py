@@ -1,7 +1,7 @@
-"""The memory plan: what each stage will need and whether it fits, before anything is loaded. Arithmetic only; imports no torch.
+"""The memory plan: the memory that each stage needs, and whether it fits, before anything is loaded. Arithmetic only, without torch.
 
-`qkit.memory` adds up the items of a stage, `qkit.remedies` says what to change, `qkit.roofline` how long it takes, `qkit.plan_screen`
-draws it. This is what the rest of qkit calls.
+This module is what the rest of qkit calls. stage_memory.py computes the items of a stage, remedies.py the changes that make it fit, speed.py
+the time; sheet.py gathers all that `qkit plan` shows, and screen.py prints it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from qkit.model.config import shape_of
 from qkit.model.shape import Shape
 from qkit.plan import gpus, stage_memory
 from qkit.plan import remedies as plan_remedies
+from qkit.plan._overhead import overhead_of
 from qkit.plan.items import MemoryItem
 from qkit.plan.remedies import Remedy
-from qkit.plan.train_step import OVERHEADS
 from qkit.recipe.schema import ALL, Recipe
 
-NOT_ON_THE_DEVICE = ("export",)  # these work in the host's memory, whatever the device
-ON_THE_HOST_TOO = ("evaluate", "merge")  # these may be run there apart from the rest
-
+HOST_STAGES = ("export",)  # always use the host's memory
+ALSO_ON_THE_HOST = ("evaluate", "merge")  # can run on the host while the other stages run on a GPU
 
 ITEMS: Mapping[str, Callable[[Recipe, Shape, Device], tuple[MemoryItem, ...]]] = {
     "load": stage_memory.load_items,
@@ -39,9 +38,9 @@ STAGES = ("load", "train", "evaluate", "merge", "export", "serve")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage needs at its peak: the items, summing to `peak_bytes`. `device_bytes`: what the device gives.
+    """The memory of a stage at its peak: items that add up to `peak_bytes`. `device_bytes`: memory available on the device.
 
-    `remedies`: the shortest list that makes it fit, or all there is when nothing does. `elsewhere`: where it might run, when it does not fit.
+    `remedies`: the shortest list that makes it fit, or all remedies if none is enough. `elsewhere`: where a stage that does not fit can run.
     """
 
     fits: bool
@@ -56,7 +55,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Whether layers are computed once more in the backward pass (train.gradient_checkpointing), and why that was decided."""
+    """Whether train.gradient_checkpointing is on, and why."""
 
     on: bool
     why: str
@@ -65,23 +64,23 @@ class Checkpointing:
 def checkpointing(
     recipe: Recipe, device: Device, labelled_tokens: int | None = None, device_bytes: int | None = None
 ) -> Checkpointing:
-    """As the recipe says; for `auto`, off where the plan of training then fits, else on."""
+    """The recipe's value; for `auto`, off if training fits without checkpointing, else on."""
     if recipe.train.gradient_checkpointing != "auto":
-        return Checkpointing(bool(recipe.train.gradient_checkpointing), "the recipe says so")
+        return Checkpointing(bool(recipe.train.gradient_checkpointing), "set in the recipe")
     try:
         shape = shape_of(recipe.model)
     except ModelError:
-        return Checkpointing(True, "there is no plan for this model, and on needs less")
+        return Checkpointing(True, "this model cannot be planned for, and training needs less memory with it")
     limit = gpus.usable_bytes(device) if device_bytes is None else device_bytes
     peak = peak_of(shape, device, "train", labelled_tokens)(_checkpointed(recipe, False))
-    room = f"{gib(peak)} of the {gib(limit)} on {gpus.title(device)}"
-    return Checkpointing(peak > limit, f"without it training {'would need' if peak > limit else 'needs'} {room}")
+    memory = f"{gib(peak)} of the {gib(limit)} on {gpus.title(device)}"
+    return Checkpointing(peak > limit, f"without it, training {'would need' if peak > limit else 'needs'} {memory}")
 
 
 def decided(
     recipe: Recipe, device: Device, labelled_tokens: int | None = None, device_bytes: int | None = None
 ) -> Recipe:
-    """The recipe with train.gradient_checkpointing decided where it is `auto`."""
+    """The recipe with `auto` in train.gradient_checkpointing replaced by true or false."""
     return _checkpointed(recipe, checkpointing(recipe, device, labelled_tokens, device_bytes).on)
 
 
@@ -96,13 +95,14 @@ def plan(
     stage: str = "train",
     labelled_tokens: int | None = None,
 ) -> Plan:
-    """The plan of a stage on a device, by default this machine's.
+    """Plan a stage on a device, by default that of this machine.
 
-    `device_bytes` puts a limit in the place of what the device has. `labelled_tokens`: the most of one batch that carry
-    loss, when the rows are known; else all of them are counted.
+    Args:
+        device_bytes: a limit in place of the device's memory.
+        labelled_tokens: the most tokens with loss in one batch; None: the rows are unknown, so all tokens count.
 
     Raises:
-        ModelError: the model's shape cannot be had.
+        ModelError: the shape of the model cannot be determined.
     """
     device = device or detect()
     shape = shape_of(recipe.model)
@@ -112,69 +112,73 @@ def plan(
         recipe = decided(recipe, device, labelled_tokens, limit)
     items = stage_items(recipe, shape, device, stage, labelled_tokens)
     peak = sum(item.bytes for item in items)
-    made = Plan(peak <= available, gpus.title(device), available, peak, stage, items)
-    if made.fits:
-        return made
-    found = plan_remedies.shortest(
+    without_remedies = Plan(peak <= available, gpus.title(device), available, peak, stage, items)
+    if without_remedies.fits:
+        return without_remedies
+    changes = plan_remedies.shortest(
         recipe, stage, shape, device, available, peak_of(shape, device, stage, labelled_tokens)
     )
-    host = stage in ON_THE_HOST_TOO and device.offloads
-    elsewhere = f"`QKIT_DEVICE=cpu qkit {stage} RUN` does this stage in the host's memory." if host else ""
-    return replace(made, remedies=found, elsewhere=elsewhere)
+    host = stage in ALSO_ON_THE_HOST and device.offloads
+    elsewhere = f"run this stage in the host's memory: `QKIT_DEVICE=cpu qkit {stage} RUN`." if host else ""
+    return replace(without_remedies, remedies=changes, elsewhere=elsewhere)
 
 
 def stage_items(
     recipe: Recipe, shape: Shape, device: Device, stage: str, labelled_tokens: int | None = None
 ) -> tuple[MemoryItem, ...]:
-    """The items of a stage at its peak."""
+    """The items of a stage at its peak. `labelled_tokens`: as in `plan`."""
     if stage == "train":
         return stage_memory.train_items(recipe, shape, device, labelled_tokens)
     return ITEMS[stage](recipe, shape, device)
 
 
 def peak_of(shape: Shape, device: Device, stage: str, labelled_tokens: int | None) -> Callable[[Recipe], int]:
-    return lambda how: sum(item.bytes for item in stage_items(how, shape, device, stage, labelled_tokens))
+    """A function from a recipe to the peak of the stage, in bytes."""
+    return lambda recipe: sum(item.bytes for item in stage_items(recipe, shape, device, stage, labelled_tokens))
 
 
-def _server_share(how: Recipe, device: Device, limit: int) -> int:
-    """What vLLM may take of a device."""
-    return int(limit * how.serve.gpu_memory_utilization) if device.server_arguments else limit
+def _server_share(recipe: Recipe, device: Device, limit: int) -> int:
+    """The bytes that vLLM may use of `limit`."""
+    return int(limit * recipe.serve.gpu_memory_utilization) if device.server_arguments else limit
 
 
 def stages(recipe: Recipe, device: Device | None = None, labelled_tokens: int | None = None) -> tuple[Plan, ...]:
-    """The plans of all stages, in order; those that work in the host's memory, or that the recipe lacks, are held against nothing."""
-    made = [plan(recipe, None, device, stage, labelled_tokens) for stage in STAGES]
+    """The plans of all stages, in order. Stages in the host's memory, and `serve` if the recipe has no vLLM export, always fit."""
+    planned = [plan(recipe, None, device, stage, labelled_tokens) for stage in STAGES]
     served = {ALL, "vllm"} & {*recipe.export.formats}
-    free = NOT_ON_THE_DEVICE if served else (*NOT_ON_THE_DEVICE, "serve")
-    return tuple(replace(p, fits=True, remedies=(), elsewhere="") if p.stage in free else p for p in made)
+    unlimited = HOST_STAGES if served else (*HOST_STAGES, "serve")
+    return tuple(replace(p, fits=True, remedies=(), elsewhere="") if p.stage in unlimited else p for p in planned)
 
 
-def alternatives(recipe: Recipe, made: Plan, device: Device, labelled_tokens: int | None = None) -> tuple[Remedy, ...]:
-    """Every single change that lowers the peak of a plan, each alone."""
+def alternatives(
+    recipe: Recipe, planned: Plan, device: Device, labelled_tokens: int | None = None
+) -> tuple[Remedy, ...]:
+    """Every single change that lowers the peak of a plan, each on its own."""
     shape, recipe = shape_of(recipe.model), decided(recipe, device, labelled_tokens)
     return plan_remedies.alternatives(
-        recipe, made.stage, shape, device, peak_of(shape, device, made.stage, labelled_tokens)
+        recipe, planned.stage, shape, device, peak_of(shape, device, planned.stage, labelled_tokens)
     )
 
 
 def predicted_items(recipe: Recipe, device: Device, labelled_tokens: int | None = None) -> dict[str, int]:
-    """Bytes by name of what the device's meter should see at the peak of training; empty when the shape is unknown."""
+    """Bytes by item that the device's meter should read at the peak of training; empty if the shape of the model is unknown."""
     try:
-        how = decided(recipe, device, labelled_tokens)
-        items = stage_memory.train_items(how, shape_of(recipe.model), device, labelled_tokens)
+        recipe = decided(recipe, device, labelled_tokens)
+        items = stage_memory.train_items(recipe, shape_of(recipe.model), device, labelled_tokens)
     except ModelError:
         return {}
-    return {item.name: item.bytes for item in items if item.name not in OVERHEADS[device.meter].unmetered}
+    return {item.name: item.bytes for item in items if item.name not in overhead_of(device).unmetered}
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
 def device_for(card: str | None, memory: str | None) -> Device | None:
-    """The device that the command line names: a known card, a GPU of some size, or None for this machine.
+    """The device that the command line names: a known card, a GPU of a given size, or None for this machine.
 
     Raises:
-        UserError: no such card, or the size cannot be read.
+        UserError: the card is unknown.
+        RecipeError: the size is not valid.
     """
     named = gpus.device(card) if card else None
     if memory is None:
@@ -186,31 +190,31 @@ def device_for(card: str | None, memory: str | None) -> Device | None:
 def _bytes_of(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if not match or float(match[1]) == 0:
-        raise RecipeError(f"--memory {text}: write a size such as 24GiB or 8GB")
+        raise RecipeError(f"--memory {text}: must be a size such as 24GiB or 8GB")
     power = " KMGT".index(match[2].upper() or " ")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-# --- saying it --------------------------------------------------------------------------------------------------------
+# --- output --------------------------------------------------------------------------------------------------------
 
 
-def to_dict(made: Plan) -> dict[str, Any]:
-    """The plan as a JSON document."""
-    return asdict(made)
+def to_dict(planned: Plan) -> dict[str, Any]:
+    """The plan for `--json`."""
+    return {**asdict(planned), "remedies": [remedy.to_dict() for remedy in planned.remedies]}
 
 
-def refusal(made: Plan) -> str:
-    """Why a plan does not fit and what to set, in one sentence each: the message of DoesNotFit."""
-    largest = max(made.items, key=lambda item: item.bytes)
+def refusal(planned: Plan) -> str:
+    """Why a plan does not fit, and which recipe values to set: the message of DoesNotFit."""
+    largest = max(planned.items, key=lambda item: item.bytes)
     text = (
-        f"needs {gib(made.peak_bytes)}; the {made.device} has {gib(made.device_bytes)}. "
+        f"needs {gib(planned.peak_bytes)}; the {planned.device} has {gib(planned.device_bytes)}. "
         f"Largest: {largest.name} {gib(largest.bytes)}."
     )
-    if made.remedies:
-        tries = ", then ".join(f"{' '.join(remedy.set)} (-{gib(remedy.saves_bytes)})" for remedy in made.remedies)
+    if planned.remedies:
+        tries = ", then ".join(f"{' '.join(remedy.set)} (-{gib(remedy.saves_bytes)})" for remedy in planned.remedies)
         text += f" Try {tries}."
-    left = made.peak_bytes - sum(remedy.saves_bytes for remedy in made.remedies)
-    if left > made.device_bytes:
-        even = f"Even so it needs {gib(left)}: take" if made.remedies else "Take"
-        text += f" {even} a smaller model or a larger device."
-    return f"{text} Or {made.elsewhere}" if made.elsewhere else text
+    left = planned.peak_bytes - sum(remedy.saves_bytes for remedy in planned.remedies)
+    if left > planned.device_bytes:
+        advice = f"This still needs {gib(left)}: use" if planned.remedies else "Use"
+        text += f" {advice} a smaller model or a larger device."
+    return f"{text} Or {planned.elsewhere}" if planned.elsewhere else text

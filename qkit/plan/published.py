@@ -1,4 +1,4 @@
-"""Figures that others have published for models of known shape, to hold a plan against."""
+"""Published memory figures of other software for Llama-3.1-8B, which `qkit plan` shows next to its own for models of that shape."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from qkit.plan.remedies import Remedy, apply
 from qkit.plan.solve import with_length
 from qkit.recipe.schema import Recipe
 
-# --- beside the figures of others -------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Anchor:
-    """A published line for Llama-3.1-8B at rank 32 and batch 1 beside ours: bytes at the recipe's length, and why they differ."""
+    """A published figure for rank 32 and batch 1 as fixed bytes and bytes per token, its peak at the recipe's length, our peak for the same
+    settings, and why the two differ (empty: by at most a tenth)."""
 
     name: str
     fixed_bytes: int
@@ -28,7 +27,10 @@ class Anchor:
 
 
 def anchors(recipe: Recipe, device: Device) -> tuple[Anchor, ...]:
-    """Published lines for shapes like Llama-3.1-8B's, at this recipe's tokens; ours is the same adapter, batch 1, checkpointed."""
+    """Published figures at the recipe's length, if the model has the shape of Llama-3.1-8B; else nothing.
+
+    Ours are for the same rank, batch 1, with gradient checkpointing.
+    """
     shape = shape_of(recipe.model)
     if (
         (shape.layers, shape.hidden, shape.intermediate) != (32, 4096, 14336)
@@ -37,35 +39,35 @@ def anchors(recipe: Recipe, device: Device) -> tuple[Anchor, ...]:
     ):
         return ()
     length = recipe.data.max_length
-    same = ("lora.r=32", f"data.batch_tokens={length}", "train.gradient_checkpointing=true", "micro_batches=1")
-    items = stage_memory.train_items(apply(recipe, (Remedy(same, 0, ""),)), shape, device, None)
-    ours, slope = sum(item.bytes for item in items), _slope(recipe, same, shape, device)
+    settings = ("lora.r=32", f"data.batch_tokens={length}", "train.gradient_checkpointing=true", "micro_batches=1")
+    items = stage_memory.train_items(apply(recipe, (Remedy(settings, 0, ""),)), shape, device, None)
+    ours, slope = sum(item.bytes for item in items), _bytes_per_token(recipe, settings, shape, device)
     logits, kept, mlp = 16 * shape.vocabulary, 2 * shape.layers * shape.hidden, 6 * shape.intermediate
-    offsets = (
-        f"it holds {logits:,} bytes of logits per token (16 x vocabulary) beside {kept:,} of layers' inputs and {mlp:,} of the MLP; "
-        f"here the loss is made in tiles, which leaves {slope:,} per token"
+    keeps_logits = (
+        f"it keeps {logits:,} bytes of logits per token (16 x vocabulary), {kept:,} of layers' inputs and {mlp:,} of the MLP; "
+        f"qkit computes the loss in tiles, which leaves {slope:,} bytes per token"
     )
-    smart = (
-        f"its line per token is below the layers' inputs alone ({kept:,}), so these are on the host: "
-        "train.activation_offloading=true does that here"
+    offloads = (
+        f"its bytes per token are below the layers' inputs alone ({kept:,}), so it must keep these on the host: "
+        "in qkit, train.activation_offloading=true does that"
     )
-    lines = (
-        ("transformers + flash attention", 9_697_000_000, 2_470_800, offsets),
-        ("Unsloth", 7_370_000_000, 211_900, smart),
+    figures = (
+        ("transformers + flash attention", 9_697_000_000, 2_470_800, keeps_logits),
+        ("Unsloth", 7_370_000_000, 211_900, offloads),
     )
     return tuple(
         Anchor(name, fixed, per, fixed + per * length, ours, _why(why, fixed + per * length, ours))
-        for name, fixed, per, why in lines
+        for name, fixed, per, why in figures
     )
 
 
-def _slope(recipe: Recipe, same: tuple[str, ...], shape: Shape, device: Device) -> int:
-    """Bytes per token between 4,096 and 8,192, where the tile of logits has its full size."""
+def _bytes_per_token(recipe: Recipe, settings: tuple[str, ...], shape: Shape, device: Device) -> int:
+    """Our bytes per token, between 4,096 and 8,192 tokens, where the tile of logits has its full size."""
     first, second = (
         sum(
             i.bytes
             for i in stage_memory.train_items(
-                apply(recipe, (Remedy((*same, *with_length(recipe, n)), 0, ""),)), shape, device, None
+                apply(recipe, (Remedy((*settings, *with_length(recipe, n)), 0, ""),)), shape, device, None
             )
         )
         for n in (4096, 8192)
@@ -74,5 +76,5 @@ def _slope(recipe: Recipe, same: tuple[str, ...], shape: Shape, device: Device) 
 
 
 def _why(why: str, theirs: int, ours: int) -> str:
-    """A difference of a tenth or less needs no reason."""
+    """The reason, if the figures differ by more than a tenth."""
     return why if abs(ours / theirs - 1) > 0.1 else ""

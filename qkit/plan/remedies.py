@@ -1,10 +1,10 @@
-"""What to change when a plan does not fit: first what leaves the result as it is, then what does not, the cheapest first."""
+"""Recipe changes for a plan that does not fit: first those that leave the result as it is, then the others, each group cheapest first."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
@@ -15,7 +15,7 @@ from qkit.model.shape import Shape
 from qkit.plan.speed import time_factor
 from qkit.recipe.schema import Recipe
 
-WORTH_SAYING = 16 * MIB  # what saves less is not worth a line
+WORTH_SAYING = 16 * MIB  # a remedy that saves less is not shown
 MOST_PARTS = 64
 SMALLEST_RANK = 8
 SMALLEST_LENGTH = 256
@@ -30,24 +30,30 @@ Peak = Callable[[Recipe], int]
 
 @dataclass(frozen=True)
 class Remedy:
-    """Recipe values that lower the peak, what they save on top of the remedies before, and what they cost.
+    """Recipe values that lower the peak, in the form of `--set`, and the bytes that they save on top of the remedies before.
 
-    `time_factor`: how many times as long training takes, by its arithmetic. `same_result`: what is learnt stays as it is, or nearly.
+    `cost`: the drawback. `time_factor`: training time as a multiple of the time before, by FLOPs and bandwidth. `same_result`: whether
+    training learns the same, or nearly.
     """
 
     set: tuple[str, ...]
     saves_bytes: int
-    price: str
+    cost: str
     time_factor: float = 1.0
     same_result: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`, where the cost is called "price"."""
+        fields = asdict(self)
+        return {"price" if name == "cost" else name: value for name, value in fields.items()}
 
 
 @dataclass(frozen=True)
 class _Change:
-    """One thing to change, in one or several strengths, the mildest first."""
+    """One change, at one or several levels, the smallest change first."""
 
-    price: str
-    strengths: tuple[tuple[str, ...], ...]
+    cost: str
+    levels: tuple[tuple[str, ...], ...]
     same_result: bool = True
 
 
@@ -55,7 +61,7 @@ _Chosen = tuple[_Change, tuple[str, ...]]
 
 
 def apply(recipe: Recipe, remedies: Sequence[Remedy]) -> Recipe:
-    """The recipe with remedies applied, in their order."""
+    """The recipe with the remedies applied in order."""
     return _with(recipe, [text for remedy in remedies for text in remedy.set])
 
 
@@ -72,96 +78,100 @@ def _with(recipe: Recipe, texts: Sequence[str]) -> Recipe:
 
 @functools.lru_cache(maxsize=1024)
 def _parsed(text: str) -> tuple[str, str, Any]:
-    """Section (empty at the top), key and value of a `--set`."""
+    """Section (empty for a top-level field), key and value of a `--set`."""
     dotted, _, value = text.partition("=")
     section, _, key = dotted.rpartition(".")
     return section, key, yaml.safe_load(value)
 
 
 def shortest(recipe: Recipe, stage: str, shape: Shape, device: Device, limit: int, peak: Peak) -> tuple[Remedy, ...]:
-    """The shortest list that brings the peak under the limit; all that saves anything when none does.
+    """The shortest list of remedies with which the peak is within `limit` bytes; if none is enough, everything that saves memory.
 
-    Changes are taken in their order, each as mild as is enough, and those that a later one makes needless are taken out again.
+    Changes are added in order, each at the smallest sufficient level; changes that a later one makes unnecessary are removed.
     """
     chosen: list[_Chosen] = []
     changed, now = recipe, peak(recipe)
     for change in _changes(recipe, stage, device):
         if now <= limit:
             break
-        strength, after = _enough(changed, change, limit, peak)
+        level, after = _smallest_sufficient(changed, change, limit, peak)
         if after <= limit or now - after >= WORTH_SAYING:
-            chosen.append((change, strength))
-            changed, now = _with(changed, strength), after
+            chosen.append((change, level))
+            changed, now = _with(changed, level), after
     if now <= limit:
         chosen = _pruned(recipe, chosen, limit, peak)
-    return tuple(_priced(recipe, chosen, shape, device, peak))
+    return tuple(_with_savings(recipe, chosen, shape, device, peak))
 
 
 def alternatives(recipe: Recipe, stage: str, shape: Shape, device: Device, peak: Peak) -> tuple[Remedy, ...]:
-    """Every change alone, in its mildest strength, in the order of the list above: for a person to choose from."""
-    found: list[Remedy] = []
+    """Every change on its own, at its smallest level, in the order of `shortest`."""
+    remedies: list[Remedy] = []
     for change in _changes(recipe, stage, device):
-        found += _priced(recipe, [(change, change.strengths[0])], shape, device, peak)
-    return tuple(remedy for remedy in found if remedy.saves_bytes >= WORTH_SAYING)
+        remedies += _with_savings(recipe, [(change, change.levels[0])], shape, device, peak)
+    return tuple(remedy for remedy in remedies if remedy.saves_bytes >= WORTH_SAYING)
 
 
-def _enough(recipe: Recipe, change: _Change, limit: int, peak: Peak) -> tuple[tuple[str, ...], int]:
-    """The mildest strength that is enough, or the strongest, and the peak with it."""
-    for strength in change.strengths:
-        if (after := peak(_with(recipe, strength))) <= limit:
+def _smallest_sufficient(recipe: Recipe, change: _Change, limit: int, peak: Peak) -> tuple[tuple[str, ...], int]:
+    """The smallest sufficient level, or else the largest, and the peak with it in bytes."""
+    for level in change.levels:
+        if (after := peak(_with(recipe, level))) <= limit:
             break
-    return strength, after
+    return level, after
 
 
 def _pruned(recipe: Recipe, chosen: list[_Chosen], limit: int, peak: Peak) -> list[_Chosen]:
-    """Without the changes that are not needed; those that alter the result, and the dearest, are given up first."""
+    """The changes that are needed; those that alter the result, and the most costly, are removed first."""
     for entry in reversed(chosen):
         rest = [other for other in chosen if other is not entry]
-        if peak(_with(recipe, [text for _, strength in rest for text in strength])) <= limit:
-            return _pruned(recipe, rest, limit, peak)  # without it another may have become needless, that helped it
+        if peak(_with(recipe, [text for _, level in rest for text in level])) <= limit:
+            return _pruned(recipe, rest, limit, peak)  # another change may be unnecessary now
     return chosen
 
 
-def _priced(recipe: Recipe, chosen: Sequence[_Chosen], shape: Shape, device: Device, peak: Peak) -> Iterator[Remedy]:
+def _with_savings(
+    recipe: Recipe, chosen: Sequence[_Chosen], shape: Shape, device: Device, peak: Peak
+) -> Iterator[Remedy]:
     before = peak(recipe)
-    for change, strength in chosen:
-        changed = _with(recipe, strength)
+    for change, level in chosen:
+        changed = _with(recipe, level)
         after, factor = peak(changed), time_factor(recipe, changed, shape, device)
-        yield Remedy(strength, before - after, change.price, factor, change.same_result)
+        yield Remedy(level, before - after, change.cost, factor, change.same_result)
         recipe, before = changed, after
 
 
-# --- what can be changed ----------------------------------------------------------------------------------------------
+# --- possible changes ----------------------------------------------------------------------------------------------
 
 
 def _changes(recipe: Recipe, stage: str, device: Device) -> Iterator[_Change]:
-    """Everything that the stage honours, in the order in which to try it."""
+    """The changes that affect the stage, in the order in which to try them."""
     if stage == "serve":
         yield from _serving(recipe)
     elif stage in ("evaluate", "merge"):  # a merged model is measured as evaluate does
         yield from _answering(recipe)
     elif stage == "load":
-        yield from (change for change in _costly(recipe) if change.strengths == IN_4_BIT)
+        yield from (change for change in _result_changing(recipe) if change.levels == IN_4_BIT)
     elif stage == "train":
-        yield from _harmless(recipe, device)
-        yield from _costly(recipe)
+        yield from _result_keeping(recipe, device)
+        yield from _result_changing(recipe)
 
 
-def _harmless(recipe: Recipe, device: Device) -> Iterator[_Change]:
-    """At a constant effective batch, in the order of what they cost in time."""
+def _result_keeping(recipe: Recipe, device: Device) -> Iterator[_Change]:
+    """Changes that keep the effective batch size and the result, the fastest first."""
     if device.offloads and not recipe.train.optim.endswith("8bit"):
-        yield _Change("optimizer state in 8 bit, nearly the same", (("train.optim=paged_adamw_8bit",),))
+        yield _Change("8-bit optimizer state, nearly the same result", (("train.optim=paged_adamw_8bit",),))
     if recipe.quantization.load_in_4bit and not recipe.quantization.bnb_4bit_use_double_quant:
-        yield _Change("a little rounding of the absmax", (("quantization.bnb_4bit_use_double_quant=true",),))
+        yield _Change(
+            "slight rounding of the quantization constants", (("quantization.bnb_4bit_use_double_quant=true",),)
+        )
     yield from _smaller_batch(recipe)
     if not recipe.train.gradient_checkpointing:
-        yield _Change("each layer is computed twice", (("train.gradient_checkpointing=true",),))
+        yield _Change("the forward pass of each layer runs twice", (("train.gradient_checkpointing=true",),))
     if device.offloads and not recipe.train.activation_offloading:
-        yield _Change("activations travel to the host and back", (("train.activation_offloading=true",),))
+        yield _Change("activations are copied to the host and back", (("train.activation_offloading=true",),))
 
 
 def _smaller_batch(recipe: Recipe) -> Iterator[_Change]:
-    """The same batch in parts; a pack cannot be divided, so packs are made smaller and more of them accumulated."""
+    """The same batch in micro-batches. A pack cannot be divided, so packs get smaller and more of them are accumulated."""
     rows, steps = recipe.data.batch_tokens // recipe.data.max_length, recipe.train.gradient_accumulation_steps
     parts = [count for count in (2, 4, 8, 16, 32, MOST_PARTS) if count <= rows]
     sets: list[tuple[str, ...]]
@@ -176,19 +186,19 @@ def _smaller_batch(recipe: Recipe) -> Iterator[_Change]:
         yield _Change("smaller matrix products", tuple(sets))
 
 
-def _costly(recipe: Recipe) -> Iterator[_Change]:
-    """Changes that alter what is learnt."""
+def _result_changing(recipe: Recipe) -> Iterator[_Change]:
+    """Changes that alter the result."""
     if not recipe.quantization.load_in_4bit:
-        yield _Change("the base model is rounded to 4 bit", IN_4_BIT, same_result=False)
+        yield _Change("the base model is quantized to 4 bits", IN_4_BIT, same_result=False)
     yield from _halved("a smaller adapter", "lora.r", recipe.lora.r, SMALLEST_RANK, False)
     lengths = [recipe.data.max_length // n for n in (2, 4, 8) if recipe.data.max_length // n >= SMALLEST_LENGTH]
     sets = tuple((f"data.max_length={length}", *_shorter_batch(recipe, length)) for length in lengths)
     if sets:
-        yield _Change("longer rows are left out or cut", sets, same_result=False)
+        yield _Change("longer rows are dropped or truncated", sets, same_result=False)
 
 
 def _shorter_batch(recipe: Recipe, length: int) -> Iterator[str]:
-    """With shorter rows a batch need not hold more than one of them; the effective batch shrinks with it."""
+    """A batch of one row; this also reduces the effective batch size."""
     if recipe.data.batch_tokens > length:
         yield f"data.batch_tokens={length}"
 
@@ -200,7 +210,7 @@ def _answering(recipe: Recipe) -> Iterator[_Change]:
     lengths = [recipe.data.max_length // n for n in (2, 4, 8) if recipe.data.max_length // n >= SMALLEST_LENGTH]
     if lengths:
         sets = tuple((f"data.max_length={length}",) for length in lengths)
-        yield _Change("longer rows are left out or cut", sets, same_result=False)
+        yield _Change("longer rows are dropped or truncated", sets, same_result=False)
 
 
 def _serving(recipe: Recipe) -> Iterator[_Change]:
@@ -209,7 +219,7 @@ def _serving(recipe: Recipe) -> Iterator[_Change]:
     yield from _halved("shorter conversations", "serve.max_model_len", recipe.serve.max_model_len, least, False)
 
 
-def _halved(price: str, key: str, value: int, least: int, same: bool) -> Iterator[_Change]:
+def _halved(cost: str, key: str, value: int, least: int, same: bool) -> Iterator[_Change]:
     sizes: list[Any] = [value // n for n in (2, 4, 8, 16, 32) if value // n >= least]
     if sizes:
-        yield _Change(price, tuple((f"{key}={size}",) for size in sizes), same)
+        yield _Change(cost, tuple((f"{key}={size}",) for size in sizes), same)

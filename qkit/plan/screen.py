@@ -1,4 +1,4 @@
-"""The plan for a terminal: the verdict first, then the lines, the stages, the time, and what could be changed."""
+"""`qkit plan` for a terminal: the verdict first, then the items, the stages, the time, and possible changes."""
 
 from __future__ import annotations
 
@@ -20,46 +20,48 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def screen(found: Sheet) -> RenderableType:
-    """The whole sheet."""
+def screen(sheet: Sheet) -> RenderableType:
+    """Everything that `qkit plan` shows."""
     from rich.console import Group
     from rich.text import Text
 
-    style = "bold green" if found.made.fits else "bold red"
-    idle = [f"warning: {text}" for text in found.remarks]
-    refused = [f"warning: not deployable as {refusal.format}: {refusal.reason}" for refusal in found.refused]
+    style = "bold green" if sheet.plan.fits else "bold red"
     after = [
-        *idle,
-        *refused,
-        *([f"warning: {found.vocabulary}; `qkit inspect` says whether one comes up"] if found.vocabulary else []),
-        *_notes(found),
-        *_remedy_lines(found),
-        *_other_stages(found),
-        *_solved_lines(found.solved),
-        *_anchor_lines(found.anchors),
+        *(f"warning: {text}" for text in sheet.remarks),
+        *(f"warning: not deployable as {refusal.format}: {refusal.reason}" for refusal in sheet.refused),
+        *(
+            [f"warning: {sheet.vocabulary}; `qkit inspect` shows whether the data contains one"]
+            if sheet.vocabulary
+            else []
+        ),
+        *_notes(sheet),
+        *_remedy_lines(sheet),
+        *_other_stages(sheet),
+        *_solved_lines(sheet.solved),
+        *_anchor_lines(sheet.anchors),
     ]
-    drawn: list[RenderableType] = [
-        Text(verdict(found.made), style=style),
+    parts: list[RenderableType] = [
+        Text(verdict(sheet.plan), style=style),
         Text(),
-        _items(found.made),
+        _items(sheet.plan),
         Text(),
-        _stages(found),
+        _stages(sheet),
     ]
-    if found.lengths:
-        drawn += [Text(), Text(_percentiles(found.lengths)), choices(found.lengths)]
-    return Group(*drawn, *map(Text, after))
+    if sheet.lengths:
+        parts += [Text(), Text(_percentiles(sheet.lengths)), choices(sheet.lengths)]
+    return Group(*parts, *map(Text, after))
 
 
-def verdict(made: Plan) -> str:
-    """Whether it fits, in one line."""
-    if not made.fits:
-        return f"{made.stage} does not fit: {refusal(made)}"
-    needs = f"needs {gib(made.peak_bytes)} of {gib(made.device_bytes)} on {made.device}"
-    return f"{made.stage} fits: {needs}, {gib(made.device_bytes - made.peak_bytes)} to spare"
+def verdict(plan: Plan) -> str:
+    """Whether the plan fits, in one line."""
+    if not plan.fits:
+        return f"{plan.stage} does not fit: {refusal(plan)}"
+    needs = f"needs {gib(plan.peak_bytes)} of {gib(plan.device_bytes)} on {plan.device}"
+    return f"{plan.stage} fits: {needs}, {gib(plan.device_bytes - plan.peak_bytes)} to spare"
 
 
 def explanation(items: Sequence[MemoryItem]) -> RenderableType:
-    """The formula of a line, and of its parts, with the numbers in it."""
+    """The formulas of an item and of its parts, with their numbers."""
     from rich.console import Group
     from rich.text import Text
 
@@ -70,7 +72,7 @@ def explanation(items: Sequence[MemoryItem]) -> RenderableType:
 
 
 def _grid(*columns: tuple[str, bool]) -> Table:
-    """A table without a frame; the columns whose flag is set hold figures."""
+    """A table without a frame. `columns`: (heading, whether the column holds figures)."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -79,14 +81,14 @@ def _grid(*columns: tuple[str, bool]) -> Table:
     return table
 
 
-def _items(made: Plan) -> Table:
-    table = _grid(("line", False), ("GiB", True), ("how", False))
-    for item in made.items:
+def _items(plan: Plan) -> Table:
+    table = _grid(("line", False), ("GiB", True), ("formula", False))
+    for item in plan.items:
         table.add_row(item.name, _size(item), item.formula)
         for part in item.parts:
             table.add_row(f"  {part.name}", _size(part), part.formula, style="dim")
     table.add_row(
-        "peak", f"{made.peak_bytes / GIB:.2f}", f"of {made.device_bytes / GIB:.2f} on {made.device}", style="bold"
+        "peak", f"{plan.peak_bytes / GIB:.2f}", f"of {plan.device_bytes / GIB:.2f} on {plan.device}", style="bold"
     )
     return table
 
@@ -95,36 +97,36 @@ def _size(item: MemoryItem) -> str:
     return f"{'' if item.exact else '~'}{item.bytes / GIB:.2f}"
 
 
-def _stages(found: Sheet) -> Table:
+def _stages(sheet: Sheet) -> Table:
     table = _grid(("stage", False), ("GiB", True), ("largest lines", False))
-    for made in found.stages:
-        largest = sorted(made.items, key=lambda item: -item.bytes)[:2]
-        said = ", ".join(f"{item.name} {gib(item.bytes)}" for item in largest)
-        table.add_row(made.stage, f"~{made.peak_bytes / GIB:.2f}", said if made.fits else f"DOES NOT FIT; {said}")
+    for plan in sheet.stages:
+        largest = sorted(plan.items, key=lambda item: -item.bytes)[:2]
+        text = ", ".join(f"{item.name} {gib(item.bytes)}" for item in largest)
+        table.add_row(plan.stage, f"~{plan.peak_bytes / GIB:.2f}", text if plan.fits else f"DOES NOT FIT; {text}")
     return table
 
 
-def _notes(found: Sheet) -> Iterator[str]:
+def _notes(sheet: Sheet) -> Iterator[str]:
     yield ""
-    if not found.exact:
-        why = "its family is not known, or tokens are added that may find spare rows"
-        yield f"This model's parameters, and all that follows from them, are an estimate: {why}."
-    if found.comes_quantized:
-        size = gib(found.parameters * BASE_BYTES)
-        yield f"The base comes quantized ({found.comes_quantized}): it is dequantized once, on the host, to {size} in 16 bit in the cache."
-    counts = ", ".join(f"{count:,} of {length:,} tokens" for length, count in found.conversations)
-    yield f"{found.parameters:,} parameters. A server holds at once, in conversations: {counts}."
-    yield f"Gradient checkpointing is {'on' if found.checkpointing.on else 'off'}: {found.checkpointing.why}."
-    yield _pace(found.pace)
+    if not sheet.exact:
+        why = "the model family is unknown, or added tokens may use spare rows of the embedding"
+        yield f"The number of parameters, and everything derived from it, is an estimate: {why}."
+    if sheet.comes_quantized:
+        size = gib(sheet.parameters * BASE_BYTES)
+        yield f"The base model is quantized ({sheet.comes_quantized}): qkit dequantizes it once, on the host, to {size} in the cache."
+    counts = ", ".join(f"{count:,} of {length:,} tokens" for length, count in sheet.conversations)
+    yield f"{sheet.parameters:,} parameters. Conversations that a server holds at once: {counts}."
+    yield f"Gradient checkpointing is {'on' if sheet.checkpointing.on else 'off'}: {sheet.checkpointing.why}."
+    yield _pace(sheet.pace)
 
 
 def _pace(pace: Pace) -> str:
     if pace.tokens_per_second is None:
-        return f"Time is not known: {pace.how}."
+        return f"Training time is unknown: {pace.basis}."
     most, least = ("at most ", "at least ") if pace.bound else ("", "")
-    text = f"Training: {most}{pace.tokens_per_second:,.0f} tokens/s ({pace.how})"
+    text = f"Training: {most}{pace.tokens_per_second:,.0f} tokens/s ({pace.basis})"
     if pace.seconds is None:
-        return f"{text}; how many tokens there are is known once the data stage has run, or with train.max_steps."
+        return f"{text}; the number of tokens is known after the data stage, or with train.max_steps."
     return f"{text}; {pace.tokens:,} tokens in {pace.steps:,} steps take {least}{_duration(pace.seconds)}."
 
 
@@ -134,30 +136,30 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _remedy_lines(found: Sheet) -> Iterator[str]:
-    if found.made.remedies:
+def _remedy_lines(sheet: Sheet) -> Iterator[str]:
+    if sheet.plan.remedies:
         yield ""
-        yield " ".join(f"--set {text}" for remedy in found.made.remedies for text in remedy.set)
-        yield from map(_remedy, found.made.remedies)
-    chosen = {remedy.set for remedy in found.made.remedies}
-    if others := [remedy for remedy in found.alternatives if remedy.set not in chosen]:
-        yield "each alone:"
+        yield " ".join(f"--set {text}" for remedy in sheet.plan.remedies for text in remedy.set)
+        yield from map(_remedy, sheet.plan.remedies)
+    chosen = {remedy.set for remedy in sheet.plan.remedies}
+    if others := [remedy for remedy in sheet.alternatives if remedy.set not in chosen]:
+        yield "Alternatives, each on its own:"
         yield from map(_remedy, others)
 
 
-def _other_stages(found: Sheet) -> Iterator[str]:
-    """What to do for the further stages that do not fit."""
-    for made in found.short:
-        if made.stage != found.made.stage:
+def _other_stages(sheet: Sheet) -> Iterator[str]:
+    """Remedies for the other stages that do not fit."""
+    for plan in sheet.short:
+        if plan.stage != sheet.plan.stage:
             yield ""
-            yield verdict(made)
-            if made.peak_bytes - sum(remedy.saves_bytes for remedy in made.remedies) <= made.device_bytes:
-                yield " ".join(f"--set {text}" for remedy in made.remedies for text in remedy.set)
+            yield verdict(plan)
+            if plan.peak_bytes - sum(remedy.saves_bytes for remedy in plan.remedies) <= plan.device_bytes:
+                yield " ".join(f"--set {text}" for remedy in plan.remedies for text in remedy.set)
 
 
 def _remedy(remedy: Remedy) -> str:
-    kept = "same result" if remedy.same_result else "another result"
-    return f"  {' '.join(remedy.set)}  saves {gib(remedy.saves_bytes)}, {remedy.time_factor:.2f} times the time, {kept}: {remedy.price}"
+    result = "same result" if remedy.same_result else "different result"
+    return f"  {' '.join(remedy.set)}  saves {gib(remedy.saves_bytes)}, {remedy.time_factor:.2f} times the time, {result}: {remedy.cost}"
 
 
 def _solved_lines(solved: Solved | None) -> Iterator[str]:
@@ -175,7 +177,7 @@ def _anchor_lines(anchors: Sequence[Anchor]) -> Iterator[str]:
     for anchor in anchors:
         line = f"{anchor.fixed_bytes / 1e9:.3f} GB + {anchor.bytes_per_token / 1e6:.4f} MB per token"
         yield ""
-        yield f"{anchor.name}, published for rank 32 and one row: {line} = {gib(anchor.peak_bytes)}; here {gib(anchor.ours_bytes)}"
+        yield f"{anchor.name}, published for rank 32 and batch 1: {line} = {gib(anchor.peak_bytes)}; qkit {gib(anchor.ours_bytes)}"
         if anchor.why:
             yield f"  {anchor.why}"
 
@@ -185,7 +187,7 @@ def _percentiles(lengths: LengthTable) -> str:
 
 
 def choices(lengths: LengthTable) -> Table:
-    """What each choice of data.max_length keeps of the rows, and what it needs."""
+    """The choices of data.max_length: the rows that each keeps, and the memory and time that it needs."""
     table = _grid(("max_length", True), ("rows", True), ("tokens with loss", True), ("GiB", True), ("time", True))
     for choice in lengths.choices:
         table.add_row(

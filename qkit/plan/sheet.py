@@ -1,4 +1,4 @@
-"""All that `qkit plan` answers, gathered: the plan of training, the other stages, the time, the rows, and what to change."""
+"""Everything that `qkit plan` shows: the plan of training, the other stages, time, row lengths, and changes that make it fit."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from qkit.plan.speed import Pace
 from qkit.recipe import idle, load, schedule, schema
 from qkit.recipe.schema import Recipe
 
-CONVERSATIONS = (1024, 4096, 16384)  # tokens; how many of each a server holds is said
+CONVERSATIONS = (1024, 4096, 16384)  # lengths in tokens, for the number of conversations that a server holds at once
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A plan and what belongs to it. `made`: the higher of load and train. `conversations`: (tokens, how many at once).
+    """The answers of `qkit plan`. `plan`: of load or train, whichever needs more. `conversations`: (tokens, how many at once).
 
-    `refused`: the formats of the recipe that could not be made of this model, or not be loaded where they go.
+    `refused`: export formats of the recipe that do not support this model, or do not load in their runtime.
     """
 
-    made: Plan
+    plan: Plan
     checkpointing: Checkpointing
     exact: bool
     parameters: int
@@ -49,9 +49,9 @@ class Sheet:
     anchors: tuple[Anchor, ...]
     solved: Solved | None
     refused: tuple[Refusal, ...]
-    comes_quantized: str | None  # how the base is quantized as it comes
-    remarks: tuple[str, ...]  # on values of the recipe that nothing will use, and on a mixture of experts
-    vocabulary: str | None = None  # tokens that the model has no row for
+    comes_quantized: str | None  # the quantization method of the base model as downloaded
+    remarks: tuple[str, ...]  # warnings about recipe values without effect, and about the model
+    vocabulary: str | None = None  # a warning about tokens without a row in the embedding
 
     @property
     def short(self) -> tuple[Plan, ...]:
@@ -60,27 +60,30 @@ class Sheet:
 
 
 def sheet(
-    how: Recipe, device: Device | None = None, lengths: Sequence[Sequence[int]] = (), ask: Question | None = None
+    recipe: Recipe,
+    device: Device | None = None,
+    lengths: Sequence[Sequence[int]] = (),
+    question: Question | None = None,
 ) -> Sheet:
-    """Everything about a recipe on a device, by default this machine's. `lengths`: of the training rows, where they are known.
+    """Everything about a recipe on a device, by default that of this machine. `lengths`: of the training rows, as in solve.length_table.
 
     Raises:
-        RecipeError: the training is too short for its schedule.
-        ModelError: the model's shape cannot be had, or it is quantized in a way that is not dequantized here.
+        RecipeError: training is too short for its schedule.
+        ModelError: the shape of the model cannot be determined, or qkit cannot dequantize the model.
     """
     device = device or detect()
-    shape, labelled = shape_of(how.model), solve.labelled_of(lengths, how)
-    asked, checkpointing = how, plan_plan.checkpointing(how, device, labelled)
-    how = plan_plan.decided(how, device, labelled)
-    stages = plan_plan.stages(how, device, labelled)
-    if (steps := schedule.planned_steps(how, lengths)) is not None:
-        schedule.check(how.train, steps)
-    made = max(stages[:2], key=lambda stage: stage.peak_bytes)
+    shape, labelled = shape_of(recipe.model), solve.labelled_of(lengths, recipe)
+    undecided, checkpointing = recipe, plan_plan.checkpointing(recipe, device, labelled)
+    recipe = plan_plan.decided(recipe, device, labelled)
+    stages = plan_plan.stages(recipe, device, labelled)
+    if (steps := schedule.planned_steps(recipe, lengths)) is not None:
+        schedule.check(recipe.train, steps)
+    plan = max(stages[:2], key=lambda stage: stage.peak_bytes)
     serve = stages[-1]
-    rows = speed.kept(lengths, how.data.max_length) if lengths else None
-    pace = speed.pace(how, shape, device, rows)
+    rows = speed.kept(lengths, recipe.data.max_length) if lengths else None
+    pace = speed.pace(recipe, shape, device, rows)
     return Sheet(
-        made=made,
+        plan=plan,
         checkpointing=checkpointing,
         exact=shape.exact,
         parameters=parameters(shape),
@@ -90,45 +93,45 @@ def sheet(
             for length in CONVERSATIONS
         ),
         pace=replace(pace, steps=steps or pace.steps),
-        lengths=solve.length_table(lengths, asked, device) if lengths else None,
-        alternatives=() if made.fits else plan_plan.alternatives(how, made, device, labelled),
-        anchors=published.anchors(how, device),
-        solved=solve.solve(asked, ask, device=device) if ask else None,
-        refused=deployable.refusals(how),
-        remarks=(*(text for _, text in idle.remarks(how)), *remarks(how, shape)),
-        comes_quantized=prequantized.method(config_of(how.model)),
-        vocabulary=model_vocabulary.without_a_row(how.model),
+        lengths=solve.length_table(lengths, undecided, device) if lengths else None,
+        alternatives=() if plan.fits else plan_plan.alternatives(recipe, plan, device, labelled),
+        anchors=published.anchors(recipe, device),
+        solved=solve.solve(undecided, question, device=device) if question else None,
+        refused=deployable.refusals(recipe),
+        remarks=(*(text for _, text in idle.remarks(recipe)), *remarks(recipe, shape)),
+        comes_quantized=prequantized.method(config_of(recipe.model)),
+        vocabulary=model_vocabulary.without_a_row(recipe.model),
     )
 
 
-def to_dict(found: Sheet) -> dict[str, Any]:
-    """The sheet as a JSON document: the plan's own keys on top."""
+def to_dict(sheet: Sheet) -> dict[str, Any]:
+    """The sheet for `--json`, with the keys of the plan at the top level."""
     entry = {
-        **plan_plan.to_dict(found.made),
-        "checkpointing": asdict(found.checkpointing),
-        "exact": found.exact,
-        "parameters": found.parameters,
+        **plan_plan.to_dict(sheet.plan),
+        "checkpointing": asdict(sheet.checkpointing),
+        "exact": sheet.exact,
+        "parameters": sheet.parameters,
         "stages": [
             {
                 **{key: getattr(stage, key) for key in ("stage", "peak_bytes", "device_bytes", "fits")},
-                "remedies": [asdict(remedy) for remedy in stage.remedies],
+                "remedies": [remedy.to_dict() for remedy in stage.remedies],
                 "refusal": "" if stage.fits else plan_plan.refusal(stage),
             }
-            for stage in found.stages
+            for stage in sheet.stages
         ],
-        "conversations": [{"tokens": length, "at_once": count} for length, count in found.conversations],
-        "time_seconds": found.pace.seconds,
-        "time": asdict(found.pace),
-        "lengths": asdict(found.lengths) if found.lengths else None,
-        "alternatives": [asdict(remedy) for remedy in found.alternatives],
-        "anchors": [asdict(anchor) for anchor in found.anchors],
-        "remarks": list(found.remarks),
-        "comes_quantized": found.comes_quantized,
-        "not_deployable": [asdict(refusal) for refusal in found.refused],
-        "vocabulary": found.vocabulary,
+        "conversations": [{"tokens": length, "at_once": count} for length, count in sheet.conversations],
+        "time_seconds": sheet.pace.seconds,
+        "time": sheet.pace.to_dict(),
+        "lengths": asdict(sheet.lengths) if sheet.lengths else None,
+        "alternatives": [remedy.to_dict() for remedy in sheet.alternatives],
+        "anchors": [asdict(anchor) for anchor in sheet.anchors],
+        "remarks": list(sheet.remarks),
+        "comes_quantized": sheet.comes_quantized,
+        "not_deployable": [asdict(refusal) for refusal in sheet.refused],
+        "vocabulary": sheet.vocabulary,
     }
-    if found.solved:
-        answer = found.solved
+    if sheet.solved:
+        answer = sheet.solved
         entry["solved"] = answer.value
         entry["solution"] = {
             "question": answer.question,
@@ -138,17 +141,17 @@ def to_dict(found: Sheet) -> dict[str, Any]:
     return entry
 
 
-def explain(found: Sheet, line: str) -> tuple[MemoryItem, ...]:
-    """The items called `line`, with their parts, of every stage that has one: training's first.
+def explain(sheet: Sheet, line: str) -> tuple[MemoryItem, ...]:
+    """The item called `line` and its parts, of training or else of the first stage that has one.
 
     Raises:
-        RecipeError: no stage has such a line.
+        RecipeError: no stage has an item of this name.
     """
-    order = [found.made, *(stage for stage in found.stages if stage.stage != found.made.stage)]
-    chosen = next((item for made in order for item in made.items if item.name == line), None)
+    order = [sheet.plan, *(stage for stage in sheet.stages if stage.stage != sheet.plan.stage)]
+    chosen = next((item for plan in order for item in plan.items if item.name == line), None)
     if chosen is None:
-        names = dict.fromkeys(item.name for made in order for item in made.items)
-        raise RecipeError(f"--explain {line}: the plan has no such line; it has {', '.join(names)}")
+        names = dict.fromkeys(item.name for plan in order for item in plan.items)
+        raise RecipeError(f"--explain {line}: not a line of the plan; must be one of {', '.join(names)}")
     return chosen, *chosen.parts
 
 
@@ -157,7 +160,7 @@ QUANTIZATIONS = ("nf4-double", "nf4", "fp4-double", "fp4", "bf16")
 
 @dataclass(frozen=True)
 class Options:
-    """What stands in the place of a recipe on the command line. None: as a recipe would have it by default."""
+    """Options of the command line in place of a recipe. None: the recipe's default."""
 
     model: str
     quantization: str | None = None
@@ -167,10 +170,10 @@ class Options:
 
 
 def recipe_for(options: Options, overrides: Sequence[str]) -> Recipe:
-    """The recipe that `--model` and its companions describe: `batch` rows of `length` tokens.
+    """The recipe that `--model` and its options describe: batches of `batch` rows of `length` tokens.
 
     Raises:
-        RecipeError: the quantization is not known, or a value or an override is wrong.
+        RecipeError: the quantization is unknown, or a value or an override is not valid.
     """
     raw: dict[str, Any] = {"task": "chat", "model": {"source": source_of(options.model)}, "data": {}}
     if options.quantization:
@@ -184,7 +187,7 @@ def recipe_for(options: Options, overrides: Sequence[str]) -> Recipe:
 
 def _quantized(name: str) -> dict[str, Any]:
     if name not in QUANTIZATIONS:
-        raise RecipeError(f"--quantization {name}: there are {', '.join(QUANTIZATIONS)}")
+        raise RecipeError(f"--quantization {name}: must be one of {', '.join(QUANTIZATIONS)}")
     if name == "bf16":
         return {"quantization": {"load_in_4bit": False}, "merge": {"base": "16bit"}}
     kind, _, double = name.partition("-")
@@ -192,10 +195,10 @@ def _quantized(name: str) -> dict[str, Any]:
 
 
 def lengths_of(target: Path | None) -> list[list[int]]:
-    """Lengths of the training rows that the data stage has written: in the run directory, or in that of the recipe's name."""
+    """Lengths of the training rows, as the data stage wrote them to the run directory, given as such or by its recipe; [] if it has not run."""
     if target is None:
         return []
     root = target if target.is_dir() else Path("runs") / target.stem
     file = root / "data" / "summary.json"
-    found: list[list[int]] = read_json(file).get("lengths", []) if file.is_file() else []
-    return found
+    lengths: list[list[int]] = read_json(file).get("lengths", []) if file.is_file() else []
+    return lengths

@@ -1,4 +1,4 @@
-"""The plan asked backwards: the longest rows, the largest batch or rank, the smallest card."""
+"""`qkit plan --solve`: the longest rows, the largest batch or rank that fit, or the smallest card. And the choices of data.max_length."""
 
 from __future__ import annotations
 
@@ -18,15 +18,12 @@ Question = Literal["max_length", "batch", "rank", "card"]
 QUESTIONS: tuple[Question, ...] = ("max_length", "batch", "rank", "card")
 LENGTH_STEP = 16  # rows are padded to a multiple of this
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-LONGEST = 2**22  # no search goes further
-
-
-# --- asking the other way round ---------------------------------------------------------------------------------------
+LONGEST = 2**22  # the upper end of every search
 
 
 @dataclass(frozen=True)
 class Solved:
-    """The answer to `--solve`. `value`: tokens, rows, a rank, or a card's name; None: there is none that fits."""
+    """The answer to `--solve`. `value`: tokens, rows, a rank, or the name of a card; None: nothing fits. `set`: the `--set` values for it."""
 
     question: str
     value: int | str | None
@@ -35,7 +32,7 @@ class Solved:
 
 
 def solve(recipe: Recipe, question: Question, device_bytes: int | None = None, device: Device | None = None) -> Solved:
-    """The longest row (one to a batch), the most rows of full length in a batch, the highest rank, or the smallest card that fits."""
+    """The longest row (one per batch), the most rows of full length per batch, the highest rank, or the smallest card that fits."""
     device = device or detect()
     if question == "card":
         return _smallest_card(recipe)
@@ -44,9 +41,9 @@ def solve(recipe: Recipe, question: Question, device_bytes: int | None = None, d
     peak = peak_of(shape, device, "train", None)
     setter = {"max_length": with_length, "batch": _with_rows, "rank": _with_rank}[question]
     scale = LENGTH_STEP if question == "max_length" else 1
-    most = min(LONGEST, shape.positions or LONGEST) if question == "max_length" else LONGEST
+    largest = min(LONGEST, shape.positions or LONGEST) if question == "max_length" else LONGEST
     count = _largest_that_fits(
-        lambda n: peak(apply(recipe, (Remedy(setter(recipe, n * scale), 0, ""),))) <= limit, most // scale
+        lambda n: peak(apply(recipe, (Remedy(setter(recipe, n * scale), 0, ""),))) <= limit, largest // scale
     )
     if count == 0:
         return Solved(question, None, (), None)
@@ -55,18 +52,19 @@ def solve(recipe: Recipe, question: Question, device_bytes: int | None = None, d
 
 
 def question(text: str | None) -> Question | None:
-    """What --solve asks for.
+    """Parse the value of --solve.
 
     Raises:
-        RecipeError: it cannot be solved for.
+        RecipeError: the value is not one of QUESTIONS.
     """
-    found = next((known for known in QUESTIONS if known == text), None)
-    if text is not None and found is None:
-        raise RecipeError(f"--solve {text}: there are {', '.join(QUESTIONS)}")
-    return found
+    parsed = next((known for known in QUESTIONS if known == text), None)
+    if text is not None and parsed is None:
+        raise RecipeError(f"--solve {text}: must be one of {', '.join(QUESTIONS)}")
+    return parsed
 
 
 def with_length(recipe: Recipe, length: int) -> tuple[str, ...]:
+    """The `--set` values for batches of one row of `length` tokens."""
     return f"data.max_length={length}", f"data.batch_tokens={length}"
 
 
@@ -79,7 +77,7 @@ def _with_rank(recipe: Recipe, rank: int) -> tuple[str, ...]:
 
 
 def _largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
-    """The largest count up to `most` for which `fits` holds, given that more never needs less; 0 when there is none."""
+    """The largest count up to `most` for which `fits` holds; 0 if there is none. If a count fits, all smaller counts must fit too."""
     if not fits(1):
         return 0
     low, high = 1, 2
@@ -94,18 +92,18 @@ def _largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
 
 def _smallest_card(recipe: Recipe) -> Solved:
     for card in sorted(gpus.CARDS.values(), key=lambda card: card.memory_bytes):
-        made = plan(recipe, device=gpus.device(card.name))
-        if made.fits:
-            return Solved("card", card.name, (), made)
+        planned = plan(recipe, device=gpus.device(card.name))
+        if planned.fits:
+            return Solved("card", card.name, (), planned)
     return Solved("card", None, (), None)
 
 
-# --- what the rows say ------------------------------------------------------------------------------------------------
+# --- choices of data.max_length ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LengthChoice:
-    """What one choice of data.max_length keeps and needs. `labelled`: tokens that carry loss."""
+    """One choice of data.max_length: the rows and tokens with loss (`labelled`) that it keeps, and the memory and seconds that it needs."""
 
     max_length: int
     rows: int
@@ -126,53 +124,53 @@ class LengthTable:
 
 
 def length_table(lengths: Sequence[Sequence[int]], recipe: Recipe, device: Device) -> LengthTable:
-    """What each choice of data.max_length keeps of the rows, and what it needs.
+    """The rows that each choice of data.max_length keeps, and the memory and time that it needs.
 
-    `lengths`: sorted [tokens, rows, labelled tokens], one entry for each length, before the rule for long rows. Rows beyond a choice count
-    as left out. A choice above the recipe's own batch raises the batch to one such row.
+    `lengths`: sorted [tokens, rows, labelled tokens], one entry per length, before long rows are dropped or cut. Rows longer than a choice
+    count as dropped. A choice above the recipe's batch_tokens raises these to one such row.
     """
-    longest, everything = lengths[-1][0], speed.kept(lengths, lengths[-1][0])
+    longest, all_rows = lengths[-1][0], speed.kept(lengths, lengths[-1][0])
     marks = [length for length in LENGTHS if length < longest]
-    ends = [*marks, next((length for length in LENGTHS if length >= longest), longest)]
+    choices = [*marks, next((length for length in LENGTHS if length >= longest), longest)]
     shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     return LengthTable(
         {name: percentile(lengths, share) for name, share in shares.items()},
-        tuple(_choice(lengths, everything, length, recipe, device) for length in ends),
+        tuple(_choice(lengths, all_rows, length, recipe, device) for length in choices),
     )
 
 
 def labelled_of(lengths: Sequence[Sequence[int]], recipe: Recipe) -> int | None:
-    """Tokens of a batch that carry loss, at the share of the rows' length that has most; None when no rows are known."""
+    """Tokens with loss in a batch whose rows all have the length with the largest share of them; None if the rows are unknown."""
     shares = [labelled / (tokens * rows) for tokens, rows, labelled in lengths if tokens <= recipe.data.max_length]
     return round(max(shares) * recipe.data.batch_tokens) if shares else None
 
 
 def percentile(lengths: Sequence[Sequence[int]], share: float) -> int:
-    """The length in tokens that at least this share of the rows do not exceed."""
-    wanted, seen = share * sum(rows for _, rows, _ in lengths), 0
+    """The smallest length in tokens that at least this share of the rows do not exceed."""
+    wanted, counted = share * sum(rows for _, rows, _ in lengths), 0
     for tokens, rows, _ in lengths:
-        seen += rows
-        if seen >= wanted:
+        counted += rows
+        if counted >= wanted:
             return tokens
     return lengths[-1][0]
 
 
 def _choice(
-    lengths: Sequence[Sequence[int]], everything: speed.Rows, length: int, recipe: Recipe, device: Device
+    lengths: Sequence[Sequence[int]], all_rows: speed.Rows, length: int, recipe: Recipe, device: Device
 ) -> LengthChoice:
     shape, rows = shape_of(recipe.model), speed.kept(lengths, length)
     batch = max(length, recipe.data.batch_tokens)
-    how = apply(recipe, (Remedy((f"data.max_length={length}", f"data.batch_tokens={batch}"), 0, ""),))
-    labelled = labelled_of(lengths, how)
-    how = decided(how, device, labelled)
-    peak = peak_of(shape, device, "train", labelled)(how)
+    changed = apply(recipe, (Remedy((f"data.max_length={length}", f"data.batch_tokens={batch}"), 0, ""),))
+    labelled = labelled_of(lengths, changed)
+    changed = decided(changed, device, labelled)
+    peak = peak_of(shape, device, "train", labelled)(changed)
     return LengthChoice(
         max_length=length,
         rows=rows.rows,
-        rows_share=rows.rows / everything.rows,
+        rows_share=rows.rows / all_rows.rows,
         labelled=rows.labelled,
-        labelled_share=rows.labelled / everything.labelled if everything.labelled else 0.0,
+        labelled_share=rows.labelled / all_rows.labelled if all_rows.labelled else 0.0,
         peak_bytes=peak,
         fits=peak <= gpus.usable_bytes(device),
-        seconds=speed.pace(how, shape, device, rows).seconds,
+        seconds=speed.pace(changed, shape, device, rows).seconds,
     )

@@ -1,16 +1,17 @@
-"""How long training takes: what a card can do at best, and what this machine was seen to do.
+"""Training time: a lower bound from the card's data sheet, or an estimate from earlier runs on this machine.
 
-The bound counts the arithmetic and the weights' way through memory, and nothing else: a step takes at least as long. Once a run has been
-trained here its speed is remembered as arithmetic per second, and the next plan for this machine is made with that.
+The bound counts FLOPs and reads of the weights only, so a step takes at least as long. After a run, its speed is stored in FLOP/s, and later
+plans for the same device use that instead.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from qkit.core.device import Device
 from qkit.core.files import read_json, write_json
@@ -20,68 +21,75 @@ from qkit.plan import gpus
 from qkit.plan.fixed_memory import adapter_sizes, weight_bytes
 from qkit.recipe.schema import Recipe
 
-REMEMBERED = 8  # runs by device; the middle one counts
+REMEMBERED = 8  # runs per device; their median is used
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Time of training. `bound`: the least that it can take; else as runs on this machine went. None: cannot be known."""
+    """Training speed and time in seconds; None: unknown. `bound`: a lower bound on time, else an estimate. `basis`: its source."""
 
     tokens_per_second: float | None
     tokens: int | None
     steps: int | None
     seconds: float | None
     bound: bool
-    how: str
+    basis: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`, where the basis is called "how"."""
+        fields = asdict(self)
+        return {"how" if name == "basis" else name: value for name, value in fields.items()}
 
 
-def flops_per_token(how: Recipe, shape: Shape, labelled_share: float = 1.0) -> float:
-    """Operations to train on one token: forward, and backward through frozen weights, which need no gradient of their own.
+def flops_per_token(recipe: Recipe, shape: Shape, labelled_share: float = 1.0) -> float:
+    """FLOPs to train on one token: the forward pass, and the backward pass, which computes no gradients of frozen weights.
 
-    Two for each weight and pass; checkpointing passes forward twice. The adapter's weights have gradients of their own. Attention under a
-    causal mask sees half of a row. `labelled_share`: of the tokens, those that the head is applied to.
+    Each pass takes two FLOPs per weight; with checkpointing, the forward pass runs twice. Gradients of the adapter's weights are computed as
+    well. Under a causal mask, a token attends to half of a row on average. `labelled_share`: share of the tokens that the head runs on.
     """
-    passes = 3 if how.train.gradient_checkpointing else 2
+    passes = 3 if recipe.train.gradient_checkpointing else 2
     active = linear_parameters(shape) + len(shape.sparse) * shape.active_experts * 3 * shape.hidden * shape.expert_width
     head = 2 * 2 * shape.vocabulary * shape.hidden * labelled_share
-    adapter = 2 * (passes + 1) * sum(adapter_sizes(how, shape))
-    seen = min(how.data.max_length, shape.window or how.data.max_length) / 2
-    attention = shape.layers * 2 * 2 * shape.attention * seen * (passes + 1)  # its backward has twice the products
+    adapter = 2 * (passes + 1) * sum(adapter_sizes(recipe, shape))
+    attended = min(recipe.data.max_length, shape.window or recipe.data.max_length) / 2
+    attention = (
+        shape.layers * 2 * 2 * shape.attention * attended * (passes + 1)
+    )  # its backward pass has twice the products
     return 2 * passes * active + head + adapter + attention
 
 
-def batch_seconds(how: Recipe, shape: Shape, card: gpus.Card, labelled_share: float = 1.0) -> float | None:
-    """The least time of one batch on a card; None for a card without bf16.
+def batch_seconds(recipe: Recipe, shape: Shape, card: gpus.Card, labelled_share: float = 1.0) -> float | None:
+    """A lower bound on the seconds per batch on a card; None for a card without bf16.
 
-    In each pass of each part of a batch all weights are read; 4-bit ones are written and read in bf16 as well.
+    Each pass of each micro-batch reads all weights; 4-bit weights are also written and read in bf16.
     """
     if card.bf16_flops is None:
         return None
-    passes = (3 if how.train.gradient_checkpointing else 2) * how.micro_batches
-    unpacked = 2 * 2 * linear_parameters(shape) if how.quantization.load_in_4bit else 0
-    arithmetic = how.data.batch_tokens * flops_per_token(how, shape, labelled_share) / card.bf16_flops
-    return max(arithmetic, passes * (weight_bytes(how, shape) + unpacked) / card.bandwidth)
+    passes = (3 if recipe.train.gradient_checkpointing else 2) * recipe.micro_batches
+    unpacked = 2 * 2 * linear_parameters(shape) if recipe.quantization.load_in_4bit else 0
+    arithmetic = recipe.data.batch_tokens * flops_per_token(recipe, shape, labelled_share) / card.bf16_flops
+    return max(arithmetic, passes * (weight_bytes(recipe, shape) + unpacked) / card.bandwidth)
 
 
 def time_factor(before: Recipe, after: Recipe, shape: Shape, device: Device) -> float:
-    """How many times as long training takes with a changed recipe, token for token."""
+    """Training time per token with the recipe `after`, as a multiple of that with `before`."""
     card = gpus.find(device)
     if card is not None and card.bf16_flops is not None:
-        seconds = [batch_seconds(how, shape, card) for how in (before, after)]
-        each = [time / how.data.batch_tokens for time, how in zip(seconds, (before, after), strict=True) if time]
+        seconds = [batch_seconds(recipe, shape, card) for recipe in (before, after)]
+        each = [time / recipe.data.batch_tokens for time, recipe in zip(seconds, (before, after), strict=True) if time]
         return each[1] / each[0]
     return flops_per_token(after, shape) / flops_per_token(before, shape)
 
 
-def pace(how: Recipe, shape: Shape, device: Device, rows: Rows | None) -> Pace:
-    """Speed and time of training: as remembered for this device, else the card's bound."""
+def pace(recipe: Recipe, shape: Shape, device: Device, rows: Rows | None) -> Pace:
+    """Speed and time of training: estimated from earlier runs on this device, else the bound of the card."""
     share = rows.labelled / rows.tokens if rows and rows.tokens else 1.0
-    flops = flops_per_token(how, shape, share)
-    tokens, steps = _work(how, rows)
-    if (seen := remembered(device)) is not None:
-        speed, bound, said = seen / flops, False, f"{seen / 1e9:,.0f} GFLOP/s in earlier runs here"
-    elif (card := gpus.find(device)) is not None and (least := batch_seconds(how, shape, card, share)):
-        speed, bound, said = how.data.batch_tokens / least, True, _bound(card)
+    flops = flops_per_token(recipe, shape, share)
+    tokens, steps = _work(recipe, rows)
+    if (earlier := remembered(device)) is not None:
+        speed, bound, basis = earlier / flops, False, f"{earlier / 1e9:,.0f} GFLOP/s in earlier runs here"
+    elif (card := gpus.find(device)) is not None and (least := batch_seconds(recipe, shape, card, share)):
+        speed, bound, basis = recipe.data.batch_tokens / least, True, _bound(card)
     else:
         return Pace(
             None,
@@ -89,21 +97,21 @@ def pace(how: Recipe, shape: Shape, device: Device, rows: Rows | None) -> Pace:
             steps,
             None,
             True,
-            f"no run has been trained on {gpus.title(device)} yet, and it is no known card",
+            f"no earlier run on {gpus.title(device)}, and its data sheet is not known",
         )
     return Pace(
-        speed, tokens, steps, tokens / speed if tokens else None, bound, f"{said}; {flops / 1e9:,.2f} GFLOP per token"
+        speed, tokens, steps, tokens / speed if tokens else None, bound, f"{basis}; {flops / 1e9:,.2f} GFLOP per token"
     )
 
 
 def _bound(card: gpus.Card) -> str:
     tflops = (card.bf16_flops or 0) / 1e12
-    return f"at least: the {card.title} does {tflops:,.0f} TFLOP/s in bf16 and moves {card.bandwidth / 1e9:,.0f} GB/s"
+    return f"lower bound: {card.title}, {tflops:,.0f} TFLOP/s in bf16, {card.bandwidth / 1e9:,.0f} GB/s"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The training rows that a recipe keeps, and their tokens."""
+    """The number of training rows that a recipe keeps, their tokens, and their tokens with loss."""
 
     rows: int
     tokens: int
@@ -120,42 +128,42 @@ def kept(lengths: Sequence[Sequence[int]], max_length: int) -> Rows:
     )
 
 
-def _work(how: Recipe, rows: Rows | None) -> tuple[int | None, int | None]:
-    """Tokens and optimizer steps of a run: as many as max_steps says, or the epochs over the rows, if these are known."""
-    step = how.data.batch_tokens * how.train.gradient_accumulation_steps
-    if how.train.max_steps > 0:
-        return how.train.max_steps * step, how.train.max_steps
+def _work(recipe: Recipe, rows: Rows | None) -> tuple[int | None, int | None]:
+    """Tokens and optimizer steps of a run, from max_steps or from the epochs over the rows; None if neither is known."""
+    step = recipe.data.batch_tokens * recipe.train.gradient_accumulation_steps
+    if recipe.train.max_steps > 0:
+        return recipe.train.max_steps * step, recipe.train.max_steps
     if rows is None:
         return None, None
-    tokens = round(rows.tokens * how.train.num_train_epochs)
+    tokens = round(rows.tokens * recipe.train.num_train_epochs)
     return tokens, max(1, -(-tokens // step))
 
 
-# --- what was seen ----------------------------------------------------------------------------------------------------
+# --- earlier runs ----------------------------------------------------------------------------------------------------
 
 
-def remember(how: Recipe, shape: Shape, device: Device, tokens_per_second: float, labelled_share: float) -> None:
-    """Keep the speed of a finished training for plans to come. `tokens_per_second`: real ones, padding left out."""
+def remember(recipe: Recipe, shape: Shape, device: Device, tokens_per_second: float, labelled_share: float) -> None:
+    """Store the speed of a finished training run for later plans. `tokens_per_second`: without padding."""
     record = _records()
-    seen = [*record.get(device.name, []), tokens_per_second * flops_per_token(how, shape, labelled_share)]
+    speeds = [*record.get(device.name, []), tokens_per_second * flops_per_token(recipe, shape, labelled_share)]
     file = _file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {**record, device.name: seen[-REMEMBERED:]})
+    write_json(file, {**record, device.name: speeds[-REMEMBERED:]})
 
 
 def remembered(device: Device) -> float | None:
-    """Operations per second of earlier trainings on a device of this name; None when there was none."""
-    seen = _records().get(device.name)
-    return median(seen) if seen else None
+    """Median FLOP/s of earlier training runs on a device of this name; None if there were none."""
+    speeds = _records().get(device.name)
+    return median(speeds) if speeds else None
 
 
 def _records() -> dict[str, list[float]]:
-    """A record that cannot be read is no record: it is written anew by the next run."""
+    """FLOP/s of earlier runs by device name. A file that cannot be read counts as missing; the next run replaces it."""
     try:
-        loaded: dict[str, list[float]] = read_json(_file())
+        records: dict[str, list[float]] = read_json(_file())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    return loaded
+    return records
 
 
 def _file() -> Path:

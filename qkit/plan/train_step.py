@@ -1,108 +1,47 @@
-"""What a training step keeps, and when: activations for the backward pass, logits, working space.
+"""The tensors that come and go in a training step: activations for the backward pass, logits, working space.
 
-What autograd keeps of a layer was read off its saved tensors, for each family, and is a sum of widths times tokens. A step has several
-moments that can be its peak; each is added up here, and `qkit.memory` takes the highest.
+The widths of the tensors that autograd saves in a layer were read off for each family; bytes are widths times tokens. A step has several
+moments that can be its peak: one function for each computes its bytes, and `moments` lists them by name.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from qkit.core.device import Device
-from qkit.core.figures import MIB, mib
-from qkit.model.shape import Shape, linears, qk_norm_widths
+from qkit.model.shape import Shape, qk_norm_widths
+from qkit.plan._overhead import Overhead, fixed_item, heap_items, overhead_of, segment_item
 from qkit.plan.fixed_memory import ADAPTER_BYTES, BASE_BYTES, Folds, adapted, adapted_inputs, adapter_sizes, folds
 from qkit.plan.items import MemoryItem
 from qkit.recipe.schema import Recipe
 
-AUTOCAST_BYTES = 2  # autocast keeps a bf16 copy of the adapter for as long as a product with it may be needed
-
-
-# The head on labelled positions: log-probabilities, their gradient and the logits' gradient in fp32.
+AUTOCAST_BYTES = 2  # autocast keeps a bf16 copy of the adapter while a product may need it
+# The head on labelled positions: log-probabilities, their gradient, and the gradient of the logits, all in fp32.
 LABELLED_LOGIT_BYTES = 12
-BOUNDED_LOGIT_BYTES = 4  # where the logits are bounded, their tanh as well
+BOUNDED_LOGIT_BYTES = 4  # the tanh of logits that are soft-capped
 EXPERT_GRADIENTS = 2
 LABELLED_STEP = 32  # labelled positions are padded to a multiple of this
-# TRL's fused head on GPUs: one bf16 tile of at most so many tokens, always so wide, whatever the vocabulary.
+# TRL's fused head on GPUs: one bf16 tile, of at most this many tokens and always this wide, whatever the vocabulary.
 TILE_TOKENS = 4096
 TILE_VOCABULARY = 32768
-# TRL's activation offloading leaves on the card the newest tensors that are still on their way to the host.
+# TRL's activation offloading: the newest tensors stay on the card while they are copied to the host.
 OFFLOAD_STASH = 5
 
 
-# torch's CUDA allocator: blocks from 10 MiB have a segment of their own, a multiple of 2 MiB; those from 1 MiB share segments of 20 MiB.
-OWN_SEGMENT = 10 * MIB
-SEGMENT_STEP = 2 * MIB
-SHARED_SEGMENT = 20 * MIB
-SMALLEST_SHARED = MIB
-
-
 @dataclass(frozen=True)
-class Overhead:
-    """What a device takes beside the tensors. `fixed` is an item's name, bytes and formula."""
-
-    fixed: tuple[str, int, str]
-    vllm_bytes: int
-    vllm_how: str
-    copies: (
-        bool  # peft casts each adapter's input to fp32 unless CUDA's autocast is on, and CPU's autocast casts it back
-    )
-    update_copies: int  # temporaries of the adapter's size that torch's own Adam makes in an update
-    segments: bool  # whether memory is taken in segments, whose ends stay unused
-    held_back: float = (
-        0.0  # bytes of the heap that stay between blocks in use, per byte of activations, dropped ones included
-    )
-    kernels: int = 0  # bytes of code and packed tables that are made for each shape of batch, as many as are kept
-    unmetered: frozenset[str] = frozenset()  # items that the meter does not see
-
-
-# By meter, since what counts as needed depends on who counts.
-OVERHEADS = {
-    "cuda_allocated": Overhead(
-        fixed=("context", 600 * MIB, "estimate: CUDA context, kernels, cuBLAS workspace"),
-        vllm_bytes=1536 * MIB,
-        vllm_how="estimate: vLLM, its activations and CUDA graphs",
-        copies=False,
-        update_copies=1,  # the square roots of all second moments at once
-        segments=True,
-        unmetered=frozenset({"context", "allocator"}),
-    ),
-    "rss": Overhead(
-        fixed=(
-            "process",
-            630 * MIB,
-            "measured: the interpreter with torch, transformers, peft and trl 580 MiB, and what its first steps load",
-        ),
-        vllm_bytes=1126 * MIB,
-        vllm_how="measured: vLLM over its two processes",
-        copies=True,
-        update_copies=0,  # one matrix after the other
-        segments=False,
-        # Fitted: 0 to 0.08 at 42 points from 15M to 1.5B, 0.2 at one of 7B; with 0.05 none of them is 5 % off.
-        held_back=0.05,
-        # What a bare process and all tensors leave of the quickstart's resident set, given back after each step: 50 MiB more than an
-        # import with one shape of batch, growing to 140 within 30 steps of 30 shapes, and no further.
-        kernels=90 * MIB,
-    ),
-}
-KERNELS = "kernels"  # the item's name
-
-
-@dataclass(frozen=True)
-class Step:
-    """The numbers of a training step that its memory depends on. `labelled` None: not known, so all tokens are counted."""
+class TrainStep:
+    """The numbers that the memory of a training step depends on. `labelled`: tokens with loss; None: unknown, so all tokens count."""
 
     shape: Shape
-    tokens: int  # of a micro-batch, padding included
-    length: int  # of its longest row, or pack
+    tokens: int  # of a micro-batch, including padding
+    length: int  # of its longest row or pack, in tokens
     labelled: int | None
-    trained: int
+    trained: int  # parameters of the adapter
     modules: int  # with an adapter
-    parameters: int  # with one, that are no modules: experts and routers
-    own_inputs: int  # widths of their inputs, added up
-    shared_inputs: int  # the same, where several read one tensor counted once
+    parameters: int  # with an adapter that are not modules: experts and routers
+    own_inputs: int  # sum of the widths of the inputs of modules with an adapter
+    shared_inputs: int  # the same, but an input that several modules read counts once
     rank: int
     folds: Folds
     dropout: bool
@@ -111,66 +50,66 @@ class Step:
     eager: bool
     packed: bool
     four_bit: bool
-    learns_rows: bool  # of embedding and head, for added tokens
-    accumulated: bool  # gradients of earlier micro-batches are there already
+    learns_rows: bool  # whether rows of embedding and head are trained, for added tokens
+    accumulated: bool  # whether gradients of earlier micro-batches exist
     labelled_head: bool
     overhead: Overhead
 
     @property
-    def with_loss(self) -> int:
-        """Tokens that carry loss, as far as is known."""
+    def tokens_with_loss(self) -> int:
+        """Tokens with loss; all tokens if their number is unknown."""
         return self.tokens if self.labelled is None else min(self.labelled, self.tokens)
 
 
-def micro_tokens(how: Recipe) -> int:
-    """Tokens of the largest part when each batch is divided, by rows, into `micro_batches`: rows are not cut."""
-    parts, row = how.micro_batches, min(how.data.max_length, how.data.batch_tokens)
-    return -(-(how.data.batch_tokens + (parts - 1) * row) // parts)
+def micro_tokens(recipe: Recipe) -> int:
+    """Tokens of the largest micro-batch. A batch is divided between rows, never within one."""
+    parts, row = recipe.micro_batches, min(recipe.data.max_length, recipe.data.batch_tokens)
+    return -(-(recipe.data.batch_tokens + (parts - 1) * row) // parts)
 
 
-def is_eager(how: Recipe, shape: Shape) -> bool:
-    """Whether attention keeps the scores of every two tokens: as the recipe says, or since transformers has no other for this model."""
-    attention = how.model.attn_implementation
+def is_eager(recipe: Recipe, shape: Shape) -> bool:
+    """Whether attention keeps a score for each pair of tokens: the recipe says so, or transformers has nothing else for this model."""
+    attention = recipe.model.attn_implementation
     return attention == "eager" or (attention == "sdpa" and shape.eager)
 
 
-def step_of(how: Recipe, shape: Shape, device: Device, labelled: int | None) -> Step:
-    """The step that a recipe asks for."""
-    own, shared = adapted_inputs(how, shape)
-    modules, overhead, eager = adapted(how, shape), OVERHEADS[device.meter], is_eager(how, shape)
-    tokens = how.data.batch_tokens if how.data.packing else micro_tokens(how)
-    return Step(
+def step_of(recipe: Recipe, shape: Shape, device: Device, labelled: int | None) -> TrainStep:
+    """The training step of a recipe. `labelled`: tokens with loss in a micro-batch; None: unknown."""
+    own, shared = adapted_inputs(recipe, shape)
+    modules, overhead, eager = adapted(recipe, shape), overhead_of(device), is_eager(recipe, shape)
+    tokens = recipe.data.batch_tokens if recipe.data.packing else micro_tokens(recipe)
+    return TrainStep(
         shape=shape,
         tokens=tokens,
-        length=how.data.batch_tokens if how.data.packing else min(how.data.max_length, tokens),
+        length=recipe.data.batch_tokens if recipe.data.packing else min(recipe.data.max_length, tokens),
         labelled=labelled,
-        trained=sum(adapter_sizes(how, shape)),
+        trained=sum(adapter_sizes(recipe, shape)),
         modules=sum(not target.parameter for target in modules),
         parameters=sum(target.parameter for target in modules),
         own_inputs=own,
         shared_inputs=shared,
-        rank=how.lora.r,
-        folds=folds(how, shape),
-        dropout=how.lora.lora_dropout > 0,
-        checkpointing=bool(how.train.gradient_checkpointing),  # auto, as long as nothing has decided: what needs least
-        offloading=how.train.activation_offloading and device.offloads,
+        rank=recipe.lora.r,
+        folds=folds(recipe, shape),
+        dropout=recipe.lora.lora_dropout > 0,
+        checkpointing=bool(recipe.train.gradient_checkpointing),  # "auto", if not decided yet, counts as on
+        offloading=recipe.train.activation_offloading and device.offloads,
         eager=eager,
-        packed=how.data.packing and not how.model.attn_implementation.startswith("flash"),
-        four_bit=how.quantization.load_in_4bit,
-        learns_rows=bool(how.model.add_tokens),
-        accumulated=how.train.gradient_accumulation_steps * how.micro_batches > 1,
+        packed=recipe.data.packing and not recipe.model.attn_implementation.startswith("flash"),
+        four_bit=recipe.quantization.load_in_4bit,
+        learns_rows=bool(recipe.model.add_tokens),
+        accumulated=recipe.train.gradient_accumulation_steps * recipe.micro_batches > 1,
         labelled_head=device.uses_labelled_head,
         overhead=overhead,
     )
 
 
-def kept_terms(step: Step) -> dict[str, int]:
-    """Bytes per token that autograd keeps of an average layer, by what keeps them; bf16 under autocast, frozen weights.
+def kept_terms(step: TrainStep) -> dict[str, int]:
+    """Bytes per token that autograd keeps of an average layer, by operation, for frozen weights and bf16 under autocast.
 
-    Products with frozen matrices keep no input. A norm keeps its input in fp32 and a scale; norms that feed a product leave their output to
-    its adapter. Attention keeps queries, keys, values, its output and a log-sum per head; the gated MLP four tensors of its width.
+    A product with a frozen matrix does not keep its input. A norm keeps its input in fp32 and a scale; the adapter of the next product keeps
+    the norm's output. Attention keeps queries, keys, values, its output and a log-sum per head; the gated MLP keeps four tensors of its width.
     """
-    shape, casts = step.shape, step.overhead.copies
+    shape, casts = step.shape, step.overhead.casts_inputs
     terms = {
         "norms": shape.norms_per_layer * (4 * shape.hidden + 4),
         "attention": _attention_bytes(step),
@@ -180,24 +119,24 @@ def kept_terms(step: Step) -> dict[str, int]:
     }
     if shape.qk_norm:
         terms["query and key norms"] = 4 * (shape.attention + shape.kv) + 4 * (shape.heads + shape.kv_heads)
-    if step.dropout:  # an fp32 input dropped, or a mask beside a bf16 one
+    if step.dropout:  # an fp32 input after dropout, or a mask and a bf16 one
         terms["dropout"] = (4 if casts else 3) * step.own_inputs // shape.layers
     return terms
 
 
-def _attention_bytes(step: Step) -> int:
+def _attention_bytes(step: TrainStep) -> int:
     shape, masked = step.shape, step.packed and not step.eager
-    if step.eager:  # keys and values repeated for each head; scores in fp32, probabilities in bf16
-        kept = 6 if step.overhead.copies else 8  # the product of the two, unless the adapter has its own copy of it
+    if step.eager:  # keys and values are repeated for each head; scores are fp32, probabilities bf16
+        kept = 6 if step.overhead.casts_inputs else 8  # the product of the two, unless the adapter keeps its own copy
         return kept * shape.attention + shape.heads * step.length * (8 if shape.softcap else 6)
-    keys = 4 * (shape.attention if masked else shape.kv)  # with a mask they are repeated for each head
-    mask = 2 * step.length if masked else 0  # and each layer has the mask in bf16
-    whole = 2 * (shape.attention + shape.kv) if shape.fused else 0  # the values are a part of the fused product
+    keys = 4 * (shape.attention if masked else shape.kv)  # with a mask, they are repeated for each head
+    mask = 2 * step.length if masked else 0  # each layer keeps the mask in bf16
+    whole = 2 * (shape.attention + shape.kv) if shape.fused else 0  # the values are a view of the fused product
     return 4 * shape.attention + keys + 4 * shape.heads + mask + whole
 
 
 def _expert_bytes(shape: Shape) -> int:
-    """Of each active expert: gate, its activation and up, the output that its share multiplies; the router's scores."""
+    """For each active expert: gate, its activation, up, and the output before it is weighted; and the router's scores."""
     if not shape.sparse:
         return 0
     each = shape.active_experts * (6 * shape.expert_width + 4 * shape.hidden) + 6 * shape.shared_width
@@ -205,12 +144,12 @@ def _expert_bytes(shape: Shape) -> int:
 
 
 def layer_bytes_per_token(recipe: Recipe, shape: Shape, device: Device) -> int:
-    """Bytes that autograd keeps of one layer and token."""
+    """Bytes that autograd keeps per layer and token."""
     return sum(kept_terms(step_of(recipe, shape, device, None)).values())
 
 
 class Part(NamedTuple):
-    """`times` times `tokens` times `width` bytes of something. Added up first, put into words only when it is shown."""
+    """`times` x `tokens` x `width` bytes. A tuple and not a MemoryItem, so that searches over thousands of recipes format no text."""
 
     name: str
     times: int
@@ -222,43 +161,50 @@ class Part(NamedTuple):
         return self.times * self.tokens * self.width
 
     def item(self) -> MemoryItem:
-        """As a line of the plan."""
+        """The line of the plan."""
         return MemoryItem(self.name, self.bytes, False, f"{self.times} x {self.tokens:,} tokens x {self.width:,} bytes")
 
 
 class Moment(NamedTuple):
-    """What is there at one moment of a step beside weights, adapter and optimizer. `dequantized`: bytes of a matrix in bf16."""
+    """Bytes that exist at one moment of a step, besides weights, adapter and optimizer state."""
 
-    gradients: int
-    activations: tuple[Part, ...]
-    logits: int
-    copies: int
-    dequantized: int
-    update: int = 0
-    matrices: int = 0  # embedding or head with learnt rows put in, and the gradient of the whole
+    gradients: int = 0
+    activations: tuple[Part, ...] = ()
+    logits: int = 0
+    copies: int = 0  # bf16 copies of the adapter, made by autocast
+    dequantized: int = 0  # one matrix of the base model in bf16
+    update: int = 0  # temporaries of the optimizer
+    matrices: int = 0  # embedding or head with the learnt rows inserted, and the gradient of the whole matrix
 
     @property
-    def kept(self) -> int:
-        """Bytes of the activations."""
+    def activation_bytes(self) -> int:
         return sum(part.bytes for part in self.activations)
 
     @property
     def bytes(self) -> int:
-        return self.gradients + self.kept + self.logits + self.copies + self.dequantized + self.update + self.matrices
+        return (
+            self.gradients
+            + self.activation_bytes
+            + self.logits
+            + self.copies
+            + self.dequantized
+            + self.update
+            + self.matrices
+        )
 
 
-def _layers(step: Step, count: int) -> tuple[Part, ...]:
-    """What the backward pass of so many layers needs."""
+def _layers(step: TrainStep, count: int) -> tuple[Part, ...]:
+    """Activations that the backward pass of `count` layers needs."""
     parts = [Part(name, count, step.tokens, width) for name, width in kept_terms(step).items()]
     if step.shape.norm_offset:
-        parts.append(Part("1 + weight of norms", count, 1, _offset_bytes(step.shape)))
+        parts.append(Part("1 + weight of norms", count, 1, norm_offset_bytes(step.shape)))
     if step.folds.layers:
         parts.append(Part("experts with their adapters", min(count, step.folds.layers), 1, step.folds.layer_bytes))
     return tuple(parts)
 
 
-def _kept(step: Step) -> tuple[Part, ...]:
-    """What is kept from a forward pass through all layers. The first norm keeps nothing, as its input needs no gradient; the last one does."""
+def _after_forward(step: TrainStep) -> tuple[Part, ...]:
+    """Activations kept after the forward pass. The first norm keeps nothing, since its input needs no gradient; the last norm does."""
     shape, tokens = step.shape, step.tokens
     ends = [Part("rotary tables", shape.rotary_sets, step.length, 4 * shape.head_dim)]
     if shape.norm_offset:
@@ -270,59 +216,124 @@ def _kept(step: Step) -> tuple[Part, ...]:
     return inputs, Part("last norm", 1, tokens, 4 * shape.hidden + 4), *ends
 
 
-def _offset_bytes(shape: Shape) -> int:
-    """Of norms that multiply by 1 + weight: that sum, in fp32, for each norm of a layer."""
+def norm_offset_bytes(shape: Shape) -> int:
+    """Bytes of 1 + weight in fp32, for all norms of a layer in families whose norms multiply by that; else 0."""
     widths = shape.norms_per_layer * shape.hidden + qk_norm_widths(shape)
     return 4 * widths if shape.norm_offset else 0
 
 
-def _backward(step: Step) -> Part:
-    """What the backward pass of a layer holds at once, beside what is kept: widths read off its tensors."""
+def _layer_backward(step: TrainStep) -> Part:
+    """Temporaries of the backward pass of one layer, at most, besides saved tensors: widths read off its tensors."""
     shape = step.shape
     width = max(shape.intermediate if shape.dense else 0, shape.active_experts * shape.expert_width)
-    if step.overhead.copies:
+    if step.overhead.casts_inputs:
         return Part("backward pass of a layer", 1, step.tokens, 6 * width + (14 if shape.fused else 12) * shape.hidden)
     gated = 4 * width + (12 if shape.fused else 2) * shape.hidden
     through_norm = 24 * shape.hidden if shape.norms_per_layer > 2 or not step.checkpointing else 0
     return Part("backward pass of a layer", 1, step.tokens, max(gated, through_norm))
 
 
-def moments(step: Step, largest: int, optim: str) -> tuple[Moment, ...]:
-    """The moments that can be a step's peak: at the head, in the last layer's backward, in the first's, at the update.
+def moments(step: TrainStep, dequantized: int, optim: str) -> dict[str, Moment]:
+    """The moments of a step that can be its peak, by name, in the order in which they happen.
 
-    `largest`: bytes of the largest matrix dequantized; 0 where nothing is quantized.
+    `dequantized`: bytes of the largest quantized matrix in bf16; 0 if nothing is quantized.
     """
-    shape, gradients = step.shape, step.trained * ADAPTER_BYTES
-    kept, one, backward = _kept(step), _layers(step, 1), _backward(step)
-    copies = step.trained * AUTOCAST_BYTES
-    of_a_layer, now = copies // shape.layers, copies
-    early = gradients if step.accumulated else 0
-    # Measured: 1.2 to 1.9 times the largest; the gradient of one as it is made, and what it is made of.
-    folded = (Part("gradient of experts", EXPERT_GRADIENTS, 1, step.folds.largest_bytes),) if step.folds.layers else ()
-    first = (*one, *folded, Part("layers' inputs", 1, step.tokens, BASE_BYTES * shape.hidden), backward)
-    update = step.overhead.update_copies * gradients if optim.startswith("adamw_torch") else 0
-    matrix = shape.vocabulary * shape.hidden * BASE_BYTES if step.learns_rows else 0
-    if step.checkpointing:  # what a layer keeps is dropped, and made again in its backward pass
-        again, now = tuple(part._replace(name=f"{part.name}, again") for part in one), of_a_layer
-        last = (*kept, *again, *folded, backward)
-    else:
-        last = (*kept, *folded, backward)
-    held = 0 if step.checkpointing else copies
-    return (
-        Moment(early, kept, logits_part(step).bytes, held, 0, matrices=matrix),
-        Moment(early, kept, step.with_loss * BASE_BYTES * shape.vocabulary, held, 0, matrices=2 * matrix)
-        if matrix
-        else Moment(0, (), 0, 0, 0),
-        Moment(early, last, 0, now, largest),
-        Moment(gradients, first, 0, of_a_layer, largest),
-        Moment(gradients, (first[-2],), 0, 0, 0, matrices=matrix),
-        Moment(gradients, (), 0, 0, 0, update),
+    by_name = {
+        "the loss": _at_loss(step),
+        "the backward pass of the last layer": _at_last_layer(step, dequantized=dequantized),
+        "the backward pass of the first layer": _at_first_layer(step, dequantized=dequantized),
+        "the optimizer update": _at_update(step, optim=optim),
+    }
+    if step.learns_rows:
+        by_name["the backward pass of the head"] = _at_head_gradient(step)
+        by_name["the backward pass of the embedding"] = _at_embedding_gradient(step)
+    return by_name
+
+
+def _at_loss(step: TrainStep) -> Moment:
+    """The forward pass is complete, and the head computes logits and their gradient."""
+    return Moment(
+        gradients=_earlier_gradients(step),
+        activations=_after_forward(step),
+        logits=logits_part(step).bytes,
+        copies=0 if step.checkpointing else _copies(step),
+        matrices=_rows_matrix(step) if step.learns_rows else 0,
     )
 
 
-def logits_part(step: Step) -> Part:
-    """The head: on labelled positions all of their logits, on others TRL's tiles and its fp32 gradient of the hidden states."""
-    shape, count = step.shape, step.with_loss
+def _at_head_gradient(step: TrainStep) -> Moment:
+    """The head has learnt rows: the gradient of the whole matrix is computed from the logits' gradient in bf16."""
+    return Moment(
+        gradients=_earlier_gradients(step),
+        activations=_after_forward(step),
+        logits=step.tokens_with_loss * BASE_BYTES * step.shape.vocabulary,
+        copies=0 if step.checkpointing else _copies(step),
+        matrices=2 * _rows_matrix(step),
+    )
+
+
+def _at_last_layer(step: TrainStep, *, dequantized: int) -> Moment:
+    """The backward pass has just begun, so all that the forward pass kept still exists."""
+    # Checkpointing dropped what a layer keeps; its backward pass computes that again.
+    again = tuple(part._replace(name=f"{part.name}, again") for part in _layers(step, 1)) if step.checkpointing else ()
+    return Moment(
+        gradients=_earlier_gradients(step),
+        activations=(*_after_forward(step), *again, *_expert_gradients(step), _layer_backward(step)),
+        copies=_copies(step) // step.shape.layers if step.checkpointing else _copies(step),
+        dequantized=dequantized,
+    )
+
+
+def _at_first_layer(step: TrainStep, *, dequantized: int) -> Moment:
+    """The backward pass is nearly complete: one layer's activations are left, and all gradients exist."""
+    return Moment(
+        gradients=step.trained * ADAPTER_BYTES,
+        activations=(*_layers(step, 1), *_expert_gradients(step), _layer_input(step), _layer_backward(step)),
+        copies=_copies(step) // step.shape.layers,
+        dequantized=dequantized,
+    )
+
+
+def _at_embedding_gradient(step: TrainStep) -> Moment:
+    """The embedding has learnt rows: the gradient of the whole matrix is computed last."""
+    return Moment(
+        gradients=step.trained * ADAPTER_BYTES, activations=(_layer_input(step),), matrices=_rows_matrix(step)
+    )
+
+
+def _at_update(step: TrainStep, *, optim: str) -> Moment:
+    """The activations are gone; torch's own Adam makes temporaries."""
+    gradients = step.trained * ADAPTER_BYTES
+    update = step.overhead.update_copies * gradients if optim.startswith("adamw_torch") else 0
+    return Moment(gradients=gradients, update=update)
+
+
+def _earlier_gradients(step: TrainStep) -> int:
+    """Bytes of gradients before the backward pass: those of earlier micro-batches."""
+    return step.trained * ADAPTER_BYTES if step.accumulated else 0
+
+
+def _copies(step: TrainStep) -> int:
+    return step.trained * AUTOCAST_BYTES
+
+
+def _rows_matrix(step: TrainStep) -> int:
+    """Bytes of the embedding, or the head, with the learnt rows inserted."""
+    return step.shape.vocabulary * step.shape.hidden * BASE_BYTES
+
+
+def _layer_input(step: TrainStep) -> Part:
+    return Part("layers' inputs", 1, step.tokens, BASE_BYTES * step.shape.hidden)
+
+
+def _expert_gradients(step: TrainStep) -> tuple[Part, ...]:
+    """The gradient of the largest expert parameter as it is computed, and its source. Measured: 1.2 to 1.9 times the parameter."""
+    return (Part("gradient of experts", EXPERT_GRADIENTS, 1, step.folds.largest_bytes),) if step.folds.layers else ()
+
+
+def logits_part(step: TrainStep) -> Part:
+    """The head: qkit's holds the logits of all labelled positions; TRL's holds a tile, and the fp32 gradient of the hidden states."""
+    shape, count = step.shape, step.tokens_with_loss
     if step.labelled_head:
         padded = -(-count // LABELLED_STEP) * LABELLED_STEP
         width = LABELLED_LOGIT_BYTES + (BOUNDED_LOGIT_BYTES if shape.final_softcap else 0)
@@ -331,9 +342,9 @@ def logits_part(step: Step) -> Part:
     return Part("logits", 1, 1, tile + count * 8 * shape.hidden)
 
 
-def logits_how(step: Step) -> str:
-    """The formula of `logits_part`, with its numbers."""
-    shape, count = step.shape, step.with_loss
+def logits_formula(step: TrainStep) -> str:
+    """The formula of `logits_part` with its numbers."""
+    shape, count = step.shape, step.tokens_with_loss
     if step.labelled_head:
         part = logits_part(step)
         return (
@@ -343,33 +354,10 @@ def logits_how(step: Step) -> str:
     return f"{tile} + {count:,} tokens with loss x {8 * shape.hidden:,} bytes"
 
 
-def around(step: Step, kept: int) -> tuple[MemoryItem, ...]:
-    """What the device takes beside the tensors. `kept`: the most bytes of activations at any moment."""
-    overhead = step.overhead
-    name, size, formula = overhead.fixed
-    fixed = MemoryItem(name, size, False, formula)
-    if overhead.segments:
-        return fixed, _ends_of_segments(step.shape, step.four_bit)
+def overhead_items(step: TrainStep, kept: int) -> tuple[MemoryItem, ...]:
+    """Items besides tensors. `kept`: the most bytes of activations at any moment."""
+    fixed = fixed_item(step.overhead)
+    if step.overhead.segments:
+        return fixed, segment_item(step.shape, step.four_bit)
     dropped = (step.shape.layers - 1) * sum(part.bytes for part in _layers(step, 1)) if step.checkpointing else 0
-    how = f"fitted: the heap keeps {overhead.held_back:.0%} of {mib(kept + dropped)}, activations kept or dropped, in its gaps"
-    gaps = MemoryItem("allocator", int((kept + dropped) * overhead.held_back), False, how)
-    made = MemoryItem(KERNELS, overhead.kernels, False, "measured: oneDNN's, for batches of many shapes")
-    return fixed, gaps, made
-
-
-@functools.cache
-def _ends_of_segments(shape: Shape, four_bit: bool) -> MemoryItem:
-    """What the weights' blocks leave unused of the segments that torch's CUDA allocator takes for them."""
-    blocks = [
-        (linear.weights // 2 if four_bit else linear.weights * BASE_BYTES, count) for linear, count in linears(shape)
-    ]
-    unused = sum((_segment_bytes(block) - block) * count for block, count in blocks)
-    how = f"ends of the weights' segments: {OWN_SEGMENT // MIB} MiB and more in steps of {SEGMENT_STEP // MIB}, less in shared ones of"
-    return MemoryItem("allocator", unused, False, f"estimate: {how} {SHARED_SEGMENT // MIB}")
-
-
-def _segment_bytes(block: int) -> int:
-    """A block's share of the segment that it is in."""
-    if block >= OWN_SEGMENT:
-        return -(-block // SEGMENT_STEP) * SEGMENT_STEP
-    return SHARED_SEGMENT // (SHARED_SEGMENT // block) if block > SMALLEST_SHARED else block
+    return fixed, *heap_items(step.overhead, kept + dropped)

@@ -1,5 +1,5 @@
-"""What can be added by adding one file: the contracts of a task, an exporter and a runtime.
+"""The contracts of what can be added with one file: a task, an exporter, a runtime.
 
-The files are in tasks/, export/formats/ and runtimes/; a file's name is the name that recipes use. Imports recipe and core.
-Start with the contract you mean to fulfil.
+The files belong in tasks/, export/formats/ and runtimes/; the name of the file is the name that recipes use. Imports recipe and core.
+Start with the contract that you want to implement.
 """

@@ -49,9 +49,8 @@ class Scores(ABC):
 class Generates(ABC):
     """An opened model that generates text, greedily, from token ids."""
 
-    prefill_tokens: float = float(
-        "inf"
-    )  # of prompts, padding included, in one batch; no limit where a server forms the batches
+    # Of prompts, padding included, in one batch; no limit where a server forms the batches
+    prefill_tokens: float = float("inf")
 
     @abstractmethod
     def steps(

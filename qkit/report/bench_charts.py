@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from qkit.core import files
 from qkit.core.errors import MissingArtifact, MissingExtra
 from qkit.core.files import make_folder, write_text
-from qkit.measure.artifacts import MERGED, Artifact
+from qkit.measure.artifacts import Artifact
+from qkit.recipe.registry import MERGED
 from qkit.report import summary
 from qkit.run.directory import Run
 from qkit.server import lora
@@ -45,7 +46,7 @@ def charts_of(run: Run) -> dict[str, tuple[str, Markup]]:
 
 
 def of_records(records: Sequence[Record]) -> dict[str, tuple[str, Markup]]:
-    """The charts of bench records alone, as of a server that is nobody's run."""
+    """The charts that bench records alone allow, as for a server that belongs to no run."""
     found = {"latency": latency_chart(records), "memory-over-time": memory_chart(records)}
     return {name: drawn for name, drawn in found.items() if drawn is not None}
 
@@ -102,7 +103,7 @@ def memory_chart(records: Sequence[Record]) -> tuple[str, Markup] | None:
 
 
 def quality_chart(figures: summary.Summary) -> tuple[str, Markup] | None:
-    """Score over the highest throughput of each artifact; who has no better beside him is named in words."""
+    """Score over the highest throughput of each artifact; labels mark those that another artifact beats."""
     from qkit.report import svg as report_svg
 
     found = _best(figures)
@@ -139,7 +140,7 @@ def _best(figures: summary.Summary) -> dict[str, tuple[float, float]]:
 
 
 def size_chart(run: Run, figures: summary.Summary) -> tuple[str, Markup] | None:
-    """Closeness to the live adapter over bytes on the disk, for every whole model that verify has measured."""
+    """Closeness to the reference model over bytes on disk, for every whole model that verify has measured."""
     parity = figures["parity"]
     folders = {name: run.folder("merge") if name == MERGED else run.folder("export") / name for name in parity}
     found = {
@@ -149,18 +150,20 @@ def size_chart(run: Run, figures: summary.Summary) -> tuple[str, Markup] | None:
     }
     if len(found) < 2:
         return None
-    caption = "Closeness to what was trained against size; in the accent colour what no other beats in both."
+    caption = (
+        "Closeness to what was trained against size; artifacts in the accent colour are beaten in both by no other."
+    )
     return caption, against_size(found)
 
 
 def against_size(points: Mapping[str, tuple[float, float]]) -> Markup:
-    """Formats by MB and closeness: of size the less is the better."""
+    """Formats by size in MB, where less is better, and closeness."""
     front = pareto({name: (-size, near) for name, (size, near) in points.items()})
     return closeness_chart("size", points, front, "MB on the disk")
 
 
 def closeness(kl: float) -> float:
-    """-log10 of a mean KL; below LEAST_KL nothing is told apart, as the live model computes in bf16."""
+    """-log10 of a mean KL; values below LEAST_KL are equal, as the reference model computes in bf16."""
     return -log10(max(kl, LEAST_KL))
 
 
@@ -178,7 +181,7 @@ def closeness_chart(name: str, points: Mapping[str, tuple[float, float]], front:
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> set[str]:
-    """Those that no other beats in one coordinate without losing in the other."""
+    """The points that no other point equals or beats in both coordinates."""
 
     def beaten(point: tuple[float, float]) -> bool:
         return any(
@@ -207,7 +210,7 @@ def write(run: Run, folder: Path, png: bool) -> list[Path]:
     """
     found = charts_of(run)
     if not found:
-        raise MissingArtifact(f"{run.root} has no bench to draw: `qkit bench {run.root}` makes one")
+        raise MissingArtifact(f"{run.root} has no bench records to draw; run `qkit bench {run.root}` first")
     return draw(found, folder, png)
 
 
@@ -241,7 +244,7 @@ def _as_png(svg: Path) -> Path:
         import cairosvg
     except (ImportError, OSError) as error:
         raise MissingExtra(
-            f"PNG files are drawn by cairosvg, which cannot be loaded ({error}): `pip install cairosvg`, with the cairo library"
+            f"--png needs cairosvg, which cannot be loaded ({error}): `pip install cairosvg`, and install the cairo library"
         ) from None
     target = svg.with_suffix(".png")
     cairosvg.svg2png(url=str(svg), write_to=str(target), scale=3)

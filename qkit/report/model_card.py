@@ -15,8 +15,7 @@ from qkit.core.errors import MissingArtifact
 from qkit.core.files import write_text
 from qkit.core.sources import is_hub_id
 from qkit.measure import candidates
-from qkit.measure.artifacts import MERGED
-from qkit.measure.evidence import differences, made_of
+from qkit.measure.evidence import differences, is_current, read_evidence
 from qkit.merging.folder import dtype_of
 from qkit.model.provenance import NOTE, is_traced
 from qkit.recipe.schema import Recipe, Serve
@@ -88,17 +87,12 @@ def render(run: Run, export: str | None = None) -> str:
 
 
 def _current(run: Run, figures: summary.Summary) -> dict[str, Any]:
-    """Without what was measured of weights that have been made anew since."""
-    manifest = run.manifest()
-
-    def holds(stage: str, name: str) -> bool:
-        if name in ("base", "adapter"):
-            return True
-        return made_of(manifest, stage, "merge/" if name == MERGED else f"export/{name}/")
-
-    judged = {key: {name: said for name, said in figures[key].items() if holds("verify", name)} for key in JUDGED}
+    """The figures without those of weights that were made again after they were measured."""
+    manifest, stale = run.manifest(), read_evidence(run.root).stale
+    judged = {key: {name: entry for name, entry in figures[key].items() if name not in stale} for key in JUDGED}
     speeds = {
-        key: [said for said in figures[key] if holds("bench", said["artifact"])] for key in ("bench", "bench_open")
+        key: [record for record in figures[key] if is_current(manifest, "bench", record["artifact"])]
+        for key in ("bench", "bench_open")
     }
     return {**figures, **judged, **speeds}
 
@@ -115,7 +109,7 @@ def _onto(run: Run, export: str | None) -> str | None:
     folder = run.folder("export") / export if export else run.folder("merge")
     made = files.read(folder / (NOTE if export else candidates.FILE)) or {}
     name = made.get("base" if export else "chosen")
-    return ONTO[candidates.base_of(name)] if name else None
+    return ONTO[candidates.Candidate.from_name(name).base] if name else None
 
 
 def kind_of(export: str | None) -> str:

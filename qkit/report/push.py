@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from qkit.core.errors import MissingArtifact, MissingExtra, ParityFailed, UserError
-from qkit.core.files import read_json
 from qkit.core.network import reaching_hub
 from qkit.core.sources import HUB_ID
 from qkit.measure import candidates
-from qkit.measure.evidence import made_of
+from qkit.measure.evidence import read_evidence
 from qkit.model.provenance import NOTE
+from qkit.recipe.registry import MERGED
 
-FAILED = "failed"  # an artifact's status in verify/parity.json
 ANSWERS = candidates.FILE  # the model's answers to the held-out rows are in it
 REMEDY = "check the network, log in with `hf auth login`, and see that HF_HUB_OFFLINE is not set"
-MERGED = "merged"  # its name there, whose folder is RUN/merge
 
 
 @dataclass(frozen=True)
@@ -106,17 +104,17 @@ def _check(folder: Path) -> None:
             f"{folder}: has no {NOTE}, so nobody would know what it was made from; `qkit export RUN` makes folders that say it, "
             "--force uploads it all the same"
         )
-    if reason := _failed(folder.resolve()):
-        raise ParityFailed(f"{folder}: {reason}; look at `qkit show`, or --force uploads it all the same")
+    run, name = _artifact(folder.resolve())
+    if breaches := read_evidence(run).failures().get(name):
+        messages = "; ".join(breach.message for breach in breaches)
+        raise ParityFailed(
+            f"{folder}: {name} failed its gate: {messages}; look at `qkit show`, or --force uploads it all the same",
+            artifact=name,
+            gate=breaches[0].gate,
+            figure=breaches[0].figure,
+        )
 
 
-def _failed(folder: Path) -> str | None:
-    """Why the gate of an artifact failed, when its run has measured it and it did."""
-    run, name = (folder.parent, MERGED) if folder.name == "merge" else (folder.parent.parent, folder.name)
-    file, manifest = run / "verify" / "parity.json", run / "run.json"
-    if not file.is_file():
-        return None
-    if manifest.is_file() and not made_of(read_json(manifest), "verify", f"{folder.relative_to(run)}/"):
-        return None  # it was made anew since, and what was measured is another one
-    entry = read_json(file).get("parity", {}).get(name, {})
-    return f"{name} failed its gate when it was measured ({file})" if entry.get("status") == FAILED else None
+def _artifact(folder: Path) -> tuple[Path, str]:
+    """The run directory that a folder is in, RUN/merge or RUN/export/NAME, and the artifact's name there."""
+    return (folder.parent, MERGED) if folder.name == "merge" else (folder.parent.parent, folder.name)

@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qkit.core.figures import ABSENT, bytes_text, fixed, gib_text, kl_text, ms_text, percent, seconds_text, speed_text
-from qkit.report.summary import LATENCY_KEYS, doubts, headline, interval_text, quality, refused, remarks
+from qkit.report.summary import (
+    LATENCY_KEYS,
+    doubts,
+    headline,
+    interval_text,
+    outdated,
+    quality,
+    refused,
+    remarks,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,6 +33,7 @@ TEXTS: Mapping[str, Callable[..., str]] = {
 
 # --- the screen -----------------------------------------------------------------------------------------------------
 
+OUTDATED = "was made again after it was measured: `qkit verify` measures it"
 STYLES = {"done": "green", "missing": "dim", "stale": "yellow", "failed": "bold red"}
 
 
@@ -37,6 +47,7 @@ def screen(figures: Summary) -> RenderableType:
     beside.add_row(_stages_table(figures), *([_quality_table(figures)] if quality(figures) else []))
     parts: list[RenderableType] = [Text(headline(figures), style="bold"), Text(), beside]
     parts += [Text(f"{name} failed its gate: {why}", style=STYLES["failed"]) for name, why in refused(figures)]
+    parts += [Text(f"{name} {OUTDATED}", style=STYLES["stale"]) for name in outdated(figures)]
     parts += [Text(f"{name}: {words}", style="dim") for name, words in remarks(figures)]
     if figures["bench"]:
         parts += [Text(), _bench_table(figures)]
@@ -60,7 +71,7 @@ def _quality_table(figures: Summary) -> Table:
     """Score and distance to the trained model, one line for each artifact."""
     table = _table("artifact", "score", "interval", "KL", "top-1")
     for name, score, parity in quality(figures):
-        style = STYLES["failed"] if parity["status"] == "failed" else ""
+        style = STYLES.get(parity["status"] or "", "")
         scored = (name, fixed(score["score"]), interval_text(score))
         table.add_row(*_cells(*scored, kl_text(parity["kl_mean"]), fixed(_times(parity["top1"], 100)), style=style))
     return table

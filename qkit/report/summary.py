@@ -11,8 +11,9 @@ from typing import Any
 
 from qkit.core.figures import ABSENT, trimmed
 from qkit.core.files import read
-from qkit.measure.candidates import APART
-from qkit.measure.evidence import cost_of, measured
+from qkit.measure.candidates import ADAPTER
+from qkit.measure.evidence import STALE, cost_of, read_evidence
+from qkit.recipe.registry import MERGED
 from qkit.run.directory import Run
 from qkit.run.stages import STAGES
 
@@ -36,23 +37,26 @@ Summary = dict[str, Any]
 def summary(run: Run, statuses: Mapping[str, str] | None = None) -> Summary:
     """The public summary of a run: bytes and seconds are numbers, what was not measured is null.
 
+    An artifact that was made again after `verify` measured it has the status `stale`: its figures were those of other files, so they are null.
+
     `statuses` says better than the manifest how stages stand (`stale` is known only to who can compare the keys).
 
     Raises:
         MissingArtifact: a file is there and is damaged.
     """
     manifest = run.manifest()
-    found = measured(run)
+    evidence = read_evidence(run.root)
+    stale = {name: {"status": STALE, "failed": []} for name in evidence.stale}
     return {
         "schema_version": SCHEMA_VERSION,
         "recipe_sha256": manifest.get("recipe_sha256"),
         "seed": manifest.get("seed"),
         "stages": {name: _stage(name, manifest["stages"].get(name), statuses or {}) for name in STAGES},
-        "metric": found.metric,
-        "confidence": found.confidence,
-        "interval": found.interval,
-        "scores": _by_artifact(run, found.scores, SCORE_KEYS),
-        "parity": _by_artifact(run, found.parity, PARITY_KEYS),
+        "metric": evidence.metric,
+        "confidence": evidence.confidence,
+        "interval": evidence.interval,
+        "scores": _by_artifact(run, evidence.scores, SCORE_KEYS),
+        "parity": _by_artifact(run, {**evidence.parity, **stale}, PARITY_KEYS),
         "bench": _bench(run),
         "bench_open": _bench_open(run),
         "environment": {**NO_ENVIRONMENT, **manifest.get("environment", {})},
@@ -71,7 +75,7 @@ def _by_artifact(run: Run, entries: Mapping[str, Any], keys: Sequence[str]) -> d
 
 def _rank(run: Run, artifact: str) -> tuple[int, str]:
     """The order in which artifacts come to be: the base, what was trained, what was made of it."""
-    order = ("base", "adapter", "merged", *run.recipe.export.formats)
+    order = ("base", "adapter", MERGED, *run.recipe.export.formats)
     return (order.index(artifact) if artifact in order else len(order)), artifact
 
 
@@ -150,6 +154,11 @@ def refused(figures: Summary) -> list[tuple[str, str]]:
     return [(name, Breach(**breach).message) for name, breach in marked]
 
 
+def outdated(figures: Summary) -> list[str]:
+    """Artifacts that were made again after `verify` measured them."""
+    return [name for name, parity in figures["parity"].items() if parity["status"] == STALE]
+
+
 def remarks(figures: Summary) -> list[tuple[str, str]]:
     """(artifact, what to know about its distance) where the runtime that measured it is not the one that will run it."""
     from qkit.plugins.exporter import remark
@@ -163,7 +172,7 @@ def remarks(figures: Summary) -> list[tuple[str, str]]:
 
 def farthest(figures: Summary) -> str | None:
     """The artifact with the largest mean distance to what was trained; the adapter's own row is what bf16 makes of it."""
-    judged = {name: p for name, p in figures["parity"].items() if name != APART}
+    judged = {name: p for name, p in figures["parity"].items() if name != ADAPTER}
     distances = {name: p["kl_mean"] for name, p in judged.items() if p["kl_mean"] is not None}
     return max(distances, key=lambda name: distances[name], default=None)
 

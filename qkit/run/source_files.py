@@ -1,6 +1,6 @@
-"""The files on this machine that a recipe names: rows, their answers, a chat template. What was made of them is out of date once they change.
+"""The local files that a recipe names: rows, answers, a chat template. When they change, what was made from them is out of date.
 
-Hub ids and pypi: sources are left out: they are known by their name.
+Hub ids and pypi: sources are not included: their names identify them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from qkit.recipe import chat_templates
 from qkit.recipe.schema import SPLITS, Recipe
 
 
-def named_files(how: Recipe) -> dict[Path, list[Path]]:
-    """By each file or folder that is named, the files that are read there; what is not there, or empty, is left out."""
-    found = {path.resolve(): data_files(path.resolve()) for path in map(_path, _texts(how)) if is_there(path)}
-    return {named: files for named, files in found.items() if files}
+def named_files(recipe: Recipe) -> dict[Path, list[Path]]:
+    """For each named file or folder the files that are read there; missing or empty ones are omitted."""
+    files_of = {path.resolve(): data_files(path.resolve()) for path in map(_path, _texts(recipe)) if is_there(path)}
+    return {named: files for named, files in files_of.items() if files}
 
 
-def _texts(how: Recipe) -> Iterator[str]:
-    for source in (source for split in SPLITS for source in getattr(how.data, split)):
+def _texts(recipe: Recipe) -> Iterator[str]:
+    for source in (source for split in SPLITS for source in getattr(recipe.data, split)):
         yield from filter(None, (source.source, source.answers))
-    if how.model.chat_template and how.model.chat_template not in chat_templates.named():
-        yield how.model.chat_template
+    if recipe.model.chat_template and recipe.model.chat_template not in chat_templates.named():
+        yield recipe.model.chat_template
 
 
 def _path(text: str) -> Path:
@@ -37,8 +37,8 @@ LOADERS = {".parquet": "parquet", ".txt": "text", ".md": "text"}
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*JSON_SUFFIXES, *DELIMITERS, *LOADERS)
-ABOUT = ("README", "LICENSE")  # what a folder says of itself is not a part of its data
-SAVED = ("dataset_info.json", "state.json")  # beside the rows of a Dataset that save_to_disk wrote
+ABOUT = ("README", "LICENSE")  # files that describe a folder are not part of its data
+SAVED = ("dataset_info.json", "state.json")  # next to the rows of a Dataset that save_to_disk wrote
 
 
 def saved_kind(path: Path) -> str:
@@ -49,7 +49,7 @@ def saved_kind(path: Path) -> str:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The file itself, or what a folder holds of known files, by name; hidden ones aside."""
+    """The file itself, or the supported files in a folder, sorted by name; hidden files are skipped."""
     if not path.is_dir():
         return [path]
     if saved_kind(path):
@@ -63,19 +63,19 @@ def data_files(path: Path) -> list[Path]:
 
 
 def _refuse_parts_of_saved(path: Path) -> None:
-    """Raise DataError for what is a part of what save_to_disk wrote, or holds several: its .json files tell of rows and are none."""
+    """Raise DataError for a part of a saved data set, or a folder of several: their .json files are metadata, not rows."""
     saved = sorted(
         str(folder.relative_to(path)) for folder in path.rglob("*") if folder.is_dir() and saved_kind(folder)
     )
     if saved:
         raise DataError(
-            f"{path}: holds data sets written by save_to_disk ({short(', '.join(saved))}); name one of them as a source: {path / saved[0]}"
+            f"{path}: contains data sets written by save_to_disk ({short(', '.join(saved))}); use one of them as the source: {path / saved[0]}"
         )
     if any(path.rglob("*.arrow")) and any(file.name in SAVED for file in path.rglob("*.json")):
         missing = [name for name in SAVED if not (path / name).is_file()]
         raise DataError(
-            f"{path}: is a part of a data set written by save_to_disk; it lacks {' and '.join(missing)}: save it again, or give its rows "
-            "as Parquet or JSON lines"
+            f"{path}: is part of a data set written by save_to_disk, but {' and '.join(missing)} is missing: save it again, or provide its "
+            "rows as Parquet or JSON lines"
         )
 
 

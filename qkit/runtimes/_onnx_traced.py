@@ -90,7 +90,7 @@ class TracedRuntime(Runtime):
         return {name: np.zeros((rows, heads, 0, size), np.float32) for name, (_, heads, _, size) in shapes.items()}
 
     def _run(self, ids: Ids, mask: Ids, past: Cache, picked: Ids) -> tuple[NDArray[Any], Cache]:
-        """Return the logits [n, vocabulary] at `picked` [n, 2] of `ids` [rows, new], and the cache that includes them. `mask`: [rows, past + new]."""
+        """Return the logits [n, vocabulary] at `picked` [n, 2] of `ids` [rows, new], and the new cache. `mask`: [rows, past + new]."""
         positions = (mask.cumsum(1) - 1).clip(min=0)[:, -ids.shape[1] :]
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, PICKED: picked, **past}
         logits, *present = self.session.run(self.outputs, {name: inputs[name] for name in self.inputs})

@@ -58,9 +58,12 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime:
 
 def _need(artifact: Path, files: Sequence[str]) -> None:
     if missing := [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]:
-        raise MissingExtra(f"{artifact}: opening it requires {', '.join(missing)}: pip install 'qkit[onnx]'")
+        raise MissingExtra(
+            f"{artifact}: opening it requires {', '.join(missing)}: pip install 'qkit[onnx]'", package=missing[0]
+        )
     if absent := [name for name in files if not (artifact / name).is_file()]:
-        raise MissingArtifact(f"{artifact}: not a folder made by qkit's ONNX export; missing: {', '.join(absent)}")
+        message = f"{artifact}: not a folder made by qkit's ONNX export; missing: {', '.join(absent)}"
+        raise MissingArtifact(message, path=artifact / absent[0])
 
 
 def _head_size(artifact: Path) -> int:

@@ -77,19 +77,22 @@ def _model_folder(folder: Path, device: Device, options: Mapping[str, Any]) -> P
             **arguments,
         )
     except SafetensorError as error:
-        raise ModelError(f"{folder}: the weights are damaged ({error}); create the folder again") from None
+        raise ModelError(
+            f"{folder}: the weights are damaged ({error}); create the folder again", source=folder
+        ) from None
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ModelError(
-            f"{folder}: the shapes of the weights do not match config.json; create the folder again"
+            f"{folder}: the shapes of the weights do not match config.json; create the folder again", source=folder
         ) from None
     for key, problem in (
         ("missing_keys", "missing weights"),
         ("unexpected_keys", "weights that config.json does not describe"),
     ):
         if names := sorted(name for name in report[key] if name.endswith(".weight")):
-            raise ModelError(f"{folder}: {problem}: {names[0]} and {len(names) - 1} more; create the folder again")
+            message = f"{folder}: {problem}: {names[0]} and {len(names) - 1} more; create the folder again"
+            raise ModelError(message, source=folder)
     leave_as_quantized(loaded, also_packable=False)
     return loaded.eval()
 

@@ -1,4 +1,4 @@
-"""Whether a server's weights and cache fit, and what else to serve them with."""
+"""Whether the weights and the cache of a server fit into the device's memory."""
 
 from __future__ import annotations
 
@@ -22,75 +22,73 @@ if TYPE_CHECKING:
     from qkit.serve.request import Serving
 
 
-ONNX_SEQS = 4  # as many as onnxruntime-genai's own default
-ONNX_CACHE_BYTES = 4  # of a number in the cache
-ONNX_BYTES = 460 << 20
+ONNX_SEQS = 4  # the default of onnxruntime-genai
+ONNX_CACHE_BYTES = 4  # per number in the cache
+ONNX_BYTES = 460 << 20  # measured: the interpreter with transformers and ONNX Runtime
 
 
-# --- does it fit --------------------------------------------------------------------------------------------------------
-
-
-def cache_bytes(how: Recipe) -> int:
-    """What serve.concurrency conversations of full length need; 0 when the model's shape cannot be had."""
+def cache_bytes(recipe: Recipe) -> int:
+    """The KV cache for serve.concurrency conversations of full length; 0 if the model's shape is unknown."""
     try:
-        return how.serve.concurrency * kv_bytes(shape_of(how.model), how.serve.max_model_len)
+        return recipe.serve.concurrency * kv_bytes(shape_of(recipe.model), recipe.serve.max_model_len)
     except (ModelError, MissingExtra):
         return 0
 
 
 def planned(serving: Serving) -> plan_plan.Plan | None:
-    """The memory plan; None when the model's shape cannot be had. Weights on this disk count as what they are there.
+    """The memory plan, or None if the model's shape is unknown. Weights on this disk count with their size there.
 
     Raises:
-        DoesNotFit: it needs more than the device has; the message says what to change.
+        DoesNotFit: the server needs more memory than the device has. The message says what to change.
     """
     try:
-        made = _onnx_plan(serving) if serving.runtime == "onnxruntime" else _vllm_plan(serving)
+        plan = _onnx_plan(serving) if serving.runtime == "onnxruntime" else _vllm_plan(serving)
     except (ModelError, MissingExtra):
         return None
-    if not made.fits:
-        raise DoesNotFit(f"{serving.name}: {plan_plan.refusal(made)}")
-    return made
+    if not plan.fits:
+        raise DoesNotFit(f"{serving.name}: {plan_plan.refusal(plan)}")
+    return plan
 
 
 def _vllm_plan(serving: Serving) -> plan_plan.Plan:
-    made = plan_plan.plan(serving.how, device=serving.device, stage="serve")
+    plan = plan_plan.plan(serving.recipe, device=serving.device, stage="serve")
     size = _file_bytes(serving)
     if not size:
-        return made
+        return plan
     on_disk = f"{size:,} bytes of {Path(serving.model).name} on disk"
     weights = plan_items.MemoryItem("weights", size, True, on_disk)
-    return _of_items(made, [weights if item.name == "weights" else item for item in made.items])
+    return _with_items(plan, [weights if item.name == "weights" else item for item in plan.items])
 
 
 def _onnx_plan(serving: Serving) -> plan_plan.Plan:
-    """The engine keeps a cache of the model's full length for each request that runs."""
-    decoder = (model := read_json(Path(serving.model) / "genai_config.json")["model"])["decoder"]
-    section, size = serving.how.serve, _file_bytes(serving)
-    many, length = section.max_num_seqs or ONNX_SEQS, model["context_length"]
+    """The engine keeps a cache of the model's full length for each running request."""
+    model = read_json(Path(serving.model) / "genai_config.json")["model"]
+    decoder = model["decoder"]
+    section, size = serving.section, _file_bytes(serving)
+    seqs, length = section.max_num_seqs or ONNX_SEQS, model["context_length"]
     width = 2 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"] * ONNX_CACHE_BYTES
     items = [
         plan_items.MemoryItem("weights", size, True, f"{size:,} bytes of {Path(serving.model).name} on disk"),
-        plan_items.MemoryItem("kv_cache", many * length * width, True, f"{many} x {length:,} tokens x {width:,} bytes"),
+        plan_items.MemoryItem("kv_cache", seqs * length * width, True, f"{seqs} x {length:,} tokens x {width:,} bytes"),
         plan_items.MemoryItem(
             "runtime", ONNX_BYTES, False, "measured: the interpreter with transformers and ONNX Runtime"
         ),
     ]
     limit = serving.device.memory_bytes
     remedy = remedies.Remedy(
-        (f"serve.max_num_seqs={max(1, many // 2)}",), (many - many // 2) * length * width, "fewer at once"
+        (f"serve.max_num_seqs={max(1, seqs // 2)}",), (seqs - seqs // 2) * length * width, "fewer requests at once"
     )
-    made = plan_plan.Plan(True, gpus.title(serving.device), limit, 0, "serve", (), (remedy,) if many > 1 else ())
-    return _of_items(made, items)
+    empty = plan_plan.Plan(True, gpus.title(serving.device), limit, 0, "serve", (), (remedy,) if seqs > 1 else ())
+    return _with_items(empty, items)
 
 
-def _of_items(made: plan_plan.Plan, items: Sequence[plan_items.MemoryItem]) -> plan_plan.Plan:
+def _with_items(plan: plan_plan.Plan, items: Sequence[plan_items.MemoryItem]) -> plan_plan.Plan:
     peak = sum(item.bytes for item in items)
-    return replace(made, items=tuple(items), peak_bytes=peak, fits=peak <= made.device_bytes)
+    return replace(plan, items=tuple(items), peak_bytes=peak, fits=peak <= plan.device_bytes)
 
 
 def _file_bytes(serving: Serving) -> int:
-    """Of the weights, as far as they are on this disk."""
+    """The size of the weights on this disk; 0 if they are elsewhere."""
     if is_adapter(Path(serving.model)):
-        return 0  # its base's weights are what counts, and they are elsewhere
+        return 0  # the weights that count are the base's, in another folder
     return sum(file.stat().st_size for kind in (SHARDS, "*.onnx.data") for file in Path(serving.model).glob(kind))

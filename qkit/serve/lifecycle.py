@@ -1,4 +1,4 @@
-"""A server from its start to its end: started again when it dies, drained when it is stopped."""
+"""A server from start to end: restarted when it dies, drained when it is stopped."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 ONNX_NEEDS = ("onnxruntime_genai", "fastapi", "uvicorn", "prometheus_client", "transformers")
-BACK_OFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # before the first, second ... start after an end
-STEADY_SECONDS = 600.0  # a server that has run so long begins with the shortest wait again
+BACK_OFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # before the first, second ... restart
+STEADY_SECONDS = 600.0  # after a server has run this long, the waits start again with the shortest
 WATCH_SECONDS = 0.2
 
 
 @contextmanager
 def ready(running: Server) -> Iterator[Server]:
-    """Wait for it; none of its processes is left afterwards."""
+    """Wait until the server answers; afterwards, none of its processes is left."""
     try:
         running.wait()
         yield running
@@ -42,14 +42,15 @@ def ready(running: Server) -> Iterator[Server]:
 
 
 def start(serving: Serving) -> Server:
-    """Start the server; it is not ready yet.
+    """Start the server. It is not ready yet when this returns.
 
     Raises:
-        MissingExtra, ServerError: each says what to do.
+        MissingExtra: a package of the runtime is missing.
+        ServerError: the port is in use.
     """
-    section = serving.how.serve
+    section = serving.section
     if serving.runtime == "vllm":
-        return vllm.Server(serving.model, serving.name, section, serving.device, serving.log, serving.extras)
+        return vllm.start(serving.model, serving.name, section, serving.device, serving.log, serving.extras)
     if missing := [name for name in ONNX_NEEDS if find_spec(name) is None]:
         raise MissingExtra(f"--runtime onnxruntime needs {', '.join(missing)}: pip install 'qkit[onnx]'")
     port = process.free_port(section)
@@ -58,8 +59,8 @@ def start(serving: Serving) -> Server:
 
 
 def onnx_argv(serving: Serving, port: int) -> list[str]:
-    """The command line of qkit's own server, in vLLM's words."""
-    section = serving.how.serve
+    """The command line of qkit's own server, whose options have vLLM's names."""
+    section = serving.section
     options = [
         ("model", serving.model),
         ("served-model-name", serving.name),
@@ -72,10 +73,22 @@ def onnx_argv(serving: Serving, port: int) -> list[str]:
 
 
 def argv(serving: Serving, port: int) -> list[str]:
-    """The command line that would be started."""
+    """The command line that `start` runs."""
     if serving.runtime != "vllm":
         return onnx_argv(serving, port)
-    return vllm.argv(serving.model, serving.name, serving.how.serve, port, serving.device, serving.extras)
+    return vllm.argv(serving.model, serving.name, serving.section, port, serving.device, serving.extras)
+
+
+class Backoff:
+    """The waits before restarts: longer after each failure, and short again after the server has run steadily."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def next_pause(self, uptime: float) -> float:
+        """Seconds to wait after a server that was ready for `uptime` seconds."""
+        self.failures = 1 if uptime > STEADY_SECONDS else self.failures + 1
+        return BACK_OFF_SECONDS[min(self.failures, len(BACK_OFF_SECONDS)) - 1]
 
 
 def serve(
@@ -84,57 +97,56 @@ def serve(
     wait: Callable[[Server], None],
     restart: Callable[[str, float], None] | None = None,
 ) -> None:
-    """Serve for a person: call `ready` when it answers, then `wait`, which returns or raises when it is to end; then drain and end it.
+    """Run a server until `wait` returns or raises, then drain and stop it. `ready` is called when it answers.
 
-    `restart`: told why a server that was ready ended by itself, and how many seconds are waited before the next start; None: none follows.
+    `restart` is called when a server that was ready has ended by itself, with the reason and the seconds until the next start. Without it,
+    the server is not restarted. A server that has never been ready is not restarted either: it would fail again.
 
     Raises:
-        ServerError: it ended by itself, or could not be started.
-        ParityFailed: it does not do with conversations what training did.
+        ServerError: the server ended by itself, or could not be started.
+        ParityFailed: it handles conversations differently from training.
     """
-    process.need_key(serving.how.serve.host, serving.extras.key)
-    fixed, ends = _with_port(serving), 0
+    process.need_key(serving.section.host, serving.extras.key)
+    fixed, backoff, was_ready = _with_port(serving), Backoff(), False
     make_folder(fixed.logs)
     fixed.log.unlink(missing_ok=True)
     while True:
-        begin = 0.0
+        ready_at: float | None = None
         try:
             with _drained(start(fixed)) as running:
                 keep_contract(fixed, running)
-                begin = time.monotonic()
+                ready_at, was_ready = time.monotonic(), True
                 ready(running)
                 wait(running)
                 return
         except ServerError as error:
-            if restart is None or not (begin or ends):  # one that was never ready would not be ready the next time
+            if restart is None or not was_ready:
                 raise
-            ends = 1 if begin and time.monotonic() - begin > STEADY_SECONDS else ends + 1
-            pause = BACK_OFF_SECONDS[min(ends, len(BACK_OFF_SECONDS)) - 1]
+            pause = backoff.next_pause(0.0 if ready_at is None else time.monotonic() - ready_at)
             restart(str(error), pause)
             time.sleep(pause)
 
 
 def keep_contract(serving: Serving, running: Server) -> None:
-    """See that a run's server makes the trained prompt tokens, stops where training stopped, and so on; on a few held-out rows.
+    """Check on a few held-out rows that a run's server makes the prompt tokens of training, stops at the same tokens, and so on.
 
     Raises:
-        ParityFailed: it does not.
+        ParityFailed: it differs.
     """
     if serving.run is None or not serving.contract:
         return
-    found = contract.check(serving.run, running.url, running.name, headers=running.headers)
-    found.enforce()
+    contract.check(serving.run, running.url, running.name, headers=running.headers).enforce()
 
 
 def _with_port(serving: Serving) -> Serving:
-    """With the port settled, so that a server that is started again is where it was."""
-    section = serving.how.serve.model_copy(update={"port": process.free_port(serving.how.serve)})
-    return replace(serving, how=serving.how.model_copy(update={"serve": section}))
+    """With a fixed port, so that a restarted server keeps its address."""
+    section = serving.section.model_copy(update={"port": process.free_port(serving.section)})
+    return replace(serving, recipe=serving.recipe.model_copy(update={"serve": section}))
 
 
 @contextmanager
 def _drained(running: Server) -> Iterator[Server]:
-    """Ready inside; on the way out new requests are refused, those in work get their time, and no process is left."""
+    """A server that is ready. On exit it refuses new requests, gets time to finish the current ones, and is stopped."""
     with ready(running):
         try:
             yield running
@@ -143,10 +155,10 @@ def _drained(running: Server) -> Iterator[Server]:
 
 
 def watch(running: Server) -> None:
-    """Return only by an exception.
+    """Watch the server; never returns.
 
     Raises:
-        ServerError: the server, or a process of its engine, is gone; within a second of it.
+        ServerError: the server, or a process of its engine, has ended; within a second.
     """
     while not running.ended():
         time.sleep(WATCH_SECONDS)

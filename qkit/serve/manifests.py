@@ -1,7 +1,7 @@
-"""The command of `qkit serve` for where it is to run: a shell, a compose file, Kubernetes.
+"""`qkit serve --print`: the server's command for a shell, as a compose file, or as Kubernetes manifests.
 
-A container sees the model at /model, listens on all of its addresses, and has its key from a secret. The files in serve/ hold what is made
-here; a test compares them.
+A container sees the model at /model, listens on all of its addresses, and gets its key from a secret. The files in serve/ contain the output
+of this module; a test compares them.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from qkit.server.process import LOOPBACK, limits
 
 PORT = 8000
 MODEL, ADAPTERS = "/model", "/adapters"
-IMAGE = "registry.example/qkit-vllm@sha256:" + 64 * "0"  # a placeholder, which no registry takes for another image
+IMAGE = "registry.example/qkit-vllm@sha256:" + 64 * "0"  # a placeholder that cannot name another image
 DRAIN_FILE = "/tmp/qkit-drain"
-USER = 10001  # the one in serve/Dockerfile
-SETTLE_SECONDS = 5  # until load balancers have heard that a pod ends
+USER = 10001  # as in serve/Dockerfile
+SETTLE_SECONDS = 5  # until load balancers have noticed that a pod ends
 PROBE_SECONDS = 5
 SECRET = ("vllm-api-key", "key")
 
 
 def shell(serving: Serving) -> str:
-    """The environment and the command line, for a shell. The key is to be in VLLM_API_KEY already; beyond loopback nothing starts without."""
-    section = serving.how.serve
-    drain_file = cache_dir() / f"drain-{section.port}"  # a folder that others do not write to
-    told = {**_told(serving, Path(serving.model).exists()), **limits(section, drain_file)}
-    words = [f"{name}={shlex.quote(value)}" for name, value in told.items()]
-    key = [] if section.host in LOOPBACK else [f'{admission.API_KEY}="${{{admission.API_KEY}:?holds no key}}"']
-    return " \\\n  ".join([*key, *words, shlex.join(lifecycle.argv(serving, section.port))])
+    """The environment and the command line, for a shell. It expects the key in VLLM_API_KEY, and beyond loopback does not start without one."""
+    section = serving.section
+    drain_file = cache_dir() / f"drain-{section.port}"  # other users cannot write to this folder
+    variables = {**_variables(serving, Path(serving.model).exists()), **limits(section, drain_file)}
+    assignments = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    key = [] if section.host in LOOPBACK else [f'{admission.API_KEY}="${{{admission.API_KEY}:?set it to the API key}}"']
+    return " \\\n  ".join([*key, *assignments, shlex.join(lifecycle.argv(serving, section.port))])
 
 
 def compose(serving: Serving) -> str:
-    """A compose file with this one service."""
+    """A compose file with the server as its only service."""
     return _yaml([compose_document(serving)])
 
 
 def compose_document(serving: Serving) -> dict[str, Any]:
-    inside, section = _inside(serving), serving.how.serve
+    inside, section = _inside(serving), serving.section
     mounted = {serving.model: MODEL, **{str(a.path): f"{ADAPTERS}/{a.name}" for a in serving.extras.adapters}}
     service: dict[str, Any] = {
         "image": IMAGE,
@@ -73,7 +73,7 @@ def compose_document(serving: Serving) -> dict[str, Any]:
         },
         "pre_stop": [{"command": _drain()}],
     }
-    if _has_gpu(serving):
+    if serving.device.has_gpu:
         service["gpus"] = [{"count": 1, "capabilities": ["gpu"]}]
     return {"services": {"vllm": service}}
 
@@ -92,7 +92,7 @@ def kubernetes_documents(serving: Serving) -> list[dict[str, Any]]:
         "replicas": 2,
         "selector": {"matchLabels": labels},
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
-        "progressDeadlineSeconds": serving.how.serve.startup_seconds + 300,
+        "progressDeadlineSeconds": serving.section.startup_seconds + 300,
         "template": pod,
     }
     ports = [{"name": "http", "port": PORT, "targetPort": "http"}]
@@ -103,12 +103,12 @@ def kubernetes_documents(serving: Serving) -> list[dict[str, Any]]:
 
 
 def _pod(serving: Serving) -> dict[str, Any]:
-    """Memory comes from /dev/shm for messages between vLLM's processes, and /tmp is the one place that is written to."""
+    """vLLM's processes exchange messages through /dev/shm, and /tmp is the only writable folder."""
     shared = {"medium": "Memory", "sizeLimit": "2Gi"}
     return {
         "automountServiceAccountToken": False,
-        "enableServiceLinks": False,  # else VLLM_PORT is set to the Service's address, and vLLM takes it for a number
-        "terminationGracePeriodSeconds": SETTLE_SECONDS + serving.how.serve.drain_seconds + 20,
+        "enableServiceLinks": False,  # otherwise VLLM_PORT holds the Service's address, which vLLM parses as a number
+        "terminationGracePeriodSeconds": SETTLE_SECONDS + serving.section.drain_seconds + 20,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,
@@ -157,9 +157,9 @@ def _container(serving: Serving) -> dict[str, Any]:
 
 
 def _probes(serving: Serving) -> dict[str, Any]:
-    """Nothing listens until the model is loaded: the start has a probe of its own. Liveness is patient enough to outlast a drain."""
-    section, ask = serving.how.serve, {"httpGet": {"path": "/health", "port": "http"}, "timeoutSeconds": PROBE_SECONDS}
-    every = {**ask, "periodSeconds": PROBE_SECONDS}
+    """Nothing listens until the model is loaded, so there is a startup probe. The liveness probe waits longer than a drain takes."""
+    section, probe = serving.section, {"httpGet": {"path": "/health", "port": "http"}, "timeoutSeconds": PROBE_SECONDS}
+    every = {**probe, "periodSeconds": PROBE_SECONDS}
     patience = (SETTLE_SECONDS + section.drain_seconds) // PROBE_SECONDS + 6
     return {
         "startupProbe": {**every, "failureThreshold": -(-section.startup_seconds // PROBE_SECONDS)},
@@ -169,47 +169,43 @@ def _probes(serving: Serving) -> dict[str, Any]:
 
 
 def _resources(serving: Serving) -> dict[str, Any]:
-    if _has_gpu(serving):
+    if serving.device.has_gpu:
         return {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"memory": "32Gi", "nvidia.com/gpu": "1"}}
-    made = fits.planned(serving)
-    memory = f"{-(-made.peak_bytes // 2**30) + 1}Gi" if made else "16Gi"
+    plan = fits.planned(serving)
+    memory = f"{-(-plan.peak_bytes // 2**30) + 1}Gi" if plan else "16Gi"
     return {"requests": {"cpu": "4", "memory": memory}, "limits": {"memory": memory}}
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------------
 
 
-def _has_gpu(serving: Serving) -> bool:
-    return serving.device.meter != "rss"
-
-
 def _claims(serving: Serving) -> dict[str, str]:
-    """The claims that a pod reads, and where it sees them. That of adapters holds a folder for each, by its name."""
+    """The volume claims of a pod, and where they are mounted. The claim of adapters has a folder for each, named like the adapter."""
     return {"model": MODEL, **({"adapters": ADAPTERS} if serving.extras.adapters else {})}
 
 
 def _inside(serving: Serving) -> Serving:
-    """As the container sees it; adapters are mounted beside the model.
+    """The same server with the paths and the address of the container; adapters are mounted next to the model.
 
     Raises:
-        NotDeployable: the container would lack what is to be served.
+        NotDeployable: the container would not contain what is served.
     """
     if why := _not_inside(serving):
-        raise NotDeployable(f"{serving.model}: {why}; `--print shell` has the command for this machine")
-    section = serving.how.serve.model_copy(update={"host": "0.0.0.0", "port": PORT})
-    beside = tuple(replace(a, path=Path(ADAPTERS) / a.name) for a in serving.extras.adapters)
-    how = serving.how.model_copy(update={"serve": section})
-    return replace(serving, model=MODEL, how=how, extras=replace(serving.extras, adapters=beside))
+        raise NotDeployable(f"{serving.model}: {why}; `--print shell` prints the command for this machine")
+    section = serving.section.model_copy(update={"host": "0.0.0.0", "port": PORT})
+    mounted = tuple(replace(a, path=Path(ADAPTERS) / a.name) for a in serving.extras.adapters)
+    recipe = serving.recipe.model_copy(update={"serve": section})
+    return replace(serving, model=MODEL, recipe=recipe, extras=replace(serving.extras, adapters=mounted))
 
 
 def _not_inside(serving: Serving) -> str | None:
-    """Why it is not served by the image of serve/Dockerfile with one folder mounted."""
+    """Why the image of serve/Dockerfile with a mounted folder cannot serve this, or None if it can."""
     if serving.runtime != "vllm":
-        return f"the image in serve/Dockerfile holds vLLM and not what --runtime {serving.runtime} needs"
+        return f"the image of serve/Dockerfile contains vLLM, but not what --runtime {serving.runtime} needs"
     if is_adapter(Path(serving.model)):
-        return "it is an adapter, which is served with its base: name the base, and the adapter with --adapter NAME=RUN"
+        return "this is an adapter, which is served with its base: give the base as the target, and the adapter with --adapter NAME=RUN"
     if is_hub_id(serving.model) and not Path(serving.model).is_dir():
-        return f"it is on the hub, and a container reads a folder: `hf download {serving.model} --local-dir model`, then name that"
+        return f"the model is on the hub, and a container needs a folder: run `hf download {serving.model} --local-dir model` and serve that"
     return None
 
 
@@ -218,13 +214,13 @@ def _command(inside: Serving) -> list[str]:
 
 
 def _environment(inside: Serving) -> dict[str, str]:
-    return {**_told(inside, local=True), **limits(inside.how.serve, DRAIN_FILE), "HOME": "/tmp"}
+    return {**_variables(inside, local=True), **limits(inside.section, DRAIN_FILE), "HOME": "/tmp"}
 
 
-def _told(serving: Serving, local: bool) -> dict[str, str]:
-    """Of vLLM's environment all but the key."""
-    told = vllm.environment(serving.device, serving.extras, local) if serving.runtime == "vllm" else {}
-    return {name: value for name, value in told.items() if name != admission.API_KEY}
+def _variables(serving: Serving, local: bool) -> dict[str, str]:
+    """vLLM's environment variables, without the key."""
+    variables = vllm.environment(serving.device, serving.extras, local) if serving.runtime == "vllm" else {}
+    return {name: value for name, value in variables.items() if name != admission.API_KEY}
 
 
 def _drain() -> Sequence[str]:
@@ -238,7 +234,7 @@ def _yaml(documents: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _plain() -> Any:
-    """A dumper that writes a value out again where it is used twice: `*id001` is for no human reader."""
+    """A dumper that repeats a value that is used twice: people cannot read `*id001`."""
     import yaml
 
     class Plain(yaml.SafeDumper):
@@ -255,8 +251,8 @@ def rendered(form: str, serving: Serving) -> str:
     """The command in one of FORMS.
 
     Raises:
-        UserError: there is no such form.
+        UserError: `form` is unknown.
     """
     if form not in FORMS:
-        raise UserError(f"--print {form}: there are {', '.join(FORMS)}")
+        raise UserError(f"--print {form}: must be one of {', '.join(FORMS)}")
     return FORMS[form](serving)

@@ -1,4 +1,4 @@
-"""What `qkit serve` was asked for, and what it comes to."""
+"""What `qkit serve` is asked to do, and the server that this leads to."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qkit.core.device import Device
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import Recipe, Serve
 from qkit.run.directory import Run
 from qkit.runtimes import vllm
 
-# --- what is served -----------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
-class Asked:
-    """What the command line says beyond the target and its recipe. `adapters`: name=RUN. `force`: also what failed its gate.
+class ServeOptions:
+    """The command line, apart from the target and its recipe.
 
-    `name`: what requests give as `model`; None: the folder's name. `rest`: options for vLLM, none of them one that qkit gives itself.
-    `contract`: whether the server is asked, once it answers, whether it does with conversations what training did.
+    `name`: the model name in requests; None: the folder's name. `adapters`: each as NAME=RUN. `rest`: options for the runtime, none of them
+    one that qkit sets itself. `force`: serve an artifact even if it failed its gate. `contract`: check, once the server answers, that it
+    handles conversations as training did.
     """
 
     runtime: str = "vllm"
@@ -34,14 +33,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Serving:
-    """A server that can be started. `model`: a folder or a hub id. `chosen`: which artifact, and why; empty for a foreign model.
+    """A server that can be started. `model`: a folder or a hub id. `chosen`: which artifact of the run, and why; empty without a run.
 
-    `logs`: the folder for its log. Servers on one run, or on folders of one name, may run at once, so a log is named for its port.
+    `logs`: the folder for its log. Servers on one run, or on folders of the same name, may run at once, so the port is in the log's name.
     """
 
     model: str
     name: str
-    how: Recipe
+    recipe: Recipe
     device: Device
     logs: Path
     runtime: str
@@ -51,10 +50,14 @@ class Serving:
     contract: bool = True
 
     @property
+    def section(self) -> Serve:
+        return self.recipe.serve
+
+    @property
     def log(self) -> Path:
-        return self.logs / f"serve-{self.how.serve.port}.log"
+        return self.logs / f"serve-{self.section.port}.log"
 
     @property
     def names(self) -> list[str]:
-        """What a request may give as `model`."""
+        """The model names that requests may give."""
         return [self.name, *(adapter.name for adapter in self.extras.adapters)]

@@ -1,210 +1,236 @@
-"""The stage `serve`, and `qkit serve`: a server on what a run has made, on any model folder, or on a model of the hub.
-
-What is served is chosen, its memory planned, and the server started below a guard, watched, drained and ended.
-
-serve/server.json   url, argv, start-up seconds. What it answers is checked by `verify`.
-"""
+"""What `qkit serve` serves: an artifact of a run, any model folder, or a model of the hub; with adapters, or not at all."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from qkit.core.device import detect
 from qkit.core.errors import MissingArtifact, ModelError, NotDeployable, ParityFailed, ServerError
 from qkit.core.files import read_json
 from qkit.core.sources import cache_dir, is_hub_id
-from qkit.measure.artifacts import MERGED, Artifact
-from qkit.measure.evidence import made_of
+from qkit.measure.artifacts import Artifact
+from qkit.measure.evidence import FAILED, PASSED, Evidence, read_evidence
 from qkit.model import source as model_source
 from qkit.model.provenance import is_traced
+from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.runtimes import vllm
 from qkit.serve.fits import cache_bytes
-from qkit.serve.request import Serving
+from qkit.serve.request import ServeOptions, Serving
 from qkit.server import adapters
 from qkit.server.lora import is_adapter
 
-if TYPE_CHECKING:
-    from qkit.serve.request import Asked
-
-
 RUNTIMES = ("vllm", "onnxruntime")
-# Options of the runtime that are not taken after `--`, and how qkit is told the same.
-OWN = {
-    "--host": "write --set serve.host=ADDRESS",
-    "--port": "write --set serve.port=NUMBER",
-    "--uds": "it asks its servers over TCP; write --set serve.port=NUMBER",
-    "--api-key": "write --api-key-file FILE, or set VLLM_API_KEY: command lines can be read by everybody on the machine",
-    "--model": "name the model as what is to be served",
-    "--served-model-name": "write --name NAME",
+UNVERIFIED = "unverified"  # verify has not judged the files that are there now
+CONFIGS = {"vllm": "config.json", "onnxruntime": "genai_config.json"}  # what a folder for the runtime must contain
+# Options of the runtime that qkit sets itself, and how the user sets them through qkit.
+RESERVED_OPTIONS = {
+    "--host": "use --set serve.host=ADDRESS",
+    "--port": "use --set serve.port=NUMBER",
+    "--uds": "qkit reaches its servers over TCP; use --set serve.port=NUMBER",
+    "--api-key": "use --api-key-file FILE, or set VLLM_API_KEY: everybody on the machine can read command lines",
+    "--model": "give the model as the target of `qkit serve`",
+    "--served-model-name": "use --name NAME",
 }
 
 
-def of_run(run: Run, asked: Asked) -> Serving:
-    """The artifact of a run: the one that is asked for, else the best that passed its gate.
+def of_run(run: Run, options: ServeOptions) -> Serving:
+    """A server for an artifact of a run: the one that the options name, otherwise the best one that passed its gate.
 
     Raises:
-        MissingArtifact: the run has nothing for this runtime.
-        NotDeployable: what it has is not served.
-        ParityFailed: all that it has failed.
+        MissingArtifact: the run has no artifact for this runtime.
+        NotDeployable: the artifact, or an adapter, cannot be served.
+        ParityFailed: every artifact for this runtime failed its gate.
     """
-    artifact, why = pick(run, asked)
-    name = asked.name or run.root.resolve().name
-    logs = (
-        run.root / "logs" if os.access(run.root, os.W_OK) else cache_dir() / "logs"
-    )  # it may be mounted to be read only
-    made = Serving(
-        str(artifact.path), name, run.recipe, detect(), logs, asked.runtime, vllm.Extras(), why, run, asked.contract
+    artifact, why = pick(run, options)
+    name = options.name or run.root.resolve().name
+    check_options(options, name)
+    writable = os.access(run.root, os.W_OK)  # a run may be mounted read-only
+    return Serving(
+        model=str(artifact.path),
+        name=name,
+        recipe=run.recipe,
+        device=detect(),
+        logs=run.root / "logs" if writable else cache_dir() / "logs",
+        runtime=options.runtime,
+        extras=_extras(options, artifact.path, run.recipe, name, run),
+        chosen=why,
+        run=run,
+        contract=options.contract,
     )
-    return _completed(made, asked)
 
 
-def of_model(source: str, how: Recipe, asked: Asked) -> Serving:
-    """Any model folder, or a model of the hub.
+def of_model(source: str, recipe: Recipe, options: ServeOptions) -> Serving:
+    """A server for a model folder, or for a model of the hub.
 
     Raises:
-        ModelError: it is neither. NotDeployable: the runtime does not load it.
+        ModelError: the source is neither.
+        NotDeployable: the runtime cannot load it, or an adapter cannot be served.
     """
     folder = Path(source)
-    if asked.runtime == "onnxruntime":
+    _check_model(folder, source, options.runtime)
+    is_folder = folder.is_dir()
+    name = options.name or (folder.resolve().name if is_folder else source)
+    check_options(options, name)
+    return Serving(
+        model=str(folder.resolve()) if is_folder else source,
+        name=name,
+        recipe=recipe,
+        device=detect(),
+        logs=cache_dir() / "logs",
+        runtime=options.runtime,
+        extras=_extras(options, folder.resolve() if is_folder else None, recipe, name),
+    )
+
+
+def _check_model(folder: Path, source: str, runtime: str) -> None:
+    """Raise ModelError or NotDeployable if the runtime cannot serve this source."""
+    if runtime == "onnxruntime":
         _need_genai(folder)
-    needed = {"vllm": "config.json", "onnxruntime": "genai_config.json"}[asked.runtime]
-    if folder.is_dir() and not (folder / needed).is_file():
+    if not folder.is_dir() and (runtime != "vllm" or not is_hub_id(source)):
+        raise ModelError(f"{source}: no such run directory or model folder; a model of the hub has the form owner/name")
+    if folder.is_dir() and not (folder / CONFIGS[runtime]).is_file():
         raise ModelError(
-            f"{source}: holds no {needed}, so it is nothing that {asked.runtime} serves, nor a run directory"
+            f"{source}: {CONFIGS[runtime]} is missing, so this is neither a run directory nor a model for {runtime}"
         )
-    if not folder.is_dir() and (asked.runtime != "vllm" or not is_hub_id(source)):
-        raise ModelError(f"{source}: no such run directory or model folder; a model of the hub is written owner/name")
-    if asked.runtime == "vllm" and folder.is_dir():
+    if folder.is_dir() and runtime == "vllm":
         _need_loader(folder)
-    name = asked.name or (folder.resolve().name if folder.is_dir() else source)
-    place, logs = str(folder.resolve()) if folder.is_dir() else source, cache_dir() / "logs"
-    return _completed(Serving(place, name, how, detect(), logs, asked.runtime, vllm.Extras()), asked)
 
 
-def _completed(made: Serving, asked: Asked) -> Serving:
-    """With adapters checked against the model, and the cache's size."""
-    refuse_own(asked.rest)
-    if asked.runtime != "vllm" and (asked.adapters or asked.runtime_adapters):
-        raise NotDeployable(f"--runtime {asked.runtime} serves no adapters apart from their base; serve the run itself")
-    base = Path(made.model) if Path(made.model).is_dir() else None
-    chosen = [adapters.parse(text) for text in asked.adapters]
-    names = [made.name, *(name for name, _ in chosen)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ServerError(f"--adapter: the name {', '.join(twice)} is given twice, or is the base's own")
-    beside = _beside(made, chosen, base)
-    extras = vllm.Extras(beside, asked.runtime_adapters, asked.key, cache_bytes(made.how), asked.rest)
-    return replace(made, extras=extras)
+# --- options and adapters -----------------------------------------------------------------------------------------------
 
 
-def _beside(made: Serving, chosen: Sequence[tuple[str, Path]], base: Path | None) -> tuple[adapters.Adapter, ...]:
-    """The adapters, each seen to belong to the base. A run's export has the run's own adapter in it, so those of others seldom do."""
-    try:
-        return tuple(adapters.checked(name, place, base) for name, place in chosen)
-    except ModelError as error:
-        if made.run is None:
-            raise
-        base_model = made.run.recipe.model
-        source = base_model.source if is_hub_id(base_model.source) else model_source.resolve(base_model)
-        words = " ".join(f"--adapter {name}={place}" for name, place in chosen)
-        raise ModelError(
-            f"{error}\nWhat {made.run.root} exports has its own adapter merged in; beside each other adapters go on their base: "
-            f"`qkit serve {source} --adapter {made.name}={made.run.root} {words}`"
-        ) from None
-
-
-def refuse_own(rest: Sequence[str]) -> None:
-    """Options that qkit gives the runtime itself: a second value would be obeyed by the runtime and by nothing around it.
+def check_options(options: ServeOptions, name: str) -> None:
+    """Check the options that do not depend on the model.
 
     Raises:
-        ServerError: there is one; the message says how qkit is told instead.
+        ServerError: an option for the runtime is one that qkit sets itself, or a name is given twice.
+        NotDeployable: the runtime does not serve adapters.
     """
-    for word in rest:
-        option = word.partition("=")[0].replace("_", "-")
-        if said := [
-            how for own, how in OWN.items() if len(option) > 2 and own.startswith(option)
-        ]:  # vLLM takes `--hos` too
-            raise ServerError(f"`-- {option}`: qkit gives this option itself, and counts on it; {said[0]}")
+    refuse_reserved(options.rest)
+    if options.runtime != "vllm" and (options.adapters or options.runtime_adapters):
+        raise NotDeployable(f"--runtime {options.runtime} does not serve adapters; serve the run itself")
+    names = [name, *(adapter for adapter, _ in map(adapters.parse, options.adapters))]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ServerError(f"--adapter: the name {', '.join(twice)} is given twice, or is the name of the model")
 
 
-def pick(run: Run, asked: Asked) -> tuple[Artifact, str]:
-    """Which artifact of a run a runtime serves, and a line on why."""
-    found = [artifact for artifact in _made(run) if artifact.runtime == asked.runtime]
-    if asked.artifact:
-        found = [artifact for artifact in found if artifact.name == asked.artifact]
-    else:  # the adapter apart is slower than what it was merged into: served where it is asked for, or nothing else is there
-        found = [artifact for artifact in found if not is_adapter(artifact.path)] or found
-    if not found:
-        wanted = asked.artifact or {"vllm": "vllm", "onnxruntime": "onnx-fp32 or onnx-int4"}[asked.runtime]
-        raise MissingArtifact(
-            f"{run.root}: has no export {wanted} for --runtime {asked.runtime}: "
-            f"name it in export.formats, then `qkit run {run.root}` makes it"
-        )
-    known = _verified(run, found)
-    good = [artifact for artifact in found if asked.force or _status(known, artifact) != "failed"]
+def refuse_reserved(rest: Sequence[str]) -> None:
+    """Refuse options that qkit sets itself: the runtime would follow a second value, but qkit would not know it.
+
+    Raises:
+        ServerError: there is one. The message says how to set it through qkit.
+    """
+    for argument in rest:
+        option = argument.partition("=")[0].replace("_", "-")
+        # vLLM accepts abbreviations such as `--hos`
+        reserved = next((name for name in RESERVED_OPTIONS if len(option) > 2 and name.startswith(option)), None)
+        if reserved:
+            raise ServerError(f"`-- {option}`: qkit sets this option itself; {RESERVED_OPTIONS[reserved]}")
+
+
+def _extras(options: ServeOptions, base: Path | None, recipe: Recipe, name: str, run: Run | None = None) -> vllm.Extras:
+    """`base`: the folder of the model, where it is on this disk: adapters are checked against it."""
+    chosen = [adapters.parse(text) for text in options.adapters]
+    try:
+        checked = tuple(adapters.checked(adapter, place, base) for adapter, place in chosen)
+    except ModelError as error:
+        if run is None:
+            raise
+        raise ModelError(f"{error}\n{_serve_the_base(run, name, options.adapters)}") from None
+    return vllm.Extras(checked, options.runtime_adapters, options.key, cache_bytes(recipe), options.rest)
+
+
+def _serve_the_base(run: Run, name: str, adapter_options: Sequence[str]) -> str:
+    """What to do instead of serving a run's export with adapters of other runs: the export contains the run's own adapter."""
+    base = run.recipe.model
+    source = base.source if is_hub_id(base.source) else model_source.resolve(base)
+    others = " ".join(f"--adapter {option}" for option in adapter_options)
+    return (
+        f"The exports of {run.root} have its own adapter merged in. To serve several adapters, serve their base: "
+        f"`qkit serve {source} --adapter {name}={run.root} {others}`"
+    )
+
+
+# --- the artifact of a run ----------------------------------------------------------------------------------------------
+
+
+def pick(run: Run, options: ServeOptions) -> tuple[Artifact, str]:
+    """The artifact of a run that the runtime serves, and a line that says why."""
+    candidates = _candidates(run, options)
+    evidence = read_evidence(run.root)
+    good = [artifact for artifact in candidates if options.force or evidence.status(artifact.name) != FAILED]
     if not good:
         raise ParityFailed(
-            f"{run.root}: {', '.join(artifact.name for artifact in found)} failed the gate, so it is not served; "
-            f"`qkit show {run.root}` says by how much, --force serves it all the same"
+            f"{run.root}: {', '.join(artifact.name for artifact in candidates)} failed the gate and will not be served; "
+            f"`qkit show {run.root}` says by how much, --force serves it anyway"
         )
-    best = max(good, key=lambda artifact: _merit(known, artifact, run.recipe.merge.choose))
-    if asked.runtime == "onnxruntime":
+    best = max(good, key=lambda artifact: _merit(evidence, artifact, run.recipe.merge.choose))
+    if options.runtime == "onnxruntime":
         _need_genai(best.path)
-    return best, f"{best.name} ({_status(known, best)}, of {', '.join(artifact.name for artifact in found)})"
+    return (
+        best,
+        f"{best.name} ({evidence.status(best.name) or UNVERIFIED}, of {', '.join(artifact.name for artifact in candidates)})",
+    )
+
+
+def _candidates(run: Run, options: ServeOptions) -> list[Artifact]:
+    """The exports for the runtime. A separate adapter is slower than a merged model, so it is only served on request, or if it is the only one.
+
+    Raises:
+        MissingArtifact: there are none.
+    """
+    artifacts = [artifact for artifact in _exports(run) if artifact.runtime == options.runtime]
+    if options.artifact:
+        artifacts = [artifact for artifact in artifacts if artifact.name == options.artifact]
+    else:
+        artifacts = [artifact for artifact in artifacts if not is_adapter(artifact.path)] or artifacts
+    if not artifacts:
+        wanted = options.artifact or {"vllm": "vllm", "onnxruntime": "onnx-fp32 or onnx-int4"}[options.runtime]
+        raise MissingArtifact(
+            f"{run.root}: has no export {wanted} for --runtime {options.runtime}; "
+            f"add it to export.formats, then `qkit run {run.root}` makes it"
+        )
+    return artifacts
 
 
 def _need_loader(folder: Path) -> None:
-    """Raise NotDeployable for weights quantized in a way that the installed vLLM does not load."""
+    """Raise NotDeployable if the installed vLLM cannot load the quantization of the weights."""
     config = read_json(folder / "config.json")
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method and vllm.methods() and method not in vllm.methods():
         raise NotDeployable(
-            f"{folder}: its weights are quantized by {method}, which the installed vLLM does not load (it knows "
+            f"{folder}: the weights are quantized by {method}, which the installed vLLM does not load (it loads "
             f"{', '.join(sorted(vllm.methods()))}); serve a format made for it, such as vllm-w4a16"
         )
 
 
 def _need_genai(folder: Path) -> None:
-    """Raise NotDeployable for an ONNX graph that onnxruntime-genai's builder has not made."""
+    """Raise NotDeployable for an ONNX graph that was not made by onnxruntime-genai's builder."""
     if is_traced(folder):
         raise NotDeployable(
-            f"{folder}: its graph was traced, since onnxruntime-genai's builder does not know the architecture, and onnxruntime-genai, "
-            "which serves, opens only what its builder makes. ONNX Runtime itself opens it, as README.md there shows; "
-            "to serve the model name vllm in export.formats"
+            f"{folder}: onnxruntime-genai, which runs the server, opens only graphs of its own builder. This graph was traced, because the "
+            "builder does not know the architecture. ONNX Runtime itself opens it, as README.md in the folder shows; "
+            "to serve the model, add vllm to export.formats"
         )
 
 
-def _made(run: Run) -> list[Artifact]:
-    """The exports of a run that are there and are whole models."""
+def _exports(run: Run) -> list[Artifact]:
+    """The exports of a run that exist."""
     named = [Artifact(name, run.folder("export") / name) for name in run.recipe.export.formats if name != MERGED]
-    signs = ("config.json", "genai_config.json", "adapter_config.json")
-    return [a for a in named if any((a.path / file).is_file() for file in signs)]
+    configs = ("config.json", "genai_config.json", "adapter_config.json")
+    return [a for a in named if any((a.path / file).is_file() for file in configs)]
 
 
-def _verified(run: Run, found: Sequence[Artifact]) -> Mapping[str, Any]:
-    """What verify said of these artifacts; nothing of one that has been made anew since."""
-    file, manifest = run.folder("verify") / "parity.json", run.manifest()
-    if not file.is_file():
-        return {"parity": {}, "scores": {}}
-    same = {one.name for one in found if made_of(manifest, "verify", f"{one.path.relative_to(run.root)}/")}
-    said = read_json(file)
-    return {key: {name: entry for name, entry in said[key].items() if name in same} for key in ("parity", "scores")}
+def _merit(evidence: Evidence, artifact: Artifact, rule: str) -> tuple[bool, float, float]:
+    """For sorting: passed comes first; then the distance to the reference model, or the score if `rule` says so.
 
-
-def _status(known: Mapping[str, Any], artifact: Artifact) -> str:
-    """What verify said of it: passed, failed, measured; or unverified."""
-    entry: Mapping[str, Any] = known["parity"].get(artifact.name, {})
-    return str(entry.get("status", "unverified"))
-
-
-def _merit(known: Mapping[str, Any], artifact: Artifact, rule: str) -> tuple[bool, float, float]:
-    """Passed before not judged; then the nearer to what was trained (a few points of a score are chance), or by `rule` the better score."""
-    score = known["scores"].get(artifact.name, {}).get("score", float("-inf"))
-    nearness = -known["parity"].get(artifact.name, {}).get("kl_mean", float("inf"))
-    passed = _status(known, artifact) == "passed"
+    By default the distance decides, since a few points of a score are chance.
+    """
+    score = evidence.scores.get(artifact.name, {}).get("score", float("-inf"))
+    nearness = -evidence.parity.get(artifact.name, {}).get("kl_mean", float("inf"))
+    passed = evidence.status(artifact.name) == PASSED
     return (passed, score, nearness) if rule == "score" else (passed, nearness, score)

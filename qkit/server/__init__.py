@@ -1,5 +1,6 @@
-"""Servers of the OpenAI API: started, watched, asked, drained; and our own server for ONNX models.
+"""Servers of the OpenAI API: how they are started, watched, queried and drained; and qkit's own server for ONNX models.
 
-In: a command line. Out: a server that is up, or why it is not. vLLM is a program that is started, and never imported.
-serve, verify and bench use it. Start with process.py; admission.py is the door in front of a server, onnx_app.py a server of ours.
+In: a command line. Out: a running server, or the reason why it does not run. vLLM is started as a program and never imported.
+The serve, verify and bench stages and the runtimes use it. Start with process.py; client.py sends requests, admission.py admits them, and
+onnx_app.py is the ONNX server.
 """

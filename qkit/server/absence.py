@@ -1,6 +1,6 @@
-"""Ways to write nothing in a request that vLLM 0.32 refuses, taken out on their way to it: an empty list of tools, and a name that is null.
+"""Removes two ways of writing "not given" that vLLM 0.32 refuses: an empty list of tools, and a message's `name` that is null.
 
-Clients write them for what they leave open. A body that has neither is handed on as it came, for the price of a search in it.
+Clients send them for parameters that they leave open. A body without them passes unchanged, at the cost of one search.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 PATHS = ("/chat/completions", "/tokenize")
-WRITTEN = re.compile(rb'"tools"\s*:\s*\[\s*\]|"name"\s*:\s*null')
-CHOICES = ("auto", "none", None)  # of a tool, where there is none to choose
+PATTERN = re.compile(rb'"tools"\s*:\s*\[\s*\]|"name"\s*:\s*null')
+CHOICES = ("auto", "none", None)  # values of tool_choice that mean nothing without tools
 
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
-def without_nothings(body: bytes) -> bytes:
-    """The body of a request without what says nothing; as it is where it says something throughout, or is no JSON."""
-    if not WRITTEN.search(body):
+def remove_empty(body: bytes) -> bytes:
+    """The body of a request without its empty parameters; unchanged if it has none, or is not JSON."""
+    if not PATTERN.search(body):
         return body
     try:
-        asked = json.loads(body)
-        return json.dumps(asked, allow_nan=False).encode() if _cleared(asked) else body
-    except (ValueError, RecursionError):  # the server says what is wrong with it
+        request = json.loads(body)
+        return json.dumps(request, allow_nan=False).encode() if _remove(request) else body
+    except (ValueError, RecursionError):  # the server's answer will name the fault
         return body
 
 
-def _cleared(asked: Any) -> bool:
-    """Take out what says nothing; whether there was any."""
-    if not isinstance(asked, dict):
+def _remove(request: Any) -> bool:
+    """Remove the empty parameters in place. Returns whether there were any."""
+    if not isinstance(request, dict):
         return False
-    offers_none = asked.get("tools") == []
-    if offers_none:
-        del asked["tools"]
-        if asked.get("tool_choice") in CHOICES:
-            asked.pop("tool_choice", None)
-    turns = asked.get("messages")
+    has_empty_tools = request.get("tools") == []
+    if has_empty_tools:
+        del request["tools"]
+        if request.get("tool_choice") in CHOICES:
+            request.pop("tool_choice", None)
+    turns = request.get("messages")
     unnamed = (
         [turn for turn in turns if isinstance(turn, dict) and turn.get("name", "") is None]
         if isinstance(turns, list)
@@ -46,21 +46,21 @@ def _cleared(asked: Any) -> bool:
     )
     for turn in unnamed:
         del turn["name"]
-    return offers_none or bool(unnamed)
+    return has_empty_tools or bool(unnamed)
 
 
-async def received(receive: Receive) -> Receive:
-    """The same way to receive a request, its body read and rid of what says nothing; what comes after it passes as it is."""
+async def receive_cleaned(receive: Receive) -> Receive:
+    """A `receive` that returns the request's body at once, without its empty parameters, and later events unchanged."""
     pieces, first = [], await receive()
     while first.get("type") == "http.request":
         pieces.append(first.get("body", b""))
         if not first.get("more_body"):
-            first = {**first, "body": without_nothings(b"".join(pieces)), "more_body": False}
+            first = {**first, "body": remove_empty(b"".join(pieces)), "more_body": False}
             break
         first = await receive()
     waiting = [first]
 
-    async def again() -> MutableMapping[str, Any]:
+    async def receive_again() -> MutableMapping[str, Any]:
         return waiting.pop() if waiting else await receive()
 
-    return again
+    return receive_again

@@ -1,13 +1,13 @@
-"""What a server lets in, as ASGI middleware: readiness, draining, the key on every path, and limits on size and number.
+"""Admission control for a server, as ASGI middleware: readiness, draining, the key on every path, and limits on size and number of requests.
 
-vLLM loads it (`--middleware qkit.admission.Admission`) into its own process, qkit's ONNX server too. vLLM has no limit on a request's
-size, guards only some of its paths with the key, answers 200 on /health while it shuts down, and refuses some ways to write nothing
-(`qkit.absence`). A request costs one `stat` and a few comparisons more; tokens pass untouched. Nothing beyond the standard library is imported.
+vLLM loads it into its own process (`--middleware qkit.admission.Admission`), and so does qkit's ONNX server. vLLM does not limit the size of
+requests, checks the key only on some paths, answers 200 on /health while it shuts down, and refuses some empty parameters
+(`qkit.server.absence`). A request costs one `stat` and a few comparisons more; tokens pass untouched. Only the standard library is imported.
 
     /health   200, or 503 while draining; then `{"draining": true, "in_flight": N}`
-    else      401 without the key, 503 while draining, 429 beyond the number, 411 and 413 for bodies without or beyond a size
+    else      401 without the key, 503 while draining, 429 for too many requests, 411 and 413 for a body without a length or too long
 
-As a program, `python -m qkit.admission URL` drains the server at URL: what a Kubernetes preStop hook calls.
+As a program, `python -m qkit.admission URL` drains the server at URL; a Kubernetes preStop hook calls it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from typing import Any
 
 from qkit.server import absence
 
-DRAIN_FILE = "QKIT_DRAIN_FILE"  # the server drains while this file is there
+DRAIN_FILE = "QKIT_DRAIN_FILE"  # the server drains while this file exists
 MAX_BODY_BYTES = "QKIT_MAX_BODY_BYTES"
 MAX_REQUESTS = "QKIT_MAX_REQUESTS"
 DRAIN_SECONDS = "QKIT_DRAIN_SECONDS"
 API_KEY = "VLLM_API_KEY"
-# A connection that waits for its next request is kept longer than clients and proxies keep theirs (60 s as a rule; vLLM's own 5 s are
-# those of httpx): where the server is the first to close it, a request that is on its way meets nobody.
+# Idle connections are kept longer than clients and proxies keep them (usually 60 s; vLLM's default is 5 s, like that of httpx). If the
+# server closed them first, a request that is already on its way would fail.
 KEEP_ALIVE_SECONDS = 75
-OPEN = frozenset({"/health", "/metrics"})  # what probes and scrapers ask without a key
+OPEN = frozenset({"/health", "/metrics"})  # probes and scrapers send no key
 
 
 Scope = MutableMapping[str, Any]
@@ -45,7 +45,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Limits:
-    """What is let in. `drain_file`: the server drains while it is there. Zero: no limit."""
+    """What is admitted. `drain_file`: the server drains while it exists. Zero means no limit."""
 
     drain_file: str = ""
     max_body_bytes: int = 0
@@ -53,7 +53,7 @@ class Limits:
     key: str = field(default="", repr=False)
 
     @classmethod
-    def of(cls, environment: Mapping[str, str]) -> Limits:
+    def from_environment(cls, environment: Mapping[str, str]) -> Limits:
         return cls(
             drain_file=environment.get(DRAIN_FILE, ""),
             max_body_bytes=int(environment.get(MAX_BODY_BYTES) or 0),
@@ -64,7 +64,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An answer in the form of OpenAI's errors."""
+    """An error in the form of the OpenAI API."""
 
     status: int
     kind: str
@@ -73,15 +73,13 @@ class Refusal:
 
 
 class Admission:
-    """Wraps an ASGI application; its limits come from the environment, which a secret may be in, and never from argv."""
+    """Wraps an ASGI application. Its limits come from the environment, which may contain a secret, and never from argv."""
 
     def __init__(self, app: App, limits: Limits | None = None):
         self.app = app
-        self.limits = limits or Limits.of(os.environ)
+        self.limits = limits or Limits.from_environment(os.environ)
         self.in_flight = 0
-        if (
-            self.limits.drain_file
-        ):  # it was meant for the process before this one, in a container that was started again
+        if self.limits.drain_file:  # in a restarted container, it was meant for the previous process
             Path(self.limits.drain_file).unlink(missing_ok=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,7 +98,7 @@ class Admission:
             await self._admit(scope, receive, send)
 
     async def _converse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A websocket is one request for as long as it is open. Closed before it was accepted, its client gets status 403."""
+        """A websocket counts as one request while it is open. If it is closed before it is accepted, its client gets status 403."""
         if self.refusal(scope):
             await send({"type": "websocket.close", "code": POLICY_VIOLATION})
         else:
@@ -109,30 +107,30 @@ class Admission:
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.in_flight += 1
         try:
-            asks = scope["type"] == "http" and scope["path"].endswith(absence.PATHS)
-            await self.app(scope, await absence.received(receive) if asks else receive, send)
+            has_prompt = scope["type"] == "http" and scope["path"].endswith(absence.PATHS)
+            await self.app(scope, await absence.receive_cleaned(receive) if has_prompt else receive, send)
         finally:
             self.in_flight -= 1
 
     def draining(self) -> bool:
-        return bool(self.limits.drain_file) and os.path.exists(self.limits.drain_file)  # noqa: PTH110 (the quicker one)
+        return bool(self.limits.drain_file) and os.path.exists(self.limits.drain_file)  # noqa: PTH110 (faster)
 
     def refusal(self, scope: Scope) -> Refusal | None:
-        """Why a request is not let in; None when it is."""
+        """Why a request is not admitted, or None if it is."""
         if not _authorized(scope, self.limits.key):
             return Refusal(
                 401, "authentication_error", "the API key is missing or wrong: send `Authorization: Bearer KEY`"
             )
         if self.draining():
-            return Refusal(503, "unavailable", "the server is shutting down; ask another one", RETRY_ELSEWHERE)
+            return Refusal(503, "unavailable", "the server is shutting down; use another one", RETRY_ELSEWHERE)
         if self.limits.max_requests and self.in_flight >= self.limits.max_requests:
-            message = f"{self.in_flight} requests are in work, which is the limit (serve.max_requests); try again later"
+            message = f"{self.in_flight} requests are running or waiting, which is the limit (serve.max_requests); try again later"
             return Refusal(429, "rate_limit_error", message, RETRY_SOON)
         return self._size_refusal(dict(scope["headers"]))
 
     def _size_refusal(self, headers: Mapping[bytes, bytes]) -> Refusal | None:
         most, size = self.limits.max_body_bytes, headers.get(b"content-length", b"0")
-        if most and b"transfer-encoding" in headers:  # where both are given, the length is not what counts
+        if most and b"transfer-encoding" in headers:  # if both are given, the length does not count
             return Refusal(411, "invalid_request_error", "send the body with a Content-Length, not in chunks")
         if most and (not size.isdigit() or int(size) > most):
             message = f"the body has {size.decode('latin-1')} bytes; the limit is {most} (serve.max_body_bytes)"
@@ -140,13 +138,13 @@ class Admission:
         return None
 
 
-POLICY_VIOLATION = 1008  # of a websocket's close
+POLICY_VIOLATION = 1008  # close code of a websocket
 RETRY_SOON = ((b"retry-after", b"1"),)
 RETRY_ELSEWHERE = ((b"retry-after", b"1"), (b"connection", b"close"))
 
 
 def _authorized(scope: Scope, key: str) -> bool:
-    """Compared in constant time; browsers ask with OPTIONS before they send a key."""
+    """Compared in constant time. Browsers send an OPTIONS request, without the key, before the actual one."""
     if not key or scope.get("method") == "OPTIONS":
         return True
     scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
@@ -160,13 +158,13 @@ async def _answer(send: Send, status: int, body: Any, headers: tuple[tuple[bytes
     await send({"type": "http.response.body", "body": content})
 
 
-# --- draining, from outside -------------------------------------------------------------------------------------------
+# --- draining a server ------------------------------------------------------------------------------------------------
 
 
 def drain(url: str, drain_file: Path, seconds: float, ended: Callable[[], bool] = lambda: False) -> int:
-    """Make a server refuse what is new, and wait up to `seconds` for what it is working on. Returns how many requests are left.
+    """Make a server refuse new requests, and wait up to `seconds` for the current ones. Returns how many are left.
 
-    `ended`: whether to wait no longer, asked ten times a second.
+    `ended` is called ten times a second; when it returns True, the wait is over.
     """
     drain_file.touch()
     deadline, left = time.monotonic() + seconds, 0
@@ -179,14 +177,14 @@ def drain(url: str, drain_file: Path, seconds: float, ended: Callable[[], bool] 
 
 
 def _in_flight(url: str) -> int:
-    """Requests in work at a draining server. One that nobody listens for, or that is somebody else's by now, has none; one that is too busy
-    to answer has some.
+    """The number of requests that a draining server has. It is 0 if nothing, or another program, listens at the URL; and at least 1 if the
+    server is too busy to answer.
     """
     try:
         with _DIRECT.open(f"{url}/health", timeout=2.0):
-            return 1  # it has not seen the file yet
+            return 1  # it has not noticed the file yet
     except urllib.error.HTTPError as error:
-        return _counted(error.read()) if error.code == 503 else 0
+        return _count(error.read()) if error.code == 503 else 0
     except http.client.HTTPException:
         return 0
     except OSError as error:
@@ -194,20 +192,19 @@ def _in_flight(url: str) -> int:
         return 1 if isinstance(reason, TimeoutError) else 0
 
 
-def _counted(answer: bytes) -> int:
+def _count(answer: bytes) -> int:
     try:
         return int(json.loads(answer or b"{}").get("in_flight", 0))
     except (ValueError, TypeError, AttributeError):
-        return 0  # a proxy's word, say: no door of ours is behind it
+        return 0  # not an answer of this middleware; a proxy's, for example
 
 
-_DIRECT = urllib.request.build_opener(
-    urllib.request.ProxyHandler({})
-)  # the server is on this machine, whatever http_proxy says
+# The server is on this machine, so http_proxy does not apply.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def main() -> None:
-    """The preStop hook: drain the server at the URL on the command line."""
+    """The preStop hook: drain the server at the URL that the command line gives."""
     drain(sys.argv[1], Path(os.environ[DRAIN_FILE]), float(os.environ.get(DRAIN_SECONDS, "30")))
 
 

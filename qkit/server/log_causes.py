@@ -1,47 +1,47 @@
-"""Why a server ended, from what it logged."""
+"""Why a server ended, according to its log."""
 
 from __future__ import annotations
 
 KILLED = (
-    "a process of the engine was killed, by the system's out-of-memory killer as a rule; "
+    "a process of the engine was killed, usually by the system's out-of-memory killer; "
     "lower serve.max_model_len or serve.concurrency"
 )
-SHOT = (
-    "the engine was killed from outside, by the system's out-of-memory killer as a rule; "
+KILLED_FROM_OUTSIDE = (
+    "the engine was killed from outside, usually by the system's out-of-memory killer; "
     "lower serve.max_model_len or serve.concurrency"
 )
-NO_KERNEL = (
-    "the engine has no kernel for this processor (illegal instruction); "
-    "another build of vLLM, or another machine, is needed"
+ILLEGAL_INSTRUCTION = (
+    "this build of vLLM uses an instruction that the processor does not have (illegal instruction); "
+    "use another build of vLLM, or another machine"
 )
 
 
-# What a line of a server's log means, and what to do. The first that is found, from the end of the log, wins.
-EXPLAINED = {
+# What a text in a server's log means, and what to do. The match that is nearest to the end of the log counts.
+CAUSES = {
     "address already in use": "the port is in use; choose another with --set serve.port=0",
-    "No available memory for the cache blocks": "weights leave no room for the KV cache; raise serve.gpu_memory_utilization, "
+    "No available memory for the cache blocks": "the weights leave no room for the KV cache; raise serve.gpu_memory_utilization, "
     "or serve a quantized export",
     "larger than the maximum number of tokens that can be stored in KV cache": "the KV cache is too small; lower serve.max_model_len",
     "larger than the available KV cache memory": "the KV cache is too small; lower serve.max_model_len or serve.concurrency",
     "out of memory": "the device ran out of memory; lower serve.gpu_memory_utilization or serve.max_model_len",
     "Cannot allocate memory": "the machine ran out of memory; lower serve.max_model_len or serve.concurrency",
-    "Free memory on device": "other programs hold the device's memory; lower serve.gpu_memory_utilization or end them",
-    "exit code: -9": SHOT,
-    "': -9": SHOT,  # of a process of the engine while it starts: {'EngineCore': -9}
-    "exit code: -4": NO_KERNEL,
-    "': -4": NO_KERNEL,
+    "Free memory on device": "other programs use the device's memory; lower serve.gpu_memory_utilization or stop them",
+    "exit code: -9": KILLED_FROM_OUTSIDE,
+    "': -9": KILLED_FROM_OUTSIDE,  # a process of the engine, while it starts: {'EngineCore': -9}
+    "exit code: -4": ILLEGAL_INSTRUCTION,
+    "': -4": ILLEGAL_INSTRUCTION,
     "Bfloat16 is only supported on GPUs with compute capability": "this GPU has no bfloat16; add `-- --dtype float16`",
-    "no kernel image is available": "vLLM's build has no kernels for this GPU; install the build for it",
-    "torch.bfloat16 is not supported": "this model is not served in bfloat16 here; add `-- --dtype float16`",
-    "is not supported for quantization method": "this quantized format does not go with that dtype or device; serve another artifact",
-    "is greater than the derived max_model_len": "the model was made for shorter texts; lower serve.max_model_len",
-    "greater than max_lora_rank": "the adapter's rank is above the server's; start it with this adapter, so that the rank is raised",
+    "no kernel image is available": "this build of vLLM has no kernels for this GPU; install the build for it",
+    "torch.bfloat16 is not supported": "this model cannot be served in bfloat16 here; add `-- --dtype float16`",
+    "is not supported for quantization method": "this quantized format does not support the dtype or the device; serve another artifact",
+    "is greater than the derived max_model_len": "the model has a shorter context; lower serve.max_model_len",
+    "greater than max_lora_rank": "the adapter's rank is above the server's; start the server with this adapter, so that the rank is raised",
     "died unexpectedly": KILLED,
-    "No module named": "a package is missing; `make quickstart` installs the set that works, `qkit doctor` names it",
+    "No module named": "a package is missing; `qkit doctor` names it, `make quickstart` installs the tested set",
 }
-ANSWERED = "code=4"  # requests that were wrong are logged as errors
+CLIENT_ERROR = "code=4"  # the server logs invalid requests as errors
 AFTERMATH = (
-    ANSWERED,
+    CLIENT_ERROR,
     "EngineDeadError",
     "EngineCore encountered an issue",
     "Engine core initialization failed",
@@ -51,22 +51,22 @@ AFTERMATH = (
 
 
 def explain(log: str) -> str:
-    """The cause of an end: what we know of the last line that says it, else the last error line that is no echo of another."""
+    """Why the server ended: the last known cause, otherwise the last error that does not follow from another one."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return known_causes(log) or (error_lines(log) or lines or ["it said nothing"])[-1][-300:]
+    return known_causes(log) or (error_lines(log) or lines or ["its log is empty"])[-1][-300:]
 
 
 def error_lines(log: str) -> list[str]:
-    """The lines that tell of an error of their own."""
+    """The lines with an error that does not follow from another one."""
     return [
-        line.strip() for line in log.splitlines() if "Error" in line and not any(sign in line for sign in AFTERMATH)
+        line.strip() for line in log.splitlines() if "Error" in line and not any(text in line for text in AFTERMATH)
     ]
 
 
 def known_causes(log: str) -> str:
-    """What we know of the last line that says something known; empty when there is none."""
+    """The meaning of the last line that has a known one; empty if there is none."""
     for line in reversed(log.splitlines()):
-        for sign, meaning in EXPLAINED.items():
-            if sign.lower() in line.lower():
+        for text, meaning in CAUSES.items():
+            if text.lower() in line.lower():
                 return f"{meaning} ({line.strip()[-200:]})"
     return ""

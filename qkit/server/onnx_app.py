@@ -1,9 +1,9 @@
-"""An OpenAI-compatible server on an ONNX export, for those without vLLM: `python -m qkit.onnx_server --model FOLDER`.
+"""An OpenAI-compatible server for an ONNX export, where vLLM is not available: `python -m qkit.server.onnx_app --model FOLDER`.
 
-What it lacks, and says with status 400 and the parameter's name: logprobs, seed (but for temperature 0), penalties other than
-`repetition_penalty`, guided and tool-call decoding. `tools` reach the chat template; the answer is text, never `tool_calls`. No adapters.
-A parameter that it lacks is let through with a value that changes nothing, and so is every way to write nothing: null, "", [] and {}.
-Prompts are made as training made them (`qkit.template`); `/tokenize` shows their ids. Requests are batched statically: see `qkit.onnx_engine`.
+It does not support logprobs, seed (except with temperature 0), penalties other than `repetition_penalty`, guided decoding, or adapters. Such a
+request gets status 400 with the parameter's name, unless the value changes nothing; null, "", [] and {} count as not given. `tools` reach the
+chat template, but the answer is text, never `tool_calls`. Prompts are rendered as in training (`qkit.chat.template`); `/tokenize` shows their
+token ids. Requests are batched statically: see `qkit.server.onnx_engine`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -34,21 +34,17 @@ from qkit.server.onnx_requests import (
     Chat,
     Completion,
     Refused,
-    chat_prompt,
-    own_sampling,
-    text_prompt,
+    model_defaults,
+    prompt_ids,
+    tokenize_request,
 )
 from qkit.server.onnx_text import Piece, Text
-
-if TYPE_CHECKING:
-    from qkit.server.onnx_requests import Asked
-
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Service:
-    """The model, its tokenizer and its figures."""
+    """The model with its tokenizer, engine and metrics."""
 
     def __init__(self, folder: Path, name: str, max_model_len: int, max_num_seqs: int):
         from transformers import AutoTokenizer
@@ -56,35 +52,51 @@ class Service:
         self.name, self.folder = name, folder
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         sizes = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        self.own = own_sampling(folder)
-        self.room, self.rows = min(max_model_len, sizes["context_length"]), sizes["vocab_size"]
+        self.defaults = model_defaults(folder)
+        self.max_model_len, self.vocab_size = min(max_model_len, sizes["context_length"]), sizes["vocab_size"]
         self.engine = Engine(folder, max_num_seqs, failed=lambda: os.kill(os.getpid(), signal.SIGTERM))
-        self.figures = Figures(self.engine)
+        self.metrics = Metrics(self.engine)
 
-    def space(self, prompt: Sequence[int], wanted: int | None) -> int:
-        """Tokens that an answer may have.
+    def generation(self, request: Chat | Completion) -> Generation:
+        """A request, checked and ready for the engine.
 
         Raises:
-            Refused: prompt and answer together are too long, or the prompt has a token that the model has no row for.
+            Refused: the request cannot be answered.
         """
-        if prompt and max(prompt) >= self.rows:
+        request = request.with_defaults(self.defaults)
+        request.check(self.name)
+        prompt = prompt_ids(self.tokenizer, request)
+        left = self.tokens_left(prompt, request.wanted_tokens)
+        sampling = request.sampling(
+            min(left, self.defaults.max_new_tokens or left), left if isinstance(request, Chat) else DEFAULT_MAX_TOKENS
+        )
+        return Generation(self, request, prompt, sampling, CHAT if isinstance(request, Chat) else PLAIN)
+
+    def tokens_left(self, prompt: Sequence[int], wanted: int | None) -> int:
+        """How many tokens an answer can have. `wanted`: how many the request asks for.
+
+        Raises:
+            Refused: prompt and answer together are too long, or the model has no embedding for a token of the prompt.
+        """
+        if prompt and max(prompt) >= self.vocab_size:
             raise Refused(
-                f"the prompt has the token id {max(prompt)}, and the model has 0 to {self.rows - 1}", "prompt"
+                f"the prompt has the token id {max(prompt)}; the ids of this model are 0 to {self.vocab_size - 1}",
+                "prompt",
             )
-        left: int = self.room - len(prompt)
+        left: int = self.max_model_len - len(prompt)
         if left < (wanted or 1):
             param = "messages" if wanted is None else "max_tokens"
             raise Refused(
-                f"`{param}`: the prompt has {len(prompt)} tokens and {wanted or 1} are to follow; "
-                f"this model's maximum context length here is {self.room} tokens",
+                f"`{param}`: the prompt has {len(prompt)} tokens and the answer needs {wanted or 1}; "
+                f"this model's maximum context length here is {self.max_model_len} tokens",
                 param,
             )
         return left
 
     async def pieces(self, prompt: list[int], sampling: Sampling, stops: Sequence[str]) -> AsyncIterator[Piece]:
-        """The answer as it comes. Leaving this early ends the generation."""
+        """An answer as it is generated. Closing the iterator early ends the generation."""
         text, begin = Text(self.tokenizer, stops), time.perf_counter()
-        self.figures.prompt_tokens.inc(len(prompt))
+        self.metrics.prompt_tokens.inc(len(prompt))
         tokens = self.engine.generate(prompt, sampling)
         try:
             async for item in tokens:
@@ -94,7 +106,7 @@ class Service:
                     yield Piece(text.end(), item.reason, len(text.ids))
                     return
                 if not text.ids:
-                    self.figures.ttft.observe(time.perf_counter() - begin)
+                    self.metrics.ttft.observe(time.perf_counter() - begin)
                 out = text.add(item)
                 if text.stopped:
                     yield Piece(out, "stop", len(text.ids))
@@ -103,92 +115,86 @@ class Service:
                     yield Piece(out)
         finally:
             await tokens.aclose()  # type: ignore[attr-defined]
-            self.figures.tokens.inc(len(text.ids))
-            self.figures.seconds.observe(time.perf_counter() - begin)
+            self.metrics.tokens.inc(len(text.ids))
+            self.metrics.seconds.observe(time.perf_counter() - begin)
 
 
-class Figures:
-    """What /metrics tells, in Prometheus' text format."""
+class Metrics:
+    """The metrics at /metrics, in Prometheus' text format."""
 
     def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()
-        own: dict[str, Any] = {"registry": self.registry, "namespace": "qkit"}
-        self.requests = Counter("requests", "Requests by status", ["status"], **own)
-        self.prompt_tokens = Counter("prompt_tokens", "Tokens read", **own)
-        self.tokens = Counter("generation_tokens", "Tokens written", **own)
+        common: dict[str, Any] = {"registry": self.registry, "namespace": "qkit"}
+        self.requests = Counter("requests", "Requests by status", ["status"], **common)
+        self.prompt_tokens = Counter("prompt_tokens", "Tokens read", **common)
+        self.tokens = Counter("generation_tokens", "Tokens written", **common)
         self.ttft = Histogram(
-            "time_to_first_token_seconds", "From the request to its first token", buckets=SECONDS, **own
+            "time_to_first_token_seconds", "From the request to its first token", buckets=SECONDS, **common
         )
-        self.seconds = Histogram("request_seconds", "From the request to its last token", buckets=SECONDS, **own)
-        Gauge("requests_running", "In the engine", **own).set_function(lambda: engine.load[0])
-        Gauge("requests_waiting", "Before the engine", **own).set_function(lambda: engine.load[1])
+        self.seconds = Histogram("request_seconds", "From the request to its last token", buckets=SECONDS, **common)
+        Gauge("requests_running", "In the engine", **common).set_function(lambda: engine.load[0])
+        Gauge("requests_waiting", "Before the engine", **common).set_function(lambda: engine.load[1])
 
 
 def build(service: Service) -> FastAPI:
-    """The application; `qkit.admission` is wrapped around it."""
+    """The application, without the admission control that `main` wraps around it."""
     app = FastAPI(title="qkit", docs_url=None, redoc_url=None, openapi_url=None)
+    _add_status_routes(app, service)
+    _add_request_routes(app, service)
+    _handle_errors(app, service.metrics)
+    return app
 
+
+def _add_status_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         return Response(status_code=503 if service.engine.failure else 200)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(generate_latest(service.figures.registry), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(service.metrics.registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         entry = {"id": service.name, "object": "model", "created": 0, "owned_by": "qkit", "root": str(service.folder)}
-        entry["max_model_len"] = service.room
+        entry["max_model_len"] = service.max_model_len
         return {"object": "list", "data": [entry]}
 
-    @app.post("/v1/chat/completions")
-    async def chat(asked: Chat, request: Request) -> Response:
-        asked.take(service.own)
-        asked.check(service.name)
-        prompt = chat_prompt(service.tokenizer, asked)
-        asked.max_tokens = asked.max_completion_tokens or asked.max_tokens
-        left = service.space(prompt, asked.max_tokens)
-        return await _answered(service, asked, prompt, asked.sampling(left, left), CHAT, request)
 
-    @app.post("/tokenize")
-    async def tokenize(given: dict[str, Any]) -> dict[str, Any]:
-        """The ids that a request to either endpoint would be answered from; the same as vLLM's."""
-        try:
-            asked = (Chat if "messages" in given else Completion).model_validate({"model": service.name, **given})
-        except ValidationError as error:
-            raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
-        asked.check(service.name)
-        ids = (
-            chat_prompt(service.tokenizer, asked) if isinstance(asked, Chat) else text_prompt(service.tokenizer, asked)
-        )
-        return {"count": len(ids), "max_model_len": service.room, "tokens": ids}
+def _add_request_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(body: Chat, request: Request) -> Response:
+        return await _answer(service.generation(body), request)
 
     @app.post("/v1/completions")
-    async def completions(asked: Completion, request: Request) -> Response:
-        asked.take(service.own)
-        asked.check(service.name)
-        prompt = text_prompt(service.tokenizer, asked)
-        left = service.space(prompt, asked.max_tokens)
-        return await _answered(service, asked, prompt, asked.sampling(left, DEFAULT_MAX_TOKENS), PLAIN, request)
+    async def completions(body: Completion, request: Request) -> Response:
+        return await _answer(service.generation(body), request)
 
-    _handle_errors(app, service.figures)
-    return app
+    @app.post("/tokenize")
+    async def tokenize(body: dict[str, Any]) -> dict[str, Any]:
+        """The token ids of the prompt that either endpoint makes of such a request; the same as vLLM's."""
+        try:
+            request = tokenize_request(body, service.name)
+        except ValidationError as error:
+            raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
+        request.check(service.name)
+        ids = prompt_ids(service.tokenizer, request)
+        return {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
 
 
-def _handle_errors(app: FastAPI, figures: Figures) -> None:
-    """Errors as OpenAI has them."""
+def _handle_errors(app: FastAPI, metrics: Metrics) -> None:
+    """Errors in the form of the OpenAI API."""
 
     async def refused(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, Refused)
-        figures.requests.labels(error.status).inc()
+        metrics.requests.labels(error.status).inc()
         return JSONResponse(_error(str(error), error.param, error.status), error.status)
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         param = str(first["loc"][1]) if first["type"] != "json_invalid" and len(first["loc"]) > 1 else None
-        figures.requests.labels(400).inc()
+        metrics.requests.labels(400).inc()
         return JSONResponse(_error(f"`{param}`: {first['msg']}" if param else str(first["msg"]), param, 400), 400)
 
     app.add_exception_handler(Refused, refused)
@@ -204,69 +210,83 @@ def _error(message: str, param: str | None, status: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Form:
-    """How an endpoint writes its answers."""
+class AnswerFormat:
+    """How an endpoint writes its answers: the prefix of ids, and the `object` of whole answers and of streamed chunks."""
 
     prefix: str
     whole: str
-    part: str
+    chunk: str
     chat: bool
 
     def choice(self, index: int, piece: Piece, first: bool, stream: bool) -> dict[str, Any]:
-        told: dict[str, Any] = {"index": index, "finish_reason": piece.reason, "logprobs": None}
+        choice: dict[str, Any] = {"index": index, "finish_reason": piece.reason, "logprobs": None}
         if not self.chat:
-            return {**told, "text": piece.text}
-        turn: dict[str, Any] = {"role": "assistant"} if first or not stream else {}
-        return {**told, ("delta" if stream else "message"): {**turn, "content": piece.text}}
+            return {**choice, "text": piece.text}
+        role: dict[str, Any] = {"role": "assistant"} if first or not stream else {}
+        return {**choice, ("delta" if stream else "message"): {**role, "content": piece.text}}
 
 
-CHAT = Form("chatcmpl", "chat.completion", "chat.completion.chunk", True)
-PLAIN = Form("cmpl", "text_completion", "text_completion", False)
+CHAT = AnswerFormat("chatcmpl", "chat.completion", "chat.completion.chunk", True)
+PLAIN = AnswerFormat("cmpl", "text_completion", "text_completion", False)
 
 
-async def _answered(
-    service: Service, asked: Asked, prompt: list[int], sampling: Sampling, form: Form, request: Request
-) -> Response:
+@dataclass(frozen=True)
+class Generation:
+    """A request on its way to an answer."""
+
+    service: Service
+    request: Chat | Completion
+    prompt: list[int]
+    sampling: Sampling
+    answer_format: AnswerFormat
+
+    def pieces(self) -> AsyncIterator[Piece]:
+        """One of the `n` answers, as it is generated."""
+        return self.service.pieces(self.prompt, self.sampling, self.request.stops)
+
+    def usage(self, tokens: int) -> dict[str, int]:
+        prompt = len(self.prompt)
+        return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+
+
+async def _answer(generation: Generation, connection: Request) -> Response:
+    service, form, request = generation.service, generation.answer_format, generation.request
     head = {"id": f"{form.prefix}-{uuid.uuid4().hex[:16]}", "created": int(time.time()), "model": service.name}
-    if asked.stream:
-        events = _events(service, asked, prompt, sampling, form, {**head, "object": form.part})
-        service.figures.requests.labels(200).inc()
+    if request.stream:
+        events = _events(generation, {**head, "object": form.chunk})
+        service.metrics.requests.labels(200).inc()
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-    whole = await asyncio.gather(*(_whole(service, prompt, sampling, asked.stops, request) for _ in range(asked.n)))
-    choices = [form.choice(index, piece, True, False) for index, piece in enumerate(whole)]
-    usage = _usage(prompt, sum(piece.tokens for piece in whole))
-    service.figures.requests.labels(200).inc()
+    answers = await asyncio.gather(*(_whole(generation, connection) for _ in range(request.n)))
+    choices = [form.choice(index, piece, True, False) for index, piece in enumerate(answers)]
+    usage = generation.usage(sum(piece.tokens for piece in answers))
+    service.metrics.requests.labels(200).inc()
     return JSONResponse({**head, "object": form.whole, "choices": choices, "usage": usage})
 
 
-async def _whole(
-    service: Service, prompt: list[int], sampling: Sampling, stops: Sequence[str], request: Request
-) -> Piece:
-    """The whole answer; no more of it is made when the client is gone."""
-    parts, pieces = [], service.pieces(prompt, sampling, stops)
+async def _whole(generation: Generation, connection: Request) -> Piece:
+    """One whole answer. Generation ends when the client disconnects."""
+    texts, pieces = [], generation.pieces()
     async for piece in pieces:
-        parts.append(piece.text)
+        texts.append(piece.text)
         if piece.reason:
-            return Piece("".join(parts), piece.reason, piece.tokens)
-        if await request.is_disconnected():
+            return Piece("".join(texts), piece.reason, piece.tokens)
+        if await connection.is_disconnected():
             break
     await pieces.aclose()  # type: ignore[attr-defined]
-    raise Refused("the client is gone", status=499)
+    raise Refused("the client has disconnected", status=499)
 
 
-async def _events(
-    service: Service, asked: Asked, prompt: list[int], sampling: Sampling, form: Form, head: Mapping[str, Any]
-) -> AsyncIterator[str]:
-    """Server-sent events: the choices one after the other, the usage where it is asked for, [DONE]."""
-    total = 0
+async def _events(generation: Generation, head: Mapping[str, Any]) -> AsyncIterator[str]:
+    """Server-sent events: one choice after the other, the usage if the request asks for it, [DONE]."""
+    request, total = generation.request, 0
     try:
-        for index in range(asked.n):
+        for index in range(request.n):
             first = True
-            async for piece in service.pieces(prompt, sampling, asked.stops):
-                yield _event({**head, "choices": [form.choice(index, piece, first, True)]})
+            async for piece in generation.pieces():
+                yield _event({**head, "choices": [generation.answer_format.choice(index, piece, first, True)]})
                 first, total = False, total + piece.tokens
-        if (asked.stream_options or {}).get("include_usage"):
-            yield _event({**head, "choices": [], "usage": _usage(prompt, total)})
+        if (request.stream_options or {}).get("include_usage"):
+            yield _event({**head, "choices": [], "usage": generation.usage(total)})
     except Refused as error:
         yield _event(_error(str(error), None, 500))
     yield "data: [DONE]\n\n"
@@ -276,12 +296,8 @@ def _event(body: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-def _usage(prompt: Sequence[int], tokens: int) -> dict[str, int]:
-    return {"prompt_tokens": len(prompt), "completion_tokens": tokens, "total_tokens": len(prompt) + tokens}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The program; its options have vLLM's names."""
+    """Run the server. The options have the names that vLLM gives them."""
     parser = argparse.ArgumentParser(prog="qkit.server.onnx_app", description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--served-model-name", required=True)
@@ -289,14 +305,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=4)
-    given = parser.parse_args(arguments)
-    service = Service(given.model, given.served_model_name, given.max_model_len, given.max_num_seqs)
+    options = parser.parse_args(arguments)
+    service = Service(options.model, options.served_model_name, options.max_model_len, options.max_num_seqs)
     try:
         app = Admission(build(service))
         uvicorn.run(
             app,
-            host=given.host,
-            port=given.port,
+            host=options.host,
+            port=options.port,
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=5,

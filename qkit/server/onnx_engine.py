@@ -1,7 +1,7 @@
-"""Generation for several clients at once with onnxruntime-genai: one thread that steps the engine, and a queue of tokens for each request.
+"""Generation for several clients at once with onnxruntime-genai: one thread steps the engine, and each request has a queue of tokens.
 
-The engine batches statically: up to `max_num_seqs` requests that wait together run together, and one that comes while they run waits for
-the end of the longest of them. So answers are quick when clients are few, and `max_tokens` is everybody's business.
+The engine batches statically: up to `max_num_seqs` requests that wait at the same time run together, and a request that arrives while they
+run waits until the longest of them has ended. So latency is low with few clients, and one large `max_tokens` delays every client.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EVENTS = 64
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; temperature 0 is greedy."""
+    """How tokens are sampled; temperature 0 is greedy."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -33,7 +33,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Ended:
-    """The last of a request's queue. `reason`: stop, length, or error with a message."""
+    """The last item of a request's queue. `reason`: stop, length, or error with a message."""
 
     reason: str
     message: str = ""
@@ -41,7 +41,7 @@ class Ended:
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way. `tokens`: ids, then one Ended."""
+    """A request in progress. `tokens`: ids, then one Ended."""
 
     prompt: list[int]
     sampling: Sampling
@@ -56,16 +56,16 @@ class Job:
 
 
 class Engine:
-    """A model folder made by the ONNX export, and the thread that runs it."""
+    """A model folder from the ONNX export, and the thread that runs it."""
 
     def __init__(self, folder: Path, max_num_seqs: int, failed: Callable[[], None] = lambda: None):
-        """`failed` is called once, when the engine has given up for good."""
+        """`failed` is called once, when the engine has stopped for good."""
         import onnxruntime_genai as genai
 
         config = genai.Config(str(folder))
         config.overlay(json.dumps({"engine": {"static_batching": {"max_batch_size": max_num_seqs}}}))
         self.model = genai.Model(config)
-        self.engine: Any = None  # made by the thread that runs it, which alone may call it
+        self.engine: Any = None  # created by the engine thread, the only one that may call it
         self.arriving: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.jobs: list[Job] = []
         self.failure, self.failed = "", failed
@@ -73,7 +73,7 @@ class Engine:
         self.thread.start()
 
     async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[int | Ended]:
-        """Token ids, then why it ended. Leaving it early takes the request out of the batch."""
+        """Token ids, then the reason for the end. Closing the iterator early removes the request from the batch."""
         job = Job(prompt, sampling, asyncio.get_running_loop())
         self.arriving.put(job)
         try:
@@ -91,13 +91,13 @@ class Engine:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Requests that run or wait in the engine, and requests on their way to it."""
+        """The number of requests in the engine, running or waiting, and of those that have not reached it yet."""
         return len(self.jobs), self.arriving.qsize()
 
     def _guarded(self) -> None:
         try:
             self._run()
-        except Exception as error:  # whatever it is: each client must hear of it, and /health
+        except Exception as error:  # of any type: every client and /health must learn of it
             logging.getLogger("qkit").exception("the engine failed")
             self.failure = f"{type(error).__name__}: {error}"
             for job in self.jobs:
@@ -129,10 +129,10 @@ class Engine:
         try:
             job.request = self.engine.create_request()
             options = genai.TurnOptions(job.request)
-            _set(options, job.sampling)
+            _set_options(options, job.sampling)
             job.turn = job.request.begin_turn(np.array(job.prompt, np.int32), options)
             self.jobs.append(job)
-        except Exception as error:  # what the bindings refuse is this request's alone
+        except Exception as error:  # the bindings refuse this request; the others go on
             if job.request is not None:
                 job.request.close()
             job.put(Ended("error", f"{type(error).__name__}: {error}"))
@@ -151,8 +151,8 @@ class Engine:
             job.put(_ended(event))
 
 
-def _set(options: Any, sampling: Sampling) -> None:
-    """Temperature 0 is greedy: the most likely token."""
+def _set_options(options: Any, sampling: Sampling) -> None:
+    """Set the sampling options of a request."""
     options.set_max_generated_tokens(sampling.max_tokens)
     options.set_do_sample(sampling.temperature > 0)
     if sampling.temperature > 0:
@@ -175,4 +175,4 @@ def _ended(event: Any) -> Ended:
         genai.FinishReason.MAX_SESSION_TOKENS: "length",
     }
     reason = reasons.get(event.finish_reason, "error")
-    return Ended(reason, "" if reason != "error" else f"the engine gave up: {event.error_code}")
+    return Ended(reason, "" if reason != "error" else f"the engine failed: {event.error_code}")

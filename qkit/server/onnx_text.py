@@ -1,4 +1,7 @@
-"""Text from tokens as they come, cut at stop texts."""
+"""Text from tokens as they are generated, cut at stop strings.
+
+This is not tokenizers' DecodeStream, which raises an error for some sequences of byte-fallback tokens, and has no way to ask for the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# --- text ---------------------------------------------------------------------------------------------------------------
-
 
 class Text:
-    """Token ids in, text out as soon as it is certain: no half characters, and nothing that may yet become a stop."""
+    """Takes token ids and returns text as soon as it is final: no partial characters, and nothing that may become a stop string."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]):
         self.tokenizer = tokenizer
         self.stops = stops
         self.ids: list[int] = []
-        self.prefix = self.read = (
-            0  # the ids of which the text was given out, and some before them, whose text shapes it
-        )
+        # Text up to ids[read] has been returned. Decoding starts at ids[prefix], since a token's text can depend on the tokens before it.
+        self.prefix = self.read = 0
         self.held = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """What can be given out now."""
+        """The text that this token makes final."""
         self.ids.append(token)
         before = self._decode(self.ids[self.prefix : self.read])
         now = self._decode(self.ids[self.prefix :])
@@ -33,7 +33,7 @@ class Text:
         return self._cut(now[len(before) :], last=False)
 
     def end(self) -> str:
-        """What was held back."""
+        """The rest of the text, after the last token."""
         before = self._decode(self.ids[self.prefix : self.read])
         return "" if self.stopped else self._cut(self._decode(self.ids[self.prefix :])[len(before) :], last=True)
 
@@ -43,23 +43,23 @@ class Text:
 
     def _cut(self, new: str, last: bool) -> str:
         self.held += new
-        found = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
-        if found:
+        places = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        if places:
             self.stopped = True
-            return self.held[: min(found)]
+            return self.held[: min(places)]
         keep = 0 if last else max((_overlap(self.held, stop) for stop in self.stops), default=0)
-        out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return out
+        final, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return final
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
+    """The length of the longest end of `text` that is a beginning of `stop`."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer. `reason` is set on the last one, where `tokens` counts the whole answer's."""
+    """A part of an answer. The last one has the `reason` for the end, and the number of `tokens` of the whole answer."""
 
     text: str
     reason: str | None = None

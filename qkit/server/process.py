@@ -1,8 +1,8 @@
-"""A program that serves a model over HTTP: started below a guard, waited for, watched, drained and ended.
+"""A program that serves a model over HTTP: started below a guard, waited for, watched, drained and stopped.
 
-What vLLM 0.32 does on SIGTERM by itself is not enough. Without --shutdown-timeout it cuts every answer off with an error. With it, /health
-stays 200 for as long as it waits, new requests get status 500, and answers under way get no token more, nor an end. So requests are
-counted at the door (`qkit.admission`), and SIGTERM is sent when none is left.
+vLLM 0.32 does not shut down gracefully on SIGTERM. Without --shutdown-timeout it breaks off every answer with an error. With it, /health
+stays 200 during the wait, new requests get status 500, and current answers get neither more tokens nor an end. So `qkit.server.admission`
+counts the requests, and SIGTERM is sent when none is left.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ from qkit.core.memory_meter import tree_rss_bytes
 from qkit.core.process import Child
 from qkit.recipe.schema import Serve
 from qkit.server import admission
+from qkit.server.client import Client, bearer
 from qkit.server.log_causes import KILLED, error_lines, explain, known_causes
 
 if TYPE_CHECKING:
-    import httpx
     import psutil
 
 
-ENGINE_TITLE = "VLLM::"  # how vLLM's processes that hold the model call themselves
+ENGINE_TITLE = "VLLM::"  # the titles of the vLLM processes that hold the model begin with this
+HEALTH_SECONDS = 2.0  # timeout of a request to /health while the server starts
 WARM_UP_TOKENS = 64
-LAST_WORDS_SECONDS = 0.6  # for the log to tell a cause, once the end is seen
+WARM_UP_SECONDS = 300.0
+LOG_FLUSH_SECONDS = 0.6  # the cause may be logged shortly after the exit
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is started. `title`: its name in messages. `env` may hold the API key, so it is in no description of this."""
+    """What is started. `title`: its name in messages. `env` may contain the API key, so `repr` omits it."""
 
     title: str
     argv: tuple[str, ...]
@@ -44,21 +46,21 @@ class Program:
 
 
 def limits(section: Serve, drain_file: Path | str, key: str = "") -> dict[str, str]:
-    """The environment that `qkit.admission` reads."""
-    told = {
+    """The environment variables that `qkit.server.admission` reads."""
+    variables = {
         admission.DRAIN_FILE: str(drain_file),
         admission.MAX_BODY_BYTES: str(section.max_body_bytes),
         admission.MAX_REQUESTS: str(section.max_requests),
         admission.DRAIN_SECONDS: str(section.drain_seconds),
     }
-    return {**told, **({admission.API_KEY: key} if key else {})}
+    return {**variables, **({admission.API_KEY: key} if key else {})}
 
 
 def free_port(section: Serve) -> int:
-    """The port to listen on: a free one for 0.
+    """The port to listen on; for port 0, a free one.
 
     Raises:
-        ServerError: the port is in use, or the address is not this machine's.
+        ServerError: the port is in use, or the address does not belong to this machine.
     """
     with socket.socket(socket.AF_INET6 if ":" in section.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -66,20 +68,20 @@ def free_port(section: Serve) -> int:
             probe.bind((section.host, section.port))
         except OSError as error:
             raise ServerError(
-                f"{section.host}:{section.port} cannot be listened on: {error.strerror}; "
-                "end the program that has it, or choose another port: --set serve.port=0 takes a free one"
+                f"cannot listen on {section.host}:{section.port}: {error.strerror}; "
+                "stop the program that uses the port, or choose another one: --set serve.port=0 takes a free one"
             ) from None
         return int(probe.getsockname()[1])
 
 
 def url_of(host: str, port: int) -> str:
-    """Where a client on this machine reaches a server that listens on `host`."""
-    near = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{near}:{port}"
+    """The URL at which a client on this machine reaches a server that listens on `host`."""
+    local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{local}:{port}"
 
 
 class Server:
-    """A server that we started. `wait` for it, then use `url`; `stop` leaves no process."""
+    """A server that qkit has started. `wait` until it is ready, then use `url`. `stop` leaves no process behind."""
 
     def __init__(self, program: Program, name: str, section: Serve, port: int, log: Path):
         self.program = program
@@ -89,33 +91,28 @@ class Server:
         self.argv = list(program.argv)
         self.begin = time.perf_counter()
         self.startup_seconds = 0.0
-        self.own: list[psutil.Process] = []
+        self.processes: list[psutil.Process] = []
         self.engine: list[psutil.Process] = []
-        self.read_from = (
-            log.stat().st_size if log.exists() else 0
-        )  # bytes of the log: what is before tells of another start
+        self.log_offset = log.stat().st_size if log.exists() else 0  # earlier bytes are about earlier starts
         self.folder = tempfile.TemporaryDirectory(prefix="qkit-serve-")
         self.drain_file = Path(self.folder.name) / "drain"
-        told = limits(section, self.drain_file)
-        self.child = Child(self.argv, log, {**told, **program.env})
+        self.child = Child(self.argv, log, {**limits(section, self.drain_file), **program.env})
         self.meter = TreeMeter(self.child.pid)
 
     def wait(self) -> None:
-        """Until it answers, and has answered a first request.
+        """Wait until the server is healthy and has answered a first request.
 
         Raises:
-            ServerError: it ended, or was not healthy in time; the end of its log is in the message.
+            ServerError: it has ended, or was not healthy in time. The message has the cause from its log.
         """
-        import httpx
-
-        with httpx.Client(base_url=self.url, timeout=2.0) as client:
-            while not _healthy(client):
+        with Client(self.url, timeout=HEALTH_SECONDS) as client:
+            while not client.is_healthy():
                 self._still_starting()
                 time.sleep(0.1)
         self._warm_up()
         self.startup_seconds = time.perf_counter() - self.begin
-        self.own, self.engine = _processes(self.child.pid)
-        self.read_from = self.child.log.stat().st_size
+        self.processes, self.engine = _processes(self.child.pid)
+        self.log_offset = self.child.log.stat().st_size
 
     def _still_starting(self) -> None:
         if not self.child.running():
@@ -129,51 +126,51 @@ class Server:
             )
 
     def _warm_up(self) -> None:
-        """One request with a prompt of some length.
+        """Send a request whose prompt is not too short.
 
-        vLLM 0.32 on a CPU with AMX dies of an illegal instruction when its first prompt has a few tokens only and --enforce-eager
-        spared it a warm-up of its own: its attention uses AMX before a matrix product has asked the system for it.
+        vLLM 0.32 on a CPU with AMX crashes with an illegal instruction if its first prompt has only a few tokens and --enforce-eager has
+        skipped its own warm-up: its attention uses AMX before a matrix product has requested AMX from the system.
         """
-        import httpx
-
         tokens = min(WARM_UP_TOKENS, self.section.max_model_len // 2)
-        asked = {"model": self.name, "prompt": [1] * tokens, "max_tokens": 1, "temperature": 0}
+        body = {"model": self.name, "prompt": [1] * tokens, "max_tokens": 1, "temperature": 0}
         try:
-            answer = httpx.post(f"{self.url}/v1/completions", json=asked, headers=self.headers, timeout=300.0)
-        except httpx.HTTPError as error:
-            raise ServerError(f"{self.program.title} did not survive its first request: {self.ending(error)}") from None
+            with Client(self.url, self.headers, WARM_UP_SECONDS) as client:
+                answer = client.send("POST", "/v1/completions", body)
+        except ServerError as error:
+            raise ServerError(
+                f"{self.program.title} did not survive its first request: {self.ending(error.reason)}"
+            ) from None
         if answer.status_code >= 500:
             raise ServerError(f"{self.program.title} failed at its first request: {self.ending(answer.text[:300])}")
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a request must carry."""
-        key = self.program.env.get(admission.API_KEY, "")
-        return {"Authorization": f"Bearer {key}"} if key else {}
+        """The headers that a request needs."""
+        return bearer(self.program.env.get(admission.API_KEY))
 
     def ended(self) -> bool:
-        """Whether the program is gone, or a process that holds the model; sooner than the guard has tidied up. Costs some 0.1 ms."""
-        return not self.child.running() or not all(map(_lives, self.own)) or self._engine_is_gone()
+        """Whether the program, or a process that holds the model, has ended; known before the guard has cleaned up. Takes about 0.1 ms."""
+        return not self.child.running() or not all(map(_is_alive, self.processes)) or self._engine_is_gone()
 
     def _engine_is_gone(self) -> bool:
-        return not all(map(_lives, self.engine))
+        return not all(map(_is_alive, self.engine))
 
-    def ending(self, otherwise: object = "") -> str:
-        """Why it ended, from what its log says since it was ready; its last words may come a little after its end."""
-        deadline = time.monotonic() + LAST_WORDS_SECONDS
+    def ending(self, symptom: object = "") -> str:
+        """Why the server ended: the cause in its log since it was ready, if it is a known one; otherwise `symptom`, or the last error."""
+        deadline = time.monotonic() + LOG_FLUSH_SECONDS
         while not (known := known_causes(log := self._log())) and time.monotonic() < deadline:
             time.sleep(0.05)
         silent = KILLED if self._engine_is_gone() and not error_lines(log) else ""
-        return f"{known or otherwise or silent or explain(log)}\nlog: {self.child.log}"
+        return f"{known or symptom or silent or explain(log)}\nlog: {self.child.log}"
 
     def _log(self) -> str:
-        """What it has said since it was started or, once it was ready, since then."""
+        """The log since the server was ready; until then, since it was started."""
         with self.child.log.open("rb") as file:
-            file.seek(self.read_from)
+            file.seek(self.log_offset)
             return file.read().decode(errors="replace")
 
     def drain(self) -> int:
-        """Refuse new requests, /health first, and wait for those in work. Returns how many the limit left unanswered."""
+        """Refuse new requests, and wait for the current ones. Returns how many were still running at the time limit."""
         return admission.drain(self.url, self.drain_file, self.section.drain_seconds, self.ended)
 
     def stop(self) -> None:
@@ -182,7 +179,7 @@ class Server:
         self.folder.cleanup()
 
     def describe(self) -> dict[str, Any]:
-        """What another process needs in order to use this server."""
+        """What another process needs to use this server."""
         return {
             "url": self.url,
             "model": self.name,
@@ -192,17 +189,8 @@ class Server:
         }
 
 
-def _healthy(client: httpx.Client) -> bool:
-    import httpx
-
-    try:
-        return client.get("/health").status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 def _processes(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
-    """The server's own process, which the guard `pid` has started; and those below it that hold the model, where they are others."""
+    """The server's process, a child of the guard `pid`; and its descendants that hold the model, if there are any."""
     import psutil
 
     guard = psutil.Process(pid)
@@ -210,7 +198,7 @@ def _processes(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
     return guard.children(), [process for process in below if " ".join(process.cmdline()[:1]).startswith(ENGINE_TITLE)]
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     import psutil
 
     try:
@@ -243,17 +231,19 @@ class TreeMeter:
 
 
 def api_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> str:
-    """The key that requests must carry: from a file, else from VLLM_API_KEY; empty for none.
+    """The key that requests need: from a file, otherwise from VLLM_API_KEY; empty if neither is set.
 
     Raises:
-        ServerError: the file cannot be read, or holds no key that fits into a header.
+        ServerError: the file cannot be read, or its text cannot be sent in a header.
     """
     try:
         key = file.read_text(encoding="utf-8").strip() if file else environment.get(admission.API_KEY, "")
     except (OSError, UnicodeDecodeError) as error:
-        raise ServerError(f"{file}: the API key cannot be read: {error}") from None
-    if (file and not key) or not key.isascii() or any(sign.isspace() for sign in key):
-        raise ServerError(f"{file or admission.API_KEY}: a key is one word of ASCII; `openssl rand -hex 32` makes one")
+        raise ServerError(f"{file}: cannot read the API key: {error}") from None
+    if (file and not key) or not key.isascii() or any(character.isspace() for character in key):
+        raise ServerError(
+            f"{file or admission.API_KEY}: the key must be one ASCII word without spaces; `openssl rand -hex 32` makes one"
+        )
     return key
 
 
@@ -262,18 +252,18 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def need_key(host: str, key: str) -> None:
-    """On an address that others reach, a key is required.
+    """Require a key if the server listens on an address that other machines can reach.
 
     Raises:
-        ServerError: there is none.
+        ServerError: there is no key.
     """
     if host not in LOOPBACK and not key:
         raise ServerError(
-            f"serve.host={host} can be reached by others, so an API key is required: give --api-key-file FILE or set VLLM_API_KEY "
-            "(`openssl rand -hex 32` makes one); on 127.0.0.1 none is needed"
+            f"serve.host={host} is reachable from other machines, so an API key is required: use --api-key-file FILE or set VLLM_API_KEY "
+            "(`openssl rand -hex 32` makes one); on 127.0.0.1 no key is needed"
         )
 
 
 def command(options: Sequence[tuple[str, str]]) -> list[str]:
-    """Options as a command line has them."""
+    """Options in the form of a command line."""
     return [part for key, value in options for part in (f"--{key}", value)]

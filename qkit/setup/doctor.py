@@ -1,6 +1,6 @@
-"""What this machine and this environment can do, tried rather than guessed: `examine` looks, `screen` lays it out.
+"""Finds out what this machine and environment can do, by running it: `examine` returns a report, which screen.py formats.
 
-Each trial runs in a process of its own, all at once, so that a package which crashes the interpreter is a finding too.
+Each trial is a process of its own, so that a package that crashes the interpreter is reported too. All run at the same time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qkit.setup import bootstrap
 Status = Literal["ok", "missing", "broken"]
 
 
-PACKAGES = {  # what is worth a line, and the extra that brings it
+PACKAGES = {  # package: the extra that installs it
     "torch": "train",
     "transformers": "train",
     "peft": "train",
@@ -37,12 +37,14 @@ PACKAGES = {  # what is worth a line, and the extra that brings it
     "httpx": "bench",
 }
 TRIAL_SECONDS = 120.0
-NF4_ERROR = 0.12  # mean |error| over mean |weight| of NF4 on normal weights is 0.09; a wrong layout gives more than 1
+NF4_ERROR = (
+    0.12  # mean |error| / mean |weight|; on normally distributed weights NF4 has 0.09, and a wrong layout more than 1
+)
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing that was tried. `remedy` is the command that puts it right; empty when none is needed or none helps."""
+class DoctorCheck:
+    """The result of one trial. `remedy` is the command that fixes the problem; empty if there is no problem, or no such command."""
 
     name: str
     status: Status
@@ -52,7 +54,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Package:
-    """A package that matters; `version` is None when it is not installed, `extra` the extra of qkit's that lists it."""
+    """A package: `version` is None if it is not installed; `extra` is the extra of qkit that lists it."""
 
     name: str
     version: str | None
@@ -61,7 +63,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Report:
-    """All that `qkit doctor` found. `memory_free_bytes` is the machine's own memory, also where there is a GPU."""
+    """What `qkit doctor` reports. `memory_free_bytes` is of the machine's main memory, even if there is a GPU."""
 
     python: str
     executable: str
@@ -71,16 +73,16 @@ class Report:
     disk: str
     disk_free_bytes: int
     packages: tuple[Package, ...]
-    checks: tuple[Check, ...]
+    checks: tuple[DoctorCheck, ...]
 
     @property
     def broken(self) -> bool:
-        """Whether something is installed that does not work: worse than something left out."""
+        """Whether something is installed that does not work, which is worse than something missing."""
         return any(check.status == "broken" for check in self.checks)
 
 
 def examine() -> Report:
-    """Look at everything. Takes some seconds, nearly all of them torch's import."""
+    """Examine machine and environment. Takes a few seconds, mostly to import torch."""
     import psutil
 
     device = detect()
@@ -99,31 +101,31 @@ def examine() -> Report:
 
 
 def packages(device: Device) -> dict[str, str]:
-    """The packages that matter on this device, each with its extra."""
+    """Return the packages to report on this device, each with its extra."""
     vllm = bootstrap.VLLM[device.kind]
     return {**PACKAGES, vllm: vllm}
 
 
 def version_of(name: str) -> str | None:
-    """The installed version of a distribution, read without importing it."""
+    """Return the installed version of a distribution without importing it; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-# --- trials: each returns what to say when all is well, and raises when it is not ------------------------------------
+# --- trials: each returns a line of detail if it succeeds, and raises if not -----------------------------------------
 
 
 def try_bf16() -> str:
-    """A product in bf16, forward and backward."""
+    """Multiply matrices in bf16, forward and backward."""
     import torch
 
     device = detect()
     left = torch.ones(64, 64, dtype=torch.bfloat16, device=device.kind, requires_grad=True)
     (left @ left).sum().backward()
     if left.grad is None or float(left.grad[0, 0]) != 128.0:
-        raise ArithmeticError("a product of ones has a wrong gradient")
+        raise ArithmeticError("the gradient of a product of ones is wrong")
     hardware = [feature for feature in device.features if "bf16" in feature]
     return f"torch {torch.__version__} on {device.kind}" + (
         f", in hardware ({', '.join(hardware)})" if hardware else ""
@@ -131,7 +133,7 @@ def try_bf16() -> str:
 
 
 def try_4bit() -> str:
-    """NF4 weights there and back, with double quantization."""
+    """Quantize weights to NF4 with double quantization, and dequantize them."""
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -140,12 +142,12 @@ def try_4bit() -> str:
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     error = float((dequantize_4bit(packed, state) - weight).abs().mean() / weight.abs().mean())
     if not error < NF4_ERROR:
-        raise ArithmeticError(f"weights come back {error:.0%} off, where NF4 loses 9%")
-    return f"NF4 there and back: {error:.1%} mean error, as it should be"
+        raise ArithmeticError(f"dequantized weights differ by {error:.0%}; NF4 should differ by 9%")
+    return f"NF4 quantized and dequantized: {error:.1%} mean error, as expected"
 
 
 def try_onnxruntime() -> str:
-    """A model of one addition, made and run."""
+    """Make and run a model of one addition."""
     import numpy as np
     import onnxruntime
     from onnx import TensorProto, checker, helper
@@ -159,22 +161,22 @@ def try_onnxruntime() -> str:
     if result.tolist() != [2.0, 2.0]:
         raise ArithmeticError(f"1 + 1 gave {result.tolist()}")
     names = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
-    return f"a model was run; providers: {', '.join(names)}"
+    return f"ran a model; providers: {', '.join(names)}"
 
 
 def try_onnx_builder() -> str:
-    """The program that the ONNX export starts."""
+    """Import the program that the ONNX export starts."""
     import onnx_ir
     import onnxruntime_genai
 
     if importlib.util.find_spec("onnxruntime_genai.models.builder") is None:
-        raise ImportError("onnxruntime_genai has no models.builder")
+        raise ImportError("onnxruntime_genai.models.builder is missing")
     return f"onnxruntime_genai {onnxruntime_genai.__version__} with onnx_ir {onnx_ir.__version__}"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Something to try: the modules it needs, and the extra that brings them."""
+    """A function to run, the modules that it needs, and the extra that installs them."""
 
     name: str
     attempt: Callable[[], str]
@@ -190,14 +192,14 @@ TRIALS = (
 )
 
 
-def try_all() -> list[Check]:
-    """Run every trial whose packages are installed, at once."""
-    started = [(trial, _start(trial)) for trial in TRIALS]
-    return [_finish(trial, process) for trial, process in started]
+def try_all() -> list[DoctorCheck]:
+    """Run all trials whose packages are installed, at the same time."""
+    started = [(trial, start(trial)) for trial in TRIALS]
+    return [result_of(trial, process) for trial, process in started]
 
 
-def _start(trial: Trial) -> subprocess.Popen[str] | None:
-    """The trial's process, its last line on stdout the answer; None when a package is missing."""
+def start(trial: Trial) -> subprocess.Popen[str] | None:
+    """Start a trial, whose last line on stdout is its answer; return None if a package is missing."""
     if any(importlib.util.find_spec(module) is None for module in trial.modules):
         return None
     attempt = trial.attempt.__name__
@@ -208,56 +210,61 @@ def _start(trial: Trial) -> subprocess.Popen[str] | None:
     return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def _finish(trial: Trial, process: subprocess.Popen[str] | None) -> Check:
+def result_of(trial: Trial, process: subprocess.Popen[str] | None) -> DoctorCheck:
+    """Wait for a trial and return its result; `process` is None if a package is missing."""
     if process is None:
         absent = [module for module in trial.modules if importlib.util.find_spec(module) is None]
-        return Check(trial.name, "missing", f"not installed: {', '.join(absent)}", bootstrap.remedy(trial.extra))
+        return DoctorCheck(trial.name, "missing", f"not installed: {', '.join(absent)}", bootstrap.remedy(trial.extra))
     try:
         answer, errors = process.communicate(timeout=TRIAL_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return Check(trial.name, "broken", f"no answer in {TRIAL_SECONDS:.0f} s", bootstrap.remedy(trial.extra))
+        return DoctorCheck(
+            trial.name, "broken", f"no answer within {TRIAL_SECONDS:.0f} s", bootstrap.remedy(trial.extra)
+        )
     if process.returncode:
-        return Check(trial.name, "broken", _reason(process.returncode, errors), bootstrap.remedy(trial.extra))
-    return Check(trial.name, "ok", answer.splitlines()[-1])
+        return DoctorCheck(trial.name, "broken", _reason(process.returncode, errors), bootstrap.remedy(trial.extra))
+    return DoctorCheck(trial.name, "ok", answer.splitlines()[-1])
 
 
 def _reason(status: int, errors: str) -> str:
-    """Why a trial failed: the last line of its traceback, or the signal that ended it."""
+    """Return why a trial failed: the last line of its traceback, or the signal that ended it."""
     if status < 0:
-        return f"the interpreter was ended by {signal.Signals(-status).name}"
+        return f"the interpreter was killed by {signal.Signals(-status).name}"
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit status {status}"
 
 
-# --- vLLM: a program that is started, never an import ----------------------------------------------------------------
+# --- vLLM, which is started as a program and never imported ----------------------------------------------------------
 
 
-def check_vllm(device: Device) -> Check:
-    """Whether the vLLM that suits this device is installed, and how it is started."""
-    wanted = bootstrap.VLLM[device.kind]
+def check_vllm(device: Device) -> DoctorCheck:
+    """Check that the build of vLLM for this device is installed, and say how it is started."""
+    package = bootstrap.VLLM[device.kind]
     if sys.platform != "linux":
-        return Check("vLLM", "missing", bootstrap.word_on(sys.platform, platform.machine()))
-    others = [name for name in bootstrap.VLLM.values() if name != wanted and version_of(name)]
+        return DoctorCheck("vLLM", "missing", bootstrap.limitations(sys.platform, platform.machine()))
+    others = [name for name in bootstrap.VLLM.values() if name != package and version_of(name)]
     if others:
-        return Check(
-            "vLLM", "broken", f"{others[0]} is installed; this device needs {wanted}", bootstrap.remedy(wanted)
+        return DoctorCheck(
+            "vLLM", "broken", f"{others[0]} is installed; this device needs {package}", bootstrap.remedy(package)
         )
-    version = version_of(wanted)
+    version = version_of(package)
     if version is None:
-        return Check("vLLM", "missing", f"{wanted} is not installed", bootstrap.remedy(wanted))
-    if unfit := unfit_builds():
-        detail = f"{wanted} {version} will not start beside the CUDA builds of {', '.join(unfit)}"
-        return Check("vLLM", "broken", detail, f"{sys.executable} -m pip uninstall -y {' '.join(unfit)}")
+        return DoctorCheck("vLLM", "missing", f"{package} is not installed", bootstrap.remedy(package))
+    if cuda_builds := unusable_cuda_builds():
+        detail = f"{package} {version} does not start with the CUDA builds of {', '.join(cuda_builds)}"
+        return DoctorCheck("vLLM", "broken", detail, f"{sys.executable} -m pip uninstall -y {' '.join(cuda_builds)}")
     from qkit.runtimes import vllm as runtimes_vllm
 
-    return Check("vLLM", "ok", f"{wanted} {version}, started as python -m {runtimes_vllm.program(version)}")
+    return DoctorCheck(
+        "vLLM", "ok", f"{package} {version}, started as python -m {runtimes_vllm.server_module(version)}"
+    )
 
 
-def unfit_builds() -> list[str]:
-    """Companions of torch that were built for CUDA where torch itself was not: they fail when vLLM imports them."""
+def unusable_cuda_builds() -> list[str]:
+    """Return companions of torch that are built for CUDA while torch itself is not; they fail when vLLM imports them."""
     if not (version_of("torch") or "").endswith("+cpu"):
         return []
-    found = {name: version_of(name) for name in bootstrap.CUDA_BUILDS}
-    return [name for name, version in found.items() if version and not version.endswith("+cpu")]
+    versions = {name: version_of(name) for name in bootstrap.CUDA_BUILDS}
+    return [name for name, version in versions.items() if version and not version.endswith("+cpu")]

@@ -1,4 +1,4 @@
-"""What `qkit doctor` found, for a terminal."""
+"""Formats the report of `qkit doctor` for a terminal."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from qkit.setup.doctor import Report
 
 
-# --- for a terminal --------------------------------------------------------------------------------------------------
-
-
 def screen(report: Report) -> RenderableType:
-    """The report for a terminal: machine, packages, checks, and what to do."""
+    """Lay out the report: machine, packages, checks, and commands that fix problems."""
     from rich.console import Group
     from rich.text import Text
 
-    absent = [package.name for package in report.packages if package.version is None]
-    have = ", ".join(f"{package.name} {package.version}" for package in report.packages if package.version)
-    lines = [Text(have or "none"), *([Text(f"not installed: {', '.join(absent)}", style="dim")] if absent else [])]
+    missing = [package.name for package in report.packages if package.version is None]
+    installed = ", ".join(f"{package.name} {package.version}" for package in report.packages if package.version)
+    lines = [
+        Text(installed or "none"),
+        *([Text(f"not installed: {', '.join(missing)}", style="dim")] if missing else []),
+    ]
     return Group(_machine_table(report), Text(), *lines, Text(), _checks_table(report), *_remedies(report))
 
 
@@ -41,7 +41,7 @@ def _machine_table(report: Report) -> Table:
     }
     table = Table.grid(padding=(0, 2, 0, 0))
     for name, value in rows.items():
-        table.add_row(name, Text(value))  # Text: a name may hold brackets, which rich would take for markup
+        table.add_row(name, Text(value))  # Text, since rich would read brackets in a name as markup
     return table
 
 
@@ -57,9 +57,9 @@ def _checks_table(report: Report) -> Table:
 
 
 def _remedies(report: Report) -> list[Text]:
-    """Each command once, and no part of it cut off."""
+    """Return each command once, and never truncated."""
     from rich.text import Text
 
     commands = dict.fromkeys(check.remedy for check in report.checks if check.remedy)
     lines = [Text(f"  {command}", overflow="fold") for command in commands]
-    return [Text(), Text("To put that right:"), *lines] if lines else []
+    return [Text(), Text("To fix this:"), *lines] if lines else []

@@ -1,4 +1,4 @@
-"""Environments of their own for programs that pin other versions than qkit's: made by `qkit doctor --make NAME`, kept in the cache folder."""
+"""Separate environments for programs that pin other versions than qkit does: `qkit doctor --make NAME` creates them, in the cache folder."""
 
 from __future__ import annotations
 
@@ -19,83 +19,85 @@ if TYPE_CHECKING:
     from qkit.setup import bootstrap
 
 
-DONE = "qkit-made"  # written last: an environment that was interrupted is made anew
+DONE = "qkit-made"  # written last; an environment without it is recreated
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What is installed into it, and the module that shows that it works."""
+    """An environment: the requirements to install, and a module whose import shows that it works."""
 
     name: str
     requirements: tuple[str, ...]
     module: str
 
 
-# llmcompressor 0.14 takes torch 2.10 to 2.14 and transformers 5.15 to 5.17: 1.5 GB with a CPU build of torch, 5.9 GB without.
+# llmcompressor 0.14 requires torch 2.10 to 2.14 and transformers 5.15 to 5.17: 1.5 GB with a CPU build of torch, 5.9 GB without.
 ENVIRONMENTS = {
-    made.name: made for made in (Environment("llmcompressor", ("llmcompressor==0.14.0",), "llmcompressor"),)
+    environment.name: environment
+    for environment in (Environment("llmcompressor", ("llmcompressor==0.14.0",), "llmcompressor"),)
 }
 
 
 def folder(name: str) -> Path:
-    """Where it is, or would be: another set of requirements is another folder."""
-    wanted = ENVIRONMENTS[name].requirements
-    return cache_dir() / "environments" / "+".join(wanted).replace("==", "-")
+    """Return the folder of an environment, whether it exists or not; other requirements mean another folder."""
+    requirements = ENVIRONMENTS[name].requirements
+    return cache_dir() / "environments" / "+".join(requirements).replace("==", "-")
 
 
 def python_of(name: str) -> Path | None:
-    """The interpreter of an environment that was made; None where there is none."""
+    """Return the interpreter of an environment; None if it has not been created."""
     home = folder(name)
-    return _target(home).venv_python if (home / DONE).is_file() else None
+    return target_of(home).venv_python if (home / DONE).is_file() else None
 
 
 def command(name: str) -> str:
-    """What makes it, for a message."""
+    """Return the command that creates an environment, for a message."""
     return shlex.join(["qkit", "doctor", "--make", name])
 
 
-def make(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
-    """Make the environment; returns its folder. One that is there already is left as it is.
+def make(name: str, notify: Callable[[str], None] = lambda _: None) -> Path:
+    """Create an environment unless it exists; return its folder.
 
     Raises:
         RecipeError: there is no such environment.
-        StageFailed: a step failed; its output is in the log beside the folder.
+        StageFailed: a step failed; its output is in the log file next to the folder.
     """
     if name not in ENVIRONMENTS:
-        raise RecipeError(f"--make {name}: there is {', '.join(ENVIRONMENTS)}")
+        raise RecipeError(f"--make {name}: unknown environment; the environments are {', '.join(ENVIRONMENTS)}")
     from qkit.setup import bootstrap
 
     home = folder(name)
     if python_of(name) is None:
         shutil.rmtree(home, ignore_errors=True)
         home.parent.mkdir(parents=True, exist_ok=True)
-        target = _target(home)
-        for step in itertools.chain(bootstrap.plan_venv(target), _install(target, name)):
-            say(f"{step.what} ...")
+        target = target_of(home)
+        for step in itertools.chain(bootstrap.plan_venv(target), install_steps(target, name)):
+            notify(f"{step.description} ...")
             _run(step.argv, home)
         (home / DONE).touch()
     return home
 
 
-def _target(home: Path) -> bootstrap.Target:
+def target_of(home: Path) -> bootstrap.Target:
+    """Describe the environment in the folder `home` for bootstrap."""
     from qkit.setup import bootstrap
 
     return bootstrap.Target(sys.platform, bootstrap.detect_kind(), home, sys.executable)
 
 
-def _install(target: bootstrap.Target, name: str) -> Iterator[bootstrap.Step]:
-    """The steps after the empty environment: torch in the build that suits the device, the rest, and whether it can be imported."""
+def install_steps(target: bootstrap.Target, name: str) -> Iterator[bootstrap.SetupStep]:
+    """Yield the steps that fill an empty environment: torch in the build for the device, the requirements, and a test import."""
     from qkit.setup import bootstrap
 
-    made, pip = ENVIRONMENTS[name], [*target.pip, "install", "--quiet"]
+    environment, pip = ENVIRONMENTS[name], [*target.pip, "install", "--quiet"]
     if target.cpu_torch and not bootstrap.torch_offered(target):
         index = ["--index-url", bootstrap.CPU_INDEX]
-        yield bootstrap.Step(f"installing {target.cpu_torch}", [*pip, *index, "--no-deps", target.cpu_torch])
-    torch = (
-        [target.cpu_torch] if target.cpu_torch else []
-    )  # named beside the rest, or pip takes a CUDA build for a newer one
-    yield bootstrap.Step(f"installing {', '.join(made.requirements)}", [*pip, *torch, *made.requirements])
-    yield bootstrap.Step("looking whether it can be used", [*target.pip[:2], "-c", f"import {made.module}"])
+        yield bootstrap.SetupStep(f"installing {target.cpu_torch}", [*pip, *index, "--no-deps", target.cpu_torch])
+    torch = [target.cpu_torch] if target.cpu_torch else []  # repeated here, or pip would upgrade to a CUDA build
+    yield bootstrap.SetupStep(
+        f"installing {', '.join(environment.requirements)}", [*pip, *torch, *environment.requirements]
+    )
+    yield bootstrap.SetupStep("testing the import", [*target.pip[:2], "-c", f"import {environment.module}"])
 
 
 def _run(argv: Sequence[str], home: Path) -> None:

@@ -1,4 +1,4 @@
-"""Chat: answer the last user turn. A prediction counts when it equals the reference, or the part of it that a pattern picks."""
+"""Chat: answer the last user turn. A prediction is correct if it, or the part that a pattern extracts, equals the reference."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ METRIC = "exact match"
 
 
 def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data, reads: Reads = NO_MORE) -> Example:
-    """A record of any format; accepted answers, where there are some, are what predictions are compared with."""
+    """A record of any format. Predictions are compared with the accepted answers, if there are any."""
     return formats.example(record, format, section, accepted, reads)
 
 
 def correct(prediction: str, reference: Any, section: Evaluate) -> bool:
-    """Equal after the pattern has picked its part, thinking, white space and thousands separators aside."""
+    """Whether they are equal after extraction by the pattern, ignoring reasoning, white space and thousands separators."""
     wanted = reference if isinstance(reference, list) else [reference]
     return _picked(said(prediction), section) in {_picked(said(str(text)), section) for text in wanted}
 
 
 def _picked(text: str, section: Evaluate) -> str:
-    if section.answer_pattern and (found := list(re.finditer(section.answer_pattern, text))):
-        whole, *groups = found[-1][0], *found[-1].groups()
+    if section.answer_pattern and (matches := list(re.finditer(section.answer_pattern, text))):
+        whole, *groups = matches[-1][0], *matches[-1].groups()
         text = groups[0] if groups and groups[0] is not None else whole
     return " ".join(text.replace(",", "").split())

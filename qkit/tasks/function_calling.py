@@ -68,32 +68,32 @@ class Row(BaseModel):
 def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data, reads: Reads = NO_MORE) -> Example:
     """A leaderboard row; the answer holds the first accepted value of every argument that may not be left out."""
     if "function" not in record or "question" not in record:
-        raise RowError(f"has the columns {formats.listed(record)}; wanted question and function")
+        raise RowError(f"has the columns {formats.listed(record)}; it must have question and function")
     if accepted is None:
         raise RowError(
-            f"no accepted answer for id {shown(record.get('id'))}: give data.*.answers the file that holds it"
+            f"has no accepted answer for id {shown(record.get('id'))}: set data.*.answers to the file that contains it"
         )
     try:
         record, accepted = {key: without_fillers(item) for key, item in record.items()}, without_fillers(accepted)
         validity.check_text([record["question"], record["function"]], "the row", section)
         validity.check_text(accepted, "the accepted answer", section)
         _check(record, accepted)
-        found, notes = _conversation(record, accepted, section), Notes(section, reads)
-        formats.note_columns(record, {"question", "function"}, section, notes, found, accepted)
-        return formats.checked(replace(found, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
+        conversation, notes = _conversation(record, accepted, section), Notes(section, reads)
+        formats.note_columns(record, {"question", "function"}, section, notes, conversation, accepted)
+        return formats.checked(replace(conversation, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
     except RecursionError:
-        raise RowError("is nested too deeply to be written down") from None
+        raise RowError("is nested too deeply") from None
 
 
 def _check(record: Mapping[str, Any], accepted: Any) -> None:
-    """Raise RowError at the first thing that is not as the leaderboard writes it."""
+    """Raise RowError for the first deviation from the leaderboard's format."""
     try:
         Row.model_validate({**record, "accepted": accepted})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise RowError(f"{short('.'.join(map(str, first['loc'])))}: {first['msg']}") from None
     if len(accepted[0]) != 1:
-        raise RowError(f"accepted.0 holds {len(accepted[0])} calls; wanted one")
+        raise RowError(f"accepted.0 must contain one call (it has {len(accepted[0])})")
     ((name, arguments),) = accepted[0].items()
     for key, options in arguments.items():
         _check_options(options, f"accepted.0.{name}.{key}")
@@ -112,10 +112,10 @@ def _check_options(options: Any, where: str) -> None:
 
 def _conversation(record: Mapping[str, Any], accepted: Any, section: Data) -> Conversation:
     tools = "\n".join(signature(function) for function in record["function"])
-    asked = "\n".join(turn["content"] for turn in record["question"][0])
+    question = "\n".join(turn["content"] for turn in record["question"][0])
     messages = (
         {"role": "system", "content": f"{section.system or 'Call one of these functions.'}\n{tools}"},
-        {"role": "user", "content": asked},
+        {"role": "user", "content": question},
         {"role": "assistant", "content": first_answer(accepted)},
     )
     return Conversation(messages, accepted)
@@ -154,7 +154,7 @@ def _concrete(value: Any) -> Any:
 
 
 def correct(prediction: str, reference: Any, section: Evaluate) -> bool:
-    """Whether the prediction is the call, its thinking aside, with an accepted value for every argument."""
+    """Whether the prediction is the call, ignoring its reasoning, with an accepted value for every argument."""
     call = parse(said(prediction))
     if call is None:
         return False
@@ -163,7 +163,7 @@ def correct(prediction: str, reference: Any, section: Evaluate) -> bool:
 
 
 def parse(text: str) -> tuple[str, Mapping[str, Any]] | None:
-    """(name, arguments) of a call written as JSON, or None when the text is something else."""
+    """(name, arguments) of a call written as JSON, or None if the text is not a call."""
     try:
         call = json.loads(text)
         name, arguments = call["name"], call["arguments"]

@@ -1,6 +1,6 @@
-"""Checkpoints that training goes on from: each is sealed, last of all, with the sizes and hashes of its files, and only a whole one is used.
+"""Checkpoints that training resumes from. Each is sealed last, with the sizes and hashes of its files, and only complete ones are used.
 
-A kill in the middle of a save, a full disk or a power cut leaves files that are half there; what reads them fails at every try.
+A kill during a save, a full disk or a power cut leaves truncated files, on which every resume would fail.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SEAL = "files.json"  # in a checkpoint: each of its files with size and sha256
 
 
 def seal(checkpoint: Path) -> None:
-    """Note in a checkpoint, by rename, what belongs to it; nothing may be written there afterwards."""
+    """Write the list of a checkpoint's files, atomically. Nothing may be written to the checkpoint afterwards."""
     listed = {
         str(file.relative_to(checkpoint)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in sorted(checkpoint.rglob("*"))
@@ -28,41 +28,43 @@ def seal(checkpoint: Path) -> None:
 
 
 def thin(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` sealed checkpoints; one that is being written is not sealed yet, and takes the place of none."""
+    """Delete all but the newest `keep` sealed checkpoints; one that is still being written is not sealed and does not count."""
     kept = [path for path in _newest_first(folder) if (path / SEAL).is_file()][:keep]
     for path in _newest_first(folder):
         if path not in kept:
             shutil.rmtree(path)
 
 
-def newest_whole(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
-    """The newest checkpoint whose files are all as they were written; None: there is none.
+def newest_whole(folder: Path, notify: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The newest checkpoint whose files match their seal; None if there is none.
 
-    Newer ones are damaged: `say` is told of each, and what is wrong with it.
+    `notify` gets a message about each newer, damaged one.
     """
     for path in _newest_first(folder):
         if not (why := _damage(path)):
             return path
-        say(f"{path.name} is not whole ({why}), so it is not gone on from")
+        notify(f"{path.name} is incomplete ({why}); training does not resume from it")
     return None
 
 
 def drop_after(folder: Path, checkpoint: Path | None) -> None:
-    """Delete the checkpoints after the one that is gone on from, which are damaged: the way there is trained again."""
+    """Delete the checkpoints after the one that training resumes from: they are damaged, and their steps run again."""
     for path in _newest_first(folder):
         if step_of(path) > step_of(checkpoint):
             shutil.rmtree(path)
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """The optimizer steps that were made before a checkpoint; 0 before the first."""
+    """The number of optimizer steps before a checkpoint; 0 for None."""
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """Those that training has written; what somebody else has put there, such as checkpoint-4-backup, is left alone."""
-    own = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
-    return sorted(own, key=step_of, reverse=True)
+    """Checkpoints that training wrote. Other folders, such as checkpoint-4-backup, are ignored."""
+    folders = [
+        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
+    ]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def _is_seal(listed: Any) -> bool:
@@ -71,15 +73,15 @@ def _is_seal(listed: Any) -> bool:
 
 
 def _damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint; empty where it is whole."""
+    """What is wrong with a checkpoint; empty if it is complete."""
     try:
         listed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return f"it has no {SEAL}, which is written last"
+        return f"{SEAL}, which is written last, is missing"
     except ValueError:  # not JSON, or not text
-        return f"its {SEAL} cannot be read"
+        return f"{SEAL} is not readable"
     if not _is_seal(listed):
-        return f"its {SEAL} lists no files"
+        return f"{SEAL} lists no files"
     for name, then in listed.items():
         file = checkpoint / name
         if not file.is_file():
@@ -87,5 +89,5 @@ def _damage(checkpoint: Path) -> str:
         if (size := file.stat().st_size) != then["bytes"]:
             return f"{name} has {size:,} of {then['bytes']:,} bytes"
         if sha256_of(file) != then["sha256"]:
-            return f"{name} holds other bytes than were written"
+            return f"the content of {name} has changed"
     return ""

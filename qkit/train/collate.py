@@ -1,17 +1,14 @@
-"""Rows as padded batches for the trainer."""
+"""Collates rows into padded batches, or into packs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.batching import padded_length
+from qkit.core.batching import IGNORED, padded_length
 
 if TYPE_CHECKING:
     import torch
-
-
-IGNORED = -100  # torch's cross_entropy skips these labels
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tensor]:
@@ -30,10 +27,10 @@ def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tens
 
 
 def collate_pack(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tensor]:
-    """Rows ({input_ids, labels}) after each other as `input_ids`, `labels`, `position_ids` [1, tokens], and `lengths` [rows].
+    """Rows ({input_ids, labels}) concatenated as `input_ids`, `labels`, `position_ids` [1, tokens], and `lengths` [rows].
 
-    The padding at the end is a document of its own. Documents may share a pack only because the first label of each is ignored: it would
-    be predicted from the document before.
+    The padding at the end is a separate document. The first label of each document must be ignored, since the token before it belongs to
+    another document.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""The labels of a run, counted in three places that must agree to the last one.
+"""Counts the labels of a run in three places, which must agree exactly.
 
-A loss that is divided by another number than its labels, a batch that lost some on the way from the ledger, or an epoch that left rows out
-trains something else than what was asked for, and no curve shows it.
+A loss divided by the wrong number, a batch that lost labels, or an epoch that skipped rows would train the wrong thing, and no loss curve
+would show it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass
 class Sums:
-    """Labelled tokens so far. `drawn`: of the rows that were drawn, as the ledger has them; `in_batches`: of the batches that were trained on;
-    `divided_by`: what the loss was divided by, summed over optimizer steps.
+    """Labelled tokens so far. `drawn`: in the sampled rows, by the ledger. `in_batches`: in the batches. `divided_by`: the sum of the divisors of
+    the loss over optimizer steps.
 
-    The checksums add up the tokens' ids: labels that are off by one place are as many, but others.
+    The checksums are sums of token ids: labels shifted by one position have the same count but other ids.
     """
 
     drawn: int = 0
@@ -24,20 +24,20 @@ class Sums:
     in_batches_checksum: int = 0
 
     def problem(self, epoch: float, ledger: int) -> str | None:
-        """What does not add up after `epoch` epochs of rows that have `ledger` labels; None when all does."""
+        """A message if the counts disagree after `epoch` epochs of rows with `ledger` labels, else None."""
         if not self.drawn == self.in_batches == self.divided_by:
             return (
-                f"the labels do not add up after {epoch:.2f} epochs: the rows drawn have {self.drawn:,}, "
+                f"label counts disagree after {epoch:.2f} epochs: the sampled rows have {self.drawn:,}, "
                 f"the batches had {self.in_batches:,}, and the loss was divided by {self.divided_by:,}"
             )
         if self.drawn_checksum != self.in_batches_checksum:
             return (
-                f"the labels are not those of the rows after {epoch:.2f} epochs: they are as many ({self.drawn:,}), "
-                f"but their ids add up to {self.in_batches_checksum:,} instead of {self.drawn_checksum:,}"
+                f"label ids disagree after {epoch:.2f} epochs: the count is right ({self.drawn:,}), "
+                f"but the ids add up to {self.in_batches_checksum:,} instead of {self.drawn_checksum:,}"
             )
         if epoch == int(epoch) and self.drawn != int(epoch) * ledger:
             return (
-                f"the labels do not add up: {int(epoch)} x {ledger:,} in the ledger, "
-                f"and {self.drawn:,} in the rows drawn in as many epochs"
+                f"label counts disagree: {int(epoch)} x {ledger:,} in the ledger, "
+                f"but {self.drawn:,} in the rows sampled in {int(epoch)} epochs"
             )
         return None

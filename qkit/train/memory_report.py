@@ -1,7 +1,7 @@
-"""What a training took of its device, line by line where that can be told, beside its plan.
+"""The measured memory of training next to its plan, by item where possible: train/memory.json.
 
-Every tensor of one step is watched (`qkit.tensors_alive`), which tells the lines apart at that step's peak; the meter reads the whole run,
-with what libraries and allocators hold, which no line says.
+memory_watch.py tracks every tensor of one step, which gives bytes by item at the peak of that step. The meter reads the whole run, including
+memory of libraries and allocators, which belongs to no item.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from qkit.recipe.schema import Recipe
 from qkit.run.directory import Peak
 from qkit.train import memory_watch
 
-REST = "all else (activations, logits, working space, the process)"
+REST = "the rest (activations, logits, working space, the process)"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """train/memory.json. `predicted`, `measured`: bytes by line; `step`: the one that was watched, from 1; None: there was none.
+class TrainingMemory:
+    """train/memory.json. `predicted`, `measured`: bytes by item. `step`: the step that was watched, from 1; None: none.
 
-    `measured_peak_bytes` is what `meter` read over the whole run, `readings` every peak that the device keeps.
+    `measured_peak_bytes`: the reading of `meter` over the whole run. `readings`: all peaks that the device reports.
     """
 
     predicted: Mapping[str, int]
@@ -47,11 +47,11 @@ class Seen:
         return Peak(self.measured_peak_bytes, self.meter, sum(self.predicted.values()), lines)
 
 
-def seen(how: Recipe, device: Device, meter: PeakMeter, watcher: Any, labelled: int) -> Seen:
-    """What a finished training took. `labelled`: the most tokens of a batch that carry loss."""
+def measured(recipe: Recipe, device: Device, meter: PeakMeter, watcher: Any, labelled: int) -> TrainingMemory:
+    """The memory of a finished training run. `labelled`: the most tokens with loss in a batch."""
     alive = watcher.alive.items() if watcher.alive else {}
-    return Seen(
-        predicted=plan_plan.predicted_items(how, device, labelled),
+    return TrainingMemory(
+        predicted=plan_plan.predicted_items(recipe, device, labelled),
         measured=alive,
         step=watcher.step + 1 if alive else None,
         measured_peak_bytes=meter.peak_bytes(),
@@ -60,10 +60,12 @@ def seen(how: Recipe, device: Device, meter: PeakMeter, watcher: Any, labelled: 
     )
 
 
-def shortage(how: Recipe, device: Device, meter: PeakMeter, trainer: Any, labelled: int) -> str:
-    """What to say of a training that ran out of memory: the lines that stay from step to step are counted, all else is the rest."""
-    planned = plan_plan.predicted_items(how, device, labelled)
+def shortage(recipe: Recipe, device: Device, meter: PeakMeter, trainer: Any, labelled: int) -> str:
+    """The message for training that ran out of memory. Items that persist between steps are measured; everything else is one item."""
+    planned = plan_plan.predicted_items(recipe, device, labelled)
     held = memory_watch.standing(trainer.model, trainer.optimizer)
     kept = {line: size for line, size in planned.items() if line in held}
     rest = {REST: sum(planned.values()) - sum(kept.values())}
-    return fit.shortage(how, "train", device, {**kept, **rest}, {**held, REST: meter.peak_bytes() - sum(held.values())})
+    return fit.shortage(
+        recipe, "train", device, {**kept, **rest}, {**held, REST: meter.peak_bytes() - sum(held.values())}
+    )

@@ -1,8 +1,8 @@
-"""Bytes of the tensors alive at the peak of a step, told apart by line: what training needs, whatever an allocator holds back.
+"""Bytes of live tensors at the peak of a step, by item of the plan. Memory that an allocator retains does not count.
 
 A dispatch mode sees the tensors that every operator returns, on any device; a weak reference to a tensor's storage tells when
-its memory is given back. Saved-tensor hooks would see what autograd keeps, but neither gradients nor the copies that make the peak of a
-backward pass. Scratch memory inside one operator is not seen. It costs Python at each operator, so it is on for one step.
+it is freed. Saved-tensor hooks would see what autograd keeps, but neither gradients nor the copies at the peak of a
+backward pass. Scratch memory inside an operator is not visible. The mode runs Python for each operator, so it is on for one step only.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ class TensorsAlive:
         self._events.append(~self._living.pop(key)[0])
 
     def mark(self, tensors: Iterable[torch.Tensor], line: str) -> None:
-        """Say what tensors are, whether they are known or not."""
+        """Assign tensors to a line, whether they are known or not."""
         for tensor in tensors:
             self.see(tensor, line)
-            if found := self._living.get(tensor.untyped_storage()._cdata):
-                self._lines[found[0]] = line
+            if entry := self._living.get(tensor.untyped_storage()._cdata):
+                self._lines[entry[0]] = line
 
     def line_of(self, tensor: torch.Tensor) -> str | None:
-        """The line that a tensor's storage counts under; None when it is not known."""
-        found = self._living.get(tensor.untyped_storage()._cdata)
-        return self._lines[found[0]] if found else None
+        """The line that a tensor's storage counts under; None if it is unknown."""
+        entry = self._living.get(tensor.untyped_storage()._cdata)
+        return self._lines[entry[0]] if entry else None
 
     def alive_bytes(self) -> int:
         """Bytes of what is alive now."""
         return sum(self._sizes[number] for number, _ in self._living.values())
 
     def peak_bytes(self) -> int:
-        """The most bytes that were alive at once."""
+        """The most bytes alive at once."""
         return max(self._totals(), default=0)
 
     def items(self) -> dict[str, int]:
@@ -107,7 +107,7 @@ def watching(
 
 
 def standing(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
-    """Bytes by line of what stays from step to step, as it is now."""
+    """Current bytes by line of the tensors that persist between steps."""
     first = next(model.parameters(), None)
     alive = TensorsAlive("cpu" if first is None else first.device.type)
     _mark_standing(alive, model, optimizer)
@@ -151,7 +151,7 @@ def _state_of(optimizer: torch.optim.Optimizer | None) -> Iterator[torch.Tensor]
 
 
 def _mode(alive: TensorsAlive, vocabulary: int | None) -> Any:
-    """The dispatch mode. A function, since its class can only be made once torch is there."""
+    """The dispatch mode. Its class is defined in a function, to import torch only when needed."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -169,7 +169,7 @@ def _mode(alive: TensorsAlive, vocabulary: int | None) -> Any:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             inputs = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
             for tensor in inputs:
-                alive.see(tensor, "batch")  # there before we looked, and not the model's
+                alive.see(tensor, "batch")  # existed before the watch, and does not belong to the model
             out = func(*args, **(kwargs or {}))
             for leaf in tree_leaves(out):
                 if isinstance(leaf, torch.Tensor):
@@ -180,9 +180,9 @@ def _mode(alive: TensorsAlive, vocabulary: int | None) -> Any:
 
 
 def step_watcher(step: int = 1) -> Any:
-    """A trainer callback that watches optimizer step number `step` (from 0) whole; its `alive` is None until then.
+    """A trainer callback that watches the optimizer step number `step` (from 0). Its `alive` is None until then.
 
-    From step 1 on the optimizer has its state, so that is the first one that shows the peak of a run.
+    The optimizer state exists from step 1 on, so step 1 is the first that shows the peak of a run.
     """
     from transformers import TrainerCallback
 
@@ -194,9 +194,9 @@ def step_watcher(step: int = 1) -> Any:
             self.step = step
             self._open = contextlib.ExitStack()
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
             if state.global_step == step:
-                model, optimizer = given["model"], given["optimizer"]
+                model, optimizer = parts["model"], parts["optimizer"]
                 vocabulary = model.get_output_embeddings().weight.shape[0]
                 self._begin = time.perf_counter()
                 self.alive = self._open.enter_context(watching(model, optimizer, vocabulary))

@@ -1,8 +1,8 @@
-"""Do the documents of a pack see themselves alone? Measured before the first step, on a small replica of the run's model.
+"""Checks that packed documents do not attend to each other, before the first step, on a small replica of the run's model.
 
-The replica has the run's model class, attention implementation, head size and every kind of layer, and random weights in fp32. The loss of
-each document in a pack must be its loss alone. A control shows that the measure can fail: with positions that do not start again,
-the same pack must give other losses.
+The replica has the run's model class, attention implementation, head size and every kind of layer, with random weights in fp32. The loss of
+each document in a pack must equal its loss alone. A control shows that the check can fail: if positions do not restart at each document, the
+losses of the same pack must change.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qkit.train.collate import IGNORED, collate, collate_pack
+from qkit.core.batching import IGNORED
+from qkit.train.collate import collate, collate_pack
 
 if TYPE_CHECKING:
     import torch
@@ -21,17 +22,17 @@ if TYPE_CHECKING:
     Loss = Callable[[PreTrainedModel, dict[str, torch.Tensor], int], torch.Tensor]
 
 
-LENGTHS = (7, 23, 12, 5, 16)  # one more token fills the pack up to a multiple of 16: padding is tried too
+LENGTHS = (7, 23, 12, 5, 16)  # the pack is padded by one token to a multiple of 16, so padding is covered
 NARROW_WINDOW = 4  # shorter than the documents
 VOCABULARY = 128
 EXPERTS = 4
 # fp32 rounds at 2^-24, bf16 at 2^-9; a loss is a mean over tokens, and a leak moves it by 3 % and more in most families.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-8}
-CONTROL = 4  # a leak must show at this many tolerances
+CONTROL = 4  # a leak must change the losses by more than this many tolerances
 
 
 @dataclass(frozen=True)
-class Verdict:
+class IsolationResult:
     """`difference`: the largest relative one between a document's loss in a pack and alone; `control`: the same for a broken pack."""
 
     verdict: Literal["holds", "does not hold", "could not be checked"]
@@ -48,8 +49,8 @@ class Verdict:
         return self.verdict == "holds"
 
 
-def check(model: PreTrainedModel, loss: Loss) -> Verdict:
-    """Whether `loss` (model, batch, items), the run's own way from a batch to its loss, keeps documents apart on models like `model`."""
+def check(model: PreTrainedModel, loss: Loss) -> IsolationResult:
+    """Check whether `loss` (model, batch, items), which is how the run computes the loss of a batch, keeps documents apart on `model`."""
     attention = str(model.config._attn_implementation)
     dtype = "bfloat16" if "flash" in attention else "float32"  # flash attention has no fp32
     about: dict[str, Any] = {
@@ -60,26 +61,30 @@ def check(model: PreTrainedModel, loss: Loss) -> Verdict:
     }
     try:
         pairs = [_differences(replica, loss) for replica in _replicas(model, dtype)]
-    except Exception as error:  # the model's code is foreign: whatever it raises, the answer is that nobody knows
-        return Verdict("could not be checked", f"{type(error).__name__}: {error}", **about)
+    except Exception as error:  # third-party model code: whatever it raises, the check has no result
+        return IsolationResult("could not be checked", f"{type(error).__name__}: {error}", **about)
     difference, control = max(pair[0] for pair in pairs), min(pair[1] for pair in pairs)
     return _judged(about, difference, control)
 
 
-def _judged(about: Mapping[str, Any], difference: float, control: float) -> Verdict:
+def _judged(about: Mapping[str, Any], difference: float, control: float) -> IsolationResult:
     tolerance = about["tolerance"]
     figures = {**about, "difference": difference, "control": control}
     if not difference <= tolerance:  # so that NaN fails
-        reason = f"a document's loss in a pack is off by {difference:.1e} of its loss alone (allowed: {tolerance:.1e})"
-        return Verdict("does not hold", reason, **figures)
+        reason = (
+            f"the loss of a document in a pack differs by {difference:.1e} of its loss alone (allowed: {tolerance:.1e})"
+        )
+        return IsolationResult("does not hold", reason, **figures)
     if not control > CONTROL * tolerance:
-        reason = f"a pack that leaks on purpose changes the losses by {control:.1e} only, so that a leak would not show"
-        return Verdict("could not be checked", reason, **figures)
-    return Verdict("holds", f"losses differ by {difference:.1e}; by {control:.1e} in a pack that leaks", **figures)
+        reason = f"a deliberate leak changes the losses by {control:.1e} only, so the check would not detect one"
+        return IsolationResult("could not be checked", reason, **figures)
+    return IsolationResult(
+        "holds", f"losses differ by {difference:.1e}, and by {control:.1e} with a deliberate leak", **figures
+    )
 
 
 def _differences(replica: PreTrainedModel, loss: Loss) -> tuple[float, float]:
-    """The largest relative difference to the losses alone: of a pack, and of one whose positions do not start again."""
+    """The largest relative difference to the losses alone: of a pack, and of one whose positions do not restart."""
     import torch
 
     rows = _documents()
@@ -91,8 +96,8 @@ def _differences(replica: PreTrainedModel, loss: Loss) -> tuple[float, float]:
     return _largest(packed, alone), _largest(broken, alone)
 
 
-def _largest(found: list[float], alone: list[float]) -> float:
-    return max(abs(there - here) / here for there, here in zip(found, alone, strict=True))
+def _largest(packed: list[float], alone: list[float]) -> float:
+    return max(abs(there - here) / here for there, here in zip(packed, alone, strict=True))
 
 
 def _documents() -> list[dict[str, Any]]:
@@ -159,13 +164,13 @@ def replica_config(config: PretrainedConfig) -> PretrainedConfig:
     for name, value in {**_shallow(text), **_narrow(text), **_without_dropout(text)}.items():
         setattr(text, name, value)
     for other in (getattr(small, name) for name in small.sub_configs):
-        if other is not text:  # what reads images or sounds: rows have none
+        if other is not text:  # encoders of images or audio: rows contain neither
             other.num_hidden_layers = 1
     return small
 
 
 def _shallow(text: PretrainedConfig) -> dict[str, Any]:
-    """Settings with one layer of each kind, the last one twice if there is one kind only. What a list gives for each layer makes its kind."""
+    """Settings with one layer of each kind, or two layers if all are of one kind. Values listed per layer define its kind."""
     count = text.num_hidden_layers
     by_layer = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == count}
     kinds: dict[tuple[str, ...], int] = {}

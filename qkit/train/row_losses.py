@@ -1,10 +1,10 @@
 """Each training row's loss before the first step and after the last: train/losses.parquet.
 
 row           its number in data/train.parquet
-loss_before   mean nats per labelled token under the base model with the fresh adapter, which changes nothing yet
-loss_after    the same under the trained adapter; null until there is one
+loss_before   mean nats per labelled token with the untrained adapter, which has no effect yet
+loss_after    the same with the trained adapter; null until training is complete
 
-Rows go through the model alone, never in packs, and no logits are kept beyond a part of a batch.
+Rows are never packed here, and logits exist for a part of a batch at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def write_before(file: Path, trainer: Any, progress: Progress) -> None:
-    """Write the losses before the first step, unless a run that was killed has. The adapter is still the fresh one, checkpoint or not."""
+    """Write the losses before the first step, unless a killed run already has. The adapter is still untrained, even with a checkpoint."""
     if not _readable(file):
         before = mean_losses(trainer, progress, "losses before")
         _write(file, before, [None] * len(before))
@@ -37,7 +37,7 @@ def _readable(file: Path) -> bool:
 
     try:
         return bool(pq.read_table(file).num_rows)
-    except (OSError, pa.ArrowException):  # there is none, or it is damaged
+    except (OSError, pa.ArrowException):  # missing or damaged
         return False
 
 

@@ -20,98 +20,104 @@ from qkit.run.directory import Run
 from qkit.train.trainer import trainer_class
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import LoraConfig
     from transformers import PreTrainedModel
     from trl import SFTConfig, SFTTrainer
 
 
-UNPACKED = 8  # Arrow bytes for a byte of Parquet: ids of two bytes take four, and labels hardly anything in Parquet
+UNPACKED = 8  # Arrow bytes per byte of Parquet: ids take four bytes instead of two, and labels compress to almost nothing in Parquet
 
 
 def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrainer:
     """The trainer on the run's tokenized rows, with the model loaded as the recipe says.
 
     Raises:
-        RecipeError: the model does not do gradient checkpointing.
+        RecipeError: the model does not support gradient checkpointing.
     """
-    from datasets import Dataset
+    from qkit.train.fast.heap import trim_between_layers
 
-    from qkit.train.fast.heap import give_back_between_layers
-
-    how = run.recipe
-    args = sft_config(how, device, out)
-    columns = ["input_ids", "labels", *(("pack", "position") if how.data.packing else ())]
-    file, cache = run.need("data", "train.parquet"), cache_dir() / "datasets"
-    cache.mkdir(parents=True, exist_ok=True)
-    need_disk(cache, file.stat().st_size * UNPACKED, "the training rows, unpacked")
-    rows = Dataset.from_parquet(str(file), columns=columns, cache_dir=str(cache))
-    base, tokenizer = load.load_base(folder, how, device), model_tokenizer.load_tokenizer(folder, how.model)
+    recipe = run.recipe
+    args = sft_config(recipe, device, out)
+    rows = _training_rows(run)
+    base, tokenizer = load.load_base(folder, recipe, device), model_tokenizer.load_tokenizer(folder, recipe.model)
     if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
         raise RecipeError(
-            f"{type(base).__name__} cannot compute its layers twice: set train.gradient_checkpointing=false (it is "
-            f"{how.train.gradient_checkpointing})"
+            f"{type(base).__name__} does not support gradient checkpointing: set train.gradient_checkpointing=false (now "
+            f"{recipe.train.gradient_checkpointing})"
         )
-    made: SFTTrainer = trainer_class()(
+    trainer: SFTTrainer = trainer_class()(
         model=base,
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=lora_config(how, base, added_tokens.learnt_rows(base, tokenizer, how.model.add_tokens)),
+        peft_config=lora_config(recipe, base, added_tokens.learnt_rows(base, tokenizer, recipe.model.add_tokens)),
         pad=read_json(run.need("data", "tokens.json"))["pad"],
-        batch_tokens=how.data.batch_tokens,
+        batch_tokens=recipe.data.batch_tokens,
         labelled_head=device.uses_labelled_head,
-        packing=how.data.packing,
-        micro_batches=how.micro_batches,
-        checkpoints_kept=how.train.save_total_limit,
+        packing=recipe.data.packing,
+        micro_batches=recipe.micro_batches,
+        checkpoints_kept=recipe.train.save_total_limit,
     )
-    if how.model.add_tokens:
-        added_tokens.show_head(made.model)
+    if recipe.model.add_tokens:
+        added_tokens.show_head(trainer.model)
     if device.frees_through_malloc:
-        give_back_between_layers(made.base_model)
-    return made
+        trim_between_layers(trainer.base_model)
+    return trainer
 
 
-def sft_config(how: Recipe, device: Device, out: Path) -> SFTConfig:
-    """SFTConfig from the recipe's train section, and what our rows and this device need."""
+def _training_rows(run: Run) -> Dataset:
+    from datasets import Dataset
+
+    columns = ["input_ids", "labels", *(("pack", "position") if run.recipe.data.packing else ())]
+    file, cache = run.need("data", "train.parquet"), cache_dir() / "datasets"
+    cache.mkdir(parents=True, exist_ok=True)
+    need_disk(cache, file.stat().st_size * UNPACKED, "the training rows, unpacked")
+    rows: Dataset = Dataset.from_parquet(str(file), columns=columns, cache_dir=str(cache))
+    return rows
+
+
+def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
+    """SFTConfig from the recipe's train section, with the settings that qkit's rows and the device need."""
     from trl import SFTConfig
 
-    how = plan_plan.decided(how, device)
+    recipe = plan_plan.decided(recipe, device)
     args = SFTConfig(
         output_dir=str(out / "checkpoints"),
-        seed=how.seed,
-        max_length=None,  # the data stage has decided about lengths; TRL would cut the answer off
+        seed=recipe.seed,
+        max_length=None,  # the data stage has applied data.too_long; TRL would truncate answers
         dataset_kwargs={"skip_prepare_dataset": True},
         per_device_train_batch_size=1,  # batches come from the token budget
         report_to=[],
         disable_tqdm=True,
-        logging_nan_inf_filter=False,  # it would log 0 for a loss that is none
+        logging_nan_inf_filter=False,  # it would log a NaN loss as 0
         save_strategy="steps",
         **device.trainer_arguments,
-        **how.train.model_dump(
+        **recipe.train.model_dump(
             exclude={"save_total_limit"}
-        ),  # the trainer would delete the old one before the new one is whole
+        ),  # the trainer would delete the old checkpoint before the new one is complete
     )
-    args._n_gpu = min(args.n_gpu, 1)  # where more are visible, the trainer would spread each batch over all of them
+    args._n_gpu = min(args.n_gpu, 1)  # with several visible GPUs, the trainer would split each batch over all of them
     return args
 
 
 def lora_config(
-    how: Recipe, base: PreTrainedModel, learnt_rows: Mapping[str, Sequence[int]] | None = None
+    recipe: Recipe, base: PreTrainedModel, learnt_rows: Mapping[str, Sequence[int]] | None = None
 ) -> LoraConfig:
-    """The recipe's lora section as peft's LoraConfig for this model. `learnt_rows`: of embedding and head, learnt as they are, by module.
+    """The recipe's lora section as peft's LoraConfig. `learnt_rows`: by module, rows of embedding and head that are trained in full.
 
     Raises:
-        ModelError: it names what the model does not have, or what peft cannot train.
+        ModelError: a target does not exist in the model, or peft cannot train it.
     """
     from peft import LoraConfig
 
-    fields = how.lora.model_dump(exclude={"target_modules", "target_parameters"})
-    named = targets.for_peft(how.lora, base)
+    fields = recipe.lora.model_dump(exclude={"target_modules", "target_parameters"})
+    named = targets.for_peft(recipe.lora, base)
     return LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=learnt_rows, **fields, **named)
 
 
 def most_labelled(trainer: Any) -> int:
-    """The most tokens that carry loss in any pack, or part of a batch: what the head and the loss have to hold."""
+    """The most tokens with loss in any pack or micro-batch: the memory of head and loss depends on it."""
     most = 0
     for batch in trainer.batches():
         labelled = iter([trainer.labelled_tokens[row] for row in batch])

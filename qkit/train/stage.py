@@ -2,12 +2,12 @@
 
 train/adapter/        adapter_model.safetensors, adapter_config.json, and qkit.json: the base it belongs to
 train/metrics.jsonl   one line per logged step
-train/sums.json       the labels that the loss is made of, from the ledger to the divisor
-train/packing.json    whether packed documents were found to see themselves alone (with data.packing)
+train/sums.json       label counts: in the ledger, in the batches, and as the divisor of the loss
+train/packing.json    whether packed documents attend only to themselves (with data.packing)
 train/losses.parquet  each row's loss before and after (with ledger.losses)
 train/memory.json     memory planned and measured, by line
-train/decided.json    what the recipe left open: gradient checkpointing
-train/checkpoints/    the last train.save_total_limit; a killed run goes on from the newest whole one
+train/decided.json    the value chosen for train.gradient_checkpointing=auto
+train/checkpoints/    the last train.save_total_limit; a killed run resumes from the newest complete one
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ if TYPE_CHECKING:
 
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight and two Adam moments
-COUNTS = "Counts"  # the callback that keeps the sums, as a checkpoint names it
+COUNTS = "Counts"  # the name, in a checkpoint, of the callback that stores the label counts
 
 
 def run(run: Run, out: Path) -> Peak:
-    """Train the adapter; goes on from the last checkpoint in `out` when there is one. Returns planned and measured peak memory.
+    """Train the adapter, resuming from the last checkpoint in `out` if there is one. Returns planned and measured peak memory.
 
     Raises:
-        NotDeployable: a format that the recipe names could not be made of the result, or not be loaded where it goes.
-        StageFailed: the labels that were trained on are not those of the ledger, or the loss is no number.
+        NotDeployable: an export format of the recipe does not support the model, or does not load in its runtime.
+        StageFailed: the labels in the batches differ from those in the ledger, or training diverged.
     """
     limit_kernel_cache()
     device = detect()
@@ -62,48 +62,48 @@ def run(run: Run, out: Path) -> Peak:
     _check_targets(run.recipe)
     _check_names(run.recipe)
     run = Run(run.root, _decided(run, device, out), run.progress)
-    how = run.recipe
+    recipe = run.recipe
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
-    folder = source.resolve(how.model)
+    folder = source.resolve(recipe.model)
     with targets.patterns_of_parameters():
         trainer = build_trainer(run, folder, device, out)
-    at_once = how.train.save_total_limit + 1  # a new one is whole before an old one goes
+    at_once = recipe.train.save_total_limit + 1  # a new checkpoint is complete before an old one is deleted
     need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
-    if how.data.packing:
+    if recipe.data.packing:
         _pack_if_isolated(run, trainer, out)
     _check_steps(run, trainer)
-    if how.ledger.losses:
+    if recipe.ledger.losses:
         row_losses.write_before(out / "losses.parquet", trainer, run.progress)
     watcher = _train(run, trainer, meter, out)
-    if how.ledger.losses:
+    if recipe.ledger.losses:
         row_losses.write_after(out / "losses.parquet", trainer, run.progress)
-    _save(trainer, folder, how, out / "adapter")
-    memory = memory_report.seen(how, device, meter, watcher, most_labelled(trainer))
+    _save(trainer, folder, recipe, out / "adapter")
+    memory = memory_report.measured(recipe, device, meter, watcher, most_labelled(trainer))
     write_json(out / "memory.json", memory.to_dict())
     return memory.peak()
 
 
 def _decided(run: Run, device: Device, out: Path) -> Recipe:
-    """The recipe with gradient checkpointing on or off; a run that goes on keeps what it had."""
+    """The recipe with gradient checkpointing on or off. A resumed run keeps its earlier value."""
     if run.recipe.train.gradient_checkpointing != "auto":
         return run.recipe
     lengths = read_json(run.need("data", "summary.json")).get("lengths", [])
-    found = plan_plan.checkpointing(run.recipe, device, solve.labelled_of(lengths, run.recipe))
+    chosen = plan_plan.checkpointing(run.recipe, device, solve.labelled_of(lengths, run.recipe))
     before = decisions(out).get(fit.CHECKPOINTING)
-    if before is not None and before != found.on:
-        found = plan_plan.Checkpointing(before, "it was when this training began")
-    write_json(out / DECIDED, {fit.CHECKPOINTING: found.on, "why": found.why})
-    run.progress.say(f"train: gradient checkpointing is {'on' if found.on else 'off'}: {found.why}")
-    train = run.recipe.train.model_copy(update={"gradient_checkpointing": found.on})
+    if before is not None and before != chosen.on:
+        chosen = plan_plan.Checkpointing(before, "as when this run started")
+    write_json(out / DECIDED, {fit.CHECKPOINTING: chosen.on, "why": chosen.why})
+    run.progress.say(f"train: gradient checkpointing is {'on' if chosen.on else 'off'}: {chosen.why}")
+    train = run.recipe.train.model_copy(update={"gradient_checkpointing": chosen.on})
     return run.recipe.model_copy(update={"train": train})
 
 
 def _check_steps(run: Run, trainer: Any) -> None:
-    """See that the recipe goes together with the number of steps, which is known only now.
+    """Check the recipe against the number of steps, which is known only after the trainer is built.
 
     Raises:
-        RecipeError: it does not.
+        RecipeError: training is too short for its schedule.
     """
     total, section = _total_steps(trainer), run.recipe.train
     schedule.check(section, total)
@@ -112,8 +112,8 @@ def _check_steps(run: Run, trainer: Any) -> None:
 
 
 def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
-    """All steps that are still to be done; returns the watcher of the second of them."""
-    checkpoint = _going_on_from(run, out / "checkpoints")
+    """Run the remaining steps. Returns the watcher of the second of them."""
+    checkpoint = _resume_point(run, out / "checkpoints")
     done, ledger = checkpoints.step_of(checkpoint), read_json(run.need("data", "summary.json"))["splits"]["train"]
     if checkpoint:
         state = read_json(checkpoint / "trainer_state.json")["stateful_callbacks"]
@@ -126,20 +126,20 @@ def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
     return watcher
 
 
-def _going_on_from(run: Run, folder: Path) -> Path | None:
-    """The checkpoint to go on from, said where an attempt before this one has left any; damaged ones are taken away."""
-    found = checkpoints.newest_whole(folder, lambda text: run.progress.say(f"train: warning: {text}"))
+def _resume_point(run: Run, folder: Path) -> Path | None:
+    """The checkpoint to resume from, reported if an earlier attempt left any. Damaged checkpoints are deleted."""
+    newest = checkpoints.newest_whole(folder, lambda text: run.progress.say(f"train: warning: {text}"))
     if any(folder.glob("checkpoint-*")):
-        run.progress.say(f"train: going on from {found.name}" if found else "train: from the beginning")
-    checkpoints.drop_after(folder, found)
-    return found
+        run.progress.say(f"train: resuming from {newest.name}" if newest else "train: starting from the beginning")
+    checkpoints.drop_after(folder, newest)
+    return newest
 
 
 def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) -> Any:
-    """Train from a checkpoint or from the start with all tensors of the second step watched; how fast it went is remembered.
+    """Train from a checkpoint or from the start, with the memory of the second step watched. Stores the speed for later plans.
 
     Raises:
-        OutOfMemory: with what was over the plan.
+        OutOfMemory: with the item that exceeded its plan.
     """
     watcher = memory_watch.step_watcher(checkpoints.step_of(checkpoint) + 1)
     if checkpoint and checkpoints.step_of(checkpoint) >= _total_steps(trainer):
@@ -163,7 +163,7 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
 
 
 def _load_finished(trainer: Any, checkpoint: Path) -> None:
-    """Stand where a training that has made its last step stood; the trainer itself would make one more."""
+    """Restore the state after the last step. The trainer itself would run one more step."""
     from transformers import TrainerState
 
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -175,9 +175,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _remember(run: Run, trainer: Any, device: Device, seconds: float, done: int) -> None:
-    """Keep the speed of all steps but the watched one, for plans to come."""
+    """Store the speed of all steps except the watched one, for later plans."""
     steps, rows = trainer.state.global_step - done, read_json(run.need("data", "summary.json"))["splits"]["train"]
-    with contextlib.suppress(ModelError):  # no plan is made for a model of unknown shape
+    with contextlib.suppress(ModelError):  # a model of unknown shape cannot be planned for
         if steps > 1:
             speed = trainer.real_tokens * (steps - 1) / steps / seconds
             share = rows["labelled_tokens"] / rows["tokens"]
@@ -185,12 +185,14 @@ def _remember(run: Run, trainer: Any, device: Device, seconds: float, done: int)
 
 
 def _pack_if_isolated(run: Run, trainer: Any, out: Path) -> None:
-    """Train on packs only if this model is seen to keep their documents apart; on batches of rows otherwise."""
+    """Train on packs only if the model keeps their documents apart; otherwise on batches of rows."""
     verdict = trainer.isolation()
     trainer.packing = verdict.holds
     write_json(out / "packing.json", {"packing": verdict.holds, **asdict(verdict)})
-    what = "packing" if verdict.holds else "warning: packing is off for this run, rows are trained in batches instead"
-    run.progress.say(f"{what}: each document of a pack sees only itself: {verdict.verdict} ({verdict.reason})")
+    what = (
+        "packing" if verdict.holds else "warning: packing is off for this run, which trains on batches of rows instead"
+    )
+    run.progress.say(f"{what}: isolation of packed documents {verdict.verdict} ({verdict.reason})")
 
 
 def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) -> None:
@@ -205,42 +207,42 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
     }
     write_json(out / "sums.json", counts)
     run.progress.say(
-        f"train: {ledger['labelled_tokens']:,} labelled tokens in the ledger, {epochs:.4g} epochs: {sums.drawn:,} in the rows "
-        f"drawn = {sums.in_batches:,} in the batches = {sums.divided_by:,} that the loss was divided by"
+        f"train: {ledger['labelled_tokens']:,} labelled tokens in the ledger, {epochs:.4g} epochs: {sums.drawn:,} in the sampled "
+        f"rows = {sums.in_batches:,} in the batches = {sums.divided_by:,} in the divisors of the loss"
     )
 
 
-def _check_targets(how: Recipe) -> None:
-    """Raise ModelError where the recipe's lora section names what the model does not have, before anything is loaded."""
+def _check_targets(recipe: Recipe) -> None:
+    """Raise ModelError, before anything is loaded, if a target of the recipe's lora section does not exist in the model."""
     try:
-        sizes = shape_of(how.model)
-    except ModelError:  # it may be trained all the same, and is asked once it is loaded
+        sizes = shape_of(recipe.model)
+    except ModelError:  # it may still be trainable, and is checked again once loaded
         return
-    targets.planned(how.lora, sizes)
+    targets.planned(recipe.lora, sizes)
 
 
-def _check_names(how: Recipe) -> None:
+def _check_names(recipe: Recipe) -> None:
     """Raise RecipeError for an optimizer or an attention that transformers does not know."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.training_args import OptimizerNames
 
     attention = sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()})
     for field, given, known in (
-        ("train.optim", how.train.optim, [str(name.value) for name in OptimizerNames]),
-        ("model.attn_implementation", how.model.attn_implementation, attention),
+        ("train.optim", recipe.train.optim, [str(name.value) for name in OptimizerNames]),
+        ("model.attn_implementation", recipe.model.attn_implementation, attention),
     ):
         if given not in known and not (known is attention and "/" in given):  # a kernel of the hub is OWNER/NAME
             near = difflib.get_close_matches(given, known, n=3, cutoff=0.4)
             raise RecipeError(
-                f"{field}={short(given)}: transformers knows none of this name; near it are {', '.join(near or known)}"
+                f"{field}={short(given)}: unknown to transformers; similar names: {', '.join(near or known)}"
             )
 
 
 def _warn_of_memory(run: Run, device: Device) -> None:
-    """Say it before the model is loaded. Only a warning: activations are a bound, and may turn out smaller."""
+    """Warn, before the model is loaded, if the plan does not fit. Not an error: activations are an upper bound."""
     try:
         shape_of(run.recipe.model)
-    except ModelError as error:  # it may be trained all the same
+    except ModelError as error:  # it may still be trainable
         run.progress.say(f"not planned: {error}")
         return
     planned = plan_plan.plan(run.recipe, device=device)
@@ -253,9 +255,9 @@ def _total_steps(trainer: Any) -> int:
 
 
 def _counts(run: Run, trainer: Any, ledger: int) -> Any:
-    """A callback that checks sums and loss at each step, before it is saved, and keeps the sums in each checkpoint.
+    """A callback that checks label counts and loss after each step, before it is saved, and stores the counts in each checkpoint.
 
-    A fault costs a step and not the run.
+    So an error costs one step and not the whole run.
     """
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
@@ -265,27 +267,27 @@ def _counts(run: Run, trainer: Any, ledger: int) -> Any:
             return {"args": {}, "attributes": asdict(trainer.sums)}
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if problem := trainer.sums.problem(state.epoch, ledger) or _astray(trainer, state.global_step):
+            if problem := trainer.sums.problem(state.epoch, ledger) or _divergence(trainer, state.global_step):
                 raise StageFailed("train", run.root, run.log("train"), problem)
             trainer.loss = 0.0
 
     return Counts()
 
 
-def _astray(trainer: Any, step: int) -> str:
-    """What to say of a step after which the adapter is no longer made of numbers; empty where it is."""
+def _divergence(trainer: Any, step: int) -> str:
+    """A message if the loss or the gradient norm of the step is not finite, else an empty string."""
     figures = {"loss": float(trainer.loss), "gradient norm": float(trainer.grad_norm)}
-    wrong = [f"its {name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
+    wrong = [f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
     if not wrong:
         return ""
     return (
-        f"step {step} has gone astray: {', '.join(wrong)}. Lower train.learning_rate, set quantization.bnb_4bit_compute_dtype=bfloat16 "
-        "if it is another, and look at the rows with `qkit inspect`; the last checkpoint before it is kept"
+        f"training diverged at step {step}: {' and '.join(wrong)}. Lower train.learning_rate, set quantization.bnb_4bit_compute_dtype=bfloat16 "
+        "if it has another value, and check the rows with `qkit inspect`; the last checkpoint before the step is kept"
     )
 
 
 def _recorder(file: Path, bar: Bar, meter: PeakMeter, trainer: SFTTrainer, resumed_at: int) -> Any:
-    """A callback that writes metrics.jsonl and moves the bar. Lines after the checkpoint we go on from are cut away."""
+    """A callback that writes metrics.jsonl and advances the bar. Lines after the checkpoint that training resumes from are removed."""
     from transformers import TrainerCallback
 
     earlier = [line for line in _lines(file) if line["step"] <= resumed_at]
@@ -329,11 +331,11 @@ def _checkpoint_bytes(trained: PreTrainedModel) -> int:
     return parameters * CHECKPOINT_BYTES_PER_PARAMETER
 
 
-def _save(trainer: SFTTrainer, folder: Path, how: Recipe, adapter: Path) -> None:
+def _save(trainer: SFTTrainer, folder: Path, recipe: Recipe, adapter: Path) -> None:
     trained = trainer.model
     trained.save_pretrained(str(adapter))
     if not (adapter / "adapter_model.safetensors").is_file():
-        raise MissingArtifact(f"{adapter}: peft wrote no adapter_model.safetensors")
-    quantized = source.quantized_names(trained.get_base_model()) if how.quantization.load_in_4bit else []
+        raise MissingArtifact(f"{adapter}: peft did not write adapter_model.safetensors")
+    quantized = source.quantized_names(trained.get_base_model()) if recipe.quantization.load_in_4bit else []
     names = [name.replace(".base_layer.weight", ".weight") for name in quantized]
-    provenance.write_adapter_note(adapter, folder, how, names)
+    provenance.write_adapter_note(adapter, folder, recipe, names)

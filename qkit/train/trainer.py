@@ -1,13 +1,13 @@
-"""SFTTrainer with qkit's batches or packs, its head where the device says so, and a count of every label that the loss is made of."""
+"""SFTTrainer with qkit's batches or packs, its head if the device uses it, and counts of every label in the loss."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.batching import PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
+from qkit.core.batching import IGNORED, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
 from qkit.train import checkpoints, pack_isolation
-from qkit.train.collate import IGNORED, collate, collate_pack
+from qkit.train.collate import collate, collate_pack
 from qkit.train.fast.head import labelled_loss
 from qkit.train.label_sums import Sums
 
@@ -40,7 +40,7 @@ class Counted(Base):
         self.micro_batches = micro_batches
         self.sums = Sums()
         self.real_tokens = 0
-        self.loss: Any = 0.0  # of the step that is being made
+        self.loss: Any = 0.0  # of the current step
         self.grad_norm: Any = 0.0
         self.pad = pad
         self.batch_tokens = batch_tokens
@@ -49,7 +49,7 @@ class Counted(Base):
         self.labelled_tokens, self._label_checksums = label_counts(self.train_dataset)
         # Both losses divide by num_items_in_batch, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
-        # TRL holds the adapter in bf16, where small optimizer steps round to nothing; autocast computes in bf16 anyway.
+        # TRL keeps the adapter in bf16, where small optimizer steps round to zero; autocast computes in bf16 anyway.
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -74,7 +74,7 @@ class Counted(Base):
         return prepared
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Forward and backward of a batch, in as many parts as were asked for: their losses add up, as do their gradients."""
+        """Forward and backward pass of a batch, in `micro_batches` parts whose losses and gradients add up."""
         self._count(inputs, num_items_in_batch)
         sizes = part_sizes(len(inputs["input_ids"]), self.micro_batches)
         parts = zip(*(tensor.split(sizes) for tensor in inputs.values()), strict=True)
@@ -85,14 +85,14 @@ class Counted(Base):
         return total
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """transformers' schedule, but that the rate is above 0 from the first step of a warm-up on and at its full height after the last."""
+        """transformers' schedule, except that the rate is above 0 in the first step of a warm-up and at its maximum right after the last."""
         from torch.optim.lr_scheduler import LambdaLR
         from transformers import get_scheduler
 
         rising = self.args.get_warmup_steps(num_training_steps)
-        made = super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
         if not rising:
-            return made
+            return scheduler
         optimizer = optimizer or self.optimizer
         later = get_scheduler(self.args.lr_scheduler_type, optimizer, rising + 1, num_training_steps + 1)
         rate = later.lr_lambdas[0]
@@ -100,7 +100,7 @@ class Counted(Base):
         return self.lr_scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Sealed when it is whole, and only then are older ones deleted."""
+        """Seal the checkpoint when it is complete, and only then delete older ones."""
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir)
         checkpoints.seal(folder / f"checkpoint-{self.state.global_step}")
@@ -130,9 +130,9 @@ class Counted(Base):
         return self.accelerator.unwrap_model(self.model).get_base_model()
 
     def _count(self, inputs: dict[str, torch.Tensor], items: torch.Tensor) -> None:
-        """Once for each batch that is used; `items` counts when the accumulated gradients are stepped on."""
+        """Count a batch, once. `items` is counted when the optimizer steps on the accumulated gradients."""
         rows, ids = inputs.pop("rows").tolist(), inputs["input_ids"]
-        labelled = inputs["labels"] == ids  # an ignored label is no token's id
+        labelled = inputs["labels"] == ids  # an ignored label is not a token id
         self.real_tokens += int(inputs.pop("lengths").sum())
         self.sums.drawn += sum(self.labelled_tokens[row] for row in rows)
         self.sums.drawn_checksum += sum(self._label_checksums[row] for row in rows)
@@ -141,9 +141,9 @@ class Counted(Base):
         if self.accelerator.sync_gradients:
             self.sums.divided_by += int(items)
 
-    def isolation(self) -> pack_isolation.Verdict:
-        """Whether this trainer's way to a loss keeps the documents of a pack apart."""
-        self.model.eval()  # TRL's loss keeps its own figures, and keeps those of an evaluation apart
+    def isolation(self) -> pack_isolation.IsolationResult:
+        """Check whether the loss of this trainer keeps the documents of a pack apart."""
+        self.model.eval()  # TRL's loss collects metrics, and keeps those of evaluation separate
         return pack_isolation.check(self.base_model, self._replica_loss)
 
     def _replica_loss(self, replica: Any, inputs: Any, items: int) -> torch.Tensor:
@@ -160,7 +160,7 @@ def trainer_class() -> Any:
 
 
 def add_trl_head(model: Any) -> None:
-    """TRL's fused head on a model that no SFTTrainer has seen."""
+    """Add TRL's fused head to a model that SFTTrainer has not wrapped."""
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
@@ -182,7 +182,7 @@ def lengths(rows: Dataset) -> list[int]:
 
 
 def label_counts(rows: Dataset) -> tuple[list[int], list[int]]:
-    """For each row: how many of its tokens carry loss, and the sum of their ids."""
+    """For each row: the number of tokens with loss, and the sum of their ids."""
     import numpy as np
 
     counts: list[int] = []

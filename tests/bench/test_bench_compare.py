@@ -191,7 +191,7 @@ def test_a_regression_is_named(before: Path, tmp_path: Path) -> None:
     [([100, 101, 102], "5%", 1), ([100, 101, 102], "30%", 0), ([123, 124, 125], "5%", 0)],
 )
 def test_exit_codes(before: Path, tmp_path: Path, speeds: list[float], threshold: str, status: int) -> None:
-    done = qkit("bench", "--compare", before, record(tmp_path / "b.json", speeds), "--threshold", threshold, "--json")
+    done = qkit("bench", "compare", before, record(tmp_path / "b.json", speeds), "--threshold", threshold, "--json")
     assert done.returncode == status, done.stderr
     assert json.loads(done.stdout)[0]["ratios"][0]["name"] == "output_tokens_per_second"
     assert ("worse by more than" in done.stderr) is bool(status)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -283,26 +284,22 @@ def test_energy_spent(before: Any, after: Any, joules: float | None, why: str | 
     assert found["joules_per_output_token"] == (None if joules is None else joules / 8)
 
 
-class Driver:
-    """The calls of NVML that are made, as its documentation has them: 0 is success, energy is in millijoules."""
+def test_what_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Energy comes in millijoules; what a card does not support is None."""
+    import pynvml
 
-    def nvmlDeviceGetMemoryInfo(self, _card: Any, found: Any) -> int:  # noqa: N802
-        found[0], found[1], found[2] = 80, 50, 30
-        return 0
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, _card: Any, found: Any) -> int:  # noqa: N802
-        found._obj.value = 2500
-        return 0
-
-    def nvmlSystemGetDriverVersion(self, text: Any, _length: int) -> int:  # noqa: N802
-        text.value = b"595.1"
-        return 0
-
-
-def test_what_is_asked_of_nvml() -> None:
-    card = bench_meter.Nvml(Driver(), None)  # type: ignore[arg-type]
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(total=80, free=50, used=30))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda _: 2500)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "595.1")
+    card = bench_meter.Card(None)
     assert (card.memory_bytes(), card.energy_joules(), card.driver()) == (30, 2.5, "595.1")
+
+    def unsupported(_: Any) -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", unsupported)
+    assert card.energy_joules() is None
 
 
 def test_a_card_that_qkit_leaves_alone_is_not_metered() -> None:
-    assert bench_meter.Nvml.open() is None and bench_meter.driver() is None
+    assert bench_meter.Card.open() is None and bench_meter.driver() is None

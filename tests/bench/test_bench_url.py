@@ -15,7 +15,7 @@ from helpers.sample import SAMPLE
 from helpers.schemas import BENCH_SCHEMA as SCHEMA
 from helpers.sse import Fake, serving
 from qkit.bench import any_server
-from qkit.bench.any_server import Asked
+from qkit.bench.any_server import BenchTarget
 from qkit.bench.load import BEYOND_OPENAI
 from qkit.bench.tool import CHAT, COMPLETIONS
 from qkit.core.errors import RecipeError, ServerError, UserError
@@ -32,7 +32,7 @@ def fake() -> Iterator[Fake]:
 def test_any_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: Path) -> None:
     settings = ("bench.concurrency=[2]", "bench.repeats=2", "bench.output_tokens=3", "bench.slo_e2e_seconds=60")
     done = qkit(
-        *("bench", "--url", f"{fake.url}/v1", "--model", "steady", "--tokenizer", tiny_model, "--prompt-tokens", 16),
+        *("bench", "url", f"{fake.url}/v1", "--model", "steady", "--tokenizer", tiny_model, "--prompt-tokens", 16),
         *(part for setting in settings for part in ("--set", setting)),
         *("--price-per-hour", 2, "--out", tmp_path / "out", "--json"),
     )
@@ -49,9 +49,9 @@ def test_any_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_what_a_server_takes_is_found_out_by_asking(fake: Fake, chat: bool) -> None:
-    place = fake.url + (CHAT if chat else COMPLETIONS)
-    assert any_server.taken(place, "steady") == frozenset(BEYOND_OPENAI)
-    assert any_server.taken(place, "strict") == frozenset()
+    endpoint = CHAT if chat else COMPLETIONS
+    assert any_server.taken(fake.url, endpoint, "steady") == frozenset(BEYOND_OPENAI)
+    assert any_server.taken(fake.url, endpoint, "strict") == frozenset()
 
 
 @pytest.mark.slow
@@ -59,30 +59,32 @@ def test_a_strict_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: 
     said: list[str] = []
     progress = Progress()
     progress.say = said.append  # type: ignore[method-assign]
-    asked = Asked(fake.url, "strict", str(tiny_model), 16, overrides=("bench.concurrency=[2]", "bench.output_tokens=3"))
+    asked = BenchTarget(
+        fake.url, "strict", str(tiny_model), 16, overrides=("bench.concurrency=[2]", "bench.output_tokens=3")
+    )
     (record,) = any_server.run(asked, tmp_path, progress)
     assert record["failed_requests"] == 0 and record["tokens"] == 18
-    assert any("takes no ignore_eos" in text for text in said)
+    assert any("does not accept ignore_eos" in text for text in said)
 
 
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
-        ({}, UserError, "name a run for its held-out ones, or --tokenizer"),
+        ({}, UserError, "--run RUN sends its held-out ones"),
         ({"run": SAMPLE, "chat": True}, UserError, "--chat"),
         ({"tokenizer": "t", "overrides": ["bench.repeats=0"]}, RecipeError, "bench.repeats"),
-        ({"tokenizer": "t", "overrides": ["serve.port=0"]}, RecipeError, "knows the section bench only"),
-        ({"tokenizer": "t", "model": None}, ServerError, "gives no list of models"),
+        ({"tokenizer": "t", "overrides": ["serve.port=0"]}, RecipeError, "settings of the section bench only"),
+        ({"tokenizer": "t", "model": None}, ServerError, "answered 404 to /v1/models"),
     ],
 )
 def test_what_cannot_be_asked(
     fake: Fake, tmp_path: Path, asked: dict[str, Any], error: type[UserError], said: str
 ) -> None:
-    how = Asked(**{"url": fake.url, "model": "m", "tokenizer": None, **asked})
+    how = BenchTarget(**{"url": fake.url, "model": "m", "tokenizer": None, **asked})
     with pytest.raises(error, match=said):
         any_server.run(how, tmp_path, Progress())
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match=r"127\.0\.0\.1:9.*is the server up"):
-        any_server.run(Asked("http://127.0.0.1:9", None, "t"), tmp_path, Progress())
+        any_server.run(BenchTarget("http://127.0.0.1:9", None, "t"), tmp_path, Progress())

@@ -37,7 +37,7 @@ from qkit.chat import conversation, template
 from qkit.plugins.task import Conversation, RowError
 from qkit.recipe.schema import Data
 from qkit.runtimes import vllm
-from qkit.tasks._conversation.encode import Row, tokenize
+from qkit.tasks._conversation.encode import EncodedRow, tokenize
 from qkit.tasks._conversation.turns import Notes, tools_of, turns_of
 
 ORACLE = TESTS / "helpers" / "vllm_oracle.py"
@@ -132,15 +132,15 @@ def test_what_a_server_leaves_out_of_a_function_is_noted() -> None:
 # --- what is learnt ---------------------------------------------------------------------------------------------------
 
 
-def rows_of(name: str, messages: list[dict[str, Any]], loss: str = "assistant") -> tuple[Any, list[Row]]:
+def rows_of(name: str, messages: list[dict[str, Any]], loss: str = "assistant") -> tuple[Any, list[EncodedRow]]:
     tokenizer = tokenizer_of(MODEL)
     tokenizer.chat_template = TEMPLATES[name]
     turns = tuple(turn for turn, _ in turns_of(messages, "messages", NOTES))
-    [made] = tokenize(
+    [encoded] = tokenize(
         template.renderer(tokenizer), [Conversation(turns, tools=tuple(tools_of([ADD], NOTES)))], Data(loss=loss)
     )
-    assert isinstance(made, list), made
-    return tokenizer, made
+    assert encoded.error is None
+    return tokenizer, list(encoded.rows)
 
 
 def test_a_call_is_learnt_with_its_name_first_and_asked_about_as_servers_write_it() -> None:

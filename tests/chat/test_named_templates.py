@@ -66,7 +66,7 @@ def older(tmp_path: Path) -> Path:
 def test_rows_with_tools_meet_the_template_for_tools() -> None:
     reader = template.renderer(tokenizer())
     examples = [Conversation(TURNS, tools=(ADD,)), Conversation((TURNS[0], TURNS[3]))]
-    rows = [row for made in tokenize(reader, examples, Data(loss="assistant")) for row in made]  # type: ignore[union-attr]
+    rows = [row for result in tokenize(reader, examples, Data(loss="assistant")) for row in result.rows]
     texts = [reader.tokenizer.decode(row.input_ids) for row in rows]
     assert texts[0].startswith("<tools>[{") and '<call>add{"b": 1, "a": null}</call><|eot|>' in texts[0]
     assert texts[1] == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nthree<|im_end|>"
@@ -78,7 +78,8 @@ def test_rows_with_tools_meet_the_template_for_tools() -> None:
 
 def test_calls_where_no_tools_are_offered_are_still_found_missing() -> None:
     reader = template.renderer(tokenizer())
-    [[row]] = tokenize(reader, [Conversation(TURNS)], Data())
+    [result] = tokenize(reader, [Conversation(TURNS)], Data())
+    [row] = result.rows
     found = checks.examine(reader, checks.facts(reader, len(reader.tokenizer)), row, "completion", closely=True)
     assert "tool_calls" in {name for name, _ in found}
 
@@ -103,7 +104,7 @@ def test_the_server_chooses_as_training_does(folder: Path) -> None:
 def test_a_model_without_a_default_one_is_refused_in_words(tmp_path: Path) -> None:
     made = tokenizer()
     made.chat_template = {"rag": PLAIN, "tool_use": WITH_TOOLS}
-    with pytest.raises(ModelError, match=r"rag, tool_use none is called default"):
+    with pytest.raises(ModelError, match=r"rag, tool_use\) is called default"):
         template.choose(made, None, tmp_path)
 
 

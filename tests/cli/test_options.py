@@ -14,8 +14,9 @@ import typer
 
 from helpers.sample import SAMPLE
 from qkit.bench import any_server
-from qkit.cli import app
+from qkit.cli import app, opening
 from qkit.cli.options import COMMON
+from qkit.cli.verbs.bench import with_command
 from qkit.core.errors import RecipeError
 from qkit.core.progress import Progress
 
@@ -54,22 +55,22 @@ WAYS: dict[str, tuple[list[str], set[str]]] = {
     "verify": (["verify", RECIPE], STAGE),
     "verify two": (["verify", "a", "b"], {"data", "where", "max_kl"}),
     "verify a server": (["verify", "r", "--server", "http://127.0.0.1:9"], {"server"}),
-    "bench": (["bench", RECIPE], STAGE | {"sweep", "price"}),
+    "bench run": (["bench", "run", RECIPE], STAGE | {"sweep", "price"}),
     "bench a server": (
-        ["bench", "--url", "http://127.0.0.1:9"],
-        STAGE | {"sweep", "price", "url", "model", "tokenizer", "prompt_tokens", "chat", "charts"},
+        ["bench", "url", "http://127.0.0.1:9"],
+        STAGE | {"sweep", "price", "model", "tokenizer", "prompt_tokens", "chat", "charts"},
     ),
     "bench a server with a run": (
-        ["bench", "r", "--url", "http://127.0.0.1:9"],
-        STAGE | {"sweep", "price", "url", "model", "tokenizer", "chat", "charts"},
+        ["bench", "url", "http://127.0.0.1:9", "--run", "r"],
+        STAGE | {"sweep", "price", "run", "model", "tokenizer", "chat", "charts"},
     ),
     "bench training": (["bench", "train", RECIPE], STAGE | {"batch_tokens", "length", "steps"}),
-    "bench charts": (["bench", "r", "--charts", "c"], {"charts", "png"}),
+    "bench charts": (["bench", "charts", "r"], {"out", "png"}),
     "bench charts of a server": (
-        ["bench", "--url", "http://127.0.0.1:9", "--charts", "c"],
-        STAGE | {"sweep", "price", "url", "model", "tokenizer", "prompt_tokens", "chat", "charts", "png"},
+        ["bench", "url", "http://127.0.0.1:9", "--charts", "c"],
+        STAGE | {"sweep", "price", "model", "tokenizer", "prompt_tokens", "chat", "charts", "png"},
     ),
-    "compare": (["bench", "--compare", "a", "b"], {"compare", "threshold", "anyway"}),
+    "bench compare": (["bench", "compare", "a", "b"], {"threshold", "anyway"}),
     "push": (["push", "f", "me/m"], {"private", "dry_run", "force"}),
     "serve": (["serve", RECIPE], SERVED | {"no_contract", "restart", "form"}),
     "print": (["serve", RECIPE, "--print", "shell"], SERVED | {"form"}),
@@ -78,9 +79,10 @@ WAYS: dict[str, tuple[list[str], set[str]]] = {
     "adapters unload": (["adapters", "unload", "n"], {"url", "api_key_file"}),
 }
 # Which way of using a verb an option itself chooses.
-CHOOSING = {"url", "compare", "charts", "server", "form", "base", "model", "row", "make"}
+CHOOSING = {"run", "charts", "server", "form", "base", "model", "row", "make"}
 
 
+GROUPS = {"adapters", "bench"}
 NUMBERS = {
     "price",
     "prompt_tokens",
@@ -121,8 +123,7 @@ IDLE = [
 
 
 def test_every_verb_is_here() -> None:
-    verbs = {name for name in MAIN.commands if name != "adapters"}
-    assert {argv[0] for argv, _ in WAYS.values()} == {*verbs, "adapters"}
+    assert {argv[0] for argv, _ in WAYS.values()} == {*MAIN.commands}
     for way, (argv, used) in WAYS.items():
         assert used <= {option.name for option in options_of(argv)}, way
 
@@ -130,7 +131,7 @@ def test_every_verb_is_here() -> None:
 def test_every_option_is_of_use_somewhere() -> None:
     useful: dict[str, set[str]] = {}
     for argv, used in WAYS.values():
-        useful.setdefault(" ".join(argv[: 2 if argv[0] == "adapters" else 1]), set()).update(used)
+        useful.setdefault(" ".join(argv[: 2 if argv[0] in GROUPS else 1]), set()).update(used)
     for verb, used in useful.items():
         assert {option.name for option in options_of(verb.split())} == used, verb
 
@@ -152,11 +153,15 @@ def test_what_would_have_no_effect_is_refused(
         (["plan", RECIPE, "--explain", "weights", "--solve", "card"], "--solve: no effect with --explain"),
         (["plan", RECIPE, "--model", "m"], "one of the two"),
         (["inspect", RECIPE, "--split", "test"], "--split: no effect without --row"),
-        (["bench", "r", "--compare", "a", "b"], "r: no effect beside --compare"),
-        (["bench", str(SAMPLE), "--png"], "--png: no effect"),
+        (["bench", "compare", "a", "b", "r"], "unexpected extra argument"),
+        (["bench", str(SAMPLE), "--png"], "No such option: --png"),
+        (
+            ["bench", "url", "http://127.0.0.1:9", "--png"],
+            "--png: no effect without --charts; see `qkit bench url --help`",
+        ),
         (["serve", RECIPE, "--print", "shell", "--json"], "--json: no effect with --print"),
-        (["serve", "org/model", "--artifact", "onnx-int4"], "--artifact onnx-int4: org/model is no run"),
-        (["serve", "org/model", "--out", "runs/x"], "--out runs/x: org/model is no run"),
+        (["serve", "org/model", "--artifact", "onnx-int4"], "--artifact onnx-int4: org/model is not a run"),
+        (["serve", "org/model", "--out", "runs/x"], "--out runs/x: org/model is not a run"),
     ],
 )
 def test_what_does_not_go_together(
@@ -170,8 +175,8 @@ def test_what_does_not_go_together(
 
 def test_a_run_directory_is_not_put_elsewhere() -> None:
     with pytest.raises(RecipeError, match=r"sample_run.*--out|--out.*sample_run"):
-        app._open(SAMPLE, None, Path("other"), Progress())
-    assert app._open(SAMPLE, None, SAMPLE, Progress()).root == SAMPLE
+        opening.open_run(SAMPLE, None, Path("other"), Progress())
+    assert opening.open_run(SAMPLE, None, SAMPLE, Progress()).root == SAMPLE
 
 
 def test_a_price_of_nothing_is_not_passed_over(tmp_path: Path) -> None:
@@ -186,9 +191,44 @@ def test_charts_of_a_server_are_written(
     """The records of a bench that was made before stand for a server's; what it measures is tested elsewhere."""
     records = [json.loads(file.read_text()) for file in sorted((SAMPLE / "bench").glob("vllm-c*.json"))]
     monkeypatch.setattr(any_server, "run", lambda *_: [{**record, "doubts": []} for record in records])
-    argv = ["qkit", "bench", "--url", "http://127.0.0.1:9", "--charts", str(tmp_path / "charts"), "--json"]
+    argv = ["qkit", "bench", "url", "http://127.0.0.1:9", "--charts", str(tmp_path / "charts"), "--json"]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as ended:
         app.main()
     assert ended.value.code == 0, capsys.readouterr().err
     assert "vllm: " in (tmp_path / "charts" / "latency.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("r --sweep --out o", "run r --sweep --out o"),
+        ("r --child --quiet", "run r --child --quiet"),
+        ("--out o train r --steps 2", "train --out o --steps 2 r"),
+        ("--compare a b --threshold 3%", "compare a b --threshold 3%"),
+        ("--json --compare a b", "compare a b --json"),
+        ("--url http://h --model m --chat", "url http://h --model m --chat"),
+        ("r --sweep --url=http://h -q", "url http://h --run r --sweep -q"),
+        ("--url http://h --charts c --png", "url http://h --charts c --png"),
+        ("r --charts c --png", "charts r --out c --png"),
+        ("--help", "--help"),
+        ("", ""),
+    ],
+)
+def test_old_spellings_of_bench_are_translated(old: str, new: str) -> None:
+    arguments, spelling = with_command(old.split())
+    assert arguments == new.split()
+    assert spelling == next((name for name in ("--compare", "--url", "--charts") if name in old), "")
+
+
+def test_an_old_spelling_of_bench_names_the_new_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["qkit", "bench", "--compare", "/nowhere/a", "/nowhere/b", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert json.loads(printed.out)["error"]["type"] == "MissingArtifact"
+    note, _ = printed.err.splitlines()
+    assert "`qkit bench compare ...`" in note

@@ -217,8 +217,8 @@ def test_any_record_is_an_example_or_says_why_not(record: dict[str, Any]) -> Non
         return
     assert isinstance(found, Conversation | Text | Tokens)
     for reader in READERS:
-        [made] = tokenize(reader, [found], Data(loss="assistant"))
-        assert isinstance(made, RowError) or all(row.labelled for row in made)
+        [result] = tokenize(reader, [found], Data(loss="assistant"))
+        assert (result.error is None) == bool(result.rows) and all(row.labelled for row in result.rows)
 
 
 def test_the_same_dice_make_the_same_lines() -> None:

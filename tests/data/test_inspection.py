@@ -15,6 +15,7 @@ from qkit import pipeline
 from qkit.core.errors import DataError, ModelError
 from qkit.core.progress import Progress
 from qkit.data import stage as data_stage
+from qkit.data import summary
 from qkit.data.inspection import page as inspection_page
 from qkit.data.inspection import screen, view
 from qkit.model import vocabulary
@@ -212,10 +213,10 @@ def test_records_that_are_left_out_are_counted_in_words(tiny_model: Path, rows_f
     with rows_file.open("a") as file:
         file.write(rows_file.read_text(encoding="utf-8"))
     seen = view.inspect(view.recipe_for(str(tiny_model), str(rows_file), "auto", ()), Progress())
-    assert data_stage.left_out(seen.summary, "train") == (
+    assert summary.left_out(seen.summary, "train") == (
         "24 of 48 records are left out (duplicate 24): `qkit inspect` names them"
     )
-    assert data_stage.left_out(seen.summary, "test") == ""
+    assert summary.left_out(seen.summary, "test") == ""
 
 
 def test_the_stage_says_what_is_not_learnt_before_training(tiny_recipe: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ def test_the_stage_says_what_is_not_learnt_before_training(tiny_recipe: Path, ro
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stderr.split())
     assert "data: unused: 2 records hold what nothing reads: messages.reasonning in 2 (did you mean reasoning?)" in said
-    assert "data: worth a look with `qkit inspect`: duplicate" in said
+    assert "data: warnings, see `qkit inspect`: duplicate" in said
 
 
 # --- tokenizer and embedding ----------------------------------------------------------------------------------------------

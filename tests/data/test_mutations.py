@@ -13,11 +13,12 @@ import pytest
 from helpers.data_traps.models import Tiny, build
 from helpers.data_traps.prepared import Prepared, prepare_rows
 from helpers.data_traps.table import GOOD, HELD_OUT, talk
+from qkit.core.batching import IGNORED
 from qkit.data import ledger, splits
 from qkit.tasks._conversation import encode
-from qkit.tasks._conversation.encode import IGNORED, Row
+from qkit.tasks._conversation.encode import EncodedRow
 
-Mutation = Callable[[Row], Row]
+Mutation = Callable[[EncodedRow], EncodedRow]
 TALK = talk(("user", "And?"), ("assistant", "Nothing."), ("user", "Are you sure?"), ("assistant", "Yes."))
 MASKING = {"mask": "fail"}
 
@@ -27,46 +28,46 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(Tiny(), tmp_path_factory.mktemp("tiny"))
 
 
-def with_mask(row: Row, learnt: Sequence[bool]) -> Row:
+def with_mask(row: EncodedRow, learnt: Sequence[bool]) -> EncodedRow:
     return replace(row, labels=[token if here else IGNORED for token, here in zip(row.input_ids, learnt, strict=True)])
 
 
-def mask_of(row: Row) -> list[bool]:
+def mask_of(row: EncodedRow) -> list[bool]:
     return [label != IGNORED for label in row.labels]
 
 
-def labels_of_the_next_token(row: Row) -> Row:
+def labels_of_the_next_token(row: EncodedRow) -> EncodedRow:
     """The shift that the model makes, made once more."""
     return replace(row, labels=[*row.labels[1:], IGNORED])
 
 
-def mask_one_early(row: Row) -> Row:
+def mask_one_early(row: EncodedRow) -> EncodedRow:
     return with_mask(row, [*mask_of(row)[1:], False])
 
 
-def mask_one_late(row: Row) -> Row:
+def mask_one_late(row: EncodedRow) -> EncodedRow:
     return with_mask(row, [False, *mask_of(row)[:-1]])
 
 
-def user_turns_learnt(row: Row) -> Row:
+def user_turns_learnt(row: EncodedRow) -> EncodedRow:
     return with_mask(row, [False, *[True] * (len(row.labels) - 1)])
 
 
-def user_text_learnt(row: Row) -> Row:
+def user_text_learnt(row: EncodedRow) -> EncodedRow:
     """The first question's words, without the tokens around them."""
     begin = len("xuser\n")
     return with_mask(row, [here or begin <= i < begin + 4 for i, here in enumerate(mask_of(row))])
 
 
-def end_of_turn_masked(row: Row) -> Row:
+def end_of_turn_masked(row: EncodedRow) -> EncodedRow:
     return replace(row, labels=[*row.labels[:-1], IGNORED])
 
 
-def first_token_masked(row: Row) -> Row:
+def first_token_masked(row: EncodedRow) -> EncodedRow:
     return replace(row, labels=[*row.labels[: row.start], IGNORED, *row.labels[row.start + 1 :]])
 
 
-def another_token(row: Row) -> Row:
+def another_token(row: EncodedRow) -> EncodedRow:
     return replace(row, labels=[*row.labels[: row.start], row.labels[row.start] + 1, *row.labels[row.start + 1 :]])
 
 
@@ -87,8 +88,8 @@ def another_token(row: Row) -> Row:
 def test_a_wrong_mask_is_seen(
     mutation: Mutation, fires: dict[str, str], loss: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = encode.marked
-    monkeypatch.setattr(encode, "marked", lambda *given: mutation(right(*given)))
+    right = encode.label_row
+    monkeypatch.setattr(encode, "label_row", lambda *given: mutation(right(*given)))
     made = prepare_rows(model, tmp_path, [*GOOD, TALK], HELD_OUT, [f"data.loss={loss}"])
     found = made.suspicious
     assert fires.items() <= found.items() and set(found) <= {"mask", "turn_end", "headers"}
@@ -99,8 +100,8 @@ def test_a_wrong_mask_is_seen(
 def test_a_wrong_mask_is_seen_where_every_token_is_learnt(
     mutation: Mutation, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = encode.marked
-    monkeypatch.setattr(encode, "marked", lambda *given: mutation(right(*given)))
+    right = encode.label_row
+    monkeypatch.setattr(encode, "label_row", lambda *given: mutation(right(*given)))
     made = prepare_rows(model, tmp_path, [*GOOD, TALK], HELD_OUT, ["data.loss=all"])
     assert made.suspicious["mask"] == "fail" and set(made.suspicious) <= {"mask", "turn_end"}
 

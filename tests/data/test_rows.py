@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qkit.core import strict_json
 from qkit.core.errors import DataError
 from qkit.core.strict_json import Rounded, Struct
 from qkit.data import read as data_read
+from qkit.data import read_json
 from qkit.data.read import Broken, Record, read
 from qkit.recipe.schema import Source
 
@@ -106,7 +106,7 @@ def test_a_broken_line_says_why_and_the_others_are_read(write: Write, line: str,
 
 def test_a_line_in_another_encoding_is_named(write: Write) -> None:
     file = write("a.jsonl", b'{"a": "gr\xfcn"}\n{"a": 2}\n')
-    assert found(file) == [(1, 'not UTF-8: byte 0xfc at offset 9: b\'{"a": "gr\\xfcn"}\''), (2, {"a": 2})]
+    assert found(file) == [(1, 'invalid UTF-8: byte 0xfc at offset 9: b\'{"a": "gr\\xfcn"}\''), (2, {"a": 2})]
 
 
 def test_a_first_line_that_is_a_list_does_not_make_an_array_of_lines(write: Write) -> None:
@@ -131,9 +131,9 @@ def test_an_element_that_is_no_object_is_named(write: Write) -> None:
         ("a.json", '[{"a": 1}', r"a\.json:1: .* after element 1"),
         ("a.json", '[{"a": 1},\n]', r"a\.json:2: not JSON: .* in element 2"),
         ("a.json", '{"a": 1,\n"b"}', r"a\.json:2: not JSON: .* at column 4"),
-        ("a.json", '{\n"a": 1}\nmore', r"a\.json:3: not JSON: there is more after its end: 'more'"),
-        ("a.json", '[\n{"a": 1}]\n[]', r"a\.json:3: not JSON: there is more after its end: '\[\]'"),
-        ("a.json", b'[{"a": "\xff"}]', r"a\.json: not UTF-8: byte 0xff at offset 8; save the file as UTF-8"),
+        ("a.json", '{\n"a": 1}\nmore', r"a\.json:3: invalid JSON: unexpected text after the end: 'more'"),
+        ("a.json", '[\n{"a": 1}]\n[]', r"a\.json:3: invalid JSON: unexpected text after the end: '\[\]'"),
+        ("a.json", b'[{"a": "\xff"}]', r"a\.json: invalid UTF-8: byte 0xff at offset 8; save the file as UTF-8"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), r"a\.jsonl: is UTF-16; save the file as UTF-8"),
         ("a.jsonl.gz", b"{}", r"a\.jsonl\.gz: cannot be read: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], r"a\.jsonl\.gz: cannot be read: Compressed file ended"),
@@ -142,9 +142,9 @@ def test_an_element_that_is_no_object_is_named(write: Write) -> None:
             gzip.compress(b"")[:10] + b"\xff",
             r"a\.jsonl\.gz: cannot be read: Error -3 while decompressing",
         ),
-        ("a.csv", "a,a\n1,2\n", r"a\.csv:1: the header names a column twice: a, a"),
+        ("a.csv", "a,a\n1,2\n", r"a\.csv:1: the header has a column twice: a, a"),
         ("a.csv", 'a,b\n1,2\n"3,4\n5,6\n', r"a\.csv: unexpected end of data at line 4: a quote is not closed"),
-        ("a.csv", b"a,b\n1,\xff\n", r"a\.csv:2: not UTF-8: byte 0xff"),
+        ("a.csv", b"a,b\n1,\xff\n", r"a\.csv:2: invalid UTF-8: byte 0xff"),
         ("a.txt", b"\xff", r"a\.txt: cannot be read as text: .*can't decode byte 0xff"),
         ("a.parquet", b"no parquet", r"a\.parquet: cannot be read as parquet"),
         ("a.conll", "x", r"a\.conll: no format is known by the suffix '\.conll'; there are \.jsonl"),
@@ -237,7 +237,7 @@ def test_slices(write: Write, tmp_path: Path, cut: str, kept: str) -> None:
 
 def test_a_slice_reads_no_further_than_it_goes(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    monkeypatch.setattr(strict_json, "decode", lambda text: decoded.append(text) or json.loads(text))
+    monkeypatch.setattr(read_json, "decode", lambda text: decoded.append(text) or json.loads(text))
     for name in ("a.jsonl", "b.jsonl"):
         write(name, '{"a": 1}\n' * 1000)
     assert len(found(tmp_path, rows=":3")) == len(decoded) == 3

@@ -20,6 +20,7 @@ from helpers.data_traps.prepared import Prepared, lines, prepare, prepare_rows, 
 from helpers.data_traps.table import GOOD, HELD_OUT, LONG, SEVERAL, THINKING, TOOL, asked, calls, talk, tokens
 from qkit.chat.template import renderer
 from qkit.core import device
+from qkit.core.batching import IGNORED
 from qkit.core.errors import DataError
 from qkit.data import prepare as data_prepare
 from qkit.data import splits
@@ -29,7 +30,7 @@ from qkit.recipe import schema as recipe_schema
 from qkit.recipe.schema import Data, Evaluate, Split
 from qkit.tasks import chat
 from qkit.tasks._conversation import checks
-from qkit.tasks._conversation.encode import IGNORED, Row, pieces, tokenize
+from qkit.tasks._conversation.encode import EncodedRow, pieces, tokenize
 
 SEED = 42
 HALVES = Split(train=0.5, validation=0.2, test=0.3)
@@ -218,7 +219,7 @@ def test_training_rows_that_are_held_out_are_dropped_if_wanted(model: Path, tmp_
 @given(st.integers(2, 200), st.integers(2, 64))
 def test_pieces_learn_every_token_once(length: int, most: int) -> None:
     ids = list(range(length))
-    made = list(pieces(Row(ids, [IGNORED, *ids[1:]], start=1), most))
+    made = list(pieces(EncodedRow(ids, [IGNORED, *ids[1:]], start=1), most))
     assert [label for piece in made for label in piece.labels if label != IGNORED] == ids[1:]
     for piece in made:
         assert len(piece.input_ids) == len(piece.labels) <= most and piece.labels[0] == IGNORED
@@ -246,9 +247,9 @@ def test_a_first_piece_without_its_beginning_is_found(tmp_path: Path) -> None:
     facts, ids = checks.facts(reader, 500), list(range(100, 300))
     found = [
         dict(checks.examine(reader, facts, piece, "completion", closely=True))
-        for piece in pieces(Row(ids, [IGNORED, *ids[1:]], start=1, whole_tokens=len(ids)), 128)
+        for piece in pieces(EncodedRow(ids, [IGNORED, *ids[1:]], start=1, whole_tokens=len(ids)), 128)
     ]
-    assert [row.get("bos") for row in found] == ["begins without it", None]
+    assert [row.get("bos") for row in found] == ["begins with none", None]
 
 
 def test_a_cut_prompt_keeps_its_system_turn_and_loses_the_oldest(model: Path, tmp_path: Path) -> None:
@@ -373,7 +374,8 @@ def test_a_decoder_that_writes_a_space_for_a_block_is_no_fault_of_the_mask() -> 
     tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\u2581", " ")])
     reader = renderer(tokenizer)
     facts, talked = checks.facts(reader, len(tokenizer)), asked("A bar?", "\u2581\u2581 or so")
-    [[row]] = tokenize(reader, [Conversation(tuple(talked["messages"]))], Data())
+    [encoded] = tokenize(reader, [Conversation(tuple(talked["messages"]))], Data())
+    [row] = encoded.rows
     assert not list(checks.examine(reader, facts, row, "completion", closely=True))
 
 

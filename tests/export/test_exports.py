@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from qkit.plugins.runtime import RowScores, open_runtime
 from qkit.recipe.registry import format_names, split
 from qkit.runtimes import vllm as server
 from qkit.setup import side_environments
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import copy_companions
 
 OWN_TEST = ("onnx",)  # made by a program that takes its time: tests/export/test_onnx.py has the same contract
 FORMATS = [name for name in format_names() if split(name)[0] not in OWN_TEST]
@@ -119,8 +120,9 @@ def test_it_says_how_it_was_made(folders: dict[str, Path], name: str) -> None:
 @pytest.mark.parametrize("kind", sorted({split(name)[0] for name in FORMATS}))
 def test_an_unknown_variant_names_the_known_ones(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     known = [name for name in FORMATS if split(name)[0] == kind]
-    with pytest.raises(NotDeployable, match=known[-1]):
+    with pytest.raises(NotDeployable, match=known[-1]) as caught:
         exporter(kind).export(job_of(tiny_model, tmp_path), tmp_path / "out", "int3")
+    assert caught.value.export_format == f"{kind}-int3"
     assert not (tmp_path / "out").exists()
 
 
@@ -139,7 +141,7 @@ def copied(tiny_model: Path, tmp_path: Path, change: Callable[[dict[str, torch.T
 @pytest.mark.parametrize("value", [70000.0, float("nan")])
 def test_what_float16_cannot_hold_is_named(tiny_model: Path, tmp_path: Path, name: str, value: float) -> None:
     folder = copied(tiny_model, tmp_path, lambda w: w["model.layers.1.mlp.up_proj.weight"][0].fill_(value))
-    with pytest.raises(NotDeployable, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds"):
+    with pytest.raises(NotDeployable, match=r"model\.layers\.1\.mlp\.up_proj\.weight has the value"):
         exported(job_of(folder, tmp_path), name, tmp_path)
 
 
@@ -176,22 +178,21 @@ def test_the_group_divides_every_matrix(hidden: int, intermediate: int, size: in
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 1, "vocab_size": 8}
     config = {"model_type": "llama", "num_attention_heads": 1, **sizes}
     if size is None:
-        with pytest.raises(ModelError, match=f"48, 96 inputs, which groups of {GROUPS[0]}"):
+        with pytest.raises(ModelError, match=f"48, 96 inputs, which cannot be divided into groups of {GROUPS[0]}"):
             group_size(config)
     else:
         assert group_size(config) == size
 
 
 def test_without_its_environment_gptq_is_refused_and_auto_says_what_it_does(tiny_model: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     job = job_of(tiny_model, tmp_path, export={"method": "gptq"})
     with pytest.raises(MissingExtra, match="qkit doctor --make llmcompressor"):
         exported(job, "vllm-w4a16", tmp_path)
     shutil.rmtree(tmp_path / "vllm-w4a16")
-    job = job_of(tiny_model, tmp_path, export={"method": "auto"})
-    object.__setattr__(job, "say", said.append)
+    job = replace(job_of(tiny_model, tmp_path, export={"method": "auto"}), notify=messages.append)
     exported(job, "vllm-w4a16", tmp_path)
-    assert "qkit doctor --make llmcompressor" in said[0]
+    assert "qkit doctor --make llmcompressor" in messages[0]
 
 
 def test_an_adapter_is_started_on_its_base_and_on_no_other(
@@ -328,7 +329,7 @@ def test_a_model_without_weights_is_refused(tmp_path: Path, tiny_model: Path) ->
     with pytest.raises(MissingArtifact, match="not an adapter"):
         exported(job_of(tiny_model, tmp_path, empty), "vllm-adapter", tmp_path)
     changed_config(empty, model_type="gpt_neox")
-    with pytest.raises(NotDeployable, match="'gpt_neox' is not written"):
+    with pytest.raises(NotDeployable, match="'gpt_neox' is not supported"):
         exported(job_of(empty, tmp_path), "gguf-f16", tmp_path)
 
 

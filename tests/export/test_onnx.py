@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from helpers.exporting import job_for
 from helpers.paths import TESTS
 from qkit.core.device import detect
 from qkit.core.errors import DoesNotFit, MissingArtifact, MissingExtra, NotDeployable
-from qkit.export._onnx import requantize
+from qkit.export._onnx import builder, genai_config, requantize
 from qkit.export.formats import onnx as exporter
 from qkit.plugins.exporter import Job
 from qkit.plugins.runtime import Runtime, TokenRow, open_runtime
@@ -145,8 +146,11 @@ def test_a_low_bit_file_holds_what_its_bits_take(exported: dict[str, Path]) -> N
 
 @pytest.mark.parametrize("variant", ["", "int3", "int4-best", "int4-b48", "int4-rtn-32", "fp32-b32"])
 def test_an_unknown_variant_names_the_known_ones(job: Job, tmp_path: Path, variant: str) -> None:
-    with pytest.raises(NotDeployable, match=r"onnx-fp32, onnx-fp16, onnx-int8, onnx-int4; .*gptq, rtn, .*16, 32"):
+    with pytest.raises(NotDeployable) as caught:
         exporter.export(job, tmp_path / "out", variant)
+    assert caught.value.export_format == ("onnx-" + variant).rstrip("-")
+    assert all(f"onnx-{known}" in str(caught.value) for known in exporter.VARIANTS)
+    assert all(str(part) in str(caught.value) for part in (*exporter.ALGORITHMS, *exporter.BLOCKS))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,7 @@ def test_an_unknown_variant_names_the_known_ones(job: Job, tmp_path: Path, varia
     [("int4", "gptq", 32), ("int4-b64", "gptq", 64), ("int4-rtn", "rtn", 32), ("int4-k_quant-b16", "k_quant", 16)],
 )
 def test_algorithm_and_block_size_by_hand(variant: str, algorithm: str, block: int) -> None:
-    assert exporter._known(variant) == exporter.Build("int4", algorithm, block)
+    assert exporter.build_of(variant) == exporter.Build("int4", algorithm, block)
     assert variant in exporter.QUANTIZED
     assert not exporter.QUANTIZED & {"fp32", "fp16"}
 
@@ -178,26 +182,26 @@ def matrices(folder: Path) -> list[Any]:
 
 
 def test_a_missing_builder_names_its_extra(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, "find_spec", lambda name: None)
+    monkeypatch.setattr(builder, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'qkit\[onnx\]'"):
         exporter.export(job, tmp_path / "out", "fp32")
     assert unsupported({"architectures": ["MForCausalLM"]}) is None  # there is none to ask
 
 
 def test_which_architectures_can_be_exported_is_known_before_training() -> None:
-    assert {"LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"} <= exporter.architectures()
+    assert {"LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"} <= builder.architectures()
     assert unsupported({"architectures": ["LlamaForCausalLM"]}) is None
     assert unsupported({}) is None
-    assert "no ONNX file of MForCausalLM; it takes " in str(unsupported({"architectures": ["MForCausalLM"]}))
+    assert "does not support MForCausalLM; it supports " in str(unsupported({"architectures": ["MForCausalLM"]}))
 
 
 def test_an_architecture_the_builder_does_not_know(job: Job, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MForCausalLM"]}))
     with pytest.raises(NotDeployable, match="MForCausalLM"):
         exporter.export(replace(job, merged=tmp_path), tmp_path / "out", "int4")
-    log = "Extra options: {}\nTraceback (most recent call last):\nNotImplementedError: The M model is not supported.\n"
-    assert "The M model is not supported" in str(exporter._failure(1, log, tmp_path / "out"))
-    assert isinstance(exporter._failure(1, log, tmp_path / "out"), NotDeployable)
+    program = ["-c", "raise NotImplementedError('The M model is not supported.')"]
+    with pytest.raises(NotDeployable, match="The M model is not supported"):
+        builder.run_program(program, tmp_path / "log", tmp_path / "out", builder.BUILDER)
 
 
 def test_a_failed_build_shows_the_end_of_its_log(job: Job, tmp_path: Path) -> None:
@@ -288,8 +292,9 @@ def test_memory_is_that_of_the_process(opened: Runtime) -> None:
 
 
 def test_a_folder_of_another_kind(tiny_model: Path) -> None:
-    with pytest.raises(MissingArtifact, match=r"model\.onnx"):
+    with pytest.raises(MissingArtifact) as caught:
         onnxruntime.open(tiny_model, detect())
+    assert caught.value.path == tiny_model / "model.onnx"
 
 
 def test_a_graph_of_another_kind(tmp_path: Path, exported: dict[str, Path]) -> None:
@@ -298,8 +303,9 @@ def test_a_graph_of_another_kind(tmp_path: Path, exported: dict[str, Path]) -> N
     model = onnx.load(exported["fp32"] / "model.onnx", load_external_data=False)
     next(node for node in model.graph.node if "logits" in node.output).op_type = "Identity"
     onnx.save(model, tmp_path / "model.onnx")
+    shutil.copy(exported["fp32"] / "genai_config.json", tmp_path)
     with pytest.raises(NotDeployable, match="matrix product"):
-        onnxruntime._with_picked(tmp_path / "model.onnx")
+        onnxruntime.open(tmp_path, detect())
 
 
 def test_onnxruntime_genai_says_the_same_token_by_token(exported: dict[str, Path], fp32: Runtime) -> None:
@@ -363,9 +369,9 @@ def test_a_matrix_with_other_values_is_not_replaced(job: Job, exported: dict[str
     with Graph(exported["int4"], tmp_path) as graph:
         matrix = graph.matrices[0]
         weight = torch.from_numpy(graph.weight(matrix))
-        assert requantize._checked(graph, matrix, weight) is weight
+        assert requantize.checked(graph, matrix, weight) is weight
         with pytest.raises(requantize.Unmatched, match=matrix.name):
-            requantize._checked(graph, matrix, weight.flip(0))
+            requantize.checked(graph, matrix, weight.flip(0))
 
 
 @pytest.mark.parametrize("name", ["/model/layers.0/moe/experts", "/model/layers.0/attn/rotary", "/vision/proj"])
@@ -378,7 +384,7 @@ def test_without_training_rows_there_is_nothing_to_round_by(
     job: Job, exported: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(requantize.Unmatched, match="no training rows"):
-        requantize.refit(replace(job, rows=tmp_path / "none"), exported["int4"], tmp_path, 4)
+        requantize.requantize(replace(job, rows=tmp_path / "none"), exported["int4"], tmp_path, 4)
 
 
 def test_calibration_rows_are_spread_over_the_whole(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,8 +405,9 @@ def test_a_full_disk_leaves_nothing(job: Job, exported: dict[str, Path], tmp_pat
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(DoesNotFit, match="filled up while an ONNX file was made"):
+        with pytest.raises(DoesNotFit) as caught:
             exporter.export(replace(job, log=tmp_path / "log"), tmp_path / "out", "int8")
+        assert caught.value.free_bytes is not None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [file.name for file in tmp_path.iterdir()] == ["log"]
@@ -427,17 +434,15 @@ def test_a_kill_half_way_leaves_no_artifact(model: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("said", "wanted"),
+    ("config", "wanted"),
     [
         ({"eos_token_id": [2, 300], "pad_token_id": 300}, {"eos_token_id": [2], "pad_token_id": 2}),
         ({"eos_token_id": 2, "pad_token_id": 0}, {"eos_token_id": 2}),
         ({"eos_token_id": 2, "pad_token_id": 259}, {"eos_token_id": 2, "pad_token_id": 2}),
     ],
 )
-def test_no_id_beyond_the_embedding_is_named(said: dict[str, Any], wanted: dict[str, Any]) -> None:
-    from qkit.export.formats.onnx import _within
-
-    assert _within({"vocab_size": 259, **said}) == wanted
+def test_no_id_beyond_the_embedding_is_named(config: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert genai_config.ids_with_embedding({"vocab_size": 259, **config}) == wanted
 
 
 def test_the_server_refuses_a_token_that_the_model_has_no_row_for() -> None:
@@ -446,7 +451,7 @@ def test_the_server_refuses_a_token_that_the_model_has_no_row_for() -> None:
     from qkit.server.onnx_requests import Refused
 
     service = Service.__new__(Service)
-    service.room, service.rows = 10, 259
-    assert service.space([258], 1) == 9
-    with pytest.raises(Refused, match="has the token id 259, and the model has 0 to 258"):
-        service.space([5, 259], 1)
+    service.max_model_len, service.vocab_size = 10, 259
+    assert service.tokens_left([258], 1) == 9
+    with pytest.raises(Refused, match="has the token id 259; the ids of this model are 0 to 258"):
+        service.tokens_left([5, 259], 1)

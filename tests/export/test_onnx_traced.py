@@ -73,8 +73,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def exported(model: Path) -> Path:
-    said = model.parent / "said"
-    job = replace(job_of(model, model.parent), notify=lambda line: said.write_text(line) and None)
+    message = model.parent / "message"
+    job = replace(job_of(model, model.parent), notify=lambda line: message.write_text(line) and None)
     exporter.export(job, model.parent / "onnx-fp32", "fp32")
     return model.parent / "onnx-fp32"
 
@@ -102,7 +102,7 @@ def test_the_folder_is_whole(exported: Path, model: Path) -> None:
     assert {file.name for file in model.iterdir() if file.suffix != ".safetensors"} <= names
     assert {"model.onnx", "model.onnx.data", "qkit.json"} <= names and "genai_config.json" not in names
     assert not list(exported.parent.glob(".*"))
-    assert "is unknown to onnxruntime-genai's builder" in (exported.parent / "said").read_text()
+    assert "onnxruntime-genai's builder does not support" in (exported.parent / "message").read_text()
     assert "Translate the graph into ONNX" in (exported.parent / "export.log").read_text()
 
 
@@ -136,14 +136,15 @@ def test_greedy_answers_are_those_of_transformers(opened: Runtime, reference: Ru
 
 
 def test_it_is_not_served(exported: Path, model: Path) -> None:
-    with pytest.raises(NotDeployable, match="onnxruntime-genai, which serves, opens only what its builder makes"):
-        serving.of_model(str(exported), recipe_of(model), serve_request.Asked("onnxruntime"))
+    with pytest.raises(NotDeployable, match="opens only graphs of its own builder"):
+        serving.of_model(str(exported), recipe_of(model), serve_request.ServeOptions("onnxruntime"))
 
 
 def test_without_its_note_it_is_not_taken_for_the_builders(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes((exported / "model.onnx").read_bytes())
-    with pytest.raises(MissingArtifact, match=r"missing: genai_config\.json"):
+    with pytest.raises(MissingArtifact) as caught:
         open_runtime("onnxruntime", tmp_path, detect())
+    assert caught.value.path == tmp_path / "genai_config.json"
 
 
 # --- what cannot be had -----------------------------------------------------------------------------------------------
@@ -156,8 +157,8 @@ def unsupported(variant: str, *architectures: str) -> str | None:
 @pytest.mark.parametrize("variant", ["fp16", "int8", "int4", "int4-rtn-b64"])
 def test_other_variants_name_the_one_there_is(variant: str) -> None:
     assert unsupported("fp32", "GPT2LMHeadModel") is None and unsupported(variant, "LlamaForCausalLM") is None
-    assert "of GPT2LMHeadModel; it takes " in str(unsupported(variant, "GPT2LMHeadModel"))
-    assert "onnx-fp32 can be had" in str(unsupported(variant, "GPT2LMHeadModel"))
+    assert "does not support GPT2LMHeadModel; it supports " in str(unsupported(variant, "GPT2LMHeadModel"))
+    assert "can make onnx-fp32" in str(unsupported(variant, "GPT2LMHeadModel"))
 
 
 @pytest.mark.parametrize(
@@ -170,8 +171,8 @@ def test_other_variants_name_the_one_there_is(variant: str) -> None:
 )
 def test_what_no_graph_is_made_of_is_known_before_training(architecture: str, why: str) -> None:
     for variant in ("fp32", "int4"):
-        found = str(unsupported(variant, architecture))
-        assert f"transformers' exporter neither: {why}" in found and "can be had" not in found
+        reason = str(unsupported(variant, architecture))
+        assert f"transformers' exporter cannot export it either: {why}" in reason and "can make" not in reason
 
 
 def test_a_plan_names_what_is_left(tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(
     model = build(tmp_path / "mamba", "mamba", hidden_size=64, state_size=8, num_hidden_layers=1)
     monkeypatch.setattr(exporter, "refusal", lambda architecture: None)
     with pytest.raises(
-        NotDeployable, match=r"exporter: no graph could be made of MambaForCausalLM: it keeps .* Leave the onnx"
+        NotDeployable, match=r"exporter: MambaForCausalLM cannot be traced: its cache holds .* Leave the onnx"
     ):
         exporter.export(job_of(model, tmp_path), tmp_path / "out", "fp32")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["export.log", "mamba", "rows.parquet"]
@@ -221,8 +222,8 @@ def test_a_run_passes_the_gate_of_equality(verified: Run) -> None:
     note = read_json(verified.need("export", "onnx-fp32") / "qkit.json")
     assert note["format"] == "onnx-fp32" and note["graph"].startswith("traced") and note["merged"]
     assert list(verified.folder("bench").glob("onnx-fp32-*.json"))
-    with pytest.raises(NotDeployable, match="opens only what its builder makes"):
-        serving.of_run(verified, serve_request.Asked("onnxruntime"))
+    with pytest.raises(NotDeployable, match="opens only graphs of its own builder"):
+        serving.of_run(verified, serve_request.ServeOptions("onnxruntime"))
 
 
 def test_its_card_says_how_it_is_used(verified: Run, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

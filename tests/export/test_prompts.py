@@ -73,25 +73,25 @@ def folder_of(model: Tiny, folder: Path) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, tmp_path: Path, no_rows: Path) -> None:
     """All but the one whose tokenizer normalizes: their templates are written so that no engine reads them otherwise."""
-    found = prompts.compared(folder_of(FAMILIES[family], tmp_path / "model"), no_rows)
-    assert found["cases"] >= 2 and found["by"].startswith("onnxruntime-genai ")
-    assert bool(found["differ"]) is (family == "qwen3")
+    result = prompts.compared(folder_of(FAMILIES[family], tmp_path / "model"), no_rows)
+    assert result["cases"] >= 2 and result["by"].startswith("onnxruntime-genai ")
+    assert bool(result["differ"]) is (family == "qwen3")
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "expected"),
     [
-        (Tiny(BLOCKS), r"^a question: from character 0 on it writes '\\n    \\nU:.* where training has 'U:"),
-        (Tiny(TOOLS), r"^a question with a tool: from character .* it writes 'name.* where training has 'type"),
-        (Tiny(SAYS + "{{ 7 / 2 }}"), r"writes '' where training has '\.5'"),
-        (Tiny(SAYS + "{{ 3 // (1 / 2) }}"), r"^a question: no prompt comes of it: .*[Dd]ivision by zero"),
-        (Tiny(SAYS, composes=True), r"^a question: \d+ token ids of the same text where training has \d+"),
+        (Tiny(BLOCKS), r"^a question: from character 0 it has '\\n    \\nU:.* where training has 'U:"),
+        (Tiny(TOOLS), r"^a question with a tool: from character .* it has 'name.* where training has 'type"),
+        (Tiny(SAYS + "{{ 7 / 2 }}"), r"has '' where training has '\.5'"),
+        (Tiny(SAYS + "{{ 3 // (1 / 2) }}"), r"^a question: no prompt: .*[Dd]ivision by zero"),
+        (Tiny(SAYS, composes=True), r"^a question: \d+ token ids for the same text where training has \d+"),
     ],
     ids=["blocks", "tools", "division", "refused", "normalizes"],
 )
-def test_what_the_library_does_otherwise_is_found(model: Tiny, said: str, tmp_path: Path, no_rows: Path) -> None:
-    found = prompts.compared(folder_of(model, tmp_path / "model"), no_rows)
-    assert re.search(said, found["differ"][0])
+def test_what_the_library_does_otherwise_is_found(model: Tiny, expected: str, tmp_path: Path, no_rows: Path) -> None:
+    result = prompts.compared(folder_of(model, tmp_path / "model"), no_rows)
+    assert re.search(expected, result["differ"][0])
 
 
 def test_what_is_the_same_is_not_accused(tmp_path: Path, no_rows: Path) -> None:
@@ -108,23 +108,23 @@ def test_the_runs_own_rows_are_tried(tmp_path: Path) -> None:
     for messages, text in ((plain, "b<|im_end|>"), (named, "3.5a<|im_end|>")):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         rows.append({"input_ids": [*ids, 9, 9], "start": len(ids), "messages": json.dumps(messages), "tools": "[]"})
-    found = prompts.compared(folder, written(tmp_path, rows))
-    assert found["differ"] == ["row 1: from character 1 on it writes 'a<|im_end|>' where training has '.5a<|im_end|>'"]
-    assert found["cases"] == 5
+    result = prompts.compared(folder, written(tmp_path, rows))
+    assert result["differ"] == ["row 1: from character 1 it has 'a<|im_end|>' where training has '.5a<|im_end|>'"]
+    assert result["cases"] == 5
 
 
 def test_a_plain_text_begins_as_the_tokenizer_begins_it(tmp_path: Path) -> None:
     folder = folder_of(FAMILIES["llama3"], tmp_path / "model")
     row = {"input_ids": [0, 40, 41], "start": 1, "messages": "[]", "tools": "[]"}
     assert prompts.compared(folder, written(tmp_path, [row]))["differ"] == [
-        "row 0: 2 token ids of the same text where training has 3"
+        "row 0: 2 token ids for the same text where training has 3"
     ]
 
 
 def test_rows_are_taken_from_all_over(tmp_path: Path) -> None:
     folder = folder_of(Tiny(SAYS), tmp_path / "model")
     rows = [{"input_ids": [1], "start": 1, "messages": "[]", "tools": "[]"}] * 100
-    cases = [*prompts._cases(folder, written(tmp_path, rows), False)]
+    cases = [*prompts.cases_of(folder, written(tmp_path, rows), False)]
     numbers = [int(case.name.split()[1]) for case in cases if case.name.startswith("row")]
     assert 1 < len(numbers) <= prompts.ROWS and numbers[-1] > 80
 
@@ -135,31 +135,30 @@ def test_a_template_that_never_ends_there_ends_no_export(
     """Half the tests of this loop are false for Python, which stops at once, and none for an engine that divides integers."""
     endless = "{% for i in range(99999) if tools and 1 / 2 == 0 %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     monkeypatch.setattr(prompts, "SECONDS", 3.0)
-    found = prompts.compared(folder_of(Tiny(SAYS + endless), tmp_path / "model"), no_rows)
-    assert found["differ"] == [
-        f"{name}: no prompt comes of it: it did not come back within 3 s"
-        for name in ("a question with a tool", "a tool call")
+    result = prompts.compared(folder_of(Tiny(SAYS + endless), tmp_path / "model"), no_rows)
+    assert result["differ"] == [
+        f"{name}: no prompt: no answer within 3 s" for name in ("a question with a tool", "a tool call")
     ]
 
 
 def test_a_crash_is_told_from_an_error() -> None:
     crash = f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"
-    assert prompts._run([sys.executable, "-c", crash]) == f"it crashed (signal {int(signal.SIGSEGV)})"
-    assert prompts._run([sys.executable, "-c", "raise ValueError('oh')"]) == "ValueError: oh"
+    assert prompts.ending_of([sys.executable, "-c", crash]) == f"the library crashed (signal {int(signal.SIGSEGV)})"
+    assert prompts.ending_of([sys.executable, "-c", "raise ValueError('oh')"]) == "ValueError: oh"
 
 
 def test_a_tokenizer_that_the_library_does_not_open(tmp_path: Path, no_rows: Path) -> None:
     folder = folder_of(Tiny(SAYS), tmp_path / "model")
     (folder / "genai_config.json").write_text("{}")
-    found = prompts.compared(folder, no_rows)
-    assert len(found["differ"]) == found["cases"] == 3 and "no prompt comes of it" in found["differ"][0]
+    result = prompts.compared(folder, no_rows)
+    assert len(result["differ"]) == result["cases"] == 3 and "no prompt:" in result["differ"][0]
 
 
 # --- through an export ------------------------------------------------------------------------------------------------
 
 
 def exported(trained_run: Run, root: Path, template: str | None = None) -> tuple[Run, list[str]]:
-    """The tiny run with its ONNX export in fp32, perhaps of another template; and what was messages."""
+    """The tiny run with its ONNX export in fp32, optionally with another template, and the messages of the export."""
     shutil.copytree(trained_run.root, root)
     run, messages = Run(root, trained_run.recipe), []
     if template:
@@ -175,8 +174,8 @@ def test_the_readme_shows_what_makes_the_prompts_of_training(
 ) -> None:
     run, messages = exported(trained_run, tmp_path / "run", BLOCKS if changed else None)
     folder = run.folder("export") / "onnx-fp32"
-    found = read_json(folder / "qkit.json")["prompts"]
-    assert found["cases"] > 3 and bool(found["differ"]) is changed
+    result = read_json(folder / "qkit.json")["prompts"]
+    assert result["cases"] > 3 and bool(result["differ"]) is changed
     assert len(messages) == changed and all(
         "its README.md shows how to make them with transformers" in text for text in messages
     )

@@ -120,29 +120,29 @@ def test_zeros_stay_zeros() -> None:
 
 
 def test_compensation_lowers_the_error_of_what_comes_out() -> None:
-    from qkit.export._onnx.gptq import compensated, nearest
+    from qkit.export._onnx.gptq import gptq, nearest
 
     weight, gram = matrix(48, 192), gram_of_related_inputs(192)
     plain = output_error(weight, nearest(weight, 4, 32), gram)
-    assert output_error(weight, compensated(weight, gram, 4, 32), gram) < 0.4 * plain
+    assert output_error(weight, gptq(weight, gram, 4, 32), gram) < 0.4 * plain
 
 
 def test_there_is_nothing_to_compensate_between_unrelated_inputs() -> None:
     import torch
 
-    from qkit.export._onnx.gptq import compensated, nearest
+    from qkit.export._onnx.gptq import gptq, nearest
 
     weight = matrix(24, 96)
-    assert bool((compensated(weight, torch.eye(96), 4, 32).codes == nearest(weight, 4, 32).codes).all())
+    assert bool((gptq(weight, torch.eye(96), 4, 32).codes == nearest(weight, 4, 32).codes).all())
 
 
 def test_inputs_that_never_come_do_no_harm() -> None:
-    from qkit.export._onnx.gptq import compensated
+    from qkit.export._onnx.gptq import gptq
 
     weight, gram = matrix(24, 96), gram_of_related_inputs(96)
     gram[40:50], gram[:, 40:50] = 0, 0
-    assert bool(compensated(weight, gram, 4, 32).weight().isfinite().all())
-    assert bool(compensated(weight, gram * 0, 4, 32).weight().isfinite().all())
+    assert bool(gptq(weight, gram, 4, 32).weight().isfinite().all())
+    assert bool(gptq(weight, gram * 0, 4, 32).weight().isfinite().all())
 
 
 ROWS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [200, 3, 77], list(range(20, 60))]

@@ -47,7 +47,7 @@ def test_recipe_is_changed_until_it_fits(run: Run) -> None:
 
 
 def test_what_can_never_fit_is_refused_before_anything_is_done(run: Run) -> None:
-    with pytest.raises(DoesNotFit, match="Even so it needs"):
+    with pytest.raises(DoesNotFit, match="This still needs"):
         fit.fitted(run, small_device(500 * MIB))
 
 

@@ -11,7 +11,7 @@ from qkit.core import figures
 from qkit.core.device import Device
 from qkit.model.config import from_config, shape_of
 from qkit.model.shape import Shape
-from qkit.plan import fixed_memory, gpus, stage_memory, train_step
+from qkit.plan import _overhead, fixed_memory, gpus, stage_memory, train_step
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
 from qkit.train import memory_watch
@@ -96,7 +96,7 @@ def test_a_layer_keeps_what_the_formula_says_to_the_byte(kind: str, attention: s
     four = shape(kind, 4)
     copies = train_step.AUTOCAST_BYTES * sum(fixed_memory.adapter_sizes(how, four)) / 4
     asked = train_step.step_of(how, four, CPU, None)
-    assert counted == TOKENS * sum(train_step.kept_terms(asked).values()) + train_step._offset_bytes(four) + copies
+    assert counted == TOKENS * sum(train_step.kept_terms(asked).values()) + train_step.norm_offset_bytes(four) + copies
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_batch_of_prompts_takes_what_the_formula_says(kind: str) -> None:
     with torch.inference_mode(), memory_watch.watching(made) as alive:
         before = alive.alive_bytes()
         made(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
-    items = stage_memory._answer_items(how, shape(kind, 2))
+    items = stage_memory.answer_items(how, shape(kind, 2))
     assert alive.peak_bytes() - before == pytest.approx(sum(item.bytes for item in items), rel=0.01)
 
 
@@ -203,7 +203,7 @@ def test_conversations_fill_what_a_server_has_left() -> None:
 
 @pytest.mark.parametrize(("block_mib", "share_mib"), [(28, 28), (8, 10), (11, 12), (0.5, 0.5), (3, 20 / 6)])
 def test_blocks_leave_ends_of_their_segments(block_mib: float, share_mib: float) -> None:
-    assert train_step._segment_bytes(int(block_mib * figures.MIB)) == int(share_mib * figures.MIB)
+    assert _overhead.segment_bytes(int(block_mib * figures.MIB)) == int(share_mib * figures.MIB)
 
 
 def test_rows_of_added_tokens_are_trained_like_an_adapter() -> None:

@@ -350,7 +350,7 @@ def test_every_stage_that_does_not_fit_has_remedies_that_make_it_fit(stage: str,
 def test_evaluate_and_merge_may_be_done_on_the_host() -> None:
     for stage, device, expected in (("evaluate", RTX_4090, True), ("merge", RTX_4090, True), ("evaluate", CPU, False)):
         made = plan_plan.plan(recipe("Qwen/Qwen2.5-14B"), GIB, device, stage)
-        assert (f"Or `QKIT_DEVICE=cpu qkit {stage} RUN`" in plan_plan.refusal(made)) == expected
+        assert (f"`QKIT_DEVICE=cpu qkit {stage} RUN`" in plan_plan.refusal(made)) == expected
 
 
 # --- asked the other way round --------------------------------------------------------------------------------------
@@ -417,10 +417,10 @@ def test_rows_say_how_much_of_a_batch_carries_loss() -> None:
     assert solve.labelled_of([], how) is None
 
 
-# --- beside the figures of others -----------------------------------------------------------------------------------
+# --- published figures -----------------------------------------------------------------------------------
 
 
-def test_published_lines_stand_beside_ours_and_differences_have_a_reason() -> None:
+def test_published_figures_differ_by_a_tenth_or_have_a_reason() -> None:
     how = recipe("meta-llama/Llama-3.1-8B", data={"max_length": 5789, "batch_tokens": 5789})
     stock, unsloth = published.anchors(how, RTX_4090)
     assert stock.peak_bytes == pytest.approx(24e9, rel=0.001)  # the longest row that was published for 24 GB
@@ -440,13 +440,13 @@ def test_refusal_names_numbers_the_largest_item_and_what_to_set() -> None:
     text = plan_plan.refusal(made)
     assert text.startswith(f"needs {made.peak_bytes / GIB:.1f} GiB; the RTX 4090 has 23.5 GiB. Largest: activations ")
     assert "Try train.gradient_checkpointing=true (-" in text
-    assert "Even so" not in text
+    assert "This still needs" not in text
 
 
 def test_refusal_says_when_nothing_helps() -> None:
     made = plan_plan.plan(recipe("Qwen/Qwen2.5-14B"), device=gpus.device("rtx-4060"))
-    assert "Even so it needs" in plan_plan.refusal(made)
-    assert plan_plan.refusal(made).endswith("take a smaller model or a larger device.")
+    assert "This still needs" in plan_plan.refusal(made)
+    assert plan_plan.refusal(made).endswith("use a smaller model or a larger device.")
 
 
 def test_prediction_leaves_out_what_the_meter_does_not_see() -> None:
@@ -532,9 +532,9 @@ def test_linear_counts_its_weights() -> None:
 
 def test_planning_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from pathlib import Path; from qkit import cards, plan, recipe\n"
+        "import sys; from pathlib import Path; from qkit.plan import plan; from qkit.recipe.load import load\n"
         "for file in sorted(Path('recipes').glob('*-24gb.yaml')):\n"
-        "    plan.refusal(plan.plan(recipe.load(file), device=plan.device_for(None, '8GiB')))\n"
+        "    plan.refusal(plan.plan(load(file), device=plan.device_for(None, '8GiB')))\n"
         "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'trl', 'huggingface_hub', 'rich'} & {*sys.modules}\n"
         "assert not heavy, heavy\n"
     )

@@ -121,9 +121,9 @@ def test_rows_of_a_run_give_a_choice_of_lengths(tmp_path: Path) -> None:
     [
         ([], "one of the two"),
         ([str(RECIPE), *MODEL], "one of the two"),
-        ([*MODEL, "--solve", "speed"], "there are max_length, batch, rank, card"),
-        ([*MODEL, "--explain", "soup"], "no such line; it has weights"),
-        (["--model", "llama-3.1-8B", "--quantization", "int3"], "there are nf4-double"),
+        ([*MODEL, "--solve", "speed"], "must be one of max_length, batch, rank, card"),
+        ([*MODEL, "--explain", "soup"], "must be one of weights"),
+        (["--model", "llama-3.1-8B", "--quantization", "int3"], "must be one of nf4-double"),
     ],
 )
 def test_what_cannot_be_read_is_the_users_error(arguments: list[str], said: str) -> None:
@@ -136,7 +136,7 @@ def test_what_cannot_be_read_is_the_users_error(arguments: list[str], said: str)
 def test_a_plan_takes_little_memory_and_loads_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from qkit.cli import app\n"
+        "from qkit.cli.app import app\n"
         f"app(['plan', {str(RECIPE)!r}, '--memory', '8GiB'], standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'trl', 'huggingface_hub'} & {*sys.modules}\n"
         "assert not heavy, heavy\n"

@@ -15,7 +15,7 @@ from qkit.plugins.task import THINKING, Conversation, Reads
 from qkit.recipe import chat_templates
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation import checks
-from qkit.tasks._conversation.encode import Row, tokenize
+from qkit.tasks._conversation.encode import EncodedRow, tokenize
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = (
@@ -50,13 +50,13 @@ def reader(name: str) -> Renderer:
     return template.renderer(tokenizer)
 
 
-def rows(of: Renderer, messages: Any, tools: Any = (), loss: str = "assistant") -> list[Row]:
-    [made] = tokenize(of, [Conversation(tuple(messages), tools=tuple(tools))], Data(loss=loss))
-    assert isinstance(made, list), made
-    return made
+def rows(of: Renderer, messages: Any, tools: Any = (), loss: str = "assistant") -> list[EncodedRow]:
+    [result] = tokenize(of, [Conversation(tuple(messages), tools=tuple(tools))], Data(loss=loss))
+    assert result.error is None
+    return list(result.rows)
 
 
-def learnt(of: Renderer, row: Row) -> list[str]:
+def learnt(of: Renderer, row: EncodedRow) -> list[str]:
     """Each stretch of tokens that carries loss, as text."""
     return [of.tokenizer.decode(row.input_ids[begin:end]) for begin, end in checks.spans(row.labels)]
 

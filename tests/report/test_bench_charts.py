@@ -103,7 +103,7 @@ def test_files_stand_alone(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_drawn_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MissingArtifact, match="has no bench to draw"):
+    with pytest.raises(MissingArtifact, match="no bench records to draw"):
         bench_charts.write(open_sample(tmp_path, without="bench"), tmp_path / "charts", png=False)
     import sys
 

@@ -6,7 +6,12 @@ import json
 import os
 import socket
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ import pytest
 from helpers.paths import GOLDEN
 from qkit.core.device import Device
 from qkit.core.errors import ServerError
+from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.recipe.schema import Serve
 from qkit.runtimes import vllm
 from qkit.server import log_causes, process
@@ -69,7 +75,7 @@ def test_the_command_line(case: str, release: str) -> None:
     ],
 )
 def test_what_is_started_depends_on_the_version(installed: str | None, module: str) -> None:
-    assert vllm.program(installed) == module
+    assert vllm.server_module(installed) == module
 
 
 def test_what_is_started_is_there() -> None:
@@ -78,7 +84,7 @@ def test_what_is_started_is_there() -> None:
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("vLLM is not installed")
-    place = vllm.program(vllm.version()).removeprefix("vllm.").replace(".", "/")
+    place = vllm.server_module(vllm.version()).removeprefix("vllm.").replace(".", "/")
     assert (Path(spec.submodule_search_locations[0]) / f"{place}.py").is_file()
 
 
@@ -117,7 +123,7 @@ def test_options_are_ones_that_vllm_has() -> None:
     [
         ("INFO fine\nOSError: [Errno 98] Address already in use\n", "serve.port=0"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried", "gpu_memory_utilization"),
-        ("ValueError: Free memory on device (3/24 GiB) is less than desired", "other programs hold"),
+        ("ValueError: Free memory on device (3/24 GiB) is less than desired", "other programs use"),
         (
             "Worker proc VllmWorker-0 died unexpectedly (exit code: -4)\nEngineDeadError: EngineCore",
             "illegal instruction",
@@ -140,7 +146,7 @@ def test_options_are_ones_that_vllm_has() -> None:
             "KeyError: the cause\nERROR error: ErrorInfo(message='no model', type='NotFoundError', code=404)",
             "the cause",
         ),
-        ("", "it said nothing"),
+        ("", "its log is empty"),
     ],
 )
 def test_a_log_is_explained(log: str, meaning: str) -> None:
@@ -152,23 +158,73 @@ def test_ports() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(ServerError, match=r"cannot be listened on.*serve\.port=0"):
+        with pytest.raises(ServerError, match=r"cannot listen on.*serve\.port=0"):
             process.free_port(Serve(port=taken.getsockname()[1]))
-    with pytest.raises(ServerError, match="cannot be listened on"):
+    with pytest.raises(ServerError, match="cannot listen on"):
         process.free_port(Serve(host="192.0.2.1"))
 
 
-def test_scores_from_prompt_logprobs() -> None:
-    """The true token is listed even when it is not among the top ones; it is no part of the top then."""
-    top = {str(token): {"logprob": -0.5 * (token + 1), "rank": token + 1} for token in range(vllm.TOP_LOGPROBS)}
-    low = {**top, "99": {"logprob": -30.0, "rank": 4000}}
-    scores = vllm._row_scores([top, low], [1, 99])
+# --- the runtime, with a server that answers each completion with the same choice ---------------------------------------
+
+
+@contextmanager
+def answering(choice: dict[str, Any], parent: str | None = None) -> Iterator[Runtime]:
+    class Server(BaseHTTPRequestHandler):
+        def answer(self, document: dict[str, Any]) -> None:
+            body = json.dumps(document).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self.answer({"data": [{"id": "m", "parent": parent}]})
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer({"choices": [choice]})
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        running = {"url": url, "model": "m", "pid": os.getpid(), "startup_seconds": 0.0}
+        try:
+            with open_runtime("vllm", Path(), CPU, running=running) as runtime:
+                yield runtime
+        finally:
+            server.shutdown()
+
+
+TOP = {token: -0.5 * (token + 1) for token in range(vllm.TOP_LOGPROBS)}
+
+
+def check_scores(scores: RowScores) -> None:
+    """Of the tokens 1 and 99. A true token has its score even when it is not among the top ones; it is not in the top then."""
     np.testing.assert_array_equal(scores.targets, np.array([-1.0, -30.0], np.float32))
     assert scores.top1.tolist() == [0, 0]
     assert scores.top_ids is not None and scores.top_ids.shape == (2, vllm.TOP_LOGPROBS) and 99 not in scores.top_ids
     assert scores.full is None
 
 
+def test_scores_from_the_logprobs_of_a_prompt() -> None:
+    top = {str(token): {"logprob": value} for token, value in TOP.items()}
+    with answering({"prompt_logprobs": [None, top, {**top, "99": {"logprob": -30.0}}]}) as runtime:
+        (scores,) = runtime.score([TokenRow([7, 1, 99], 1)])
+    check_scores(scores)
+
+
+def test_an_adapter_is_scored_token_by_token() -> None:
+    top = {f"token_id:{token}": value for token, value in {**TOP, 99: -30.0}.items()}
+    with answering({"logprobs": {"top_logprobs": [top]}}, parent="base") as runtime:
+        (scores,) = runtime.score([TokenRow([7, 1, 99], 1)])
+    check_scores(scores)
+
+
 @pytest.mark.parametrize(("ids", "kept"), [([5, 2, 7], [5, 2]), ([5, 7], [5, 7]), ([2], [2])])
 def test_completions_end_with_their_stop_token(ids: list[int], kept: list[int]) -> None:
-    assert vllm._with_stop({"token_ids": ids}, frozenset({2})) == kept
+    with answering({"token_ids": ids}) as runtime:
+        assert runtime.generate([[1], [1, 2]], 8, frozenset({2})) == [kept, kept]
+        assert list(runtime.steps([[1]], 8, frozenset({2}))) == [{0: token} for token in kept]

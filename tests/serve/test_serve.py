@@ -32,7 +32,7 @@ from qkit.run.directory import Run
 from qkit.runtimes import vllm
 from qkit.serve import fits, lifecycle
 from qkit.serve import serving as serve_serving
-from qkit.serve.request import Asked, Serving
+from qkit.serve.request import ServeOptions, Serving
 from qkit.server import process
 from qkit.server.adapters import checked, parse
 from qkit.server.lora import rank_for
@@ -46,18 +46,24 @@ CPU = Device("cpu", "a CPU", 24 << 30, 2)
 @pytest.mark.parametrize(
     ("statuses", "asked", "picked"),
     [
-        ({"vllm": "measured", "onnx_fp32": "measured"}, Asked(), "vllm"),
-        ({"onnx_fp32": "measured", "onnx_int4": "measured"}, Asked("onnxruntime"), "onnx-fp32"),  # the nearer one
-        ({"onnx_fp32": "failed", "onnx_int4": "passed"}, Asked("onnxruntime"), "onnx-int4"),
-        ({"onnx_fp32": "measured", "onnx_int4": "passed"}, Asked("onnxruntime"), "onnx-int4"),
-        ({"onnx_fp32": "passed", "onnx_int4": "passed"}, Asked("onnxruntime", "onnx-int4"), "onnx-int4"),
-        ({"vllm": "failed"}, Asked(force=True), "vllm"),
-        ({"vllm_adapter": "passed", "vllm": "measured"}, Asked(), "vllm"),  # apart it is slower
-        ({"vllm_adapter": "passed", "vllm": "passed"}, Asked(artifact="vllm-adapter"), "vllm-adapter"),
-        ({"vllm_adapter": "passed"}, Asked(), "vllm-adapter"),
+        ({"vllm": "measured", "onnx_fp32": "measured"}, ServeOptions(), "vllm"),
+        (
+            {"onnx_fp32": "measured", "onnx_int4": "measured"},
+            ServeOptions("onnxruntime"),
+            "onnx-fp32",
+        ),  # the nearer one
+        ({"onnx_fp32": "failed", "onnx_int4": "passed"}, ServeOptions("onnxruntime"), "onnx-int4"),
+        ({"onnx_fp32": "measured", "onnx_int4": "passed"}, ServeOptions("onnxruntime"), "onnx-int4"),
+        ({"onnx_fp32": "passed", "onnx_int4": "passed"}, ServeOptions("onnxruntime", "onnx-int4"), "onnx-int4"),
+        ({"vllm": "failed"}, ServeOptions(force=True), "vllm"),
+        ({"vllm_adapter": "passed", "vllm": "measured"}, ServeOptions(), "vllm"),  # apart it is slower
+        ({"vllm_adapter": "passed", "vllm": "passed"}, ServeOptions(artifact="vllm-adapter"), "vllm-adapter"),
+        ({"vllm_adapter": "passed"}, ServeOptions(), "vllm-adapter"),
     ],
 )
-def test_the_best_that_passed_its_gate(tmp_path: Path, statuses: dict[str, str], asked: Asked, picked: str) -> None:
+def test_the_best_that_passed_its_gate(
+    tmp_path: Path, statuses: dict[str, str], asked: ServeOptions, picked: str
+) -> None:
     artifact, why = serve_serving.pick(a_run(tmp_path, **statuses), asked)
     assert artifact.name == picked and picked in why
 
@@ -69,21 +75,21 @@ def test_the_nearest_and_not_the_luckiest(tmp_path: Path, rule: str, picked: str
     known["scores"] = {"vllm": {"score": 49.0}, "vllm-w8a8": {"score": 51.0}}
     edit(run, "verify/parity.json", **known)
     merge = run.recipe.merge.model_copy(update={"choose": rule})
-    artifact, _ = serve_serving.pick(Run(run.root, run.recipe.model_copy(update={"merge": merge})), Asked())
+    artifact, _ = serve_serving.pick(Run(run.root, run.recipe.model_copy(update={"merge": merge})), ServeOptions())
     assert artifact.name == picked
 
 
 @pytest.mark.parametrize(
     ("statuses", "asked", "error", "words"),
     [
-        ({"onnx_fp32": "measured"}, Asked(), MissingArtifact, "no export vllm"),
-        ({"vllm": "failed"}, Asked(), ParityFailed, "vllm failed the gate"),
-        ({"vllm": "failed"}, Asked(artifact="vllm"), ParityFailed, "vllm failed the gate"),
-        ({"vllm": "passed"}, Asked(artifact="vllm-w8a8"), MissingArtifact, "vllm-w8a8"),
+        ({"onnx_fp32": "measured"}, ServeOptions(), MissingArtifact, "no export vllm"),
+        ({"vllm": "failed"}, ServeOptions(), ParityFailed, "vllm failed the gate"),
+        ({"vllm": "failed"}, ServeOptions(artifact="vllm"), ParityFailed, "vllm failed the gate"),
+        ({"vllm": "passed"}, ServeOptions(artifact="vllm-w8a8"), MissingArtifact, "vllm-w8a8"),
     ],
 )
 def test_nothing_to_serve(
-    tmp_path: Path, statuses: dict[str, str], asked: Asked, error: type[QkitError], words: str
+    tmp_path: Path, statuses: dict[str, str], asked: ServeOptions, error: type[QkitError], words: str
 ) -> None:
     with pytest.raises(error, match=words):
         serve_serving.pick(a_run(tmp_path, **statuses), asked)
@@ -91,16 +97,16 @@ def test_nothing_to_serve(
 
 def test_what_was_said_of_an_export_that_has_been_made_anew_is_not_said_of_this_one(tmp_path: Path) -> None:
     run = a_run(tmp_path, onnx_int4="passed", onnx_fp32="measured")
-    assert "onnx-int4 (passed" in serve_serving.pick(run, Asked("onnxruntime"))[1]
+    assert "onnx-int4 (passed" in serve_serving.pick(run, ServeOptions("onnxruntime"))[1]
     manifest = run.manifest()
     manifest["stages"]["export"]["outputs"]["export/onnx-int4/model.onnx"]["sha256"] = 64 * "f"
     edit(run, "run.json", **manifest)
-    assert "onnx-fp32 (measured" in serve_serving.pick(run, Asked("onnxruntime"))[1]
-    assert "onnx-int4 (unverified" in serve_serving.pick(run, Asked("onnxruntime", "onnx-int4"))[1]
+    assert "onnx-fp32 (measured" in serve_serving.pick(run, ServeOptions("onnxruntime"))[1]
+    assert "onnx-int4 (unverified" in serve_serving.pick(run, ServeOptions("onnxruntime", "onnx-int4"))[1]
 
 
-def foreign(source: object, asked: Asked | None = None, *overrides: str) -> Serving:
-    return serve_serving.of_model(str(source), recipe_for(Options(str(source)), overrides), asked or Asked())
+def foreign(source: object, asked: ServeOptions | None = None, *overrides: str) -> Serving:
+    return serve_serving.of_model(str(source), recipe_for(Options(str(source)), overrides), asked or ServeOptions())
 
 
 def test_what_vllm_has_no_loader_for(tmp_path: Path) -> None:
@@ -124,12 +130,12 @@ def test_a_hub_id_goes_to_vllm_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("source", "asked", "words"),
     [
-        ("nowhere", Asked(), "no such run directory or model folder"),
-        ("owner/name", Asked("onnxruntime"), "no such run directory"),
-        (Path(__file__).parent, Asked(), "holds no config.json"),
+        ("nowhere", ServeOptions(), "no such run directory or model folder"),
+        ("owner/name", ServeOptions("onnxruntime"), "no such run directory"),
+        (Path(__file__).parent, ServeOptions(), r"config\.json is missing"),
     ],
 )
-def test_no_model(source: object, asked: Asked, words: str) -> None:
+def test_no_model(source: object, asked: ServeOptions, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         foreign(source, asked)
 
@@ -150,7 +156,10 @@ def test_weights_that_a_folder_holds_twice_are_loaded_once(tiny_model: Path, tmp
     for file in tiny_model.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "consolidated.safetensors").symlink_to(tiny_model / "model.safetensors")
-    assert fits._file_bytes(foreign(tmp_path)) == (tiny_model / "model.safetensors").stat().st_size
+    plan = fits.planned(foreign(tmp_path))
+    assert plan
+    (weights,) = [item.bytes for item in plan.items if item.name == "weights"]
+    assert weights == (tiny_model / "model.safetensors").stat().st_size
 
 
 def test_too_much_is_refused_with_what_to_change(tiny_model: Path) -> None:
@@ -231,7 +240,7 @@ def test_adapters_go_on_the_base_and_not_on_what_a_run_exports(
         ModelError,
         match=rf"(?s)was trained on.*`qkit serve {other_model} --adapter sample_run=.* --adapter sql={place}`",
     ):
-        serve_serving.of_run(run, Asked(adapters=(f"sql={place}",)))
+        serve_serving.of_run(run, ServeOptions(adapters=(f"sql={place}",)))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +299,7 @@ def test_a_printed_line_starts_nothing_open_without_a_key(tiny_model: Path, host
     shell = qkit("serve", tiny_model, "--print", "shell", "--set", f"serve.host={host}").stdout
     assert ("${VLLM_API_KEY:?" in shell) == key
     refused = subprocess.run(["sh", "-c", shell.splitlines()[0].rstrip("\\")], env={}, capture_output=True, text=True)
-    assert (refused.returncode != 0 and "holds no key" in refused.stderr) == key
+    assert (refused.returncode != 0 and "set it to the API key" in refused.stderr) == key
 
 
 @pytest.mark.parametrize(
@@ -356,7 +365,7 @@ def test_back_off(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     told: list[float] = []
 
     def start(serving: Serving) -> process.Server:
-        return process.Server(program, "tiny", serving.how.serve, serving.how.serve.port, tmp_path / "log")
+        return process.Server(program, "tiny", serving.section, serving.section.port, tmp_path / "log")
 
     monkeypatch.setattr(lifecycle, "start", start)
     made = foreign(tiny_model, None, "serve.port=0")

@@ -28,6 +28,7 @@ from helpers.served import (
     wait_for_nobody,
 )
 from qkit.bench import any_server
+from qkit.bench.tool import COMPLETIONS
 
 pytestmark = pytest.mark.slow
 
@@ -203,10 +204,10 @@ def test_content_in_parts_is_one_text(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("arguments", ['{"side": "left"}', {"side": "left"}, ""])
 def test_arguments_of_tool_calls_are_objects_to_the_template(arguments: Any) -> None:
-    from qkit.server.onnx_requests import as_templates_have_it
+    from qkit.server.onnx_requests import template_message
 
     call = {"id": "1", "type": "function", "function": {"name": "pick", "arguments": arguments}}
-    made = as_templates_have_it({"role": "assistant", "content": None, "tool_calls": [call]})
+    made = template_message({"role": "assistant", "content": None, "tool_calls": [call]})
     assert made["tool_calls"][0]["function"]["arguments"] == ({"side": "left"} if arguments else {})
 
 
@@ -283,7 +284,7 @@ def test_clients_that_go_away_leave_nothing_running(served: Served, client: open
 
 def test_it_can_be_benched_with_what_it_takes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    found = any_server.taken(f"{served.url}/v1/completions", TEXT_MODEL)
+    found = any_server.taken(served.url, COMPLETIONS, TEXT_MODEL)
     assert found == {"add_special_tokens", "ignore_eos", "repetition_penalty"}
 
 

@@ -50,20 +50,25 @@ def test_the_default_formats_are_few_and_all_of_them_can_be_had(tiny_model: Path
 @pytest.mark.parametrize(
     ("config", "override", "format", "said"),
     [
-        ({"model_type": "gemma2"}, "model.pad_token=null", "gguf-f16", "'gemma2' is not written"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "model.pad_token=null", "gguf-q8_0", "scaled by 'yarn'"),
+        ({"model_type": "gemma2"}, "model.pad_token=null", "gguf-f16", "'gemma2' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "model.pad_token=null", "gguf-q8_0", "the RoPE scaling 'yarn'"),
         (
             {"model_type": "qwen3", "head_dim": 32},
             "model.pad_token=null",
             "gguf-f16",
-            "heads of 128, and these have 32",
+            "head_dim 128, and this model has 32",
         ),
-        ({"model_type": "gpt_oss"}, "model.pad_token=null", "onnx-fp32", "no rows of different lengths"),
-        ({"hidden_size": 48}, "model.pad_token=null", "vllm-w4a16", "do not divide; use w8a8"),
+        ({"model_type": "gpt_oss"}, "model.pad_token=null", "onnx-fp32", "rows of different lengths"),
+        (
+            {"hidden_size": 48},
+            "model.pad_token=null",
+            "vllm-w4a16",
+            "cannot be divided into groups of 128, 64, 32; use w8a8",
+        ),
         ({"num_local_experts": 8}, "model.pad_token=null", "vllm-w8a8", "mixture of experts"),
         ({"num_local_experts": 8}, "model.pad_token=null", "bnb-nf4", "stay in 16 bit"),
         ({}, "model.add_tokens=['<x>']", "vllm-adapter", "is unsupported LoRA weight"),
-        ({}, "lora.r=600", "vllm-adapter", "lora.r=600 is more than vLLM takes"),
+        ({}, "lora.r=600", "vllm-adapter", "lora.r=600 is more than vLLM supports"),
     ],
 )
 def test_refusals(
@@ -103,7 +108,7 @@ def test_the_plan_warns(tmp_path: Path, tiny_model: Path) -> None:
     assert entry["format"] == "gguf-f16"
     drawn = io.StringIO()
     Console(width=300, file=drawn).print(screen.screen(found))
-    assert "warning: not deployable as gguf-f16: positions scaled by 'yarn'" in drawn.getvalue()
+    assert "warning: not deployable as gguf-f16: the RoPE scaling 'yarn'" in drawn.getvalue()
 
 
 # --- export.formats=all -----------------------------------------------------------------------------------------------
@@ -126,7 +131,7 @@ def test_the_command_line_names_what_it_leaves_out(tmp_path: Path, tiny_model: P
     file.write_text(yaml.safe_dump(tiny_settings(folder, tmp_path / "rows.jsonl")))
     argv = [sys.executable, "-m", "qkit", "plan", str(file), "--set", "export.formats=all", "--json"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert "left out of export.formats: gguf-f16: positions scaled by 'yarn'" in done.stderr
+    assert "left out of export.formats: gguf-f16: the RoPE scaling 'yarn'" in done.stderr
     assert json.loads(done.stdout)["not_deployable"] == []
 
 

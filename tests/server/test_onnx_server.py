@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,21 @@ from helpers.data_traps.models import tokenizer_of
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
+from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
 from qkit.chat import template
-from qkit.server.onnx_requests import Chat, Completion, Refused, chat_prompt, own_sampling, text_prompt
+from qkit.server.onnx_app import Metrics, Service, build
+from qkit.server.onnx_engine import Ended
+from qkit.server.onnx_requests import (
+    Chat,
+    Completion,
+    ModelDefaults,
+    Refused,
+    chat_prompt,
+    model_defaults,
+    text_prompt,
+)
 
 GOLDEN = json.loads(FILE.read_text(encoding="utf-8"))
 TALK = {"messages": [user("a")]}
@@ -138,7 +150,7 @@ def test_variables_and_thinking_reach_the_template() -> None:
         turns = [user("a"), said("c", **{**nothing, name: "b"})]
         body = {"messages": turns, "chat_template_kwargs": {"loud": True, "other": 1}}
         assert of.decode(chat_prompt(of, asked(body))) == "abc!<|im_end|>", name
-    with pytest.raises(Refused, match="`chat_template_kwargs` cannot hold tokenize") as caught:
+    with pytest.raises(Refused, match="`chat_template_kwargs` must not contain tokenize") as caught:
         chat_prompt(of, asked({**TALK, "chat_template_kwargs": {"tokenize": False}}))
     assert caught.value.param == "chat_template_kwargs"
 
@@ -176,12 +188,131 @@ def test_what_is_needed_is_not_left_out() -> None:
             asked(body)
 
 
-def test_the_model_s_own_sampling_is_what_a_request_gets_that_does_not_say(tmp_path: Path) -> None:
-    assert own_sampling(tmp_path) == {}
-    held = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": None, "eos_token_id": 2}
-    (tmp_path / "generation_config.json").write_text(json.dumps(held))
-    own = own_sampling(tmp_path)
-    made = [asked({**TALK, **said}) for said in ({}, {"temperature": 0}, {"temperature": None, "top_k": 5})]
-    for one in made:
-        one.take(own)
-    assert [(one.temperature, one.top_k, one.top_p) for one in made] == [(0.6, 20, 1.0), (0, 20, 1.0), (0.6, 5, 1.0)]
+def generation_config(folder: Path, **values: Any) -> Path:
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_the_models_sampling_applies_where_a_request_gives_none(tmp_path: Path) -> None:
+    assert model_defaults(tmp_path) == ModelDefaults()
+    config = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": None, "eos_token_id": 2}
+    defaults = model_defaults(generation_config(tmp_path, **config))
+    requests = [asked({**TALK, **body}) for body in ({}, {"temperature": 0}, {"temperature": None, "top_k": 5})]
+    sampled = [request.with_defaults(defaults) for request in requests]
+    assert [(one.temperature, one.top_k, one.top_p) for one in sampled] == [(0.6, 20, 1.0), (0, 20, 1.0), (0.6, 5, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 3),
+        ("temperature", "warm"),
+        ("temperature", "\ud800"),
+        ("top_p", 0),
+        ("top_k", 2.5),
+        ("top_k", [1]),
+        ("repetition_penalty", -1),
+        ("max_new_tokens", 0),
+        ("min_p", 0.1),
+    ],
+)
+def test_a_default_that_cannot_be_used_is_named_in_the_log(
+    name: str, value: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = generation_config(tmp_path, **{name: value, **({"top_k": 20} if name != "top_k" else {})})
+    defaults = model_defaults(folder)
+    assert defaults.max_new_tokens is None and defaults.sampling == ({"top_k": 20} if name != "top_k" else {})
+    (message,) = caplog.messages
+    assert name in message and "is ignored" in message and str(folder) in message
+
+
+def test_defaults_are_converted_as_values_of_requests_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    defaults = model_defaults(generation_config(tmp_path, temperature="0.5", top_k=20.0, min_p=0.0, max_new_tokens=4))
+    assert defaults == ModelDefaults({"temperature": 0.5, "top_k": 20}, 4)
+    assert not caplog.messages
+
+
+# --- the endpoints, without a model ----------------------------------------------------------------------------------
+
+
+class NoEngine:
+    """In the engine's place: each answer has as many tokens as the request allows, all of them the same."""
+
+    failure, load = "", (0, 0)
+
+    async def generate(self, prompt: list[int], sampling: Any) -> Any:
+        for _ in range(sampling.max_tokens):
+            yield 5
+        yield Ended("length")
+
+
+@pytest.fixture
+def client() -> Iterator[TestClient]:
+    service = Service.__new__(Service)
+    service.name, service.folder, service.tokenizer = "m", Path(), tokenizer()
+    service.max_model_len, service.vocab_size, service.defaults = 100, 10**6, ModelDefaults(max_new_tokens=4)
+    service.engine = NoEngine()  # type: ignore[assignment]
+    service.metrics = Metrics(service.engine)
+    with TestClient(build(service), raise_server_exceptions=False) as client:
+        yield client
+
+
+HALF = "\ud83d"  # of a surrogate pair
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [user(f"a{HALF}")]}, "messages"),
+        ("/v1/chat/completions", {"messages": [user([{"type": "text", "text": HALF}])]}, "messages"),
+        ("/v1/chat/completions", {**TALK, "tools": [{"function": {"name": HALF}}]}, "tools"),
+        ("/v1/chat/completions", {**TALK, "chat_template_kwargs": {HALF: 1}}, "chat_template_kwargs"),
+        ("/v1/chat/completions", {**TALK, "model": HALF}, "model"),
+        ("/v1/chat/completions", {**TALK, HALF: 1}, "\\ud83d"),
+        ("/v1/completions", {"prompt": HALF}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "stop": [HALF]}, "stop"),
+        ("/tokenize", {"prompt": HALF}, "prompt"),
+        ("/tokenize", {"messages": [user(HALF)]}, "messages"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_by_name(
+    client: TestClient, path: str, body: dict[str, Any], param: str
+) -> None:
+    answer = client.post(path, content=json.dumps({"model": "m", **body}), headers={"Content-Type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, param, 400)
+    assert error["type"] == "invalid_request_error" and "surrogate" in error["message"]
+
+
+def test_a_whole_surrogate_pair_is_a_character(client: TestClient) -> None:
+    plain = client.post("/tokenize", json={"prompt": "\U0001f600"}).json()
+    headers = {"Content-Type": "application/json"}
+    escaped = client.post("/tokenize", content=b'{"prompt": "\\ud83d\\ude00"}', headers=headers).json()
+    assert escaped == plain and escaped["count"]
+
+
+@pytest.mark.parametrize("nothing", [None, [], "", {}])
+def test_a_prompt_beside_empty_messages_is_tokenized(client: TestClient, nothing: Any) -> None:
+    plain = client.post("/tokenize", json={"prompt": "ab"})
+    answer = client.post("/tokenize", json={"prompt": "ab", "messages": nothing})
+    assert answer.status_code == 200 and answer.json() == plain.json()
+    both = client.post("/tokenize", json={**TALK, "prompt": None})
+    assert both.status_code == 200 and both.json() == client.post("/tokenize", json=TALK).json()
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_empty_messages_alone_are_an_error_about_messages(client: TestClient, nothing: Any) -> None:
+    answer = client.post("/tokenize", json={"messages": nothing})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"), [({}, 4), ({"max_tokens": 2}, 2), ({"max_tokens": 9}, 4), ({"max_completion_tokens": 3}, 3)]
+)
+def test_max_new_tokens_of_the_model_limits_every_answer(client: TestClient, body: Any, tokens: int) -> None:
+    """As vLLM has it: a limit of the server, for requests that ask for more as well."""
+    answer = client.post("/v1/chat/completions", json={"model": "m", **TALK, **body})
+    assert answer.json()["usage"]["completion_tokens"] == tokens
+    if "max_completion_tokens" not in body:
+        plain = client.post("/v1/completions", json={"model": "m", "prompt": "a", **body})
+        assert plain.json()["usage"]["completion_tokens"] == tokens

@@ -21,6 +21,7 @@ import pytest
 from qkit.core.device import Device
 from qkit.core.errors import ServerError
 from qkit.plan.sheet import Options, recipe_for
+from qkit.recipe.schema import Serve
 from qkit.runtimes import vllm
 from qkit.serve import lifecycle, request
 from qkit.serve import serving as serve_serving
@@ -49,17 +50,17 @@ DIES = "time.sleep(1); print('ValueError: [/odd] cause', flush=True); os._exit(1
 LIVES = "os.fork() or signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
 
-def serving(tmp_path: Path) -> Serving:
-    how = recipe_for(Options("owner/name"), ("serve.port=0", "serve.drain_seconds=1"))
+def serving(tmp_path: Path, port: int = 0) -> Serving:
+    recipe = recipe_for(Options("owner/name"), (f"serve.port={port}", "serve.drain_seconds=1"))
     device = Device("cpu", "a CPU", 24 << 30, 2)
-    return Serving("owner/name", "name", how, device, tmp_path / "logs", "vllm", vllm.Extras())
+    return Serving("owner/name", "name", recipe, device, tmp_path / "logs", "vllm", vllm.Extras())
 
 
 def started(last: str) -> Callable[[Serving], process.Server]:
     def start(given: Serving) -> process.Server:
-        port = given.how.serve.port
-        argv = (sys.executable, "-c", PROGRAM.replace("LAST", last), str(process.free_port(given.how.serve)))
-        return process.Server(process.Program("a program", argv), "name", given.how.serve, port, given.log)
+        port = given.section.port
+        argv = (sys.executable, "-c", PROGRAM.replace("LAST", last), str(process.free_port(given.section)))
+        return process.Server(process.Program("a program", argv), "name", given.section, port, given.log)
 
     return start
 
@@ -108,16 +109,23 @@ def test_a_port_that_is_taken_in_between_is_waited_for(tmp_path: Path, monkeypat
 
         with pytest.raises(Enough):
             lifecycle.serve(serving(tmp_path), lambda _: None, lifecycle.watch, again)
-    assert "cannot be listened on" in told[1] and "ValueError" in told[2]
+    assert "cannot listen on" in told[1] and "ValueError" in told[2]
+
+
+def test_waits_grow_until_a_server_has_run_steadily() -> None:
+    backoff = lifecycle.Backoff()
+    assert [backoff.next_pause(uptime) for uptime in (1, 0, 0)] == [1.0, 2.0, 4.0]
+    assert [backoff.next_pause(0) for _ in range(9)][-1] == 60.0
+    assert [backoff.next_pause(uptime) for uptime in (lifecycle.STEADY_SECONDS + 1, 1)] == [1.0, 2.0]
 
 
 def test_a_killed_server_is_seen_before_its_children_are_tidied_up(tmp_path: Path) -> None:
-    fixed = lifecycle._with_port(serving(tmp_path))
+    fixed = serving(tmp_path, process.free_port(Serve(port=0)))
     fixed.logs.mkdir()
     running = started(LIVES)(fixed)
     try:
         running.wait()
-        (own,) = running.own
+        (own,) = running.processes
         assert not running.ended()
         os.kill(own.pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
@@ -155,12 +163,12 @@ def test_a_start_that_the_system_kills_is_explained() -> None:
 )
 def test_what_would_be_obeyed_by_vllm_alone(rest: tuple[str, ...], how: str) -> None:
     with pytest.raises(ServerError, match=how) as caught:
-        serve_serving.refuse_own(rest)
+        serve_serving.refuse_reserved(rest)
     assert "a-secret" not in str(caught.value)
 
 
 def test_other_options_are_handed_on() -> None:
-    serve_serving.refuse_own(
+    serve_serving.refuse_reserved(
         ("--seed", "1", "--enforce-eager", "--max-model-len", "512", "-tp", "2", "--hf-overrides", "{}")
     )
 
@@ -200,7 +208,7 @@ class Asking:
     ],
 )
 def test_what_says_nothing_is_taken_out(sent: dict[str, Any], handed_on: dict[str, Any]) -> None:
-    assert json.loads(absence.without_nothings(json.dumps(sent).encode())) == handed_on
+    assert json.loads(absence.remove_empty(json.dumps(sent).encode())) == handed_on
 
 
 @pytest.mark.parametrize(
@@ -217,7 +225,7 @@ def test_what_says_nothing_is_taken_out(sent: dict[str, Any], handed_on: dict[st
     ],
 )
 def test_other_bodies_are_handed_on_to_the_byte(body: bytes) -> None:
-    assert absence.without_nothings(body) == body
+    assert absence.remove_empty(body) == body
 
 
 def test_a_body_in_pieces_is_one_request_and_a_client_that_goes_is_heard_of() -> None:
@@ -231,7 +239,7 @@ def test_a_body_in_pieces_is_one_request_and_a_client_that_goes_is_heard_of() ->
         async def receive() -> Any:
             return events.pop(0)
 
-        again = await absence.received(receive)
+        again = await absence.receive_cleaned(receive)
         return [await again() for _ in range(1 + len(events))]
 
     assert asyncio.run(asked(list(events))) == [
@@ -288,18 +296,17 @@ def test_a_server_too_busy_to_answer_is_waited_for(tmp_path: Path, monkeypatch: 
     thread = threading.Thread(target=busy.serve_forever, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{busy.server_port}"
-    assert admission._in_flight(url) == 1
+    assert admission.drain(url, tmp_path / "drain", 0.0) == 1
     busy.shutdown()
     busy.server_close()
-    assert admission._in_flight(url) == 0  # nobody listens any more
-    assert admission.drain(url, tmp_path / "drain", 5.0) == 0
+    assert admission.drain(url, tmp_path / "drain", 5.0) == 0  # nobody listens any more
 
 
 def test_a_run_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from helpers.sample import a_run
 
     run = a_run(tmp_path, vllm="passed")
-    asked = request.Asked(name="sql")
+    asked = request.ServeOptions(name="sql")
     assert serve_serving.of_run(run, asked).log == run.root / "logs" / f"serve-{run.recipe.serve.port}.log"
     monkeypatch.setenv("QKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run.root)

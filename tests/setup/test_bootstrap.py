@@ -1,4 +1,4 @@
-"""The set-up: which commands each machine needs, and that what was done, interrupted or changed is told apart."""
+"""The setup: the commands that each machine needs, and how a complete, an interrupted and an outdated one are told apart."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from typing import Any
 import pytest
 
 from qkit.setup import bootstrap
-from qkit.setup.bootstrap import CannotSetUp, Step, Target
+from qkit.setup.bootstrap import CannotSetUp, SetupStep, Target
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs scripts that the system runs by their first line")
 MISSION = ("transformers", "peft", "bitsandbytes", "trl", "datasets", "vllm", "onnxruntime")
 
 
 def pins(kind: str) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
+    versions: dict[str, set[str]] = {}
     for line in (
         (bootstrap.ROOT / "qkit" / "setup" / "constraints" / f"{kind}.txt").read_text(encoding="utf-8").splitlines()
     ):
         if not line.startswith("#"):
             name, _, version = line.partition(";")[0].strip().partition("==")
-            found.setdefault(name, set()).add(version)
-    return found
+            versions.setdefault(name, set()).add(version)
+    return versions
 
 
 def project() -> dict[str, Any]:
@@ -79,12 +79,12 @@ def test_the_environment_is_made_by_the_chosen_python(system: str, python: str) 
     assert step.argv == ["/usr/bin/python3.12", "-I", "-m", "venv", "VENV"]
 
 
-def test_words_on_platforms() -> None:
-    assert bootstrap.word_on("linux", "x86_64") == ""
-    assert "vLLM has no build for macOS" in bootstrap.word_on("darwin", "arm64")
-    assert "WSL 2" in bootstrap.word_on("win32", "AMD64")
+def test_limitations_of_platforms() -> None:
+    assert bootstrap.limitations("linux", "x86_64") == ""
+    assert "vLLM has no build for macOS" in bootstrap.limitations("darwin", "arm64")
+    assert "WSL 2" in bootstrap.limitations("win32", "AMD64")
     with pytest.raises(CannotSetUp, match="Intel"):
-        bootstrap.word_on("darwin", "x86_64")
+        bootstrap.limitations("darwin", "x86_64")
 
 
 # --- what is pinned and declared -------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_extras_hold_the_mission_and_the_base_is_light() -> None:
     extras = project()["optional-dependencies"]
     listed = " ".join(line for extra in ("train", "onnx", "vllm") for line in extras[extra])
     assert all(name in listed for name in MISSION)
-    light = {"filelock", "jinja2", "psutil", "pydantic", "pyyaml", "rich", "typer"}
+    light = {"filelock", "jinja2", "nvidia-ml-py", "psutil", "pydantic", "pyyaml", "rich", "typer"}
     assert {line.partition(">")[0] for line in project()["dependencies"]} == light
     assert set(bootstrap.EXTRA.values()) | set(bootstrap.VLLM.values()) <= extras.keys()
 
@@ -136,7 +136,7 @@ def script(folder: Path, name: str, body: str) -> None:
 
 @posix
 @pytest.mark.parametrize(
-    ("said", "devices", "kind"),
+    ("body", "devices", "kind"),
     [
         (None, ["nvidia0"], "cpu"),  # no driver's tool
         ("exit 1", ["nvidia0", "nvidiactl"], "cuda"),  # a device file is enough
@@ -145,11 +145,11 @@ def script(folder: Path, name: str, body: str) -> None:
     ],
 )
 def test_gpu_detection(
-    said: str | None, devices: Sequence[str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    body: str | None, devices: Sequence[str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if said else str(tmp_path))
-    if said:
-        script(tmp_path, "nvidia-smi", said)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if body else str(tmp_path))
+    if body:
+        script(tmp_path, "nvidia-smi", body)
     for name in devices:
         (tmp_path / name).touch()
     assert bootstrap.detect_kind("linux", tmp_path) == kind
@@ -161,7 +161,7 @@ def test_another_python_is_used_when_this_one_is_too_old(tmp_path: Path, monkeyp
     monkeypatch.setattr(bootstrap, "OLDEST", (3, 97))
     monkeypatch.setattr(bootstrap, "NEWEST", (3, 99))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CannotSetUp, match=r"qkit needs 3\.97 to 3\.99, and none is on PATH"):
+    with pytest.raises(CannotSetUp, match=r"qkit requires Python 3\.97 to 3\.99, and none is on PATH"):
         bootstrap.find_python()
     script(tmp_path, "python3.99", "exit 127")  # what version managers leave behind
     script(tmp_path, "python3.98", "exit 0")
@@ -186,7 +186,7 @@ class Machine:
         self.ran: list[str] = []
         self.fail_at = ""
         self.error: BaseException = CannotSetUp("pip failed")
-        (root / "qkit").mkdir(parents=True)
+        (root / "qkit" / "setup").mkdir(parents=True)
         shutil.copytree(bootstrap.ROOT / "qkit" / "setup" / "constraints", root / "qkit" / "setup" / "constraints")
         for name in ("pyproject.toml", "qkit/__init__.py"):
             shutil.copy(bootstrap.ROOT / name, root / name)
@@ -196,7 +196,7 @@ class Machine:
         monkeypatch.setattr(bootstrap, "DISK_BYTES", {"cpu": 1, "cuda": 1})
         monkeypatch.setattr(bootstrap, "UPDATE_BYTES", 1)
 
-    def run_steps(self, steps: Sequence[Step]) -> None:
+    def run_steps(self, steps: Sequence[SetupStep]) -> None:
         for step in steps:
             word = next(word for word in ("venv", "install", "uninstall") if word in step.argv)
             self.ran.append(word)
@@ -272,7 +272,7 @@ def test_someone_elses_environment_is_left_alone(machine: Machine) -> None:
     theirs = machine.target.venv / "pyvenv.cfg"
     theirs.parent.mkdir()
     theirs.touch()
-    with pytest.raises(CannotSetUp, match="was not made by this set-up"):
+    with pytest.raises(CannotSetUp, match="was not created by this setup"):
         machine.set_up()
     assert machine.ran == []
     assert list(machine.target.venv.iterdir()) == [theirs]
@@ -280,7 +280,7 @@ def test_someone_elses_environment_is_left_alone(machine: Machine) -> None:
 
 def test_a_full_disk_is_told_before_anything_is_done(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "DISK_BYTES", {"cpu": 2**60})
-    with pytest.raises(CannotSetUp, match=r"GiB free; free some"):
+    with pytest.raises(CannotSetUp, match=r"GiB free; free some space"):
         machine.set_up()
     assert machine.ran == []
     assert not machine.target.venv.exists()
@@ -298,16 +298,16 @@ def test_two_set_ups_do_not_run_at_once(machine: Machine, capsys: pytest.Capture
     entered = threading.Event()
 
     def second() -> None:
-        with bootstrap.alone(machine.target):
+        with bootstrap.locked(machine.target):
             entered.set()
 
     thread = threading.Thread(target=second)
-    with bootstrap.alone(machine.target):
+    with bootstrap.locked(machine.target):
         thread.start()
         assert not entered.wait(0.2)
     thread.join(timeout=5)
     assert entered.is_set()
-    assert "waiting for it" in capsys.readouterr().out
+    assert "waiting for another setup" in capsys.readouterr().out
 
 
 # --- running commands ------------------------------------------------------------------------------------------------
@@ -316,17 +316,17 @@ def test_two_set_ups_do_not_run_at_once(machine: Machine, capsys: pytest.Capture
 def test_a_failed_command_shows_the_end_of_its_output(capsys: pytest.CaptureFixture[str]) -> None:
     code = "import sys; [print('line', i) for i in range(40)]; sys.exit('ERROR: No space left on device')"
     with pytest.raises(CannotSetUp) as caught:
-        bootstrap.run_steps([Step("installing", [sys.executable, "-u", "-c", code])])
+        bootstrap.run_steps([SetupStep("installing", [sys.executable, "-u", "-c", code])])
     message = str(caught.value)
     assert "exit status 1" in message
     assert "  line 39\n  ERROR: No space left on device\n" in message
     assert "line 25" not in message
-    assert capsys.readouterr().out == "set-up: installing ... 0 s\n"
+    assert capsys.readouterr().out == "setup: installing ... 0 s\n"
 
 
 @pytest.mark.parametrize(
     ("error", "status", "words"),
-    [(CannotSetUp("no disk"), 2, "set-up: no disk\n"), (KeyboardInterrupt(), 130, "interrupted")],
+    [(CannotSetUp("no disk"), 2, "setup: no disk\n"), (KeyboardInterrupt(), 130, "interrupted")],
 )
 def test_a_set_up_that_fails_says_one_thing(
     error: BaseException,
@@ -390,10 +390,23 @@ def test_remedies_name_the_python_that_lacks_something(tmp_path: Path, monkeypat
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 @pytest.mark.parametrize(
     ("goal", "last"),
-    [("quickstart", "build/x/bin/qkit run recipes/quickstart.yaml"), ("test", "build/x/bin/python -m pytest -x")],
+    [
+        ("quickstart", "build/x/bin/qkit run recipes/quickstart.yaml"),
+        ("test", "build/x/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -x"),
+    ],
 )
 def test_the_two_commands_set_up_first(goal: str, last: str) -> None:
-    argv = ["make", "--dry-run", "--no-print-directory", goal, "VENV=build/x", "KIND=cpu", "ARGS=-x", "PYTHON=python3"]
+    argv = [
+        "make",
+        "--dry-run",
+        "--no-print-directory",
+        goal,
+        "VENV=build/x",
+        "KIND=cpu",
+        "ARGS=-x",
+        "PYTHON=python3",
+        "JOBS=2",
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(argv, cwd=bootstrap.ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["python3 -I qkit/setup/bootstrap.py --venv build/x --kind cpu", last]

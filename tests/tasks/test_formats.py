@@ -104,7 +104,7 @@ def test_the_format_decides_where_a_record_has_the_columns_of_several() -> None:
     assert formats.recognised({**record, "messages": None}, Data()) == "prompt_completion"
     assert refusal(record, "alpaca") == (
         "malformed",
-        "has no column 'instruction', which format alpaca needs; it has the columns completion, messages, prompt, text",
+        "has no column 'instruction', which the format alpaca needs; it has the columns completion, messages, prompt, text",
     )
 
 
@@ -136,11 +136,11 @@ def test_columns_of_text_and_tokens_are_mapped() -> None:
         (
             {},
             {"question": "q", "answer": "a"},
-            "has the columns answer, question; wanted messages, or conversations, or input_ids, or instruction and output, "
+            "has the columns answer, question; it must have messages, or conversations, or input_ids, or instruction and output, "
             "or prompt and completion, or text: map yours with data.columns, such as {prompt: question, completion: answer}",
         ),
-        ({}, {}, "has the columns (none); wanted messages"),
-        ({}, {"\ud800": 1}, "has the columns \\ud800; wanted messages"),
+        ({}, {}, "has the columns (none); it must have messages"),
+        ({}, {"\ud800": 1}, "has the columns \\ud800; it must have messages"),
         (
             {"prompt": "question", "completion": "answer"},
             {"questions": "q", "answer": "a"},
@@ -262,9 +262,9 @@ def test_what_the_record_says_is_learnt() -> None:
     assert isinstance(found, Conversation) and found.trained == (None, False)
     for marks in ({"train": False, "weight": 1}, {"train": True, "weight": 0}):
         said = refusal({"messages": [ASKED, {**SAID, **marks}]})[1]
-        assert f"has the train {marks['train']} and the weight {marks['weight']}: keep one of both" in said
+        assert f"has the train {marks['train']} and the weight {marks['weight']}: keep only one of them" in said
     assert (
-        "has the weight 0.5; it can be 0 or 1"
+        "has the weight 0.5; it must be 0 or 1"
         in refusal({"messages": [ASKED, {**SAID, "train": True, "weight": 0.5}]})[1]
     )
     found = made({"messages": [ASKED, {**SAID, "weight": None}]})
@@ -339,14 +339,17 @@ def test_thinking_by_two_names_is_one(turn: dict[str, Any], expected: str) -> No
     [
         (
             {"reasoning": "a", "reasoning_content": "b"},
-            "turn 2 of messages has reasoning_content and reasoning, two names for one thing, and they differ: 'b' and 'a'",
+            "turn 2 of messages has reasoning_content and reasoning, two names for the same value, which differ: 'b' and 'a'",
         ),
-        ({"reasoning": "a", "thinking": "b"}, "turn 2 of messages has reasoning and thinking, two names for one thing"),
+        (
+            {"reasoning": "a", "thinking": "b"},
+            "turn 2 of messages has reasoning and thinking, two names for the same value",
+        ),
         (
             {"value": "b"},
-            "turn 2 of messages has content and value, two names for one thing, and they differ: 'a' and 'b'",
+            "turn 2 of messages has content and value, two names for the same value, which differ: 'a' and 'b'",
         ),
-        ({"from": "human"}, "turn 2 of messages has the role 'assistant' and is from 'human': keep one of both"),
+        ({"from": "human"}, "turn 2 of messages has the role 'assistant' and is from 'human': keep only one of them"),
         ({"reasoning": ["a"]}, "reasoning of turn 2 of messages is not text: ['a']"),
     ],
 )
@@ -421,7 +424,7 @@ def test_a_switch_is_true_or_false_however_a_table_writes_it(value: Any, meant: 
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"thinking": "maybe"}, "thinking is 'maybe', and thinking is a switch of the chat template"),
+        ({"thinking": "maybe"}, "thinking is 'maybe', but thinking is a switch of the chat template"),
         (
             {"chat_template_kwargs": {"thinking": "no"}},
             "thinking of chat_template_kwargs is the text 'no'.*without quotes",
@@ -459,17 +462,17 @@ def test_variables_by_another_column() -> None:
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs is not an object: [1]"),
         ({"documents": "t"}, "documents is text that is not JSON"),
         ({"chat_template_kwargs": "{"}, "chat_template_kwargs is text that is not JSON"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs holds tokenize, which no row decides"),
-        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs holds messages, which no row decides"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs holds tokenize, which a row cannot set"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs holds messages, which a row cannot set"),
         (
             {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": False},
-            "enable_thinking is False in its column and True in chat_template_kwargs: keep one of both",
+            "enable_thinking is False in its column and True in chat_template_kwargs: keep only one of them",
         ),
         (
             {"enable_thinking": dt.date(2024, 7, 26)},
-            "chat_template_kwargs holds datetime.date(2024, 7, 26), a date, which JSON",
+            "chat_template_kwargs contains datetime.date(2024, 7, 26), a date, which JSON",
         ),
-        ({"chat_template_kwargs": {"documents": "\x00"}}, "chat_template_kwargs holds U+0000 (NUL)"),
+        ({"chat_template_kwargs": {"documents": "\x00"}}, "chat_template_kwargs contains U+0000 (NUL)"),
     ],
 )
 def test_variables_that_cannot_be_given(columns: dict[str, Any], words: str) -> None:
@@ -574,7 +577,7 @@ def test_keys_that_the_template_reads_reach_it() -> None:
     ],
 )
 def test_what_a_loader_made_of_text_is_named(value: Any, kind: str) -> None:
-    remedy = f"{kind} is the data set's own type, or what its loader took text for; make it text first (datasets: cast_column"
+    remedy = f"{kind} is a type of the data set or of its loader; convert it to text first (datasets: cast_column"
     call = {"name": "f", "arguments": {"when": {"day": value}}}
     for record, words in (
         ({"prompt": "q", "completion": value}, f"completion is neither text nor a list of turns: {kind}"),
@@ -582,10 +585,10 @@ def test_what_a_loader_made_of_text_is_named(value: Any, kind: str) -> None:
         ({"text": value}, "text is not text: "),
         (
             {"messages": [ASKED, {**SAID, "content": value}]},
-            "turn 2 of messages needs a role and a content, both text: ",
+            "turn 2 of messages must have a role and a content, both text: ",
         ),
         ({"messages": [ASKED, {**SAID, "reasoning": value}]}, "reasoning of turn 2 of messages is not text: "),
-        ({"messages": [ASKED, {"role": "assistant", "tool_calls": [call]}]}, "turn 2 (assistant) holds "),
+        ({"messages": [ASKED, {"role": "assistant", "tool_calls": [call]}]}, "turn 2 (assistant) contains "),
     ):
         said = refusal(record)[1]
         assert said.startswith(words) and remedy in said
@@ -606,22 +609,25 @@ def test_a_message_is_short_whatever_the_value() -> None:
 @pytest.mark.parametrize(
     ("turns", "words"),
     [
-        ([ASKED], "has no assistant turn at its end (the last turn is by 'user'): nothing to learn from it"),
-        ([ASKED, SAID, ASKED], "has no assistant turn at its end (the last turn is by 'user')"),
-        ([ASKED, CALLING, TOOL], "has no assistant turn at its end (the last turn is by 'tool')"),
-        ([SAID], "has an assistant turn and nothing before it: there is no prompt"),
-        ([ASKED, ASKED, SAID], "has two user turns in a row, 1 and 2"),
-        ([ASKED, SAID, SAID], "has two assistant turns in a row, 2 and 3"),
-        ([ASKED, SYSTEM, SAID], "has a system turn at place 2; there can be one, and it comes first"),
-        ([SYSTEM, SYSTEM, ASKED, SAID], "has a system turn at place 2"),
-        ([ASKED, TOOL, SAID], "has a tool turn at place 2, and no assistant turn before it that calls a tool"),
-        ([TOOL, SAID], "has a tool turn at place 1"),
-        ([{**CALLING, "role": "user"}, SAID], "turn 1 of messages is by 'user' and has tool calls"),
+        ([ASKED], "must end with an assistant message (the last role is 'user')"),
+        ([ASKED, SAID, ASKED], "must end with an assistant message (the last role is 'user')"),
+        ([ASKED, CALLING, TOOL], "must end with an assistant message (the last role is 'tool')"),
+        ([SAID], "has no prompt: nothing comes before its assistant message"),
+        ([ASKED, ASKED, SAID], "has two consecutive user messages, 1 and 2"),
+        ([ASKED, SAID, SAID], "has two consecutive assistant messages, 2 and 3"),
+        ([ASKED, SYSTEM, SAID], "has a system message at position 2; only the first message can be a system message"),
+        ([SYSTEM, SYSTEM, ASKED, SAID], "has a system message at position 2"),
+        ([ASKED, TOOL, SAID], "has a tool message at position 2 that does not follow an assistant message"),
+        ([TOOL, SAID], "has a tool message at position 1"),
+        ([{**CALLING, "role": "user"}, SAID], "turn 1 of messages has tool calls, but its role is 'user'"),
         (
             [{"role": "bot", "content": "q"}, SAID],
-            "turn 1 of messages is by 'bot'; known are system, developer, user, ",
+            "turn 1 of messages has the unknown role 'bot'; valid roles: system, developer, user, ",
         ),
-        ([{"from": "narrator", "value": "q"}, SAID], "turn 1 of messages is by 'narrator'; known are "),
+        (
+            [{"from": "narrator", "value": "q"}, SAID],
+            "turn 1 of messages has the unknown role 'narrator'; valid roles: ",
+        ),
     ],
 )
 def test_turns_in_no_order_to_learn_from(turns: list[Any], words: str) -> None:
@@ -651,12 +657,12 @@ def test_a_system_column_beside_a_system_turn_is_one_too_many() -> None:
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"prompt": " \n", "completion": "a"}, "turn 1 (user) is empty or only white space"),
-        ({"prompt": "q", "completion": ""}, "turn 2 (assistant) is empty or only white space"),
+        ({"prompt": " \n", "completion": "a"}, "turn 1 (user) is empty or contains only white space"),
+        ({"prompt": "q", "completion": ""}, "turn 2 (assistant) is empty or contains only white space"),
         ({"instruction": "", "input": " ", "output": "a"}, "turn 1 (user) is empty"),
         ({"messages": [SYSTEM, ASKED, {**SAID, "content": "\t"}]}, "turn 3 (assistant) is empty"),
-        ({"text": " \n"}, "text is empty or only white space"),
-        ({"input_ids": [1, 2], "labels": [-100, -100]}, "has no label that is learnt"),
+        ({"text": " \n"}, "text is empty or contains only white space"),
+        ({"input_ids": [1, 2], "labels": [-100, -100]}, "has no label that carries loss"),
     ],
 )
 def test_nothing_said(record: dict[str, Any], words: str) -> None:
@@ -668,8 +674,8 @@ def test_nothing_said(record: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"messages": []}, "messages is empty: there are no turns"),
-        ({"conversations": "[]"}, "conversations is empty: there are no turns"),
+        ({"messages": []}, "messages is empty: it must contain at least one turn"),
+        ({"conversations": "[]"}, "conversations is empty: it must contain at least one turn"),
         ({"input_ids": []}, "input_ids is empty"),
         ({"input_ids": [1], "attention_mask": [0]}, "input_ids is empty"),
     ],
@@ -696,11 +702,11 @@ def test_a_call_or_a_thought_is_something_said() -> None:
 @pytest.mark.parametrize(
     ("template", "where"),
     [
-        ({"prompt": "q", "completion": "a?"}, "turn 2 (assistant) holds "),
-        ({"messages": [ASKED, {**SAID, "reasoning_content": "?"}]}, "turn 2 (assistant) holds "),
+        ({"prompt": "q", "completion": "a?"}, "turn 2 (assistant) contains "),
+        ({"messages": [ASKED, {**SAID, "reasoning_content": "?"}]}, "turn 2 (assistant) contains "),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"?": 1}}]}]}, "turn 2 "),
-        ({"messages": [ASKED, SAID], "tools": [{"name": "f", "description": "?"}]}, "tools holds "),
-        ({"text": "a\tb\r\n?"}, "text holds "),
+        ({"messages": [ASKED, SAID], "tools": [{"name": "f", "description": "?"}]}, "tools contains "),
+        ({"text": "a\tb\r\n?"}, "text contains "),
     ],
 )
 def test_characters_that_cannot_be_learnt(template: dict[str, Any], where: str, sign: str, words: str) -> None:
@@ -719,7 +725,7 @@ def test_ordinary_text_of_the_world_is_no_trouble() -> None:
 
 
 def test_an_accepted_answer_is_looked_at_too() -> None:
-    with pytest.raises(RowError, match=r"the accepted answer holds U\+D800"):
+    with pytest.raises(RowError, match=r"the accepted answer contains U\+D800"):
         formats.example({"prompt": "q", "completion": "a"}, "auto", Data(), ["\ud800"])
 
 
@@ -730,20 +736,23 @@ def test_an_accepted_answer_is_looked_at_too() -> None:
         ({"messages": {"role": "user"}}, "messages is not a list of turns: {'role': 'user'}"),
         ({"messages": None}, "messages is not a list of turns: None"),
         ({"messages": ["q"]}, "turn 1 of messages is not an object: 'q'"),
-        ({"messages": [{"content": "q"}]}, "turn 1 of messages needs a role and a content"),
-        ({"messages": [{"role": "user"}]}, "turn 1 of messages needs a role and a content"),
-        ({"messages": [{"role": 1, "content": "q"}]}, "turn 1 of messages needs a role and a content"),
-        ({"messages": [ASKED, {**SAID, "content": 4}]}, "turn 2 of messages needs a role and a content, both text: 4"),
+        ({"messages": [{"content": "q"}]}, "turn 1 of messages must have a role and a content"),
+        ({"messages": [{"role": "user"}]}, "turn 1 of messages must have a role and a content"),
+        ({"messages": [{"role": 1, "content": "q"}]}, "turn 1 of messages must have a role and a content"),
+        (
+            {"messages": [ASKED, {**SAID, "content": 4}]},
+            "turn 2 of messages must have a role and a content, both text: 4",
+        ),
         (
             {
                 "messages": [
                     {**ASKED, "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "b"}]}
                 ]
             },
-            "part 2 of turn 1 of messages is of type 'image_url'; only text can be learnt",
+            "part 2 of turn 1 of messages is of type 'image_url'; only text can be trained on",
         ),
         ({"messages": [{**ASKED, "content": ["a"]}]}, "part 1 of turn 1 of messages is not an object"),
-        ({"messages": [ASKED, {**SAID, "weight": 0.5}]}, "turn 2 of messages has the weight 0.5; it can be 0 or 1"),
+        ({"messages": [ASKED, {**SAID, "weight": 0.5}]}, "turn 2 of messages has the weight 0.5; it must be 0 or 1"),
         ({"messages": [ASKED, {**SAID, "name": 7}]}, "name of turn 2 of messages is not text: 7"),
         (
             {"messages": [ASKED, {**SAID, "tool_calls": 7}]},
@@ -760,11 +769,11 @@ def test_an_accepted_answer_is_looked_at_too() -> None:
         ),
         (
             {"messages": [ASKED, {**SAID, "tool_calls": [{"name": "f", "arguments": {"x": b"1"}}]}]},
-            "turn 2 (assistant) holds b'1', a bytes, which JSON has no way to write",
+            "turn 2 (assistant) contains b'1', a bytes, which JSON cannot represent",
         ),
         (
             {"messages": [ASKED, SAID], "tools": [{"name": "f", "x": float("nan")}]},
-            "tools holds nan, a float, which JSON has no way to write",
+            "tools contains nan, a float, which JSON cannot represent",
         ),
         (
             {"conversations": [{"from": "function_call", "value": "f(x)"}]},
@@ -777,23 +786,32 @@ def test_an_accepted_answer_is_looked_at_too() -> None:
         ({"prompt": 1, "completion": "a"}, "prompt is neither text nor a list of turns: 1"),
         ({"prompt": "q", "completion": None}, "completion is neither text nor a list of turns: None"),
         ({"instruction": 1, "output": "a"}, "instruction is not text: 1"),
-        ({"instruction": "q", "output": "a", "history": [["q"]]}, "pair 1 of history is no question and answer: ['q']"),
+        (
+            {"instruction": "q", "output": "a", "history": [["q"]]},
+            "pair 1 of history must be a question and an answer: ['q']",
+        ),
         ({"instruction": "q", "output": "a", "history": [["q", 1]]}, "pair 1 of history is not text: 1"),
         ({"text": ["t"]}, "text is not text: ['t']"),
         ({"input_ids": [1, "2"]}, "input_ids is not a list of integers: [1, '2']"),
         ({"input_ids": [True]}, "input_ids is not a list of integers: [True]"),
-        ({"input_ids": [1, -1]}, "has input_ids from -1 to 1; they can be 0 to 2147483647"),
-        ({"input_ids": [1, 2**31]}, "has input_ids from 1 to 2147483648; they can be 0 to 2147483647"),
+        ({"input_ids": [1, -1]}, "has input_ids from -1 to 1; ids must be 0 to 2147483647"),
+        ({"input_ids": [1, 2**31]}, "has input_ids from 1 to 2147483648; ids must be 0 to 2147483647"),
         ({"input_ids": [1, 2], "labels": [1]}, "has 2 input_ids and 1 labels"),
-        ({"input_ids": [1, 2], "labels": [1, 3]}, "labels 3 at 1, where the token is 2: a label is its token, or -100"),
-        ({"input_ids": [1, 2], "attention_mask": [1]}, "attention_mask has 1 values for 2 input_ids"),
+        (
+            {"input_ids": [1, 2], "labels": [1, 3]},
+            "has the label 3 at position 1, where the token is 2: a label must be its token or -100",
+        ),
+        (
+            {"input_ids": [1, 2], "attention_mask": [1]},
+            "attention_mask must have 2 values, one for each of input_ids (it has 1)",
+        ),
         (
             {"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]},
-            "attention_mask has 3 values for 3 input_ids, or is not",
+            "attention_mask must have 3 values",
         ),
         (
             {"input_ids": [1, 2], "attention_mask": [1, 2]},
-            "attention_mask has 2 values for 2 input_ids, or is not ones",
+            "attention_mask must have 2 values",
         ),
     ],
 )
@@ -811,7 +829,7 @@ def test_what_is_nested_too_deeply_is_refused() -> None:
         {"messages": [ASKED, SAID], "tools": [{"name": "f", "parameters": deep}]},
         {"messages": "[" * 20_000},
     ):
-        assert refusal(record) == ("malformed", "is nested too deeply to be written down")
+        assert refusal(record) == ("malformed", "is nested too deeply")
 
 
 # Values of any kind

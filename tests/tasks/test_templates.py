@@ -12,11 +12,12 @@ import pytest
 from helpers.data_traps.models import FAMILIES, TEMPLATES, Tiny, build, tokenizer_of
 from helpers.data_traps.prepared import prepare_rows
 from qkit.chat.template import Renderer, renderer, special_tokens
-from qkit.plugins.task import Conversation, RowError
+from qkit.core.batching import IGNORED
+from qkit.plugins.task import Conversation
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation import checks
 from qkit.tasks._conversation.checks import spans
-from qkit.tasks._conversation.encode import IGNORED, Row, tokenize
+from qkit.tasks._conversation.encode import EncodedRow, tokenize
 
 TOOL = {
     "type": "function",
@@ -68,17 +69,17 @@ def golden(reader: Renderer) -> Iterator[str]:
     for name, conversation in CONVERSATIONS.items():
         for loss in ("completion", "assistant", "all"):
             yield f"=== {name}, data.loss={loss}"
-            [made] = tokenize(reader, [conversation], Data(loss=loss))
-            if isinstance(made, RowError):
-                yield f"--- left out ({made.rule}): {made}"
+            [result] = tokenize(reader, [conversation], Data(loss=loss))
+            if result.error is not None:
+                yield f"--- left out ({result.error.rule}): {result.error}"
                 continue
-            for row in made:
+            for row in result.rows:
                 yield bracketed(reader, row)
                 found = checks.examine(reader, facts, row, loss, closely=True)
                 yield from (f"--- {check}: {words}" for check, words in found)
 
 
-def bracketed(reader: Renderer, row: Row) -> str:
+def bracketed(reader: Renderer, row: EncodedRow) -> str:
     decode = reader.tokenizer.decode
     text, at = "", 0
     for begin, end in spans(row.labels):
@@ -96,12 +97,12 @@ def test_masks(family: str, readers: dict[str, Renderer]) -> None:
     assert made == file.read_text(encoding="utf-8")
 
 
-def taken(reader: Renderer, loss: str) -> Iterator[tuple[Conversation, list[Row]]]:
+def taken(reader: Renderer, loss: str) -> Iterator[tuple[Conversation, list[EncodedRow]]]:
     """The conversations that a family takes, with their rows."""
     for conversation in CONVERSATIONS.values():
-        [made] = tokenize(reader, [conversation], Data(loss=loss))
-        if not isinstance(made, RowError):
-            yield conversation, made
+        [result] = tokenize(reader, [conversation], Data(loss=loss))
+        if result.error is None:
+            yield conversation, list(result.rows)
 
 
 @pytest.mark.parametrize("loss", ["completion", "assistant", "all"])
@@ -149,9 +150,8 @@ MARKED = (
 
 def test_markers_in_a_template_give_the_same_mask() -> None:
     tokenizer = tokenizer_of(Tiny(MARKED))
-    [made] = tokenize(renderer(tokenizer), [SPOKEN], Data(loss="assistant"))
-    assert not isinstance(made, RowError)
-    [row] = made
+    [result] = tokenize(renderer(tokenizer), [SPOKEN], Data(loss="assistant"))
+    [row] = result.rows
     marked: Any = tokenizer.apply_chat_template(
         list(SPOKEN.messages), return_dict=True, tokenize=True, return_assistant_tokens_mask=True
     )

@@ -85,7 +85,7 @@ def test_any_damage_to_any_file_is_seen(interrupted: Path, tmp_path: Path, harm:
         harm(folder / "checkpoint-4" / name)
         said: list[str] = []
         assert checkpoints.newest_whole(folder, said.append) == folder / "checkpoint-2"
-        assert len(said) == 1 and said[0].startswith("checkpoint-4 is not whole (") and name in said[0]
+        assert len(said) == 1 and said[0].startswith("checkpoint-4 is incomplete (") and name in said[0]
 
 
 def test_training_goes_on_from_the_newest_whole_one_to_the_same_result(
@@ -96,9 +96,9 @@ def test_training_goes_on_from_the_newest_whole_one_to_the_same_result(
         _cut(file)
     _cut(out / "losses.parquet")
     train_stage.run(run, out)
-    assert [line for line in heard.lines if "not whole" in line or "going on" in line] == [
-        f"train: warning: checkpoint-4 is not whole (its {checkpoints.SEAL} cannot be read), so it is not gone on from",
-        "train: going on from checkpoint-2",
+    assert [line for line in heard.lines if "incomplete" in line or "resuming" in line] == [
+        f"train: warning: checkpoint-4 is incomplete ({checkpoints.SEAL} is not readable); training does not resume from it",
+        "train: resuming from checkpoint-2",
     ]
     assert (out / ADAPTER).read_bytes() == (straight / ADAPTER).read_bytes()
     assert _losses(out) == _losses(straight)
@@ -112,7 +112,9 @@ def test_training_begins_anew_where_no_checkpoint_is_whole(
     _empty(out / "checkpoints/checkpoint-4/trainer_state.json")
     (out / "checkpoints/checkpoint-2/optimizer.pt").unlink()
     train_stage.run(run, out)
-    assert "train: from the beginning" in heard.lines and sum("not whole" in line for line in heard.lines) == 2
+    assert (
+        "train: starting from the beginning" in heard.lines and sum("incomplete" in line for line in heard.lines) == 2
+    )
     assert (out / ADAPTER).read_bytes() == (straight / ADAPTER).read_bytes()
 
 
@@ -175,4 +177,4 @@ def test_a_seal_that_lists_nothing_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / checkpoints.SEAL).write_text(text)
     assert checkpoints.newest_whole(tmp_path, heard.append) is None
-    assert heard == ["checkpoint-2 is not whole (its files.json lists no files), so it is not gone on from"]
+    assert heard == ["checkpoint-2 is incomplete (files.json lists no files); training does not resume from it"]

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qkit.core.batching import TokenBudgetBatches, packed, part_sizes
-from qkit.train.collate import IGNORED, collate
+from qkit.core.batching import IGNORED, TokenBudgetBatches, packed, part_sizes
+from qkit.train.collate import collate
 from qkit.train.fast import head
 from qkit.train.fast.head import labelled_loss, row_losses
 from qkit.train.trainer import trainer_class

@@ -271,7 +271,7 @@ def test_training_hands_back_between_layers(tiny_model: Path, monkeypatch: pytes
     monkeypatch.setattr(heap, "trim_heap", lambda: calls.append(1))
     monkeypatch.setattr(heap, "LAYERS_BETWEEN", 1)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    heap.give_back_between_layers(model)
+    heap.trim_between_layers(model)
     model(torch.ones(1, 4, dtype=torch.int64))
     assert len(calls) == 2 + 1  # before each of the two layers, and before the head
     model.gradient_checkpointing_enable({"use_reentrant": False})

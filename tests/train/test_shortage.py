@@ -98,7 +98,7 @@ def test_a_run_goes_on_from_its_checkpoint_at_the_same_batches(recipe_file: Path
     command = [sys.executable, "-m", "qkit", "run", str(recipe_file), "--out", str(tmp_path / "cut"), "--fit", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
-    assert "going on from the last checkpoint with micro_batches=2" in done.stderr
+    assert "resuming from the last checkpoint with micro_batches=2" in done.stderr
     assert "SIGKILL" in done.stderr and "micro_batches=4" in done.stderr
     steps = [tuple(map(int, line.split())) for line in (tmp_path / "told").read_text().splitlines()]
     assert steps == [*((1, n) for n in (0, 1, 2, 3)), *((2, n) for n in (2, 3, 4, 5)), *((4, n) for n in (4, 5, 6))]
@@ -121,7 +121,7 @@ def test_memory_that_the_system_refuses(recipe_file: Path, tmp_path: Path, monke
         pipeline.execute(run, "train")
     text = str(raised.value)
     assert "out of memory: " in text and "allocate memory" in text
-    assert "the plan was" in text and ("more than the" in text or "no line was above its plan" in text)
+    assert "the plan was" in text and ("more than the" in text or "no item exceeded its plan" in text)
     assert "try --set micro_batches=2 (-" in text and "qkit run --fit" in text
     assert pipeline.statuses(run)["train"] == "missing" and raised.value.exit_code == 3
 
@@ -177,8 +177,8 @@ def test_the_line_that_was_over_is_named_with_its_excess() -> None:
     gib = 2**30
     text = fit.over({"weights": gib, "logits": gib}, {"weights": gib, "logits": 3 * gib, "other": 9 * gib})
     assert text == "logits took 3.0 GiB, 2.0 GiB more than the 1.0 GiB planned"
-    assert fit.over({"weights": gib}, {"weights": gib}) == "no line was above its plan"
+    assert fit.over({"weights": gib}, {"weights": gib}) == "no item exceeded its plan"
 
 
 def test_a_stage_without_a_remedy_says_what_is_left(tiny_recipe: Path) -> None:
-    assert "take a smaller model or a larger device" in fit.shortage(load(tiny_recipe), "merge", detect())
+    assert "use a smaller model or a larger device" in fit.shortage(load(tiny_recipe), "merge", detect())

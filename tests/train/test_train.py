@@ -13,7 +13,7 @@ from helpers.tiny import build_tokenizer
 from helpers.training import CAPACITY, LENGTHS, Heard, _json, _labelled, _losses, _rows, _run
 from qkit import pipeline
 from qkit.core import device as core_device
-from qkit.core.batching import TokenBudgetBatches, packed
+from qkit.core.batching import IGNORED, TokenBudgetBatches, packed
 from qkit.core.errors import RecipeError, StageFailed
 from qkit.model import load as model_load
 from qkit.plan import gpus
@@ -21,7 +21,7 @@ from qkit.recipe.load import load
 from qkit.run.directory import Run
 from qkit.train import checkpoints, sft
 from qkit.train import stage as train_stage
-from qkit.train.collate import IGNORED, collate
+from qkit.train.collate import collate
 from qkit.train.fast import head
 
 pytestmark = pytest.mark.slow
@@ -79,7 +79,7 @@ def _cut_short(rows: Any, pad: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("broken", "said"),
-    [(_shifted_labels, "do not add up"), (_shifted_mask, "are not those of the rows"), (_cut_short, "do not add up")],
+    [(_shifted_labels, "counts disagree"), (_shifted_mask, "ids disagree"), (_cut_short, "counts disagree")],
 )
 def test_labels_that_change_on_their_way_are_seen(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Any, said: str
@@ -128,7 +128,7 @@ def test_training_stops_at_a_step_that_is_no_number(
     monkeypatch.setattr(transformers.Trainer, "_clip_grad_norm", norm)
     run, out = _run(tmp_path, tiny_model, train={"max_steps": 6, "save_steps": 2, "logging_steps": 4})
     with pytest.raises(
-        StageFailed, match=rf"step 4 has gone astray: its {spoilt} is (nan|inf)\. Lower train\.learning_rate"
+        StageFailed, match=rf"training diverged at step 4: {spoilt} is (nan|inf)\. Lower train\.learning_rate"
     ):
         train_stage.run(run, out)
     kept = checkpoints.newest_whole(out / "checkpoints")
@@ -157,7 +157,10 @@ def test_a_model_that_cannot_be_planned_is_trained(tmp_path: Path) -> None:
     train_stage.run(run, out)
     (said,) = [line for line in heard.lines if line.startswith("not planned: ")]
     assert "has no intermediate_size" in said
-    assert "train: gradient checkpointing is on: there is no plan for this model, and on needs less" in heard.lines
+    assert (
+        "train: gradient checkpointing is on: this model cannot be planned for, and training needs less memory with it"
+        in heard.lines
+    )
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -166,7 +169,7 @@ def test_an_unknown_optimizer_is_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(model_load, "load_base", _interrupted)
     run, out = _run(tmp_path, tiny_model, train={"optim": "paged_adam_8bit"})
-    with pytest.raises(RecipeError, match=r"train\.optim=paged_adam_8bit: .* near it are paged_adamw_8bit"):
+    with pytest.raises(RecipeError, match=r"train\.optim=paged_adam_8bit: .* similar names: paged_adamw_8bit"):
         train_stage.run(run, out)
 
 
@@ -284,15 +287,12 @@ def test_checkpointing_is_decided_said_kept_and_recorded(
     with pytest.raises(KeyboardInterrupt):
         pipeline.execute(run, "train")
     assert any(
-        line.startswith("train: gradient checkpointing is off: without it training needs ") for line in heard.lines
+        line.startswith("train: gradient checkpointing is off: without it, training needs ") for line in heard.lines
     )
     monkeypatch.setattr(gpus, "usable_bytes", lambda device: 1)
     heard.stop_at, heard.steps = float("inf"), 0
     pipeline.execute(run, "train")
-    assert (
-        heard.lines[-3:] != []
-        and "train: gradient checkpointing is off: it was when this training began" in heard.lines
-    )
+    assert heard.lines[-3:] != [] and "train: gradient checkpointing is off: as when this run started" in heard.lines
     recorded = run.manifest()["stages"]["train"]["decided"]
     assert recorded["train.gradient_checkpointing"] is False and seen == [False, False]
     assert load(run.root / "recipe.yaml").train.gradient_checkpointing == "auto"

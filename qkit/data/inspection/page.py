@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from qkit.chat import template
+from qkit.core.batching import IGNORED
 from qkit.core.files import write_text
 from qkit.data.inspection.screen import histogram, suspects
 from qkit.data.inspection.view import Inspection, token_texts
 from qkit.model import tokenizer as model_tokenizer
 from qkit.recipe.schema import SPLITS
-from qkit.tasks._conversation.encode import IGNORED
 
 ROWS = 2000  # of each split: about 3 MB of page for rows of 300 tokens
 DROPPED = 500
@@ -24,11 +24,11 @@ READ = 256  # rows at a time
 Segment = list[Any]  # [kind, text]; kind: 1 trained, 2 special, 3 both, 0 neither
 
 
-def write(seen: Inspection, file: Path) -> None:
+def write(inspection: Inspection, file: Path) -> None:
     """Write the page."""
     import jinja2
 
-    tokenizer = model_tokenizer.tokenizer_of(seen.how.model)
+    tokenizer = model_tokenizer.tokenizer_of(inspection.recipe.model)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qkit.data.inspection", ""),
         autoescape=True,
@@ -36,15 +36,15 @@ def write(seen: Inspection, file: Path) -> None:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    splits = {split: list(_rows(seen, split, tokenizer)) for split in SPLITS}
+    splits = {split: list(_rows(inspection, split, tokenizer)) for split in SPLITS}
     page = environment.get_template("inspect.html.j2").render(
-        summary=seen.summary,
-        checks=suspects(seen.summary["checks"]),
-        passed=[check for check in seen.summary["checks"] if check["status"] == "pass"],
-        skipped=[check for check in seen.summary["checks"] if check["status"] == "skipped"],
-        histogram=list(histogram(seen.summary["lengths"], seen.how.data.max_length)),
+        summary=inspection.summary,
+        checks=suspects(inspection.summary["checks"]),
+        passed=[check for check in inspection.summary["checks"] if check["status"] == "pass"],
+        skipped=[check for check in inspection.summary["checks"] if check["status"] == "skipped"],
+        histogram=list(histogram(inspection.summary["lengths"], inspection.recipe.data.max_length)),
         rows=_json({split: rows for split, rows in splits.items() if rows}),
-        dropped=list(_dropped(seen)),
+        dropped=list(_dropped(inspection)),
         limit=ROWS,
     )
     write_text(file, page)
@@ -56,14 +56,14 @@ def _json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _rows(seen: Inspection, split: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
+def _rows(inspection: Inspection, split: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     special = frozenset(template.special_ids(tokenizer).values())
-    with pq.ParquetFile(seen.folder / f"{split}.parquet") as opened:
+    with pq.ParquetFile(inspection.folder / f"{split}.parquet") as opened:
         batches = opened.iter_batches(READ, columns=["input_ids", "labels", "place"])
-        found = (row for batch in batches for row in batch.to_pylist())
-        for row in islice(found, ROWS):
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for row in islice(rows, ROWS):
             segments = list(_segments(row, special, tokenizer))
             yield {"place": row["place"], "tokens": len(row["input_ids"]), "segments": segments}
 
@@ -83,10 +83,12 @@ def _segments(row: Mapping[str, Any], special: frozenset[int], tokenizer: Any) -
         yield last
 
 
-def _dropped(seen: Inspection) -> Iterator[Mapping[str, Any]]:
+def _dropped(inspection: Inspection) -> Iterator[Mapping[str, Any]]:
     """Records that are not used, and why."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    ledger = pq.read_table(seen.folder / "ledger.parquet", columns=["source", "line", "split", "reason", "status"])
+    ledger = pq.read_table(
+        inspection.folder / "ledger.parquet", columns=["source", "line", "split", "reason", "status"]
+    )
     yield from ledger.filter(pc.equal(ledger["status"], "dropped")).slice(0, DROPPED).to_pylist()

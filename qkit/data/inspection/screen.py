@@ -28,47 +28,47 @@ SOURCES = 8  # of more, the rest is counted
 
 CONTROL = {
     code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
-}  # shown as signs: a row must not steer the terminal
+}  # shown as symbols: a row must not control the terminal
 
 
 def plain(text: str) -> str:
-    """Text of a row as a terminal may be given it."""
+    """Text of a row that is safe to print on a terminal."""
     return text.translate(CONTROL)
 
 
-def to_dict(seen: Inspection, row: RowView | None, losses: Mapping[str, Any] | None) -> dict[str, Any]:
+def to_dict(inspection: Inspection, row: RowView | None, losses: Mapping[str, Any] | None) -> dict[str, Any]:
     """For `--json`. `checks`: name, status, message, found, rows (source, line), remedy."""
-    splits = seen.summary["splits"]
+    splits = inspection.summary["splits"]
     counts = {name: sum(split[name] for split in splits.values()) for name in ("records", "kept", "dropped")}
-    made = {
-        "checks": seen.summary["checks"],
-        "counts": {**counts, "by_rule": seen.summary["dropped"]},
-        "tokens": seen.summary["budget"],
+    result = {
+        "checks": inspection.summary["checks"],
+        "counts": {**counts, "by_rule": inspection.summary["dropped"]},
+        "tokens": inspection.summary["budget"],
         "splits": splits,
-        "sources": seen.summary["sources"],
-        "lengths": seen.summary["lengths"],
+        "sources": inspection.summary["sources"],
+        "lengths": inspection.summary["lengths"],
     }
     if losses is not None:
-        made["losses"] = losses
-    return {**made, **asdict(row)} if row else made
+        result["losses"] = losses
+    return {**result, **asdict(row)} if row else result
 
 
-def screen(seen: Inspection, losses: Mapping[str, Sequence[Mapping[str, Any]]] | None) -> RenderableType:
-    """Everything but single rows."""
+def screen(inspection: Inspection, losses: Mapping[str, Sequence[Mapping[str, Any]]] | None) -> RenderableType:
+    """The whole report without single rows."""
     from rich.console import Group
     from rich.text import Text
 
     parts: list[RenderableType] = [
-        *_sources(seen.summary["sources"]),
-        _splits(seen.summary["splits"]),
-        Text(_template(seen)),
-        Text(_budget(seen.summary["budget"])),
-        *map(Text, histogram(seen.summary["lengths"], seen.how.data.max_length)),
+        *_sources(inspection.summary["sources"]),
+        _splits(inspection.summary["splits"]),
+        Text(_template(inspection)),
+        Text(_budget(inspection.summary["budget"])),
+        *map(Text, histogram(inspection.summary["lengths"], inspection.recipe.data.max_length)),
         Text(),
-        *_choices(seen),
+        *_choices(inspection),
         Text(),
-        _checks(seen.summary["checks"]),
-        *_suspects(seen.summary["checks"]),
+        _checks(inspection.summary["checks"]),
+        *_suspects(inspection.summary["checks"]),
     ]
     if losses is not None:
         parts += map(Text, _losses(losses))
@@ -96,7 +96,7 @@ def _splits(splits: Mapping[str, Mapping[str, int]]) -> Table:
     table.add_column("split")
     for name in columns:
         table.add_column(
-            {"labelled_tokens": "carry loss", "truncated_tokens": "cut off"}.get(name, name), justify="right"
+            {"labelled_tokens": "carry loss", "truncated_tokens": "truncated"}.get(name, name), justify="right"
         )
     for split, counts in splits.items():
         if counts["records"]:
@@ -104,11 +104,11 @@ def _splits(splits: Mapping[str, Mapping[str, int]]) -> Table:
     return table
 
 
-def _template(seen: Inspection) -> str:
-    template = seen.summary["template"]
+def _template(inspection: Inspection) -> str:
+    template = inspection.summary["template"]
     return (
-        f"\ntemplate: {template['name']}; a turn ends with {template['end_of_turn']}, {template['pad']} pads; "
-        f"loss: {seen.how.data.loss}; packing: {'on' if seen.how.data.packing else 'off'}"
+        f"\ntemplate: {template['name']}; end of turn: {template['end_of_turn']}; padding: {template['pad']}; "
+        f"loss: {inspection.recipe.data.loss}; packing: {'on' if inspection.recipe.data.packing else 'off'}"
     )
 
 
@@ -130,22 +130,22 @@ def histogram(lengths: Sequence[Sequence[int]], max_length: int) -> Iterator[str
         sum(rows for tokens, rows, _ in lengths if tokens // width == index) for index in range(longest // width + 1)
     ]
     shares = "  ".join(f"p{share} {solve.percentile(lengths, share / 100):,}" for share in (50, 90, 99))
-    yield f"tokens a row: {shares}  longest {longest:,}  (max_length {max_length:,})"
+    yield f"tokens per row: {shares}  longest {longest:,}  (max_length {max_length:,})"
     for index, rows in enumerate(bins):
         bar = "█" * -(-rows * BAR // max(bins)) if rows else ""
         yield f"{index * width:>7,} {bar:<{BAR}} {rows:,} ({rows / total:.0%})"
 
 
-def _choices(seen: Inspection) -> Iterator[Table]:
+def _choices(inspection: Inspection) -> Iterator[Table]:
     """What each choice of data.max_length keeps and costs; nothing where the model's shape is not known."""
-    lengths = seen.summary["lengths"]
+    lengths = inspection.summary["lengths"]
     with suppress(ModelError):
         if lengths:
-            yield plan_screen.choices(solve.length_table(lengths, seen.how, detect()))
+            yield plan_screen.choices(solve.length_table(lengths, inspection.recipe, detect()))
 
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
-    """Checks that found something, each with its words; the names of the others."""
+    """The names of the checks that passed or were skipped."""
     from rich.table import Table
     from rich.text import Text
 
@@ -160,7 +160,7 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def suspects(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What is most likely wrong: failures before warnings, by how many rows they found; repeated rows last, they harm least."""
+    """Failed checks before warnings, those with most rows first; duplicates come last because they do the least harm."""
     bad = [check for check in checks if check["status"] in ("fail", "warn")]
     return sorted(bad, key=lambda check: (check["status"] != "fail", "duplicate" in check["name"], -check["found"]))
 
@@ -168,24 +168,24 @@ def suspects(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _suspects(checks: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
     from rich.text import Text
 
-    found = suspects(checks)
-    if not found:
-        yield Text("nothing looks wrong", style="green")
-    for check in found[:SUSPECTS]:
+    suspicious = suspects(checks)
+    if not suspicious:
+        yield Text("no problems found", style="green")
+    for check in suspicious[:SUSPECTS]:
         yield Text.assemble(
             (f"{check['status']} ", STYLES[check["status"]]), (check["name"], "bold"), f": {plain(check['message'])}"
         )
         yield Text(f"     {check['remedy']}", style="dim")
-    if len(found) > SUSPECTS:
-        yield Text(f"and {', '.join(check['name'] for check in found[SUSPECTS:])}: see --json", style="dim")
+    if len(suspicious) > SUSPECTS:
+        yield Text(f"and {', '.join(check['name'] for check in suspicious[SUSPECTS:])}: see --json", style="dim")
 
 
 def _losses(losses: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
-    for kind, words in (
-        ("did_not_learn", "rows that did not learn"),
-        ("suspiciously_low", "rows whose loss was low before training"),
+    for kind, title in (
+        ("did_not_learn", "rows that were not learned"),
+        ("suspiciously_low", "rows with a low loss before training"),
     ):
-        yield f"\n{words}:"
+        yield f"\n{title}:"
         for row in losses[kind]:
             yield f"  loss {row['loss_before']:.3f} before, {row['loss_after']:.3f} after: row {row['row']} ({row['place']})"
 

@@ -1,4 +1,4 @@
-"""What `qkit inspect` shows: the data stage's own work, made without a run and kept in the cache, and single rows token by token."""
+"""What `qkit inspect` shows: the output of the data stage, cached and without a run, and single rows token by token."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from qkit import __version__
 from qkit.chat import template
+from qkit.core.batching import IGNORED
 from qkit.core.errors import DataError
 from qkit.core.files import read_json
 from qkit.core.progress import Progress
@@ -24,7 +25,6 @@ from qkit.recipe.load import from_dict
 from qkit.recipe.schema import SPLITS, Recipe
 from qkit.run.directory import Run
 from qkit.run.source_files import named_files
-from qkit.tasks._conversation.encode import IGNORED
 
 KEPT = 8  # inspections in the cache; older ones go
 WORST = 5  # rows of each kind that are shown
@@ -36,7 +36,7 @@ LONGEST_CHARACTER = 4  # bytes of UTF-8, and so tokens
 class Inspection:
     """What was found: `summary` is summary.json, `folder` holds the tokenized rows and the ledger."""
 
-    how: Recipe
+    recipe: Recipe
     folder: Path
     summary: Mapping[str, Any]
 
@@ -57,25 +57,25 @@ class RowView:
     special: tuple[int, ...]
 
 
-def inspect(how: Recipe, progress: Progress) -> Inspection:
+def inspect(recipe: Recipe, progress: Progress) -> Inspection:
     """Read and look at all rows as the data stage would; what has not changed since the last time comes from the cache."""
     root = cache_dir() / "inspect"
-    key = _key(how)
+    key = _key(recipe)
     folder = root / key if key else None
     if folder is None or not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=root, prefix=".made-"))
+        temporary = Path(tempfile.mkdtemp(dir=root, prefix=".made-"))
         try:
-            data_stage.prepare(how, made, progress)
-            folder = _placed(made, folder or root / "unpinned")
+            data_stage.prepare(recipe, temporary, progress)
+            folder = _placed(temporary, folder or root / "unpinned")
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         _forget(root)
-    return Inspection(how, folder, read_json(folder / "summary.json"))
+    return Inspection(recipe, folder, read_json(folder / "summary.json"))
 
 
 def recipe_for(model: str, source: str, format: str, overrides: Sequence[str]) -> Recipe:
-    """A recipe for somebody's own set-up: this model's tokenizer and template, these rows."""
+    """A recipe with this model's tokenizer and template, and these rows."""
     raw = {"task": "chat", "model": {"source": model}, "data": {"train": [{"source": source, "format": format}]}}
     return from_dict(raw, overrides, "--model and --data")
 
@@ -85,12 +85,12 @@ def of_run(run: Run) -> Inspection:
     return Inspection(run.recipe, run.folder("data"), read_json(run.need("data", "summary.json")))
 
 
-def _placed(made: Path, folder: Path) -> Path:
+def _placed(temporary: Path, folder: Path) -> Path:
     """Put a finished folder in its place; another process may have been faster."""
     if folder.name == "unpinned":
         shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
-        made.rename(folder)
+        temporary.rename(folder)
     return folder
 
 
@@ -100,25 +100,25 @@ def _forget(root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _key(how: Recipe) -> str | None:
+def _key(recipe: Recipe) -> str | None:
     """Hash of all that the result depends on; None when that cannot be known (a hub data set with no revision)."""
-    sources = [source for split in SPLITS for source in getattr(how.data, split)]
+    sources = [source for split in SPLITS for source in getattr(recipe.data, split)]
     if any(isinstance(locate(source.source), HubId) and not source.revision for source in sources):
         return None
-    dumped = how.model_dump(mode="json")
+    dumped = recipe.model_dump(mode="json")
     what = {
         "version": __version__,
         "recipe": {name: dumped[name] for name in ("task", "seed", "model", "data")},
-        "served": how.serve.max_model_len,
-        "files": [_stamp(path) for path in _files(how)],
+        "served": recipe.serve.max_model_len,
+        "files": [_stamp(path) for path in _files(recipe)],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _files(how: Recipe) -> Iterator[Path]:
+def _files(recipe: Recipe) -> Iterator[Path]:
     """Local files that rows, template and tokenizer come from."""
-    yield from (file for files in named_files(how).values() for file in files)
-    yield from sorted(file for file in model_source.companions(how.model).iterdir() if file.suffix != ".safetensors")
+    yield from (file for files in named_files(recipe).values() for file in files)
+    yield from sorted(file for file in model_source.companions(recipe.model).iterdir() if file.suffix != ".safetensors")
 
 
 def _stamp(path: Path) -> list[str | int]:
@@ -129,32 +129,32 @@ def _stamp(path: Path) -> list[str | int]:
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-def row(seen: Inspection, split: str, number: int) -> RowView:
-    """Take one row apart.
+def row(inspection: Inspection, split: str, number: int) -> RowView:
+    """One row, token by token.
 
     Raises:
-        DataError: no such split, or no such row.
+        DataError: the split or the row does not exist.
     """
     if split not in SPLITS:
-        raise DataError(f"--split {split}: there are {', '.join(SPLITS)}")
-    count = seen.summary["splits"][split]["rows"]
+        raise DataError(f"--split {split}: must be one of {', '.join(SPLITS)}")
+    count = inspection.summary["splits"][split]["rows"]
     if not 0 <= number < count:
-        raise DataError(f"--row {number}: the split {split} has {count} rows, counted from 0")
-    tokenizer = model_tokenizer.tokenizer_of(seen.how.model)
-    return view(tokenizer, _read_row(seen.folder / f"{split}.parquet", number), split, number)
+        raise DataError(f"--row {number}: the split {split} has {count} rows, numbered from 0")
+    tokenizer = model_tokenizer.tokenizer_of(inspection.recipe.model)
+    return view(tokenizer, _read_row(inspection.folder / f"{split}.parquet", number), split, number)
 
 
-def view(tokenizer: Any, found: Mapping[str, Any], split: str, number: int) -> RowView:
+def view(tokenizer: Any, stored: Mapping[str, Any], split: str, number: int) -> RowView:
     """A row of a split's parquet file with its tokens as text."""
-    ids = found["input_ids"]
+    ids = stored["input_ids"]
     special = frozenset(template.special_ids(tokenizer).values())
     return RowView(
         split=split,
         row=number,
-        place=found["place"],
+        place=stored["place"],
         input_ids=tuple(ids),
         texts=tuple(token_texts(tokenizer, ids)),
-        loss_mask=tuple(int(label != IGNORED) for label in found["labels"]),
+        loss_mask=tuple(int(label != IGNORED) for label in stored["labels"]),
         special=tuple(int(token in special) for token in ids),
     )
 
@@ -167,8 +167,8 @@ def _read_row(file: Path, number: int) -> Mapping[str, Any]:
         for group in range(opened.num_row_groups):
             rows = opened.metadata.row_group(group).num_rows
             if number < rows:
-                found: Mapping[str, Any] = opened.read_row_group(group, columns).slice(number, 1).to_pylist()[0]
-                return found
+                stored: Mapping[str, Any] = opened.read_row_group(group, columns).slice(number, 1).to_pylist()[0]
+                return stored
             number -= rows
     raise DataError(f"{file}: has no row {number}")
 
@@ -201,8 +201,8 @@ def losses(run: Run) -> dict[str, list[dict[str, Any]]] | None:
         return None
     rows = pq.read_table(file).to_pylist()
     places = pq.read_table(run.need("data", "train.parquet"), columns=["place"])["place"].to_pylist()
-    for found in rows:
-        found["place"] = places[found["row"]]
-    unlearnt = sorted(rows, key=lambda found: found["loss_before"] - found["loss_after"])
-    low = sorted(rows, key=lambda found: found["loss_before"])
+    for loss in rows:
+        loss["place"] = places[loss["row"]]
+    unlearnt = sorted(rows, key=lambda loss: loss["loss_before"] - loss["loss_after"])
+    low = sorted(rows, key=lambda loss: loss["loss_before"])
     return {"did_not_learn": unlearnt[:WORST], "suspiciously_low": low[:WORST]}

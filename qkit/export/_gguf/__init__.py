@@ -1,1 +1,1 @@
-"""What the GGUF format needs: the tokenizer in llama.cpp's terms, Ollama's Modelfile, and what is lost on the way."""
+"""Parts of the GGUF exporter: the tokenizer in llama.cpp's terms, Ollama's Modelfile, and a comparison of tokens with training."""

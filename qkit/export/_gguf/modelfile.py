@@ -1,4 +1,4 @@
-"""Ollama's Modelfile: the chat template in Ollama's own language where it can be said there, and what ends a turn."""
+"""Writes Ollama's Modelfile: the stop tokens, and the chat template in Ollama's language if that can express it."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ from typing import Any
 
 from qkit.export._gguf.tokenizer import stops, template_of
 
-MARK = "\u2402{}\u2403"  # stands for a turn's text: in no template
+MARK = "\u2402{}\u2403"  # stands for the text of a turn; occurs in no template
 ROLES = ("system", "user", "assistant")
-NO_WORDS = (
-    "# This chat template has no form in Ollama's language: Ollama takes what it knows of it from the file itself.\n"
-)
+UNTRANSLATED = "# This chat template cannot be expressed in Ollama's language: Ollama uses what it recognizes of the one in the .gguf file.\n"
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A template that puts fixed text around each turn. `default`: the system turn of a conversation that has none."""
+    """A template that puts fixed text around each turn. `default`: the system message of a conversation without one."""
 
     begin: str
     around: Mapping[str, tuple[str, str]]
     default: str | None = None
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation that is left for the assistant to answer."""
+        """Render a conversation up to the point where the assistant answers."""
         if self.default is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default}, *messages]
-        said = (self.around[turn["role"]][0] + turn["content"] + self.around[turn["role"]][1] for turn in messages)
-        return self.begin + "".join(said)
+        turns = (self.around[turn["role"]][0] + turn["content"] + self.around[turn["role"]][1] for turn in messages)
+        return self.begin + "".join(turns)
 
 
 def write_modelfile(folder: Path, weights: str) -> None:
@@ -39,18 +37,17 @@ def write_modelfile(folder: Path, weights: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     turns = turns_of(tokenizer) if template_of(folder) else None
-    lines = [f"FROM ./{weights}\n", NO_WORDS if turns is None else _template(turns, tokenizer)]
+    lines = [f"FROM ./{weights}\n", UNTRANSLATED if turns is None else _template(turns, tokenizer)]
     if turns and turns.default:
         lines.append(f'SYSTEM """{turns.default}"""\n')
     ends = (tokenizer.convert_ids_to_tokens(number) for number in stops(folder))
-    lines += [
-        f'PARAMETER stop "{text}"\n' for text in ends if text is not None
-    ]  # the embedding may have more rows than there are tokens
+    # The config may name an id that the tokenizer does not have
+    lines += [f'PARAMETER stop "{text}"\n' for text in ends if text is not None]
     (folder / "Modelfile").write_text("".join(lines), encoding="utf-8")
 
 
 def _template(turns: Turns, tokenizer: Any) -> str:
-    """The same in Go's template language. What the file has llama.cpp put before every text is left out."""
+    """Return the template in Go's template language, without the BOS token if llama.cpp adds it to every text."""
     added = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     begin = turns.begin.removeprefix(tokenizer.bos_token) if added and tokenizer.bos_token else turns.begin
     branches = [
@@ -61,28 +58,31 @@ def _template(turns: Turns, tokenizer: Any) -> str:
 
 
 def turns_of(tokenizer: Any) -> Turns | None:
-    """The template as fixed text around turns, or None where it does more than that: seen by what it makes of four conversations."""
+    """Return the template as fixed text around turns, inferred from four rendered conversations; None if it does more than that."""
     system, user, answer = ({"role": role, "content": MARK.format(role)} for role in ROLES)
-    talks = [[user], [system, user], [user, answer, user], [system, user, answer, user, answer, user]]
+    conversations = [[user], [system, user], [user, answer, user], [system, user, answer, user, answer, user]]
     try:
-        texts = [str(tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True)) for t in talks]
-    except Exception:  # a template is a program, and may refuse a system turn, or anything else, in any way
+        texts = [
+            str(tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True)) for t in conversations
+        ]
+    except Exception:  # a template is a program, and may reject a system turn, or anything else, with any error
         return None
-    once = tokenizer.bos_token or ""  # ChatML models name the mark of every turn so: then it is no beginning
-    begin = once if texts[-1].startswith(once) and texts[-1].count(once) == 1 else ""
-    found = _fitted(begin, texts[0].removeprefix(begin), texts[-1].removeprefix(begin))
-    fits = found is not None and all(found.render(talk) == text for talk, text in zip(talks, texts, strict=True))
-    return found if fits else None
+    bos = tokenizer.bos_token or ""
+    # ChatML models call the token that starts every turn their BOS token; then it does not belong to the beginning of the text.
+    begin = bos if texts[-1].startswith(bos) and texts[-1].count(bos) == 1 else ""
+    turns = _inferred(begin, texts[0].removeprefix(begin), texts[-1].removeprefix(begin))
+    exact = turns is not None and all(turns.render(c) == text for c, text in zip(conversations, texts, strict=True))
+    return turns if exact else None
 
 
-def _fitted(begin: str, short: str, whole: str) -> Turns | None:
-    """The text around turns, from a question alone and from a whole conversation, both without what they begin with."""
+def _inferred(begin: str, short: str, whole: str) -> Turns | None:
+    """Infer the text around turns from a single question and from a whole conversation, both without `begin`."""
     pieces = re.split("|".join(re.escape(MARK.format(role)) for role in ROLES), whole)
     first = short.split(MARK.format("user"))
     if len(pieces) != 7 or len(first) != 2:
         return None
     head, after_system, after_user, after_answer = pieces[:4]
-    asks = _common_end(_common_end(after_system, after_answer), first[0])  # what stands before each question
+    asks = _common_end(_common_end(after_system, after_answer), first[0])  # the text before each question
     around = {
         "system": (head, after_system.removesuffix(asks)),
         "user": (asks, after_user),
@@ -96,6 +96,7 @@ def _fitted(begin: str, short: str, whole: str) -> Turns | None:
 
 
 def _common_end(left: str, right: str) -> str:
+    """Return the longest common suffix."""
     pairs = zip(reversed(left), reversed(right), strict=False)
     size = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
     return left[len(left) - size :]

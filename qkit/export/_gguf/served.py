@@ -1,7 +1,7 @@
-"""Whether llama.cpp reads the run's own rows in the tokens that were trained on.
+"""Checks whether llama.cpp tokenizes the run's own rows as in training.
 
-A header has no place for normalizers, nor for what a token takes of the white space around it; and some of llama.cpp's patterns are not those
-of the tokenizer.json. How much that matters is a question of the texts.
+A GGUF header cannot hold normalizers, or the whitespace that an added token strips; and some of llama.cpp's patterns differ from those of
+the tokenizer.json. How much that matters depends on the texts.
 """
 
 from __future__ import annotations
@@ -18,16 +18,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-MOST = 2000  # rows that are compared
-SHOWN = 60  # characters of the first that differs
+MAX_ROWS = 2000  # that are compared
+SHOWN = 60  # characters of the first difference
 TEXTS = ("messages", "tools", "variables", "answer", "calls")
 
 
-def otherwise(rows: Path, folder: Path, file: Path) -> dict[str, Any] | None:
-    """Of how many of the training rows llama.cpp would make other tokens, and why; None where nothing is lost and no texts are at hand.
+def token_differences(rows: Path, folder: Path, file: Path) -> dict[str, Any] | None:
+    """Count the training rows that llama.cpp tokenizes differently, and list the causes; None if nothing is lost and there are no texts.
 
-    Rows of plain text and of tokens keep no text as it was before it was normalized: nothing can be said of them.
-    `folder`: with the tokenizer as trained; `file`: the .gguf file.
+    Rows of plain text and of tokens do not keep their text before normalization, so they cannot be compared.
+
+    Args:
+        rows: the run's data/train.parquet.
+        folder: the model folder with the tokenizer of training.
+        file: the .gguf file.
+
+    Returns:
+        `rows`, `differ`: how many rows were compared, and how many differ. `because`: the causes. `first`: the text of the first difference.
     """
     from transformers import AutoTokenizer
 
@@ -37,14 +44,14 @@ def otherwise(rows: Path, folder: Path, file: Path) -> dict[str, Any] | None:
         return {"rows": 0, "differ": 0, "because": because} if (because := lost(folder)) else None
     ids = [tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in (trained, served)]
     differing = [text for text, ours, theirs in zip(texts, *ids, strict=True) if ours != theirs]
-    found: dict[str, Any] = {"rows": len(texts), "differ": len(differing)}
+    result: dict[str, Any] = {"rows": len(texts), "differ": len(differing)}
     if differing:
-        found |= {"first": _around_difference(differing[0], trained, served), "because": lost(folder)}
-    return found
+        result |= {"first": _around_difference(differing[0], trained, served), "because": lost(folder)}
+    return result
 
 
 def lost(folder: Path) -> list[str]:
-    """What a tokenizer.json says and a header cannot."""
+    """Return the parts of a tokenizer.json that a GGUF header cannot hold."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     rule = tokenizer.get("normalizer") or {}
     kinds = [step["type"] for step in rule.get("normalizers", [rule] if rule else [])]
@@ -57,18 +64,19 @@ def lost(folder: Path) -> list[str]:
 
 
 def _texts(rows: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The rows' conversations as the template writes them; nothing for rows that hold none."""
+    """Yield the rows' conversations, rendered by the template; nothing for rows without messages."""
     import pyarrow.parquet as pq
 
     if not set(TEXTS) <= set(pq.read_schema(rows).names):
         return
     table = pq.read_table(rows, columns=list(TEXTS))
-    for row in table.slice(0, MOST).to_pylist():
+    for row in table.slice(0, MAX_ROWS).to_pylist():
         if text := _rendered(row, tokenizer):
             yield text
 
 
 def _rendered(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Render the conversation of a row; if the template rejects it, join the messages."""
     messages = json.loads(row["messages"] or "[]")
     if not messages:
         return str(row["answer"] or "")
@@ -82,7 +90,7 @@ def _rendered(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def _around_difference(text: str, trained: Any, served: Any) -> str:
-    """The piece of a text where the first token differs."""
+    """Return the part of a text around the first token that differs."""
     ours, theirs = (
         tokenizer(text, add_special_tokens=False, return_offsets_mapping=True) for tokenizer in (trained, served)
     )

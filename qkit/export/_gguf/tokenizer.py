@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer in GGUF's words."""
+"""Writes a byte-level BPE tokenizer into a GGUF header."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ if TYPE_CHECKING:
 
 
 FILE = "tokenizer.json"
-STOPS = ("eos", "eot", "eom")  # the places that a header has for what ends an answer
-SENTENCEPIECE = "its tokenizer is no byte-level BPE (it comes from sentencepiece): such are not written by this version"
-PLAIN = "Steps: 1. Write a plain sentence, as anybody would."
+STOPS = ("eos", "eot", "eom")  # the header's keys for tokens that end an answer
+SENTENCEPIECE = "its tokenizer is not a byte-level BPE (it comes from sentencepiece), which is not supported"
+PLAIN = "Steps: 1. Write a plain sentence."
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 SPECIAL = {"bos_token": "bos", "pad_token": "pad", "unk_token": "unk"}
 
 
 def unwritten(folder: Path) -> str | None:
-    """Why the tokenizer in `folder` cannot be written, or None."""
+    """Return why the tokenizer in `folder` cannot be written, or None."""
     if not (folder / FILE).is_file():
-        return f"{folder} has no {FILE}; save the tokenizer with `save_pretrained` once"
+        return f"{folder} has no {FILE}; create it with the tokenizer's `save_pretrained`"
     tokenizer = _read(folder / FILE)
     if tokenizer["model"].get("type") != "BPE" or tokenizer["model"].get("byte_fallback"):
         return SENTENCEPIECE
     if cut(tokenizer) is None:
-        return "its tokenizer cuts text in a way that llama.cpp has no name for, or none that is known here"
+        return "llama.cpp has no known name for the way in which its tokenizer splits text"
     return _changes_plain_text(tokenizer)
 
 
 def _changes_plain_text(tokenizer: Mapping[str, Any]) -> str | None:
-    """llama.cpp normalizes nothing: what is done to every text, such as lower case or a space put first, cannot be left out."""
+    """Return why the normalizer cannot be dropped, or None. llama.cpp has none, so one that changes every text makes all prompts differ."""
     from tokenizers import Tokenizer
 
     if not (rule := tokenizer.get("normalizer")):
         return None
-    found = Tokenizer.from_str(json.dumps({**tokenizer, "post_processor": None})).normalizer.normalize_str(PLAIN)
-    if found == PLAIN:
+    normalized = Tokenizer.from_str(json.dumps({**tokenizer, "post_processor": None})).normalizer.normalize_str(PLAIN)
+    if normalized == PLAIN:
         return None
     kinds = ", ".join(step["type"] for step in rule.get("normalizers", [rule]))
-    return f"its tokenizer makes {found!r} of {PLAIN!r} before it is cut ({kinds}), and llama.cpp changes no text: all prompts would be others"
+    return f"its tokenizer changes {PLAIN!r} to {normalized!r} before splitting ({kinds}), and llama.cpp does not: all prompts would differ"
 
 
 def cut(tokenizer: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for how a tokenizer.json cuts text before merging; None when it is not known."""
+    """Return llama.cpp's name for the way in which a tokenizer.json splits text before merging; None if it is unknown."""
     outer = tokenizer.get("pre_tokenizer") or {}
     steps = outer.get("pretokenizers", [outer])
     return cut_name(steps, bool(tokenizer.get("model", {}).get("ignore_merges")))
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
-    """Put tokens, merges, special tokens, stop tokens and chat template of `folder` into the file's header."""
+    """Write tokens, merges, special tokens, stop tokens and chat templates of `folder` into the header. `vocabulary`: rows of the embedding."""
     tokenizer = _read(folder / FILE)
     tokens, types = _tokens(tokenizer, vocabulary)
     writer.add_tokenizer_model("gpt2")
@@ -70,29 +70,29 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
 
 
 def stops(folder: Path) -> list[int]:
-    """Ids of the tokens that end a turn, as the generation config has them."""
-    found = _read(folder / "generation_config.json").get("eos_token_id")
-    return found if isinstance(found, list) else [] if found is None else [found]
+    """Return the ids of the tokens that end a turn, from the generation config."""
+    ids = _read(folder / "generation_config.json").get("eos_token_id")
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def placed_stops(folder: Path) -> tuple[list[int], list[int]]:
-    """The stop tokens that have a place in a header, in its order, and those that llama.cpp will not stop at.
+    """Return the stop tokens that fit into a header, in its order, and those that llama.cpp will not stop at.
 
-    First the one that the template writes as eos_token, else the first; then those that llama.cpp does not know by their names.
+    The first is the one that the template writes as eos_token, if any. Tokens that llama.cpp recognizes by their text come last.
     """
     tokenizer, rows = _read(folder / FILE), int(_read(folder / "config.json")["vocab_size"])
     texts = {number: text for text, number in tokenizer["model"]["vocab"].items()}
     texts |= {added["id"]: added["content"] for added in tokenizer.get("added_tokens", ())}
-    wanted = [number for number in stops(folder) if number in texts and number < rows]
+    present = [number for number in stops(folder) if number in texts and number < rows]
     eos = _special_ids(folder, texts).get("eos_token")
-    first = [eos] if eos in wanted and "eos_token" in (template_of(folder) or "") else wanted[:1]
-    others = sorted((number for number in wanted if number not in first), key=lambda number: texts.get(number) in ENDS)
+    first = [eos] if eos in present and "eos_token" in (template_of(folder) or "") else present[:1]
+    others = sorted((number for number in present if number not in first), key=lambda number: texts.get(number) in ENDS)
     ordered = [*(number for number in first if number is not None), *others]
     return ordered[: len(STOPS)], [number for number in ordered[len(STOPS) :] if texts.get(number) not in ENDS]
 
 
 def _special_ids(folder: Path, texts: Mapping[int, str]) -> dict[str, int]:
-    """Ids of the special tokens that tokenizer_config.json names."""
+    """Return the ids of the special tokens that tokenizer_config.json names."""
     ids = {text: number for number, text in texts.items()}
     settings = _read(folder / "tokenizer_config.json")
     named = {
@@ -104,17 +104,19 @@ def _special_ids(folder: Path, texts: Mapping[int, str]) -> dict[str, int]:
 
 
 def template_of(folder: Path) -> str | None:
-    """The chat template for conversations that offer no tools."""
+    """Return the chat template for conversations without tools."""
     return templates_of(folder).get(DEFAULT)
 
 
 def templates_of(folder: Path) -> dict[str, str]:
-    """The chat templates by name, from their own files or from the tokenizer's settings; llama.cpp takes tool_use for tools as well."""
-    held = _read(folder / "tokenizer_config.json").get("chat_template")
-    listed = held if isinstance(held, list) else [{"name": DEFAULT, "template": held}] if isinstance(held, str) else []
+    """Return the chat templates by name, from their files or from the tokenizer's settings; llama.cpp also uses `tool_use`, for tools."""
+    value = _read(folder / "tokenizer_config.json").get("chat_template")
+    listed = (
+        value if isinstance(value, list) else [{"name": DEFAULT, "template": value}] if isinstance(value, str) else []
+    )
     files = [*folder.glob("chat_template.jinja"), *sorted((folder / OTHERS).glob("*.jinja"))]
-    named = {DEFAULT if file.parent == folder else file.stem: file.read_text(encoding="utf-8") for file in files}
-    return {one["name"]: one["template"] for one in listed} | named
+    in_files = {DEFAULT if file.parent == folder else file.stem: file.read_text(encoding="utf-8") for file in files}
+    return {one["name"]: one["template"] for one in listed} | in_files
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _tokens(tokenizer: Mapping[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
-    """Text and type of each id; ids that no token has are unused, and tokens that the model has no row for have no place."""
+    """Return the text and type of each id. Ids without a token are unused; tokens without a row in the embedding are left out."""
     tokens, types = [f"[PAD{number}]" for number in range(vocabulary)], [UNUSED] * vocabulary
     for text, number in tokenizer["model"]["vocab"].items():
         if number < vocabulary:
@@ -137,7 +139,7 @@ def _tokens(tokenizer: Mapping[str, Any], vocabulary: int) -> tuple[list[str], l
 
 
 def _special(writer: GGUFWriter, folder: Path, tokens: list[str]) -> None:
-    """Ids of the special tokens. What ends a turn is the generation config's: that is what training ended them with."""
+    """Write the ids of the special tokens. The stop tokens are those of the generation config, which training ended turns with."""
     import tokenizers
 
     settings = _read(folder / "tokenizer_config.json")

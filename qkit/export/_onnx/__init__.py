@@ -1,1 +1,1 @@
-"""What the ONNX format needs: graphs traced by transformers, and matrices rounded anew by GPTQ. Start with requantize.py."""
+"""Parts of the ONNX exporter: the programs that make graphs (builder.py, trace.py), and GPTQ for their matrices (requantize.py)."""

@@ -1,6 +1,6 @@
-"""The decoder layers of a model folder, one at a time in memory, at work on some of the run's own rows.
+"""Runs the decoder layers of a model folder on some of the run's own rows, with one layer in memory at a time.
 
-What a layer reads is what the layers before it made of the rows, as they are by then: with rounded weights once those are put in.
+The input of a layer is the output of the layers before it as they are then: with rounded weights, once the caller has put those in.
 """
 
 from __future__ import annotations
@@ -20,38 +20,34 @@ if TYPE_CHECKING:
 
 
 PREFIX = "model.layers."
-BATCH_TOKENS = 1024  # right-padded tokens per forward
+BATCH_TOKENS = 1024  # padded tokens per forward pass
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows side by side: hidden states [rows, width, hidden], which of them are real [rows, width]."""
+    """Padded rows: hidden states [rows, width, hidden], and which of them are real [rows, width]."""
 
     states: Tensor
     real: Tensor
 
 
 class Layers:
-    """A model whose layers are loaded when their turn comes, in fp32."""
+    """A model whose layers are loaded one at a time, in fp32."""
 
     def __init__(self, folder: Path, rows: Sequence[Sequence[int]]):
         self.folder = folder
         self.model = _empty(folder)
-        self.names = frozenset(name for shard in shards(folder) for name in tensor_specs(shard))
         self.rows = sorted(rows, key=len)
 
     def walk(self) -> Iterator[Layer]:
-        """Each layer in turn. What the caller puts into it counts for the layers behind it."""
+        """Yield each layer in turn. Weights that the caller replaces take effect in the layers after it."""
         import torch
 
         inner = self.model.model
         with torch.no_grad():
             self._load(inner.embed_tokens, "model.embed_tokens.")
-            padded = [
-                _padded(self.rows[batch.start : batch.stop])
-                for batch in within_budget(map(len, self.rows), BATCH_TOKENS)
-            ]
-            batches, calls = _enter(inner, padded)
+            cuts = within_budget(map(len, self.rows), BATCH_TOKENS)
+            batches, calls = _enter(inner, [_padded(self.rows[cut.start : cut.stop]) for cut in cuts])
             inner.embed_tokens.to("meta")
         for index, module in enumerate(inner.layers):
             self._load(module, f"{PREFIX}{index}.")
@@ -60,14 +56,14 @@ class Layers:
             module.to("meta")
 
     def _load(self, module: Module, prefix: str) -> None:
-        """Put the tensors of the folder in a module's place."""
+        """Load the tensors of a module, whose names in the files begin with `prefix`."""
         names = [prefix + name for name in module.state_dict()]
-        found = {name.removeprefix(prefix): tensor.float() for name, tensor in read(self.folder, names)}
-        module.load_state_dict(found, assign=True)
+        tensors = {name.removeprefix(prefix): tensor.float() for name, tensor in read(self.folder, names)}
+        module.load_state_dict(tensors, assign=True)
 
 
 def walkable(folder: Path) -> bool:
-    """Whether the folder's model is made of `model.layers` whose tensors are named in the files as in the module."""
+    """Whether the model consists of `model.layers` whose tensors have the same names in the files as in the module."""
     model = _empty(folder)
     names = {name for shard in shards(folder) for name in tensor_specs(shard)}
     inner = getattr(model, "model", None)
@@ -77,7 +73,7 @@ def walkable(folder: Path) -> bool:
 
 
 def _empty(folder: Path) -> Any:
-    """The model without weights; what it computes from its configuration alone is there."""
+    """Return the model without weights; buffers that are computed from its configuration are present."""
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -89,7 +85,7 @@ def _empty(folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class Layer:
-    """A loaded layer, the batches that it reads and how the model calls it for each."""
+    """A loaded layer, the batches that it reads, and the arguments that the model calls it with for each."""
 
     index: int
     module: Module
@@ -97,9 +93,9 @@ class Layer:
     calls: Sequence[Mapping[str, Any]]
 
     def grams(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The sum of x x^T over the real inputs x of each named linear module, [inputs, inputs]."""
+        """Return the sum of x x^T over the real inputs x of each named linear module, [inputs, inputs]."""
         sums: dict[str, Any] = dict.fromkeys(names, 0)
-        real: list[Tensor] = []  # of the batch that is at work
+        real: list[Tensor] = []  # mask of the current batch
 
         def add(name: str) -> Callable[..., None]:
             def hook(_: Module, inputs: tuple[Tensor, ...]) -> None:
@@ -114,15 +110,15 @@ class Layer:
                 hooks.callback(handle.remove)
             for batch, call in zip(self.batches, self.calls, strict=True):
                 real.append(batch.real)
-                self._one(batch, call)
+                self._run(batch, call)
         return sums
 
     def forward(self) -> list[Batch]:
-        """The batches as the next layer reads them."""
+        """Return the batches that the next layer reads."""
         both = zip(self.batches, self.calls, strict=True)
-        return [Batch(self._one(batch, call), batch.real) for batch, call in both]
+        return [Batch(self._run(batch, call), batch.real) for batch, call in both]
 
-    def _one(self, batch: Batch, call: Mapping[str, Any]) -> Tensor:
+    def _run(self, batch: Batch, call: Mapping[str, Any]) -> Tensor:
         import torch
 
         with torch.no_grad():
@@ -131,7 +127,7 @@ class Layer:
 
 
 def _enter(inner: Any, padded: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Batch], list[list[Mapping[str, Any]]]]:
-    """The embedded rows, and for each batch the arguments that the model gives to each of its layers."""
+    """Return the embedded rows, and for each batch the arguments that the model passes to each of its layers."""
     import torch
 
     layers, norm = inner.layers, inner.norm
@@ -140,14 +136,14 @@ def _enter(inner: Any, padded: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Ba
     batches, calls = [], []
     for ids, real in padded:
         inner(inputs_embeds=inner.embed_tokens(ids), use_cache=False)
-        batches.append(Batch(inner.layers[0].states, real))  # some models multiply what is embedded
+        batches.append(Batch(inner.layers[0].states, real))  # after the scaling that some models apply to embeddings
         calls.append([stand_in.arguments for stand_in in inner.layers])
     inner.layers, inner.norm = layers, norm
     return batches, calls
 
 
 def _recorder() -> Any:
-    """A module that stands in for a layer: hands on what it reads, and keeps how it was called."""
+    """Return a module class that stands in for a layer: it returns its input, and records its arguments."""
     import torch
 
     class Recorder(torch.nn.Module):
@@ -162,7 +158,7 @@ def _recorder() -> Any:
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids [rows, width], padded on the right, where a causal model cannot see it; and which are real."""
+    """Return token ids [rows, width], padded on the right, where a causal model cannot see it, and which of them are real."""
     import torch
 
     lengths = torch.tensor([len(row) for row in rows])

@@ -1,7 +1,7 @@
-"""ONNX Runtime's low-bit matrices (MatMulNBits): their bytes, and a built graph with other ones in their place.
+"""ONNX Runtime's low-bit matrices (MatMulNBits): their byte layout, and how to replace those of a built graph.
 
-The builder's graph is kept as it is, with each matrix's node, names and shapes; what changes is what the matrices hold and,
-where asked for, how many bits they have. A table of embeddings that is tied to the head reads the head's tensors.
+The nodes, names and shapes of the builder's graph stay; the contents of the matrices change, and possibly their number of bits. An embedding
+that is tied to the head reads the head's tensors.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
-ALIGNMENT = 64  # bytes: where a tensor begins in the data file
+ALIGNMENT = 64  # of a tensor in the data file, in bytes
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of the graph: `/model/layers.0/attn/o_proj`, say."""
+    """A matrix of the graph; a name is for example `/model/layers.0/attn/o_proj`."""
 
     name: str
     inputs: int
@@ -37,7 +37,7 @@ class Matrix:
 
 
 def pack(codes: Bytes, bits: int) -> Bytes:
-    """Codes [..., n] in bytes [..., n * bits / 8 rounded up], the first code of a byte in its lowest bits."""
+    """Pack codes [..., n] into bytes [..., n * bits / 8 rounded up]; the first code of a byte is in its lowest bits."""
     import numpy as np
 
     each = 8 // bits
@@ -49,7 +49,7 @@ def pack(codes: Bytes, bits: int) -> Bytes:
 
 
 def unpack(packed: Bytes, bits: int, count: int) -> Bytes:
-    """The first `count` codes along the last axis: the reverse of `pack`."""
+    """Return the first `count` codes along the last axis; the inverse of `pack`."""
     import numpy as np
 
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
@@ -58,7 +58,7 @@ def unpack(packed: Bytes, bits: int, count: int) -> Bytes:
 
 
 def tensors(rounded: Rounded) -> tuple[Bytes, NDArray[np.float32], Bytes]:
-    """The node's inputs: codes [outputs, blocks, bytes of a block], scales [outputs, blocks], packed zero points."""
+    """Return the inputs of a node: codes [outputs, blocks, bytes of a block], scales [outputs, blocks], and packed zero points."""
     import numpy as np
 
     bits, block = rounded.grid.bits, rounded.grid.block
@@ -70,9 +70,9 @@ def tensors(rounded: Rounded) -> tuple[Bytes, NDArray[np.float32], Bytes]:
 
 
 class Graph:
-    """The graph that the builder left in `built`, in which matrices are replaced; `save` writes it to `out`.
+    """The graph in the folder `built`, whose matrices can be replaced; `save` writes it to `out`.
 
-    New tensors go to the data file as they come, and the others are copied behind them: one matrix is held at a time.
+    New tensors are written to the data file at once, and the others are copied after them, so only one matrix is in memory at a time.
     """
 
     def __init__(self, built: Path, out: Path):
@@ -94,12 +94,12 @@ class Graph:
         self.data.close()
 
     def weight(self, matrix: Matrix) -> NDArray[np.float32]:
-        """What the builder's graph has there, [outputs, inputs]."""
+        """Return the dequantized matrix of the builder's graph, [outputs, inputs]."""
         import numpy as np
 
         packed, scales, *zeros = (self._read(name) for name in self.nodes[matrix.name].input[1:4])
         codes = unpack(packed, matrix.bits, matrix.block).astype(np.float32)
-        zero: Any = 2.0 ** (matrix.bits - 1)  # what a node without zero points takes
+        zero: Any = 2.0 ** (matrix.bits - 1)  # the default of a node without zero points
         if zeros:
             zero = unpack(zeros[0].reshape(matrix.outputs, -1), matrix.bits, packed.shape[1])[..., None]
         cut = (codes - zero) * scales.reshape(*packed.shape[:2], 1)
@@ -107,7 +107,7 @@ class Graph:
         return whole
 
     def replace(self, matrix: Matrix, rounded: Rounded) -> None:
-        """Put `rounded`, of the same shape and blocks, in the matrix's place."""
+        """Replace a matrix by `rounded`, which has the same shape and blocks."""
         node, bits = self.nodes[matrix.name], rounded.grid.bits
         self.replaced.add(matrix.name)
         if len(node.input) < 4:
@@ -120,7 +120,7 @@ class Graph:
         node.name = f"{matrix.name}/MatMul_Q{bits}"
 
     def _add_zeros(self, scales: str) -> None:
-        """A tensor of zero points for the nodes that read these scales: a matrix, perhaps also the embeddings tied to it."""
+        """Add a tensor of zero points to the nodes that read these scales: a matrix, and an embedding if one is tied to it."""
         import onnx
 
         zeros = f"{scales}_zeros"
@@ -132,7 +132,7 @@ class Graph:
                 node.input.append(zeros)
 
     def save(self) -> None:
-        """Write what was not replaced, and the graph."""
+        """Write the tensors that were not replaced, and the graph."""
         for name, tensor in self.tensors.items():
             if name not in self.written and tensor.external_data:
                 self._write(name, self._bytes(name))
@@ -143,7 +143,7 @@ class Graph:
         self.data.write(bytes(-self.data.tell() % ALIGNMENT))
         begin = self.data.tell()
         self.data.write(content)
-        _set_place(self.tensors[name], begin, self.data.tell() - begin)
+        _set_location(self.tensors[name], begin, self.data.tell() - begin)
         self.written.add(name)
 
     def _read(self, name: str) -> NDArray[Any]:
@@ -155,14 +155,14 @@ class Graph:
         return np.frombuffer(self._bytes(name), dtype).reshape(tuple(tensor.dims))
 
     def _bytes(self, name: str) -> bytes:
-        place = _place(self.tensors[name])
-        with (self.built / place["location"]).open("rb") as file:
-            file.seek(int(place.get("offset", 0)))
-            return file.read(int(place["length"]))
+        location = _location(self.tensors[name])
+        with (self.built / location["location"]).open("rb") as file:
+            file.seek(int(location.get("offset", 0)))
+            return file.read(int(location["length"]))
 
 
 def _name(node: Any) -> str:
-    """`/model/layers.0/attn/o_proj` of `/model/layers.0/attn/o_proj/MatMul_Q4`."""
+    """Return the name of a node's matrix: `/model/layers.0/attn/o_proj` for `/model/layers.0/attn/o_proj/MatMul_Q4`."""
     name: str = node.name.rpartition("/MatMul")[0]
     return name
 
@@ -172,11 +172,11 @@ def _matrix(name: str, node: Any) -> Matrix:
     return Matrix(name, values["K"], values["N"], values["bits"], values["block_size"])
 
 
-def _place(tensor: Any) -> Mapping[str, str]:
+def _location(tensor: Any) -> Mapping[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
 
 
-def _set_place(tensor: Any, begin: int, length: int) -> None:
+def _set_location(tensor: Any, begin: int, length: int) -> None:
     tensor.ClearField("external_data")
     for key, value in (("location", DATA), ("offset", begin), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))

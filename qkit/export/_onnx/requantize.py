@@ -1,6 +1,6 @@
-"""The matrices of a built ONNX graph, rounded anew from the merged model: to 8 bits, or to 4 with the run's own rows.
+"""Rounds the matrices of a built ONNX graph again, from the merged model: to 8 bits, or to 4 bits by GPTQ on the run's own rows.
 
-The head, and a table of embeddings that is tied to it, keep 8 bits: every token that is said goes through them.
+The head, and an embedding that is tied to it, keep 8 bits, since every token passes through them.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ HEAD_BITS = 8
 EMBEDDINGS = "model.embed_tokens.weight"
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 FOLDERS = {"attn": "self_attn", "mlp": "mlp"}
-CALIBRATION_TOKENS = 4096  # on the 135M, twice as many changed nothing that could be told from chance
-MOST_OFF = 0.5  # of a matrix's norm: 4 bits are off by a tenth of it, another matrix by more than all of it
+CALIBRATION_TOKENS = 4096  # on the 135M model, twice as many made no significant difference
+MAX_DIFFERENCE = 0.5  # of a matrix's norm: rounding to 4 bits differs by about 0.1, another matrix by more than 1
 
 
 class Unmatched(Exception):
-    """There is nothing to round anew by: no training rows, or the graph's matrices are not those of the merged model."""
+    """The matrices cannot be rounded again: there are no training rows, or the graph's matrices are not those of the merged model."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a matrix of the graph comes from: the layer (None for the head) and its linear modules, one under the other."""
+class MatrixSource:
+    """The origin of a matrix of the graph: the layer (None for the head), and its linear modules, concatenated by outputs."""
 
     layer: int | None
     modules: tuple[str, ...]
 
     def tensors(self, names: frozenset[str]) -> list[str]:
-        """The names of the weights in the folder's files; a tied head is in some of them only as the embeddings."""
+        """Return the names of the weights in the folder's files; some folders hold a tied head only as the embedding."""
         if self.layer is None:
             return ["lm_head.weight" if "lm_head.weight" in names else EMBEDDINGS]
         return [f"model.layers.{self.layer}.{module}.weight" for module in self.modules]
 
 
-def refit(job: Job, built: Path, out: Path, bits: int) -> None:
-    """Write the graph of the folder `built` to `out` with every matrix rounded anew; peak memory is a layer's in fp32.
+def requantize(job: Job, built: Path, out: Path, bits: int) -> None:
+    """Write the graph of the folder `built` to `out` with every matrix rounded again; peak memory is one layer in fp32.
 
     Raises:
-        Unmatched: the graph does not hold the merged model's matrices as they are, or there are no training rows.
+        Unmatched: the graph does not hold the merged model's matrices unchanged, or there are no training rows.
     """
     import torch
 
@@ -62,16 +62,16 @@ def refit(job: Job, built: Path, out: Path, bits: int) -> None:
             _layer_by_layer(graph, sources, job)
         for matrix in graph.matrices:
             if matrix.name not in graph.replaced:
-                weight = _checked(graph, matrix, _weight(job.merged, sources[matrix.name]))
+                weight = checked(graph, matrix, _weight(job.merged, sources[matrix.name]))
                 graph.replace(matrix, nearest(weight, HEAD_BITS, matrix.block))
         graph.save()
 
 
-def matched(graph: Graph, folder: Path) -> Mapping[str, Source]:
-    """The source of each matrix, by its name.
+def matched(graph: Graph, folder: Path) -> Mapping[str, MatrixSource]:
+    """Return the source of each matrix, by the matrix's name.
 
     Raises:
-        Unmatched: the folder has no tensors of that name and shape.
+        Unmatched: the folder has no tensors of the expected name and shape.
     """
     specs = {name: spec for shard in shards(folder) for name, spec in tensor_specs(shard).items()}
     sources = {matrix.name: source(matrix.name) for matrix in graph.matrices}
@@ -83,29 +83,29 @@ def matched(graph: Graph, folder: Path) -> Mapping[str, Source]:
     return sources
 
 
-def source(name: str) -> Source:
-    """Of a node: `/model/layers.3/attn/qkv_proj` is layer 3's self_attn.q_proj, k_proj and v_proj.
+def source(name: str) -> MatrixSource:
+    """Return the source of a matrix, given its name: `/model/layers.3/attn/qkv_proj` is layer 3's self_attn.q_proj, k_proj and v_proj.
 
     Raises:
-        Unmatched: nodes of that name are not known.
+        Unmatched: the name is not that of a linear module.
     """
     if name == HEAD:
-        return Source(None, ("lm_head",))
-    found = re.fullmatch(r"/model/layers\.(\d+)/(attn|mlp)/(\w+_proj)", name)
-    if not found:
-        raise Unmatched(f"{name} is no linear module of a decoder layer")
-    layer, folder, module = found.groups()
-    return Source(int(layer), tuple(f"{FOLDERS[folder]}.{part}" for part in FUSED.get(module, (module,))))
+        return MatrixSource(None, ("lm_head",))
+    match = re.fullmatch(r"/model/layers\.(\d+)/(attn|mlp)/(\w+_proj)", name)
+    if not match:
+        raise Unmatched(f"{name} is not a linear module of a decoder layer")
+    layer, folder, module = match.groups()
+    return MatrixSource(int(layer), tuple(f"{FOLDERS[folder]}.{part}" for part in FUSED.get(module, (module,))))
 
 
-def _layer_by_layer(graph: Graph, sources: Mapping[str, Source], job: Job) -> None:
-    """Round the layers' matrices to 4 bits, each layer on what the rounded ones before it make of the rows."""
+def _layer_by_layer(graph: Graph, sources: Mapping[str, MatrixSource], job: Job) -> None:
+    """Round the layers' matrices to 4 bits, each on the output of the rounded layers before it."""
     from qkit.export._onnx.layers import Layers, walkable
 
     if not job.rows.is_file():
         raise Unmatched(f"{job.rows}: no training rows")
     if not walkable(job.merged):
-        raise Unmatched("the model is not made of `model.layers` alone")
+        raise Unmatched("the model does not consist of `model.layers` only")
     for layer in Layers(job.merged, calibration_rows(job.rows)).walk():
         matrices = [matrix for matrix in graph.matrices if sources[matrix.name].layer == layer.index]
         grams = layer.grams([sources[matrix.name].modules[0] for matrix in matrices])
@@ -115,20 +115,20 @@ def _layer_by_layer(graph: Graph, sources: Mapping[str, Source], job: Job) -> No
 
 
 def _round(graph: Graph, matrix: Matrix, modules: Sequence[Any], gram: Tensor) -> None:
-    """Round a matrix in the graph, and the layer's modules alike."""
+    """Round a matrix in the graph, and put the rounded weights into the layer's modules."""
     import torch
 
-    from qkit.export._onnx.gptq import compensated
+    from qkit.export._onnx.gptq import gptq
 
-    weight = _checked(graph, matrix, torch.cat([module.weight for module in modules]))
-    rounded = compensated(weight, gram, matrix.bits, matrix.block)
+    weight = checked(graph, matrix, torch.cat([module.weight for module in modules]))
+    rounded = gptq(weight, gram, matrix.bits, matrix.block)
     graph.replace(matrix, rounded)
     for module, part in zip(modules, rounded.weight().split([len(module.weight) for module in modules]), strict=True):
         module.weight = torch.nn.Parameter(part, requires_grad=False)
 
 
-def _weight(folder: Path, source: Source) -> Tensor:
-    """From the folder's files, as they have it."""
+def _weight(folder: Path, source: MatrixSource) -> Tensor:
+    """Read a matrix from the folder's files."""
     import torch
 
     names = frozenset(name for shard in shards(folder) for name in tensor_specs(shard))
@@ -136,22 +136,24 @@ def _weight(folder: Path, source: Source) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _checked(graph: Graph, matrix: Matrix, weight: Tensor) -> Tensor:
-    """`weight`, when it is what the builder rounded: it turns some matrices, or folds a factor into them.
+def checked(graph: Graph, matrix: Matrix, weight: Tensor) -> Tensor:
+    """Return `weight` if it is what the builder rounded: the builder rotates some matrices, or folds a factor into them.
 
     Raises:
-        Unmatched: it is not.
+        Unmatched: it is another matrix.
     """
     import torch
 
-    off = torch.from_numpy(graph.weight(matrix)).sub_(weight).norm() / weight.float().norm()
-    if not off < MOST_OFF:
-        raise Unmatched(f"{matrix.name}: the builder's matrix is off by {float(off):.2f} of its norm")
+    difference = torch.from_numpy(graph.weight(matrix)).sub_(weight).norm() / weight.float().norm()
+    if not difference < MAX_DIFFERENCE:
+        raise Unmatched(
+            f"{matrix.name}: the builder's matrix differs from the model's by {float(difference):.2f} of its norm"
+        )
     return weight
 
 
 def calibration_rows(file: Path) -> list[list[int]]:
-    """Rows from all over the training data, CALIBRATION_TOKENS of them or the whole."""
+    """Return rows from all parts of the training data, about CALIBRATION_TOKENS tokens in all."""
     import pyarrow.compute
     import pyarrow.parquet
 

@@ -1,11 +1,12 @@
-"""An ONNX graph in fp32 of any decoder with a key-value cache, traced by transformers' exporter: `python -m qkit.export._traced MODEL OUT`.
+"""Traces an ONNX graph in fp32 of any decoder with a key-value cache: `python -m qkit.export._onnx.trace MODEL OUT`.
 
-For architectures that onnxruntime-genai's builder does not know. What it makes has these names, `past` being 0 for a text that begins:
+For architectures that onnxruntime-genai's builder does not support; transformers' exporter does the work. The graph has these inputs and
+outputs, where `past` is 0 at the start of a text:
 
     input_ids, position_ids (where the model takes them) [rows, new], attention_mask [rows, past + new],
     past_key_values.N.key and .value [rows, heads, past, head size]  ->  logits, present.N.key and .value
 
-A layer with a sliding window is given all keys and values as well: the mask hides those beyond the window.
+A layer with a sliding window receives all keys and values too; the mask hides those beyond the window.
 """
 
 from __future__ import annotations
@@ -24,25 +25,31 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
 
-ROWS, PAST, NEW = 2, 3, 4  # of what is traced; all above 1, which the tracer would take for fixed
-STATEFUL = "it keeps something else than the keys and values of all tokens"
+ROWS, PAST, NEW = 2, 3, 4  # sizes of the traced inputs; all above 1, which the tracer would take for a constant
+STATEFUL = "its cache holds something other than the keys and values of all tokens"
 LAYER = re.compile(r"(input|output)\.past_key_values\.layers\.(\d+)\.(key|value)s")
 NAMES = {"input": "past_key_values", "output": "present"}
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
-    """Why no graph could be made of a model with this config.json, as far as transformers' source tells, which is read and not run."""
-    found = find_spec("transformers")
-    if found is None or found.submodule_search_locations is None:
+    """Return why no graph can be traced of a model with this config.json; None if it can, or if transformers is not installed.
+
+    transformers states nowhere which models have an ordinary cache, and importing a model's module loads torch, which `qkit plan` must not.
+    So the source is read as text: the model's class must take `past_key_values`, and its module must not set `_is_stateful`. A model that
+    passes but cannot be traced is refused by `write`. tests/export/test_onnx_traced.py checks the pinned version.
+    """
+    spec = find_spec("transformers")
+    if spec is None or spec.submodule_search_locations is None:
         return None
-    package, kind = Path(found.submodule_search_locations[0]), str(config.get("model_type", ""))
+    package, model_type = Path(spec.submodule_search_locations[0]), str(config.get("model_type", ""))
     if not (package / "exporters").is_dir():
-        return "the transformers that is installed is too old to have it"
-    beside = package / "models" / kind / f"modeling_{kind}.py"
-    for source in [beside] if beside.is_file() else sorted(package.glob("models/*/modeling_*.py")):
+        return "the installed version of transformers has no ONNX exporter"
+    architecture = next(iter(config.get("architectures") or ("",)))
+    usual = package / "models" / model_type / f"modeling_{model_type}.py"
+    for source in [usual] if usual.is_file() else sorted(package.glob("models/*/modeling_*.py")):
         text = source.read_text(encoding="utf-8")
-        _, named, rest = text.partition(f"\nclass {next(iter(config.get('architectures') or ('',)))}(")
-        if named:
+        _, class_line, rest = text.partition(f"\nclass {architecture}(")
+        if class_line:
             cached = "past_key_values" in rest.partition("\nclass ")[0]
             return STATEFUL if not cached or "_is_stateful = True" in text else None
     return "transformers has no such class"
@@ -52,7 +59,7 @@ def write(model: Path, out: Path) -> None:
     """Make the folder `out` with the graph and its weights.
 
     Raises:
-        NotDeployable: the exporter makes no graph of this architecture.
+        NotDeployable: the exporter cannot trace this architecture.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -64,9 +71,9 @@ def write(model: Path, out: Path) -> None:
 
 
 def _program(model: PreTrainedModel) -> Any:
-    """The traced model, rows and lengths left open, with the names that are usual for such graphs.
+    """Return the traced model with dynamic rows and lengths, its inputs and outputs named as in the module's docstring.
 
-    Not optimized: ONNX Runtime does that as it opens a graph, and onnxscript's optimizer takes a norm's epsilon of 1e-8 for zero.
+    Not optimized: ONNX Runtime optimizes a graph when it opens it, and onnxscript's optimizer takes a norm's epsilon of 1e-8 for zero.
     """
     try:
         inputs, axes = _sample(model)
@@ -75,15 +82,15 @@ def _program(model: PreTrainedModel) -> Any:
         program = OnnxExporter().export(model, inputs, OnnxConfig(dynamic_shapes=axes, optimize=False))
     except (MemoryError, OSError):
         raise
-    except Exception as error:  # of any kind: the tracer runs the model's own code
-        raise NotDeployable(f"no graph could be made of {type(model).__name__}: {_reason(error)}.") from error
+    except Exception as error:  # of any type: the tracer runs the model's own code
+        raise NotDeployable(f"{type(model).__name__} cannot be traced: {_reason(error)}.") from error
     for value in (*program.model.graph.inputs, *program.model.graph.outputs):
-        value.name = LAYER.sub(lambda found: f"{NAMES[found[1]]}.{found[2]}.{found[3]}", value.name)
+        value.name = LAYER.sub(lambda match: f"{NAMES[match[1]]}.{match[2]}.{match[3]}", value.name)
     return program
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what it all began with."""
+    """Return the first line of the root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     line = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")
@@ -91,7 +98,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _sample(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the model is traced with, and the axes that stay open; one that the model's code fixes is an error of the tracer's."""
+    """Return the inputs to trace with, and their dynamic axes; the tracer raises if the model's code fixes one of them."""
     import torch
     from torch.export import Dim
 
@@ -108,7 +115,7 @@ def _sample(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _filled_cache(model: PreTrainedModel) -> DynamicCache:
-    """Keys and values of PAST tokens; made without the model's config, so that no layer forgets what is beyond its window."""
+    """Return keys and values of PAST tokens. Without the model's config, no layer drops tokens beyond its window."""
     import torch
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer

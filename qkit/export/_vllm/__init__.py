@@ -1,1 +1,1 @@
-"""What the vLLM format needs: compressed-tensors by rounding to nearest, and llm-compressor in an environment of its own."""
+"""Parts of the vLLM exporter: compressed-tensors rounded to nearest, and llm-compressor in its own environment."""

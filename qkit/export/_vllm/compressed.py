@@ -1,4 +1,4 @@
-"""Quantized weights in the compressed-tensors format, rounded to the nearest value one tensor at a time: no data, no model in memory."""
+"""Writes quantized weights in the compressed-tensors format, rounded to nearest; only one tensor at a time is in memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ if TYPE_CHECKING:
     import torch
 
 
-GROUPS = (128, 64, 32)  # inputs that share a scale, the best supported first
-IGNORED = ["lm_head"]
-QUANTIZED = re.compile(
-    r"\.layers\.\d+\..*_proj\.weight$"
-)  # the layers' matrices; neither embeddings, head nor a router
-EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe)$")  # no linear modules
-PER_INT32 = 8  # weights of 4 bit
+GROUPS = (128, 64, 32)  # inputs that share a scale; the best supported size first
+NOT_QUANTIZED = ["lm_head"]
+# Matrices of the layers, without embeddings, head and routers
+QUANTIZED = re.compile(r"\.layers\.\d+\..*_proj\.weight$")
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe)$")  # these are not linear modules
+PER_INT32 = 8  # 4-bit weights in an int32
 
 
 INT8_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
@@ -32,7 +31,7 @@ INT4_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "gr
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 
 
-# How compressed-tensors describes each of ours: activations of 8 bit are scaled per token as they come.
+# The description of each variant for compressed-tensors; 8-bit activations get a scale for each token at run time.
 SCHEMES: Mapping[str, Mapping[str, Any]] = {
     "w8a8": {"weights": INT8_WEIGHTS, "input_activations": INT8_INPUTS},
     "w4a16": {"weights": INT4_WEIGHTS},
@@ -45,64 +44,65 @@ FORMATS = {"w8a8": "int-quantized", "w4a16": "pack-quantized", "fp8": "float-qua
 
 
 def scheme(variant: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What compressed-tensors' QuantizationScheme takes, with the group size that suits this model.
+    """Return the arguments of compressed-tensors' QuantizationScheme, with a group size that suits the model.
 
     Raises:
-        ModelError: no group size divides the width of its matrices.
+        ModelError: no group size divides the widths of its matrices.
     """
-    made = {"targets": ["Linear"], **SCHEMES[variant]}
+    arguments = {"targets": ["Linear"], **SCHEMES[variant]}
     if variant == "w4a16":
-        made["weights"] = {**INT4_WEIGHTS, "group_size": group_size(config)}
-    return made
+        arguments["weights"] = {**INT4_WEIGHTS, "group_size": group_size(config)}
+    return arguments
 
 
 def group_size(config: Mapping[str, Any]) -> int:
-    """The largest of GROUPS that divides the input width of every matrix.
+    """Return the largest of GROUPS that divides the input width of every matrix.
 
     Raises:
         ModelError: none does.
     """
     widths = {linear.inputs for linear in shape.modules(model_config.from_config(config, "the model"))}
-    found = next((size for size in GROUPS if not any(width % size for width in widths)), None)
-    if found is None:
+    group = next((size for size in GROUPS if not any(width % size for width in widths)), None)
+    if group is None:
         raise ModelError(
-            f"w4a16: its matrices have {', '.join(map(str, sorted(widths)))} inputs, which groups of "
-            f"{', '.join(map(str, GROUPS))} do not divide; use w8a8"
+            f"w4a16: the matrices have {', '.join(map(str, sorted(widths)))} inputs, which cannot be divided into groups of "
+            f"{', '.join(map(str, GROUPS))}; use w8a8"
         )
-    return found
+    return group
 
 
 def left_in_16_bit(merged: Path) -> list[str]:
-    """The linear modules that are not quantized, by name, for loaders to leave alone; the head always, though a tied one is in no file.
+    """Return the names of the linear modules that are not quantized, for loaders; always with the head, even if it is tied.
 
     Raises:
-        ModelError: none of the model's matrices would be quantized, as it names them otherwise.
+        ModelError: none of the matrices would be quantized, because the model uses other names.
     """
     matrices = [
         name for name, spec in model_specs(merged).items() if name.endswith(".weight") and len(spec["shape"]) == 2
     ]
     if not any(map(QUANTIZED.search, matrices)):
         raise ModelError(
-            f"{merged}: none of its matrices is named `layers.N. ... _proj`, which are those that are quantized; use vllm (16 bit)"
+            f"{merged}: only matrices named `layers.N. ... _proj` are quantized, and the model has none; use vllm (16 bits)",
+            source=merged,
         )
     rest = [name.removesuffix(".weight") for name in matrices if not QUANTIZED.search(name)]
-    return [*IGNORED, *(name for name in rest if name not in IGNORED and not EMBEDDING.search(name))]
+    return [*NOT_QUANTIZED, *(name for name in rest if name not in NOT_QUANTIZED and not EMBEDDING.search(name))]
 
 
 def quantization_config(variant: str, config: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, Any]:
-    """What config.json says to the loaders. `ignored`: names of the linear modules that are as they were."""
-    made = FORMATS[variant]
+    """Return the quantization_config for config.json. `ignored`: names of the linear modules that are not quantized."""
+    packing = FORMATS[variant]
     return {
         "quant_method": "compressed-tensors",
-        "format": made,
+        "format": packing,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {**scheme(variant, config), "format": made}},
+        "config_groups": {"group_0": {**scheme(variant, config), "format": packing}},
         "ignore": list(ignored),
     }
 
 
 def write_nearest(merged: Path, out: Path, variant: str, config: Mapping[str, Any], limit_bytes: int) -> None:
-    """Write the weights into `out`, each matrix rounded to the nearest value of its scale.
+    """Write the weights into `out`, with each matrix rounded to nearest.
 
     Raises:
         MissingExtra: compressed-tensors is not installed.
@@ -111,17 +111,21 @@ def write_nearest(merged: Path, out: Path, variant: str, config: Mapping[str, An
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationScheme
     except ImportError:
-        raise MissingExtra(f"vllm-{variant} needs compressed-tensors: pip install 'qkit[train]'") from None
-    made = QuantizationScheme(**scheme(variant, config))
+        raise MissingExtra(
+            f"vllm-{variant} requires compressed-tensors: pip install 'qkit[train]'", package="compressed-tensors"
+        ) from None
+    quantization = QuantizationScheme(**scheme(variant, config))
     compressor = BaseCompressor.get_value_from_registry(FORMATS[variant])
-    before = model_specs(merged)
-    specs = {n: s for name, spec in before.items() for n, s in _specs(name, spec, variant, made.weights.group_size)}
-    tensors = (pair for name, weight in read(merged, list(before)) for pair in _packed(name, weight, compressor, made))
+    merged_specs = model_specs(merged)
+    group = quantization.weights.group_size
+    specs = {n: s for name, spec in merged_specs.items() for n, s in _specs(name, spec, variant, group)}
+    weights = read(merged, list(merged_specs))
+    tensors = (pair for name, weight in weights for pair in _packed(name, weight, compressor, quantization))
     write_model(out, specs, ((name, [tensor]) for name, tensor in tensors), limit_bytes)
 
 
 def _specs(name: str, spec: Spec, variant: str, group: int | None) -> Iterator[tuple[str, Spec]]:
-    """What becomes of one tensor, in the order in which it is written."""
+    """Yield the names and specs of the tensors that are written for one tensor, in that order."""
     if not QUANTIZED.search(name):
         yield name, spec
         return
@@ -136,18 +140,18 @@ def _specs(name: str, spec: Spec, variant: str, group: int | None) -> Iterator[t
         yield f"{module}.weight_scale", scales
 
 
-def _packed(name: str, weight: torch.Tensor, compressor: Any, made: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _packed(name: str, weight: torch.Tensor, compressor: Any, quantization: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that are written for one tensor, in the order of their names."""
     if not QUANTIZED.search(name):
         yield name, weight
         return
     from compressed_tensors.quantization.utils import calculate_qparams
 
     rows, columns = weight.shape
-    groups = weight.float().reshape(rows, -1, made.weights.group_size or columns)
-    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), made.weights)
-    scale = scale.to(
-        weight.dtype
-    ).float()  # as it is stored; divided by in 32 bit: in 16 bit many a code would be the next one
-    packed = compressor.compress({"weight": weight.float(), "weight_scale": scale}, made)
+    groups = weight.float().reshape(rows, -1, quantization.weights.group_size or columns)
+    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), quantization.weights)
+    # As stored; the division is in 32 bits, since in 16 bits some codes would be off by one
+    scale = scale.to(weight.dtype).float()
+    packed = compressor.compress({"weight": weight.float(), "weight_scale": scale}, quantization)
     module = name.removesuffix(".weight")
     yield from ((f"{module}.{part}", packed[part]) for part in sorted(packed))

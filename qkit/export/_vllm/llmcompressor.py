@@ -1,6 +1,7 @@
-"""Weights of 4 or 8 bit fitted to the run's own rows by llm-compressor: a program of its own, run by the python of an environment of its own.
+"""Quantizes weights to 4 or 8 bits with llm-compressor, calibrated on the run's own rows: a program for an environment of its own.
 
-It pins other versions than qkit's, so it imports nothing of qkit: what to do comes as one JSON document on the command line.
+llm-compressor pins other versions than qkit does, so this file imports nothing of qkit; its arguments are one JSON document on the command
+line.
 """
 
 from __future__ import annotations
@@ -12,20 +13,19 @@ from typing import Any
 
 
 def main(job: Mapping[str, Any]) -> None:
-    """Read `model`, quantize it, write the folder `out`."""
+    """Quantize `model`, and write the folder `out`."""
     import torch
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    if (
-        not torch.accelerator.is_available()
-    ):  # llm-compressor 0.14's AWQ pins memory, which needs one (pipelines/cache.py)
+    # The AWQ of llm-compressor 0.14 pins memory, which needs an accelerator (pipelines/cache.py)
+    if not torch.accelerator.is_available():
         torch.Tensor.pin_memory = lambda tensor, *_: tensor
     torch.manual_seed(job["seed"])
     model = AutoModelForCausalLM.from_pretrained(
         job["model"],
         dtype="auto",
-        generation_config=GenerationConfig(),  # the base's is carried over as it stands: the library may refuse to load or save it
+        generation_config=GenerationConfig(),  # the model's own is copied later; transformers may refuse to load or save it
     )
     oneshot(
         model=model,
@@ -40,7 +40,7 @@ def main(job: Mapping[str, Any]) -> None:
 
 
 def _rows(job: Mapping[str, Any]) -> Any:
-    """The first `samples` rows that `rows` names, as the model was trained on them."""
+    """Return the first `samples` rows of the file `rows`, as token ids that the model was trained on."""
     import pyarrow.parquet
     from datasets import Dataset
 
@@ -56,19 +56,19 @@ def _one_row(batch: list[Mapping[str, list[int]]]) -> dict[str, Any]:
 
 
 def _modifiers(job: Mapping[str, Any]) -> list[Any]:
-    """AWQ and SmoothQuant only move scales from activations to weights; what rounds them comes after."""
+    """Return llm-compressor's modifiers. AWQ and SmoothQuant only move scales from activations to weights; the next modifier rounds."""
     from compressed_tensors.quantization import QuantizationScheme
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-    how = {"config_groups": {"group_0": QuantizationScheme(**job["scheme"])}, "ignore": job["ignore"]}
+    scheme = {"config_groups": {"group_0": QuantizationScheme(**job["scheme"])}, "ignore": job["ignore"]}
     if job["method"] == "awq":
-        return [AWQModifier(), QuantizationModifier(**how)]
+        return [AWQModifier(), QuantizationModifier(**scheme)]
     if job["method"] == "smoothquant":
-        return [SmoothQuantModifier(), GPTQModifier(**how)]
-    return [GPTQModifier(**how)]
+        return [SmoothQuantModifier(), GPTQModifier(**scheme)]
+    return [GPTQModifier(**scheme)]
 
 
 if __name__ == "__main__":

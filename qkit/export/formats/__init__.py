@@ -1,4 +1,4 @@
-"""Formats of export: one file each, whose name is what a recipe's export.formats begins with. The contract is plugins/exporter.py.
+"""The exporters: one module each, named as the first part of a format in a recipe's export.formats. The contract is in plugins/exporter.py.
 
-`onnx-int4` is onnx.py, its variant `int4`. In: the merged folder. Out: the folder of one format, whole. No format imports another.
+`onnx-int4` is the variant `int4` of onnx.py. In: the merged folder. Out: the complete folder of one format. No exporter imports another.
 """

@@ -1,4 +1,4 @@
-"""One .gguf file for llama.cpp and Ollama, written tensor by tensor, and a Modelfile beside it."""
+"""One .gguf file for llama.cpp and Ollama, written tensor by tensor, and a Modelfile."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import NotDeployable
 from qkit.export._gguf.modelfile import write_modelfile
-from qkit.export._gguf.served import otherwise
+from qkit.export._gguf.served import token_differences
 from qkit.export._gguf.tokenizer import SENTENCEPIECE, add_tokenizer, placed_stops, unwritten
-from qkit.export.folder import beside_weights, note, start
+from qkit.export.folder import check_float16, create, note, write_companions
 from qkit.model import config as model_config
 from qkit.model import older_forms
 from qkit.model.gguf import header
@@ -32,45 +32,44 @@ if TYPE_CHECKING:
 
 VARIANTS = {
     "f16": "matrices in float16",
-    "q8_0": "8 bit, blocks of 32",
-    "q4_0": "4 bit, blocks of 32; embeddings and head in 8 bit",
+    "q8_0": "8 bits, blocks of 32",
+    "q4_0": "4 bits, blocks of 32; embeddings and head in 8 bits",
 }
 QUANTIZED = frozenset({"q8_0", "q4_0"})
 RUNTIME = "transformers"
-# What a distance measured with transformers leaves out, by variant; measured on a 135M Llama with llama.cpp itself.
+# What the distance measured with transformers does not include, by variant; measured on a 135M Llama with llama.cpp itself.
 REMARKS = {
-    "q8_0": "weights are unpacked to be measured; llama.cpp also rounds activations to 8 bit: a 135M model was at 0.0025 here and 0.0071 there",
+    "q8_0": (
+        "measured with dequantized weights; llama.cpp also rounds activations to 8 bits: the KL divergence of a 135M model was 0.0025 measured "
+        "so, and 0.0071 in llama.cpp"
+    ),
     "q4_0": (
-        "its weights are unpacked to be measured, and llama.cpp also rounds activations to 8 bit; of a 135M model it was six times as far as "
-        "llama.cpp's own Q4_K_M (KL 0.69 and 0.11) for 13 % fewer bytes: `llama-quantize model.gguf model-q4_k_m.gguf Q4_K_M` makes that of "
-        "gguf-f16"
+        "measured with dequantized weights; llama.cpp also rounds activations to 8 bits. On a 135M model the KL divergence was six times that "
+        "of llama.cpp's own Q4_K_M (0.69 and 0.11), with 13% fewer bytes. To make Q4_K_M from gguf-f16: `llama-quantize model.gguf "
+        "model-q4_k_m.gguf Q4_K_M`"
     ),
 }
 FILE = "model.gguf"
 
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type -> GGUF's
-# transformers 5.19 (integrations/ggml.py) does not read attention.key_length of these, and takes their config's own default.
+# transformers 5.19 (integrations/ggml.py) does not read attention.key_length of these, and uses the default of their config.
 READ_HEAD_DIM = {"qwen3": 128}
-TYPES = {
-    "f16": ("F16", "F16"),
-    "q8_0": ("Q8_0", "Q8_0"),
-    "q4_0": ("Q4_0", "Q8_0"),
-}  # of the layers, of embeddings and head
+# Of the layers; of embeddings and head
+TYPES = {"f16": ("F16", "F16"), "q8_0": ("Q8_0", "Q8_0"), "q4_0": ("Q4_0", "Q8_0")}
 FILE_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-LARGEST = 65504.0  # of float16
 
 
 def export(job: Job, out: Path, variant: str) -> None:
     """Make `out` from the merged model.
 
     Raises:
-        NotDeployable: there is no such variant, or GGUF has no form for this architecture, tokenizer or scaling of positions.
+        NotDeployable: there is no such variant, or qkit cannot write this architecture, tokenizer or RoPE scaling as GGUF.
     """
-    start(out, "gguf", variant, VARIANTS)
+    create(out, "gguf", variant, VARIANTS)
     config = json.loads((job.merged / "config.json").read_text(encoding="utf-8"))
-    if reason := _unknown(config) or unwritten(job.merged):
-        raise NotDeployable(f"gguf-{variant}: {reason}")
+    if reason := _unsupported_config(config) or unwritten(job.merged):
+        raise NotDeployable(f"gguf-{variant}: {reason}", export_format=f"gguf-{variant}")
     import gguf
 
     with closing(gguf.GGUFWriter(str(out / FILE), ARCHITECTURES[config["model_type"]])) as writer:
@@ -79,55 +78,55 @@ def export(job: Job, out: Path, variant: str) -> None:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_tokenizer(writer, job.merged, int(config["vocab_size"]))
         _tensors(writer, job.merged, config, variant)
-    beside_weights(job.merged, out)
+    write_companions(job.merged, out)
     write_modelfile(out, FILE)
-    _say(job, out, variant)
+    _report_differences(job, out, variant)
 
 
-def _say(job: Job, out: Path, variant: str) -> None:
-    """What llama.cpp does otherwise than training did: into qkit.json, from where the model card takes it, and to the user."""
-    texts, (_, unstopped) = otherwise(job.rows, job.merged, out / FILE), placed_stops(job.merged)
+def _report_differences(job: Job, out: Path, variant: str) -> None:
+    """Record in qkit.json, for the model card, where llama.cpp tokenizes or stops differently than in training; tell the user."""
+    texts, (_, unstopped) = token_differences(job.rows, job.merged, out / FILE), placed_stops(job.merged)
     note(out, served_otherwise=texts, unstopped=unstopped)
     if texts and texts["differ"]:
         share = texts["differ"] / texts["rows"]
-        why = ", ".join(texts["because"]) or "its own patterns"
+        cause = ", ".join(texts["because"]) or "its own patterns"
         job.notify(
-            f"gguf-{variant}: llama.cpp reads {share:.1%} of {texts['rows']:,} rows in other tokens than training ({why})"
+            f"gguf-{variant}: llama.cpp tokenizes {share:.1%} of {texts['rows']:,} rows differently than in training ({cause})"
         )
     if unstopped:
         job.notify(
-            f"gguf-{variant}: llama.cpp does not stop at the tokens {unstopped}: a header has room for three; the Modelfile has all"
+            f"gguf-{variant}: llama.cpp does not stop at the tokens {unstopped}: a GGUF header holds three stop tokens; the Modelfile has all"
         )
 
 
 def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
-    """Architectures, scalings of positions and, where the model's folder or .gguf file is at hand, tokenizers that are not written."""
+    """Check architecture and RoPE scaling, and the tokenizer if the model is a local folder or .gguf file."""
     source = Path(recipe.model.source)
     if source.suffix == ".gguf" and source.is_file():
         kind = header.read_gguf(source)[0].get("tokenizer.ggml.model")
-        return _unknown(config) or (None if kind == "gpt2" else SENTENCEPIECE)
-    return _unknown(config) or (unwritten(source) if source.is_dir() else None)
+        return _unsupported_config(config) or (None if kind == "gpt2" else SENTENCEPIECE)
+    return _unsupported_config(config) or (unwritten(source) if source.is_dir() else None)
 
 
-def _unknown(config: Mapping[str, Any]) -> str | None:
+def _unsupported_config(config: Mapping[str, Any]) -> str | None:
+    """Return why no GGUF can be written of a model with this config.json, or None."""
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
-        return f"the architecture {kind!r} is not written by this version; it writes {', '.join(ARCHITECTURES)}"
+        return f"the architecture {kind!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
     if (scaling := older_forms.rope(config).get("rope_type", "default")) not in ("default", "llama3"):
-        return f"positions scaled by {scaling!r} are not written by this version"
-    head, usual = model_config.from_config(config, "the model").head_dim, READ_HEAD_DIM.get(str(kind))
-    if usual and head != usual:
-        return f"transformers, which opens a GGUF to verify it, reads every {kind} with heads of {usual}, and these have {head}"
+        return f"the RoPE scaling {scaling!r} is not supported"
+    head_dim, read_head_dim = model_config.from_config(config, "the model").head_dim, READ_HEAD_DIM.get(str(kind))
+    if read_head_dim and head_dim != read_head_dim:
+        return f"transformers, which verifies a GGUF, reads every {kind} with head_dim {read_head_dim}, and this model has {head_dim}"
     return None
 
 
 def _sizes(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
-    """The model's sizes, by GGUF's names."""
+    """Write the model's sizes into the header."""
     sizes = model_config.from_config(config, "the merged model")
     limits = [size for size in (sizes.positions, sizes.window if sizes.windowed else None) if size]
-    writer.add_context_length(
-        min(limits)
-    )  # llama.cpp looks back on all of them: no further than the model's own window
+    # llama.cpp attends to the whole context, so it must not exceed the model's attention window
+    writer.add_context_length(min(limits))
     writer.add_embedding_length(sizes.hidden)
     writer.add_block_count(sizes.layers)
     writer.add_feed_forward_length(sizes.intermediate)
@@ -145,13 +144,13 @@ def _sizes(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
 
 
 def _tensors(writer: GGUFWriter, merged: Path, config: Mapping[str, Any], variant: str) -> None:
-    """The list of all tensors, which the format has first, then one after the other."""
+    """Write the list of all tensors, which comes first in the file, and then each tensor."""
     import numpy as np
     from gguf.quants import quant_shape_to_byte_shape
 
     names, specs = _names(merged, config), model_specs(merged)
     types = {name: _type(names[name], specs[name], variant) for name in names}
-    factors = _rope_factors(config)
+    factors = rope_scaling(config)
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
     for name, target in names.items():
@@ -167,7 +166,7 @@ def _tensors(writer: GGUFWriter, merged: Path, config: Mapping[str, Any], varian
 
 
 def _write(writer: GGUFWriter, stored: np.ndarray[Any, Any]) -> None:
-    """numpy says of a full disk only that nothing was written."""
+    """Write a tensor. On a full disk numpy raises an OSError without a number; give it one."""
     try:
         writer.write_tensor_data(stored)
     except OSError as error:
@@ -175,7 +174,7 @@ def _write(writer: GGUFWriter, stored: np.ndarray[Any, Any]) -> None:
 
 
 def _names(merged: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """transformers' names and GGUF's, in the order of the shards.
+    """Map transformers' tensor names to GGUF's, in the order of the shards.
 
     Raises:
         NotDeployable: GGUF has no name for a tensor.
@@ -184,30 +183,34 @@ def _names(merged: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config["model_type"]])
     known = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
-    wanted = [
+    tensors = [
         name for name in model_specs(merged) if not (name == "lm_head.weight" and config.get("tie_word_embeddings"))
     ]
-    found = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in wanted}
-    if strange := [name for name, target in found.items() if target is None]:
-        raise NotDeployable(f"gguf: the format has no name for {strange[0]} and {len(strange) - 1} more")
-    return found
+    names = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in tensors}
+    if unnamed := [name for name, target in names.items() if target is None]:
+        raise NotDeployable(f"gguf: the format has no name for the tensor {unnamed[0]} and {len(unnamed) - 1} more")
+    return names
 
 
 def _type(target: str, spec: Spec, variant: str) -> GGMLQuantizationType:
-    """Norms and biases stay in 32 bit, as llama.cpp wants them; rows that no block divides are float16."""
+    """Return the type of a tensor. llama.cpp expects norms and biases in 32 bits; rows that cannot be divided into blocks are float16."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if len(spec["shape"]) < 2:
         return GGMLQuantizationType.F32
     layers, ends = TYPES[variant]
-    wanted = GGMLQuantizationType[layers if target.startswith("blk.") else ends]
-    return wanted if spec["shape"][-1] % GGML_QUANT_SIZES[wanted][0] == 0 else GGMLQuantizationType.F16
+    kind = GGMLQuantizationType[layers if target.startswith("blk.") else ends]
+    return kind if spec["shape"][-1] % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
 
 
 def _stored(
     name: str, tensor: torch.Tensor, kind: GGMLQuantizationType, config: Mapping[str, Any]
 ) -> np.ndarray[Any, Any]:
-    """The tensor as the file holds it."""
+    """Return a tensor as the file stores it.
+
+    Raises:
+        NotDeployable: float16 cannot hold one of its values.
+    """
     import numpy as np
     from gguf.quants import quantize
 
@@ -218,20 +221,20 @@ def _stored(
             values = _interleaved(values, heads)
         elif ".k_proj." in name:
             values = _interleaved(values, int(config.get("num_key_value_heads") or heads))
-    if kind.name == "F16" and not (largest := float(np.abs(values).max())) <= LARGEST:
-        raise NotDeployable(f"gguf: {name} holds {largest:g}, and float16 ends at {LARGEST:g}")
+    if kind.name == "F16":
+        check_float16(name, float(np.abs(values).max()), "gguf", "use the format safetensors (bfloat16)")
     stored: np.ndarray[Any, Any] = quantize(np.ascontiguousarray(values), kind)
     return stored.view(np.uint8)
 
 
 def _interleaved(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """llama.cpp rotates neighbours where transformers rotates the halves of a head: the rows of query and key change places."""
+    """Reorder the rows of a query or key matrix: llama.cpp rotates adjacent pairs, and transformers the two halves of a head."""
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
-def _rope_factors(config: Mapping[str, Any]) -> np.ndarray[Any, Any] | None:
-    """By what Llama 3.1's scaling divides each frequency of the positions; None where nothing is scaled."""
+def rope_scaling(config: Mapping[str, Any]) -> np.ndarray[Any, Any] | None:
+    """Return the divisors of Llama 3.1's RoPE scaling, [head_dim / 2]; None if the model does not scale RoPE."""
     rope = older_forms.rope(config)
     if rope.get("rope_type", "default") != "llama3":
         return None

@@ -1,50 +1,44 @@
-"""ONNX files with a key-value cache: the graph by onnxruntime-genai's model builder, low-bit matrices by our own rounding.
+"""ONNX files with a key-value cache: onnxruntime-genai's model builder makes the graph, and qkit rounds low-bit matrices itself.
 
-An architecture that the builder does not know can be had in fp32: transformers' exporter traces its graph, which ONNX Runtime
-opens and onnxruntime-genai does not.
+Architectures that the builder does not support can be exported in fp32: transformers' exporter traces the graph. ONNX Runtime opens such a
+graph; onnxruntime-genai does not.
 
-Both are programs of their own: what they allocate and patch goes when they end. What they make is put together in a
-folder beside the one asked for, which appears whole or not at all.
+Both run as programs of their own. Their output is completed in a temporary folder next to the target and then renamed, so that the target
+is complete or absent.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import re
+import itertools
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qkit.core.errors import DoesNotFit, MissingExtra, NotDeployable
-from qkit.core.files import read_json, write_json
-from qkit.core.process import run_to_end
+from qkit.core.errors import NotDeployable
+from qkit.core.files import read_json
+from qkit.export._onnx import builder, genai_config
+from qkit.export._onnx.builder import BUILDER, LEAVE_OUT
 from qkit.export._onnx.trace import refusal
 from qkit.export.folder import note
 from qkit.export.prompts import compared
 from qkit.measure.evidence import KEY
-from qkit.model.provenance import MARK, NOTE, TRACER
+from qkit.model.provenance import MARK, TRACER
 from qkit.plugins.exporter import Job
 from qkit.recipe.schema import Recipe
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import text_files
 
 RUNTIME = "onnxruntime"
-
-
-# The first is ours, on the run's rows; the others are the builder's.
+# gptq is qkit's, on the run's own rows; the others are the builder's
 ALGORITHMS = ("gptq", "rtn", "k_quant", "k_quant_mixed")
 BLOCKS = (16, 32, 64, 128, 256)  # weights that share a scale
 
 
 @dataclass(frozen=True)
 class Build:
-    """How a variant is made: the builder's precision, and for low bits the algorithm and block size."""
+    """How a variant is made: the builder's precision, and for low bits the rounding algorithm and the block size."""
 
     precision: str
     algorithm: str = ""
@@ -55,6 +49,15 @@ class Build:
         return int(self.precision.removeprefix("int")) if self.algorithm else 16
 
 
+def _int4_builds() -> dict[str, Build]:
+    """Name every combination of algorithm and block size: int4, int4-rtn, int4-b64, int4-rtn-b64, and so on."""
+    builds = {}
+    for algorithm, block in itertools.product(("", *ALGORITHMS), (0, *BLOCKS)):
+        name = "int4" + (f"-{algorithm}" if algorithm else "") + (f"-b{block}" if block else "")
+        builds[name] = Build("int4", algorithm or "gptq", block or 32)
+    return builds
+
+
 BUILDS: Mapping[str, Build] = {
     "fp32": Build("fp32"),
     "fp16": Build("fp16"),
@@ -62,239 +65,130 @@ BUILDS: Mapping[str, Build] = {
     "int4": Build("int4", "gptq"),
 }
 VARIANTS: Mapping[str, str] = {
-    "fp32": "every bit of the merged weights, computed in fp32",
-    "fp16": "weights and sums in fp16",
-    "int8": "matrices in 8 bit, rounded to the nearest",
-    "int4": "matrices in 4 bit, each rounding error made up for by the weights still to be rounded; the head in 8 bit",
+    "fp32": "the merged weights exactly, computed in fp32",
+    "fp16": "weights and arithmetic in fp16",
+    "int8": "matrices in 8 bits, rounded to nearest",
+    "int4": "matrices in 4 bits, rounded by GPTQ on the run's own rows; the head in 8 bits",
 }
-BY_HAND: Mapping[str, Build] = {
-    "-".join(filter(None, ("int4", algorithm, f"b{block}" if block else ""))): Build(
-        "int4", algorithm or "gptq", block or 32
-    )
-    for algorithm in ("", *ALGORITHMS)
-    for block in (0, *BLOCKS)
-}
+BY_HAND: Mapping[str, Build] = _int4_builds()
 QUANTIZED = frozenset({"int8", *BY_HAND})
 
 
-# For the CPU the builder gives fp16 an attention without shared cache; the graph that it makes for CUDA runs on both.
-PROVIDERS = {"fp16": "cuda"}
-OPTIONS = {"fp16": ("fuse_qk_norm_gqa=false",)}
-TO_REFIT = ("algo_config=rtn", "matmul_mixed_precision=last_matmul:int8")  # quick; the head as wide as it will be
-OURS = ("gptq", "nearest")
-INSTEAD = {"gptq": "k_quant_mixed", "nearest": "rtn"}  # the builder's, where its graph's matrices are not the model's
-
-
-NEEDS = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
-TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")  # what a model folder holds beside its weights
-BUILDER = "onnxruntime-genai's builder"
-GENAI = "genai_config.json"  # in a folder that onnxruntime-genai opens
-# How the builder says that it does not know an architecture, and how our own program does.
-REFUSAL = re.compile(r"^(?:NotImplementedError|qkit\.errors\.NotDeployable): (.*)", re.MULTILINE)
-# Its sliding window is the kernel's own, which ends in "seqlens_k is too small for sequence_length" on a padded batch (onnxruntime 1.31).
-UNEVEN = frozenset({"gpt_oss"})
-LEAVE_OUT = "Leave the onnx formats out of export.formats"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How a full disk reads in the builder's log: the system's words, or numpy's, which counts what it could write.
-FULL_TEXT = re.compile(rf"{'|'.join(map(os.strerror, FULL))}|OSError: \d+ requested and \d+ written")
-TAIL_LINES = 15
+ROUNDED_BY_QKIT = ("gptq", "nearest")
+# Fast; the head in its final width
+BUILDER_OPTIONS_TO_ROUND = ("algo_config=rtn", "matmul_mixed_precision=last_matmul:int8")
+# The builder's algorithm where its matrices are not those of the model
+FALLBACK = {"gptq": "k_quant_mixed", "nearest": "rtn"}
+# The sliding window of this attention kernel fails on a padded batch with "seqlens_k is too small for sequence_length" (onnxruntime 1.31).
+NO_PADDED_BATCHES = frozenset({"gpt_oss"})
 
 
 def export(job: Job, out: Path, variant: str) -> None:
     """Make the ONNX folder `out` of the merged model; the builder's output is appended to `job.log`.
 
     Raises:
-        NotDeployable: there is no such variant, or it cannot be had of the architecture.
+        NotDeployable: there is no such variant, or it cannot be made of this architecture.
         MissingExtra: the builder is not installed.
         DoesNotFit: the disk is full.
         RuntimeError: the program failed otherwise; the message is the end of its log.
     """
-    build = _known(variant)
-    _need_builder()
+    build = build_of(variant)
+    builder.need_builder()
     config = read_json(job.merged / "config.json")
     if reason := unsupported(variant, job.recipe, config):
-        raise NotDeployable(reason)
-    with _room(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        whole = Path(scratch) / "whole"
-        if unknown := _unknown(config):
-            _trace(job, unknown, whole)
+        raise NotDeployable(reason, export_format=f"onnx-{variant}")
+    with (
+        builder.reporting_full_disk(out.parent),
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch,
+    ):
+        folder = Path(scratch) / "complete"
+        if architecture := builder.unknown_architecture(config):
+            _trace(job, architecture, folder)
         else:
-            _make(job, build, whole)
-        _complete(job.merged, whole)
-        if (whole / GENAI).exists():
-            _try_prompts(job, whole, out.name)
-        whole.rename(out)
+            _make(job, build, folder)
+        genai_config.complete(job.merged, folder)
+        if (folder / genai_config.FILE).exists():
+            _compare_prompts(job, folder, out.name)
+        folder.rename(out)
 
 
 def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
-    """Why no ONNX file could be made of a model with this config.json; None where it can, or the builder is not here to ask."""
-    unknown = _unknown(config)
-    if config.get("model_type") in UNEVEN:
-        return f"ONNX Runtime's attention for {config['model_type']} takes no rows of different lengths at once. {LEAVE_OUT}"
-    if unknown is None:
+    """Return why no ONNX file can be made of a model with this config.json; None if it can, or if the builder is not installed."""
+    architecture = builder.unknown_architecture(config)
+    if config.get("model_type") in NO_PADDED_BATCHES:
+        return f"ONNX Runtime's attention for {config['model_type']} does not support rows of different lengths in a batch. {LEAVE_OUT}"
+    if architecture is None:
         return None
-    refused = f"{BUILDER} makes no ONNX file of {unknown}; it takes {', '.join(sorted(architectures()))}. "
+    refused = f"{BUILDER} does not support {architecture}; it supports {', '.join(sorted(builder.architectures()))}. "
     if reason := refusal(config):
-        return f"{refused}{TRACER} neither: {reason}. {LEAVE_OUT}"
+        return f"{refused}{TRACER} cannot export it either: {reason}. {LEAVE_OUT}"
     if variant != "fp32":
-        return f"{refused}onnx-fp32 can be had, from {TRACER}: keep it alone of the onnx formats in export.formats"
+        return f"{refused}{TRACER} can make onnx-fp32: keep only that one of the onnx formats in export.formats"
     return None
 
 
-def _unknown(config: Mapping[str, Any]) -> str | None:
-    """The architecture of a config.json, where the builder is here and does not know it."""
-    architecture = next(iter(config.get("architectures") or ()), None)
-    known = architectures()
-    return architecture if known and architecture not in known else None
+def build_of(variant: str) -> Build:
+    """Return how a variant is made.
 
-
-def architectures() -> frozenset[str]:
-    """The architectures that the installed builder names in its source; none where it is not installed."""
-    found = find_spec("onnxruntime_genai")
-    for folder in (found and found.submodule_search_locations) or ():
-        source = Path(folder) / "models" / "builder.py"
-        if source.is_file():
-            return frozenset(re.findall(r'architectures\[0\] == "(\w+)"', source.read_text(encoding="utf-8")))
-    return frozenset()
-
-
-def _known(variant: str) -> Build:
+    Raises:
+        NotDeployable: there is no such variant.
+    """
     if build := BUILDS.get(variant) or BY_HAND.get(variant):
         return build
+    name = "-".join(filter(None, ("onnx", variant)))
     raise NotDeployable(
-        f"export format {'-'.join(filter(None, ('onnx', variant)))}: there is "
-        f"{', '.join(f'onnx-{name}' for name in VARIANTS)}; and onnx-int4-ALGORITHM-bBLOCK, either of which may be left "
-        f"out, with algorithm {', '.join(ALGORITHMS)} and block {', '.join(map(str, BLOCKS))}"
+        f"unknown export format {name}; the formats are "
+        f"{', '.join(f'onnx-{name}' for name in VARIANTS)}, and onnx-int4-ALGORITHM-bBLOCK, where either part may be omitted; "
+        f"ALGORITHM is one of {', '.join(ALGORITHMS)}, and BLOCK one of {', '.join(map(str, BLOCKS))}",
+        export_format=name,
     )
 
 
-def _need_builder() -> None:
-    missing = [name for name in NEEDS if find_spec(name) is None]
-    if missing:
-        raise MissingExtra(f"ONNX export needs {', '.join(missing)}: pip install 'qkit[onnx]'")
-
-
-@contextmanager
-def _room(out: Path) -> Iterator[None]:
-    """A disk that fills up is the user's to clear, and said so."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise _full(out.parent) from error
-
-
-def _full(folder: Path) -> DoesNotFit:
-    left = shutil.disk_usage(folder).free / 2**20
-    return DoesNotFit(
-        f"{folder}: the disk filled up while an ONNX file was made ({left:,.0f} MiB free now that its parts are removed). "
-        "It takes up to 4 bytes per weight for the file and as much again while it is built"
-    )
-
-
-def _trace(job: Job, architecture: str, whole: Path) -> None:
-    """Have the graph traced into the folder `whole`, with a note by which the runtime knows it."""
+def _trace(job: Job, architecture: str, out: Path) -> None:
+    """Trace the graph into the folder `out`, with a note by which the runtime recognizes it."""
     job.notify(
-        f"export: {architecture} is unknown to {BUILDER}: {TRACER} makes onnx-fp32, which ONNX Runtime opens "
-        "and onnxruntime-genai, and so `qkit serve`, does not"
+        f"export: {BUILDER} does not support {architecture}: {TRACER} makes onnx-fp32, which ONNX Runtime opens; "
+        "onnxruntime-genai, and so `qkit serve`, cannot open it"
     )
-    program = [sys.executable, "-m", "qkit.export._onnx.trace", str(job.merged), str(whole)]
-    status, text = run_to_end(program, job.log, {"HF_HUB_OFFLINE": "1"})
-    if status:
-        raise _failure(status, text, whole, TRACER)
-    note(whole, **MARK)
+    builder.run_program(["-m", "qkit.export._onnx.trace", str(job.merged), str(out)], job.log, out, TRACER)
+    note(out, **MARK)
 
 
-def _make(job: Job, build: Build, whole: Path) -> None:
-    """Build into the folder `whole`, with the matrices rounded by us or by the builder."""
+def _make(job: Job, build: Build, out: Path) -> None:
+    """Build into the folder `out`; the matrices are rounded by qkit, or by the builder."""
     from qkit.export._onnx.requantize import Unmatched
 
-    if build.algorithm in OURS:
+    algorithm = build.algorithm
+    if algorithm in ROUNDED_BY_QKIT:
         try:
-            return _rounded_by_us(job, build, whole)
+            return _rounded_by_qkit(job, build, out)
         except Unmatched as reason:
-            shutil.rmtree(whole)
-            build = Build(build.precision, INSTEAD[build.algorithm], build.block)
-            _note(job.log, f"{reason}: rounded by the builder's {build.algorithm} instead")
-    options = (f"algo_config={build.algorithm}", f"block_size={build.block}") if build.algorithm else ()
-    return _build(job, build, options, whole)
+            shutil.rmtree(out)
+            algorithm = FALLBACK[algorithm]
+            with job.log.open("a", encoding="utf-8") as log:
+                log.write(f"{reason}: rounded by the builder's {algorithm} instead\n")
+    options = (f"algo_config={algorithm}", f"block_size={build.block}") if algorithm else ()
+    return builder.build(job, build.precision, options, out)
 
 
-def _rounded_by_us(job: Job, build: Build, whole: Path) -> None:
-    """The builder's graph, its matrices replaced by ours; the graph itself is thrown away."""
-    from qkit.export._onnx.requantize import refit
+def _rounded_by_qkit(job: Job, build: Build, out: Path) -> None:
+    """Build a graph, and write it to `out` with its matrices rounded by qkit."""
+    from qkit.export._onnx.requantize import requantize
 
-    built = whole.with_name("built")
-    _build(job, Build("int4", "rtn", build.block), (*TO_REFIT, f"block_size={build.block}"), built)
-    whole.mkdir()
-    refit(job, built, whole, build.bits)
-    for file in _texts(built):
-        file.rename(whole / file.name)
-
-
-def _build(job: Job, build: Build, options: Sequence[str], out: Path) -> None:
-    """Run the builder to its end."""
-    arguments = ["-m", str(job.merged), "-o", str(out), "-c", str(out.with_name("cache")), "-p", build.precision]
-    arguments += ["-e", PROVIDERS.get(build.precision, "cpu")]
-    if options := (*options, *OPTIONS.get(build.precision, ())):
-        arguments += ["--extra_options", *options]
-    program = [sys.executable, "-m", "onnxruntime_genai.models.builder", *arguments]
-    status, text = run_to_end(program, job.log, {"HF_HUB_OFFLINE": "1"})
-    if status:
-        raise _failure(status, text, out)
+    built = out.with_name("built")
+    builder.build(job, "int4", (*BUILDER_OPTIONS_TO_ROUND, f"block_size={build.block}"), built)
+    out.mkdir()
+    requantize(job, built, out, build.bits)
+    for file in text_files(built):
+        file.rename(out / file.name)
 
 
-def _failure(status: int, text: str, out: Path, who: str = BUILDER) -> Exception:
-    """The error that a failed build stands for."""
-    tail = text.splitlines()[-TAIL_LINES:]
-    if refusals := REFUSAL.findall(text):
-        return NotDeployable(f"{who}: {refusals[-1]} {LEAVE_OUT}")
-    if any(map(FULL_TEXT.search, tail)):
-        return _full(out.parent)
-    return RuntimeError(f"{who} ended with status {status}:\n" + "\n".join(tail))
-
-
-def _note(log: Path, line: str) -> None:
-    with log.open("a", encoding="utf-8") as sink:
-        sink.write(line + "\n")
-
-
-def _complete(model: Path, out: Path) -> None:
-    """What stands beside the model's weights, in the place of what the builder has saved anew; onnxruntime-genai stops where the generation
-    config says."""
-    copy_companions(model, out, but=(NOTE,) if (out / NOTE).exists() else ())
-    if not (out / GENAI).exists():
-        return  # traced
-    config = read_json(out / GENAI)
-    if (out / "generation_config.json").exists():
-        stop = read_json(out / "generation_config.json").get("eos_token_id")
-        config["model"]["eos_token_id"] = config["model"]["eos_token_id"] if stop is None else stop
-    config["model"] |= _within(config["model"])
-    config["model"]["decoder"]["session_options"]["provider_options"] = []  # the CPU; others are added where they are
-    write_json(out / GENAI, config)
-
-
-def _try_prompts(job: Job, whole: Path, name: str) -> None:
-    """Note how the library's own prompts differ from training's; the model card then shows how to make them with transformers."""
-    found = compared(whole, job.rows, job.recipe.model.trust_remote_code)
-    note(whole, **{KEY: found})
-    if found["differ"]:
+def _compare_prompts(job: Job, folder: Path, name: str) -> None:
+    """Record where the library's own prompts differ from those of training; the model card then shows how to make them with transformers."""
+    comparison = compared(folder, job.rows, job.recipe.model.trust_remote_code)
+    note(folder, **{KEY: comparison})
+    if comparison["differ"]:
         job.notify(
-            f"export: {name}: {found['by']} by itself makes other prompts than training had, in {len(found['differ'])} of "
-            f"{found['cases']} cases ({found['differ'][0]}); its README.md shows how to make them with transformers"
+            f"export: {name}: the prompts of {comparison['by']} differ from those of training in {len(comparison['differ'])} of "
+            f"{comparison['cases']} cases ({comparison['differ'][0]}); its README.md shows how to make them with transformers"
         )
-
-
-def _within(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What ends an answer and what pads, without ids that the embedding has no row for: the library would look them up."""
-    rows, stop = model["vocab_size"], model["eos_token_id"]
-    stops = [number for number in (stop if isinstance(stop, list) else [stop]) if number < rows]
-    pad = model.get("pad_token_id")
-    padded = {"pad_token_id": stops[0]} if stops and pad is not None and pad >= rows else {}
-    return {"eos_token_id": stops if isinstance(stop, list) or not stops else stops[0], **padded}
-
-
-def _texts(model: Path) -> list[Path]:
-    """Configuration, tokenizer and template of a model folder, without the index of its weights."""
-    return [file for pattern in TEXTS for file in model.glob(pattern) if not file.name.endswith(".index.json")]

@@ -1,4 +1,4 @@
-"""What vLLM loads: the merged model in 16 bit or quantized, or the adapter apart, to be put on its base."""
+"""Formats for vLLM: the merged model in 16 bits or quantized, or the adapter alone, to be served on its base."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 from qkit.core.errors import MissingExtra, ModelError
 from qkit.core.process import run_to_end
-from qkit.export.folder import beside_weights, link_weights, note, start
+from qkit.export.folder import create, link_weights, note, write_companions
 from qkit.model.config import EXPERTS
 from qkit.model.provenance import check_adapter
 from qkit.plugins.exporter import Job
 from qkit.recipe.schema import Recipe
 from qkit.setup import side_environments
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import copy_companions
 
 VARIANTS = {
-    "": "the merged model in 16 bit",
-    "adapter": "the adapter apart, for --enable-lora on its base",
-    "w8a8": "weights and activations in 8 bit integers",
-    "w4a16": "weights in 4 bit, in groups",
-    "fp8": "weights and activations in 8 bit floats",
+    "": "the merged model in 16 bits",
+    "adapter": "the adapter alone, for --enable-lora on its base",
+    "w8a8": "weights and activations in 8-bit integers",
+    "w4a16": "weights in 4 bits, in groups",
+    "fp8": "weights and activations in 8-bit floats",
 }
 QUANTIZED = frozenset({"w8a8", "w4a16", "fp8"})
 RUNTIME = "vllm"
@@ -37,12 +37,12 @@ def export(job: Job, out: Path, variant: str) -> None:
     """Make `out`.
 
     Raises:
-        NotDeployable: there is no such variant, or vLLM would not take this adapter.
-        ModelError: the adapter is not of this base, or no group size suits the model's widths.
-        MissingExtra: the recipe names a method whose environment is not there.
+        NotDeployable: there is no such variant, or vLLM does not support this adapter.
+        ModelError: the adapter belongs to another base, or no group size divides the widths of the model.
+        MissingExtra: the recipe names a method whose environment is missing.
         RuntimeError: llm-compressor failed; the message is the end of its log.
     """
-    start(out, "vllm", variant, VARIANTS)
+    create(out, "vllm", variant, VARIANTS)
     if variant == "":
         link_weights(job.merged, out)
         copy_companions(job.merged, out)
@@ -53,13 +53,13 @@ def export(job: Job, out: Path, variant: str) -> None:
 
 
 def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
-    """vLLM's rules for adapters, and what our rounding does not know."""
+    """Apply vLLM's rules for adapters, and the limits of qkit's own rounding."""
     if variant == "adapter":
         from qkit.server import lora
 
         return lora.refusal(recipe, config)
     if variant in QUANTIZED and any((config.get(key) or 0) > 1 for key in EXPERTS):
-        return "a mixture of experts is not quantized by this version; use vllm (16 bit)"
+        return "quantizing a mixture of experts is not supported; use vllm (16 bits)"
     if variant == "w4a16":
         from qkit.export._vllm.compressed import group_size
 
@@ -70,22 +70,22 @@ def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str 
     return None
 
 
-# --- the adapter apart ------------------------------------------------------------------------------------------------
+# --- the adapter alone ------------------------------------------------------------------------------------------------
 
 
 def _adapter(job: Job, out: Path) -> None:
-    """The adapter's two files, tokenizer and template, and on which base it belongs."""
+    """Copy the adapter's two files, tokenizer and template, and record the base that it belongs to."""
     from qkit.server import lora
 
-    belongs = check_adapter(job.adapter, job.base)
+    base_of_adapter = check_adapter(job.adapter, job.base)
     config = json.loads((job.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     rank = lora.rank_for(config)
     copy_companions(job.merged, out)
-    (out / "config.json").unlink()  # the base's: a folder that has one is taken for a whole model
+    (out / "config.json").unlink()  # the model's: a folder with a config.json counts as a whole model
     shutil.copyfile(job.adapter / "adapter_model.safetensors", out / "adapter_model.safetensors")
     config["base_model_name_or_path"] = str(job.base.resolve())
     (out / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    note(out, **belongs, max_lora_rank=rank)
+    note(out, **base_of_adapter, max_lora_rank=rank)
 
 
 # --- quantized --------------------------------------------------------------------------------------------------------
@@ -98,32 +98,41 @@ def _quantized(job: Job, out: Path, variant: str) -> None:
     method = _method(job, variant)
     if method == NEAREST:
         write_nearest(job.merged, out, variant, config, job.recipe.merge.max_shard_bytes)
-        made = quantization_config(variant, config, left_in_16_bit(job.merged))
-        beside_weights(job.merged, out, quantization_config=made)
+        quantization = quantization_config(variant, config, left_in_16_bit(job.merged))
+        write_companions(job.merged, out, quantization_config=quantization)
         note(out, method=NEAREST)
     else:
         _calibrated(job, out, scheme(variant, config), method)
 
 
 def _method(job: Job, variant: str) -> str:
-    """How the weights are rounded. 8-bit floats scaled by token need no data: there the nearest value is what llm-compressor takes as well."""
-    wanted = job.recipe.export.method
-    if variant == "fp8" or wanted == NEAREST:
+    """Return how the weights are rounded.
+
+    fp8 with a scale for each token needs no calibration data: llm-compressor rounds it to nearest too.
+
+    Raises:
+        MissingExtra: the recipe names a method whose environment is missing.
+    """
+    method = job.recipe.export.method
+    if variant == "fp8" or method == NEAREST:
         return NEAREST
     if side_environments.python_of(ENVIRONMENT):
-        return "gptq" if wanted == "auto" else wanted
-    makes = side_environments.command(ENVIRONMENT)
-    if wanted != "auto":
-        raise MissingExtra(f"export.method={wanted}: llm-compressor's environment is not there; `{makes}` makes it")
+        return "gptq" if method == "auto" else method
+    command = side_environments.command(ENVIRONMENT)
+    if method != "auto":
+        raise MissingExtra(
+            f"export.method={method} requires llm-compressor's environment, which is missing; `{command}` creates it",
+            package=ENVIRONMENT,
+        )
     job.notify(
-        f"vllm-{variant}: rounded to the nearest value; `{makes}` makes the environment in which GPTQ fits the weights to your rows"
+        f"vllm-{variant}: weights are rounded to nearest; for GPTQ on your own rows, create its environment with `{command}`"
     )
     return NEAREST
 
 
 def _calibrated(job: Job, out: Path, scheme_of: Mapping[str, Any], method: str) -> None:
-    """By llm-compressor, as a program of its own; then everything beside the weights, which another transformers wrote, as it was."""
-    from qkit.export._vllm.compressed import IGNORED
+    """Run llm-compressor; then restore the files next to the weights, which another version of transformers wrote."""
+    from qkit.export._vllm.compressed import NOT_QUANTIZED
 
     rows = job.recipe.export.calibration_rows
     task = {
@@ -135,21 +144,21 @@ def _calibrated(job: Job, out: Path, scheme_of: Mapping[str, Any], method: str) 
         "seed": job.recipe.seed,
         "method": method,
         "scheme": scheme_of,
-        "ignore": IGNORED,
+        "ignore": NOT_QUANTIZED,
     }
     _start(task, job.log)
-    written = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    beside_weights(job.merged, out, quantization_config=written)
-    (out / "recipe.yaml").unlink(missing_ok=True)  # llm-compressor's own; what was asked of it is in qkit.json
+    quantization = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    write_companions(job.merged, out, quantization_config=quantization)
+    (out / "recipe.yaml").unlink(missing_ok=True)  # llm-compressor's; qkit.json records its arguments
     note(out, method=method, calibration_rows=rows, made_by=side_environments.ENVIRONMENTS[ENVIRONMENT].requirements)
 
 
 def _start(task: Mapping[str, Any], log: Path) -> None:
-    """Run the program to its end in the environment that was made for it."""
+    """Run the program to its end, with the Python of its own environment."""
     program = [str(side_environments.python_of(ENVIRONMENT)), "-I", str(PROGRAM), json.dumps(task)]
     status, text = run_to_end(program, log, {"HF_HUB_OFFLINE": "1"})
     if status:
         raise RuntimeError(
-            f"llm-compressor ended with status {status}; export.method={NEAREST} does without it:\n"
+            f"llm-compressor ended with status {status}; export.method={NEAREST} does not need it:\n"
             + "\n".join(text.splitlines()[-TAIL_LINES:])
         )

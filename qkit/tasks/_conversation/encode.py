@@ -1,27 +1,29 @@
-"""Examples to rows of token ids: rendered, tokenized, and marked where they carry loss.
+"""Encodes examples as rows of token ids and labels.
 
-Which tokens carry loss is found by rendering and comparing token ids: a turn of the assistant begins where the ids of the prompt it would be
-asked with end. No marker in the template is needed. A turn that the template later writes differently (thinking that is dropped from
-earlier turns) gets a row of its own, with the prompt that a server would send.
+Labels come from rendering and comparing token ids: a turn of the assistant begins where the ids of its prompt end, so templates need no
+markers. A turn that the template later writes differently (for example without its reasoning) becomes a separate row, with the prompt that
+a server would send.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from qkit.chat import conversation as chat_conversation
 from qkit.chat.template import Messages, Renderer, TemplateRefusal
+from qkit.core.batching import IGNORED
 from qkit.plugins.task import Conversation, Example, RowError, Text, Tokens
 from qkit.recipe.schema import Data
 
-IGNORED = -100  # torch's cross_entropy skips these labels
+Finding = tuple[str, str]  # the check that noticed something, and a message that says what
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row to learn from. `input_ids`, `labels`: [tokens]; `start`: where the last completion begins.
+class EncodedRow:
+    """One row to train on. `input_ids`, `labels`: [tokens]; `start`: where the last completion begins.
 
     `messages`: those before the answer, they and `tools` as they are once they were sent to a server; `variables`: what the template is
     given beside them; `reply`: the turn that answers, `answer` what it says, `reference` how a prediction that is right reads; `text`: the
@@ -42,7 +44,7 @@ class Row:
     turns: tuple[int, ...] = ()
     whole_tokens: int = 0
     continues: bool = False
-    findings: tuple[tuple[str, str], ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     @property
     def labelled(self) -> int:
@@ -51,16 +53,16 @@ class Row:
 
 
 class Refused(RowError):
-    """A row that cannot be learnt from once it is rendered; `rule` is the check that it fails, `row` the whole row where there is one."""
+    """A row that cannot be trained on once it is rendered. `rule`: the check that it fails; `row`: the whole row, if there is one."""
 
-    def __init__(self, message: str, rule: str, row: Row | None = None):
+    def __init__(self, message: str, rule: str, row: EncodedRow | None = None):
         super().__init__(message, rule)
         self.row = row
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A conversation as text: the whole, and the prompt of each turn to learn. The last turn to learn ends it."""
+    """A conversation as text: the whole, which ends with the last turn to train on, and the prompt of each turn to train on."""
 
     conversation: Conversation
     whole: str
@@ -75,107 +77,117 @@ class Draft:
         return [self.whole, *self.prompts.values()]
 
 
-def tokenize(reader: Renderer, examples: Sequence[Example | RowError], how: Data) -> list[list[Row] | RowError]:
-    """The rows of each example, or why there is none; all texts are tokenized in one call."""
-    drafted = [_drafted(reader, example, how) for example in examples]
-    texts = [text for drafts in drafted if isinstance(drafts, list) for draft in drafts for text in draft.texts]
-    ids = iter(reader.encode(texts))
-    return [_made(reader, example, drafts, ids, how) for example, drafts in zip(examples, drafted, strict=True)]
+@dataclass(frozen=True)
+class Result:
+    """What became of one example: the rows it makes, or the error that says why it makes none."""
+
+    rows: Sequence[EncodedRow] = ()
+    error: RowError | None = None
 
 
-def _drafted(reader: Renderer, example: Example | RowError, how: Data) -> list[Draft] | RowError | None:
-    """A conversation's drafts; None for what is no conversation."""
+@dataclass(frozen=True)
+class Drafted:
+    """An example before its texts are tokenized: the drafts of a conversation (other examples have none), or why it makes no row."""
+
+    example: Example | RowError
+    drafts: Sequence[Draft] = ()
+    error: RowError | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for draft in self.drafts for text in draft.texts]
+
+
+def tokenize(renderer: Renderer, examples: Sequence[Example | RowError], section: Data) -> list[Result]:
+    """One result for each example; all texts are tokenized in one call, which is much faster than one call each."""
+    drafted = [_drafted(renderer, example, section) for example in examples]
+    ids = renderer.encode([text for item in drafted for text in item.texts])
+    ends = list(accumulate(len(item.texts) for item in drafted))
+    begins = [0, *ends]
+    return [
+        _encoded(renderer, item, ids[begin:end], section)
+        for item, begin, end in zip(drafted, begins, ends, strict=False)
+    ]
+
+
+def _drafted(renderer: Renderer, example: Example | RowError, section: Data) -> Drafted:
     if isinstance(example, RowError):
-        return example
+        return Drafted(example, error=example)
     if not isinstance(example, Conversation):
-        return None
+        return Drafted(example)
     try:
-        return list(drafts(reader, example, how.loss))
+        return Drafted(example, list(drafts(renderer, example, section.loss)))
     except RowError as error:
-        return error
+        return Drafted(example, error=error)
 
 
-def _made(
-    reader: Renderer,
-    example: Example | RowError,
-    drafts: list[Draft] | RowError | None,
-    ids: Iterator[list[int]],
-    how: Data,
-) -> list[Row] | RowError:
-    if isinstance(drafts, RowError):
-        return drafts
+def _encoded(renderer: Renderer, drafted: Drafted, ids: Sequence[list[int]], section: Data) -> Result:
+    """`ids`: of the drafts' texts, in their order."""
+    if drafted.error is not None:
+        return Result(error=drafted.error)
+    example = drafted.example
     try:
         if isinstance(example, Text):
-            return _text_rows(reader, example, how)
+            return Result(_text_rows(renderer, example, section))
         if isinstance(example, Tokens):
-            return [_cut_tokens(_passed_through(example), how)]
-        assert drafts is not None
-        given = [[next(ids) for _ in draft.texts] for draft in drafts]  # all are taken before any row may be refused
-        rows = [_conversation_row(reader, draft, encoded, how) for draft, encoded in zip(drafts, given, strict=True)]
-        return _unrolled(rows) if len(rows) > 1 else rows
+            return Result([_fitted_tokens(_from_tokens(example), section)])
+        return Result(_conversation_rows(renderer, drafted.drafts, ids, section))
     except RowError as error:
-        return error
-
-
-def _unrolled(rows: list[Row]) -> list[Row]:
-    """Rows of one conversation, with a word on why there are several."""
-    earlier = ", ".join(str(row.turns[-1] + 1) for row in rows[1:] if row.turns)
-    found = ("prefix_stable", f"its turns {earlier} read differently at its end")
-    return [replace(rows[0], findings=(*rows[0].findings, found)), *rows[1:]]
+        return Result(error=error)
 
 
 # --- conversations ----------------------------------------------------------------------------------------------------
 
 
 def learnt_turns(example: Conversation, loss: str) -> list[int]:
-    """The messages that carry loss: what the record says, else what data.loss does."""
+    """Indices of the messages that carry loss: by the marks of the record, else by data.loss."""
     marks = example.trained or (None,) * len(example.messages)
     assistant = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
     by_default = assistant[-1:] if loss == "completion" else assistant
     return [i for i in assistant if marks[i] or (marks[i] is None and i in by_default)]
 
 
-def drafts(reader: Renderer, example: Conversation, loss: str) -> Iterator[Draft]:
-    """The rows that a conversation makes: one, and one more for each turn that its end does not continue as it was.
+def drafts(renderer: Renderer, example: Conversation, loss: str) -> Iterator[Draft]:
+    """The rows of a conversation: one, and another for each turn that the template writes differently in the whole conversation.
 
     Raises:
-        Refused: no turn is to be learnt, or the template does not take the conversation.
+        Refused: there is no turn to train on, or the template rejects the conversation.
     """
-    reader, turns = reader.meeting(example.tools), learnt_turns(example, loss)
+    renderer, turns = renderer.meeting(example.tools), learnt_turns(example, loss)
     if not turns:
-        raise Refused("has no turn that may be learnt: every assistant turn is marked not to be trained", "loss_tokens")
+        raise Refused("has no turn to train on: every assistant turn is marked as not trained", "loss_tokens")
     try:
         while turns:
-            draft = _draft(reader, example, turns)
+            draft = _draft(renderer, example, turns)
             yield draft
             turns = [turn for turn in turns if turn not in draft.prompts]
     except TemplateRefusal as error:
-        raise Refused(f"is refused by the chat template: {error}", "template") from None
+        raise Refused(f"is rejected by the chat template: {error}", "template") from None
 
 
-def _draft(reader: Renderer, example: Conversation, turns: Sequence[int]) -> Draft:
+def _draft(renderer: Renderer, example: Conversation, turns: Sequence[int]) -> Draft:
     last = turns[-1]
     messages, tools, variables = example.messages, example.tools, example.variables
-    whole = reader.through_end(reader.render(messages[: last + 1], tools, True, variables))
-    prompts = {turn: reader.render(messages[:turn], tools, False, variables) for turn in turns}
+    whole = renderer.through_end(renderer.render(messages[: last + 1], tools, True, variables))
+    prompts = {turn: renderer.render(messages[:turn], tools, False, variables) for turn in turns}
     if not whole.startswith(prompts[last]):
         raise Refused(
-            "is written by the chat template, once answered, in another way than the prompt it would be asked with, first at "
-            f"{_first_difference(prompts[last], whole)!r}: a server would send what training never saw",
+            "does not begin with its prompt once the chat template writes the answer; the first difference is at "
+            f"{_first_difference(prompts[last], whole)!r}: a server would send a prompt that training never saw",
             "generation_prompt",
         )
     kept = {
-        turn: prompts[turn] for turn in turns if turn == last or _stays(reader, example, turn, prompts[turn], whole)
+        turn: prompts[turn] for turn in turns if turn == last or _stays(renderer, example, turn, prompts[turn], whole)
     }
     return Draft(example, whole, kept)
 
 
-def _stays(reader: Renderer, example: Conversation, turn: int, prompt: str, whole: str) -> bool:
-    """Whether a turn reads, further on in the conversation, as it did when it was the last one."""
+def _stays(renderer: Renderer, example: Conversation, turn: int, prompt: str, whole: str) -> bool:
+    """Whether the template writes a turn in the whole conversation as it did when the turn was the last one."""
     if not whole.startswith(prompt):
         return False
-    answered = reader.render(example.messages[: turn + 1], example.tools, True, example.variables)
-    return whole.startswith(reader.through_end(answered))
+    answered = renderer.render(example.messages[: turn + 1], example.tools, True, example.variables)
+    return whole.startswith(renderer.through_end(answered))
 
 
 def _first_difference(left: str, right: str) -> str:
@@ -183,69 +195,101 @@ def _first_difference(left: str, right: str) -> str:
     return left[same : same + 30]
 
 
-def _conversation_row(reader: Renderer, draft: Draft, encoded: list[list[int]], how: Data) -> Row:
-    reader = reader.meeting(draft.conversation.tools)
-    row = marked(reader, draft, encoded, how.loss)
-    if len(row.input_ids) <= how.max_length:
+def _conversation_rows(
+    renderer: Renderer, drafts: Sequence[Draft], ids: Sequence[list[int]], section: Data
+) -> list[EncodedRow]:
+    """One row for each draft; the first one notes why there are several."""
+    rows, begin = [], 0
+    for draft in drafts:
+        end = begin + len(draft.texts)
+        rows.append(_conversation_row(renderer, draft, ids[begin:end], section))
+        begin = end
+    if len(rows) == 1:
+        return rows
+    earlier = ", ".join(str(row.turns[-1] + 1) for row in rows[1:] if row.turns)
+    finding = ("prefix_stable", f"the template writes its turns {earlier} differently at the end of the conversation")
+    return [replace(rows[0], findings=(*rows[0].findings, finding)), *rows[1:]]
+
+
+def _conversation_row(renderer: Renderer, draft: Draft, ids: Sequence[list[int]], section: Data) -> EncodedRow:
+    renderer = renderer.meeting(draft.conversation.tools)
+    row = label_row(renderer, draft, ids, section.loss)
+    if len(row.input_ids) <= section.max_length:
         return row
-    if how.too_long == "truncate_prompt":
-        return _without_oldest_turns(reader, draft, row, how)
-    if how.too_long == "truncate_completion":
-        return cut_end(row, how.max_length)
-    raise too_long(row, how)
+    if section.too_long == "truncate_prompt":
+        return _without_oldest_turns(renderer, draft, row, section)
+    if section.too_long == "truncate_completion":
+        return cut_end(row, section.max_length)
+    raise too_long(row, section)
 
 
-def marked(reader: Renderer, draft: Draft, encoded: list[list[int]], loss: str) -> Row:
-    """The row of a draft whose texts are `encoded`: the whole, then the prompt of each turn."""
-    whole, prompts = encoded[0], dict(zip(draft.prompts, encoded[1:], strict=True))
-    findings = []
-    last = prompts[draft.last]
-    if whole[: len(last)] != last:
-        # the server sends the prompt alone: its last tokens are not those of the whole
-        findings.append(("joins", f"the tokens change where the answer joins its prompt, {_seam(reader, last)}"))
-        whole = last + reader.encode([draft.whole[len(draft.prompts[draft.last]) :]])[0]
-    labels = list(whole) if loss == "all" else [IGNORED] * len(whole)
-    turns = []
-    for turn, prompt in prompts.items():
-        if whole[: len(prompt)] != prompt:
-            findings.append(
-                ("joins", f"the tokens of turn {turn + 1} change where it joins its prompt: it is not learnt here")
-            )
-            continue
-        end = _end_of_turn(whole, len(prompt), reader.end)
-        labels[len(prompt) : end] = whole[len(prompt) : end]
-        turns.append(turn)
-    labels[:1] = [IGNORED]  # nothing comes before it that could predict it
+def label_row(renderer: Renderer, draft: Draft, ids: Sequence[list[int]], loss: str) -> EncodedRow:
+    """The row of a draft. `ids`: of the whole, then of the prompt of each turn."""
+    prompts = dict(zip(draft.prompts, ids[1:], strict=True))
+    last_prompt = prompts[draft.last]
+    input_ids, seam = _joined_as_served(renderer, draft, ids[0], last_prompt)
+    labels, turns, unlearnt = _labels(input_ids, prompts, renderer.end, loss)
     messages = draft.conversation.messages
-    return Row(
-        input_ids=whole,
+    return EncodedRow(
+        input_ids=input_ids,
         labels=labels,
-        start=max(len(last), 1),
+        start=max(len(last_prompt), 1),
         messages=tuple(map(chat_conversation.sent, messages[: draft.last])),
         tools=tuple(chat_conversation.tools_sent(draft.conversation.tools)),
         variables=draft.conversation.variables,
         reply=messages[draft.last],
-        answer=_answer(reader, messages[draft.last], draft),
-        reference=reader.tokenizer.decode(whole[len(last) :], skip_special_tokens=True),  # as answers.py does
+        answer=_answer(renderer, messages[draft.last], draft),
+        reference=renderer.tokenizer.decode(
+            input_ids[len(last_prompt) :], skip_special_tokens=True
+        ),  # as answers.py does
         text=draft.whole,
         turns=tuple(turns),
-        whole_tokens=len(whole),
-        findings=tuple(findings),
+        whole_tokens=len(input_ids),
+        findings=(*seam, *unlearnt),
     )
 
 
-def _answer(reader: Renderer, message: Mapping[str, Any], draft: Draft) -> str:
-    """What the last turn says; for one that only calls tools, or speaks in parts, all of it as the template writes it."""
+def _joined_as_served(
+    renderer: Renderer, draft: Draft, whole: list[int], prompt: list[int]
+) -> tuple[list[int], list[Finding]]:
+    """The ids of a row that begins with its prompt's ids.
+
+    A server tokenizes the prompt alone. Where a token of the whole text spans the seam, the answer is tokenized on its own as well.
+    """
+    if whole[: len(prompt)] == prompt:
+        return whole, []
+    answer = renderer.encode([draft.whole[len(draft.prompts[draft.last]) :]])[0]
+    seam = renderer.tokenizer.decode(prompt[-3:])
+    return prompt + answer, [("joins", f"the tokens change where the answer follows its prompt, after {seam!r}")]
+
+
+def _labels(
+    input_ids: list[int], prompts: Mapping[int, list[int]], end_token: int | None, loss: str
+) -> tuple[list[int], list[int], list[Finding]]:
+    """The labels of a row, the turns that carry loss, and the turns that cannot: their prompt has other tokens in this row."""
+    labels = list(input_ids) if loss == "all" else [IGNORED] * len(input_ids)
+    turns, unlearnt = [], []
+    for turn, prompt in prompts.items():
+        begin = len(prompt)
+        if input_ids[:begin] != prompt:
+            message = f"the tokens change where turn {turn + 1} follows its prompt: this row does not train on it"
+            unlearnt.append(("joins", message))
+            continue
+        end = _end_of_turn(input_ids, begin, end_token)
+        labels[begin:end] = input_ids[begin:end]
+        turns.append(turn)
+    labels[:1] = [IGNORED]  # no token comes before the first one that could predict it
+    return labels, turns, unlearnt
+
+
+def _answer(renderer: Renderer, message: Mapping[str, Any], draft: Draft) -> str:
+    """The text of the last turn; if it only calls tools, or has its text in parts, the whole turn as the template writes it."""
     content = message.get("content")
     return (
         content
         if content and isinstance(content, str)
-        else draft.whole[len(draft.prompts[draft.last]) :].removesuffix(reader.ending)
+        else draft.whole[len(draft.prompts[draft.last]) :].removesuffix(renderer.ending)
     )
-
-
-def _seam(reader: Renderer, prompt: Sequence[int]) -> str:
-    return f"after {reader.tokenizer.decode(prompt[-3:])!r}"
 
 
 def _end_of_turn(ids: Sequence[int], begin: int, end: int | None) -> int:
@@ -259,28 +303,28 @@ def _end_of_turn(ids: Sequence[int], begin: int, end: int | None) -> int:
 # --- length -----------------------------------------------------------------------------------------------------------
 
 
-def too_long(row: Row, how: Data) -> Refused:
-    return Refused(f"has {row.whole_tokens} tokens, data.max_length is {how.max_length}", "length", row)
+def too_long(row: EncodedRow, section: Data) -> Refused:
+    return Refused(f"has {row.whole_tokens} tokens, data.max_length is {section.max_length}", "length", row)
 
 
-def _without_oldest_turns(reader: Renderer, draft: Draft, row: Row, how: Data) -> Row:
-    """The row of the same turns to learn without the oldest exchanges; a system turn stays."""
+def _without_oldest_turns(renderer: Renderer, draft: Draft, row: EncodedRow, section: Data) -> EncodedRow:
+    """The row without its oldest exchanges, but with its system turn."""
     for cut, shorter in _shortened(draft.conversation, draft.last):
-        again = _draft(reader, shorter, [turn - cut for turn in draft.prompts if turn > cut])
-        made = marked(reader, again, reader.encode(again.texts), how.loss)
-        if len(made.input_ids) <= how.max_length:
-            gone = row.whole_tokens - len(made.input_ids)
-            found = ("prompt_cut", f"its oldest turns are cut: {gone} of {row.whole_tokens} tokens")
-            return replace(made, whole_tokens=row.whole_tokens, findings=(*made.findings, found))
+        again = _draft(renderer, shorter, [turn - cut for turn in draft.prompts if turn > cut])
+        shortened = label_row(renderer, again, renderer.encode(again.texts), section.loss)
+        if len(shortened.input_ids) <= section.max_length:
+            gone = row.whole_tokens - len(shortened.input_ids)
+            finding = ("prompt_cut", f"its oldest turns are removed: {gone} of {row.whole_tokens} tokens")
+            return replace(shortened, whole_tokens=row.whole_tokens, findings=(*shortened.findings, finding))
     raise Refused(
-        f"has {row.whole_tokens} tokens, and its last question and answer alone are more than data.max_length={how.max_length}",
+        f"has {row.whole_tokens} tokens; even its last question and answer alone exceed data.max_length={section.max_length}",
         "length",
         row,
     )
 
 
 def _shortened(example: Conversation, last: int) -> Iterator[tuple[int, Conversation]]:
-    """How many turns are cut, and the conversation up to `last` without them: its system turn, then from ever later user turns on."""
+    """Ever shorter conversations up to `last`, which begin at later user turns but keep the system turn; with the number of turns removed."""
     head = sum(message["role"] in ("system", "developer") for message in example.messages[:1])
     for begin in range(head + 1, last):
         if example.messages[begin]["role"] == "user":
@@ -288,7 +332,7 @@ def _shortened(example: Conversation, last: int) -> Iterator[tuple[int, Conversa
             yield begin - head, replace(example, messages=messages, trained=())
 
 
-def cut_end(row: Row, max_length: int) -> Row:
+def cut_end(row: EncodedRow, max_length: int) -> EncodedRow:
     """The first `max_length` tokens of a row.
 
     Raises:
@@ -298,55 +342,55 @@ def cut_end(row: Row, max_length: int) -> Row:
     if row.start >= max_length or not kept.labelled:
         raise Refused(f"has {row.start} tokens before its answer, data.max_length is {max_length}", "length", row)
     cut = row.whole_tokens - max_length
-    found = (
+    finding = (
         "answer_cut",
-        f"the end of its answer is cut: {cut} of {row.whole_tokens} tokens, and with them the end of the turn",
+        f"its answer is truncated: {cut} of {row.whole_tokens} tokens are removed, including the end of the turn",
     )
-    return replace(kept, findings=(*row.findings, found))
+    return replace(kept, findings=(*row.findings, finding))
 
 
 # --- text and ready-made tokens ---------------------------------------------------------------------------------------
 
 
-def _text_rows(reader: Renderer, example: Text, how: Data) -> list[Row]:
-    """A text, begun and ended as the tokenizer does; in pieces when data.too_long=split says so."""
-    tokenizer = reader.tokenizer
+def _text_rows(renderer: Renderer, example: Text, section: Data) -> list[EncodedRow]:
+    """A text with the tokenizer's begin and end tokens; in pieces if data.too_long=split."""
+    tokenizer = renderer.tokenizer
     ids: list[int] = tokenizer(example.text, return_attention_mask=False, verbose=False)["input_ids"]
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
-    row = Row(ids, [IGNORED, *ids[1:]], start=1, whole_tokens=len(ids))
+    row = EncodedRow(ids, [IGNORED, *ids[1:]], start=1, whole_tokens=len(ids))
     if not row.labelled:
-        raise Refused("is one token long: there is nothing to predict", "loss_tokens")
-    if len(ids) <= how.max_length:
+        raise Refused("is only one token long: there is nothing to predict", "loss_tokens")
+    if len(ids) <= section.max_length:
         return [row]
-    if how.too_long == "split":
-        return list(pieces(row, how.max_length))
-    if how.too_long == "truncate_completion":
-        return [cut_end(row, how.max_length)]
-    raise too_long(row, how)
+    if section.too_long == "split":
+        return list(pieces(row, section.max_length))
+    if section.too_long == "truncate_completion":
+        return [cut_end(row, section.max_length)]
+    raise too_long(row, section)
 
 
-def pieces(row: Row, max_length: int) -> Iterator[Row]:
-    """A row in pieces. Each begins with the last token of the one before, as context, so that every token is learnt exactly once."""
+def pieces(row: EncodedRow, max_length: int) -> Iterator[EncodedRow]:
+    """A row in pieces. Each begins with the last token of the piece before as context, so that every token is trained on exactly once."""
     for begin in range(0, len(row.input_ids) - 1, max_length - 1):
         ids = row.input_ids[begin : begin + max_length]
         labels = [IGNORED, *row.labels[begin + 1 : begin + max_length]]
         yield replace(row, input_ids=ids, labels=labels, whole_tokens=len(ids), continues=begin > 0)
 
 
-def _passed_through(example: Tokens) -> Row:
-    """Somebody else's tokens, as they are; the label of the first one is never used."""
+def _from_tokens(example: Tokens) -> EncodedRow:
+    """Tokens from elsewhere, unchanged; the label of the first one is never used."""
     labels = [IGNORED, *example.labels[1:]]
     start = next((i for i in range(len(labels) - 1, 0, -1) if labels[i] != IGNORED and labels[i - 1] == IGNORED), 1)
-    row = Row(example.input_ids, labels, start=start, whole_tokens=len(labels))
+    row = EncodedRow(example.input_ids, labels, start=start, whole_tokens=len(labels))
     if not row.labelled:
-        raise Refused("has no token that carries loss: every label is -100", "loss_tokens")
+        raise Refused(f"has no token that carries loss: every label is {IGNORED}", "loss_tokens")
     return row
 
 
-def _cut_tokens(row: Row, how: Data) -> Row:
-    if len(row.input_ids) <= how.max_length:
+def _fitted_tokens(row: EncodedRow, section: Data) -> EncodedRow:
+    if len(row.input_ids) <= section.max_length:
         return row
-    if how.too_long == "truncate_completion":
-        return cut_end(row, how.max_length)
-    raise too_long(row, how)
+    if section.too_long == "truncate_completion":
+        return cut_end(row, section.max_length)
+    raise too_long(row, section)

@@ -1,4 +1,4 @@
-"""The forms in which training data come, and how a record of each becomes an example; "auto" tells them apart by their columns.
+"""The formats of training data, and how a record of each becomes an example. "auto" recognises the format by its columns.
 
 messages            messages (role, content; weight or train), tools, system
 sharegpt            conversations (from, value), tools, system
@@ -7,9 +7,9 @@ alpaca              instruction, input, output, history, tools, system
 prompt_completion   prompt, completion: each text or a list of turns; tools, system
 text                text
 
-Beside these a conversation may have chat_template_kwargs, an object, and columns that are called as variables of the chat template are
-(enable_thinking). The thinking of an answer is a key of its turn, or where that is text a column beside it: reasoning_content, reasoning
-or thinking. What nothing reads is noted by its name.
+A conversation may also have chat_template_kwargs (an object), and columns named like variables of the chat template (enable_thinking).
+The reasoning of an answer is a key of its turn or, where the answer is text, a separate column: reasoning_content, reasoning or thinking.
+Names that nothing reads are noted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from qkit.tasks._conversation.turns import (
 from qkit.tasks._conversation.validity import KWARGS, SYSTEM, check_empty, check_order, check_texts
 
 BESIDE_TURNS = ("tools", "system", KWARGS)
-# Arguments of transformers' apply_chat_template that decide what is done with the text: no variables of a template.
+# Arguments of transformers' apply_chat_template that control rendering and tokenizing; they are not variables of a template.
 RESERVED = {
     *(
         "conversation",
@@ -58,7 +58,7 @@ RESERVED = {
 TRUTH = {
     "true": True,
     "false": False,
-}  # tables of text have no other way to write them, and a template takes any text for true
+}  # text tables have no other way to write them, and a template treats any text as true
 SWITCHED = TRUTH | {"1": True, "yes": True, "on": True, "0": False, "no": False, "off": False}
 
 
@@ -75,7 +75,7 @@ def recognised(record: Mapping[str, Any], section: Data) -> str:
     """The name of the format whose columns a record has.
 
     Raises:
-        RowError: of none.
+        RowError: no format matches.
     """
     here = [column for column, value in record.items() if value is not None]
     for columns in (here, list(record)):
@@ -93,30 +93,30 @@ def example(
     `accepted` answers become a conversation's `reference`. `reads`: what the model's template reads.
 
     Raises:
-        RowError: it cannot be used, or a rule that is not "keep" is against it.
+        RowError: it cannot be used, or violates a rule of data.clean that is not "keep".
     """
     name = recognised(record, section) if format == "auto" else format
     notes = Notes(section, reads)
     try:
-        found = FORMS[name].build(_view(record, name, section), notes)
-        if isinstance(found, Conversation):
+        example = FORMS[name].build(_view(record, name, section), notes)
+        if isinstance(example, Conversation):
             variables = variables_of(record, name, section, notes)
-            found = replace(found, reference=accepted, variables=variables)
-        note_columns(record, columns_taken(record, FORMS[name], section, reads), section, notes, found, accepted)
-        return checked(replace(found, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
+            example = replace(example, reference=accepted, variables=variables)
+        note_columns(record, columns_taken(record, FORMS[name], section, reads), section, notes, example, accepted)
+        return checked(replace(example, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
     except RecursionError:
-        raise RowError("is nested too deeply to be written down") from None
+        raise RowError("is nested too deeply") from None
     except RowError as error:
         if error.rule == "empty" and section.clean.empty == "keep":
-            raise RowError(str(error)) from None  # there is nothing that could be kept
+            raise RowError(str(error)) from None  # an empty row cannot be kept
         raise
 
 
 def variables_of(record: Mapping[str, Any], name: str, section: Data, notes: Notes) -> dict[str, Any]:
-    """What a record gives to the template beside turns and tools: chat_template_kwargs, and columns that the template reads.
+    """The variables that a record passes to the template: chat_template_kwargs, and columns that the template reads.
 
     Raises:
-        RowError: the two do not say the same, or there is one that is no variable.
+        RowError: the two differ, or chat_template_kwargs has a reserved name.
     """
     theirs = column_of(KWARGS, list(record), section)
     read = theirs is not None and record[theirs] and not notes.left_out(theirs)
@@ -127,37 +127,37 @@ def variables_of(record: Mapping[str, Any], name: str, section: Data, notes: Not
     for key, value in _variable_columns(record, name, section, notes):
         if key in given and given[key] != value:
             raise RowError(
-                f"{key} is {shown(value)} in its column and {shown(given[key])} in {theirs}: keep one of both"
+                f"{key} is {shown(value)} in its column and {shown(given[key])} in {theirs}: keep only one of them"
             )
         given[key] = value
     return given
 
 
 def _kwargs(value: Any, column: str, notes: Notes) -> dict[str, Any]:
-    found = parsed(value, column)
-    if not isinstance(found, Mapping):
+    variables = parsed(value, column)
+    if not isinstance(variables, Mapping):
         raise RowError(f"{column} is not an object: {shown(value)}")
-    if reserved := RESERVED & found.keys():
+    if reserved := RESERVED & variables.keys():
         raise RowError(
-            f"{column} holds {', '.join(sorted(reserved))}, which no row decides: only variables of the template"
+            f"{column} holds {', '.join(sorted(reserved))}, which a row cannot set: only variables of the template are allowed"
         )
-    for key, item in found.items():
+    for key, item in variables.items():
         if key in notes.reads.switches and isinstance(item, str):
             raise RowError(
-                f"{key} of {column} is the text {shown(item)}, and {key} is a switch of the chat template, to which any text is "
-                "true: write true or false, without quotes"
+                f"{key} of {column} is the text {shown(item)}, but {key} is a switch of the chat template, which treats any text "
+                "as true: write true or false, without quotes"
             )
-    return {str(key): item for key, item in without_fillers(found).items()}
+    return {str(key): item for key, item in without_fillers(variables).items()}
 
 
 def _variable_columns(record: Mapping[str, Any], name: str, section: Data, notes: Notes) -> Iterator[tuple[str, Any]]:
     """Columns that the template reads and the format does not."""
-    own = columns_taken(record, FORMS[name], section, notes.reads)
+    taken = columns_taken(record, FORMS[name], section, notes.reads)
     for key in sorted(notes.reads.variables):
         theirs = column_of(key, list(record), section)
         if theirs is None and key in section.columns:
             raise RowError(missing_column(key, name, list(record), section))
-        if theirs is None or theirs in own or notes.left_out(theirs) or record[theirs] in (None, ""):
+        if theirs is None or theirs in taken or notes.left_out(theirs) or record[theirs] in (None, ""):
             continue
         value = without_fillers(record[theirs])
         if key == "documents":  # a list, as transformers has it; in a table often the text of one
@@ -166,72 +166,72 @@ def _variable_columns(record: Mapping[str, Any], name: str, section: Data, notes
 
 
 def _switched(value: Any, key: str, column: str, notes: Notes) -> Any:
-    """True or false for a variable of which the template asks no more, however a table writes it."""
-    said = str(int(value)) if isinstance(value, int | float) and value in (0, 1) else value
-    if isinstance(said, str) and said.strip().lower() not in SWITCHED:
+    """True or false for a variable that the template only tests for truth, however a table writes it."""
+    text = str(int(value)) if isinstance(value, int | float) and value in (0, 1) else value
+    if isinstance(text, str) and text.strip().lower() not in SWITCHED:
         raise RowError(
-            f"{column} is {shown(value)}, and {key} is a switch of the chat template, to which any text is true: write true or false"
+            f"{column} is {shown(value)}, but {key} is a switch of the chat template, which treats any text as true: write true or false"
         )
-    return SWITCHED[said.strip().lower()] if isinstance(said, str) else value
+    return SWITCHED[text.strip().lower()] if isinstance(text, str) else value
 
 
 def _untexted(value: Any) -> Any:
-    """What a field of a table means where only text can be: true, false, or the JSON of a list or an object."""
+    """The value of a text field in a table: true, false, or the JSON of a list or an object."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return parsed(value, "a variable")
-        except RowError:  # it is a text that begins so
+        except RowError:  # a text that only begins like JSON
             return value
     return TRUTH.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def columns_taken(record: Mapping[str, Any], form: Form, section: Data, reads: Reads) -> set[str]:
     """The columns of a record that a format takes, by their own names."""
-    found = {ours: column_of(ours, list(record), section) for ours in (*form.needs, *form.takes)}
+    by_name = {ours: column_of(ours, list(record), section) for ours in (*form.needs, *form.takes)}
     return {
         theirs
-        for ours, theirs in found.items()
+        for ours, theirs in by_name.items()
         if theirs is not None and (ours not in THINKING or _is_thought(record[theirs], ours, reads))
     }
 
 
 def note_columns(
-    record: Mapping[str, Any], taken: Set[str], section: Data, notes: Notes, found: Example, accepted: Any = None
+    record: Mapping[str, Any], taken: Set[str], section: Data, notes: Notes, example: Example, accepted: Any = None
 ) -> None:
     """Note the columns that neither the format (`taken` are its) nor the template nor the recipe reads."""
-    names = [*(found.variables if isinstance(found, Conversation) else ()), section.group]
+    names = [*(example.variables if isinstance(example, Conversation) else ()), section.group]
     names += [section.stratify] if section.split is not None else []
     used = taken | {section.columns.get(name, name) for name in names if name is not None}
     used |= {"id"} if accepted is not None else set()
     label = section.columns.get(section.stratify or "", section.stratify)
     for column in record:
         notes.match(str(column))
-        if column not in used or (column == label and _is_missed(found, record[column])):
+        if column not in used or (column == label and _is_missed(example, record[column])):
             notes.add(str(column), record[column])
 
 
-def _is_missed(found: Example, label: Any) -> bool:
-    """Whether a label that the recipe spreads over the splits looks like what should have been learnt: a text's, or a verdict."""
-    return isinstance(found, Text) or isinstance(label, bool)
+def _is_missed(example: Example, label: Any) -> bool:
+    """Whether the label in data.stratify looks like the intended training target: the label of a text, or a boolean."""
+    return isinstance(example, Text) or isinstance(label, bool)
 
 
-def checked(found: Example, section: Data) -> Example:
+def checked(example: Example, section: Data) -> Example:
     """An example that can be learnt from, with `data.system` before a conversation that has no system turn.
 
     Raises:
-        RowError: nothing is said where something should be, a character cannot be used, or the turns are in no order to learn from.
+        RowError: a turn is empty, a character is invalid, or the turns are in an invalid order.
     """
-    check_texts(found, section)
+    check_texts(example, section)
     if section.clean.empty != "keep":
-        check_empty(found)
-    if not isinstance(found, Conversation):
-        return found
-    check_order([message["role"] for message in found.messages])
-    return _with_system(found, section.system) if section.system else found
+        check_empty(example)
+    if not isinstance(example, Conversation):
+        return example
+    check_order([message["role"] for message in example.messages])
+    return _with_system(example, section.system) if section.system else example
 
 
 def column_of(ours: str, columns: Sequence[str], section: Data) -> str | None:
-    """Their column for our name, if there; a column that is mapped to one of our names is no other's."""
+    """The record's column for our name, if present. A column that is mapped to one of our names serves no other name."""
     if ours in section.columns:
         return theirs if (theirs := section.columns[ours]) in columns else None
     taken = any(theirs == ours and name in KNOWN for name, theirs in section.columns.items())
@@ -241,12 +241,12 @@ def column_of(ours: str, columns: Sequence[str], section: Data) -> str | None:
 def _view(record: Mapping[str, Any], name: str, section: Data) -> View:
     """The columns of a format, under our names, without those that are null."""
     form, columns = FORMS[name], list(record)
-    found = {ours: column_of(ours, columns, section) for ours in (*form.needs, *form.takes)}
-    for ours, theirs in found.items():
+    by_name = {ours: column_of(ours, columns, section) for ours in (*form.needs, *form.takes)}
+    for ours, theirs in by_name.items():
         if theirs is None and (ours in form.needs or ours in section.columns):
             raise RowError(missing_column(ours, name, columns, section))
-    view = {ours: record[theirs] for ours, theirs in found.items() if theirs is not None}
-    left_out = {ours for ours, theirs in found.items() if theirs in section.ignore}
+    view = {ours: record[theirs] for ours, theirs in by_name.items() if theirs is not None}
+    left_out = {ours for ours, theirs in by_name.items() if theirs in section.ignore}
     return {
         ours: value
         for ours, value in view.items()
@@ -256,34 +256,34 @@ def _view(record: Mapping[str, Any], name: str, section: Data) -> View:
 
 def missing_column(ours: str, name: str, columns: Sequence[str], section: Data) -> str:
     theirs = section.columns.get(ours, ours)
-    mapped = f" (data.columns maps {ours} to it)" if ours in section.columns else f", which format {name} needs"
+    mapped = f" (data.columns maps {ours} to it)" if ours in section.columns else f", which the format {name} needs"
     close = difflib.get_close_matches(theirs, list(map(str, columns)), n=1)
     nearest = f"; did you mean {short(repr(close[0]))}?" if close else ""
     return f"has no column {short(repr(theirs))}{mapped}; it has the columns {listed(columns)}{nearest}"
 
 
 def _not_recognised(record: Mapping[str, Any], section: Data) -> str:
-    """What is wrong with the map, where it names columns that are not there; else what would have been right."""
+    """Why no format matches: a column in data.columns is missing, or else which columns are expected."""
     columns = list(record)
     for ours, theirs in section.columns.items():
         if ours in KNOWN and theirs not in columns:
             return missing_column(ours, "auto", columns, section)
     wanted = ", or ".join(" and ".join(form.needs) for form in FORMS.values())
     return (
-        f"has the columns {listed(columns)}; wanted {wanted}: "
+        f"has the columns {listed(columns)}; it must have {wanted}: "
         "map yours with data.columns, such as {prompt: question, completion: answer}"
     )
 
 
 def unknown_column(section: Data, reads: Reads) -> str:
-    """What is wrong with the first name in data.columns that is nobody's and so would have no effect; "" where there is none."""
+    """The error for the first name in data.columns that nothing reads and that would have no effect; "" if all are read."""
     known = sorted({*KNOWN, *reads.variables, *filter(None, (section.group, section.stratify))})
     for ours, theirs in section.columns.items():
         if ours not in known:
             close = difflib.get_close_matches(ours, known, n=1)
             nearest = f", did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
             return (
-                f"data.columns maps {short(repr(ours))} to {short(repr(theirs))}, and {short(repr(ours))} is neither a column of a format "
+                f"data.columns maps {short(repr(ours))} to {short(repr(theirs))}, but {short(repr(ours))} is neither a column of a format "
                 f"nor a variable of the chat template{nearest}"
             )
     return ""
@@ -306,14 +306,14 @@ def _prompt_completion(view: View, notes: Notes) -> Conversation:
     prompt = _text_or_turns(view["prompt"], "prompt", "user", notes)
     if isinstance(view["completion"], str):
         return _conversation([*prompt, _answer(view["completion"], view, notes)], view, notes)
-    for name in THINKING:  # a list of turns says itself what was thought
+    for name in THINKING:  # a list of turns has its reasoning in the turns
         notes.add(notes.path(name), view.get(name))
     return _conversation([*prompt, *_text_or_turns(view["completion"], "completion", "assistant", notes)], view, notes)
 
 
-def _answer(said: str, view: View, notes: Notes) -> Turn:
-    """The assistant's turn with the thinking that the record has in a column of its own."""
-    message, decided = plain("assistant", said)
+def _answer(text: str, view: View, notes: Notes) -> Turn:
+    """The assistant's turn, with the reasoning that the record has in a separate column."""
+    message, decided = plain("assistant", text)
     return {
         **message,
         **thought_of(
@@ -323,7 +323,7 @@ def _answer(said: str, view: View, notes: Notes) -> Turn:
 
 
 def _is_thought(value: Any, name: str, reads: Reads) -> bool:
-    """Whether it is what was thought, and not the template's switch of this name."""
+    """Whether the value is reasoning, and not the template's switch of the same name."""
     return isinstance(value, str) and not (name in reads.switches and value.strip().lower() in SWITCHED)
 
 
@@ -333,8 +333,8 @@ def _text_or_turns(value: Any, column: str, role: str, notes: Notes) -> list[Tur
 
 
 def _alpaca(view: View, notes: Notes) -> Conversation:
-    asked = [string(view.get(column, ""), column) for column in ("instruction", "input")]
-    prompt = plain("user", "\n\n".join(text for text in asked if text.strip()))
+    questions = [string(view.get(column, ""), column) for column in ("instruction", "input")]
+    prompt = plain("user", "\n\n".join(text for text in questions if text.strip()))
     answer = _answer(string(view["output"], "output"), view, notes)
     return _conversation([*_history(view.get("history", [])), prompt, answer], view, notes)
 
@@ -343,19 +343,19 @@ def _history(value: Any) -> Iterator[Turn]:
     """Earlier questions and their answers."""
     for number, pair in enumerate(listing(value, "history", "is not a list of pairs"), start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowError(f"pair {number} of history is no question and answer: {shown(pair)}")
-        for role, said in zip(("user", "assistant"), pair, strict=True):
-            yield plain(role, string(said, f"pair {number} of history"))
+            raise RowError(f"pair {number} of history must be a question and an answer: {shown(pair)}")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            yield plain(role, string(text, f"pair {number} of history"))
 
 
 def _text(view: View, _: Notes) -> Text:
     return Text(string(view["text"], "text"))
 
 
-def _conversation(said: Sequence[Turn], view: View, notes: Notes) -> Conversation:
-    """Turns with what the record's other columns say: the system turn and the tools."""
+def _conversation(spoken: Sequence[Turn], view: View, notes: Notes) -> Conversation:
+    """A conversation of these turns, and of the record's system and tools columns."""
     system = string(view.get("system", ""), "system")
-    turns = [plain("system", system), *said] if system.strip() else said
+    turns = [plain("system", system), *spoken] if system.strip() else spoken
     trained = tuple(decided for _, decided in turns)
     return Conversation(
         messages=tuple(message for message, _ in turns),
@@ -364,11 +364,13 @@ def _conversation(said: Sequence[Turn], view: View, notes: Notes) -> Conversatio
     )
 
 
-def _with_system(found: Conversation, system: str) -> Conversation:
-    if found.messages[0]["role"] in SYSTEM:
-        return found
-    trained = (None, *found.trained) if found.trained else ()
-    return replace(found, messages=({"role": "system", "content": system}, *found.messages), trained=trained)
+def _with_system(conversation: Conversation, system: str) -> Conversation:
+    if conversation.messages[0]["role"] in SYSTEM:
+        return conversation
+    trained = (None, *conversation.trained) if conversation.trained else ()
+    return replace(
+        conversation, messages=({"role": "system", "content": system}, *conversation.messages), trained=trained
+    )
 
 
 FORMS = {  # in the order in which columns are tried

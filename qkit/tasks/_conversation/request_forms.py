@@ -21,27 +21,27 @@ CALL_ID = "call00000"  # nine letters and digits, as Mistral's templates want it
 
 
 @dataclass(frozen=True)
-class Form:
-    """One way to write a request. `words`: what is special in it."""
+class RequestForm:
+    """One way to write a request. `description`: what is special in it."""
 
-    words: str
+    description: str
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None
 
 
-def forms(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> Iterator[Form]:
+def forms(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> Iterator[RequestForm]:
     """The forms that a conversation is tried in. `messages`: as OpenAI's API has them."""
     given = tools or None  # written as null
     system = [] if messages[0]["role"] in ("system", "developer") else ["system", "developer"]
-    yield Form("text in parts", [{**turn, "content": _parts(turn)} for turn in messages], given)
-    yield Form(
+    yield RequestForm("text in parts", [{**turn, "content": _parts(turn)} for turn in messages], given)
+    yield RequestForm(
         "a question in two parts", [*messages[:-1], {**messages[-1], "content": _parts(messages[-1], NEXT)}], given
     )
-    yield Form("an earlier call and its result", [*messages, *_called(tools), NEXT], given)
+    yield RequestForm("an earlier call and its result", [*messages, *_called(tools), NEXT], given)
     answer = {"role": "assistant", "content": "So.", "reasoning": "It is so.", "tool_calls": []}
-    yield Form("an earlier answer with its thinking", [*messages, answer, NEXT], given)
+    yield RequestForm("an earlier answer with its thinking", [*messages, answer, NEXT], given)
     for role in system:
-        yield Form(f"a {role} turn in parts", [{"role": role, "content": _parts(NEXT, NEXT)}, *messages], given)
+        yield RequestForm(f"a {role} turn in parts", [{"role": role, "content": _parts(NEXT, NEXT)}, *messages], given)
 
 
 def _parts(*turns: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -55,7 +55,7 @@ def _called(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": None, "tool_calls": [call]}, result]
 
 
-def trained(tokenizer: PreTrainedTokenizerBase, form: Form, variables: Mapping[str, Any]) -> list[int] | None:
+def trained(tokenizer: PreTrainedTokenizerBase, form: RequestForm, variables: Mapping[str, Any]) -> list[int] | None:
     """The ids that training makes of a record with these turns; None where it leaves such a record out."""
     from qkit.chat import template
     from qkit.plugins.task import RowError

@@ -1,5 +1,6 @@
-"""Turns, tools and calls as data sets write them, in the form that chat templates read. A value may be of any type: what cannot be
-read is a RowError that says where it is; what nothing reads is noted by its name.
+"""Converts turns, tools and calls from the forms that data sets use to the form that chat templates read.
+
+A value may have any type. A value that cannot be read raises a RowError that says where it is; names that nothing reads are noted.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Turn = tuple[Message, bool | None]  # and whether the record says that it is lea
 
 
 class Notes:
-    """What of a record nothing reads, in order, by names such as `label` and `messages.id`; those in data.ignore aside."""
+    """Names in a record that nothing reads, in order, such as `label` and `messages.id`; without those in data.ignore."""
 
     def __init__(self, section: Data, reads: Reads = NO_MORE):
         self.unread: dict[str, None] = {}
@@ -53,21 +54,21 @@ class Notes:
         self._ignore = section.ignore
 
     def path(self, column: str) -> str:
-        """The name of a column of ours in the record."""
+        """The name that our column has in the record."""
         return self._columns.get(column, column)
 
     def left_out(self, path: str) -> bool:
-        """Whether data.ignore names just this: then it is not read at all."""
+        """Whether data.ignore contains exactly this name: then it is not read at all."""
         return path in self.match(path)
 
     def match(self, path: str) -> list[str]:
         """The patterns of data.ignore that this name matches; they are noted."""
-        found = [pattern for pattern in self._ignore if fnmatchcase(path, pattern)]
-        self.matched.update(dict.fromkeys(found))
-        return found
+        matching = [pattern for pattern in self._ignore if fnmatchcase(path, pattern)]
+        self.matched.update(dict.fromkeys(matching))
+        return matching
 
     def add(self, path: str, value: Any) -> None:
-        """Note what nothing reads, if it holds anything."""
+        """Note a name that nothing reads, unless its value is empty."""
         ignored = self.match(path)
         nothing = value is None or (isinstance(value, str | list | Mapping) and not value)
         if not (nothing or ignored or len(self.unread) >= NOTED):
@@ -81,7 +82,7 @@ class Notes:
 
 
 def plain(role: str, content: str) -> Turn:
-    """A turn of which nothing is said but who speaks."""
+    """A turn with a role and a content only."""
     return {"role": role, "content": content}, None
 
 
@@ -89,17 +90,17 @@ def turns_of(value: Any, column: str, notes: Notes, problem: str = "is not a lis
     """The turns in a column: a list, or the JSON text of one.
 
     Raises:
-        RowError: it is no such list (`problem` says so), it is empty, or a turn of it cannot be read.
+        RowError: it is not such a list (the message is `problem`), it is empty, or one of its turns cannot be read.
     """
-    found = listing(value, column, problem)
-    if not found:
-        raise RowError(f"{column} is empty: there are no turns", "empty")
+    turns = listing(value, column, problem)
+    if not turns:
+        raise RowError(f"{column} is empty: it must contain at least one turn", "empty")
     path = notes.path(column)
-    return [_turn(turn, f"turn {number} of {column}", path, notes) for number, turn in enumerate(found, start=1)]
+    return [_turn(turn, f"turn {number} of {column}", path, notes) for number, turn in enumerate(turns, start=1)]
 
 
 def _turn(value: Any, where: str, path: str, notes: Notes) -> Turn:
-    """A turn by the names that chat templates read; nulls are columns that other rows of the table have."""
+    """A turn with the names that chat templates read. Nulls are skipped: they are columns that only other rows of the table use."""
     given = _mapping(value, where, path, notes)
     speaker = _speaker(given, where)
     role, content = SPEAKERS[speaker], one_of(given, ("content", "value"), where)
@@ -109,7 +110,9 @@ def _turn(value: Any, where: str, path: str, notes: Notes) -> Turn:
     notes.take({key: given[key] for key in given if key not in more and not _no_mark(key, given[key])}, known, path)
     calls = _calls(given, where, path, notes)
     if calls and role != "assistant":
-        raise RowError(f"{where} is by {speaker!r} and has tool calls, which only an assistant makes", "roles")
+        raise RowError(
+            f"{where} has tool calls, but its role is {speaker!r}; only an assistant can call tools", "roles"
+        )
     if speaker == "function_call":
         calls, content = [*calls, *_said_calls(content, where, path, notes)], None
     message: dict[str, Any] = {"role": role, "content": _content(content, where, path, notes, optional=bool(calls))}
@@ -121,40 +124,44 @@ def _turn(value: Any, where: str, path: str, notes: Notes) -> Turn:
 
 
 def _speaker(given: Mapping[str, Any], where: str) -> str:
-    """Who speaks, as the turn has it; both names may be there when they name the same."""
-    said = [given[key] for key in ("role", "from") if key in given]
-    for speaker in said or [None]:
+    """The speaker as the turn names it; `role` and `from` may both be present if they agree."""
+    speakers = [given[key] for key in ("role", "from") if key in given]
+    for speaker in speakers or [None]:
         if not isinstance(speaker, str):
-            raise RowError(f"{where} needs a role and a content: {shown(given)}")
+            raise RowError(f"{where} must have a role and a content: {shown(given)}")
         if speaker not in SPEAKERS:
-            raise RowError(f"{where} is by {shown(speaker)}; known are {', '.join(SPEAKERS)}", "roles")
-    if SPEAKERS[said[0]] != SPEAKERS[said[-1]]:
-        raise RowError(f"{where} has the role {said[0]!r} and is from {said[-1]!r}: keep one of both", "roles")
-    return str(said[0])
+            raise RowError(
+                f"{where} has the unknown role {shown(speaker)}; valid roles: {', '.join(SPEAKERS)}", "roles"
+            )
+    if SPEAKERS[speakers[0]] != SPEAKERS[speakers[-1]]:
+        raise RowError(
+            f"{where} has the role {speakers[0]!r} and is from {speakers[-1]!r}: keep only one of them", "roles"
+        )
+    return str(speakers[0])
 
 
 def one_of(given: Mapping[str, Any], names: Iterable[str], where: str) -> Any:
-    """What stands under several names for one thing; None where there is none.
+    """The value that several names can have; None if none of them is present.
 
     Raises:
-        RowError: under two of them stands something, and not the same.
+        RowError: two of them are present and differ.
     """
-    there = [name for name in names if given.get(name) is not None]
-    said = [name for name in there if given[name] != ""] or there
-    for name in said:
-        if given[name] != given[said[0]]:
+    present = [name for name in names if given.get(name) is not None]
+    used = [name for name in present if given[name] != ""] or present
+    for name in used:
+        if given[name] != given[used[0]]:
             raise RowError(
-                f"{where} has {said[0]} and {name}, two names for one thing, and they differ: "
-                f"{shown(given[said[0]])} and {shown(given[name])}; keep one of both"
+                f"{where} has {used[0]} and {name}, two names for the same value, which differ: "
+                f"{shown(given[used[0]])} and {shown(given[name])}; keep only one of them"
             )
-    return given[said[0]] if said else None
+    return given[used[0]] if used else None
 
 
 def thought_of(given: Mapping[str, Any], where: str) -> Message:
     """The thinking of a turn, under the first of its names.
 
     Raises:
-        RowError: it is no text, or stands there twice and differs.
+        RowError: it is not text, or is present under two names and differs.
     """
     for name in THINKING:
         if name in given:
@@ -164,40 +171,40 @@ def thought_of(given: Mapping[str, Any], where: str) -> Message:
 
 
 def _no_mark(key: str, value: Any) -> bool:
-    """Whether it says of a turn that it is not learnt: true of everybody's but the assistant's."""
+    """Whether it marks a turn as not trained on; for turns of other roles than the assistant that is always so."""
     return key in MARKS and not value
 
 
 def _decided(given: Mapping[str, Any], where: str) -> bool | None:
     """Whether the record says that a turn is learnt: OpenAI's `weight`, or `train`."""
-    said = {name: given[name] for name in MARKS if name in given}
-    for name, value in said.items():
+    marks = {name: given[name] for name in MARKS if name in given}
+    for name, value in marks.items():
         if value not in (0, 1):
-            raise RowError(f"{where} has the {name} {shown(value)}; it can be 0 or 1")
-    if len({bool(value) for value in said.values()}) > 1:
+            raise RowError(f"{where} has the {name} {shown(value)}; it must be 0 or 1")
+    if len({bool(value) for value in marks.values()}) > 1:
         raise RowError(
-            f"{where} has the train {shown(said['train'])} and the weight {shown(said['weight'])}: keep one of both"
+            f"{where} has the train {shown(marks['train'])} and the weight {shown(marks['weight'])}: keep only one of them"
         )
-    return next((bool(value) for value in said.values()), None)
+    return next((bool(value) for value in marks.values()), None)
 
 
 def _content(value: Any, where: str, path: str, notes: Notes, optional: bool) -> str:
     """The text of a turn; text in parts is one text."""
     if not isinstance(value, str | list) and not (value is None and optional):
-        raise RowError(f"{where} needs a role and a content, both text: {shown(value)}{loaded(value)}")
+        raise RowError(f"{where} must have a role and a content, both text: {shown(value)}{loaded(value)}")
     for number, part in enumerate(value if isinstance(value, list) else (), start=1):
         inside = f"{path}.content"
         notes.take(_mapping(part, f"part {number} of {where}", inside, notes), PART, inside)
     try:
-        return content_of(value, where, "only text can be learnt")
+        return content_of(value, where, "only text can be trained on")
     except ValueError as error:
         raise RowError(short(printable(str(error)))) from None
 
 
 def tools_of(value: Any, notes: Notes) -> Iterator[Mapping[str, Any]]:
     """Function descriptions as templates read them: {"type": "function", "function": {"name": ...}}."""
-    path, found = notes.path("tools"), parsed(value or [], "tools")
-    for number, tool in enumerate(listing(found or [], "tools", "is not a list of functions"), start=1):
+    path, tools = notes.path("tools"), parsed(value or [], "tools")
+    for number, tool in enumerate(listing(tools or [], "tools", "is not a list of functions"), start=1):
         where = f"function {number} of tools"
         given = _mapping(tool, where, path, notes)
         if "function" in given:
@@ -210,10 +217,10 @@ def tools_of(value: Any, notes: Notes) -> Iterator[Mapping[str, Any]]:
 
 
 def _calls(given: Mapping[str, Any], where: str, path: str, notes: Notes) -> list[Message]:
-    """A turn's tool calls; `function_call` is what they were called before there could be several."""
-    said = listing(given.get("tool_calls") or [], f"tool_calls of {where}", "is not a list of calls")
+    """A turn's tool calls; `function_call` is the older form, with a single call."""
+    listed = listing(given.get("tool_calls") or [], f"tool_calls of {where}", "is not a list of calls")
     inside = f"{path}.tool_calls"
-    calls = [_call(call, f"call {number} of {where}", inside, notes) for number, call in enumerate(said, start=1)]
+    calls = [_call(call, f"call {number} of {where}", inside, notes) for number, call in enumerate(listed, start=1)]
     if given.get("function_call"):
         old = _call(given["function_call"], f"call {len(calls) + 1} of {where}", f"{path}.function_call", notes)
         calls += [] if any(call["function"] == old["function"] for call in calls) else [old]  # under both names
@@ -221,13 +228,13 @@ def _calls(given: Mapping[str, Any], where: str, path: str, notes: Notes) -> lis
 
 
 def _said_calls(content: Any, where: str, path: str, notes: Notes) -> list[Message]:
-    """The calls in a turn of which the text is the call."""
+    """The calls of a turn whose text is the call."""
     value = parsed(content, where)
     return [_call(call, where, path, notes) for call in (value if isinstance(value, list) else [value])]
 
 
 def _call(value: Any, where: str, path: str, notes: Notes) -> Message:
-    """A call with its arguments as an object, because that is what templates write down."""
+    """A call with its arguments as an object, because templates expect one."""
     given = _mapping(value, where, path, notes)
     function = _mapping(given.get("function", given), where, path, notes)
     if "function" in given:
@@ -252,14 +259,14 @@ def _name(function: Mapping[str, Any], where: str) -> str:
 
 def listing(value: Any, what: str, problem: str) -> list[Any]:
     """A list, or the JSON text of one."""
-    found = parsed(value, what)
-    if not isinstance(found, list):
+    items = parsed(value, what)
+    if not isinstance(items, list):
         raise RowError(f"{what} {problem}: {shown(value)}")
-    return found
+    return items
 
 
 def parsed(value: Any, what: str) -> Any:
-    """A value, or what the JSON text of one says."""
+    """A value; a text is decoded as JSON."""
     if not isinstance(value, str):
         return value
     try:
@@ -269,31 +276,35 @@ def parsed(value: Any, what: str) -> Any:
 
 
 def _mapping(value: Any, where: str, path: str, notes: Notes) -> dict[str, Any]:
-    """What an object holds, but for nulls and what is not to be read."""
+    """The items of an object without nulls and without what data.ignore excludes."""
     if not isinstance(value, Mapping):
         raise RowError(f"{where} is not an object: {shown(value)}")
     return {str(key): item for key, item in value.items() if item is not None and not notes.left_out(f"{path}.{key}")}
 
 
 def string(value: Any, what: str) -> str:
-    """The value, if it is text; else a RowError that begins with `what`."""
+    """The value, which must be text.
+
+    Raises:
+        RowError: it is not; the message begins with `what`.
+    """
     if not isinstance(value, str):
         raise RowError(f"{what} is not text: {shown(value)}{loaded(value)}")
     return value
 
 
 def loaded(value: Any) -> str:
-    """What to do about a value that a loader made: the rows had text there, or a type that JSON lacks."""
+    """How to fix a value that a loader converted to a type that JSON does not have."""
     if not isinstance(value, LOADED):
         return ""
     return (
-        f": {type(value).__name__} is the data set's own type, or what its loader took text for; make it text first "
-        '(datasets: cast_column(NAME, Value("string"))), or give the rows as JSON lines, which are read as they stand'
+        f": {type(value).__name__} is a type of the data set or of its loader; convert it to text first "
+        '(datasets: cast_column(NAME, Value("string"))), or provide the rows as JSON lines, which are read unchanged'
     )
 
 
 def without_fillers(value: Any) -> Any:
-    """A value without what is null in objects out of a table, where each has the keys of all others. What is null in JSON is meant."""
+    """A value without the nulls of table structs, which have the keys of all rows. Nulls from JSON are intended and stay."""
     if isinstance(value, Struct):
         return {str(key): without_fillers(item) for key, item in value.items() if item is not None}
     if isinstance(value, Mapping):
@@ -307,5 +318,5 @@ def shown(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that any output takes: lone surrogates are written out."""
+    """Text that any output can print: lone surrogates are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()

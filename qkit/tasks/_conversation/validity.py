@@ -1,4 +1,4 @@
-"""Whether a row can be learnt from: texts that are usable, turns in an order that makes sense."""
+"""Checks whether a row can be trained on: its texts are valid, and its turns come in a valid order."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from qkit.core.batching import IGNORED
 from qkit.core.errors import short
 from qkit.plugins.task import Conversation, Example, Message, RowError, Text, Tokens
 from qkit.recipe.schema import Data
-from qkit.tasks._conversation.tokenized import IGNORED
 from qkit.tasks._conversation.turns import loaded, printable, shown
 
 SYSTEM = ("system", "developer")
@@ -20,36 +20,36 @@ NAMES = {"\x00": "NUL", "\ufffd": "the replacement character"}
 KWARGS = "chat_template_kwargs"  # TRL's and vLLM's name for a template's variables
 
 
-def check_texts(found: Example, section: Data) -> None:
-    if isinstance(found, Text):
-        check_text(found.text, "text", section)
-    if isinstance(found, Conversation):
-        for number, message in enumerate(found.messages, start=1):
-            # most turns are a role and a content; walking through those too would double the time for a row
-            said = message["content"] if len(message) == 2 else message
-            check_text(said, f"turn {number} ({message['role']})", section)
-        check_text(found.tools, "tools", section)
-        check_text(found.variables, KWARGS, section)
-        check_text(found.reference, "the accepted answer", section)
+def check_texts(example: Example, section: Data) -> None:
+    if isinstance(example, Text):
+        check_text(example.text, "text", section)
+    if isinstance(example, Conversation):
+        for number, message in enumerate(example.messages, start=1):
+            # most turns have only a role and a content; walking through their keys would double the time for a row
+            spoken = message["content"] if len(message) == 2 else message
+            check_text(spoken, f"turn {number} ({message['role']})", section)
+        check_text(example.tools, "tools", section)
+        check_text(example.variables, KWARGS, section)
+        check_text(example.reference, "the accepted answer", section)
 
 
 def check_text(value: Any, where: str, section: Data) -> None:
-    """Look for characters that cannot be learnt in every text of a value, keys of objects included.
+    """Check every text of a value, keys of objects included, for invalid characters.
 
     Raises:
-        RowError: there is one, or the value is not what JSON can hold.
+        RowError: a text contains one, or JSON cannot represent the value.
     """
     keep = section.clean.unicode == "keep"
     text = value if isinstance(value, str) else "\n".join(_strings(value, where))
-    found = (SURROGATE if keep else UNUSABLE).search(text)
-    if found:
-        sign = found.group()
+    match = (SURROGATE if keep else UNUSABLE).search(text)
+    if match:
+        sign = match.group()
         name = NAMES.get(sign) or ("half a surrogate pair" if SURROGATE.match(sign) else "a control character")
-        raise RowError(f"{where} holds U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
+        raise RowError(f"{where} contains U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
 
 
 def _strings(value: Any, where: str, key: str = "") -> Iterator[str]:
-    """Every text in a value. `key`: under which it stands, for a message."""
+    """Every text in a value. `key`: the path of keys that leads to it, for a message."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -62,18 +62,18 @@ def _strings(value: Any, where: str, key: str = "") -> Iterator[str]:
     elif not (value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
         at = f" (in {short(printable(key[1:]))})" if key else ""
         kind = type(value).__name__
-        raise RowError(f"{where} holds {shown(value)}, a {kind}, which JSON has no way to write{at}{loaded(value)}")
+        raise RowError(f"{where} contains {shown(value)}, a {kind}, which JSON cannot represent{at}{loaded(value)}")
 
 
-def check_empty(found: Example) -> None:
-    if isinstance(found, Text) and not found.text.strip():
-        raise RowError("text is empty or only white space", "empty")
-    if isinstance(found, Tokens) and not set(found.labels) - {IGNORED}:
-        raise RowError("has no label that is learnt", "empty")
-    if isinstance(found, Conversation):
-        for number, message in enumerate(found.messages, start=1):
+def check_empty(example: Example) -> None:
+    if isinstance(example, Text) and not example.text.strip():
+        raise RowError("text is empty or contains only white space", "empty")
+    if isinstance(example, Tokens) and not set(example.labels) - {IGNORED}:
+        raise RowError("has no label that carries loss", "empty")
+    if isinstance(example, Conversation):
+        for number, message in enumerate(example.messages, start=1):
             if message["role"] in ("user", "assistant") and not _says(message):
-                raise RowError(f"turn {number} ({message['role']}) is empty or only white space", "empty")
+                raise RowError(f"turn {number} ({message['role']}) is empty or contains only white space", "empty")
 
 
 def _says(message: Message) -> bool:
@@ -87,16 +87,16 @@ def check_order(roles: Sequence[str]) -> None:
 
 
 def _order_problem(roles: Sequence[str]) -> str:
-    """What is wrong with the order of the turns, or nothing."""
+    """What is wrong with the order of the turns; "" if it is valid."""
     if roles[-1] != "assistant":
-        return f"has no assistant turn at its end (the last turn is by {roles[-1]!r}): nothing to learn from it"
+        return f"must end with an assistant message (the last role is {roles[-1]!r})"
     if len(roles) == 1:
-        return "has an assistant turn and nothing before it: there is no prompt"
+        return "has no prompt: nothing comes before its assistant message"
     for number, (before, role) in enumerate(zip(["", *roles], roles, strict=False), start=1):
         if role in SYSTEM and number > 1:
-            return f"has a system turn at place {number}; there can be one, and it comes first"
+            return f"has a system message at position {number}; only the first message can be a system message"
         if role == before and role in ("user", "assistant"):
-            return f"has two {role} turns in a row, {number - 1} and {number}"
+            return f"has two consecutive {role} messages, {number - 1} and {number}"
         if role == "tool" and before not in ("assistant", "tool"):
-            return f"has a tool turn at place {number}, and no assistant turn before it that calls a tool"
+            return f"has a tool message at position {number} that does not follow an assistant message"
     return ""

@@ -1,1 +1,1 @@
-"""Parts of a training step that are faster or smaller than what they replace: the loss of the labelled positions, the heap."""
+"""Parts of a training step that are faster or need less memory than the library's: the head on labelled positions, the heap."""

@@ -1,6 +1,6 @@
 """The language-model head on labelled positions only.
 
-Half to nine tenths of a row is prompt and carries no loss; its logits (vocabulary x 4 bytes each) need not exist.
+Half to nine tenths of a row is prompt and has no loss, so its logits (vocabulary x 4 bytes each) are not computed.
 Reference: TRL's loss and the models' own, in tests/train/test_fast.py.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from qkit.core.batching import IGNORED
 from qkit.model.load import scaled
-from qkit.train.collate import IGNORED
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 POSITIONS_STEP = 32
-POSITIONS_AT_ONCE = 1024  # row_losses holds the logits of no more; a multiple of POSITIONS_STEP
+POSITIONS_AT_ONCE = (
+    1024  # row_losses computes logits for at most this many positions at once; a multiple of POSITIONS_STEP
+)
 
 
 def labelled_loss(
@@ -26,7 +28,7 @@ def labelled_loss(
 ) -> torch.Tensor:
     """Mean cross-entropy over labelled tokens: their sum divided by `items`, the labels of the whole accumulated batch.
 
-    `batch`: what `collate` or `collate_pack` makes. `items` None: the labels of this batch.
+    `batch`: from `collate` or `collate_pack`. `items` None: the number of labels in this batch.
     """
     rows, places = _labelled(batch["labels"])
     total = _losses(model, _hidden(model, batch), batch["labels"], rows, places).sum()
@@ -47,14 +49,14 @@ def row_losses(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tor
 
 
 def _labelled(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and places [labels] of the tokens that predict a labelled one."""
+    """Rows and positions [labels] of the tokens that predict a labelled token."""
     rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     return rows, places
 
 
 def _hidden(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Last hidden states [rows, tokens, hidden]. A cache, or a mask, would let the documents of a pack see each other."""
-    positions = batch["position_ids"][:1]  # a pack is one row, and the rows of any other batch have all the same
+    """Last hidden states [rows, tokens, hidden]. No cache and no mask, so that documents of a pack do not attend to each other."""
+    positions = batch["position_ids"][:1]  # a pack is one row, and all rows of other batches have the same positions
     decoder = model.get_decoder()
     states: torch.Tensor = decoder(
         input_ids=batch["input_ids"], position_ids=positions, use_cache=False
@@ -65,9 +67,9 @@ def _hidden(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.
 def _losses(
     model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, places: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy of the token after each of `places`: [places], and zeros up to a multiple of POSITIONS_STEP.
+    """Cross-entropy of the token after each of `places`: [places], padded with zeros to a multiple of POSITIONS_STEP.
 
-    The filled-up positions are there so that the head sees few distinct shapes.
+    The padding keeps the number of distinct shapes that the head computes small.
     """
     from torch.nn.functional import cross_entropy, pad
 

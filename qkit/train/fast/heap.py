@@ -1,8 +1,8 @@
-"""Freed memory handed back while a forward pass goes on, where tensors live in the C library's heap.
+"""Returns freed memory to the system during the forward pass, for devices whose tensors the C library allocates.
 
-A layer's passing tensors leave gaps between those that autograd keeps, or, under checkpointing, one great gap; what comes next seldom fits,
-and the resident set grows by the gaps. Handing their pages back every few layers costs about 2 % of a step, and the resident peak
-becomes what is alive and a constant, as the plan has it.
+The temporaries of a layer leave gaps between the tensors that autograd saves or, with checkpointing, one large gap. Later tensors rarely fit,
+so the resident set grows by the gaps. Trimming the heap every few layers costs about 2 % of a step, and reduces the peak to live tensors and
+a constant, as the plan assumes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-LAYERS_BETWEEN = 6  # each layer's end would do no better: the gaps of six are small beside what is kept
+LAYERS_BETWEEN = 6  # every layer would save no more: the gaps of six layers are small compared with the saved tensors
 
 
-def give_back_between_layers(model: PreTrainedModel) -> None:
-    """From now on, every few layers and before the head hand back what was freed."""
-    layers = getattr(model.get_decoder(), "layers", ())  # some families call them otherwise: then before the head alone
-    for layer in layers[::LAYERS_BETWEEN]:  # before one, not after: recomputing a layer ends within it
+def trim_between_layers(model: PreTrainedModel) -> None:
+    """Make the model trim the heap every few layers and before the head."""
+    layers = getattr(
+        model.get_decoder(), "layers", ()
+    )  # other families name them differently: then only before the head
+    for layer in layers[::LAYERS_BETWEEN]:  # before a layer, since recomputation stops inside the last one
         layer.register_forward_pre_hook(lambda *_: trim_heap())
     model.get_output_embeddings().register_forward_pre_hook(lambda *_: trim_heap())

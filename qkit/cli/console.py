@@ -1,0 +1,88 @@
+"""What reaches the terminal: results, progress, and quiet libraries."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from qkit.core.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def stderr(keep: bool = False) -> Console:
+    """A console on stderr, without markup. With `keep`, it still reaches the terminal after fd 2 was redirected to a log."""
+    from rich.console import Console
+
+    return Console(file=os.fdopen(os.dup(2), "w") if keep else sys.stderr, markup=False)
+
+
+def show(as_json: bool, value: Any, screen: Callable[[], Any]) -> None:
+    """Print a result on stdout: `value` as one JSON document, or what `screen` draws."""
+    if as_json:
+        print(json.dumps(value, indent=1))
+        return
+    from rich.console import Console
+
+    drawn = screen()
+    Console(markup=False).print(drawn, highlight=False, soft_wrap=isinstance(drawn, str))
+
+
+def progress_on(console: Console, quiet: bool) -> Progress:
+    """Bars on a terminal, plain lines in a log, nothing with `quiet`."""
+    from qkit.cli.progress_bars import Bars, Lines
+
+    if quiet:
+        return Progress()
+    return Bars(console) if console.is_terminal else Lines(console)
+
+
+def quiet_libraries() -> None:
+    """Turn off the libraries' own progress bars, which would fill a log."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+@contextmanager
+def silence_stderr() -> Iterator[None]:
+    """Discard what libraries write to fd 2 while something short runs; exceptions still get through."""
+    quiet_libraries()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    sys.stderr.flush()
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+@contextmanager
+def until_interrupted() -> Iterator[None]:
+    """End the block cleanly on Ctrl-C or SIGTERM, even below a shell that starts its jobs with SIGINT ignored."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,95 @@
+"""`qkit plan`."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkit.cli import console
+from qkit.cli.opening import open_recipe
+from qkit.cli.options import Json, MaybeTarget, Quiet, Set, need_effect, verb_app
+from qkit.core.errors import RecipeError, UserError
+
+if TYPE_CHECKING:
+    from qkit.plan.sheet import Options
+    from qkit.recipe.schema import Recipe
+
+app = verb_app()
+
+FOR_A_RECIPE = ("overrides", "memory", "card", "solve", "explain")
+
+Memory = Annotated[str | None, typer.Option("--memory", metavar="24GiB", help="Plan for a device of this size.")]
+Card = Annotated[str | None, typer.Option("--card", metavar="rtx-4090", help="Plan for a known card.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="M", help="Instead of a recipe: config.json, its folder, or a model's name."),
+]
+Quantization = Annotated[str | None, typer.Option("--quantization", metavar="nf4", help="With --model.")]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, help="With --model: the adapter's rank.")]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="With --model: rows in a batch.")]
+RowLength = Annotated[int | None, typer.Option("--length", min=1, help="With --model: tokens in a row.")]
+Solve = Annotated[
+    str | None, typer.Option("--solve", metavar="WHAT", help="The most that fits: max_length, batch, rank; or card.")
+]
+Explain = Annotated[
+    str | None, typer.Option("--explain", metavar="LINE", help="Show the formula of a line, with its numbers.")
+]
+
+
+@app.command(epilog="Example: qkit plan recipes/llama-3.1-8b-24gb.yaml --memory 24GiB")
+def plan(
+    context: typer.Context,
+    target: MaybeTarget = None,
+    overrides: Set = None,
+    memory: Memory = None,
+    card: Card = None,
+    model: Model = None,
+    quantization: Quantization = None,
+    rank: Rank = None,
+    batch: Batch = None,
+    length: RowLength = None,
+    solve: Solve = None,
+    explain: Explain = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Does it fit? Memory, line by line, and time, before anything is loaded. Exits with 2 when a stage does not fit."""
+    _start_fast()
+    from qkit.plan import plan as plan_plan
+    from qkit.plan import screen as plan_screen
+    from qkit.plan import sheet
+    from qkit.plan import solve as plan_solve
+
+    if target is not None and not model:
+        need_effect(context, "with a recipe or a run: it is for --model", FOR_A_RECIPE)
+    if explain and solve:
+        raise UserError("--solve: no effect with --explain, which shows the lines of one plan; use one of the two")
+    recipe = _planned_recipe(target, overrides, sheet.Options(model or "", quantization, rank, batch, length))
+    device, question = plan_plan.device_for(card, memory), plan_solve.question(solve)
+    planned = sheet.sheet(recipe, device, sheet.lengths_of(target), question)
+    if explain:
+        items = sheet.explain(planned, explain)
+        console.show(as_json, [item.to_dict() for item in items], lambda: plan_screen.explanation(items))
+        return
+    console.show(as_json, sheet.to_dict(planned), lambda: plan_screen.screen(planned))
+    if planned.short and not question:  # --solve already says what would fit
+        raise typer.Exit(2)
+
+
+def _start_fast() -> None:
+    """A plan takes half a second: it ends before garbage matters, and needs none of the pydantic plugins that packages register."""
+    gc.disable()
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
+
+def _planned_recipe(target: Path | None, overrides: list[str] | None, options: Options) -> Recipe:
+    """The recipe of a file or a run, or the one that --model and its companion options describe."""
+    from qkit.plan.sheet import recipe_for
+
+    if bool(options.model) == (target is not None):
+        raise RecipeError("name a recipe or a run directory, or --model; one of the two")
+    return recipe_for(options, overrides or ()) if target is None else open_recipe(target, overrides)
