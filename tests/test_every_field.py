@@ -31,6 +31,8 @@ from qkit.runtimes import vllm
 from qkit.server import process
 from qkit.train import sft
 
+pytestmark = pytest.mark.slow
+
 # --- probes -------------------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,8 @@ from qkit.core.progress import Progress
 from qkit.measure import candidates, held_out
 from qkit.run.directory import Run
 
+pytestmark = pytest.mark.slow
+
 FP32 = ["merge.dtype=float32"]
 
 

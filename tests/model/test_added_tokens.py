@@ -29,6 +29,8 @@ from qkit.recipe.load import from_dict
 from qkit.run.directory import Run
 from qkit.train import sft
 
+pytestmark = pytest.mark.slow
+
 TOKENS = ["<|im_start|>", "<|im_end|>"]
 KNOWN = 257  # <|endoftext|> and one token for each byte
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
