@@ -1,4 +1,4 @@
-"""Loads models: the base, in 4 bit or not, and the base with an adapter on it."""
+"""Loads models: the base, optionally in 4 bit, and the reference model (base + adapter as trained)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-NO_SDPA = "scaled_dot_product_attention"  # in the error of transformers for a model without this attention
+NO_SDPA = "scaled_dot_product_attention"  # in transformers' error for a model without this attention
 
 
 def load_base(folder: Path, recipe: schema.Recipe, device: Device) -> PreTrainedModel:
-    """The base model as training sees it: in 4 bit if the recipe says so, the rest in bf16.
+    """Load the base model as training uses it: in 4 bit if the recipe says so, the rest in bf16.
 
     Raises:
         ModelError: some weights are missing from the folder.
@@ -38,7 +38,9 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device) -> PreTrained
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": recipe.model.attn_implementation}
-    options["generation_config"] = GenerationConfig()  # its file may be one that the library refuses; decoding is ours
+    options["generation_config"] = (
+        GenerationConfig()
+    )  # not from its file, which transformers may reject; qkit sets decoding itself
     if recipe.quantization.load_in_4bit:
         options["quantization_config"] = quantization_config(recipe.quantization)
     options |= {"device_map": device.device_map, "trust_remote_code": recipe.model.trust_remote_code}
@@ -52,25 +54,25 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device) -> PreTrained
         log.warning("transformers supports only eager attention for this model: %s", error)
         eager = {**options, "attn_implementation": "eager"}
         loaded, report = AutoModelForCausalLM.from_pretrained(str(folder), **eager)
-    _need_whole(folder, report["missing_keys"])
+    _need_all_weights(folder, report["missing_keys"])
     loaded.config.use_cache = False
     leave_as_quantized(loaded)
     if recipe.quantization.load_in_4bit and device.frees_through_malloc:
-        _let_go_of_files(loaded)
+        _unmap_files(loaded)
     return loaded
 
 
-def _need_whole(folder: Path, missing_keys: Collection[str]) -> None:
+def _need_all_weights(folder: Path, missing_keys: Collection[str]) -> None:
     """Raise ModelError if weights are missing: transformers would initialize them at random."""
     if missing := sorted(name for name in missing_keys if name.endswith(".weight")):
         raise ModelError(
-            f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more, which would be initialized at random; create the folder "
-            "again, or if the head that is missing is the embedding, set tie_word_embeddings to true in its config.json",
+            f"{folder}: the weights lack {missing[0]} and {len(missing) - 1} more, which would be initialized at random; create the folder "
+            "again, or if the missing head is tied to the embedding, set tie_word_embeddings to true in config.json",
             source=folder,
         )
 
 
-def _let_go_of_files(model: PreTrainedModel) -> None:
+def _unmap_files(model: PreTrainedModel) -> None:
     """Copy the tensors that were not quantized: as loaded they are views, and one view keeps the whole 16-bit file mapped."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
@@ -80,9 +82,9 @@ def _let_go_of_files(model: PreTrainedModel) -> None:
 def leave_as_quantized(model: PreTrainedModel, also_packable: bool = True) -> None:
     """Keep bitsandbytes from repacking its 4-bit weights, in evaluation as in training.
 
-    On a CPU with AVX512-BF16 it would pack them anew, for good, at their first forward in evaluation without gradients: widths that are no
-    multiple of a pack's fail there, a state_dict (saving an adapter is enough) turns them back wrongly, and dequantizing reads them wrongly.
-    `also_packable` False: only those that it cannot pack.
+    On a CPU with AVX512-BF16 it repacks them permanently at the first forward pass in evaluation mode without gradients. Widths that are not
+    a multiple of the pack size fail then; state_dict, which saving an adapter calls, unpacks them incorrectly; and dequantizing reads them
+    incorrectly. `also_packable` False: only the weights that it cannot pack.
     """
     from transformers.utils import is_bitsandbytes_available
 
@@ -96,21 +98,25 @@ def leave_as_quantized(model: PreTrainedModel, also_packable: bool = True) -> No
 
 
 def _can_be_packed(layer: Linear4bit) -> bool:
-    """Whether bitsandbytes' packs, 32 rows of whole quantization blocks, hold its weight."""
+    """Whether the weight divides into bitsandbytes' packs of 32 rows of whole quantization blocks."""
     return bool(layer.out_features % 32 == 0 and layer.in_features % FourBit.BLOCK == 0)
 
 
 def quantization_config(section: schema.Quantization) -> Any:
-    """The section as transformers' BitsAndBytesConfig."""
+    """The recipe's section as transformers' BitsAndBytesConfig."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(**section.model_dump())
 
 
-def load_live(folder: Path, recipe: schema.Recipe, device: Device, adapter: Path | None) -> PreTrainedModel:
-    """The model as trained: the 4-bit base with the adapter on it, or the base alone; for inference.
+def load_reference(folder: Path, recipe: schema.Recipe, device: Device, adapter: Path | None) -> PreTrainedModel:
+    """Load the reference model, base + adapter as trained, for inference; without an adapter, the base alone.
 
-    The 4-bit weights are dequantized once: the same numbers that every 4-bit forward would unpack again for each token.
+    4-bit weights are dequantized once: the values are those that each 4-bit forward pass would compute again.
+
+    Raises:
+        MissingArtifact: `adapter` is not an adapter made by qkit.
+        ModelError: weights are missing, or the adapter was trained on another base.
     """
     base = load_base(folder, recipe, device)
     if recipe.quantization.load_in_4bit:
@@ -129,20 +135,20 @@ def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PreTrai
         return adapter_sum.put_on(base, adapter)
     _resize(base, adapter)
     with targets.patterns_of_parameters():
-        live = PeftModel.from_pretrained(base, str(adapter))
-    added_tokens.settle(live)
-    return live
+        model = PeftModel.from_pretrained(base, str(adapter))
+    added_tokens.settle(model)
+    return model
 
 
 def _resize(base: PreTrainedModel, adapter: Path) -> None:
-    """Resize the embedding to the adapter's own, if it holds one."""
-    held = tensor_specs(adapter / lora_deltas.WEIGHTS).get(f"{lora_deltas.PREFIX}{added_tokens.names(base)[0]}.weight")
-    if held and held["shape"][0] != base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(held["shape"][0], mean_resizing=False)
+    """Resize the embedding to that of the adapter, if the adapter has one."""
+    spec = tensor_specs(adapter / lora_deltas.WEIGHTS).get(f"{lora_deltas.PREFIX}{added_tokens.names(base)[0]}.weight")
+    if spec and spec["shape"][0] != base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(spec["shape"][0], mean_resizing=False)
 
 
 def scaled(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
-    """The logits after the family's own scaling: Cohere and Granite scale them, Gemma 2 bounds them. Same shape."""
+    """Apply the model family's scaling to the logits: Cohere and Granite scale them, Gemma 2 bounds them. Same shape."""
     config = model.config.get_text_config()
     if scale := getattr(config, "logit_scale", None):
         logits = logits * scale

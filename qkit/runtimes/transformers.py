@@ -47,7 +47,7 @@ def _reference(folder: Path, recipe: Recipe, device: Device, adapter: Path | Non
     from qkit.model import load
     from qkit.runtimes._float32 import compute_in_float32, with_float32_attention
 
-    loaded: PreTrainedModel = load.load_live(
+    loaded: PreTrainedModel = load.load_reference(
         folder, with_float32_attention(recipe) if exact else recipe, device, adapter
     )
     if exact:

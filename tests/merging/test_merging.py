@@ -284,9 +284,9 @@ def test_four_bit_at_every_bound_between_levels() -> None:
 def test_the_merged_model_says_what_the_live_one_says(tiny_model: Path, tmp_path: Path) -> None:
     adapter = _adapter(tiny_model, tmp_path / "adapter")
     _merge(tiny_model, adapter, tmp_path / "merged", "dequantized", Merge())
-    live = load.load_live(tiny_model, _recipe(tiny_model), detect(), adapter)
+    live = load.load_reference(tiny_model, _recipe(tiny_model), detect(), adapter)
     merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.bfloat16)
-    base = load.load_live(tiny_model, _recipe(tiny_model), detect(), None)
+    base = load.load_reference(tiny_model, _recipe(tiny_model), detect(), None)
     ids = torch.arange(3, 60)[None]
     with torch.inference_mode():
         p, q, b = (m(ids).logits.float().log_softmax(-1) for m in (live, merged, base))
@@ -314,7 +314,7 @@ def test_a_cut_off_shard_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     whole = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(whole[:-1000])
     (tmp_path / "merged").mkdir()
-    with pytest.raises(ModelError, match="the file is not whole"):
+    with pytest.raises(ModelError, match="the file is truncated"):
         weights.merge(cut, adapter, tmp_path / "merged", "16bit", Merge(), NOTHING_QUANTIZED)
 
 

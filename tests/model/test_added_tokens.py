@@ -299,8 +299,8 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> float:
 
 def test_the_merged_model_says_what_the_live_one_says(finished: Finished, tmp_path: Path) -> None:
     how, adapter = finished.run.recipe, finished.run.need("train", "adapter")
-    live = logprobs(load.load_live(finished.base, how, detect(), adapter), finished.ids)
-    base = logprobs(load.load_live(finished.base, how, detect(), None), finished.ids)
+    live = logprobs(load.load_reference(finished.base, how, detect(), adapter), finished.ids)
+    base = logprobs(load.load_reference(finished.base, how, detect(), None), finished.ids)
     merged = logprobs(AutoModelForCausalLM.from_pretrained(finished.merged, dtype=torch.bfloat16), finished.ids)
     assert kl(live, merged) < 2e-3 and kl(live, base) > 20 * kl(live, merged)
 
@@ -358,7 +358,7 @@ def test_live_rows_are_settled_without_a_change(finished: Finished) -> None:
     base = load.load_base(finished.base, how, detect())
     source.dequantize(base)
     copied = logprobs(PeftModel.from_pretrained(base, str(adapter)).eval(), finished.ids)
-    assert torch.equal(copied, logprobs(load.load_live(finished.base, how, detect(), adapter), finished.ids))
+    assert torch.equal(copied, logprobs(load.load_reference(finished.base, how, detect(), adapter), finished.ids))
 
 
 def test_both_heads_give_the_learnt_rows_the_same_gradient(finished: Finished, tmp_path: Path) -> None:
