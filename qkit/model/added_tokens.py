@@ -1,8 +1,8 @@
-"""Tokens that a recipe adds to its model: the tokenizer gets them, embedding and head get rows for them, and these rows are learnt.
+"""Adds a recipe's tokens to its model: to the tokenizer, and as rows of the embedding and the head, which are then trained.
 
-The model is prepared once and kept in the cache; from there on it is an ordinary model folder. The rows are learnt by peft's
-trainable_token_indices: its modules_to_save would hold whole matrices with their gradients and optimizer states (16 bytes for each weight of
-embedding and head), and vLLM takes an adapter with neither.
+The model is prepared once and kept in the cache; after that it is an ordinary model folder. PEFT trains the rows through
+trainable_token_indices. Its modules_to_save would hold whole matrices with gradients and optimizer states (16 bytes for each weight of the
+embedding and the head). vLLM loads an adapter with neither.
 """
 
 from __future__ import annotations
@@ -31,23 +31,26 @@ if TYPE_CHECKING:
 
 
 INDEX = "model.safetensors.index.json"
-LEGACY = ("added_tokens.json", "special_tokens_map.json")  # older forms of what tokenizer.json and its config say now
-# How templates write what is meant to be one token.
+LEGACY = (
+    "added_tokens.json",
+    "special_tokens_map.json",
+)  # older files whose content is now in tokenizer.json and tokenizer_config.json
+# How templates write text that is meant to be one token.
 MARKER = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<[a-z]+(?:_[a-z]+)+>|</?s>")
-PADDED_TO = 128  # the largest multiple that a vocabulary is known to be padded to on purpose
-ROWS_AT_ONCE = 8192  # are held in fp64 at a time
-FORM = 2  # of what `prepare` writes: another number makes it anew where it is kept
-SEED = 0  # the same tokens on the same base are the same model
+PADDED_TO = 128  # the largest multiple that vocabularies are padded to on purpose
+ROWS_AT_ONCE = 8192  # converted to fp64 at a time
+FORM = 2  # version of what `prepare` writes; a change invalidates the cached models
+SEED = 0  # fixed: adding the same tokens to the same base gives the same model
 
 
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 
 def bare_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder as it is.
+    """Load the tokenizer of a model folder, unchanged.
 
     Raises:
-        ModelError: it has none that can be loaded.
+        ModelError: the folder has no tokenizer that can be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -61,7 +64,7 @@ def bare_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
 
 
 def add(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
-    """Make special tokens of `tokens`; returns the ids of those that the tokenizer had not at all."""
+    """Make `tokens` special tokens of the tokenizer; return the ids of those that it did not have before."""
     had = tokenizer.get_vocab().keys()
     ordinary = [token for token in dict.fromkeys(tokens) if token not in template.special_ids(tokenizer)]
     if ordinary:
@@ -70,7 +73,7 @@ def add(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
 
 
 def markers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the chat template writes around turns that is meant to be one token, in its order."""
+    """The markers that the chat template writes around turns, each meant to be one token, in the order of the template."""
     if not tokenizer.chat_template:
         return []
     try:
@@ -82,27 +85,29 @@ def markers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def begin_as_texts_do(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have the template write bos_token first where the tokenizer begins every text with it."""
+    """Make the template write bos_token first if the tokenizer begins every text with it."""
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
         tokenizer.chat_template = "{{ bos_token }}" + str(tokenizer.chat_template)
 
 
-def check_markers(tokenizer: PreTrainedTokenizerBase, named: str, own: Sequence[str]) -> None:
-    """See that the template's markers are tokens. `own`: those of the model's own template, which it knows as it writes them.
+def check_markers(tokenizer: PreTrainedTokenizerBase, template_name: str, native: Sequence[str]) -> None:
+    """Check that each marker of the chat template is one token.
+
+    `native`: the markers of the model's original template, which the model was trained to write as they are.
 
     Raises:
-        ModelError: some are not.
+        ModelError: a marker is not a token.
     """
-    known = tokenizer.get_vocab().keys() | set(own)
+    known = tokenizer.get_vocab().keys() | set(native)
     lacking = [marker for marker in markers(tokenizer) if marker not in known]
     if not lacking:
         return
     pieces = len(tokenizer(lacking[0], add_special_tokens=False)["input_ids"])
     raise ModelError(
-        f"model.chat_template={named} writes {' and '.join(lacking)}, which this tokenizer does not have: {lacking[0]} would be read as "
-        f"{pieces} ordinary tokens. Add them with --set 'model.add_tokens={json.dumps(lacking)}', so that their embeddings are learnt, "
-        "or take model.chat_template=plain, which needs no new tokens"
+        f"model.chat_template={template_name} writes {' and '.join(lacking)}, which this tokenizer does not have: {lacking[0]} would be read "
+        f"as {pieces} ordinary tokens. Add them with --set 'model.add_tokens={json.dumps(lacking)}', so that their embeddings are trained, "
+        "or set model.chat_template=plain, which needs no new tokens"
     )
 
 
@@ -110,30 +115,33 @@ def check_markers(tokenizer: PreTrainedTokenizerBase, named: str, own: Sequence[
 
 
 def names(model: PreTrainedModel) -> tuple[str, str]:
-    """The modules that are the embedding and the head."""
-    wanted = (model.get_input_embeddings(), model.get_output_embeddings())
-    found = {id(module): name for name, module in model.named_modules()}
-    embedding, head = (found.get(id(module), "") for module in wanted)
+    """The module names of the embedding and the head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    name_of = {id(module): name for name, module in model.named_modules()}
+    embedding, head = (name_of.get(id(module), "") for module in ends)
     return embedding, head
 
 
-def learnt_rows(
+def trained_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
 ) -> dict[str, list[int]] | None:
-    """LoraConfig's trainable_token_indices: the rows of `tokens`, in the embedding and in the head. Tied ones peft learns as one."""
+    """LoraConfig's trainable_token_indices: the rows of `tokens` in the embedding and in the head. PEFT trains tied rows as one."""
     if not tokens:
         return None
     ids = sorted({int(tokenizer.convert_tokens_to_ids(token)) for token in tokens})
     return dict.fromkeys(names(model), ids)
 
 
+learnt_rows = trained_rows  # the name that qkit.train calls it by
+
+
 def show_head(model: PeftModel) -> None:
-    """Let TRL's fused head read the bias of a head whose rows are learnt: peft's wrapper hands on its weight alone, and there is no bias."""
+    """Give PEFT's wrapper of a head with trained rows a `bias` of None, which TRL's fused head reads: the wrapper only forwards `weight`."""
     model.get_base_model().get_output_embeddings().bias = None
 
 
 def settle(model: PeftModel) -> None:
-    """Put learnt rows into their matrices for good: the same numbers that every forward would copy the matrix for."""
+    """Merge trained rows into their matrices: the result is the same, without a copy of the matrix at each forward pass."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     for module in model.modules():
@@ -142,7 +150,7 @@ def settle(model: PeftModel) -> None:
 
 
 def key(folder: Path, tokens: Sequence[str]) -> str:
-    """Hash of a model and the tokens that are added to it."""
+    """Hash of a model folder and the tokens that are added to it; the cache key."""
     files = (file for file in sorted(folder.rglob("*")) if is_companion(file))
     hashes = {str(file.relative_to(folder)): sha256_of(file) for file in files}
     return hashlib.sha256(json.dumps([FORM, fingerprint(folder), hashes, list(tokens)]).encode()).hexdigest()
@@ -150,7 +158,11 @@ def key(folder: Path, tokens: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Growth:
-    """The matrices that change, how many rows they get, which of these are drawn, and how many the tokenizer had a token for."""
+    """How embedding and head grow.
+
+    `matrices`: names of the tensors that change. `rows`: their new number of rows. `drawn`: indices of the rows that are initialized at random.
+    `known`: how many rows the tokenizer had a token for.
+    """
 
     matrices: frozenset[str]
     rows: int
@@ -159,11 +171,11 @@ class Growth:
 
 
 def prepare(folder: Path, tokens: Sequence[str], trust_remote_code: bool, out: Path) -> None:
-    """Write the model in `folder` with `tokens` to `out`. Shards that stay as they are cost no disk.
+    """Write the model in `folder` with `tokens` to `out`. Unchanged shards are linked where possible and then take no disk space.
 
     Raises:
-        ModelError: embedding or head are not found in the weights, or are not of the plain kind.
-        DoesNotFit: the disk is full.
+        ModelError: the weights lack an embedding or a head that can grow.
+        DoesNotFit: the disk has too little free space.
     """
     tokenizer = bare_tokenizer(folder, trust_remote_code)
     known = 1 + max(tokenizer.get_vocab().values())
@@ -188,9 +200,9 @@ def prepare(folder: Path, tokens: Sequence[str], trust_remote_code: bool, out: P
 
 
 def _growth(folder: Path, trust_remote_code: bool, wanted: int, known: int) -> Growth:
-    """Spare rows beyond the tokenizer's last token are used first. A vocabulary that is padded to a multiple stays one of it.
+    """Decide which rows are added: spare rows beyond the tokenizer's last token come first, and a padded vocabulary stays padded.
 
-    `known`: ids that the tokenizer had; it may have more than the model has rows. `wanted`: those that it has now.
+    `wanted`: number of ids that the tokenizer has now. `known`: number before the tokens were added; it may exceed the model's rows.
     """
     matrices = _matrices(folder, trust_remote_code)
     held = next(iter(matrices.values()))
@@ -201,37 +213,37 @@ def _growth(folder: Path, trust_remote_code: bool, wanted: int, known: int) -> G
 
 
 def _matrices(folder: Path, trust_remote_code: bool) -> dict[str, int]:
-    """Embedding and head as the weights name them, with their rows; a tied head may be missing."""
+    """The tensor names of embedding and head, with their numbers of rows; a tied head may be missing."""
     specs = {name: spec for shard in shards(folder) for name, spec in tensor_specs(shard).items()}
-    made = skeleton(folder, trust_remote_code)
-    embedding, head = (f"{name}.weight" for name in names(made))
-    found = {name: int(specs[name]["shape"][0]) for name in (embedding, head) if name in specs}
-    tied = bool(made.config.get_text_config().tie_word_embeddings)
-    if embedding not in found or (head not in found and not tied) or len(set(found.values())) > 1:
+    model = skeleton(folder, trust_remote_code)
+    embedding, head = (f"{name}.weight" for name in names(model))
+    rows = {name: int(specs[name]["shape"][0]) for name in (embedding, head) if name in specs}
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    if embedding not in rows or (head not in rows and not tied) or len(set(rows.values())) > 1:
         raise ModelError(
-            f"{folder}: model.add_tokens needs {embedding} and {head} of the same length in the weights, found {found}"
+            f"{folder}: model.add_tokens requires {embedding} and {head} with the same number of rows in the weights, found {rows}"
         )
     if (bias := head.removesuffix("weight") + "bias") in specs:
         raise ModelError(
-            f"{folder}: model.add_tokens cannot be used, its head has a bias ({bias}), which peft leaves out of learnt rows"
+            f"{folder}: model.add_tokens does not support a head with a bias ({bias}): PEFT does not train the bias of new rows"
         )
-    return found
+    return rows
 
 
 def skeleton(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """The model without weights."""
+    """Build the model of a folder on the meta device, without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    config.get_text_config().pad_token_id = None  # one that the embedding has no row for would be refused
+    config.get_text_config().pad_token_id = None  # transformers refuses an id beyond the embedding
     with torch.device("meta"):
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return made
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
 
 
 def _rewrite(folder: Path, shard: Path, target: Path, growth: Growth) -> None:
-    """A shard with its embedding or head grown, one tensor at a time."""
+    """Write a shard to `target` with its embedding or head grown, one tensor at a time."""
     specs = tensor_specs(shard)
     sizes = {name: _grown_spec(spec, growth.rows) if name in growth.matrices else spec for name, spec in specs.items()}
     file = TensorFile(target, sizes)
@@ -245,9 +257,9 @@ def _grown_spec(spec: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _grown(matrix: torch.Tensor, growth: Growth) -> torch.Tensor:
-    """`matrix` [rows, width] with more rows; those of the new tokens, and of the padding that is added, are drawn around the known ones.
+    """`matrix` [rows, width] with more rows: [growth.rows, width]. The new rows are drawn from a normal distribution fitted to the known ones.
 
-    Spare rows are drawn as well: no token has ever used them, and some models leave them zero, where a norm has no useful gradient.
+    Spare rows are drawn again as well: no token has used them, and some models leave them at zero, where a norm has no useful gradient.
     """
     import torch
 
@@ -274,7 +286,7 @@ def _chunks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _write_sizes(out: Path, rows: int) -> None:
-    """What config and index say of the weights."""
+    """Update the vocabulary size in config.json and the total size in the index."""
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     for section in (config, config.get("text_config", {})):
         if "vocab_size" in section:
