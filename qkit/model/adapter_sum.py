@@ -1,8 +1,8 @@
-"""Several adapters on one base, active at once, each with a weight: weight + the sum of what each of them changes, times its weight.
+"""Several adapters active at once on one base: each base weight plus the weighted sum of the adapters' changes.
 
-A folder of them stands where one adapter would: RUN/train/adapter/several.json names them, in folders of their own beside it. What an
-adapter changes is what it makes of a weight alone, less that weight: so the sum means the same for low-rank deltas, DoRA, whole tensors,
-biases and learnt rows, and does not depend on their order.
+The folder RUN/train/adapter holds them in place of a single adapter: several.json lists them, and each has its own subfolder. An adapter's
+change is the weight with that adapter alone minus the base weight. The sum therefore has one meaning for low-rank deltas, DoRA, whole
+tensors, biases and trained rows, and does not depend on the order.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 FILE = "several.json"
-LEFT_OUT = ("checkpoint*", "*.bin", "*.pt")  # of an adapter's folder
+LEFT_OUT = ("checkpoint*", "*.bin", "*.pt")  # not copied from an adapter's folder
 
 
 def write(out: Path, adapters: Sequence[Path], weights: Sequence[float]) -> None:
-    """Make the folder `out` of copies of these adapters."""
+    """Create the folder `out` with copies of these adapters and their weights."""
     out.mkdir(parents=True)
     names = [f"{number}-{adapter.resolve().name}" for number, adapter in enumerate(adapters)]
     for name, adapter in zip(names, adapters, strict=True):
@@ -35,12 +35,12 @@ def write(out: Path, adapters: Sequence[Path], weights: Sequence[float]) -> None
 
 
 def is_several(adapter: Path) -> bool:
-    """Whether this is a folder of adapters, not an adapter."""
+    """Whether this folder holds several adapters instead of one."""
     return (adapter / FILE).is_file()
 
 
 def members(adapter: Path) -> list[tuple[Path, float]]:
-    """The adapters of a folder and their weights; an adapter itself is the only one, with a weight of 1."""
+    """The adapters of a folder with their weights; for a single adapter, the adapter itself with weight 1."""
     if not is_several(adapter):
         return [(adapter, 1.0)]
     entries = json.loads((adapter / FILE).read_text(encoding="utf-8"))
@@ -48,13 +48,13 @@ def members(adapter: Path) -> list[tuple[Path, float]]:
 
 
 def put_on(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """`base` with all of the folder's adapters active: each module that one of them changes gives its own output + the sum over the
-    adapters of weight * (output with that adapter alone - its own).
+    """Activate all of the folder's adapters on `base`, in place.
 
-    PEFT's own layers compute the output with one adapter, each in a copy of the model that shares the base's matrices; nothing is combined.
+    Each changed module returns base output + the sum over the adapters of weight * (output with that adapter alone - base output). PEFT's
+    layers compute the output with one adapter, in a copy of the model that shares the base's matrices; the weights are not combined.
 
     Raises:
-        ModelError: an adapter changes a module whose output is not linear in its weights: the sum of outputs is not that of weights.
+        ModelError: an adapter changes a module whose output is not linear in its weights, so that outputs cannot be added up.
     """
     changed: dict[str, list[tuple[Any, float]]] = {}
     for one, weight in members(adapter):
@@ -67,7 +67,7 @@ def put_on(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
 
 def _alone(base: PreTrainedModel, adapter: Path) -> Any:
-    """The model with one adapter on it, by PEFT; it shares the matrices of `base`, and what is small is its own, as biases may be replaced."""
+    """A copy of the model with one adapter, loaded by PEFT. It shares the matrices of `base`; biases may be replaced, so vectors are copied."""
     import copy
 
     from peft import PeftModel
@@ -84,14 +84,14 @@ def _alone(base: PreTrainedModel, adapter: Path) -> Any:
 
 
 def _differing(base: Any, other: Any, prefix: str = "") -> Iterator[str]:
-    """Names of the modules that PEFT has put its own in the place of, or given other values."""
+    """Names of the modules that PEFT replaced or whose values differ."""
     for name, child in base.named_children():
         theirs = getattr(other, name)
         if type(theirs) is not type(child) or not _same_values(child, theirs):
             if any(True for _ in child.children()):
                 raise ModelError(
-                    f"{prefix}{name}: an adapter changes this module as a whole, and its output is not linear in its weights: several such "
-                    "adapters can be merged, and not be measured; leave --data out"
+                    f"{prefix}{name}: an adapter changes this module as a whole, and its output is not linear in its weights. Such "
+                    "adapters can be merged together, but the result cannot be measured: omit --data"
                 )
             yield prefix + name
         else:
@@ -104,15 +104,15 @@ def _same_values(one: Any, other: Any) -> bool:
 
 
 def _add_up(module: Any, others: Sequence[tuple[Any, float]]) -> None:
-    """Have `module` add up the outputs. The others become parts of it, so that what is done to all of a model's tensors is done to theirs."""
+    """Make `module` return the weighted sum of outputs. The others become submodules, so that `model.to()` reaches them."""
     for number, (other, _) in enumerate(others):
         module.add_module(f"alone{number}", other)
 
     def hook(_: Any, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
-        own = output.float()
-        total = own.clone()
+        base = output.float()
+        total = base.clone()
         for other, weight in others:
-            total += weight * (other(*args, **kwargs).float() - own)
+            total += weight * (other(*args, **kwargs).float() - base)
         return total.to(output.dtype)
 
     module.register_forward_hook(hook, with_kwargs=True)
