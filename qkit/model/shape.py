@@ -1,4 +1,4 @@
-"""The shape of a decoder model, from its config.json or the header of its .gguf file: sizes only, and no torch."""
+"""The shape of a decoder model: its sizes, read from config.json or the header of a .gguf file, without torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-LAYER = re.compile(r"^.*?\.\d+\.")  # what comes before a module's name within its layer
+LAYER = re.compile(r"^.*?\.\d+\.")  # the part of a full module name up to and including the layer number
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What a model that was made without weights has: its matrices by their whole names, and how many parameters there are in all.
+    """What a model built without weights contains: its matrices by full name, and its total number of parameters.
 
-    `sizes`: what its config.json calls otherwise or leaves unsaid, by the names that a plan needs.
+    `sizes`: sizes that its config.json omits or names differently, by the names that the plan uses.
     """
 
     linears: tuple[Linear, ...]
@@ -30,7 +30,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder. `exact`: its family is known, so the parameter count is right to the last one."""
+    """Sizes of a decoder. `exact`: its family is known, so the parameter count is exact."""
 
     architecture: str
     layers: int
@@ -47,56 +47,56 @@ class Shape:
     head_bias: bool = False
     norm_bias: bool = False
     fused: bool = False  # one matrix for query, key and value, one for gate and up
-    gated: bool = True  # the MLP has a gate; without one, names and learnt positions are GPT-2's
+    gated: bool = True  # the MLP has a gate; without one, names and trained positions are GPT-2's
     norms_per_layer: int = 2
-    norm_offset: bool = False  # norms multiply by 1 + weight, which is made anew, in fp32, at each use
+    norm_offset: bool = False  # norms multiply by 1 + weight, recomputed in fp32 at each use
     qk_norm: bool = False
-    qk_norm_whole: bool = False  # over all heads at once, not over each alone
-    sinks: bool = False  # a learnt score for each head that no token takes
-    eager: bool = False  # transformers has no sdpa for it
-    softcap: bool = False  # attention scores are bounded, which is one more tensor of them where they are kept at all
-    final_softcap: bool = False  # and so are the logits
-    rotary_sets: int = 1  # kinds of attention that have rotary frequencies of their own
-    window: int | None = None  # tokens that the layers in `windowed` look back on
-    windowed: int = 0
+    qk_norm_whole: bool = False  # normalizes over all heads together, not over each head
+    sinks: bool = False  # attention sinks: a trained score for each head that belongs to no token
+    eager: bool = False  # transformers supports only eager attention for it
+    softcap: bool = False  # attention scores are bounded: one more tensor of scores where scores are stored
+    final_softcap: bool = False  # logits are bounded
+    rotary_sets: int = 1  # number of sets of rotary frequencies, one for each kind of attention
+    window: int | None = None  # tokens that sliding-window layers attend to
+    windowed: int = 0  # number of sliding-window layers
     experts: int = 0
-    expert_bias: bool = False  # of the experts' matrices and of the router
-    expert_transposed: bool = False  # they are held [in, out]
+    expert_bias: bool = False  # on the experts' matrices and the router
+    expert_transposed: bool = False  # stored as [in, out]
     expert_names: tuple[
         tuple[str, str], ...
-    ] = ()  # names that peft takes for the experts and the router -> the parameters' own
-    router: str = "gate"  # what routes tokens to them is called
+    ] = ()  # PEFT's names for the experts and the router -> the parameters' names
+    router: str = "gate"  # name of the module that routes tokens to experts
     active_experts: int = 0
     expert_width: int = 0
-    shared_width: int = 0  # of the expert that every token passes
-    sparse: tuple[int, ...] = ()  # the layers that have experts in the place of the gated MLP
-    positions: int | None = None  # the longest row that the model was made for
-    outline: Outline | None = None  # of a family that is not known here: what transformers makes of its config.json
+    shared_width: int = 0  # width of the expert that every token passes through
+    sparse: tuple[int, ...] = ()  # layers that have experts instead of the gated MLP
+    positions: int | None = None  # the longest sequence that the model supports
+    outline: Outline | None = None  # for unknown families: the model that transformers builds from config.json
     exact: bool = True
 
     def __hash__(self) -> int:
-        """Shapes are keys of caches: hashing a few sizes tells them apart well enough."""
+        """Shapes are cache keys; a few sizes distinguish them well enough."""
         return hash((self.architecture, self.layers, self.hidden, self.intermediate, self.vocabulary))
 
     @property
     def attention(self) -> int:
-        """Width of the queries, all heads together."""
+        """Width of the queries of all heads together."""
         return self.heads * self.head_dim
 
     @property
     def kv(self) -> int:
-        """Width of the keys, all heads together."""
+        """Width of the keys of all heads together."""
         return self.kv_heads * self.head_dim
 
     @property
     def dense(self) -> int:
-        """How many layers have a gated MLP of the model's own width."""
+        """Number of layers that have an MLP instead of experts."""
         return self.layers - len(self.sparse)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix product of one layer. `experts`: it is as many matrices of these sizes, held in one parameter; 0: a module of its own."""
+    """A matrix product of a layer. `experts`: number of matrices of these sizes stored in one parameter; 0: an ordinary linear module."""
 
     name: str
     inputs: int
@@ -111,10 +111,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Family:
-    """What a config.json leaves unsaid, because transformers' code for the model type says it."""
+    """What config.json omits because transformers' code for the model type defines it."""
 
-    qkv_bias: bool | None = None  # None: as `attention_bias` says, which then counts for the output projection as well
-    mlp_bias: bool = False  # whether `mlp_bias` is looked at
+    qkv_bias: bool | None = None  # None: `attention_bias` decides, for the output projection as well
+    mlp_bias: bool = False  # whether config.json's `mlp_bias` is read
     norm_bias: bool = False
     fused: bool = False
     gated: bool = True
@@ -122,27 +122,27 @@ class Family:
     norm_offset: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
-    attention_bias: bool = False  # where `attention_bias` is absent
+    attention_bias: bool = False  # default of `attention_bias`
     sinks: bool = False
-    tied: bool = False  # where `tie_word_embeddings` is absent
-    head_dim: int | None = None  # where `head_dim` is absent; None: hidden / heads
+    tied: bool = False  # default of `tie_word_embeddings`
+    head_dim: int | None = None  # default of `head_dim`; None: hidden / heads
     experts: bool = False
-    active_experts: int = 2  # where `num_experts_per_tok` is absent
-    expert_bias: bool = False  # and their matrices are held [in, out]
+    active_experts: int = 2  # default of `num_experts_per_tok`
+    expert_bias: bool = False  # and the experts' matrices are stored as [in, out]
     expert_names: tuple[tuple[str, str], ...] = ()
     router: str = "gate"
-    softcaps: bool = False  # where the config.json is silent about them
+    softcaps: bool = False  # default if config.json does not mention them
     rotary_sets: int = 1
 
 
-# --- what is in it --------------------------------------------------------------------------------------------------
+# --- modules and parameters --------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def layer_linears(shape: Shape, sparse: bool = False) -> tuple[Linear, ...]:
-    """The linear modules of one layer, by transformers' names; all of them are quantized, the head is not.
+    """The linear modules of one layer, by transformers' names. All of them are quantized; the head is not.
 
-    `sparse`: of a layer with experts. These are tensors of three dimensions and no linear modules.
+    `sparse`: the layer has experts. Experts are three-dimensional tensors, not linear modules, and are not included.
     """
     bias = shape.attention_bias
     if not shape.gated:
@@ -181,7 +181,7 @@ def _gated(name: str, hidden: int, width: int, bias: bool) -> tuple[Linear, ...]
 
 @functools.cache
 def linears(shape: Shape) -> tuple[tuple[Linear, int], ...]:
-    """Every linear module of the layers, and how many layers have it."""
+    """Every linear module of the layers with the number of layers that have it."""
     if shape.outline:
         alike = Counter(replace(linear, name=LAYER.sub("", linear.name)) for linear in shape.outline.linears)
         return tuple(alike.items())
@@ -192,13 +192,13 @@ def linears(shape: Shape) -> tuple[tuple[Linear, int], ...]:
 
 
 def layer_name(shape: Shape, layer: int) -> str:
-    """What transformers calls a layer."""
+    """transformers' name of a layer."""
     return f"model.layers.{layer}" if shape.gated else f"transformer.h.{layer}"
 
 
 @functools.cache
 def modules(shape: Shape) -> tuple[Linear, ...]:
-    """Every linear module of the layers, by its whole name."""
+    """Every linear module of the layers, by full name."""
     if shape.outline:
         return shape.outline.linears
     sparse = frozenset(shape.sparse)
@@ -211,7 +211,7 @@ def modules(shape: Shape) -> tuple[Linear, ...]:
 
 @functools.cache
 def experts(shape: Shape) -> tuple[Linear, ...]:
-    """Every parameter that holds the experts of a layer, by its whole name: gate and up in one, and down."""
+    """Every parameter that holds the experts of a layer, by full name: one for gate and up, one for down."""
     if shape.outline:
         return shape.outline.experts
     hidden, width, count = shape.hidden, shape.expert_width, shape.experts
@@ -224,7 +224,7 @@ def experts(shape: Shape) -> tuple[Linear, ...]:
 
 @functools.cache
 def routers(shape: Shape) -> tuple[Linear, ...]:
-    """The weight that routes tokens to experts, of each layer that has one, by its whole name."""
+    """The router weight of each layer that has experts, by full name."""
     if shape.outline:
         return shape.outline.routers
     return tuple(
@@ -235,42 +235,42 @@ def routers(shape: Shape) -> tuple[Linear, ...]:
 
 @functools.cache
 def vocabulary_modules(shape: Shape) -> tuple[Linear, ...]:
-    """Embeddings and head, which `all-linear` leaves out."""
+    """The embeddings and the head, which `all-linear` does not include."""
     if shape.outline:
         return shape.outline.others
     head = Linear("lm_head", shape.hidden, shape.vocabulary, shape.head_bias)
     if shape.gated:
         return head, Linear("model.embed_tokens", shape.vocabulary, shape.hidden)
-    learnt = Linear("transformer.wpe", shape.positions or 0, shape.hidden)
-    return head, Linear("transformer.wte", shape.vocabulary, shape.hidden), learnt
+    positions = Linear("transformer.wpe", shape.positions or 0, shape.hidden)
+    return head, Linear("transformer.wte", shape.vocabulary, shape.hidden), positions
 
 
 @functools.cache
 def expert_parameters(shape: Shape) -> int:
-    """Parameters of all experts and of what routes tokens to them."""
+    """Number of parameters of all experts and routers."""
     matrices = (*experts(shape), *routers(shape))
     return sum(matrix.weights + matrix.bias * matrix.outputs * (matrix.experts or 1) for matrix in matrices)
 
 
 def embedding_parameters(shape: Shape) -> int:
-    """Parameters of the embeddings and, where it is another matrix, of the head."""
+    """Number of parameters of the embeddings and, unless it is tied, the head."""
     if shape.outline:
-        twice = shape.vocabulary * shape.hidden if shape.tied else 0
-        return sum(matrix.weights for matrix in shape.outline.others) - twice
+        counted_twice = shape.vocabulary * shape.hidden if shape.tied else 0
+        return sum(matrix.weights for matrix in shape.outline.others) - counted_twice
     matrices = 1 if shape.tied else 2
-    learnt = 0 if shape.gated else (shape.positions or 0) * shape.hidden
-    return shape.vocabulary * (shape.hidden * matrices + shape.head_bias) + learnt
+    positions = 0 if shape.gated else (shape.positions or 0) * shape.hidden
+    return shape.vocabulary * (shape.hidden * matrices + shape.head_bias) + positions
 
 
 def qk_norm_widths(shape: Shape) -> int:
-    """Widths of the norms of queries and keys of a layer, added up."""
+    """Summed widths of the query and key norms of a layer."""
     if not shape.qk_norm:
         return 0
     return shape.attention + shape.kv if shape.qk_norm_whole else 2 * shape.head_dim
 
 
 def vector_parameters(shape: Shape) -> int:
-    """Parameters of the norms and biases of the layers, and of the last norm."""
+    """Number of parameters of the layers' norms and biases, and of the final norm."""
     if shape.outline:
         matrices = (*modules(shape), *vocabulary_modules(shape))
         others = sum(matrix.weights for matrix in matrices) - (shape.vocabulary * shape.hidden if shape.tied else 0)
@@ -283,16 +283,16 @@ def vector_parameters(shape: Shape) -> int:
 
 @functools.cache
 def other_parameters(shape: Shape) -> int:
-    """Parameters outside the layers' linear modules: embeddings, head, norms, biases, experts. They stay in 16 bits."""
+    """Number of parameters outside the layers' linear modules: embeddings, head, norms, biases, experts. They stay in 16 bits."""
     return embedding_parameters(shape) + vector_parameters(shape) + expert_parameters(shape)
 
 
 @functools.cache
 def linear_parameters(shape: Shape) -> int:
-    """Parameters of the layers' linear modules, biases left out."""
+    """Number of parameters of the layers' linear modules, without biases."""
     return sum(linear.weights * count for linear, count in linears(shape))
 
 
 def parameters(shape: Shape) -> int:
-    """All parameters of the model."""
+    """Total number of parameters."""
     return other_parameters(shape) + linear_parameters(shape)
