@@ -21,7 +21,7 @@ NOTE = "qkit.json"  # in the folder of an adapter, a merged model or an export: 
 
 
 def adapter_sha256(adapter: Path) -> str:
-    """Hash of an adapter's tensors: the same for a copy that was saved anew."""
+    """Hash of an adapter's tensors. Saving the same tensors again does not change it."""
     digest, file = hashlib.sha256(), adapter / WEIGHTS
     specs = tensor_specs(file)
     data_begin = file.stat().st_size - max(spec["data_offsets"][1] for spec in specs.values())
@@ -35,7 +35,7 @@ def adapter_sha256(adapter: Path) -> str:
 
 
 def merged_into(folder: Path) -> list[dict[str, Any]]:
-    """The adapters that were merged into a model, first to last, as far as its folder says."""
+    """The adapters that were merged into a model, in order, as recorded in its folder; empty if nothing is recorded."""
     file = folder / NOTE
     note = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return list(note.get("merged", []))
@@ -44,18 +44,18 @@ def merged_into(folder: Path) -> list[dict[str, Any]]:
 def check_not_merged(adapter: Path, folder: Path) -> None:
     """Raise ModelError if this adapter is already merged into the model in `folder`."""
     entries = merged_into(folder)
-    digests = {adapter_sha256(one) for one, _ in adapter_sum.members(adapter)} if entries else set()
+    digests = {adapter_sha256(member) for member, _ in adapter_sum.members(adapter)} if entries else set()
     for entry in entries:
         if digests & set(entry["adapters"]):
             raise ModelError(
-                f"{adapter}: this adapter is already merged into {folder} (see its {NOTE}); merged twice, it would load and answer worse: "
-                f"use the base that it was trained on, {entry['base']}",
+                f"{adapter}: this adapter is already merged into {folder} (see its {NOTE}). Merging it twice would degrade "
+                f"the answers without an error: use the base that it was trained on, {entry['base']}",
                 source=adapter,
             )
 
 
 def write_merged(out: Path, folder: Path, base: str, onto: str, adapters: Mapping[str, float]) -> None:
-    """Record in `out` what it was merged from. `base`: the name of the model in `folder`. `adapters`: hashes and their weights."""
+    """Record in `out` what it was merged from. `base`: the name of the model in `folder`. `adapters`: weights by adapter hash."""
     entry = {"base": base, "base_fingerprint": fingerprint(folder), "onto": onto, "adapters": dict(adapters)}
     note = {"merged": [*merged_into(folder), entry]}
     (out / NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
@@ -90,18 +90,18 @@ def check_adapter(adapter: Path, folder: Path) -> Mapping[str, Any]:
     note: dict[str, Any] = json.loads(note_file.read_text(encoding="utf-8"))
     if note["base_fingerprint"] != fingerprint(folder):
         raise ModelError(
-            f"{adapter}: this adapter was trained on {note['base']}, and {folder} has other weights; on another base it would load and answer "
-            "worse: set model.source to the base that it was trained on",
+            f"{adapter}: this adapter was trained on {note['base']}, but {folder} has different weights. On another base it would "
+            "load and give worse answers: set model.source to the base that it was trained on",
             source=adapter,
         )
     return note
 
 
 TRACER = "transformers' exporter"
-MARK = {"graph": f"traced by {TRACER}"}  # in such a folder's qkit.json
+MARK = {"graph": f"traced by {TRACER}"}  # in qkit.json of a folder with a traced graph
 
 
 def is_traced(folder: Path) -> bool:
-    """Whether the folder's qkit.json says that its graph was traced."""
+    """Whether the folder's graph was traced, according to its qkit.json."""
     file = folder / NOTE
     return file.is_file() and MARK.items() <= json.loads(file.read_text(encoding="utf-8")).items()
