@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-CONVERSION = 2  # of .gguf files: what the cache holds of an earlier one is made anew
+CONVERSION = 2  # version of the .gguf conversion; a change invalidates the cached models
 
 
 def resolve(model: schema.Model) -> Path:
     """A local folder for `from_pretrained`, downloaded from the hub or converted from .gguf if necessary.
 
-    A quantized model is dequantized to 16 bit; with model.add_tokens the folder's tokenizer and weights include the tokens.
+    A quantized model is dequantized to 16 bit. With model.add_tokens the folder's tokenizer and weights include the tokens.
 
     Raises:
         ModelError: the model cannot be found, downloaded or dequantized, or the tokens cannot be added.
@@ -39,13 +39,13 @@ def resolve(model: schema.Model) -> Path:
     if not model.add_tokens:
         return folder
     target = cache_dir() / "models" / f"tokens-{added_tokens.key(folder, model.add_tokens)[:24]}"
-    return _kept(target, lambda out: added_tokens.prepare(folder, model.add_tokens, model.trust_remote_code, out))
+    return _cached(target, lambda out: added_tokens.prepare(folder, model.add_tokens, model.trust_remote_code, out))
 
 
 def _dequantized(folder: Path, kind: str, trust_remote_code: bool) -> Path:
-    """The model in 16 bit, dequantized once and kept in the cache."""
+    """The model in 16 bit: dequantized once, then kept in the cache."""
     target = cache_dir() / "models" / f"plain-{added_tokens.key(folder, ())[:24]}"
-    return _kept(target, lambda out: prequantized.dequantize(folder, kind, trust_remote_code, out))
+    return _cached(target, lambda out: prequantized.dequantize(folder, kind, trust_remote_code, out))
 
 
 def companions(model: schema.Model) -> Path:
@@ -57,37 +57,37 @@ def companions(model: schema.Model) -> Path:
     return _resolved(model, HUB_PATTERNS)
 
 
-def _resolved(model: schema.Model, wanted: Sequence[str]) -> Path:
+def _resolved(model: schema.Model, patterns: Sequence[str]) -> Path:
     location = locate(model.source, sha256=model.sha256, kind=ModelError)
     if isinstance(location, HubId):
-        return _from_hub(location.name, model.revision, wanted)
+        return _from_hub(location.name, model.revision, patterns)
     if location.suffix == ".gguf":
         return _from_gguf(location)
     if not (location / "config.json").is_file():
         raise ModelError(
-            f"{location}: contains no config.json, so it is neither a model folder nor a .gguf file", source=location
+            f"{location}: not a model folder (config.json is missing) and not a .gguf file", source=location
         )
     return location
 
 
-def _from_hub(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
+def _from_hub(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     remedy = (
         "check the name and the network, run `hf auth login` for gated models, or set model.source to a local folder"
     )
     with reaching_hub(ModelError, f"{name}: could not be downloaded from the hub", remedy):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
 
 
 def _from_gguf(file: Path) -> Path:
-    """The model of a .gguf file as a safetensors folder in bf16, converted once and kept in the cache."""
+    """The model of a .gguf file as a safetensors folder in bf16: converted once, then kept in the cache."""
     target = cache_dir() / "models" / f"{file.stem}-{sha256_of(file)[:12]}-{CONVERSION}"
-    return _kept(target, lambda out: _convert_gguf(file, out))
+    return _cached(target, lambda out: _convert_gguf(file, out))
 
 
-def _kept(target: Path, make: Callable[[Path], None]) -> Path:
-    """The folder `target` of the cache. If it is missing, `make` fills a temporary folder, which is renamed once complete."""
+def _cached(target: Path, make: Callable[[Path], None]) -> Path:
+    """The folder `target` in the cache. If it is missing, `make` fills a temporary folder, which is renamed when complete."""
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def _kept(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _convert_gguf(file: Path, out: Path) -> None:
-    """Weights as transformers reads them; the tokenizer, what ends an answer and scaled positions, which it does not, as llama.cpp does."""
+    """Convert a .gguf file: transformers reads the weights, qkit the tokenizer, stop tokens and position scaling as llama.cpp does."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
@@ -108,8 +108,8 @@ def _convert_gguf(file: Path, out: Path) -> None:
         config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
     except (ValueError, KeyError) as error:
         raise ModelError(
-            f"{file}: transformers cannot read it ({str(error).splitlines()[0]}); set model.source to the folder or hub id that the file was "
-            "made from"
+            f"{file}: transformers cannot read this file ({str(error).splitlines()[0]}); set model.source to the folder or hub id that the "
+            "file was made from"
         ) from None
     if rope := getattr(config, "rope_parameters", None):
         config.rope_parameters = {**rope, **gguf_rope.scaling(file, rope["rope_theta"])}
@@ -130,7 +130,7 @@ def _convert_gguf(file: Path, out: Path) -> None:
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Replace every 4-bit Linear by a bf16 one. The model must come from `load_base`, which prevents repacking."""
+    """Replace every 4-bit Linear with a bf16 one, in place. The model must come from `load_base`, which prevents repacking."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -147,7 +147,7 @@ def dequantize(model: PreTrainedModel) -> None:
 
 
 def quantized_names(model: PreTrainedModel) -> list[str]:
-    """The checkpoint's names of the weights that are held in 4 bit."""
+    """Names of the weights stored in 4 bit, as in the checkpoint."""
     from bitsandbytes.nn import Linear4bit
 
     return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)]
