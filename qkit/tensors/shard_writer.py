@@ -1,4 +1,4 @@
-"""A model's safetensors files and their index, written tensor by tensor whatever the model's size."""
+"""Writes a model's safetensors files and their index tensor by tensor, so that memory does not limit the model's size."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def model_specs(folder: Path) -> dict[str, Spec]:
-    """dtype and shape of every tensor of a model folder, in the order of its shards.
+    """dtype and shape of every tensor of a model folder, by name, in the order of its shards.
 
     Raises:
-        ModelError: it holds no safetensors files.
+        ModelError: the folder contains no safetensors files.
     """
     return {name: spec for shard in shards(folder) for name, spec in tensor_specs(shard).items()}
 
@@ -26,38 +26,38 @@ def model_specs(folder: Path) -> dict[str, Spec]:
 def write_model(
     out: Path, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Iterable[torch.Tensor]]], limit_bytes: int
 ) -> None:
-    """Write `tensors`, which come in the order of `specs`, into files of at most `limit_bytes`; an index where there are several.
+    """Write `tensors` to `out` in files of at most `limit_bytes`, with an index if there are several files.
 
-    A tensor comes in parts, some of its rows after the others, or as one.
+    `tensors`: name and parts of each tensor, in the order of `specs`. A part is a range of rows; a tensor may have a single part.
     """
     groups = _grouped({name: spec_bytes(spec) for name, spec in specs.items()}, limit_bytes)
-    coming = iter(tensors)
+    remaining = iter(tensors)
     for number, group in enumerate(groups):
         file = TensorFile(out / _file_name(number, len(groups)), {name: specs[name] for name in group})
         with closing(file):
             for expected in group:
-                name, parts = next(coming)
-                assert name == expected, f"{name} came where {expected} was due"
+                name, parts = next(remaining)
+                assert name == expected, f"expected the tensor {expected}, got {name}"
                 file.write_parts(name, parts)
     if len(groups) > 1:
         _write_index(out, groups, sum(map(spec_bytes, specs.values())))
 
 
 def _grouped(sizes: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
-    """Names in order, as many to a group as stay within `limit_bytes`; a larger tensor has a group of its own."""
+    """Group names in order so that each group stays within `limit_bytes`. A larger tensor gets a group to itself."""
     groups: list[list[str]] = [[]]
-    held = 0
+    group_bytes = 0
     for name, size in sizes.items():
-        if groups[-1] and held + size > limit_bytes:
+        if groups[-1] and group_bytes + size > limit_bytes:
             groups.append([])
-            held = 0
+            group_bytes = 0
         groups[-1].append(name)
-        held += size
+        group_bytes += size
     return groups
 
 
 def _file_name(number: int, count: int) -> str:
-    """One file is model.safetensors; several are numbered, as from_pretrained expects."""
+    """The name that from_pretrained expects: model.safetensors for one file, numbered names for several."""
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 

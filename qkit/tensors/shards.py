@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder: their headers, and their tensors read and written one at a time."""
+"""Reads the headers of a model folder's safetensors files, and reads and writes their tensors one at a time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 
-Spec = Mapping[str, Any]  # dtype (as the format names it) and shape of a tensor
+Spec = Mapping[str, Any]  # dtype (by its safetensors name) and shape of a tensor
 
 
-ALIGNMENT = 8  # bytes; what the safetensors library pads its header to
-SAMPLED_BYTES = 4096
-SHARDS = "model*.safetensors"  # Mistral's repositories hold them once more as consolidated.safetensors
+ALIGNMENT = 8  # bytes; the safetensors library pads its header to a multiple of this
+SAMPLED_BYTES = 4096  # size of each sample of a fingerprint
+SHARDS = (
+    "model*.safetensors"  # excludes consolidated.safetensors, a second copy of the weights in Mistral's repositories
+)
 TORCH_NAMES = {
     "BF16": "bfloat16",
     "F16": "float16",
@@ -39,39 +41,42 @@ ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "I32": 4, "I8": 1, "U8": 
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a model, in order.
+    """The safetensors files of a model folder, sorted by name.
 
     Raises:
-        ModelError: there are none.
+        ModelError: the folder contains none.
     """
     files = sorted(folder.glob(SHARDS))
     if not files:
-        raise ModelError(f"{folder}: holds no {SHARDS}; save the model with `save_pretrained` once")
+        raise ModelError(f"{folder}: contains no {SHARDS}; save the model with `save_pretrained` once", source=folder)
     return files
 
 
 def tensor_specs(shard: Path) -> dict[str, Any]:
-    """dtype and shape of every tensor of a safetensors file, by name, from its header alone."""
+    """dtype, shape and data offsets of every tensor of a safetensors file, by name. Reads only the header."""
     return {name: spec for name, spec in _header(shard)[0].items() if name != "__metadata__"}
 
 
 def spec_bytes(spec: Spec) -> int:
-    """What a tensor of that dtype and shape takes in a file."""
+    """Bytes that a tensor of this dtype and shape takes in a file."""
     return prod(spec["shape"]) * ITEM_BYTES[spec["dtype"]]
 
 
 def read(folder: Path, order: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """A model's tensors in memory of their own, the next one read while the last one is worked on: two of them are held at a time.
+    """Yield the tensors named in `order`, on the CPU. The next tensor is read in the background, so that at most two are in memory.
 
-    Not mapped: pages of a mapped file stay resident for as long as the system likes.
+    The files are not memory-mapped, because the system may keep pages of a mapped file resident.
+
+    Raises:
+        ModelError: a tensor has an unsupported dtype, or a file is truncated.
     """
     tensors = _tensors(folder, order)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(next, tensors, None)
-        while (found := waiting.result()) is not None:
+        while (entry := waiting.result()) is not None:
             waiting = pool.submit(next, tensors, None)
-            name, tensor = found
-            del found
+            name, tensor = entry
+            del entry
             yield name, tensor
             del tensor
 
@@ -89,25 +94,27 @@ def _tensors(folder: Path, order: Sequence[str]) -> Iterator[tuple[str, torch.Te
 
 
 def _tensor(file: FileIO, spec: Spec, begin: int, name: str) -> torch.Tensor:
-    """Read one tensor; `begin` is where the file's data begin."""
+    """Read one tensor. `begin`: offset of the file's data section in bytes."""
     import torch
 
     if spec["dtype"] not in TORCH_NAMES:
-        raise ModelError(f"{file.name}: {name} is held as {spec['dtype']}; known are {', '.join(TORCH_NAMES)}")
+        raise ModelError(
+            f"{file.name}: {name} has the unsupported dtype {spec['dtype']}; supported: {', '.join(TORCH_NAMES)}"
+        )
     first, end = spec["data_offsets"]
-    held = torch.empty(end - first, dtype=torch.uint8)
-    room = memoryview(held.numpy())
+    data = torch.empty(end - first, dtype=torch.uint8)
+    unread = memoryview(data.numpy())
     file.seek(begin + first)
-    while room:
-        count = file.readinto(room)
+    while unread:
+        count = file.readinto(unread)
         if not count:
-            raise ModelError(f"{file.name}: ends within {name}: the file is not whole")
-        room = room[count:]
-    return held.view(getattr(torch, TORCH_NAMES[spec["dtype"]])).reshape(spec["shape"])
+            raise ModelError(f"{file.name}: the file is truncated: it ends within {name}")
+        unread = unread[count:]
+    return data.view(getattr(torch, TORCH_NAMES[spec["dtype"]])).reshape(spec["shape"])
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of the names, shapes and dtypes of all tensors of a model, and of the first and last bytes of each shard."""
+    """Hash of the names, shapes and dtypes of all tensors of a model, and of samples of each shard's data."""
     digest = hashlib.sha256()
     for shard in shards(folder):
         names = {name: [spec["dtype"], spec["shape"]] for name, spec in tensor_specs(shard).items()}
@@ -118,14 +125,14 @@ def fingerprint(folder: Path) -> str:
 
 
 def _header(shard: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file and where its data begin."""
+    """The JSON header of a safetensors file, and the offset of its data section in bytes."""
     with shard.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return json.loads(file.read(length)), 8 + length
 
 
 def _samples(shard: Path, begin: int) -> Iterator[bytes]:
-    """64 short pieces spread evenly over a shard's data: enough to tell two sets of weights apart."""
+    """64 samples spread evenly over a shard's data, enough to distinguish two sets of weights."""
     end = shard.stat().st_size
     with shard.open("rb") as file:
         for index in range(64):
@@ -134,7 +141,7 @@ def _samples(shard: Path, begin: int) -> Iterator[bytes]:
 
 
 class TensorFile:
-    """A safetensors file in the making. The format has its header first, so all of `specs` is known before the first tensor is."""
+    """Writes a safetensors file tensor by tensor. The header comes first, so `specs` must list every tensor in advance."""
 
     def __init__(self, path: Path, specs: Mapping[str, Spec]):
         self.specs = specs
@@ -142,7 +149,7 @@ class TensorFile:
         self._write_header()
 
     def _write_header(self) -> None:
-        """8 bytes of header length, then the header, padded so that the data are aligned."""
+        """Write 8 bytes of header length, then the header, padded so that the data is aligned."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         begin = 0
         for name, spec in self.specs.items():
@@ -154,11 +161,11 @@ class TensorFile:
         self.file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """The next tensor of `specs`, rounded to its dtype."""
+        """Write the next tensor of `specs`, rounded to its dtype."""
         self.write_parts(name, [tensor])
 
     def write_parts(self, name: str, parts: Iterable[torch.Tensor]) -> None:
-        """The next tensor in parts, some of its rows after the others."""
+        """Write the next tensor of `specs` in parts, each a range of its rows, in order."""
         import torch
 
         dtype = getattr(torch, TORCH_NAMES[self.specs[name]["dtype"]])

@@ -324,7 +324,7 @@ def test_a_model_without_weights_is_refused(tmp_path: Path, tiny_model: Path) ->
     empty = tmp_path / "empty"
     empty.mkdir()
     shutil.copy(tiny_model / "config.json", empty)
-    with pytest.raises(ModelError, match="holds no model"):
+    with pytest.raises(ModelError, match="contains no model"):
         exported(job_of(empty, tmp_path), "safetensors", tmp_path)
     with pytest.raises(MissingArtifact, match="not an adapter"):
         exported(job_of(tiny_model, tmp_path, empty), "vllm-adapter", tmp_path)
