@@ -1,6 +1,6 @@
-"""Any two of: a run (its reference model), a model folder, an export, a server. How far the second is from the first, on the same token ids.
+"""Measures how far one model is from another on the same token ids. Each is a run (its reference model), a model folder, an export or a server.
 
-One is open at a time: what the first says is kept on disk while the second is asked.
+Only one is open at a time: the scores of the first are kept on disk while the second runs.
 """
 
 from __future__ import annotations
@@ -42,33 +42,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two. `runtime` opens it; `run`: the run that it is, or that made it. A server has a url and no path."""
+    """One of the two models. `runtime` opens it. `run`: the run that it is or that made it. A server has a URL and no path."""
 
     name: str
     runtime: str
     path: Path | None = None
     url: str = ""
-    format: str = ""
+    export_format: str = ""
     run: Run | None = None
 
     @property
     def is_reference(self) -> bool:
-        """Whether it is a run's adapter as it was trained."""
+        """Whether this is a run's reference model: base + adapter as trained."""
         return self.run is not None and self.path == self.run.root
 
     @property
-    def words(self) -> str:
-        what = (
+    def description(self) -> str:
+        """Name, kind and runtime, for a person."""
+        kind = (
             "the reference model"
             if self.is_reference
-            else self.format or ("a server" if self.url else "a model folder")
+            else self.export_format or ("a server" if self.url else "a model folder")
         )
-        return f"{self.name} ({what}, {self.runtime})"
+        return f"{self.name} ({kind}, {self.runtime})"
 
 
 @dataclass(frozen=True)
-class Questions:
-    """The rows that both are asked, and what their task needs. `own_of`: the run whose held-out rows they are."""
+class ComparisonRows:
+    """The rows that both models are compared on, with the settings of their task.
+
+    `where`: description of the rows for a person. `held_out_of`: the run whose held-out rows these are, if any.
+    """
 
     held_out: HeldOut
     stop: frozenset[int]
@@ -76,16 +80,16 @@ class Questions:
     section: Evaluate
     seed: int
     where: str
-    own_of: Run | None = None
+    held_out_of: Run | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far b is from a. KL(a || b) in nats per completion token of the reference answers, `over` what it is summed over.
+    """How far b is from a: KL(a || b) in nats per completion token of the reference answers. `over`: what the KL is summed over.
 
-    `top1`: share of tokens with the same most likely one. `loss_a`, `loss_b`: mean nats per token. `identical`: rows with the same greedy
-    answer; `parting`: in the others, the median place (from 0) of the first token that differs. `score`: both scores, and the points that b
-    gains on a with their paired interval. `checks`: whether b's template, stop tokens ... are those that its run was trained with.
+    `top1`: share of tokens with the same most likely token. `loss_a`, `loss_b`: mean nats per token. `identical`: number of rows with the same
+    greedy answer. `parting`: median index (from 0) of the first different token in the other rows. `score`: both scores, and the points that
+    b gains over a with a paired interval. `checks`: whether b's template, stop tokens ... match those of training.
     """
 
     a: str
@@ -129,10 +133,10 @@ class Comparison:
 
 
 def side(text: str) -> Side:
-    """What a name on the command line stands for.
+    """The model that an argument on the command line names.
 
     Raises:
-        MissingArtifact: nothing that can be opened.
+        MissingArtifact: it names nothing that can be opened.
     """
     if text.startswith(("http://", "https://")):
         return Side(text, "vllm", url=root_url(text))
@@ -143,20 +147,18 @@ def side(text: str) -> Side:
         return Side(text, "transformers", path, run=run)
     note = read_json(path / provenance.NOTE) if (path / provenance.NOTE).is_file() else {}
     if "format" in note:
-        return Side(text, exporter(note["format"]).RUNTIME, path, format=note["format"], run=_maker(path))
+        return Side(text, exporter(note["format"]).RUNTIME, path, export_format=note["format"], run=_maker(path))
     if (path / "config.json").is_file():
         return Side(text, "transformers", path, run=_maker(path))
     if (path / "adapter_config.json").is_file():
         raise MissingArtifact(
-            f"{text}: an adapter alone answers nothing; the run directory that it is in stands for it"
+            f"{text}: an adapter cannot be compared without its base; pass the run directory that contains it"
         )
-    raise MissingArtifact(
-        f"{text}: neither a run directory, a model folder, an export, nor the http:// address of a server"
-    )
+    raise MissingArtifact(f"{text}: not a run directory, a model folder, an export or the http:// URL of a server")
 
 
 def _maker(path: Path) -> Run | None:
-    """The run that a stage's folder is in: RUN/merge or RUN/export/NAME."""
+    """The run that contains a stage's folder: RUN/merge or RUN/export/NAME. None if there is none."""
     for root in (path.resolve().parent, path.resolve().parent.parent):
         if (root / "recipe.yaml").is_file() and (root / "run.json").is_file():
             return Run.open(root)
@@ -165,7 +167,7 @@ def _maker(path: Path) -> Run | None:
 
 @contextmanager
 def opened(which: Side, longest: int) -> Iterator[Runtime]:
-    """It, ready to answer rows of at most `longest` tokens."""
+    """Open a side for rows of at most `longest` tokens; closed on exit."""
     with tempfile.TemporaryDirectory(prefix="qkit-") as folder, _open(which, longest, Path(folder)) as runtime:
         yield runtime
 
@@ -176,29 +178,33 @@ def _open(which: Side, longest: int, scratch: Path) -> Runtime:
         return open_runtime("vllm", Path(), detect(), running=running)
     assert which.path is not None
     if which.is_reference and which.run is not None:
-        how = which.run.recipe
+        recipe = which.run.recipe
         return open_runtime(
-            "transformers", source.resolve(how.model), detect(), recipe=how, adapter=which.run.need("train", "adapter")
+            "transformers",
+            source.resolve(recipe.model),
+            detect(),
+            recipe=recipe,
+            adapter=which.run.need("train", "adapter"),
         )
     if which.run is not None:
-        return open_artifact(which.run, Artifact(which.format or MERGED, which.path), "verify")
+        return open_artifact(which.run, Artifact(which.export_format or MERGED, which.path), "verify")
     serve = Serve(port=0, max_model_len=longest)
     return open_runtime(which.runtime, which.path, detect(), serve=serve, log=scratch / "vllm.log")
 
 
 def served_name(url: str) -> str:
-    """What a server calls its model."""
+    """The name of the model that a server serves."""
     return str(contract.offered(url)["id"])
 
 
-# --- what they are asked --------------------------------------------------------------------------------------------
+# --- the rows --------------------------------------------------------------------------------------------
 
 
-def questions(a: Side, b: Side, data: Path | None, progress: Progress) -> Questions:
-    """The rows to compare on: those of `data`, or the held-out ones of the run that one of the two belongs to.
+def comparison_rows(a: Side, b: Side, data: Path | None, progress: Progress) -> ComparisonRows:
+    """The rows to compare on: those of `data`, or the held-out rows of the run that a or b belongs to.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no rows.
     """
     runs = [which.run for which in (a, b) if which.run is not None]
     if data is not None and data.suffix != ".parquet":
@@ -207,79 +213,77 @@ def questions(a: Side, b: Side, data: Path | None, progress: Progress) -> Questi
     if data is not None and (data.resolve().parent.parent / "recipe.yaml").is_file():
         run = Run.open(data.resolve().parent.parent)
     if run is None:
-        raise DataError(
-            "nothing says what to compare on: give --data a file of conversations, or RUN/data/test.parquet"
-        )
+        raise DataError("no rows to compare on: set --data to a file of conversations or to RUN/data/test.parquet")
     file = data or run.need("data", "test.parquet")
-    return _asked(file, run.recipe, f"{file}", None if data else run)
+    return _rows_of(file, run.recipe, f"{file}", None if data else run)
 
 
-def _of_lines(a: Side, b: Side, data: Path, progress: Progress) -> Questions:
-    """Conversations of a file, tokenized as the data stage does, with the tokenizer of the first of the two that has one."""
+def _of_lines(a: Side, b: Side, data: Path, progress: Progress) -> ComparisonRows:
+    """Conversations of a file, tokenized as in the data stage, with the tokenizer of the first side that has one."""
     from qkit.data.inspection import view
 
     local = next((which for which in (a, b) if which.path is not None), None)
     if local is None:
         raise DataError(
-            f"--data {data}: two servers, and no folder whose tokenizer could read it; give RUN/data/test.parquet"
+            f"--data {data}: cannot be tokenized, because both sides are servers; use RUN/data/test.parquet instead"
         )
     if local.run is not None:
         section = local.run.recipe.data.model_copy(
             update={"train": (Source(source=str(data)),), "validation": (), "test": (), "split": None}
         )
-        how = local.run.recipe.model_copy(update={"data": section})
+        recipe = local.run.recipe.model_copy(update={"data": section})
     else:
-        how = view.recipe_for(str(local.path), str(data), "auto", ())
-    seen = view.inspect(how, progress)
-    gone = left_out(seen.summary, "train")
-    where = f"{data}; {gone}" if gone else str(data)
-    return _asked(seen.folder / "train.parquet", how, where, None)
+        recipe = view.recipe_for(str(local.path), str(data), "auto", ())
+    inspection = view.inspect(recipe, progress)
+    excluded = left_out(inspection.summary, "train")
+    where = f"{data}; {excluded}" if excluded else str(data)
+    return _rows_of(inspection.folder / "train.parquet", recipe, where, None)
 
 
-def _asked(file: Path, how: Recipe, where: str, own_of: Run | None) -> Questions:
+def _rows_of(file: Path, recipe: Recipe, where: str, held_out_of: Run | None) -> ComparisonRows:
     held_out = measure_held_out.read_held_out(file)
     if not held_out.rows:
-        raise DataError(f"{where}: holds no rows to compare on")
+        raise DataError(f"{where}: contains no rows to compare on")
     stop = frozenset(read_json(file.with_name("tokens.json"))["stop"])
-    return Questions(held_out, stop, how.task, how.evaluate, how.seed, where, own_of)
+    return ComparisonRows(held_out, stop, recipe.task, recipe.evaluate, recipe.seed, where, held_out_of)
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------
 
 
-def compare(a: Side, b: Side, asked: Questions, progress: Progress) -> Comparison:
-    """Score the rows and generate answers with both, one after the other.
+def compare(a: Side, b: Side, chosen: ComparisonRows, progress: Progress) -> Comparison:
+    """Score the rows and generate answers with a, then with b.
 
     Raises:
-        ParityFailed: one of them returned NaN or infinite log-probabilities.
+        ParityFailed: a or b returned NaN or infinite log-probabilities.
     """
-    rows = asked.held_out.rows
-    longest = max(len(row.input_ids) for row in rows) + asked.section.max_new_tokens
-    progress.say(f"verify: {a.words}")
+    rows = chosen.held_out.rows
+    longest = max(len(row.input_ids) for row in rows) + chosen.section.max_new_tokens
+    progress.say(f"verify: {a.description}")
     with tempfile.TemporaryDirectory(prefix="qkit-") as folder:
         with opened(a, longest) as runtime:
-            answers_a = _answers(a, runtime, asked)
-            scores_a = _kept(runtime.score(rows), rows, Path(folder) / "a")
-        progress.say(f"verify: {b.words}")
+            answers_a = _answers(a, runtime, chosen)
+            scores_a = _stored(runtime.score(rows), rows, Path(folder) / "a")
+        progress.say(f"verify: {b.description}")
         with opened(b, longest) as runtime:
-            answers_b = _answers(b, runtime, asked)
+            answers_b = _answers(b, runtime, chosen)
             distances = Distances(scores_a)
             for row in runtime.score(rows[: len(scores_a)]):
                 distances.add(row)
-    return _comparison(a, b, asked, answers_a, answers_b, distances)
+    return _comparison(a, b, chosen, answers_a, answers_b, distances)
 
 
-def _answers(which: Side, runtime: Runtime, asked: Questions) -> list[list[int]]:
-    """Greedy answers; those of a reference model to its run's own rows are there since it was evaluated."""
-    own = which.run if which.is_reference and asked.own_of is which.run else None
-    if own is not None and (own.folder("evaluate") / "predictions.jsonl").is_file():
-        return [line["token_ids"] for line in evidence.reference_answers(own)]
-    section, prompts = asked.section, [row.prompt for row in asked.held_out.rows]
-    return runtime.generate(prompts, section.max_new_tokens, asked.stop, section.batch_size)
+def _answers(which: Side, runtime: Runtime, chosen: ComparisonRows) -> list[list[int]]:
+    """Greedy answers. For a run's reference model on the run's held-out rows, they are read from its evaluation."""
+    run = which.run if which.is_reference and chosen.held_out_of is which.run else None
+    if run is not None and (run.folder("evaluate") / "predictions.jsonl").is_file():
+        return [line["token_ids"] for line in evidence.reference_answers(run)]
+    section, prompts = chosen.section, [row.prompt for row in chosen.held_out.rows]
+    return runtime.generate(prompts, section.max_new_tokens, chosen.stop, section.batch_size)
 
 
-def _kept(scores: Iterator[RowScores], rows: Sequence[TokenRow], file: Path) -> list[RowScores]:
-    """The scores for later: on disk, as many as fit, where there is one for each token of the vocabulary."""
+def _stored(scores: Iterator[RowScores], rows: Sequence[TokenRow], file: Path) -> list[RowScores]:
+    """Keep the scores for later. Scores over the whole vocabulary are stored on disk, as many rows as fit."""
     first = next(scores)
     if first.full is None:
         return [first, *scores]
@@ -290,40 +294,40 @@ def _kept(scores: Iterator[RowScores], rows: Sequence[TokenRow], file: Path) -> 
 def _comparison(
     a: Side,
     b: Side,
-    asked: Questions,
+    chosen: ComparisonRows,
     answers_a: Sequence[Sequence[int]],
     answers_b: Sequence[Sequence[int]],
     distances: Distances,
 ) -> Comparison:
-    """The figures of two sides whose scores and answers are complete."""
+    """The figures of two sides, once all scores and answers are complete."""
     places = [first_difference(*pair) for pair in zip(answers_a, answers_b, strict=True)]
     different = [place for place in places if place is not None]
     return Comparison(
         a=a.name,
         b=b.name,
-        on=asked.where,
+        on=chosen.where,
         **distances.figures(f"{a.name} or {b.name}"),
         loss_a=measure_scores.mean_loss(row.targets for row in distances.first),
         loss_b=measure_scores.mean_loss(distances.targets),
         identical=len(places) - len(different),
         parting=statistics.median(different) if different else None,
-        metric=open_task(asked.task).METRIC,
-        score=_scores(a, b, asked, answers_a, answers_b),
+        metric=open_task(chosen.task).METRIC,
+        score=_scores(a, b, chosen, answers_a, answers_b),
         checks=_checks(a, b),
     )
 
 
 def _scores(
-    a: Side, b: Side, asked: Questions, answers_a: Sequence[Sequence[int]], answers_b: Sequence[Sequence[int]]
+    a: Side, b: Side, chosen: ComparisonRows, answers_a: Sequence[Sequence[int]], answers_b: Sequence[Sequence[int]]
 ) -> dict[str, float]:
-    """Both scores in percent, and the difference with its paired interval; nothing where no folder's tokenizer can read the answers."""
+    """Both scores in percent, and the difference with a paired interval; empty if neither side has a tokenizer to decode the answers."""
     tokenizer = _tokenizer(a) or _tokenizer(b)
     if tokenizer is None:
         return {}
-    task = open_task(asked.task)
+    task = open_task(chosen.task)
     right = [
         measure_scores.grade(
-            tokenizer.batch_decode(answers, skip_special_tokens=True), asked.held_out, task, asked.section
+            tokenizer.batch_decode(answers, skip_special_tokens=True), chosen.held_out, task, chosen.section
         )
         for answers in (answers_a, answers_b)
     ]
@@ -331,12 +335,12 @@ def _scores(
     return {
         "a": score_a,
         "b": score_b,
-        **measure_scores.paired_gain(right[0], right[1], asked.section.confidence, asked.seed),
+        **measure_scores.paired_gain(right[0], right[1], chosen.section.confidence, chosen.seed),
     }
 
 
 def _checks(a: Side, b: Side) -> tuple[contract.ContractCheck, ...]:
-    """The serve contract of b with the run that a or b belongs to."""
+    """Check b against the serve contract of the run that a or b belongs to."""
     run = a.run or b.run
     if run is None or b.is_reference:
         return ()

@@ -1,10 +1,10 @@
 """Where two models diverge: the first layer whose output differs by more than rounding, and the first module inside it.
 
-What rounding does is measured, not assumed: the first model runs twice on the same rows, as it is (bf16) and in fp32, and at each place the
-relative error of the one against the other is what one run in bf16 costs there; it grows from layer to layer. Two runs of one model in bf16 are
-each that far from the exact answer, so up to twice that from each other; weights that were rounded once more on the way, as a merge does, cost
-about as much again. Hence three times (a merged 135M was at most 1.2 times off, at any layer), and never less than a bf16 number's own half
-step (2**-9): a norm of few numbers can come out exact by luck.
+The effect of rounding is measured: the first model runs twice on the same rows, in bf16 and in fp32. The relative difference of the two runs
+at each place is the rounding error of one bf16 run; it grows from layer to layer. Two bf16 runs of the same model each have that error, so
+they differ by up to twice as much. Weights that were rounded once more, as in a merge, add about the same error again. The tolerance is
+therefore three times the rounding error (a merged 135M model reached at most 1.2 times, in any layer), and at least half a bf16 step (2**-9),
+because a norm over few numbers can be exact by chance.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
     from qkit.core.progress import Progress
 
-    States = dict[str, torch.Tensor]  # place -> [tokens, width], in the order in which the model comes by
+    States = dict[str, torch.Tensor]  # place -> [tokens, width], in the order of the forward pass
 
 
-ROWS = 4  # what differs in a layer differs on every row
+ROWS = 4  # a difference in a layer shows on every row
 ROW_TOKENS = 256
 TIMES = 3.0
 HALF_STEP = 2.0**-9  # relative; bf16 keeps 8 bits of the significand
-IN, OUT = " (input)", ""  # a place is a module's name; its input has a name of its own
+IN, OUT = " (input)", ""  # suffixes of a module's name: its input and its output are separate places
 EMBEDDING, POSITIONS, NORM, HEAD = "embedding", "positions", "final norm", "head"
 
 
 @dataclass(frozen=True)
 class Place:
-    """A place in the model. `error`: the relative difference of the two there, mean over tokens; `rounding`: of one bf16 run from fp32."""
+    """A place in the model. `error`: relative difference between the two models, mean over tokens. `rounding`: the same of bf16 and fp32."""
 
     name: str
     error: float
@@ -52,7 +52,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Walk:
-    """`places`: the embedding, every layer, the final norm and the head; `inside`: modules of the first layer that differs, as they run."""
+    """The result. `places`: embedding, layers, final norm, head. `inside`: modules of the first layer that differs, in order of execution."""
 
     places: tuple[Place, ...]
     inside: tuple[Place, ...] = ()
@@ -66,22 +66,22 @@ class Walk:
         return next((place for place in self.inside if place.differs), None)
 
     @property
-    def words(self) -> str:
-        """The answer as text."""
+    def description(self) -> str:
+        """The result as text."""
         if self.first is None:
             worst = max(self.places, key=lambda place: place.error / max(place.rounding, HALF_STEP))
-            return f"nowhere by more than rounding; most at {_error(worst)}"
+            return f"nowhere by more than rounding; the largest difference is at {_error(worst)}"
         if self.first_inside is None:
             return f"first at {_error(self.first)}"
-        return f"first at {_error(self.first)}; in it first at {self._cause(self.first_inside)}"
+        return f"first at {_error(self.first)}; inside it, first at {self._cause(self.first_inside)}"
 
-    def _cause(self, found: Place) -> str:
-        """A module whose output differs; or the way between two modules, when what reaches the second differs already."""
-        if not found.name.endswith(IN):
-            return _error(found)
-        before = [place.name for place in self.inside[: self.inside.index(found)] if not place.name.endswith(IN)]
-        between = f"what happens between {before[-1]} and {found.name.removesuffix(IN)}" if before else "what goes in"
-        return f"{between} ({_figures(found)})"
+    def _cause(self, place: Place) -> str:
+        """The module whose output differs; or, if a module's input differs already, the computation before that module."""
+        if not place.name.endswith(IN):
+            return _error(place)
+        before = [other.name for other in self.inside[: self.inside.index(place)] if not other.name.endswith(IN)]
+        cause = f"the computation between {before[-1]} and {place.name.removesuffix(IN)}" if before else "the input"
+        return f"{cause} ({_figures(place)})"
 
     def to_dict(self) -> dict[str, Any]:
         first, inside = self.first, self.first_inside
@@ -89,7 +89,7 @@ class Walk:
             **asdict(self),
             "first": first and first.name,
             "first_inside": inside and inside.name,
-            "words": self.words,
+            "words": self.description,
             "tolerance": f"{TIMES:g} times the rounding of one bf16 run",
         }
 
@@ -103,33 +103,33 @@ def _figures(place: Place) -> str:
 
 
 def walk(a: Side, b: Side, rows: Sequence[TokenRow], progress: Progress) -> Walk:
-    """Compare the two layer by layer. One model is open at a time.
+    """Compare the two models layer by layer. Only one model is open at a time.
 
     Raises:
-        NotDeployable: as `need_torch`; or the model's layers cannot be found.
+        NotDeployable: torch cannot open a model, or its layers cannot be found.
     """
     need_torch(a, b)
-    taken = [list(row.input_ids[:ROW_TOKENS]) for row in rows[:ROWS]]
+    token_ids = [list(row.input_ids[:ROW_TOKENS]) for row in rows[:ROWS]]
     progress.say("verify: layer by layer")
-    places = _places(a, b, taken, outline)
+    places = _places(a, b, token_ids, outline)
     number = next((place.name for place in places if place.differs), "").removeprefix("layer ")
     if not number.isdigit():
         return Walk(places)
-    return Walk(places, _places(a, b, taken, lambda model: inner(model, int(number))))
+    return Walk(places, _places(a, b, token_ids, lambda model: inner(model, int(number))))
 
 
 def need_torch(*sides: Side) -> None:
-    """Raise NotDeployable for a side that is not a model that torch can open."""
+    """Raise NotDeployable if torch cannot open one of the sides."""
     for which in sides:
         if which.url or which.runtime not in ("transformers", "vllm"):
             raise NotDeployable(
-                f"--where: {which.name} is {which.format or 'a server'}, and only models that torch opens show their layers; "
-                "name the merged model in its place"
+                f"--where: {which.name} is {which.export_format or 'a server'}, and layers can only be read from models that torch opens; "
+                "use the merged model instead"
             )
 
 
 def _places(a: Side, b: Side, rows: Sequence[Sequence[int]], watched: Watched) -> tuple[Place, ...]:
-    """Each place that both models have, with the difference there and that of rounding."""
+    """Every place that both models have, with the difference and the rounding error there."""
     with opened(_in_torch(a), ROW_TOKENS) as runtime:
         model = runtime.model  # type: ignore[attr-defined]
         as_it_is = _states(model, rows, watched)
@@ -145,25 +145,25 @@ def _places(a: Side, b: Side, rows: Sequence[Sequence[int]], watched: Watched) -
 
 
 def _in_torch(which: Side) -> Side:
-    """The same folder opened with transformers: what vLLM serves is a model folder."""
+    """The side, opened with transformers instead of vLLM: vLLM serves a model folder."""
     if which.runtime != "vllm":
         return which
     return Side(which.name, "transformers", which.path)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """|a - b| / |a| of each token's vector, mean over tokens; infinite where the shapes differ."""
+    """|a - b| / |a| of each token's vector, mean over tokens, for a and b [tokens, width]; infinite if the shapes differ."""
     if a.shape != b.shape:
         return math.inf
     size = a.norm(dim=-1).clamp(min=1e-30)
     return float(((a - b).norm(dim=-1) / size).mean())
 
 
-# --- looking inside -------------------------------------------------------------------------------------------------
+# --- reading the layers -------------------------------------------------------------------------------------------------
 
 Watched = Callable[
     ["PreTrainedModel"], Iterator[tuple[str, "torch.nn.Module", bool]]
-]  # place, module, and whether its input counts too
+]  # place, module, and whether its input is recorded as well
 
 
 def outline(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module, bool]]:
@@ -181,7 +181,7 @@ def outline(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module, bool
 
 
 def inner(model: PreTrainedModel, number: int) -> Iterator[tuple[str, torch.nn.Module, bool]]:
-    """The modules of a layer that have no submodules; one with a LoRA adapter counts as one."""
+    """The modules of a layer without submodules. A module with a LoRA adapter counts as one."""
     for name, module in _leaves(_layers(model)[number]):
         yield name, module, True
 
@@ -207,7 +207,7 @@ def _leaves(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, to
 
 
 def _states(model: PreTrainedModel, rows: Sequence[Sequence[int]], watched: Watched) -> States:
-    """What comes out of each watched module (and goes in) on these rows, one after the other, in the order in which they run."""
+    """Outputs (and inputs) of each watched module on these rows, concatenated over rows, in order of execution."""
     import torch
 
     kept: dict[str, list[torch.Tensor]] = {}
@@ -220,16 +220,16 @@ def _states(model: PreTrainedModel, rows: Sequence[Sequence[int]], watched: Watc
 
 
 def _keeper(kept: dict[str, list[torch.Tensor]], name: str, with_input: bool) -> Callable[..., None]:
-    def keep(_: object, given: tuple[Any, ...], output: Any) -> None:
-        if with_input and given:
-            kept.setdefault(name + IN, []).append(_vectors(given[0]))
+    def keep(_: object, inputs: tuple[Any, ...], output: Any) -> None:
+        if with_input and inputs:
+            kept.setdefault(name + IN, []).append(_vectors(inputs[0]))
         kept.setdefault(name, []).append(_vectors(output))
 
     return keep
 
 
 def _vectors(value: Any) -> torch.Tensor:
-    """[tokens, width] in fp32; of several tensors (cosine and sine) side by side."""
+    """The value as [tokens, width] in fp32. Several tensors of one shape (cosine and sine) are concatenated."""
     import torch
 
     tensors = value if isinstance(value, tuple) else (value,)
@@ -241,8 +241,8 @@ def _vectors(value: Any) -> torch.Tensor:
 # --- on a screen ----------------------------------------------------------------------------------------------------
 
 
-def screen(found: Walk) -> RenderableType:
-    """The way through the model, and where the two part."""
+def screen(result: Walk) -> RenderableType:
+    """The differences layer by layer as a table, and the first difference as a sentence."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -250,15 +250,15 @@ def screen(found: Walk) -> RenderableType:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("place", "difference", "one bf16 run"):
         table.add_column(column, justify="left" if column == "place" else "right")
-    first = found.first
-    for place in _shown(found.places, first):
+    first = result.first
+    for place in _shown(result.places, first):
         style = "bold red" if place is first else "" if not place.differs else "red"
         cells = (place.name, f"{place.error:.2g}", f"{place.rounding:.2g}")
         table.add_row(*(Text(cell, style=style) for cell in cells))
-    return Group(Text(), table, Text(), Text(f"They part {found.words}.", style="bold"))
+    return Group(Text(), table, Text(), Text(f"They differ {result.description}.", style="bold"))
 
 
 def _shown(places: Sequence[Place], first: Place | None) -> Iterator[Place]:
-    """Up to the first that differs and two more; of equal models all."""
+    """The places up to the first that differs and two more; all places if none differs."""
     end = len(places) if first is None else places.index(first) + 3
     yield from places[:end]

@@ -21,7 +21,7 @@ from qkit.run.directory import Run
 
 def compared(a: object, b: object, data: Path | None = None) -> compare.Comparison:
     one, other = compare.side(str(a)), compare.side(str(b))
-    return compare.compare(one, other, compare.questions(one, other, data, Progress()), Progress())
+    return compare.compare(one, other, compare.comparison_rows(one, other, data, Progress()), Progress())
 
 
 def test_a_run_stands_for_its_live_adapter_and_its_held_out_rows(trained_run: Run) -> None:
@@ -48,11 +48,11 @@ def test_rows_of_a_file_are_tokenized_as_the_run_does(trained_run: Run, tmp_path
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(3)), encoding="utf-8")
     one = compare.side(str(trained_run.root))
-    asked = compare.questions(one, one, file, Progress())
-    kept = compare.questions(one, one, trained_run.folder("data") / "test.parquet", Progress())
+    asked = compare.comparison_rows(one, one, file, Progress())
+    kept = compare.comparison_rows(one, one, trained_run.folder("data") / "test.parquet", Progress())
     assert [row.input_ids for row in asked.held_out.rows] == [row.input_ids for row in kept.held_out.rows[:3]]
     bare = compare.side(str(shutil.copytree(trained_run.folder("merge"), tmp_path / "bare")))
-    plain = compare.questions(bare, bare, file, Progress())
+    plain = compare.comparison_rows(bare, bare, file, Progress())
     assert len(plain.held_out.rows[0].input_ids) < len(asked.held_out.rows[0].input_ids)
     assert plain.stop == asked.stop
 
@@ -70,20 +70,20 @@ def test_what_an_export_says_it_is_opens_it(trained_run: Run, tmp_path: Path) ->
 
 
 def test_what_cannot_be_compared_says_so(tiny_model: Path, trained_run: Run, tmp_path: Path) -> None:
-    with pytest.raises(MissingArtifact, match="the run directory that it is in stands for it"):
+    with pytest.raises(MissingArtifact, match="pass the run directory that contains it"):
         compare.side(str(trained_run.folder("train") / "adapter"))
-    with pytest.raises(MissingArtifact, match="neither a run directory, a model folder, an export"):
+    with pytest.raises(MissingArtifact, match="not a run directory, a model folder, an export"):
         compare.side(str(tmp_path))
     model = compare.side(str(tiny_model))
     with pytest.raises(DataError, match=r"give --data a file of conversations, or RUN/data/test\.parquet"):
-        compare.questions(model, model, None, Progress())
+        compare.comparison_rows(model, model, None, Progress())
 
 
 def test_rows_that_are_not_compared_on_are_said(tiny_model: Path, rows_file: Path) -> None:
     with rows_file.open("a", encoding="utf-8") as file:
         file.write(rows_file.read_text(encoding="utf-8"))
     model = compare.side(str(tiny_model))
-    asked = compare.questions(model, model, rows_file, Progress())
+    asked = compare.comparison_rows(model, model, rows_file, Progress())
     assert len(asked.held_out.rows) == 24
     assert asked.where == f"{rows_file}; 24 of 48 records are dropped (duplicate 24): see `qkit inspect`"
 
@@ -99,7 +99,7 @@ def test_the_command(trained_run: Run, tiny_model: Path) -> None:
     """The table and the walk on stdout, and exit code 2 beyond --max-kl."""
     done = qkit_here("verify", tiny_model, trained_run.folder("merge"), "--where", "--max-kl", "0.1")
     assert done.returncode == 2 and "--max-kl allows 0.1" in done.stderr
-    assert "KL(A || B)" in done.stdout and "They part first at layer 0" in done.stdout
+    assert "KL(A || B)" in done.stdout and "They differ first at layer 0" in done.stdout
     three = qkit_here("verify", "a", "b", "c")
     assert three.returncode == 2 and "name a run, or two artifacts to compare" in three.stderr
 

@@ -260,7 +260,7 @@ def test_no_check_fires_at_a_whole_artifact(trained: Trained) -> None:
     assert measure_contract.check_folder(trained.run, trained.merged).broken == ()
     assert trained.run.changed("merge") == []
     found = walked(trained, trained.run.root, trained.merged)
-    assert found.first is None and len(found.places) == 6 and "nowhere by more than rounding" in found.words
+    assert found.first is None and len(found.places) == 6 and "nowhere by more than rounding" in found.description
 
 
 @pytest.mark.parametrize("name", BREAKS)
@@ -285,9 +285,9 @@ def test_a_broken_artifact_is_seen(name: str, trained: Trained, tmp_path: Path) 
     assert all(re.search(words, found_gates[gate]) for gate, words in wanted.gates.items()), breaches
     if wanted.place:
         walk = walked(trained, trained.merged, folder)
-        assert walk.first is not None and walk.first.name == wanted.place, walk.words
+        assert walk.first is not None and walk.first.name == wanted.place, walk.description
         if wanted.inside:
-            assert walk.first_inside is not None and walk.first_inside.name == wanted.inside, walk.words
+            assert walk.first_inside is not None and walk.first_inside.name == wanted.inside, walk.description
 
 
 @pytest.mark.parametrize("name", ["a flipped bit", "a truncated shard", "no stop token", "no system turn"])

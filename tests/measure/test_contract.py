@@ -327,7 +327,7 @@ def test_a_server_beside_the_merged_model(served: Served) -> None:
     """Over the server's top 20 of 259 the divergence is a lower bound, and it says so, whichever comes first."""
     merged = compare.side(str(served.run.folder("merge")))
     server = compare.side(f"{served.url}/v1")
-    asked = compare.questions(merged, server, None, Progress())
+    asked = compare.comparison_rows(merged, server, None, Progress())
     there, back = (compare.compare(*pair, asked, Progress()) for pair in ((merged, server), (server, merged)))
     both = compare.compare(server, server, asked, Progress())
     for found in (there, back):

@@ -88,7 +88,7 @@ def _compare(a: str, b: str, data: Path | None, where: bool, max_kl: float | Non
     if where:
         where_layers_part.need_torch(one, other)
     with console.silence_stderr():
-        questions = compare.questions(one, other, data, progress)
+        questions = compare.comparison_rows(one, other, data, progress)
         comparison = compare.compare(one, other, questions, progress)
         layers = where_layers_part.walk(one, other, questions.held_out.rows, progress) if where else None
     document = {**comparison.to_dict(), **({"where": layers.to_dict()} if layers else {})}
