@@ -1,9 +1,9 @@
 """The serve contract: a running server turns a conversation into the same tokens as training did, and stops at the same tokens.
 
-The checks send requests: for the ids of a prompt, for what ends an answer, for the longest context. Only what no request can show (dtype,
-default sampling) is read from the folder that the server names, if that is on this machine.
+The checks send requests for prompt ids, stop tokens and the context length. What requests cannot show (dtype, default sampling) is read from
+the folder that the server names, if it is on this machine.
 
-A folder that no server has loaded is checked the same way, through its own tokenizer, template and generation config.
+A folder that is not served is checked in the same way, through its tokenizer, template and generation config.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 OK, DIFFERS, NOTED, NOT_CHECKED = "ok", "differs", "noted", "not checked"
 ROWS = 8
-FORM_ROWS = 2  # of them are tried in the forms that users write, one with tools where there is one
-# What vLLM takes from generation_config.json for requests that do not name it, and its own value where that does not either.
+FORM_ROWS = 2  # rows that are also sent in the forms that users write; one has tools, if any row does
+# Parameters that vLLM reads from generation_config.json if a request omits them, and vLLM's defaults.
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by a format's variant
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by the variant of the export format
 
 
 @dataclass(frozen=True)
 class ContractCheck:
-    """One thing in which training and server must agree. `status`: ok, differs, noted (worth knowing, not an error) or not checked."""
+    """One property that must be the same in training and on the server. `status`: ok, differs, noted (not an error) or not checked."""
 
     name: str
     status: str
@@ -76,10 +76,10 @@ def check(
 ) -> Contract:
     """Compare a running OpenAI-compatible server with what the run was trained on, on `rows` of its held-out conversations.
 
-    `model`: the name it is served under; default: the only one there is. `headers`: what the server wants with each request, such as a key.
+    `model`: the name it is served under; default: the first one. `headers`: sent with each request, such as an API key.
 
     Raises:
-        ServerError: no server answers there, or it does not know the model.
+        ServerError: no server answers at `url`, or it does not serve the model.
     """
     held_out = measure_held_out.read_held_out(run.need("data", "test.parquet"))
     with ServerSubject(url, model, headers) as server:
@@ -87,16 +87,16 @@ def check(
 
 
 def check_folder(run: Run, folder: Path, rows: int = ROWS) -> Contract:
-    """The same of a model folder: what any program will do that loads its tokenizer, template and generation config, an older one too."""
+    """Check a model folder: what programs do that load its tokenizer, template and generation config, older programs included."""
     held_out = measure_held_out.read_held_out(run.need("data", "test.parquet"))
     return Contract(str(folder), folder.name, (*_checks(run, FolderSubject(folder), held_out, rows), _older(folder)))
 
 
 def offered(url: str) -> dict[str, Any]:
-    """What a server says of the model it serves: `id`, and where it says so `root` and `max_model_len`.
+    """A server's description of its model: `id` and, if provided, `root` and `max_model_len`.
 
     Raises:
-        ServerError: no server answers there.
+        ServerError: no server answers at `url`.
     """
     with ServerSubject(url, None) as server:
         return server.described
@@ -115,7 +115,7 @@ def _checks(run: Run, server: Subject, held_out: HeldOut, rows: int) -> Iterator
 
 
 def _spread(numbers: Sequence[int], count: int) -> list[int]:
-    """At most `count` of them, evenly spaced."""
+    """At most `count` of the numbers, evenly spaced."""
     return [numbers[i * len(numbers) // count] for i in range(count)] if len(numbers) > count else list(numbers)
 
 
@@ -123,32 +123,32 @@ def _spread(numbers: Sequence[int], count: int) -> list[int]:
 
 
 def _prompts(run: Run, server: Subject, held_out: HeldOut, numbers: Sequence[int]) -> ContractCheck:
-    """Whether each conversation becomes the token ids that training saw up to the answer."""
+    """Check that each conversation becomes the token ids that training used up to the answer."""
     name = "prompt tokens"
     if not numbers:
         return ContractCheck(name, NOT_CHECKED, "the held-out rows are plain text, not conversations")
     for number in numbers:
         answer = server.prompt_ids(held_out.messages[number], held_out.tools[number], held_out.variables[number])
         if answer is None:
-            return ContractCheck(name, NOT_CHECKED, "the server has no /tokenize that takes messages")
+            return ContractCheck(name, NOT_CHECKED, "the server has no /tokenize endpoint that accepts messages")
         if isinstance(answer, str):
-            return ContractCheck(name, DIFFERS, f"held-out row {number}: refused: {answer}")
+            return ContractCheck(name, DIFFERS, f"held-out row {number}: rejected: {answer}")
         if answer != list(held_out.rows[number].prompt):
             trained = held_out.rows[number].prompt
-            return ContractCheck(name, DIFFERS, _parting(_tokenizer(run), f"held-out row {number}", trained, answer))
+            return ContractCheck(name, DIFFERS, _difference(_tokenizer(run), f"held-out row {number}", trained, answer))
     tools = [number for number in numbers if held_out.tools[number]]
-    given = [held_out.variables[number] for number in numbers if held_out.variables[number]]
-    such = f", such as {short(json.dumps(given[0]))}, which its clients have to send" if given else ""
-    more = f", {len(given)} with chat_template_kwargs{such}" if given else ""
-    said = f"{len(numbers)} held-out conversations, {len(tools)} with tools{more}: the ids that training saw"
+    variables = [held_out.variables[number] for number in numbers if held_out.variables[number]]
+    example = f", such as {short(json.dumps(variables[0]))}, which clients must send" if variables else ""
+    more = f", {len(variables)} with chat_template_kwargs{example}" if variables else ""
+    detail = f"{len(numbers)} held-out conversations, {len(tools)} with tools{more}: same ids as in training"
     tried = [*tools[:1], *(number for number in numbers if number not in tools)][:FORM_ROWS]
-    return _as_users_write(run, server, held_out, tried, ContractCheck(name, OK, said))
+    return _as_users_write(run, server, held_out, tried, ContractCheck(name, OK, detail))
 
 
 def _as_users_write(
     run: Run, server: Subject, held_out: HeldOut, numbers: Sequence[int], plain: ContractCheck
 ) -> ContractCheck:
-    """The same of conversations in forms that rows seldom hold; `plain`, which their own form gave, where these agree as well."""
+    """Check conversations in forms that users send but rows seldom contain. Returns `plain`, the result for the rows' form, if all agree."""
     tokenizer, kept, refused = _tokenizer(run), dict[str, None](), dict[str, str]()
     for number in numbers:
         variables = held_out.variables[number]
@@ -157,39 +157,39 @@ def _as_users_write(
             answer = None if trained is None else server.prompt_ids(form.messages, form.tools, variables)
             where = f"held-out row {number}, with {form.description}"
             if isinstance(answer, list) and trained is not None and answer != trained:
-                return ContractCheck(plain.name, DIFFERS, _parting(tokenizer, where, trained, answer))
+                return ContractCheck(plain.name, DIFFERS, _difference(tokenizer, where, trained, answer))
             kept |= {form.description: None} if isinstance(answer, list) else {}
             refused |= {form.description: answer} if isinstance(answer, str) else {}
-        if not held_out.tools[number] and (words := _without_tools(server, held_out, number)):
-            return ContractCheck(plain.name, DIFFERS, words)
-    more = f"; the ids that training makes also of {', '.join(kept)}" if kept else ""
-    more += "".join(f"; {words} is refused: {why[:100]}" for words, why in refused.items())
+        if not held_out.tools[number] and (problem := _without_tools(server, held_out, number)):
+            return ContractCheck(plain.name, DIFFERS, problem)
+    more = f"; same ids also for {', '.join(kept)}" if kept else ""
+    more += "".join(f"; {form} is rejected: {reason[:100]}" for form, reason in refused.items())
     return replace(plain, detail=plain.detail + more)
 
 
 def _without_tools(server: Subject, held_out: HeldOut, number: int) -> str:
-    """What is wrong with an empty list of tools: it is refused, or no tools at all."""
-    made = server.prompt_length(held_out.messages[number], held_out.variables[number])
-    wanted = len(held_out.rows[number].prompt)
-    if made in (None, wanted):
+    """The problem with an empty list of tools, if any: it must be rejected or be treated as no tools."""
+    count = server.prompt_length(held_out.messages[number], held_out.variables[number])
+    expected = len(held_out.rows[number].prompt)
+    if count in (None, expected):
         return ""
-    return f"held-out row {number}, with tools: []: it makes {made} prompt tokens where training saw {wanted} of no tools at all"
+    return f"held-out row {number}, with tools: []: {count} prompt tokens; training had {expected} without tools"
 
 
 def _tokenizer(run: Run) -> PreTrainedTokenizerBase:
-    """The one that training had."""
+    """The tokenizer of training."""
     from qkit.model.tokenizer import tokenizer_of
 
     return tokenizer_of(run.recipe.model)
 
 
-def _parting(tokenizer: PreTrainedTokenizerBase, where: str, trained: Sequence[int], served: Sequence[int]) -> str:
+def _difference(tokenizer: PreTrainedTokenizerBase, where: str, trained: Sequence[int], served: Sequence[int]) -> str:
     """The first difference of two prompts, as token index and as text."""
     place = first_difference(trained, served) or 0
     expected, actual = (tokenizer.decode(list(ids[place : place + 12])) for ids in (trained, served))
     return (
-        f"{where}: it makes {len(served)} prompt tokens where training saw {len(trained)}; from token {place} on "
-        f"training saw {expected!r}, it writes {actual!r}: {_why(tokenizer)}"
+        f"{where}: {len(served)} prompt tokens; training had {len(trained)}. From token {place} on, "
+        f"training had {expected!r}, this has {actual!r}: {_why(tokenizer)}"
     )
 
 
@@ -198,12 +198,12 @@ def _why(tokenizer: PreTrainedTokenizerBase) -> str:
     from qkit.chat.template import date_formats, texts
 
     if any(date_formats(text) for text in texts(tokenizer)):
-        return "the template writes today's date, or it changed on the way; a copy with the date left out, as model.chat_template, lasts"
-    return "the template or the tokenizer changed on the way"
+        return "the template writes today's date, or it has changed since training; set model.chat_template to a copy without the date"
+    return "the template or the tokenizer has changed since training"
 
 
 def _stop(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
-    """Whether an answer ends with the tokens that ended it in training: each is made the likeliest by far, and must be the last."""
+    """Check that an answer ends at the tokens that ended it in training: each is forced, and generation must stop."""
     name = "stop tokens"
     trained: list[int] = read_json(run.need("data", "tokens.json"))["stop"]
     continues = [token for token in trained if not server.stops_at(held_out.rows[0].prompt, token)]
@@ -225,10 +225,10 @@ def _length(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
     longest = max(
         min(max(trained, default=0), run.recipe.data.max_length), *(len(row.input_ids) for row in held_out.rows)
     )
-    said = f"it takes {server.max_model_len} tokens, the longest row of training has {longest}"
+    detail = f"the context is {server.max_model_len} tokens, the longest training row has {longest}"
     if server.max_model_len < longest:
-        return ContractCheck(name, DIFFERS, f"{said}: raise serve.max_model_len")
-    return ContractCheck(name, OK, said)
+        return ContractCheck(name, DIFFERS, f"{detail}: raise serve.max_model_len")
+    return ContractCheck(name, OK, detail)
 
 
 def _dtype(run: Run, served: Path | None) -> ContractCheck:
@@ -238,86 +238,86 @@ def _dtype(run: Run, served: Path | None) -> ContractCheck:
     if not any(served.glob("*.safetensors")):
         return ContractCheck(name, NOT_CHECKED, "its weights are not safetensors")
     config, note = read_if_there(served / "config.json"), read_if_there(served / NOTE)
-    found = config.get("dtype", config.get("torch_dtype"))
+    dtype = config.get("dtype", config.get("torch_dtype"))
     kind, variant = split(note.get("format", ""))
     always_bf16 = kind == "bnb" or (kind, variant) == ("safetensors", "")
-    wanted = "bfloat16" if always_bf16 else DTYPES.get(variant, dtype_of(run))
-    said = f"its config says {found}, the run made {wanted}"
-    return ContractCheck(name, OK if found == wanted else DIFFERS, said)
+    expected = "bfloat16" if always_bf16 else DTYPES.get(variant, dtype_of(run))
+    detail = f"config.json says {dtype}, the run wrote {expected}"
+    return ContractCheck(name, OK if dtype == expected else DIFFERS, detail)
 
 
 def _head(served: Path | None) -> ContractCheck:
-    """A config that ties the head to the embedding beside weights that hold another head: vLLM takes the one, transformers the other."""
+    """Check for a tied head with different weights on disk: vLLM uses the embedding as the head, transformers the stored head."""
     name = "tied head"
     if served is None or not any(served.glob(SHARDS)):
         return ContractCheck(name, NOT_CHECKED, "no safetensors on this machine")
     if not read_if_there(served / "config.json").get("tie_word_embeddings"):
         return ContractCheck(name, OK, "the head is not tied to the embedding")
-    names = [found for shard in shards(served) for found in tensor_specs(shard)]
-    pair = [found for found in names if found.endswith(("embed_tokens.weight", "lm_head.weight"))]
-    held = [tensor for _, tensor in read(served, pair)]
-    if len(held) > 1 and not held[0].equal(held[1]):
-        said = f"config.json ties the head to the embedding, and {pair[0]} and {pair[1]} differ: runtimes will not agree on the head"
-        return ContractCheck(name, DIFFERS, f"{said}; set tie_word_embeddings to false")
-    return ContractCheck(name, OK, "one matrix is embedding and head")
+    names = [tensor for shard in shards(served) for tensor in tensor_specs(shard)]
+    pair = [tensor for tensor in names if tensor.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    matrices = [matrix for _, matrix in read(served, pair)]
+    if len(matrices) > 1 and not matrices[0].equal(matrices[1]):
+        detail = f"config.json ties the head to the embedding, but {pair[0]} and {pair[1]} differ, so runtimes use different heads"
+        return ContractCheck(name, DIFFERS, f"{detail}; set tie_word_embeddings to false")
+    return ContractCheck(name, OK, "embedding and head are the same matrix")
 
 
 def _older(folder: Path) -> ContractCheck:
-    """Whether transformers 4, and what is built on it or reads the same files, finds what it needs: a rule for what was tried with it."""
+    """Check that transformers 4, and programs that read the same files, find what they need. The rules come from trials with it."""
     name = "transformers 4"
-    found = list(older_forms.unreadable(folder))
-    if found:
+    problems = list(older_forms.unreadable(folder))
+    if problems:
         return ContractCheck(
             name,
             DIFFERS,
-            f"{'; '.join(found)}: transformers 4, older vLLM, mlx-lm and llama.cpp's converter would refuse it or take a default in its "
-            "place; make the folder again",
+            f"{'; '.join(problems)}: transformers 4, older vLLM, mlx-lm and llama.cpp's converter would reject it or use a default "
+            "instead; create the folder again",
         )
-    return ContractCheck(name, OK, "what it says in newer words it says in the older ones as well")
+    return ContractCheck(name, OK, "settings with a newer name are also present under the older name")
 
 
 def _sampling(served: Path | None) -> ContractCheck:
-    """Evaluation was greedy. What a request gets that names no temperature is the server's choice, so it is said."""
+    """Report the server's default sampling: evaluation was greedy, but the server decides for requests without a temperature."""
     name = "default sampling"
     if served is None:
         return ContractCheck(name, NOT_CHECKED, "the server does not say where on this machine its model is")
-    own = read_if_there(served / "generation_config.json")
-    found = {key: own[key] for key in SAMPLING if own.get(key) is not None}
-    values = {**SAMPLING, **found}
-    lasting = {key: value for key, value in found.items() if key == "repetition_penalty" and value != 1}
+    config = read_if_there(served / "generation_config.json")
+    configured = {key: config[key] for key in SAMPLING if config.get(key) is not None}
+    values = {**SAMPLING, **configured}
+    lasting = {key: value for key, value in configured.items() if key == "repetition_penalty" and value != 1}
     if values["temperature"] == 0 and not lasting:
         return ContractCheck(name, OK, "greedy, as in evaluation")
-    said = ", ".join(
+    defaults = ", ".join(
         f"{key} {value:g}" for key, value in values.items() if value != SAMPLING[key] or key == "temperature"
     )
     more = ", repetition_penalty=1" if lasting else ""
     return ContractCheck(
-        name, NOTED, f"a request that names none gets {said}; evaluation was greedy: send temperature=0{more}"
+        name,
+        NOTED,
+        f"a request without sampling parameters gets {defaults}; evaluation was greedy: send temperature=0{more}",
     )
 
 
 def _tools(server: Subject, held_out: HeldOut, rows: int) -> ContractCheck:
-    """Whether the server's parser reads the calls back from the text that training taught: the server is made to say just that text."""
+    """Check that the server's parser reads the tool calls from the trained text: the server's answer is forced to be that text."""
     name = "tool calls"
     numbers = _spread([n for n, calls in enumerate(held_out.calls) if calls and held_out.tools[n]], rows)
     if not numbers:
-        return ContractCheck(name, NOT_CHECKED, "no held-out answer holds tool calls")
+        return ContractCheck(name, NOT_CHECKED, "no held-out answer contains tool calls")
     for number in numbers:
         prompt = held_out.messages[number], held_out.tools[number], held_out.variables[number]
         answer = server.parsed_message(*prompt, held_out.answers[number])
         if isinstance(answer, str):
-            return ContractCheck(name, NOT_CHECKED, f"the server parses no tool calls: {answer}")
-        wanted = [_named(call) for call in held_out.calls[number]]
-        if (parsed := [_named(call) for call in answer.get("tool_calls") or ()]) != wanted:
+            return ContractCheck(name, NOT_CHECKED, f"the server does not parse tool calls: {answer}")
+        expected = [_named(call) for call in held_out.calls[number]]
+        if (parsed := [_named(call) for call in answer.get("tool_calls") or ()]) != expected:
             return ContractCheck(
                 name,
                 DIFFERS,
                 f"held-out row {number}: from {short(repr(held_out.answers[number]))} the server's parser reads {short(parsed or 'no call')}, "
-                f"the row holds {short(wanted)}: another --tool-call-parser fits this template",
+                f"the row contains {short(expected)}: use the --tool-call-parser that fits this template",
             )
-    return ContractCheck(
-        name, OK, f"{len(numbers)} trained answers: the server's parser returns the calls that the rows hold"
-    )
+    return ContractCheck(name, OK, f"{len(numbers)} trained answers: the server's parser returns the rows' calls")
 
 
 def _named(call: Mapping[str, Any]) -> tuple[str, Any]:
@@ -329,8 +329,8 @@ def _named(call: Mapping[str, Any]) -> tuple[str, Any]:
 # --- on a screen ----------------------------------------------------------------------------------------------------
 
 
-def screen(found: Contract) -> str:
+def screen(contract: Contract) -> str:
     """The checks as text, one per line."""
-    width = max(len(check.name) for check in found.checks)
-    lines = [f"{check.name:<{width}}  {check.status}: {check.detail}" for check in found.checks]
-    return "\n".join([f"{found.url} serves {found.model}", *lines])
+    width = max(len(check.name) for check in contract.checks)
+    lines = [f"{check.name:<{width}}  {check.status}: {check.detail}" for check in contract.checks]
+    return "\n".join([f"{contract.url} serves {contract.model}", *lines])

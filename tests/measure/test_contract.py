@@ -133,10 +133,10 @@ def test_a_server_that_keeps_the_contract(served: Served) -> None:
     }
     assert checks["prompt tokens"].detail.startswith("8 held-out conversations, 4 with tools")
     assert (
-        '1 with chat_template_kwargs, such as {"terse": true}, which its clients have to send'
+        '1 with chat_template_kwargs, such as {"terse": true}, which clients must send'
         in checks["prompt tokens"].detail
     )
-    assert checks["prompt tokens"].detail.endswith(f"; the ids that training makes also of {FORMS}")
+    assert checks["prompt tokens"].detail.endswith(f"; same ids also for {FORMS}")
     assert checks["tool calls"].detail.startswith("4 trained answers")
 
 
@@ -169,7 +169,7 @@ def test_our_own_server_keeps_it_too(served: Served, ours: str) -> None:
         **dict.fromkeys(("dtype", "tied head", "tool calls"), "not checked"),
         "default sampling": "noted",
     }
-    assert checks["prompt tokens"].detail.endswith(f"; the ids that training makes also of {FORMS}")
+    assert checks["prompt tokens"].detail.endswith(f"; same ids also for {FORMS}")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_rule_that_only_users_requests_show_is_found_out(
     monkeypatch.setattr(conversation, "served", otherwise)
     found = contract.check(served.run, ours)
     assert [check.name for check in found.broken] == ["prompt tokens"]
-    assert f"row 0, with {form}: it makes" in found.broken[0].detail
+    assert f"row 0, with {form}: " in found.broken[0].detail
 
 
 def test_an_empty_list_of_tools_that_changes_the_prompt_is_found_out(
@@ -199,7 +199,7 @@ def test_an_empty_list_of_tools_that_changes_the_prompt_is_found_out(
 ) -> None:
     monkeypatch.setattr(endpoint.ServerSubject, "prompt_length", lambda *_: 31)
     [broken] = contract.check(served.run, ours).broken
-    assert "with tools: []: it makes 31 prompt tokens where training saw" in broken.detail
+    assert "with tools: []: 31 prompt tokens; training had" in broken.detail
 
 
 def trained_otherwise(served: Served, folder: Path, *settings: str) -> Run:
@@ -261,11 +261,11 @@ def calls_written_otherwise(served: Served, folder: Path) -> Run:
 @pytest.mark.parametrize(
     ("how", "name", "said"),
     [
-        (another_template, "prompt tokens", r"row 0: it makes \d+ prompt tokens where training saw .*'tools.* it writes 'system"),
+        (another_template, "prompt tokens", r"row 0: \d+ prompt tokens; training had .*'tools.* this has 'system"),
         (another_stop_token, "stop tokens", "does not stop at token 9"),
-        (longer_rows, "length", "takes 512 tokens, the longest row of training has 700: raise serve.max_model_len"),
-        (another_dtype, "dtype", "config says bfloat16, the run made float16"),
-        (calls_written_otherwise, "tool calls", "parser reads no call, the row holds .*'add', {'a': 0, 'b': 0}"),
+        (longer_rows, "length", "the context is 512 tokens, the longest training row has 700: raise serve.max_model_len"),
+        (another_dtype, "dtype", "config.json says bfloat16, the run wrote float16"),
+        (calls_written_otherwise, "tool calls", "parser reads no call, the row contains .*'add', {'a': 0, 'b': 0}"),
     ],
 )  # fmt: skip
 def test_a_server_that_differs(how: Any, name: str, said: str, served: Served, tmp_path: Path) -> None:
@@ -298,13 +298,13 @@ def test_what_a_request_gets_that_names_no_temperature(
     ("text", "said"),
     [
         ("{{ strftime_now('%d %b %Y') }}", "the template writes today's date"),
-        ("{{ messages }}", "the tokenizer changed"),
+        ("{{ messages }}", "the tokenizer has changed"),
     ],
 )
 def test_a_template_that_writes_the_date_is_named_as_the_cause(text: str, said: str) -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = text
-    assert said in contract._parting(tokenizer, "row 0", [3, 4], [3, 5])
+    assert said in contract._difference(tokenizer, "row 0", [3, 4], [3, 5])
 
 
 def test_no_server_and_no_such_model(served: Served) -> None:
