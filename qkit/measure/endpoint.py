@@ -1,4 +1,4 @@
-"""What the serve contract queries: a server over HTTP, or a model folder through transformers in its place."""
+"""The subjects of the serve contract: a server, queried over HTTP, or a model folder, opened with transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qkit.core.errors import ModelError, ServerError
 from qkit.core.files import read_json
 from qkit.server.client import Client, json_at
 
-FORCED = 100.0  # added to the logit of a token that must come next: the largest value that OpenAI's logit_bias takes
+FORCED = 100.0  # logit bias that forces a token: the maximum of OpenAI's logit_bias
 REQUEST_SECONDS = 60.0
 REFUSAL_CHARACTERS = 300
 START_SERVER = "start one with `qkit serve`, or correct the URL"
@@ -23,7 +23,7 @@ def read_if_there(file: Path) -> dict[str, Any]:
 
 
 class Subject(Protocol):
-    """What the checks need to know of a server, or of the folder that it would load."""
+    """What the checks query of a server, or of a folder that a server would load."""
 
     max_model_len: int | None
 
@@ -33,10 +33,10 @@ class Subject(Protocol):
     def prompt_ids(
         self, messages: Sequence[Any], tools: Sequence[Any] | None, variables: Mapping[str, Any]
     ) -> list[int] | str | None:
-        """The token ids of a conversation; the reason of a refusal; or None if this cannot be queried."""
+        """The token ids of a conversation; the reason if it is rejected; or None if the subject cannot be queried for them."""
 
     def prompt_length(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> int | None:
-        """The number of prompt tokens of a request that says `tools: []`, or None if it is refused."""
+        """The number of prompt tokens of a request with `tools: []`, or None if it is rejected."""
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
         """Whether this token ends an answer."""
@@ -44,11 +44,11 @@ class Subject(Protocol):
     def parsed_message(
         self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
     ) -> dict[str, Any] | str:
-        """The message that the server returns when its answer must be `text`; or the reason why it does not take tools."""
+        """The message that the server returns if its answer is forced to be `text`; or the reason why it does not accept tools."""
 
 
 class FolderSubject:
-    """What programs do that load a folder as it is."""
+    """A model folder, treated as programs do that load it directly."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -80,7 +80,7 @@ class FolderSubject:
         return len(ids) if isinstance(ids, list) else None
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
-        """By the generation config, which transformers and vLLM prefer to config.json. onnxruntime-genai has a config of its own."""
+        """Read from the generation config, which transformers and vLLM prefer to config.json; onnxruntime-genai has its own config."""
         if genai := read_if_there(self.path / "genai_config.json"):
             return token in _listed(genai["model"]["eos_token_id"])
         generation = read_if_there(self.path / "generation_config.json")
@@ -90,14 +90,14 @@ class FolderSubject:
     def parsed_message(
         self, messages: Sequence[Any], tools: Sequence[Any], variables: Mapping[str, Any], text: str
     ) -> dict[str, Any] | str:
-        return "only a server parses tool calls"
+        return "a folder cannot parse tool calls; only a server can"
 
 
 class ServerSubject:
     """A running server, queried over HTTP.
 
     Raises, from the constructor and from each method:
-        ServerError: the server does not answer, or not as the OpenAI API says, or does not serve `model`.
+        ServerError: the server does not answer, violates the OpenAI API, or does not serve `model`.
     """
 
     def __init__(self, url: str, model: str | None, headers: Mapping[str, str] | None = None):
@@ -117,14 +117,14 @@ class ServerSubject:
         self.client.close()
 
     def _described(self, model: str | None) -> dict[str, Any]:
-        """The entry of `model` in /v1/models; of an adapter, with what only its base's entry says."""
+        """The entry of `model` in /v1/models; for an adapter, completed with the fields of its base's entry."""
         models = self.client.models()
-        offered = [entry for entry in models if model in (None, entry["id"])]
-        if not offered:
+        matches = [entry for entry in models if model in (None, entry["id"])]
+        if not matches:
             names = ", ".join(entry["id"] for entry in models)
             url = self.client.url
             raise ServerError(f"the server at {url} does not serve {model}; it offers {names or 'no model'}", url=url)
-        return {**models[0], **offered[0]}
+        return {**models[0], **matches[0]}
 
     def folder(self) -> Path | None:
         folder = Path(self.described.get("root") or "")
@@ -133,8 +133,8 @@ class ServerSubject:
     def prompt_ids(
         self, messages: Sequence[Any], tools: Sequence[Any] | None, variables: Mapping[str, Any]
     ) -> list[int] | str | None:
-        offered: dict[str, Any] = {"tools": list(tools)} if tools else {} if tools is not None else {"tools": None}
-        body = {**self._chat(messages, variables), "add_generation_prompt": True, **offered}
+        tool_options: dict[str, Any] = {"tools": list(tools)} if tools else {} if tools is not None else {"tools": None}
+        body = {**self._chat(messages, variables), "add_generation_prompt": True, **tool_options}
         answer = self.client.send("POST", "/tokenize", body)
         if answer.status_code in (404, 405):
             return None
@@ -151,7 +151,7 @@ class ServerSubject:
         return self.client.read(answer, lambda document: int(json_at(document, "usage", "prompt_tokens")))
 
     def stops_at(self, prompt: Sequence[int], token: int) -> bool:
-        """By forcing the token. If the server does not support that, by the folder that it serves."""
+        """Tested by forcing the token. If the server does not support that, read from the folder that it serves."""
         body = {"model": self.model, "prompt": list(prompt), "max_tokens": 3, "temperature": 0.0}
         answer = self.client.send("POST", "/v1/completions", {**body, "logit_bias": {str(token): FORCED}})
         folder = self.folder()
@@ -173,9 +173,9 @@ class ServerSubject:
         return message
 
     def _chat(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a request that holds a row's conversation and the variables of its template."""
-        given = {"chat_template_kwargs": dict(variables)} if variables else {}
-        return {"model": self.model, "messages": as_request(messages), **given}
+        """The part of a request with a row's conversation and its chat template variables."""
+        options = {"chat_template_kwargs": dict(variables)} if variables else {}
+        return {"model": self.model, "messages": as_request(messages), **options}
 
 
 def _listed(tokens: Any) -> list[Any]:
@@ -183,7 +183,7 @@ def _listed(tokens: Any) -> list[Any]:
 
 
 def as_request(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Turns in the form of the OpenAI API: arguments of calls are JSON text, and thinking has both of vLLM's names, the older and the newer."""
+    """Messages in the form of the OpenAI API: call arguments are JSON text, and thinking has both of vLLM's names, the old and the new."""
     return [
         {
             **turn,
