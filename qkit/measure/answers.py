@@ -1,4 +1,4 @@
-"""A model's own greedy answers to the held-out prompts, and which of them are right."""
+"""Generates and grades a model's greedy answers to the held-out prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qkit.run.directory import Run
 
 @dataclass(frozen=True)
 class Answers:
-    """By held-out row: the tokens that were generated, their text, and whether the task counts it as right."""
+    """For each held-out row: the generated tokens, their text, and whether the task counts the answer as right."""
 
     token_ids: tuple[list[int], ...]
     texts: tuple[str, ...]
@@ -23,7 +23,7 @@ class Answers:
 
 
 def answered(run: Run, runtime: Runtime, held_out: HeldOut, what: str = "generate") -> Answers:
-    """Generate and grade answers to the held-out prompts with an open model, as the recipe sets. `what` labels the progress bar."""
+    """Generate answers to the held-out prompts with an open model and grade them, by the recipe's settings. `what`: progress bar label."""
     section = run.recipe.evaluate
     stop = frozenset(read_json(run.need("data", "tokens.json"))["stop"])
     prompts = [row.prompt for row in held_out.rows]

@@ -14,8 +14,8 @@ from qkit.recipe.registry import MERGED, split
 from qkit.run.directory import Run
 from qkit.server.client import running_server
 
-SERVED = "vllm"  # the export that the stage `serve` serves
-# By variant, where config.json does not name the dtype: a graph has its own, and a .gguf file is dequantized to fp32.
+SERVED = "vllm"  # the export that the stage `serve` uses
+# By variant, for formats whose config.json does not name the dtype: an ONNX graph defines its dtype; .gguf files are dequantized to fp32.
 COMPUTED = {
     "fp32": "float32",
     "fp16": "float16",
@@ -29,7 +29,7 @@ COMPUTED = {
 
 @dataclass(frozen=True)
 class Artifact:
-    """A folder of a run. `name`: `merged`, or the export's format."""
+    """The merged model or an export of a run. `name`: `merged`, or the export format."""
 
     name: str
     path: Path
@@ -40,16 +40,16 @@ class Artifact:
 
     @property
     def disk_bytes(self) -> int:
-        """Size of all its files; a link counts as its target."""
+        """Size of all files; a link counts as its target."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
 
 def rounding(run: Run, artifact: Artifact) -> dict[str, str]:
-    """The dtypes that it `computed` in and that its `weights` were merged in, as parity.measure takes them."""
+    """The dtypes of computation (`computed`) and of the merged weights (`weights`), as arguments of parity.measure."""
     variant, config = split(artifact.name)[1], artifact.path / "config.json"
     has_dtype = config.is_file() and artifact.runtime in ("transformers", "vllm")
     dtype = read_json(config).get("dtype") if has_dtype else None
-    is_adapter = (artifact.path / "adapter_config.json").is_file()  # not merged, so its sum is not rounded
+    is_adapter = (artifact.path / "adapter_config.json").is_file()  # not merged, so no merged weight was rounded
     return {
         "computed": COMPUTED.get(variant, dtype or "bfloat16"),
         "weights": "float32" if is_adapter else dtype_of(run),
@@ -63,7 +63,7 @@ def artifacts(run: Run) -> list[Artifact]:
 
 
 def open_artifact(run: Run, artifact: Artifact, stage: str) -> Runtime:
-    """Open it with its runtime. If `qkit run` already keeps a server for this run, that server is used."""
+    """Open an artifact with its runtime. A server that `qkit run` already started for this run is reused."""
     options = {}
     if artifact.runtime == "vllm":
         serve = run.recipe.serve.model_copy(update={"port": 0})

@@ -1,4 +1,4 @@
-"""The held-out rows of a run, and the scores on their true tokens."""
+"""Reads the held-out rows of a run and scores their reference answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out rows as the stage `data` wrote them. `calls`: the tool calls of each answer; `variables`: the template's variables."""
+    """The held-out rows as written by the stage `data`. `calls`: tool calls of each answer. `variables`: chat template variables."""
 
     rows: tuple[TokenRow, ...]
     messages: tuple[list[dict[str, Any]], ...]
@@ -29,7 +29,7 @@ class HeldOut:
 
 
 def read_held_out(file: Path) -> HeldOut:
-    """The rows of a test.parquet."""
+    """Read the rows of a test.parquet."""
     import pyarrow.parquet
 
     records = pyarrow.parquet.read_table(file).to_pylist()
@@ -45,7 +45,7 @@ def read_held_out(file: Path) -> HeldOut:
 
 
 def heldout_targets(runtime: Runtime, held_out: HeldOut, tick: Callable[[], None]) -> list[NDArray[np.float32]]:
-    """The log-probability of every token of every reference answer, [T] per row. `tick` is called after each row."""
+    """Log-probability of each token of each reference answer, [T] per row, in nats. `tick` is called after each row."""
     targets = []
     for scores in runtime.score(held_out.rows):
         targets.append(scores.targets)
