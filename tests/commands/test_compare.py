@@ -75,7 +75,7 @@ def test_what_cannot_be_compared_says_so(tiny_model: Path, trained_run: Run, tmp
     with pytest.raises(MissingArtifact, match="not a run directory, a model folder, an export"):
         compare.side(str(tmp_path))
     model = compare.side(str(tiny_model))
-    with pytest.raises(DataError, match=r"give --data a file of conversations, or RUN/data/test\.parquet"):
+    with pytest.raises(DataError, match=r"set --data to a file of conversations or to RUN/data/test\.parquet"):
         compare.comparison_rows(model, model, None, Progress())
 
 
