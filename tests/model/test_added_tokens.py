@@ -164,7 +164,7 @@ def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
     )
     PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
     bare_tokenizer().save_pretrained(tmp_path / "phi")
-    with pytest.raises(ModelError, match=r"its head has a bias \(lm_head.bias\)"):
+    with pytest.raises(ModelError, match=r"a head with a bias \(lm_head.bias\)"):
         prepared(tmp_path / "phi")
 
 

@@ -391,7 +391,7 @@ def test_positions_that_are_scaled_in_an_unknown_way_are_refused(tmp_path: Path)
 
 def test_an_architecture_that_transformers_does_not_read_is_a_message(tmp_path: Path) -> None:
     file = write(tmp_path / "m.gguf", ["a", "aa"], [1, 1], arch="brandnew", tokenizer_pre="gpt-2", token_merges=["a a"])
-    with pytest.raises(ModelError, match=r"transformers cannot read it .*brandnew"):
+    with pytest.raises(ModelError, match=r"transformers cannot read this file .*brandnew"):
         source.companions(schema.Model(source=str(file)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_what_is_not_dequantized_is_refused_by_plan_and_before_training(
     folder = tmp_path / "base"
     shutil.copytree(tiny_model, folder)
     changed_config(folder, quantization_config=REFUSED[named])
-    said = rf"already quantized \({named} in its config.json\).*set model.source to the 16-bit model"
+    said = rf"already quantized \({named} in its config.json\).*set model.source to the original 16-bit model"
     how = recipe_of(folder)
     asked: tuple[Callable[[Recipe], object], ...] = (sheet.sheet, deployable.check)
     for ask in asked:
@@ -204,7 +205,7 @@ def test_a_quantized_model_without_a_word_in_its_config_is_refused(tiny_model: P
     folder = tmp_path / "base"
     shutil.copytree(tiny_model, folder)
     (folder / file).write_text(json.dumps({"bits": 4}))
-    with pytest.raises(ModelError, match=r"the notes of .* no quantization_config"):
+    with pytest.raises(ModelError, match=rf"contains {re.escape(file)} of .* no quantization_config"):
         model_source.resolve(recipe_of(folder).model)
 
 
