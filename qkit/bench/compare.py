@@ -19,7 +19,7 @@ from qkit.core.errors import MissingArtifact, Regressed, UserError
 
 CONFIDENCE = 0.95
 # Student's t for 95 % at 1 to 30 degrees of freedom; more are taken for 30.
-STUDENT = (
+STUDENT_T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
@@ -27,7 +27,7 @@ STUDENT = (
 JUDGED = {"output_tokens_per_second": True, "ttft_seconds": False, "tpot_seconds": False, "e2e_seconds": False}
 # Figures that have no repeats, and so no interval: shown, not judged.
 SHOWN = ("peak_bytes", "disk_bytes", "startup_seconds")
-LOAD = ("kind", "requests", "prompts", "request_rate")
+LOAD_FIELDS = ("kind", "requests", "prompts", "request_rate")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Comparison:
         return [ratio for ratio in self.ratios if ratio.regressed]
 
 
-def compare(before: Path, after: Path, threshold: float, anyway: bool = False) -> list[Comparison]:
+def compare(before: Path, after: Path, threshold: float, ignore_mismatch: bool = False) -> list[Comparison]:
     """Compare two records, or the closed loops of two folders by their files' names. `threshold`: a share, such as 0.05.
 
     Raises:
@@ -64,10 +64,10 @@ def compare(before: Path, after: Path, threshold: float, anyway: bool = False) -
         UserError: the records come from different environments or loads, or the second folder lacks some, and `anyway` was not said;
             or one has too few repeats.
     """
-    return [_compare(a, b, threshold, anyway) for a, b in _pairs(before, after, anyway)]
+    return [_compare(a, b, threshold, ignore_mismatch) for a, b in _pairs(before, after, ignore_mismatch)]
 
 
-def _pairs(before: Path, after: Path, anyway: bool) -> Iterator[tuple[Path, Path]]:
+def _pairs(before: Path, after: Path, ignore_mismatch: bool) -> Iterator[tuple[Path, Path]]:
     if not before.is_dir():
         yield before, after
         return
@@ -75,7 +75,7 @@ def _pairs(before: Path, after: Path, anyway: bool) -> Iterator[tuple[Path, Path
     names = [name for name in wanted if (after / name).is_file()]
     if not names:
         raise MissingArtifact(f"{before} and {after} have no bench record of the same name")
-    if len(names) < len(wanted) and not anyway:
+    if len(names) < len(wanted) and not ignore_mismatch:
         gone = ", ".join(name for name in wanted if name not in names)
         raise UserError(
             f"{after} lacks {gone}, which {before} has: bench them too, or --anyway compares what both have"
@@ -83,10 +83,10 @@ def _pairs(before: Path, after: Path, anyway: bool) -> Iterator[tuple[Path, Path
     yield from ((before / name, after / name) for name in names)
 
 
-def _compare(before: Path, after: Path, threshold: float, anyway: bool) -> Comparison:
+def _compare(before: Path, after: Path, threshold: float, ignore_mismatch: bool) -> Comparison:
     a, b = read(before), read(after)
-    differences = tuple(differing(a, b))
-    if differences and not anyway:
+    differences = tuple(differences_between(a, b))
+    if differences and not ignore_mismatch:
         raise UserError(
             f"{before} and {after} were not measured alike:\n  "
             + "\n  ".join(differences)
@@ -126,37 +126,37 @@ def read(file: Path) -> dict[str, Any]:
     return record
 
 
-def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
+def differences_between(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
     """What makes two records incomparable, one line each: where they were measured, or how."""
     if a["environment"]["sha256"] != b["environment"]["sha256"]:
-        yield from _unlike(a["environment"], b["environment"], "environment", skip=("sha256", "git"))
-    if a["runtime"] == b["runtime"] == "url" and (places := (_place(a), _place(b)))[0] != places[1]:
+        yield from _differing_values(a["environment"], b["environment"], "environment", skip=("sha256", "git"))
+    if a["runtime"] == b["runtime"] == "url" and (places := (_base_url(a), _base_url(b)))[0] != places[1]:
         yield f"server: {places[0]} and {places[1]}"
     for name in ("concurrency", "output_tokens"):
         if a[name] != b[name]:
             yield f"{name}: {a[name]} and {b[name]}"
-    if _of_chats(a) and ("doubts" in a) != ("doubts" in b):
+    if _is_chat(a) and ("doubts" in a) != ("doubts" in b):
         yield "first token: one is of a version that took the chunk with the role for it, the other is not"
-    for name in LOAD:
+    for name in LOAD_FIELDS:
         if a["load"][name] != b["load"][name]:
             yield f"load.{name}: {a['load'][name]} and {b['load'][name]}"
 
 
-def _of_chats(record: Mapping[str, Any]) -> bool:
+def _is_chat(record: Mapping[str, Any]) -> bool:
     return "openai-chat" in (record["load"]["command"] or ())
 
 
-def _place(record: Mapping[str, Any]) -> str | None:
+def _base_url(record: Mapping[str, Any]) -> str | None:
     """Where the load was sent; the environment of such a record is the sender's."""
     command = record["load"]["command"] or []
     return str(command[command.index("--base-url") + 1]) if "--base-url" in command else None
 
 
-def _unlike(a: Any, b: Any, place: str, skip: Sequence[str] = ()) -> Iterator[str]:
+def _differing_values(a: Any, b: Any, place: str, skip: Sequence[str] = ()) -> Iterator[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(key for key in b if key not in a)]:
             if key not in skip and (place, key) != ("environment.packages", "qkit"):
-                yield from _unlike(a.get(key), b.get(key), f"{place}.{key}")
+                yield from _differing_values(a.get(key), b.get(key), f"{place}.{key}")
     elif a != b:
         yield f"{place}: {a} and {b}"
 
@@ -175,30 +175,30 @@ def judge(name: str, before: Sequence[float], after: Sequence[float], threshold:
     if min(*before, *after) <= 0:
         return Ratio(name, mean(before), mean(after), 1.0, None, None, False)
     a, b = [math.log(value) for value in before], [math.log(value) for value in after]
-    shift, margin = mean(b) - mean(a), _margin(a, b)
+    shift, margin = mean(b) - mean(a), _interval_half_width(a, b)
     ratio, low, high = (math.exp(value) for value in (shift, shift - margin, shift + margin))
     worse = (ratio < 1 - threshold and high < 1) if more_is_better else (ratio > 1 + threshold and low > 1)
     return Ratio(name, math.exp(mean(a)), math.exp(mean(b)), ratio, low, high, worse)
 
 
-def _margin(a: Sequence[float], b: Sequence[float]) -> float:
+def _interval_half_width(a: Sequence[float], b: Sequence[float]) -> float:
     """Half the width of Welch's interval for a difference of means."""
     parts = [variance(values) / len(values) for values in (a, b)]
     if not sum(parts):
         return 0.0
     freedom = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (a, b), strict=True))
-    return STUDENT[min(int(freedom), len(STUDENT)) - 1] * math.sqrt(sum(parts))
+    return STUDENT_T[min(int(freedom), len(STUDENT_T)) - 1] * math.sqrt(sum(parts))
 
 
 def regression(comparisons: Sequence[Comparison], threshold: float) -> Regressed | None:
     """The error that fails a build, naming every figure that got worse; None when none did."""
-    worse = [f"{comparison.name}: {_worse(r)}" for comparison in comparisons for r in comparison.regressions]
+    worse = [f"{comparison.name}: {_regression_line(r)}" for comparison in comparisons for r in comparison.regressions]
     if not worse:
         return None
     return Regressed(f"worse by more than {100 * threshold:g} %, and by more than chance:\n  " + "\n  ".join(worse))
 
 
-def _worse(found: Ratio) -> str:
+def _regression_line(found: Ratio) -> str:
     if found.ratio is None or found.low is None:
         return f"{found.name}: {found.before:g} before, {found.after:g} now"
     return f"{found.name} is {found.ratio:.3f} times what it was (interval {found.low:.3f} to {found.high:.3f})"

@@ -20,8 +20,8 @@ from typing import Any
 from qkit.core.figures import steady
 
 SCHEMA_VERSION = 1
-FAR = 3  # times longer, or shorter: a gap that no other of its answer is like
-FEW = 3  # gaps, below which none can be told from the others
+OUTLIER_FACTOR = 3  # times longer, or shorter: a gap that no other of its answer is like
+MIN_GAPS = 3  # gaps, below which none can be told from the others
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99}
 MILLION = 1_000_000
 
@@ -82,7 +82,7 @@ LATENCIES: Mapping[str, Callable[[Request], float]] = {
     "e2e_seconds": lambda request: request.e2e,
 }
 # A gap at either end, and what it may come from.
-ENDS = (
+GAP_CHECKS = (
     (
         "first",
         0,
@@ -115,8 +115,8 @@ def figures(repeats: Sequence[Repeat], slo: Slo | None = None) -> dict[str, Any]
         "chunks": sum(1 + len(r.gaps) for r in requests),
         "tokens": sum(r.tokens for r in requests),
         "doubts": list(_doubts(repeats, requests)),
-        "by_repeat": [_of_repeat(repeat) for repeat in repeats],
-        "steady": len(repeats) > 1 and all(steady(values) for values in _compared(repeats).values()),
+        "by_repeat": [_repeat_figures(repeat) for repeat in repeats],
+        "steady": len(repeats) > 1 and all(steady(values) for values in _compared_figures(repeats).values()),
     }
 
 
@@ -129,24 +129,24 @@ def _doubts(repeats: Sequence[Repeat], requests: Sequence[Request]) -> Iterator[
     at_once = sum(request.tokens > 1 and not any(request.gaps) for request in requests)
     if 2 * at_once > len(requests):
         yield f"{at_once} of {len(requests)} answers came at once: TTFT is their end-to-end time, and there is no TPOT"
-    several = [request.gaps for request in requests if len(request.gaps) >= FEW]
-    for which, at, why in ENDS:
-        odd = [gaps for gaps in several if _far(gaps, at)]
+    several = [request.gaps for request in requests if len(request.gaps) >= MIN_GAPS]
+    for which, at, why in GAP_CHECKS:
+        odd = [gaps for gaps in several if _is_outlier(gaps, at)]
         if 2 * len(odd) > len(several):
-            alone, others = (f"{median(1000 * pick for pick in picks):,.1f} ms" for picks in _parted(odd, at))
+            alone, others = (f"{median(1000 * pick for pick in picks):,.1f} ms" for picks in _split_gaps(odd, at))
             yield (
                 f"the {which} gap between chunks, {alone}, is far from all others ({others}) in {len(odd)} of "
                 f"{len(requests)} answers: {why}"
             )
 
 
-def _far(gaps: Sequence[float], at: int) -> bool:
+def _is_outlier(gaps: Sequence[float], at: int) -> bool:
     """Whether the first (0) or last (-1) gap is unlike all others; a last one that is short is nothing odd."""
     others = gaps[1:] if at == 0 else gaps[:-1]
-    return gaps[at] > FAR * max(others) or (at == 0 and FAR * gaps[at] < min(others))
+    return gaps[at] > OUTLIER_FACTOR * max(others) or (at == 0 and OUTLIER_FACTOR * gaps[at] < min(others))
 
 
-def _parted(found: Sequence[Sequence[float]], at: int) -> tuple[list[float], list[float]]:
+def _split_gaps(found: Sequence[Sequence[float]], at: int) -> tuple[list[float], list[float]]:
     """The first or last gap of each, and all others."""
     return [gaps[at] for gaps in found], [gap for gaps in found for gap in (gaps[1:] if at == 0 else gaps[:-1])]
 
@@ -155,7 +155,7 @@ def _goodput(repeat: Repeat, slo: Slo) -> float:
     return repeat.per_second(sum(slo.met(request) for request in repeat.requests))
 
 
-def _of_repeat(repeat: Repeat) -> dict[str, Any]:
+def _repeat_figures(repeat: Repeat) -> dict[str, Any]:
     """The figures that two records are compared by, and what the load tool itself took."""
     return {
         "seconds": repeat.seconds,
@@ -166,8 +166,8 @@ def _of_repeat(repeat: Repeat) -> dict[str, Any]:
     }
 
 
-def _compared(repeats: Sequence[Repeat]) -> dict[str, list[float]]:
-    entries = [_of_repeat(repeat) for repeat in repeats]
+def _compared_figures(repeats: Sequence[Repeat]) -> dict[str, list[float]]:
+    entries = [_repeat_figures(repeat) for repeat in repeats]
     return {name: [entry[name] for entry in entries] for name in ("output_tokens_per_second", *LATENCIES)}
 
 
@@ -189,7 +189,7 @@ def cost(price_per_hour: float | None, output_tokens_per_second: float) -> dict[
     return {"price_per_hour": price_per_hour, "per_million_output_tokens": price_per_hour * hours}
 
 
-def sealed(environment: Mapping[str, Any]) -> dict[str, Any]:
+def with_hash(environment: Mapping[str, Any]) -> dict[str, Any]:
     """An environment with the hash of what speed depends on: not qkit's own version and commit, which comparisons are made of."""
     packages = {name: version for name, version in environment["packages"].items() if name != "qkit"}
     decisive = {
@@ -199,7 +199,7 @@ def sealed(environment: Mapping[str, Any]) -> dict[str, Any]:
     return {**environment, "sha256": hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()}
 
 
-def files_sha256(outputs: Mapping[str, str], folder: str) -> str | None:
+def artifact_sha256(outputs: Mapping[str, str], folder: str) -> str | None:
     """One hash for an artifact: of the names and hashes of its files, as the manifest has them below `folder`. None when it has none."""
     mine = sorted((name.removeprefix(folder), digest) for name, digest in outputs.items() if name.startswith(folder))
     return hashlib.sha256(json.dumps(mine).encode()).hexdigest() if mine else None

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-UNSTEADY = "a figure that ranges over more than 15 % from repeat to repeat is shown as its range"
+RANGE_NOTE = "a figure that ranges over more than 15 % from repeat to repeat is shown as its range"
 
 
-ALONE = "of one repeat nobody knows how far its figures vary: --set bench.repeats=3 tells"
+SINGLE_REPEAT_NOTE = "of one repeat nobody knows how far its figures vary: --set bench.repeats=3 tells"
 
 
 def records(found: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -34,8 +34,8 @@ def records(found: Sequence[Mapping[str, Any]]) -> RenderableType:
         table.add_row(record["artifact"], load_text(record), *latencies, *rates, str(record["failed_requests"]))
     said = [_cost(record) for record in found if record["cost"]]
     several = [record["steady"] for record in found if record["repeats"] > 1]
-    notes = [UNSTEADY] if not all(several) else []
-    notes += [ALONE] if len(several) < len(found) else []
+    notes = [RANGE_NOTE] if not all(several) else []
+    notes += [SINGLE_REPEAT_NOTE] if len(several) < len(found) else []
     notes += [f"{record['artifact']}, {load_text(record)}: {doubt}" for record in found for doubt in record["doubts"]]
     return Group(table, *notes, *said)
 

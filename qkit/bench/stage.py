@@ -21,9 +21,9 @@ from typing import Any
 
 from qkit.bench import meter as bench_meter
 from qkit.bench import record as bench_record
-from qkit.bench.load import Direct, HeldOut, Load, Measures, Prompt
+from qkit.bench.load import DirectLoad, HeldOutPrompts, Load, LoadSource, Prompt
 from qkit.bench.record import Repeat, Slo
-from qkit.bench.tool import Tool
+from qkit.bench.tool import LoadTool
 from qkit.core.device import detect
 from qkit.core.errors import DataError
 from qkit.core.files import write_json
@@ -36,14 +36,14 @@ from qkit.recipe.schema import Bench
 from qkit.run.directory import Run
 from qkit.run.environment import environment
 
-GROWTH = 1.05  # a closed loop that gives less than this over the one before it has found the most there is
-MOST = 256  # requests at once
-ELSEWHERE = "the server may be on another machine, whose energy is not read"
-SHARES = (0.25, 0.5, 0.75)  # of the best closed loop's requests per second, for open loops
+MIN_GROWTH = 1.05  # a closed loop that gives less than this over the one before it has found the most there is
+MAX_CONCURRENCY = 256  # requests at once
+NO_REMOTE_ENERGY = "the server may be on another machine, whose energy is not read"
+OPEN_LOOP_SHARES = (0.25, 0.5, 0.75)  # of the best closed loop's requests per second, for open loops
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """A load and what it came to. `share`: of an open loop, the share of the best throughput that its rate is."""
 
     load: Load
@@ -89,19 +89,19 @@ def bench_artifact(run: Run, artifact: Artifact, rows: Sequence[Sequence[int]], 
     with ExitStack() as stack:
         runtime = stack.enter_context(open_artifact(run, artifact, "bench"))
         startup = getattr(runtime, "startup_seconds", time.perf_counter() - begin)
-        live: Mapping[str, Any] | None = getattr(runtime, "server_description", None)
-        source = stack.enter_context(_tool(run, live, rows)) if live else Direct(runtime, rows)
-        about = {**_about(run, artifact), "startup_seconds": startup, "argv": live["argv"] if live else None}
-        for measured in measure(source, run.recipe.bench, live["pid"] if live else os.getpid()):
-            known = {**about, **_peak(runtime, artifact)}
+        server: Mapping[str, Any] | None = getattr(runtime, "server_description", None)
+        source = stack.enter_context(_tool(run, server, rows)) if server else DirectLoad(runtime, rows)
+        metadata = {**_metadata(run, artifact), "startup_seconds": startup, "argv": server["argv"] if server else None}
+        for measured in measure(source, run.recipe.bench, server["pid"] if server else os.getpid()):
+            known = {**metadata, **_peak(runtime, artifact)}
             written = record(measured, source, run.recipe.bench, run.recipe.seed, known)
             write_json(out / f"{artifact.name}-{measured.name}.json", written)
 
 
-def _tool(run: Run, live: Mapping[str, Any], rows: Sequence[Sequence[int]]) -> Tool:
-    prompts = as_text(model_tokenizer.tokenizer_of(run.recipe.model), rows)
+def _tool(run: Run, server: Mapping[str, Any], rows: Sequence[Sequence[int]]) -> LoadTool:
+    prompts = text_prompts(model_tokenizer.tokenizer_of(run.recipe.model), rows)
     log = run.log("bench").with_name("bench-load.log")
-    return Tool(live["url"], live["model"], tokenizer_folder(run), prompts, run.recipe.seed, log)
+    return LoadTool(server["url"], server["model"], tokenizer_folder(run), prompts, run.recipe.seed, log)
 
 
 def tokenizer_folder(run: Run) -> Path:
@@ -109,7 +109,7 @@ def tokenizer_folder(run: Run) -> Path:
     return run.need("merge", "config.json").parent
 
 
-def as_text(tokenizer: Any, rows: Sequence[Sequence[int]]) -> HeldOut:
+def text_prompts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> HeldOutPrompts:
     """Prompts as text that is tokenized to the very same ids.
 
     Raises:
@@ -123,41 +123,41 @@ def as_text(tokenizer: Any, rows: Sequence[Sequence[int]]) -> HeldOut:
         raise DataError(
             "no held-out prompt keeps its token ids when it is sent as text, so a server cannot be benched with them"
         )
-    return HeldOut(true, len(rows) - len(true))
+    return HeldOutPrompts(true, len(rows) - len(true))
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(source: Measures, section: Bench, pid: int | None) -> Iterator[Measured]:
+def measure(source: LoadSource, section: Bench, pid: int | None) -> Iterator[Measurement]:
     """Every load of a recipe's section. `pid`: whose memory is watched, with all below it; None: nobody's."""
     if section.sweep:
         yield from _sweep(source, section, pid)
         return
     for concurrency in section.concurrency:
-        yield _measured(source, _closed(section, concurrency), section, pid)
+        yield _measurement(source, _closed(section, concurrency), section, pid)
 
 
-def _sweep(source: Measures, section: Bench, pid: int | None) -> Iterator[Measured]:
+def _sweep(source: LoadSource, section: Bench, pid: int | None) -> Iterator[Measurement]:
     """Closed loops of 1, 2, 4 ... until throughput stops growing; then open loops below the best of them, for what has a queue."""
-    best: Measured | None = None
+    best: Measurement | None = None
     concurrency = 1
-    while concurrency <= MOST:
-        found = _measured(source, _closed(section, concurrency), section, pid)
+    while concurrency <= MAX_CONCURRENCY:
+        found = _measurement(source, _closed(section, concurrency), section, pid)
         yield found
-        if best and _speed(found) < GROWTH * _speed(best):
+        if best and _speed(found) < MIN_GROWTH * _speed(best):
             best = max(best, found, key=_speed)
             break
         best, concurrency = found, 2 * concurrency
     if best is None or not source.queues:
         return
-    for share in SHARES:
+    for share in OPEN_LOOP_SHARES:
         rate = share * best.rate("requests_per_second")
         load = Load(best.load.requests, section.output_tokens, request_rate=rate)
-        yield _measured(source, load, section, pid, share)
+        yield _measurement(source, load, section, pid, share)
 
 
-def _speed(measured: Measured) -> float:
+def _speed(measured: Measurement) -> float:
     return measured.rate("output_tokens_per_second")
 
 
@@ -165,28 +165,32 @@ def _closed(section: Bench, concurrency: int) -> Load:
     return Load(concurrency * section.rounds, section.output_tokens, concurrency=concurrency)
 
 
-def _measured(source: Measures, load: Load, section: Bench, pid: int | None, share: float | None = None) -> Measured:
+def _measurement(
+    source: LoadSource, load: Load, section: Bench, pid: int | None, share: float | None = None
+) -> Measurement:
     """A round thrown away, then the repeats, each with prompts of its own."""
     source.measure(load.warm_up(), 0)
     with bench_meter.Meter(pid) as meter:
-        before = bench_meter.energy() if pid is not None else ELSEWHERE
+        before = bench_meter.energy() if pid is not None else NO_REMOTE_ENERGY
         repeats = [source.measure(load, number) for number in range(1, section.repeats + 1)]
-        after = bench_meter.energy() if pid is not None else ELSEWHERE
+        after = bench_meter.energy() if pid is not None else NO_REMOTE_ENERGY
         meter.sample()
     tokens = sum(request.tokens for repeat in repeats for request in repeat.requests)
-    return Measured(load, repeats, meter.to_dict(), bench_meter.spent(before, after, tokens), share)
+    return Measurement(load, repeats, meter.to_dict(), bench_meter.energy_spent(before, after, tokens), share)
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-def record(measured: Measured, source: Measures, section: Bench, seed: int, about: Mapping[str, Any]) -> dict[str, Any]:
+def record(
+    measured: Measurement, source: LoadSource, section: Bench, seed: int, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
     """One record, as bench.schema.json describes it. `about`: what was benched, and where it comes from."""
     load, requests = measured.load, [r for repeat in measured.repeats for r in repeat.requests]
     found = bench_record.figures(measured.repeats, _slo(section))
     return {
         "schema_version": bench_record.SCHEMA_VERSION,
-        **about,
+        **metadata,
         "concurrency": load.concurrency,
         **found,
         "repeats": section.repeats,
@@ -200,14 +204,16 @@ def record(measured: Measured, source: Measures, section: Bench, seed: int, abou
             "request_rate": load.request_rate,
             "share": measured.share,
             "requests": load.requests,
-            "prompts": source.says,
+            "prompts": source.description,
             "warm_up_requests": load.warm_up().requests,
             "seed": seed,
         },
         "memory": measured.memory,
         "energy": measured.energy,
         "cost": bench_record.cost(section.price_per_hour, found["output_tokens_per_second"]),
-        "environment": bench_record.sealed({**environment(detect().to_dict()), "driver": bench_meter.driver()}),
+        "environment": bench_record.with_hash(
+            {**environment(detect().to_dict()), "driver": bench_meter.driver_version()}
+        ),
     }
 
 
@@ -220,7 +226,7 @@ def _peak(runtime: Runtime, artifact: Artifact) -> dict[str, Any]:
     return {"peak_bytes": runtime.memory_bytes(), "meter": meter}
 
 
-def _about(run: Run, artifact: Artifact) -> dict[str, Any]:
+def _metadata(run: Run, artifact: Artifact) -> dict[str, Any]:
     """What is benched, and what the same run knows of it: how it was trained, and how good it is."""
     outputs = {**run.outputs("merge"), **run.outputs("export")}
     found, training = measured(run), cost_of(run.manifest()["stages"].get("train"))
@@ -228,7 +234,7 @@ def _about(run: Run, artifact: Artifact) -> dict[str, Any]:
     return {
         "runtime": artifact.runtime,
         "artifact": artifact.name,
-        "model_sha256": bench_record.files_sha256(outputs, f"{artifact.path.relative_to(run.root)}/"),
+        "model_sha256": bench_record.artifact_sha256(outputs, f"{artifact.path.relative_to(run.root)}/"),
         "disk_bytes": artifact.disk_bytes,
         "training": training,
         "quality": {

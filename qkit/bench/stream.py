@@ -22,12 +22,25 @@ from typing import Any
 LINE_END = re.compile(r"\r\n|\n|\r(?!\Z)")
 DONE = "[DONE]"
 # Where an answer's text is in a chunk's choice: `text` of a completion, and these of a chat's delta.
-SAID = ("content", "reasoning", "reasoning_content", "thinking", "refusal", "tool_calls", "function_call", "audio")
-TWICE = ("reasoning", "reasoning_content", "thinking")  # names of one text: some servers send it under several
-LABELS = ("type", "index", "id", "status")  # in a tool call or a part of a content: no text
-BROKEN = ("error", "abort")  # as a finish_reason
+TEXT_FIELDS = (
+    "content",
+    "reasoning",
+    "reasoning_content",
+    "thinking",
+    "refusal",
+    "tool_calls",
+    "function_call",
+    "audio",
+)
+REASONING_FIELDS = (
+    "reasoning",
+    "reasoning_content",
+    "thinking",
+)  # names of one text: some servers send it under several
+NON_TEXT_FIELDS = ("type", "index", "id", "status")  # in a tool call or a part of a content: no text
+FAILURE_REASONS = ("error", "abort")  # as a finish_reason
 ERROR_CHARACTERS = 300
-SILENT_SECONDS = 900.0  # of a server that says no more: the tool would wait for six hours
+CHUNK_TIMEOUT_SECONDS = 900.0  # of a server that says no more: the tool would wait for six hours
 NO_USAGE = "answers came without a count of their tokens (usage), which were counted with the tokenizer"
 
 
@@ -112,14 +125,14 @@ class Answer:
             raise ValueError(f"the server broke off: {json.dumps(wrong)[:ERROR_CHARACTERS]}")
         self.usage.update(event.get("usage") or {})  # of its own, or with every chunk: the last counts
         for choice in event.get("choices") or ():
-            said = list(_said(choice))
+            said = list(_answer_texts(choice))
             self.texts += said
             if isinstance(ids := choice.get("token_ids"), list):
                 self.ids = (self.ids or 0) + len(ids)
                 said = ids
             if said:
                 self.times.append(seconds)
-            if choice.get("finish_reason") in BROKEN:
+            if choice.get("finish_reason") in FAILURE_REASONS:
                 raise ValueError(f"the server broke off: finish_reason {choice['finish_reason']!r}")
             if choice.get("finish_reason"):
                 self.ended = seconds
@@ -154,27 +167,27 @@ def _error(event: Mapping[str, Any]) -> Any:
     return event if named or bare else None
 
 
-def _said(choice: Mapping[str, Any]) -> Iterator[str]:
+def _answer_texts(choice: Mapping[str, Any]) -> Iterator[str]:
     """Every text of a chunk that the model wrote."""
     delta = choice.get("delta") or {}
     seen: list[Any] = []
-    for key in SAID:
-        if key in TWICE and delta.get(key) in seen:
+    for key in TEXT_FIELDS:
+        if key in REASONING_FIELDS and delta.get(key) in seen:
             continue
-        seen += [delta.get(key)] if key in TWICE else []
-        yield from _texts(delta.get(key))
-    yield from _texts(choice.get("text"))
+        seen += [delta.get(key)] if key in REASONING_FIELDS else []
+        yield from _strings_in(delta.get(key))
+    yield from _strings_in(choice.get("text"))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _strings_in(value: Any) -> Iterator[str]:
     if isinstance(value, str) and value:
         yield value
-    inner = [part for key, part in value.items() if key not in LABELS] if isinstance(value, dict) else value
+    inner = [part for key, part in value.items() if key not in NON_TEXT_FIELDS] if isinstance(value, dict) else value
     for part in inner if isinstance(inner, list) else ():
-        yield from _texts(part)
+        yield from _strings_in(part)
 
 
-def body(chat: bool, model: str, prompt: str, tokens: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+def request_body(chat: bool, model: str, prompt: str, tokens: int, extra: Mapping[str, Any]) -> dict[str, Any]:
     """A request: of a chat in one turn, or of a completion. `extra`: parameters beyond OpenAI's."""
     what = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
     most = "max_completion_tokens" if chat else "max_tokens"
@@ -182,7 +195,7 @@ def body(chat: bool, model: str, prompt: str, tokens: int, extra: Mapping[str, A
     return {"model": model, **what, most: tokens, **streamed, **extra}
 
 
-class Reader:
+class StreamClient:
     """What vLLM's tool calls for each request, in place of its own. `output`: its class for what came of one.
 
     Of parameters beyond OpenAI's a request has those of `--extra-body` and no others: the tool adds ignore_eos to random prompts by itself.
@@ -194,15 +207,17 @@ class Reader:
 
     async def completions(self, request_func_input: Any, session: Any, pbar: Any = None) -> Any:
         """Ask /v1/completions."""
-        return await self._ask(request_func_input, session, chat=False)
+        return await self._send(request_func_input, session, chat=False)
 
     async def chat(self, request_func_input: Any, session: Any, pbar: Any = None) -> Any:
         """Ask /v1/chat/completions, in one turn."""
-        return await self._ask(request_func_input, session, chat=True)
+        return await self._send(request_func_input, session, chat=True)
 
-    async def _ask(self, asked: Any, session: Any, chat: bool) -> Any:
+    async def _send(self, asked: Any, session: Any, chat: bool) -> Any:
         found, answer = self.output(), Answer()
-        what = body(chat, asked.model_name or asked.model, asked.prompt, asked.output_len, asked.extra_body or {})
+        what = request_body(
+            chat, asked.model_name or asked.model, asked.prompt, asked.output_len, asked.extra_body or {}
+        )
         found.prompt_len, found.start_time = asked.prompt_len, time.perf_counter()
         try:
             async with session.post(url=asked.api_url, json=what, headers=_headers(asked)) as response:
@@ -237,7 +252,7 @@ async def _read(response: Any, answer: Answer, begin: float) -> None:
     if kind == "application/json":
         raise ValueError("it answered whole where a stream was asked for, so when its first token came cannot be told")
     events = Events()
-    while piece := await asyncio.wait_for(response.content.readany(), SILENT_SECONDS):
+    while piece := await asyncio.wait_for(response.content.readany(), CHUNK_TIMEOUT_SECONDS):
         seconds = time.perf_counter() - begin
         for event in events.feed(piece):
             answer.take(event, seconds)

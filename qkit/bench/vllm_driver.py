@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-from qkit.bench.stream import Reader
+from qkit.bench.stream import StreamClient
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     from vllm.benchmarks import serve
     from vllm.benchmarks.lib import endpoint_request_func
 
-    reader = Reader(endpoint_request_func.RequestFuncOutput)
+    reader = StreamClient(endpoint_request_func.RequestFuncOutput)
     endpoint_request_func.ASYNC_REQUEST_FUNCS.update({"openai": reader.completions, "openai-chat": reader.chat})
     parser = argparse.ArgumentParser()
     serve.add_cli_args(parser)

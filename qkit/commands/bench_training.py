@@ -19,7 +19,7 @@ from typing import Any
 
 from qkit import pipeline
 from qkit.bench import record as bench_record
-from qkit.bench.meter import driver
+from qkit.bench.meter import driver_version
 from qkit.core.device import detect, limit_kernel_cache
 from qkit.core.errors import RecipeError, StageFailed
 from qkit.core.files import make_folder, read_json, write_json
@@ -91,7 +91,7 @@ def bench(how: Recipe, sweep: Sequence[Point], steps: int, out: Path, progress: 
         "recipe_sha256": how.sha256(),
         "points": found,
         "failed": [{**asdict(point), "why": str(error)} for point, error in failed],
-        "environment": bench_record.sealed({**environment(detect().to_dict()), "driver": driver()}),
+        "environment": bench_record.with_hash({**environment(detect().to_dict()), "driver": driver_version()}),
     }
     write_json(out / "train.json", record)
     return record

@@ -12,7 +12,7 @@ from helpers.command import qkit
 from helpers.sample import SAMPLE
 from qkit.bench import compare as bench_compare
 from qkit.bench.compare import Ratio, compare, judge, regression, share
-from qkit.bench.record import sealed
+from qkit.bench.record import with_hash
 from qkit.core.errors import MissingArtifact, UserError
 
 RECORD = SAMPLE / "bench" / "vllm-c8.json"
@@ -90,14 +90,14 @@ def test_figures_without_repeats_are_shown_and_not_judged(before: Path, tmp_path
 
 def elsewhere(file: Path, **changed: Any) -> Path:
     made = json.loads(RECORD.read_text(encoding="utf-8"))["environment"]
-    return record(file, environment=sealed({**made, **changed}))
+    return record(file, environment=with_hash({**made, **changed}))
 
 
 def test_other_environments_are_refused_and_named(before: Path, tmp_path: Path) -> None:
     there = elsewhere(tmp_path / "b.json", device={"name": "an abacus", "memory_bytes": 1, "cores": 1})
     with pytest.raises(UserError, match=r"(?s)environment\.device\.name: .* and an abacus.*--anyway"):
         compare(before, there, 0.05)
-    found = compare(before, there, 0.05, anyway=True)
+    found = compare(before, there, 0.05, ignore_mismatch=True)
     assert any("abacus" in line for line in found[0].differences)
 
 
@@ -157,7 +157,7 @@ def test_folders_are_compared_name_by_name(tmp_path: Path) -> None:
     assert "vllm-c1" not in [
         found.name for found in compare(folders[1], folders[0], 0.05)
     ]  # what is new has nothing beside it
-    names = [found.name for found in compare(folders[0], folders[1], 0.05, anyway=True)]
+    names = [found.name for found in compare(folders[0], folders[1], 0.05, ignore_mismatch=True)]
     assert "vllm-c8" in names and "vllm-c1" not in names and "vllm-r0.5" not in names
     with pytest.raises(MissingArtifact, match="no bench record of the same name"):
         compare(folders[0], tmp_path, 0.05)

@@ -14,7 +14,7 @@ import pytest
 
 from helpers.sse import serving
 from qkit.bench.record import Repeat, Request, figures
-from qkit.bench.stream import NO_USAGE, Answer, Events, Reader
+from qkit.bench.stream import NO_USAGE, Answer, Events, StreamClient
 from qkit.bench.tool import CHAT, COMPLETIONS
 
 ROLE = {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
@@ -228,9 +228,9 @@ class Output:
     start_time: float = 0.0
 
 
-async def ask_all(url: str) -> tuple[dict[str, Output], Reader]:
+async def ask_all(url: str) -> tuple[dict[str, Output], StreamClient]:
     """Every script once, all at the same time."""
-    reader = Reader(Output)
+    reader = StreamClient(Output)
 
     async def one(session: aiohttp.ClientSession, model: str) -> Output:
         place, ask = (COMPLETIONS, reader.completions) if model in ("plain", "blank") else (CHAT, reader.chat)
@@ -244,7 +244,7 @@ async def ask_all(url: str) -> tuple[dict[str, Output], Reader]:
 
 
 @pytest.fixture(scope="module")
-def answers() -> tuple[dict[str, Output], Reader]:
+def answers() -> tuple[dict[str, Output], StreamClient]:
     with serving() as server:
         server.scripts.update({name: sorted(script, key=lambda step: step[0]) for name, script in SCRIPTS.items()})
         return asyncio.run(ask_all(server.url))
@@ -259,7 +259,7 @@ def answers() -> tuple[dict[str, Output], Reader]:
     ],
 )
 def test_the_first_token_is_the_first(
-    answers: tuple[dict[str, Output], Reader], model: str, tokens: int, gap: float
+    answers: tuple[dict[str, Output], StreamClient], model: str, tokens: int, gap: float
 ) -> None:
     found = answers[0][model]
     assert found.success and not found.error and found.output_tokens == tokens
@@ -271,16 +271,16 @@ def test_the_first_token_is_the_first(
     assert found.latency == pytest.approx(LAST, abs=0.05) and found.latency == pytest.approx(request.e2e)
 
 
-def test_what_the_model_wrote_is_kept(answers: tuple[dict[str, Output], Reader]) -> None:
+def test_what_the_model_wrote_is_kept(answers: tuple[dict[str, Output], StreamClient]) -> None:
     assert answers[0]["thinks"].generated_text == answers[0]["uncounted"].generated_text == "abcde"
     assert answers[0]["calls"].generated_text == "f1111" and answers[0]["role"].prompt_len == 7
 
 
-def test_answers_without_a_count_are_counted(answers: tuple[dict[str, Output], Reader]) -> None:
+def test_answers_without_a_count_are_counted(answers: tuple[dict[str, Output], StreamClient]) -> None:
     assert answers[1].doubts[NO_USAGE] == 1
 
 
-def test_an_answer_that_came_at_once_is_said_to(answers: tuple[dict[str, Output], Reader]) -> None:
+def test_an_answer_that_came_at_once_is_said_to(answers: tuple[dict[str, Output], StreamClient]) -> None:
     found = answers[0]["buffered"]
     assert figures([Repeat(1.0, (Request(found.ttft, tuple(found.itl), 3, 5),))])["doubts"] == [
         "1 of 1 answers came at once: TTFT is their end-to-end time, and there is no TPOT"
@@ -296,7 +296,7 @@ def test_an_answer_that_came_at_once_is_said_to(answers: tuple[dict[str, Output]
         ("cut short", "neither"),
     ],
 )
-def test_what_went_wrong_is_said(answers: tuple[dict[str, Output], Reader], model: str, said: str) -> None:
+def test_what_went_wrong_is_said(answers: tuple[dict[str, Output], StreamClient], model: str, said: str) -> None:
     found = answers[0][model]
     assert not found.success and re.search(said, found.error)
 

@@ -16,7 +16,7 @@ from helpers.schemas import BENCH_SCHEMA as SCHEMA
 from helpers.sse import Fake, serving
 from qkit.bench import any_server
 from qkit.bench.any_server import BenchTarget
-from qkit.bench.load import BEYOND_OPENAI
+from qkit.bench.load import EXTRA_PARAMETERS
 from qkit.bench.tool import CHAT, COMPLETIONS
 from qkit.core.errors import RecipeError, ServerError, UserError
 from qkit.core.progress import Progress
@@ -50,8 +50,8 @@ def test_any_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: Path)
 @pytest.mark.parametrize("chat", [False, True])
 def test_what_a_server_takes_is_found_out_by_asking(fake: Fake, chat: bool) -> None:
     endpoint = CHAT if chat else COMPLETIONS
-    assert any_server.taken(fake.url, endpoint, "steady") == frozenset(BEYOND_OPENAI)
-    assert any_server.taken(fake.url, endpoint, "strict") == frozenset()
+    assert any_server.accepted_parameters(fake.url, endpoint, "steady") == frozenset(EXTRA_PARAMETERS)
+    assert any_server.accepted_parameters(fake.url, endpoint, "strict") == frozenset()
 
 
 @pytest.mark.slow
