@@ -117,10 +117,10 @@ def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
 
 
 def accepted_parameters(url: str, endpoint: str, name: str) -> frozenset[str]:
-    """Which of BEYOND_OPENAI a server accepted: some refuse a request for a parameter that they do not know. Found out by asking.
+    """Which of EXTRA_PARAMETERS a server accepts. Some servers reject a request with an unknown parameter, so each is tried.
 
     Raises:
-        ServerError: it cannot be reached, or does not answer in time.
+        ServerError: the server cannot be reached, or does not respond in time.
     """
     with _client(url) as client:
         if _is_accepted(client, endpoint, name, EXTRA_PARAMETERS):

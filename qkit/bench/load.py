@@ -128,11 +128,11 @@ class DirectLoad:
         requests: list[Request] = []
         seconds = 0.0
         for batch in range(max(1, load.requests // size)):
-            begin = number * load.requests + batch * size
-            prompts_for = [self.prompts[(begin + i) % len(self.prompts)] for i in range(size)]
-            timings = self.runtime.timed(prompts_for, load.output_tokens)
+            first = number * load.requests + batch * size
+            prompts = [self.prompts[(first + i) % len(self.prompts)] for i in range(size)]
+            timings = self.runtime.timed(prompts, load.output_tokens)
             seconds += max(timing.e2e_seconds for timing in timings)
-            for prompt, timing in zip(prompts_for, timings, strict=True):
+            for prompt, timing in zip(prompts, timings, strict=True):
                 requests.append(_timed_request(len(prompt), timing.token_seconds))
         return Repeat(seconds, tuple(requests))
 

@@ -107,13 +107,13 @@ def energy() -> EnergyReading | str:
         packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
         if not packages:
             return "no NVML, and no RAPL below /sys/class/powercap"
-        joules, wrap_at = (
+        counts, wrap_at = (
             tuple(int((package / name).read_text()) / 1e6 for package in packages)
             for name in ("energy_uj", "max_energy_range_uj")
         )
     except OSError as error:
         return f"RAPL counters are not readable: {error.strerror}"
-    return EnergyReading("rapl", joules, wrap_at)
+    return EnergyReading("rapl", counts, wrap_at)
 
 
 def energy_spent(before: EnergyReading | str, after: EnergyReading | str, tokens: int) -> dict[str, Any]:

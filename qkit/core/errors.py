@@ -156,9 +156,16 @@ class ServerError(UserError):
 
 
 class Regressed(UserError):
-    """A bench record is worse than the one it is compared with, beyond the threshold and beyond noise: fails a build."""
+    """A bench record is worse than an earlier one by more than the threshold and by more than noise explains.
+
+    `figures`: what regressed, as pairs of record and figure, such as ("vllm-c8", "ttft_seconds").
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "", *, figures: Sequence[tuple[str, str]] = ()):
+        super().__init__(message)
+        self.figures = tuple(figures)
 
 
 class StageFailed(QkitError):

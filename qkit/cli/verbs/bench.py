@@ -197,7 +197,7 @@ def bench_compare(
     from qkit.bench import compare
     from qkit.bench import screen as bench_screen
 
-    worse_by = compare.share(threshold)
+    worse_by = compare.parse_threshold(threshold)
     comparisons = compare.compare(before, after, worse_by, anyway)
     console.show(
         as_json, [asdict(comparison) for comparison in comparisons], lambda: bench_screen.comparisons(comparisons)
