@@ -197,8 +197,7 @@ def regression(comparisons: Sequence[Comparison], threshold: float) -> Regressed
     if not figures:
         return None
     lines = "\n  ".join(f"{name}: {_regression_line(figure)}" for name, figure in figures)
-    message = f"worse by more than {100 * threshold:g} %, and by more than noise explains:
-  {lines}"
+    message = f"worse by more than {100 * threshold:g} %, and by more than noise explains:\n  {lines}"
     return Regressed(message, figures=[(name, figure.name) for name, figure in figures])
 
 

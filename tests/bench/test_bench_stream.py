@@ -283,7 +283,7 @@ def test_answers_without_a_count_are_counted(answers: tuple[dict[str, Output], S
 def test_an_answer_that_came_at_once_is_said_to(answers: tuple[dict[str, Output], StreamClient]) -> None:
     found = answers[0]["buffered"]
     assert figures([Repeat(1.0, (Request(found.ttft, tuple(found.itl), 3, 5),))])["doubts"] == [
-        "1 of 1 answers came at once: TTFT is their end-to-end time, and there is no TPOT"
+        "1 of 1 answers arrived in one piece: their TTFT equals the end-to-end time, and they have no TPOT"
     ]
 
 
@@ -307,9 +307,12 @@ def test_what_went_wrong_is_said(answers: tuple[dict[str, Output], StreamClient]
 @pytest.mark.parametrize(
     ("gaps", "said"),
     [
-        ((1.0, 0.1, 0.1, 0.1), "first gap between chunks, 1,000.0 ms, is far from all others (100.0 ms) in 2 of 2"),
-        ((0.001, 0.1, 0.12, 0.1), "first gap between chunks, 1.0 ms"),
-        ((0.1, 0.1, 0.1, 1.0), "last gap between chunks, 1,000.0 ms"),
+        (
+            (1.0, 0.1, 0.1, 0.1),
+            "first gap between chunks (1,000.0 ms) differs greatly from all others (100.0 ms) in 2 of 2",
+        ),
+        ((0.001, 0.1, 0.12, 0.1), "first gap between chunks (1.0 ms)"),
+        ((0.1, 0.1, 0.1, 1.0), "last gap between chunks (1,000.0 ms)"),
         ((0.1, 0.12, 0.1, 0.001), None),
         ((0.1, 0.3, 0.05, 0.1), None),
         ((0.29, 0.1, 0.1, 0.1), None),
