@@ -75,10 +75,12 @@ def run(target: BenchTarget, out: Path, progress: Progress) -> list[dict[str, An
     if "ignore_eos" not in accepted:
         progress.say(f"bench: {url} does not accept ignore_eos, so the model decides when an answer ends")
     with LoadTool(url, name, tokenizer, prompts, SEED, out / "load.log", endpoint, accepted) as source:
-        for measured in measure(source, section, None):
-            progress.say(f"bench: {name} {measured.name}: {measured.rate('output_tokens_per_second'):.1f} tokens/s")
-            records.append(record(measured, source, section, SEED, metadata))
-            write_json(out / f"{name.replace('/', '-')}-{measured.name}.json", records[-1])
+        for measurement in measure(source, section, None):
+            progress.say(
+                f"bench: {name} {measurement.name}: {measurement.rate('output_tokens_per_second'):.1f} tokens/s"
+            )
+            records.append(record(measurement, source, section, SEED, metadata))
+            write_json(out / f"{name.replace('/', '-')}-{measurement.name}.json", records[-1])
     return records
 
 

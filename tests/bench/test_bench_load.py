@@ -40,7 +40,7 @@ def tool(fake: Fake, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def measured(tool: LoadTool, fake: Fake, model: str, load: Load = LOAD) -> tuple[Repeat, dict[str, Any], list[Sent]]:
     """A load sent to one of the server's models: as a repeat, as the tool tells it itself, and as the server saw it."""
-    tool.about["model"] = model
+    tool.target["model"] = model
     fake.log.pop(model, None)
     repeat = tool.measure(load, 1)
     return repeat, json.loads((Path(tool._folder.name) / "result.json").read_text()), fake.log[model]
@@ -178,19 +178,19 @@ def test_a_chunk_that_only_says_whose_turn_it_is_is_no_token(fake: Fake, tool: L
         for at, d in zip(times, said, strict=True)
     ]
     fake.scripts["role"].append((times[-1], {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}))
-    before, tool.about["endpoint"], tool.accepted = tool.accepted, CHAT, frozenset()
+    before, tool.target["endpoint"], tool.accepted = tool.accepted, CHAT, frozenset()
     try:
-        tool.about["model"] = "role"
+        tool.target["model"] = "role"
         repeat = tool.measure(Load(2, 3, 2), 1)
     finally:
-        tool.about["endpoint"], tool.accepted = COMPLETIONS, before
+        tool.target["endpoint"], tool.accepted = COMPLETIONS, before
     assert nearest([request.ttft for request in repeat.requests], [FIRST] * 2) < 0.05
     assert nearest([request.tpot for request in repeat.requests], [GAP] * 2) < 0.05
     assert [request.tokens for request in repeat.requests] == [3, 3]
 
 
 def test_other_prompt_tokens_than_were_sent_are_an_error(tool: LoadTool, fake: Fake) -> None:
-    with pytest.raises(ServerError, match=r"counts \d+ tokens in a prompt of \d+ \(4 of 4 differ\)"):
+    with pytest.raises(ServerError, match=r"counts \d+ tokens in a prompt of \d+ \(4 of 4 prompts differ\)"):
         measured(tool, fake, "miscounts", Load(4, 1, 4))
 
 
@@ -211,7 +211,7 @@ def test_an_answer_that_breaks_off_has_failed(tool: LoadTool, fake: Fake) -> Non
 
 
 def test_a_server_that_answers_nothing_is_an_error(tool: LoadTool, fake: Fake) -> None:
-    with pytest.raises(ServerError, match="answered none of the requests"):
+    with pytest.raises(ServerError, match="failed every request"):
         measured(tool, fake, "fails", Load(2, 2, 2))
 
 
