@@ -101,14 +101,14 @@ def test_usage_may_come_with_every_chunk() -> None:
 @pytest.mark.parametrize(
     ("chunks", "said"),
     [
-        ([ROLE, END], "no token came"),
-        ([ROLE, END, usage(4)], "4 were counted, of which none had text"),
-        ([delta(content="a"), {"error": {"message": "out of memory"}}], "broke off.*out of memory"),
-        ([delta(content="a"), {"object": "error", "message": "out of memory"}], "broke off.*out of memory"),
-        ([delta(content="a"), {"message": "out of memory", "code": 500}], "broke off.*out of memory"),
-        ([delta(content="a"), {"detail": "out of memory"}], "broke off.*out of memory"),
-        ([delta(content="a"), {"choices": [{"delta": {}, "finish_reason": "error"}]}], "broke off.*'error'"),
-        ([delta(content="a"), {"choices": [{"delta": {}, "finish_reason": "abort"}]}], "broke off.*'abort'"),
+        ([ROLE, END], "the answer has no tokens"),
+        ([ROLE, END, usage(4)], "the server counted 4, none of them with text"),
+        ([delta(content="a"), {"error": {"message": "out of memory"}}], "reported an error.*out of memory"),
+        ([delta(content="a"), {"object": "error", "message": "out of memory"}], "reported an error.*out of memory"),
+        ([delta(content="a"), {"message": "out of memory", "code": 500}], "reported an error.*out of memory"),
+        ([delta(content="a"), {"detail": "out of memory"}], "reported an error.*out of memory"),
+        ([delta(content="a"), {"choices": [{"delta": {}, "finish_reason": "error"}]}], "reported an error.*'error'"),
+        ([delta(content="a"), {"choices": [{"delta": {}, "finish_reason": "abort"}]}], "reported an error.*'abort'"),
     ],
 )
 def test_what_is_no_answer_is_said(chunks: list[dict[str, Any]], said: str) -> None:
@@ -141,9 +141,9 @@ def test_events_are_found_however_they_are_cut(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('event: error\ndata: {"message": "out of memory", "choices": [1]}\n\n', "broke off.*out of memory"),
-        ("event: error\ndata: out of memory\n\n", "broke off.*out of memory"),
-        ('data: {"a": 1}\n\ndata: [DONE]\n\ndata: {"choices": [{"text": "b"}]}\n\n', "goes on after"),
+        ('event: error\ndata: {"message": "out of memory", "choices": [1]}\n\n', "reported an error.*out of memory"),
+        ("event: error\ndata: out of memory\n\n", "reported an error.*out of memory"),
+        ('data: {"a": 1}\n\ndata: [DONE]\n\ndata: {"choices": [{"text": "b"}]}\n\n', "continues after"),
     ],
 )
 def test_an_event_that_is_no_part_of_an_answer_is_said(text: str, said: str) -> None:
@@ -161,7 +161,7 @@ def test_a_text_under_two_names_is_one_and_a_state_is_none() -> None:
 @pytest.mark.parametrize("text", ["data: {oops\n\n", "data: [1]\n\n", "data: <html>"])
 def test_what_is_no_event_is_said(text: str) -> None:
     events = Events()
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match=r"not (JSON|a JSON object)"):
         assert not [*events.feed(text.encode()), *events.feed(b"", last=True)]
 
 
@@ -290,10 +290,10 @@ def test_an_answer_that_came_at_once_is_said_to(answers: tuple[dict[str, Output]
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("breaks off", r"broke off: .*out of memory"),
-        ("garbage", "no JSON"),
-        ("nothing", "no token came"),
-        ("cut short", "neither"),
+        ("breaks off", r"reported an error: .*out of memory"),
+        ("garbage", "not JSON"),
+        ("nothing", "the answer has no tokens"),
+        ("cut short", "without a finish_reason"),
     ],
 )
 def test_what_went_wrong_is_said(answers: tuple[dict[str, Output], StreamClient], model: str, said: str) -> None:
