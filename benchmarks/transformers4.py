@@ -22,7 +22,7 @@ from typing import Any
 
 from qkit import pipeline
 from qkit.commands import merge_any
-from qkit.commands.combine import Wish
+from qkit.commands.combine import MergeRequest
 from qkit.core.device import detect
 from qkit.core.files import write_json
 from qkit.core.progress import Progress
@@ -173,7 +173,7 @@ def _merged(work: Path, name: str) -> Path:
     get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).save_pretrained(
         here / "adapter"
     )
-    wish = Wish(str(here / "base"), [here / "adapter"], here / "merged", overrides=["merge.dtype=float32"])
+    wish = MergeRequest(str(here / "base"), [here / "adapter"], here / "merged", overrides=["merge.dtype=float32"])
     merge_any.merge(wish, Progress())
     return here / "merged"
 

@@ -31,6 +31,8 @@ from qkit.runtimes import vllm
 from qkit.server import process
 from qkit.train import sft
 
+pytestmark = pytest.mark.slow
+
 # --- probes -------------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +221,7 @@ TABLE: dict[str, Line | Place] = {
     "Evaluate.batch_size": (planned, {"evaluate.batch_size": 4}, {"data.max_length": 64}),
     "Evaluate.answer_pattern": ("tasks/chat.py", "section.answer_pattern"),
     "Evaluate.confidence": (scored, {"evaluate.confidence": 0.5}),
-    "Merge.base": ("measure/candidates.py", "how.merge.base"),
+    "Merge.base": ("measure/candidates.py", "recipe.merge.base"),
     "Merge.choose": ("merge/stage.py", "run.recipe.merge.choose"),
     "Merge.dtype": (planned, {"merge.dtype": "float32"}),
     "Merge.max_shard_bytes": ("export/formats/bnb.py", "merge.max_shard_bytes"),

@@ -27,10 +27,11 @@ from qkit.core.device import detect
 from qkit.core.errors import DataError
 from qkit.core.files import write_json
 from qkit.measure import held_out
-from qkit.measure.artifacts import MERGED, Artifact, artifacts, open_artifact
-from qkit.measure.evidence import cost_of, measured
+from qkit.measure.artifacts import Artifact, artifacts, open_artifact
+from qkit.measure.evidence import cost_of, read_evidence
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.runtime import Runtime
+from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Bench
 from qkit.run.directory import Run
 from qkit.run.environment import environment
@@ -232,7 +233,7 @@ def _peak(runtime: Runtime, artifact: Artifact) -> dict[str, Any]:
 def _metadata(run: Run, artifact: Artifact) -> dict[str, Any]:
     """The fields of a record that describe the artifact: its identity, the cost of its training, and its quality."""
     outputs = {**run.outputs("merge"), **run.outputs("export")}
-    evidence, training = measured(run), cost_of(run.manifest()["stages"].get("train"))
+    evidence, training = read_evidence(run.root), cost_of(run.manifest()["stages"].get("train"))
     score, distance = evidence.scores.get(artifact.name, {}), evidence.parity.get(artifact.name, {})
     return {
         "runtime": artifact.runtime,

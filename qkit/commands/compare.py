@@ -18,17 +18,20 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.device import detect
 from qkit.core.errors import DataError, MissingArtifact, ParityFailed
 from qkit.core.files import read_json
+from qkit.core.sequences import first_difference
 from qkit.data.summary import left_out
-from qkit.measure import contract, divergence, evidence, reference
+from qkit.measure import contract, evidence, reference
 from qkit.measure import held_out as measure_held_out
 from qkit.measure import scores as measure_scores
-from qkit.measure.artifacts import MERGED, Artifact, open_artifact
+from qkit.measure.artifacts import Artifact, open_artifact
+from qkit.measure.divergence import Distances
 from qkit.measure.held_out import HeldOut
 from qkit.model import provenance, source
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.exporter import exporter
 from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
+from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Evaluate, Recipe, Serve, Source
 from qkit.run.directory import Run
 from qkit.server.client import root_url
@@ -115,7 +118,7 @@ class Comparison:
         return {**asdict(self), "perplexity_a": self.perplexity_a, "perplexity_b": self.perplexity_b}
 
     def enforce(self, limit: float) -> None:
-        """Raises ParityFailed when the mean KL is above `limit`, or no number."""
+        """Raise ParityFailed if the mean KL is above `limit`, or NaN."""
         if not self.kl_mean <= limit:
             raise ParityFailed(
                 f"{self.b} is {self.kl_mean:.4g} nats per token from {self.a}; --max-kl allows {limit:g}"
@@ -245,10 +248,10 @@ def _asked(file: Path, how: Recipe, where: str, own_of: Run | None) -> Questions
 
 
 def compare(a: Side, b: Side, asked: Questions, progress: Progress) -> Comparison:
-    """Ask both, one after the other.
+    """Score the rows and generate answers with both, one after the other.
 
     Raises:
-        ParityFailed: one of them gives log-probabilities that are no numbers.
+        ParityFailed: one of them returned NaN or infinite log-probabilities.
     """
     rows = asked.held_out.rows
     longest = max(len(row.input_ids) for row in rows) + asked.section.max_new_tokens
@@ -260,10 +263,10 @@ def compare(a: Side, b: Side, asked: Questions, progress: Progress) -> Compariso
         progress.say(f"verify: {b.words}")
         with opened(b, longest) as runtime:
             answers_b = _answers(b, runtime, asked)
-            found = _Sums(scores_a)
+            distances = Distances(scores_a)
             for row in runtime.score(rows[: len(scores_a)]):
-                found.add(row)
-    return found.comparison(a, b, asked, answers_a, answers_b)
+                distances.add(row)
+    return _comparison(a, b, asked, answers_a, answers_b, distances)
 
 
 def _answers(which: Side, runtime: Runtime, asked: Questions) -> list[list[int]]:
@@ -284,59 +287,30 @@ def _kept(scores: Iterator[RowScores], rows: Sequence[TokenRow], file: Path) -> 
     return list(reference.read(file, rows[:count]))
 
 
-class _Sums:
-    """What is known of b beside a, row by row."""
-
-    def __init__(self, scores_a: Sequence[RowScores]):
-        self.scores_a = scores_a
-        self.kl: list[Any] = []
-        self.same: list[Any] = []
-        self.targets: list[Any] = []
-        self.over = ""
-
-    def add(self, b: RowScores) -> None:
-        a = self.scores_a[len(self.kl)]
-        self.over = divergence.over(a, b)
-        self.kl.append(divergence.divergence(a, b))
-        self.same.append(a.top1 == b.top1)
-        self.targets.append(b.targets)
-
-    def comparison(
-        self, a: Side, b: Side, asked: Questions, answers_a: Sequence[Sequence[int]], answers_b: Sequence[Sequence[int]]
-    ) -> Comparison:
-        import numpy as np
-
-        kl = np.concatenate(self.kl)
-        if not np.isfinite(kl).all():
-            raise ParityFailed(f"{a.name} or {b.name} gives log-probabilities that are no numbers: it is broken")
-        places = [parting(*pair) for pair in zip(answers_a, answers_b, strict=True)]
-        apart = [place for place in places if place is not None]
-        return Comparison(
-            a=a.name,
-            b=b.name,
-            on=asked.where,
-            rows=len(self.kl),
-            tokens=len(kl),
-            over=self.over,
-            kl_mean=float(kl.mean()),
-            kl_p99=float(np.quantile(kl, 0.99)),
-            kl_max=float(kl.max()),
-            top1=float(np.concatenate(self.same).mean()),
-            loss_a=measure_scores.mean_loss(row.targets for row in self.scores_a),
-            loss_b=measure_scores.mean_loss(self.targets),
-            identical=len(places) - len(apart),
-            parting=statistics.median(apart) if apart else None,
-            metric=open_task(asked.task).METRIC,
-            score=_scores(a, b, asked, answers_a, answers_b),
-            checks=_checks(a, b),
-        )
-
-
-def parting(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """The place of the first token where two answers part; None when they are the same."""
-    if list(a) == list(b):
-        return None
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _comparison(
+    a: Side,
+    b: Side,
+    asked: Questions,
+    answers_a: Sequence[Sequence[int]],
+    answers_b: Sequence[Sequence[int]],
+    distances: Distances,
+) -> Comparison:
+    """The figures of two sides whose scores and answers are complete."""
+    places = [first_difference(*pair) for pair in zip(answers_a, answers_b, strict=True)]
+    different = [place for place in places if place is not None]
+    return Comparison(
+        a=a.name,
+        b=b.name,
+        on=asked.where,
+        **distances.figures(f"{a.name} or {b.name}"),
+        loss_a=measure_scores.mean_loss(row.targets for row in distances.first),
+        loss_b=measure_scores.mean_loss(distances.targets),
+        identical=len(places) - len(different),
+        parting=statistics.median(different) if different else None,
+        metric=open_task(asked.task).METRIC,
+        score=_scores(a, b, asked, answers_a, answers_b),
+        checks=_checks(a, b),
+    )
 
 
 def _scores(

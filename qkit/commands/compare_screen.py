@@ -1,4 +1,4 @@
-"""What `qkit verify A B` found, for a terminal."""
+"""The result of `qkit verify A B` for a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def screen(found: Comparison, a: Side, b: Side) -> RenderableType:
-    """The comparison in a few lines."""
+    """The comparison as a short table."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""Where two models part: the first layer whose output differs by more than rounding, and the first module inside it.
+"""Where two models diverge: the first layer whose output differs by more than rounding, and the first module inside it.
 
 What rounding does is measured, not assumed: the first model runs twice on the same rows, as it is (bf16) and in fp32, and at each place the
 relative error of the one against the other is what one run in bf16 costs there; it grows from layer to layer. Two runs of one model in bf16 are
@@ -67,7 +67,7 @@ class Walk:
 
     @property
     def words(self) -> str:
-        """The answer in a sentence."""
+        """The answer as text."""
         if self.first is None:
             worst = max(self.places, key=lambda place: place.error / max(place.rounding, HALF_STEP))
             return f"nowhere by more than rounding; most at {_error(worst)}"
@@ -103,7 +103,7 @@ def _figures(place: Place) -> str:
 
 
 def walk(a: Side, b: Side, rows: Sequence[TokenRow], progress: Progress) -> Walk:
-    """Compare the two layer by layer; one is open at a time.
+    """Compare the two layer by layer. One model is open at a time.
 
     Raises:
         NotDeployable: as `need_torch`; or the model's layers cannot be found.
@@ -119,7 +119,7 @@ def walk(a: Side, b: Side, rows: Sequence[TokenRow], progress: Progress) -> Walk
 
 
 def need_torch(*sides: Side) -> None:
-    """Raises NotDeployable for what is not a model that torch can open."""
+    """Raise NotDeployable for a side that is not a model that torch can open."""
     for which in sides:
         if which.url or which.runtime not in ("transformers", "vllm"):
             raise NotDeployable(
@@ -129,7 +129,7 @@ def need_torch(*sides: Side) -> None:
 
 
 def _places(a: Side, b: Side, rows: Sequence[Sequence[int]], watched: Watched) -> tuple[Place, ...]:
-    """Each place that both have, with the difference there and what rounding does."""
+    """Each place that both models have, with the difference there and that of rounding."""
     with opened(_in_torch(a), ROW_TOKENS) as runtime:
         model = runtime.model  # type: ignore[attr-defined]
         as_it_is = _states(model, rows, watched)
@@ -145,7 +145,7 @@ def _places(a: Side, b: Side, rows: Sequence[Sequence[int]], watched: Watched) -
 
 
 def _in_torch(which: Side) -> Side:
-    """A folder for vLLM is a model folder."""
+    """The same folder opened with transformers: what vLLM serves is a model folder."""
     if which.runtime != "vllm":
         return which
     return Side(which.name, "transformers", which.path)
@@ -181,7 +181,7 @@ def outline(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module, bool
 
 
 def inner(model: PreTrainedModel, number: int) -> Iterator[tuple[str, torch.nn.Module, bool]]:
-    """Every module of a layer that has none of its own; an adapted one counts as one."""
+    """The modules of a layer that have no submodules; one with a LoRA adapter counts as one."""
     for name, module in _leaves(_layers(model)[number]):
         yield name, module, True
 
@@ -194,7 +194,7 @@ def _layers(model: PreTrainedModel) -> Any:
     decoder = _base(model).get_decoder()
     layers = getattr(decoder, "layers", None)
     if layers is None:
-        raise NotDeployable(f"--where: {type(decoder).__name__} keeps its layers under no name that is known here")
+        raise NotDeployable(f"--where: {type(decoder).__name__} has no attribute `layers`")
     return layers
 
 
@@ -234,7 +234,7 @@ def _vectors(value: Any) -> torch.Tensor:
 
     tensors = value if isinstance(value, tuple) else (value,)
     if isinstance(value, tuple) and len({tensor.shape for tensor in tensors if tensor is not None}) > 1:
-        tensors = tensors[:1]  # a layer's output, and what it says beside it
+        tensors = tensors[:1]  # a layer's output, followed by extra outputs
     return torch.cat([t.detach().float().flatten(0, -2).cpu() for t in tensors if t is not None], dim=-1)
 
 

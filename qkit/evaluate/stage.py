@@ -27,7 +27,7 @@ def run(run: Run, out: Path) -> None:
     """Score the base model, then the adapter on it."""
     held_out = measure_held_out.read_held_out(run.need("data", "test.parquet"))
     if not held_out.rows:
-        raise DataError("data.test names no rows, so nothing can be evaluated: give it a source")
+        raise DataError("data.test has no rows, so the result cannot be evaluated: give it a source")
     folder, adapter = source.resolve(run.recipe.model), run.need("train", "adapter")
     scores, predictions = {}, []
     for name, weights in (("base", None), ("adapter", adapter)):
@@ -50,7 +50,7 @@ def run(run: Run, out: Path) -> None:
 
 
 def _gain(run: Run, predictions: list[dict[str, object]]) -> dict[str, float]:
-    """What the adapter gained over the base, row by row."""
+    """Points that the adapter gains over the base on the same rows, with their interval."""
     right = {name: [bool(p["correct"]) for p in predictions if p["artifact"] == name] for name in ("base", "adapter")}
     return measure_scores.paired_gain(right["base"], right["adapter"], run.recipe.evaluate.confidence, run.recipe.seed)
 

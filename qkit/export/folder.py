@@ -11,7 +11,7 @@ from qkit.core.errors import NotDeployable
 from qkit.core.files import link_or_copy
 from qkit.model import older_forms
 from qkit.model.provenance import NOTE
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import copy_companions
 
 FLOAT16_MAX = 65504.0
 

@@ -15,7 +15,7 @@ from qkit.run.directory import Run
 
 @dataclass(frozen=True)
 class Answers:
-    """One of each per held-out row: the tokens that were generated, their text, and whether the task has it right."""
+    """By held-out row: the tokens that were generated, their text, and whether the task counts it as right."""
 
     token_ids: tuple[list[int], ...]
     texts: tuple[str, ...]
@@ -23,7 +23,7 @@ class Answers:
 
 
 def answered(run: Run, runtime: Runtime, held_out: HeldOut, what: str = "generate") -> Answers:
-    """Ask the model that is open, as the run's recipe says; `what` names the progress bar."""
+    """Generate and grade answers to the held-out prompts with an open model, as the recipe sets. `what` labels the progress bar."""
     section = run.recipe.evaluate
     stop = frozenset(read_json(run.need("data", "tokens.json"))["stop"])
     prompts = [row.prompt for row in held_out.rows]

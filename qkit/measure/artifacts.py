@@ -1,4 +1,4 @@
-"""What a run has made that can be opened, and the runtime that opens each."""
+"""The artifacts of a run (the merged model and the exports), and the runtime that opens each."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from qkit.core.files import read_json
 from qkit.merging.folder import dtype_of
 from qkit.plugins.exporter import exporter
 from qkit.plugins.runtime import Runtime, open_runtime
-from qkit.recipe.registry import split
+from qkit.recipe.registry import MERGED, split
 from qkit.run.directory import Run
 from qkit.server.client import running_server
 
-MERGED = "merged"
 SERVED = "vllm"  # the export that the stage `serve` serves
-# By variant, where the folder's config.json does not say it: a graph has its own dtype, and a .gguf file is dequantized to fp32.
+# By variant, where config.json does not name the dtype: a graph has its own, and a .gguf file is dequantized to fp32.
 COMPUTED = {
     "fp32": "float32",
     "fp16": "float16",
@@ -30,7 +29,7 @@ COMPUTED = {
 
 @dataclass(frozen=True)
 class Artifact:
-    """A folder of a run: `merged`, or an export by its format's name."""
+    """A folder of a run. `name`: `merged`, or the export's format."""
 
     name: str
     path: Path
@@ -41,18 +40,20 @@ class Artifact:
 
     @property
     def disk_bytes(self) -> int:
-        """Of all its files; links count as what they lead to."""
+        """Size of all its files; a link counts as its target."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
 
 def rounding(run: Run, artifact: Artifact) -> dict[str, str]:
     """The dtypes that it `computed` in and that its `weights` were merged in, as parity.measure takes them."""
     variant, config = split(artifact.name)[1], artifact.path / "config.json"
-    own = read_json(config).get("dtype") if config.is_file() and artifact.runtime in ("transformers", "vllm") else None
-    weights = (
-        "float32" if (artifact.path / "adapter_config.json").is_file() else dtype_of(run)
-    )  # an adapter is added to none
-    return {"computed": COMPUTED.get(variant, own or "bfloat16"), "weights": weights}
+    has_dtype = config.is_file() and artifact.runtime in ("transformers", "vllm")
+    dtype = read_json(config).get("dtype") if has_dtype else None
+    is_adapter = (artifact.path / "adapter_config.json").is_file()  # not merged, so its sum is not rounded
+    return {
+        "computed": COMPUTED.get(variant, dtype or "bfloat16"),
+        "weights": "float32" if is_adapter else dtype_of(run),
+    }
 
 
 def artifacts(run: Run) -> list[Artifact]:
@@ -62,7 +63,7 @@ def artifacts(run: Run) -> list[Artifact]:
 
 
 def open_artifact(run: Run, artifact: Artifact, stage: str) -> Runtime:
-    """Open it with its runtime; a server that `qkit run` keeps for this run is used and not started again."""
+    """Open it with its runtime. If `qkit run` already keeps a server for this run, that server is used."""
     options = {}
     if artifact.runtime == "vllm":
         serve = run.recipe.serve.model_copy(update={"port": 0})

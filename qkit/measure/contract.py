@@ -1,9 +1,9 @@
-"""The serve contract: a running server makes of a conversation what training made of it, token by token, and stops where it stopped.
+"""The serve contract: a running server turns a conversation into the same tokens as training did, and stops at the same tokens.
 
-What counts is what the server does. So it is asked, over HTTP: for the ids of a prompt, for what ends an answer, for its longest context. Only
-what no request can show (dtype, default sampling) is read from the folder that it says it serves, when that is on this machine.
+The checks send requests: for the ids of a prompt, for what ends an answer, for the longest context. Only what no request can show (dtype,
+default sampling) is read from the folder that the server names, if that is on this machine.
 
-A folder that no server has loaded yet is asked the same: by its own tokenizer, template and generation config.
+A folder that no server has loaded is checked the same way, through its own tokenizer, template and generation config.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ParityFailed, short
 from qkit.core.files import read_json
+from qkit.core.sequences import first_difference
 from qkit.measure import held_out as measure_held_out
 from qkit.measure.endpoint import FolderSubject, ServerSubject, as_request, read_if_there
 from qkit.measure.held_out import HeldOut
@@ -43,7 +44,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by a form
 
 @dataclass(frozen=True)
 class ContractCheck:
-    """One thing that training and server must agree on. `status`: ok, differs, noted (worth knowing, no fault) or not checked."""
+    """One thing in which training and server must agree. `status`: ok, differs, noted (worth knowing, not an error) or not checked."""
 
     name: str
     status: str
@@ -52,7 +53,7 @@ class ContractCheck:
 
 @dataclass(frozen=True)
 class Contract:
-    """What was found of the model `model` that the server at `url` offers; or that lies in the folder `url`."""
+    """The checks of the model `model` that the server at `url` offers, or that is in the folder `url`."""
 
     url: str
     model: str
@@ -63,10 +64,11 @@ class Contract:
         return tuple(check for check in self.checks if check.status == DIFFERS)
 
     def enforce(self) -> None:
-        """Raises ParityFailed when anything differs."""
+        """Raise ParityFailed (gate `contract`) if anything differs."""
         if self.broken:
-            said = "\n".join(f"{check.name}: {check.detail}" for check in self.broken)
-            raise ParityFailed(f"{self.url} does not do with {self.model} what training did\n{said}")
+            details = "\n".join(f"{check.name}: {check.detail}" for check in self.broken)
+            message = f"{self.url} does not handle conversations with {self.model} as training did\n{details}"
+            raise ParityFailed(message, artifact=self.model, gate="contract")
 
 
 def check(
@@ -113,7 +115,7 @@ def _checks(run: Run, server: Subject, held_out: HeldOut, rows: int) -> Iterator
 
 
 def _spread(numbers: Sequence[int], count: int) -> list[int]:
-    """At most `count` of them, from all over."""
+    """At most `count` of them, evenly spaced."""
     return [numbers[i * len(numbers) // count] for i in range(count)] if len(numbers) > count else list(numbers)
 
 
@@ -124,7 +126,7 @@ def _prompts(run: Run, server: Subject, held_out: HeldOut, numbers: Sequence[int
     """Whether each conversation becomes the token ids that training saw up to the answer."""
     name = "prompt tokens"
     if not numbers:
-        return ContractCheck(name, NOT_CHECKED, "the held-out rows are plain text: there are no turns to write")
+        return ContractCheck(name, NOT_CHECKED, "the held-out rows are plain text, not conversations")
     for number in numbers:
         answer = server.prompt_ids(held_out.messages[number], held_out.tools[number], held_out.variables[number])
         if answer is None:
@@ -182,18 +184,17 @@ def _tokenizer(run: Run) -> PreTrainedTokenizerBase:
 
 
 def _parting(tokenizer: PreTrainedTokenizerBase, where: str, trained: Sequence[int], served: Sequence[int]) -> str:
-    """Where two prompts part, in words and in tokens."""
-    pairs = zip(trained, served, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(trained), len(served)))
-    seen, made = (tokenizer.decode(list(ids[place : place + 12])) for ids in (trained, served))
+    """The first difference of two prompts, as token index and as text."""
+    place = first_difference(trained, served) or 0
+    expected, actual = (tokenizer.decode(list(ids[place : place + 12])) for ids in (trained, served))
     return (
         f"{where}: it makes {len(served)} prompt tokens where training saw {len(trained)}; from token {place} on "
-        f"training saw {seen!r}, it writes {made!r}: {_why(tokenizer)}"
+        f"training saw {expected!r}, it writes {actual!r}: {_why(tokenizer)}"
     )
 
 
 def _why(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What makes prompts part, as far as it can be known."""
+    """The likely cause of a difference between prompts."""
     from qkit.chat.template import date_formats, texts
 
     if any(date_formats(text) for text in texts(tokenizer)):
@@ -205,12 +206,12 @@ def _stop(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
     """Whether an answer ends with the tokens that ended it in training: each is made the likeliest by far, and must be the last."""
     name = "stop tokens"
     trained: list[int] = read_json(run.need("data", "tokens.json"))["stop"]
-    talks_on = [token for token in trained if not server.stops_at(held_out.rows[0].prompt, token)]
-    if talks_on:
+    continues = [token for token in trained if not server.stops_at(held_out.rows[0].prompt, token)]
+    if continues:
         return ContractCheck(
             name,
             DIFFERS,
-            f"the server talks on after token {talks_on[0]}, which ended every answer in training: "
+            f"generation does not stop at token {continues[0]}, which ended every answer in training: "
             "eos_token_id in the served generation_config.json must name it",
         )
     return ContractCheck(name, OK, f"an answer ends at {', '.join(map(str, trained))}, as in training")
@@ -219,7 +220,7 @@ def _stop(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
 def _length(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
     name = "length"
     if server.max_model_len is None:
-        return ContractCheck(name, NOT_CHECKED, "it does not say how long a context it takes")
+        return ContractCheck(name, NOT_CHECKED, "the server does not report its context length")
     trained = [length for length, *_ in read_json(run.need("data", "summary.json")).get("lengths", ())]
     longest = max(
         min(max(trained, default=0), run.recipe.data.max_length), *(len(row.input_ids) for row in held_out.rows)
@@ -329,7 +330,7 @@ def _named(call: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def screen(found: Contract) -> str:
-    """One line for each check."""
+    """The checks as text, one per line."""
     width = max(len(check.name) for check in found.checks)
     lines = [f"{check.name:<{width}}  {check.status}: {check.detail}" for check in found.checks]
     return "\n".join([f"{found.url} serves {found.model}", *lines])

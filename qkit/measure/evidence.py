@@ -1,4 +1,8 @@
-"""What has been measured of a run's artifacts, and whether it is of the files that are there now."""
+"""What evaluate and verify measured of a run's artifacts, and whether that is of the files that are there now.
+
+`read_evidence` is the only reader of evaluate/scores.json and verify/parity.json. An artifact that was made again after verify
+measured it is in neither table; its name is in `stale`.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +14,30 @@ from typing import Any
 
 from qkit.core.files import read, read_lines
 from qkit.model.provenance import NOTE
+from qkit.recipe.registry import MERGED
 from qkit.run.directory import Run
 
-
-def made_of(manifest: Mapping[str, Any], stage: str, folder: str) -> bool:
-    """Whether a stage that is done read the files below `folder`, such as `export/vllm/`, as they are now."""
-    done, maker = manifest["stages"].get(stage), manifest["stages"].get(folder.partition("/")[0])
-    if done is None or maker is None:
-        return False
-    then = {(name, digest) for name, digest in done["inputs"].items() if name.startswith(folder)}
-    now = {(name, output["sha256"]) for name, output in maker["outputs"].items() if name.startswith(folder)}
-    return then == now
-
-
+# The verdict on an artifact: `status` in verify/parity.json, and in `qkit show --json`.
 PASSED, FAILED = "passed", "failed"
+STALE = "stale"  # only in `qkit show`: the files were made again after they were measured
 
-
-WORDS = {
+DESCRIPTIONS = {
     "kl_mean": "mean KL to the trained model beyond rounding and chance",
     "kl_row": "mean KL of the row that is farthest from the trained model, beyond rounding",
     "kl_p99": "99th percentile of the KL to the trained model",
-    "top1": "share of tokens with the same most likely one as the model it was made from",
+    "top1": "share of tokens with the same most likely token as the model it was made from",
     "max_difference": "largest difference of a log-probability from the model it was made from",
-    "score": "score against the reference model's on the same rows, upper end of the paired interval, in points",
-    "lost": "distance to the base model smaller than to the trained one by more than chance: the fine-tune is not in it",
-    "numbers": "log-probabilities that are no numbers",
-    "opens": "its runtime does not open it, or does not answer",
+    "score": "score compared with the reference model's on the same rows, in points",
+    "lost": "closer to the base model than to the trained one, by more than chance: the fine-tune is lost",
+    "numbers": "NaN or infinite log-probabilities",
+    "opens": "its runtime cannot open it, or does not answer",
     "contract": "conversations are not handled as in training",
 }
 
 
 @dataclass(frozen=True)
 class Breach:
-    """A limit that an artifact does not keep. `figure` and `limit` are None where the gate is no number; then `detail` says what was seen."""
+    """A limit that an artifact breaks. `figure` and `limit` are None for a gate without a number; `detail` then says what was observed."""
 
     gate: str
     figure: float | None = None
@@ -51,67 +46,95 @@ class Breach:
 
     @property
     def message(self) -> str:
-        figures = "" if self.figure is None else f" {self.figure:.4g}"
+        figure = "" if self.figure is None else f" {self.figure:.4g}"
         limit = "" if self.limit is None else f" (limit {self.limit:.4g})"
-        return f"{WORDS[self.gate]}{figures}{limit}{self.detail and f': {self.detail}'}"
-
-
-def reference_answers(run: Run) -> list[dict[str, Any]]:
-    """The reference model's answers as `evaluate` kept them, in the order of the held-out rows."""
-    return [
-        answer for answer in read_lines(run.need("evaluate", "predictions.jsonl")) if answer["artifact"] == "adapter"
-    ]
-
-
-# --- afterwards -----------------------------------------------------------------------------------------------------
-
-
-def failures(run: Run) -> dict[str, list[Breach]]:
-    """By artifact: the limits that the last `verify` found broken; nothing when it has not run."""
-    entries = (read(run.folder("verify") / "parity.json") or {}).get("parity", {})
-    return {
-        name: [Breach(**breach) for breach in entry.get("failed", ())]
-        for name, entry in entries.items()
-        if entry.get("status") == FAILED
-    }
-
-
-KEY = "prompts"  # in a folder's qkit.json
-
-
-def differences(folder: Path) -> list[str] | None:
-    """What a folder's note says of it; None where nobody has looked."""
-    file = folder / NOTE
-    note = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return list(note[KEY]["differ"]) if KEY in note else None
+        return f"{DESCRIPTIONS[self.gate]}{figure}{limit}{self.detail and f': {self.detail}'}"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What evaluate and verify found, by artifact; None and empty where that is still to come."""
+class Evidence:
+    """Scores and distances by artifact, only of files that are there now. Empty, or None, for what was not measured.
+
+    `stale`: artifacts that were made again after verify measured them.
+    """
 
     metric: str | None
     confidence: float | None
     interval: str | None
     scores: Mapping[str, Mapping[str, Any]]
     parity: Mapping[str, Mapping[str, Any]]
+    stale: frozenset[str]
+
+    def status(self, artifact: str) -> str | None:
+        """The verdict on the artifact's present files; None if they were not judged."""
+        return self.parity.get(artifact, {}).get("status")
+
+    def failures(self) -> dict[str, list[Breach]]:
+        """The limits that each failed artifact breaks."""
+        return {
+            name: [Breach(**breach) for breach in entry.get("failed", ())]
+            for name, entry in self.parity.items()
+            if entry.get("status") == FAILED
+        }
 
 
-def measured(run: Run) -> Measured:
-    """The figures of scores.json and parity.json.
+def read_evidence(root: Path) -> Evidence:
+    """Read what was measured in the run directory `root`.
 
     Raises:
-        MissingArtifact: a file is there and is damaged.
+        MissingArtifact: a file is damaged.
     """
-    evaluated = read(run.folder("evaluate") / "scores.json") or {}
-    verified = read(run.folder("verify") / "parity.json") or {}
-    scores = {**verified.get("scores", {}), **evaluated.get("scores", {})}
-    metric, confidence, interval = (evaluated.get(key) for key in ("metric", "confidence", "interval"))
-    return Measured(metric, confidence, interval, scores, verified.get("parity", {}))
+    manifest = read(root / "run.json") or {}
+    evaluated = read(root / "evaluate" / "scores.json") or {}
+    verified = read(root / "verify" / "parity.json") or {}
+    parity, scores = verified.get("parity", {}), verified.get("scores", {})
+    stale = frozenset(name for name in (*parity, *scores) if not is_current(manifest, "verify", name))
+    return Evidence(
+        evaluated.get("metric"),
+        evaluated.get("confidence"),
+        evaluated.get("interval"),
+        {**_without(scores, stale), **evaluated.get("scores", {})},
+        _without(parity, stale),
+        stale,
+    )
+
+
+def _without(entries: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: entry for name, entry in entries.items() if name not in names}
+
+
+def is_current(manifest: Mapping[str, Any], stage: str, artifact: str) -> bool:
+    """Whether `stage` read the artifact's files as they are now, by the hashes that the manifest (run.json) records.
+
+    True also where the manifest does not record the stage: then nothing says that the files changed.
+    """
+    reader = manifest.get("stages", {}).get(stage)
+    if reader is None or artifact in ("base", "adapter"):
+        return True
+    maker, folder = ("merge", "merge/") if artifact == MERGED else ("export", f"export/{artifact}/")
+    outputs = manifest["stages"].get(maker, {"outputs": {}})["outputs"]
+    now = {name: output["sha256"] for name, output in outputs.items() if name.startswith(folder)}
+    return {name: digest for name, digest in reader["inputs"].items() if name.startswith(folder)} == now
+
+
+def reference_answers(run: Run) -> list[dict[str, Any]]:
+    """The reference model's answers as `evaluate` recorded them, in the order of the held-out rows."""
+    lines = read_lines(run.need("evaluate", "predictions.jsonl"))
+    return [answer for answer in lines if answer["artifact"] == "adapter"]
+
+
+KEY = "prompts"  # in a folder's qkit.json
+
+
+def differences(folder: Path) -> list[str] | None:
+    """How an export's own prompts differ from training's, as its qkit.json records; None where they were not compared."""
+    file = folder / NOTE
+    note = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return list(note[KEY]["differ"]) if KEY in note else None
 
 
 def cost_of(entry: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Seconds and peak bytes, planned and measured, of a stage's entry in the manifest; null where it has not run."""
+    """Seconds, and peak memory in bytes (planned and measured), from a stage's entry in the manifest; null if the stage has not run."""
     peak = (entry or {}).get("peak_bytes", {})
     return {
         "seconds": (entry or {}).get("seconds"),

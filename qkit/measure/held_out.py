@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out rows as the data stage left them. `calls`: the tool calls of each answer; `variables`: what its template is given."""
+    """The held-out rows as the stage `data` wrote them. `calls`: the tool calls of each answer; `variables`: the template's variables."""
 
     rows: tuple[TokenRow, ...]
     messages: tuple[list[dict[str, Any]], ...]
@@ -45,7 +45,7 @@ def read_held_out(file: Path) -> HeldOut:
 
 
 def heldout_targets(runtime: Runtime, held_out: HeldOut, tick: Callable[[], None]) -> list[NDArray[np.float32]]:
-    """The log-probability of every token of every reference answer."""
+    """The log-probability of every token of every reference answer, [T] per row. `tick` is called after each row."""
     targets = []
     for scores in runtime.score(held_out.rows):
         targets.append(scores.targets)

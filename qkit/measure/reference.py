@@ -1,8 +1,8 @@
-"""What the model that was trained says of the held-out rows: recorded once for an adapter, and read by every stage that measures against it.
+"""The reference model's scores of the held-out rows: recorded once for each adapter, and read by every stage that measures against them.
 
-It is computed in fp32, from the base's weights as training saw them: in bf16 two runs of one model differ, by more than a right merge does.
+They are computed in fp32, from the base's weights as training used them: in bf16, two runs of one model differ more than a correct merge does.
 
-The log-probabilities over the whole vocabulary lie in RUN/.work/reference/, where `forget` takes them away.
+The log-probabilities over the whole vocabulary are in RUN/.work/reference/ until `forget` deletes them.
 """
 
 from __future__ import annotations
@@ -17,21 +17,26 @@ from typing import Any
 
 from qkit.core.device import detect
 from qkit.core.files import make_folder, need_disk, read_json, write_json
-from qkit.measure import divergence, parity
-from qkit.measure.parity import Parity, Reference
+from qkit.measure.parity import ArtifactDistances, Parity, Reference
 from qkit.model import source
 from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.run.directory import Run
 
-REFERENCE_BYTES = 4 * 2**30  # parity is measured on as many rows as the reference model's log-probabilities fit here
-BASE_ROWS = 32  # enough to tell whether an artifact is nearer to the base model than to the adapter
+REFERENCE_BYTES = (
+    4 * 2**30
+)  # parity is measured on as many rows as have their log-probabilities in this much disk space
+BASE_ROWS = 32  # enough to tell whether an artifact is closer to the base model than to the adapter
 REFERENCE, BASE = "reference-fp32", "base-fp32"
-DONE = "done.json"  # written last: how many rows each file holds, and what bf16 makes of them
-ON_WHICH = ("data/test.parquet", "train/adapter/adapter_model.safetensors")
+DONE = "done.json"  # written last: how many rows each file holds, and the distance of the same model in bf16
+DEPENDS_ON = ("data/test.parquet", "train/adapter/adapter_model.safetensors")
 
 
 def recorded(run: Run, rows: Sequence[TokenRow]) -> Reference:
-    """The reference model's scores: read from disk if this adapter's are there, else made."""
+    """The reference model's scores: read from disk if this adapter's were recorded, otherwise computed and recorded.
+
+    Raises:
+        DoesNotFit: the disk has too little room.
+    """
     folder = _home(run) / _key(run)
     if not (folder / DONE).is_file():
         forget(run)
@@ -43,8 +48,8 @@ def recorded(run: Run, rows: Sequence[TokenRow]) -> Reference:
 
 
 def forget(run: Run) -> None:
-    """Free the disk of what was recorded."""
-    for folder in (_home(run), _home(run).with_name("live")):  # "live": as earlier versions call it
+    """Delete what was recorded."""
+    for folder in (_home(run), _home(run).with_name("live")):  # "live": its name in earlier versions
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -53,27 +58,30 @@ def _home(run: Run) -> Path:
 
 
 def _key(run: Run) -> str:
-    made = {**run.outputs("data"), **run.outputs("train")}
+    outputs = {**run.outputs("data"), **run.outputs("train")}
     quantization = run.recipe.quantization.model_dump(mode="json")
-    text = json.dumps([REFERENCE, [made.get(name) for name in ON_WHICH], quantization], sort_keys=True)
+    text = json.dumps([REFERENCE, [outputs.get(name) for name in DEPENDS_ON], quantization], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _record(run: Run, rows: Sequence[TokenRow], folder: Path) -> None:
-    """The adapter first, then the base alone, then the adapter in bf16; never two models in memory at once."""
+    """Score the rows with the adapter, then the base alone, then the adapter in bf16. One model is in memory at a time."""
     need_disk(folder, REFERENCE_BYTES, "measuring against the reference model")
-    run.progress.say("the trained model's log-probabilities on the held-out rows, in fp32")
+    run.progress.say("scoring the held-out rows with the reference model in fp32")
     adapter = run.need("train", "adapter")
     with _opened(run, adapter, exact=True) as runtime:
         done: dict[str, Any] = {REFERENCE: write(runtime.score(rows), folder / REFERENCE)}
     with _opened(run, None, exact=True) as runtime:
         done[BASE] = write(runtime.score(rows[: min(BASE_ROWS, done[REFERENCE])]), folder / BASE)
-    run.progress.say("the same in bf16: what rounding makes of it")
-    exact = _read_both(folder, rows, done)
+    run.progress.say("scoring them again in bf16, to measure rounding")
+    distances = ArtifactDistances(_read_both(folder, rows, done))
     with _opened(run, adapter, exact=False) as runtime:
-        seen = _Seen(exact.scores, runtime.score(rows))
-        done["bf16"] = parity.measure(exact, seen).to_dict()
-    write_json(folder / DONE, {**done, "rounding": seen.sums})
+        for row in runtime.score(rows):
+            distances.add(row)
+    write_json(
+        folder / DONE,
+        {**done, "bf16": distances.parity().to_dict(), "rounding": distances.to_reference.sums().tolist()},
+    )
 
 
 def _opened(run: Run, adapter: Path | None, exact: bool) -> Runtime:
@@ -86,23 +94,8 @@ def _read_both(folder: Path, rows: Sequence[TokenRow], done: dict[str, Any]) -> 
     return Reference(scores, base)
 
 
-class _Seen:
-    """Scores as they pass by; `sums`: of each row that the exact ones have, the sum of its divergences, in nats."""
-
-    def __init__(self, exact: Sequence[RowScores], scores: Iterable[RowScores]):
-        self.exact, self.scores = exact, scores
-        self.sums: list[float] = []
-
-    def __iter__(self) -> Iterator[RowScores]:
-        for row in self.scores:
-            if len(self.sums) < len(self.exact):
-                kl = divergence.divergence(self.exact[len(self.sums)], row)
-                self.sums.append(float(kl.sum(dtype="float64")))
-            yield row
-
-
 def write(scores: Iterable[RowScores], file: Path) -> int:
-    """Write full log-probabilities one row after the other; how many rows did fit REFERENCE_BYTES."""
+    """Write full log-probabilities row by row, up to REFERENCE_BYTES; returns the number of rows written."""
     written = count = 0
     with file.open("wb") as sink:
         for row in scores:
@@ -116,16 +109,16 @@ def write(scores: Iterable[RowScores], file: Path) -> int:
 
 
 def read(file: Path, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
-    """The rows' scores, mapped from the file."""
+    """The scores of these rows, memory-mapped from the file that `write` wrote for them."""
     import numpy as np
 
     lengths = [len(row.input_ids) - row.start for row in rows]
     if not lengths:
         return
-    every = np.memmap(file, np.float32, "r").reshape(sum(lengths), -1)
+    tokens = np.memmap(file, np.float32, "r").reshape(sum(lengths), -1)
     begin = 0
     for row, length in zip(rows, lengths, strict=True):
-        full = every[begin : begin + length]
+        full = tokens[begin : begin + length]
         targets = full[np.arange(length), np.asarray(row.input_ids[row.start :])]
         yield RowScores(targets=targets, top1=full.argmax(1), full=full)
         begin += length

@@ -1,10 +1,11 @@
-"""A run's merged model as a folder that loads anywhere: weights, config, tokenizer, template, stop tokens, and what it was made from."""
+"""Writes a run's merged model as a folder that loads anywhere: weights, config, tokenizer, template, stop tokens and provenance."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qkit.core.files import make_folder, read_json
 from qkit.merging.weights import merge
@@ -12,26 +13,28 @@ from qkit.model import older_forms, provenance, source
 from qkit.model import tokenizer as model_tokenizer
 from qkit.recipe.schema import Base, Dtype
 from qkit.run.directory import Run
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import copy_companions
 
 
 def write_folder(
     run: Run, out: Path, base: Base, adapters: Mapping[str, float] | None = None, dtype: Dtype | None = None
 ) -> None:
-    """Merge the run's adapter onto its base's weights, as `base` says, into the new folder `out`.
+    """Merge the run's adapter into its base's weights, as `base` says, and write the new folder `out`.
 
-    `adapters`: hashes and weights of those that it was combined from. `dtype`: of the weights; default: the first that the recipe would try.
+    `adapters`: hashes and weights of the adapters that the run's was combined from. `dtype`: of the weights; None: the recipe's first dtype.
 
     Raises:
-        ModelError: the adapter does not belong to this base, is in it already, or is of a kind that is not merged.
+        ModelError: the adapter does not belong to this base, is already merged into it, or is of a kind that cannot be merged; or the base's
+            eos_token_id is not a token id.
     """
-    make_folder(out)
     folder, adapter = source.resolve(run.recipe.model), run.need("train", "adapter")
     note = provenance.check_adapter(adapter, folder)
+    base_stop_tokens(folder)
+    make_folder(out)
     copy_companions(folder, out)
     section = run.recipe.merge.model_copy(update={"dtype": dtype or run.recipe.merge.dtypes[0]})
-    merge(folder, adapter, out, base, section, note, run.progress)  # with a config.json of its own
-    _write_tokenizer(run, out, ours=adapters is None)
+    merge(folder, adapter, out, base, section, note, run.progress)  # writes a config.json of its own
+    _write_tokenizer(run, out, trained_here=adapters is None)
     older_forms.settle(out, source.companions(run.recipe.model))
     if (tokens := run.folder("data") / "tokens.json").is_file():
         add_stop_tokens(out, json.loads(tokens.read_text(encoding="utf-8"))["stop"])
@@ -39,15 +42,18 @@ def write_folder(
     provenance.write_merged(out, folder, run.recipe.model.source, base, merged)
 
 
-def _write_tokenizer(run: Run, out: Path, ours: bool) -> None:
-    """The tokenizer as training had it, where that is not what the base's files say: with a template or tokens of the recipe's; or because
-    transformers 5 puts rules of its own in the place of those in the file, by the name of the class. `ours`: the adapter is the run's own."""
+def _write_tokenizer(run: Run, out: Path, trained_here: bool) -> None:
+    """Write the tokenizer as training used it, if it differs from the base's files.
+
+    It differs if the recipe sets a template or adds tokens, or if transformers 5 replaces the rules in tokenizer.json by those of the
+    tokenizer's class. `trained_here`: the adapter is the run's own.
+    """
     section = run.recipe.model
-    if not (section.chat_template or section.add_tokens or ours):
+    if not (section.chat_template or section.add_tokens or trained_here):
         return
     tokenizer = model_tokenizer.tokenizer_of(section)
     if section.chat_template:
-        older_forms.drop_templates(out)  # the base's, of which one for tools would be taken before this one
+        older_forms.drop_templates(out)  # one of the base's for tools would take precedence
     if section.chat_template or section.add_tokens:
         tokenizer.save_pretrained(str(out))
     elif not older_forms.cuts_alike(tokenizer, out):
@@ -55,28 +61,50 @@ def _write_tokenizer(run: Run, out: Path, ours: bool) -> None:
 
 
 def dtype_of(run: Run) -> Dtype:
-    """Of the run's merged weights: what the recipe says, or where that leaves it to measuring what they have become."""
-    made, section = run.folder("merge") / "config.json", run.recipe.merge
-    found: Dtype = section.dtypes[0] if len(section.dtypes) == 1 or not made.is_file() else read_json(made)["dtype"]
-    return found
+    """The dtype of the run's merged weights: the recipe's, or if that is measured, the one that was chosen."""
+    file, section = run.folder("merge") / "config.json", run.recipe.merge
+    dtype: Dtype = section.dtypes[0] if len(section.dtypes) == 1 or not file.is_file() else read_json(file)["dtype"]
+    return dtype
+
+
+# --- stop tokens ------------------------------------------------------------------------------------------------------
+
+STOP_FILES = ("generation_config.json", "config.json")  # some readers use one, some the other
+
+
+def base_stop_tokens(folder: Path) -> list[int]:
+    """The token ids at which a model stops, by both of its files. Ids outside the vocabulary, which library defaults can be, are left out.
+
+    Raises:
+        ModelError: an eos_token_id is not a token id or a list of them.
+    """
+    configs = {name: _read_config(folder / name) for name in STOP_FILES}
+    config = configs["config.json"]
+    rows = {**config, **(config.get("text_config") or {})}.get("vocab_size")
+    tokens = [
+        token
+        for name in STOP_FILES
+        for token in model_tokenizer.token_ids(configs[name], "eos_token_id", folder / name)
+    ]
+    return [token for token in tokens if token >= 0 and (rows is None or token < rows)]
 
 
 def add_stop_tokens(out: Path, trained: Sequence[int]) -> None:
-    """See that whoever loads the folder stops where training ended its turns, and where the base stopped: in generation_config.json and in
-    config.json, as each is read by some. The trained ones come first: of several, some readers take one."""
-    files = [out / "generation_config.json", out / "config.json"]
-    configs = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files]
-    rows = {**configs[1], **(configs[1].get("text_config") or {})}.get("vocab_size")
-    known = [token for config in configs for token in _as_list(config.get("eos_token_id"))]
-    said = [
-        token for token in known if rows is None or token < rows
-    ]  # a default of the library may be none of this vocabulary
-    stop = list(dict.fromkeys([*trained, *said]))
-    for file, config in zip(files, configs, strict=True):
-        if config or file is files[0]:
+    """Make the model in `out` stop where training ended its turns, and where the base stopped.
+
+    The trained tokens come first, because some readers use only one.
+
+    Raises:
+        ModelError: an eos_token_id is not a token id or a list of them.
+    """
+    stop = list(dict.fromkeys([*trained, *base_stop_tokens(out)]))
+    for name in STOP_FILES:
+        config = _read_config(out / name)
+        if config or name == STOP_FILES[0]:
             config["eos_token_id"] = stop[0] if len(stop) == 1 else stop
-            file.write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+            (out / name).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _as_list(found: int | Sequence[int] | None) -> list[int]:
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+def _read_config(file: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return config

@@ -21,7 +21,8 @@ from qkit.chat import template
 from qkit.core.errors import ModelError
 from qkit.core.files import link_or_copy, need_disk, sha256_of
 from qkit.model import older_forms
-from qkit.tensors.shards import TensorFile, copy_companions, fingerprint, read, shards, tensor_specs
+from qkit.tensors.companions import copy_companions, is_companion
+from qkit.tensors.shards import TensorFile, fingerprint, read, shards, tensor_specs
 
 if TYPE_CHECKING:
     import torch
@@ -142,13 +143,9 @@ def settle(model: PeftModel) -> None:
 
 def key(folder: Path, tokens: Sequence[str]) -> str:
     """Hash of a model and the tokens that are added to it."""
-    files = (file for file in sorted(folder.rglob("*")) if _beside_weights(file))
-    beside = {str(file.relative_to(folder)): sha256_of(file) for file in files}
-    return hashlib.sha256(json.dumps([FORM, fingerprint(folder), beside, list(tokens)]).encode()).hexdigest()
-
-
-def _beside_weights(file: Path) -> bool:
-    return file.is_file() and file.suffix not in {".safetensors", ".bin", ".gguf", ".pth"} and file.name != "README.md"
+    files = (file for file in sorted(folder.rglob("*")) if is_companion(file))
+    hashes = {str(file.relative_to(folder)): sha256_of(file) for file in files}
+    return hashlib.sha256(json.dumps([FORM, fingerprint(folder), hashes, list(tokens)]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

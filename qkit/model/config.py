@@ -1,4 +1,4 @@
-"""A model's shape from its config.json, from a .gguf file's header, or from the table of known models."""
+"""Reads a model's shape from its config.json, from a .gguf file's header, or from the table of known models."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ MEDIA = frozenset({"vision", "audio", "speech", "image", "video"})
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
-# peft 0.21 (peft/utils/transformers_weight_conversion.py): where transformers 5 holds experts in one parameter that were modules of their
-# own in transformers 4, targets by the old names mean the new parameters, and gate and up, now one, get twice the rank together.
+# From peft 0.21 (peft/utils/transformers_weight_conversion.py): transformers 5 stacks experts in one parameter that were separate modules in
+# transformers 4. Targets by the old names mean the new parameters; gate and up share one parameter, which gets twice the rank.
 MIXTRAL_NAMES = (("gate", "gate.weight"), ("w1", "gate_up_proj"), ("w3", "gate_up_proj"), ("w2", "down_proj"))
 QWEN_NAMES = (
     *(("gate", "gate.weight"), ("gate_proj", "gate_up_proj"), ("up_proj", "gate_up_proj")),
@@ -58,7 +58,12 @@ FAMILIES = {
     ),
     "granite": Family(mlp_bias=True),
 }
-# What GPT-2's config.json calls its sizes, by the names that the others have.
+# Fields of a family that its shape takes over unchanged.
+FAMILY_FIELDS = (
+    *("norm_bias", "fused", "gated", "norms_per_layer", "norm_offset", "qk_norm", "qk_norm_whole", "sinks"),
+    "rotary_sets",
+)
+# The usual names of sizes -> GPT-2's.
 GPT2_SIZES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -68,12 +73,12 @@ GPT2_SIZES = {
 
 
 def shape_of(model: schema.Model) -> Shape:
-    """The shape of a recipe's model, with the tokens that are added to it.
+    """The shape of a recipe's model, including its added tokens.
 
-    Spare rows of the vocabulary may take them; how many there are only the tokenizer tells, so each is counted as a row more.
+    Each added token counts as one more row, although spare rows of the vocabulary may take it: only the tokenizer tells how many there are.
 
     Raises:
-        ModelError: the model cannot be had, or is of a kind that qkit does not plan.
+        ModelError: the model cannot be found, or is of a kind that qkit cannot plan.
     """
     bare = _bare_shape(model)
     added = len(set(model.add_tokens))
@@ -81,19 +86,19 @@ def shape_of(model: schema.Model) -> Shape:
 
 
 def _bare_shape(model: schema.Model) -> Shape:
-    """From the model's folder, its config.json or .gguf file, the list of known models, or the hub."""
+    """From the list of known models, the hub, the model's folder or its .gguf file."""
     known = known_models().get(model.source)
     if known is not None and not Path(model.source).exists():
         return _known_shape(model.source)
-    found = locate(model.source, sha256=model.sha256, kind=ModelError)
-    if isinstance(found, HubId):
-        return from_config(_hub_config(found.name, model.revision), found.name)
-    file = _config_file(found)
+    location = locate(model.source, sha256=model.sha256, kind=ModelError)
+    if isinstance(location, HubId):
+        return from_config(_hub_config(location.name, model.revision), location.name)
+    file = _config_file(location)
     return _file_shape(file, file.stat().st_mtime_ns)
 
 
 def config_of(model: schema.Model) -> Mapping[str, Any]:
-    """What is known of a recipe's model by the names of config.json, from the places where `shape_of` looks.
+    """The config.json of a recipe's model, or its equivalent, from the same places as `shape_of`.
 
     Raises:
         ModelError: as `shape_of`.
@@ -101,15 +106,15 @@ def config_of(model: schema.Model) -> Mapping[str, Any]:
     known = known_models().get(model.source)
     if known is not None and not Path(model.source).exists():
         return known
-    found = locate(model.source, sha256=model.sha256, kind=ModelError)
-    if isinstance(found, HubId):
-        return _hub_config(found.name, model.revision)
-    file = _config_file(found)
+    location = locate(model.source, sha256=model.sha256, kind=ModelError)
+    if isinstance(location, HubId):
+        return _hub_config(location.name, model.revision)
+    file = _config_file(location)
     return gguf_config(file) if file.suffix == ".gguf" else _read_config(file)
 
 
 def need_text_model(config: Mapping[str, Any], where: str) -> None:
-    """Raises ModelError for a model that sees or hears as well: its other parts would be loaded, and all-linear would train them too."""
+    """Raise ModelError for a multimodal model: its other parts would be loaded, and all-linear would train them too."""
     other = [
         key.removesuffix("_config")
         for key in config
@@ -119,18 +124,21 @@ def need_text_model(config: Mapping[str, Any], where: str) -> None:
         return
     kind = config["text_config"].get("model_type")
     raise ModelError(
-        f"{where}: is a model for text and more ({config.get('model_type')}, with {', '.join(other)}); qkit trains models of text. Where "
-        f"transformers' AutoModelForCausalLM knows its text part ({kind}), save that once and give model.source its folder: whole = "
+        f"{where}: is a multimodal model ({config.get('model_type')}, with {', '.join(other)}); qkit trains text models. If "
+        f"AutoModelForCausalLM of transformers knows its text part ({kind}), save that once and set model.source to its folder: whole = "
         "AutoModelForImageTextToText.from_pretrained(SOURCE); text = AutoModelForCausalLM.from_config(whole.config.text_config); "
         "text.model.load_state_dict(whole.model.language_model.state_dict()); text.lm_head.load_state_dict(whole.lm_head.state_dict()); "
-        "text.to(whole.dtype).save_pretrained(FOLDER); and the tokenizer with it"
+        "text.to(whole.dtype).save_pretrained(FOLDER); and save the tokenizer there too",
+        source=where,
     )
 
 
-def _config_file(found: Path) -> Path:
-    file = found / "config.json" if found.is_dir() else found
+def _config_file(path: Path) -> Path:
+    file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise ModelError(f"{found}: holds no config.json, so it is not a model folder (nor a .gguf file)")
+        raise ModelError(
+            f"{path}: contains no config.json, so it is neither a model folder nor a .gguf file", source=path
+        )
     return file
 
 
@@ -141,29 +149,29 @@ def _known_shape(name: str) -> Shape:
 
 @functools.lru_cache(maxsize=64)
 def _file_shape(file: Path, _changed_ns: int) -> Shape:
-    """A file is read again when it has changed."""
+    """The shape of a file; the time is part of the cache key, so that a changed file is read again."""
     return from_gguf(file) if file.suffix == ".gguf" else from_config(_read_config(file), str(file.parent))
 
 
 @functools.cache
 def known_models() -> Mapping[str, Mapping[str, Any]]:
-    """Hub id -> the part of its config.json that a plan needs, for models that are often used."""
+    """Hub id -> the part of its config.json that a plan needs, for popular models."""
     groups = json.loads(KNOWN_MODELS.read_text(encoding="utf-8"))
     return {name: group["config"] for group in groups for name in group["names"]}
 
 
 def source_of(text: str) -> str:
-    """What --model names, as a recipe's model.source: a known model may be called by its name without the owner."""
+    """The model.source that --model names; a known model may be named without its owner."""
     if text in known_models() or Path(text).exists():
         return text
     return next((name for name in known_models() if name.rpartition("/")[2].lower() == text.lower()), text)
 
 
 def from_config(config: Mapping[str, Any], where: str) -> Shape:
-    """The shape that a config.json describes; of a model that sees images as well, the part that reads text.
+    """The shape that a config.json describes; of a multimodal model, its text part. `where`: for messages.
 
     Raises:
-        ModelError: it lacks a size.
+        ModelError: a size is missing.
     """
     text = config.get("text_config")
     if isinstance(text, Mapping):
@@ -173,65 +181,71 @@ def from_config(config: Mapping[str, Any], where: str) -> Shape:
     if kind == "gpt2":
         config = _gpt2_sizes(config)
     known = kind in FAMILIES and (FAMILIES[kind].experts or not _experts(config))
-    seen = None if known else _outline(config)
-    config = {**config, **dict(seen.sizes if seen else ())}
+    outline = None if known else _outline(config)
+    config = {**config, **dict(outline.sizes if outline else ())}
     _check_sizes(config, where)
     family = FAMILIES.get(kind, Family(mlp_bias=True))
-    heads = int(config["num_attention_heads"])
-    bias = bool(config.get("attention_bias", family.attention_bias))
     return Shape(
         architecture=kind,
-        layers=int(config["num_hidden_layers"]),
-        hidden=int(config["hidden_size"]),
-        intermediate=int(config["intermediate_size"]),
-        heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or family.head_dim or int(config["hidden_size"]) // heads),
-        vocabulary=int(config["vocab_size"]),
-        tied=bool(config.get("tie_word_embeddings", family.tied)),
-        attention_bias=bias if family.qkv_bias is None else bool(config.get("qkv_bias", family.qkv_bias)),
-        output_bias=bias and family.qkv_bias is None,
-        mlp_bias=family.mlp_bias and bool(config.get("mlp_bias", False)),
-        head_bias=bool(config.get("lm_head_bias", False)),
-        norm_bias=family.norm_bias,
-        fused=family.fused,
-        gated=family.gated,
-        norms_per_layer=family.norms_per_layer,
-        norm_offset=family.norm_offset,
-        qk_norm=family.qk_norm,
-        qk_norm_whole=family.qk_norm_whole,
-        sinks=family.sinks,
-        eager=seen.eager if seen else family.sinks,
-        softcap=bool(config.get("attn_logit_softcapping", family.softcaps)),
-        final_softcap=bool(config.get("final_logit_softcapping", family.softcaps)),
-        rotary_sets=family.rotary_sets,
-        positions=config.get("max_position_embeddings"),
-        outline=seen,
+        eager=outline.eager if outline else family.sinks,
+        outline=outline,
         exact=known,
+        **_sizes(config, family),
+        **_biases(config, family),
+        **{name: getattr(family, name) for name in FAMILY_FIELDS},
         **_windows(config),
         **_expert_sizes(config, family),
     )
 
 
-def _outline(config: Mapping[str, Any]) -> Outline | None:
-    from qkit.model import outline  # which takes seconds, and is not needed for the families that are known
+def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    return {
+        "layers": int(config["num_hidden_layers"]),
+        "hidden": hidden,
+        "intermediate": int(config["intermediate_size"]),
+        "heads": heads,
+        "kv_heads": int(config.get("num_key_value_heads") or heads),
+        "head_dim": int(config.get("head_dim") or family.head_dim or hidden // heads),
+        "vocabulary": int(config["vocab_size"]),
+        "tied": bool(config.get("tie_word_embeddings", family.tied)),
+        "softcap": bool(config.get("attn_logit_softcapping", family.softcaps)),
+        "final_softcap": bool(config.get("final_logit_softcapping", family.softcaps)),
+        "positions": config.get("max_position_embeddings"),
+    }
 
-    return outline.read(config)
+
+def _biases(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    bias = bool(config.get("attention_bias", family.attention_bias))
+    follows = family.qkv_bias is None  # then `attention_bias` is for all four projections
+    return {
+        "attention_bias": bias if follows else bool(config.get("qkv_bias", family.qkv_bias)),
+        "output_bias": bias and follows,
+        "mlp_bias": family.mlp_bias and bool(config.get("mlp_bias", False)),
+        "head_bias": bool(config.get("lm_head_bias", False)),
+    }
+
+
+def _outline(config: Mapping[str, Any]) -> Outline | None:
+    from qkit.model import inventory  # imports torch and transformers, which known families do not need
+
+    return inventory.outline_of(config)
 
 
 def _gpt2_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """GPT-2's config by the others' names: every product has a bias, and the MLP is four times as wide where nothing is said."""
-    found = {name: config[own] for name, own in GPT2_SIZES.items() if own in config}
+    """GPT-2's config with the usual names: every product has a bias, and the MLP is four times as wide by default."""
+    sizes = {name: config[gpt2_name] for name, gpt2_name in GPT2_SIZES.items() if gpt2_name in config}
     width = config.get("n_inner") or 4 * int(config.get("n_embd") or 0)
     fixed = {"num_key_value_heads": None, "head_dim": None, "intermediate_size": width, "attention_bias": True}
-    return {**config, **found, **fixed}
+    return {**config, **sizes, **fixed}
 
 
 def _check_sizes(config: Mapping[str, Any], where: str) -> None:
     if missing := [key for key in NEEDED if not isinstance(config.get(key), int)]:
         raise ModelError(
-            f"{where}: its config.json (model_type {config.get('model_type', 'unknown')!r}) has no {', '.join(missing)}; "
-            "qkit plans text decoders of the Llama kind (Llama, Mistral, Qwen, Phi-3, Gemma, SmolLM)"
+            f"{where}: its config.json (model_type {config.get('model_type', 'unknown')!r}) lacks {', '.join(missing)}; "
+            "qkit plans text decoders like Llama (Llama, Mistral, Qwen, Phi-3, Gemma, SmolLM)",
+            source=where,
         )
 
 
@@ -240,7 +254,7 @@ def _experts(config: Mapping[str, Any]) -> int:
 
 
 def _expert_sizes(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """What only a mixture of experts has: which layers have experts, how many, how wide."""
+    """Fields that only a mixture of experts has: which layers have experts, how many, and how wide."""
     count = _experts(config)
     if not count:
         return {}
@@ -260,7 +274,7 @@ def _expert_sizes(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _windows(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sliding window and how many layers have one: as `layer_types` lists them, else all of them."""
+    """The sliding window and how many layers have one: those in `layer_types`, or all."""
     window = config.get("sliding_window")
     if not window or config.get("use_sliding_window") is False:
         return {}
@@ -273,9 +287,9 @@ def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read: {error}; download it again") from None
+        raise ModelError(f"{file}: cannot be read: {error}; download it again", source=file) from None
     if not isinstance(config, dict):
-        raise ModelError(f"{file}: is no JSON object; download it again")
+        raise ModelError(f"{file}: is not a JSON object; download it again", source=file)
     return config
 
 
@@ -286,7 +300,7 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     except ImportError:
         raise MissingExtra("reading a model from the hub needs huggingface_hub: pip install 'qkit[train]'") from None
-    remedy = f"check the network, `hf download {name}` where there is one, or give model.source a local folder"
+    remedy = f"check the network, run `hf download {name}` on a machine with a connection, or set model.source to a local folder"
     with reaching_hub(
         ModelError, f"{name}: its config.json is not in the hub's cache and could not be fetched", remedy
     ):
@@ -294,11 +308,13 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
             file = hf_hub_download(name, "config.json", revision=revision)
         except GatedRepoError as error:
             raise ModelError(
-                f"{name}: is gated; accept its licence at https://huggingface.co/{name} and log in with `hf auth login`"
+                f"{name}: is gated; accept its licence at https://huggingface.co/{name} and log in with `hf auth login`",
+                source=name,
             ) from error
         except RepositoryNotFoundError as error:
             raise ModelError(
-                f"{name}: the hub has no such model; check the name, or `hf auth login` if it is private"
+                f"{name}: is not on the hub; check the name, or run `hf auth login` if the model is private",
+                source=name,
             ) from error
     return _read_config(Path(file))
 
@@ -307,6 +323,6 @@ def from_gguf(file: Path) -> Shape:
     """The shape that a .gguf file's header describes; tensor data are not read.
 
     Raises:
-        ModelError: it is no GGUF file, is cut off, or lacks a size.
+        ModelError: it is not a GGUF file, is truncated, or lacks a size.
     """
     return from_config(gguf_config(file), str(file))

@@ -1,4 +1,4 @@
-"""A model's weights into memory: the base, in 4 bit or not, and the base with an adapter on it."""
+"""Loads models: the base, in 4 bit or not, and the base with an adapter on it."""
 
 from __future__ import annotations
 
@@ -25,59 +25,60 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-NO_SDPA = "scaled_dot_product_attention"  # in what transformers says of a model that has no such attention
+NO_SDPA = "scaled_dot_product_attention"  # in the error of transformers for a model without this attention
 
 
-def load_base(folder: Path, how: schema.Recipe, device: Device) -> PreTrainedModel:
-    """The base model as training sees it: in 4 bit when the recipe says so, the rest in bf16.
+def load_base(folder: Path, recipe: schema.Recipe, device: Device) -> PreTrainedModel:
+    """The base model as training sees it: in 4 bit if the recipe says so, the rest in bf16.
 
     Raises:
-        ModelError: the folder lacks some of its weights.
+        ModelError: some weights are missing from the folder.
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": how.model.attn_implementation}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": recipe.model.attn_implementation}
     options["generation_config"] = GenerationConfig()  # its file may be one that the library refuses; decoding is ours
-    if how.quantization.load_in_4bit:
-        options["quantization_config"] = quantization_config(how.quantization)
-    options |= {"device_map": device.device_map, "trust_remote_code": how.model.trust_remote_code}
+    if recipe.quantization.load_in_4bit:
+        options["quantization_config"] = quantization_config(recipe.quantization)
+    options |= {"device_map": device.device_map, "trust_remote_code": recipe.model.trust_remote_code}
     options["output_loading_info"] = True
     loaded: PreTrainedModel
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     except ValueError as error:
-        if how.model.attn_implementation != "sdpa" or NO_SDPA not in str(error):
+        if recipe.model.attn_implementation != "sdpa" or NO_SDPA not in str(error):
             raise
-        log.warning("transformers computes this model's attention in no other way than eager: %s", error)
+        log.warning("transformers supports only eager attention for this model: %s", error)
         eager = {**options, "attn_implementation": "eager"}
         loaded, report = AutoModelForCausalLM.from_pretrained(str(folder), **eager)
     _need_whole(folder, report["missing_keys"])
     loaded.config.use_cache = False
     leave_as_quantized(loaded)
-    if how.quantization.load_in_4bit and device.frees_through_malloc:
+    if recipe.quantization.load_in_4bit and device.frees_through_malloc:
         _let_go_of_files(loaded)
     return loaded
 
 
-def _need_whole(folder: Path, lacking: Collection[str]) -> None:
-    """Raises ModelError when weights are lacking, which transformers makes up."""
-    if missing := sorted(name for name in lacking if name.endswith(".weight")):
+def _need_whole(folder: Path, missing_keys: Collection[str]) -> None:
+    """Raise ModelError if weights are missing: transformers would initialize them at random."""
+    if missing := sorted(name for name in missing_keys if name.endswith(".weight")):
         raise ModelError(
-            f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more, which would be made up with random numbers; make the folder "
-            "again, or where a head is lacking that is the embedding once more set tie_word_embeddings to true in its config.json"
+            f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more, which would be initialized at random; create the folder "
+            "again, or if the head that is missing is the embedding, set tie_word_embeddings to true in its config.json",
+            source=folder,
         )
 
 
 def _let_go_of_files(model: PreTrainedModel) -> None:
-    """Copy what was not quantized. As it was read, it is a view of its file, and one view keeps the whole 16-bit file mapped."""
+    """Copy the tensors that were not quantized: as loaded they are views, and one view keeps the whole 16-bit file mapped."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.clone()
 
 
 def leave_as_quantized(model: PreTrainedModel, also_packable: bool = True) -> None:
-    """Have bitsandbytes compute with its 4-bit weights as they were quantized, in evaluation as in training.
+    """Keep bitsandbytes from repacking its 4-bit weights, in evaluation as in training.
 
     On a CPU with AVX512-BF16 it would pack them anew, for good, at their first forward in evaluation without gradients: widths that are no
     multiple of a pack's fail there, a state_dict (saving an adapter is enough) turns them back wrongly, and dequantizing reads them wrongly.
@@ -106,13 +107,13 @@ def quantization_config(section: schema.Quantization) -> Any:
     return BitsAndBytesConfig(**section.model_dump())
 
 
-def load_live(folder: Path, how: schema.Recipe, device: Device, adapter: Path | None) -> PreTrainedModel:
-    """The model as it was trained: the 4-bit base with the adapter on it, or the base alone; for inference.
+def load_live(folder: Path, recipe: schema.Recipe, device: Device, adapter: Path | None) -> PreTrainedModel:
+    """The model as trained: the 4-bit base with the adapter on it, or the base alone; for inference.
 
     The 4-bit weights are dequantized once: the same numbers that every 4-bit forward would unpack again for each token.
     """
-    base = load_base(folder, how, device)
-    if how.quantization.load_in_4bit:
+    base = load_base(folder, recipe, device)
+    if recipe.quantization.load_in_4bit:
         dequantize(base)
     if adapter is not None:
         base = _with_adapter(base, folder, adapter)
@@ -134,14 +135,14 @@ def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PreTrai
 
 
 def _resize(base: PreTrainedModel, adapter: Path) -> None:
-    """Give the embedding as many rows as the adapter's own has, where it holds one."""
+    """Resize the embedding to the adapter's own, if it holds one."""
     held = tensor_specs(adapter / lora_deltas.WEIGHTS).get(f"{lora_deltas.PREFIX}{added_tokens.names(base)[0]}.weight")
     if held and held["shape"][0] != base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(held["shape"][0], mean_resizing=False)
 
 
 def scaled(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
-    """What some families do to their logits after the head: Cohere and Granite scale them, Gemma 2 bounds them."""
+    """The logits after the family's own scaling: Cohere and Granite scale them, Gemma 2 bounds them. Same shape."""
     config = model.config.get_text_config()
     if scale := getattr(config, "logit_scale", None):
         logits = logits * scale

@@ -1,26 +1,26 @@
-"""What transformers 5 says of a model in words of its own, said in those of transformers 4 beside them.
+"""Writes config.json and tokenizer_config.json so that transformers 4 can read them too: the keys of transformers 4 next to those of 5.
 
-Readers of the older words (transformers 4, the vLLM images on it, mlx-lm, llama.cpp's converter) do not refuse what they miss: without
-`rope_theta` they take a base of 10,000, without `torch_dtype` fp32. They do refuse a tokenizer class that they do not know. Readers of the
-newer words find these as they were: both forms say the same, which is what transformers 5 makes of the older one.
+Readers of the old keys (transformers 4, the vLLM images built on it, mlx-lm, llama.cpp's converter) do not refuse a file that lacks them:
+without `rope_theta` they assume a base of 10,000, without `torch_dtype` fp32. They do refuse an unknown tokenizer class. Readers of the new
+keys find them unchanged: both forms say the same, which is what transformers 5 makes of the old one.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qkit.tensors.companions import CHAT_TEMPLATES
+
 CONFIG, TOKENIZER, CUTS = "config.json", "tokenizer_config.json", "tokenizer.json"
-TEMPLATES = ("chat_template*", "additional_chat_templates")
 NEW_CLASSES = {"TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend"}
-OLD_CLASS = "PreTrainedTokenizerFast"  # what reads tokenizer.json and nothing else, in 4 and in 5
+OLD_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json alone, in 4 and in 5
 
-
-# Where the rotary positions of one model differ by kind of layer: the older name of each one's base, by model_type. From the configuration
-# classes of transformers 4.57; in other models all layers have one base there.
+# Models whose rotary base depends on the kind of layer: model_type -> the old names of both bases. From the configuration classes of
+# transformers 4.57, where in all other models every layer has the same base.
 BY_LAYER = {
     "gemma3_text": ("rope_theta", "rope_local_base_freq"),
     "gemma3n_text": ("rope_theta", "rope_local_base_freq"),
@@ -30,193 +30,206 @@ BY_LAYER = {
 }
 BASES = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base"}  # else rope_theta
 SHARES = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}  # else partial_rotary_factor
-# Keys with another name there. Of all text models that both know, these have one that 5 does not write: by comparing their classes.
+# Keys with another name in 4 that 5 does not write, found by comparing the classes of all text models that both know.
 RENAMED = {"qwen3_moe": {"num_local_experts": "num_experts"}, "qwen3_vl_moe_text": {"num_local_experts": "num_experts"}}
-# Phi-3 takes its scaling with these three and no more, and the length that it was trained for beside it.
+# Phi-3 accepts exactly these three keys in its scaling, and its training length outside of it.
 LONGROPE = ("type", "short_factor", "long_factor")
-BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
+NOT_SCALING = ("rope_theta", "partial_rotary_factor")
 
 
-def config(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with both forms of what it says, sections of several media included; what it says in the older one stays."""
-    made = {key: config(value) if _is_section(key, value) else value for key, value in found.items()}
-    dtype = made.get("dtype") or made.get("torch_dtype")
+def config(original: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with both forms, in its sections too. Values that are given in the old form stay."""
+    both = {key: config(value) if _is_section(key, value) else value for key, value in original.items()}
+    dtype = both.get("dtype") or both.get("torch_dtype")
     if dtype is not None:
-        made["dtype"] = made["torch_dtype"] = dtype
-    if _contradiction(made):
-        made["rope_parameters"] = {key: value for key, value in rope(made).items() if key != "type"}
-    older = _older(made)
-    return {**made, **{key: value for key, value in older.items() if made.get(key) is None}}
+        both["dtype"] = both["torch_dtype"] = dtype
+    if _contradiction(both):
+        both["rope_parameters"] = {key: value for key, value in rope(both).items() if key != "type"}
+    older = _older(both)
+    return {**both, **{key: value for key, value in older.items() if both.get(key) is None}}
 
 
-def rope(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Base and scaling of the rotary positions of a config.json, as transformers 5 (5.19) reads its two forms: a `rope_scaling` that holds
-    something takes the place of the whole of `rope_parameters`, and what the one taken does not say of the base stands beside it."""
-    held = dict(found.get("rope_scaling") or found.get("rope_parameters") or {})
-    held.setdefault("rope_theta", found.get("rope_theta", 10000.0))
-    held.setdefault("rope_type", held.get("type", "default"))
-    return held
+def rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Base and scaling of the rotary positions, read from both forms as transformers 5.19 does.
+
+    A non-empty `rope_scaling` replaces all of `rope_parameters`; a base that the one used does not give comes from the config itself.
+    """
+    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    return parameters
 
 
-def _contradiction(found: Mapping[str, Any]) -> str:
-    """What the two forms of a scaling say, where it differs; "" where it does not, or where it is by layer."""
-    scaling, newer = found.get("rope_scaling"), found.get("rope_parameters")
-    if not scaling or not newer or any(isinstance(value, dict) for value in newer.values()):
+def _contradiction(config: Mapping[str, Any]) -> str:
+    """How the two forms of a scaling differ; "" if they agree, or if the scaling depends on the layer."""
+    old, new = config.get("rope_scaling"), config.get("rope_parameters")
+    if not old or not new or any(isinstance(value, dict) for value in new.values()):
         return ""
-    said = _scaling(str(found.get("model_type")), newer).get("rope_scaling", {"rope_type": "default"})
+    new_as_old = _scaling(str(config.get("model_type")), new).get("rope_scaling", {"rope_type": "default"})
     one, other = (
-        {"rope_type": held.get("rope_type", held.get("type"))}
-        | {key: value for key, value in held.items() if key not in ("type", "rope_type", *BESIDE_SCALING)}
-        for held in (scaling, said)
+        {"rope_type": scaling.get("rope_type", scaling.get("type"))}
+        | {key: value for key, value in scaling.items() if key not in ("type", "rope_type", *NOT_SCALING)}
+        for scaling in (old, new_as_old)
     )
-    return "" if one == other else f"rope_scaling {one}, and {other} in newer words"
+    return "" if one == other else f"rope_scaling {one}, but {other} in the new form"
 
 
-def in_dtype(found: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json of weights of that dtype; so say those of its sections that say one."""
-    made = {
-        key: in_dtype(value, dtype) if _is_section(key, value) and _says_dtype(value) else value
-        for key, value in found.items()
+def in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config.json of weights in this dtype; sections that give a dtype get it too."""
+    sections = {
+        key: in_dtype(value, dtype) if _is_section(key, value) and _gives_dtype(value) else value
+        for key, value in config.items()
     }
-    return {**made, "dtype": dtype, "torch_dtype": dtype}
+    return {**sections, "dtype": dtype, "torch_dtype": dtype}
 
 
 def _is_section(key: str, value: Any) -> bool:
     return key.endswith("_config") and key != "quantization_config" and isinstance(value, dict)
 
 
-def _says_dtype(section: Mapping[str, Any]) -> bool:
+def _gives_dtype(section: Mapping[str, Any]) -> bool:
     return bool({"dtype", "torch_dtype"} & section.keys())
 
 
-def _older(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What one section of a config.json says in newer words alone, in the older ones."""
-    kind, rope = str(found.get("model_type")), found.get("rope_parameters")
-    older = {old: found[new] for new, old in RENAMED.get(kind, {}).items() if new in found}
-    return {**older, **(_rope(kind, rope) if isinstance(rope, dict) and rope else {})}
+def _older(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The old form of what one section of a config.json gives in the new form."""
+    kind, parameters = str(config.get("model_type")), config.get("rope_parameters")
+    older = {old: config[new] for new, old in RENAMED.get(kind, {}).items() if new in config}
+    return {**older, **(_rope(kind, parameters) if isinstance(parameters, dict) and parameters else {})}
 
 
-def _rope(kind: str, rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The older keys of `rope_parameters`."""
-    layers = {name: value for name, value in rope.items() if isinstance(value, dict)}
+def _rope(kind: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The old keys of `rope_parameters`."""
+    layers = {name: value for name, value in parameters.items() if isinstance(value, dict)}
     if not layers:
-        return _of_all_layers(kind, rope)
+        return _rope_of_all_layers(kind, parameters)
     full = layers.get("full_attention") or next(iter(layers.values()))
     sliding = layers.get("sliding_attention", full)
     if kind in BY_LAYER:
-        wide, narrow = BY_LAYER[kind]
-        bases = {wide: full.get("rope_theta"), narrow: sliding.get("rope_theta")}
+        full_key, sliding_key = BY_LAYER[kind]
+        bases = {full_key: full.get("rope_theta"), sliding_key: sliding.get("rope_theta")}
         return {**{name: base for name, base in bases.items() if base is not None}, **_scaling(kind, full)}
     if len({layer.get("rope_theta") for layer in layers.values()}) > 1:
-        return {}  # younger than the older words, which have none for it
-    return _of_all_layers(kind, full)
+        return {}  # newer than the old form, which cannot express it
+    return _rope_of_all_layers(kind, full)
 
 
-def _of_all_layers(kind: str, rope: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_of_all_layers(kind: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     old = {
-        BASES.get(kind, "rope_theta"): rope.get("rope_theta"),
-        SHARES.get(kind, "partial_rotary_factor"): rope.get("partial_rotary_factor"),
+        BASES.get(kind, "rope_theta"): parameters.get("rope_theta"),
+        SHARES.get(kind, "partial_rotary_factor"): parameters.get("partial_rotary_factor"),
     }
-    length = rope.get("original_max_position_embeddings")
-    if rope.get("rope_type") == "longrope" and length is not None:
+    length = parameters.get("original_max_position_embeddings")
+    if parameters.get("rope_type") == "longrope" and length is not None:
         old["original_max_position_embeddings"] = length
-    return {**{name: value for name, value in old.items() if value is not None}, **_scaling(kind, rope)}
+    return {**{name: value for name, value in old.items() if value is not None}, **_scaling(kind, parameters)}
 
 
-def _scaling(kind: str, rope: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_scaling`, where there is any. Its kind was called `type` before it was called `rope_type`, and some read that."""
-    held = {key: value for key, value in rope.items() if key not in BESIDE_SCALING}
-    held["type"] = held.setdefault("rope_type", held.get("type", "default"))
-    if set(held) == {"type", "rope_type"} and held["type"] == "default":
+def _scaling(kind: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_scaling`, if positions are scaled. `rope_type` was once called `type`, and some readers still want that."""
+    scaling = {key: value for key, value in parameters.items() if key not in NOT_SCALING}
+    scaling["type"] = scaling.setdefault("rope_type", scaling.get("type", "default"))
+    if set(scaling) == {"type", "rope_type"} and scaling["type"] == "default":
         return {}
     if kind.startswith("phi3") or kind == "phi4_multimodal":
-        held = {key: held[key] for key in LONGROPE if key in held}
-    return {"rope_scaling": held}
+        scaling = {key: scaling[key] for key in LONGROPE if key in scaling}
+    return {"rope_scaling": scaling}
 
 
-def tokenizer(found: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A tokenizer_config.json that transformers 4 can read as well. `base`: that of the model that the tokenizer came from, before
-    transformers 5 saved it: its class is named where it had one of its own, and what it said of tokens at the beginning and end, which
-    that class acts on in 4."""
+def tokenizer(saved: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A tokenizer_config.json that transformers 4 can read too.
+
+    `base`: that of the model that the tokenizer came from, before transformers 5 saved it. Its class is used if transformers 4 has it, and so
+    are its settings for tokens at the beginning and end, which that class obeys.
+    """
     before = {key: value for key, value in (base or {}).items() if value is not None}
-    made = dict(found)
-    if made.get("tokenizer_class", OLD_CLASS) in NEW_CLASSES:
+    both = dict(saved)
+    if both.get("tokenizer_class", OLD_CLASS) in NEW_CLASSES:
         known = before.get("tokenizer_class", OLD_CLASS)
-        made["tokenizer_class"] = OLD_CLASS if known in NEW_CLASSES else known
+        both["tokenizer_class"] = OLD_CLASS if known in NEW_CLASSES else known
     for key in ("add_bos_token", "add_eos_token"):
         if key in before:
-            made.setdefault(key, before[key])
-    extra = made.get("extra_special_tokens")
-    if isinstance(extra, list):  # 4 wants a mapping under this name
-        del made["extra_special_tokens"]
-        made["additional_special_tokens"] = list(dict.fromkeys([*made.get("additional_special_tokens", []), *extra]))
-    named = made.pop("model_specific_special_tokens", None)
+            both.setdefault(key, before[key])
+    extra = both.get("extra_special_tokens")
+    if isinstance(extra, list):  # transformers 4 requires a mapping under this name
+        del both["extra_special_tokens"]
+        both["additional_special_tokens"] = _unique([*(both.get("additional_special_tokens") or ()), *extra])
+    named = both.pop("model_specific_special_tokens", None)
     if named:
-        made["extra_special_tokens"] = {**(made.get("extra_special_tokens") or {}), **named}
-    return made
+        both["extra_special_tokens"] = {**(both.get("extra_special_tokens") or {}), **named}
+    return both
+
+
+def _unique(tokens: Iterable[Any]) -> list[Any]:
+    """The tokens without repetitions, which have the same content; a token is a string or the fields of an AddedToken."""
+    by_content: dict[str, Any] = {}
+    for token in tokens:
+        by_content.setdefault(str(token.get("content")) if isinstance(token, dict) else str(token), token)
+    return list(by_content.values())
 
 
 def settle(folder: Path, base: Path | None = None) -> None:
-    """Rewrite the two files of a folder where they say something in the newer words alone. `base`: the folder that its tokenizer is of."""
+    """Add the old form to config.json and tokenizer_config.json of a folder. `base`: the folder that its tokenizer came from."""
     before = _read(base / TOKENIZER) if base else None
-    for name, made in ((CONFIG, config), (TOKENIZER, lambda found: tokenizer(found, before))):
-        if (found := _read(folder / name)) and (settled := made(found)) != found:
+    for name, convert in ((CONFIG, config), (TOKENIZER, lambda saved: tokenizer(saved, before))):
+        if (saved := _read(folder / name)) and (settled := convert(saved)) != saved:
             (folder / name).write_text(json.dumps(settled, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def unreadable(folder: Path) -> Iterator[str]:
-    """What readers of the older words would refuse, or take for something else without a word; nothing for a folder that has both."""
-    found, spoken = _read(folder / CONFIG), _read(folder / TOKENIZER)
-    yield from _unsaid(found)
-    if spoken.get("tokenizer_class") in NEW_CLASSES:
-        yield f"{TOKENIZER} names the class {spoken['tokenizer_class']}, which transformers 4 does not have"
-    if isinstance(spoken.get("extra_special_tokens"), list):
-        yield f"{TOKENIZER} holds extra_special_tokens as a list, which transformers 4 cannot read"
+    """What readers of the old form would refuse or misread; nothing for a folder that has both forms."""
+    tokenizer_config = _read(folder / TOKENIZER)
+    yield from _missing(_read(folder / CONFIG))
+    if tokenizer_config.get("tokenizer_class") in NEW_CLASSES:
+        yield f"{TOKENIZER} names the class {tokenizer_config['tokenizer_class']}, which transformers 4 does not have"
+    if isinstance(tokenizer_config.get("extra_special_tokens"), list):
+        yield f"{TOKENIZER} has extra_special_tokens as a list, which transformers 4 cannot read"
 
 
-def _unsaid(found: Mapping[str, Any], place: str = "") -> Iterator[str]:
-    """Of a config.json, or a section of it."""
-    made = config(found)
-    for key in made.keys() - found.keys():
-        yield f"{CONFIG} says {place}{key} in newer words alone"
-    if found.get("dtype") != found.get("torch_dtype", found.get("dtype")):
-        yield f"{CONFIG} says {place}torch_dtype {found['torch_dtype']}, and {found.get('dtype')} in newer words"
-    for key, value in _older(found).items():
-        if isinstance(value, float | int) and found.get(key, value) != value:
-            yield f"{CONFIG} says {place}{key} {found[key]:g}, and {value:g} in newer words"
-    if said := _contradiction(found):
-        yield f"{CONFIG} says {place}{said}"
-    for key, value in found.items():
+def _missing(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The same for a config.json, or a section of it."""
+    for key in config(section).keys() - section.keys():
+        yield f"{CONFIG} has {prefix}{key} only in the new form"
+    if section.get("dtype") != section.get("torch_dtype", section.get("dtype")):
+        yield f"{CONFIG} has {prefix}torch_dtype {section['torch_dtype']}, but {section.get('dtype')} in the new form"
+    for key, value in _older(section).items():
+        if isinstance(value, float | int) and section.get(key, value) != value:
+            yield f"{CONFIG} has {prefix}{key} {section[key]:g}, but {value:g} in the new form"
+    if difference := _contradiction(section):
+        yield f"{CONFIG} has {prefix}{difference}"
+    for key, value in section.items():
         if _is_section(key, value):
-            yield from _unsaid(value, f"{place}{key}.")
+            yield from _missing(value, f"{prefix}{key}.")
 
 
 def cuts_alike(tokenizer: Any, folder: Path) -> bool:
-    """Whether the tokenizer cuts texts by the rules of the folder's tokenizer.json, which is all that others read; True where it has none.
+    """Whether a tokenizer splits text by the rules of the folder's tokenizer.json, the only file that other readers use; True if there is none.
 
-    Padding and truncation are no rules of cutting: a tokenizer is given them by its user.
+    Padding and truncation are not compared: the user of a tokenizer sets them.
     """
     from tokenizers import Tokenizer
 
     file = folder / CUTS
     if not file.is_file() or not hasattr(tokenizer, "backend_tokenizer"):
         return True
-    held = [json.loads(made.to_str()) for made in (Tokenizer.from_file(str(file)), tokenizer.backend_tokenizer)]
-    for rules in held:
+    on_disk, loaded = (
+        json.loads(backend.to_str()) for backend in (Tokenizer.from_file(str(file)), tokenizer.backend_tokenizer)
+    )
+    for rules in (on_disk, loaded):
         rules.pop("padding", None)
         rules.pop("truncation", None)
-    return bool(held[0] == held[1])
+    return bool(on_disk == loaded)
 
 
 def drop_templates(folder: Path) -> None:
-    """Take a folder's chat templates away, wherever they are kept."""
-    for pattern in TEMPLATES:
+    """Delete a folder's chat templates from all places that can hold them."""
+    for pattern in CHAT_TEMPLATES:
         for file in folder.glob(pattern):
             shutil.rmtree(file) if file.is_dir() else file.unlink()
-    if (spoken := _read(folder / TOKENIZER)) and spoken.pop("chat_template", None) is not None:
-        (folder / TOKENIZER).write_text(json.dumps(spoken, indent=1, ensure_ascii=False), encoding="utf-8")
+    if (saved := _read(folder / TOKENIZER)) and saved.pop("chat_template", None) is not None:
+        (folder / TOKENIZER).write_text(json.dumps(saved, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _read(file: Path) -> dict[str, Any]:
-    held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return held
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return content

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
 from qkit.core.files import need_disk
-from qkit.tensors.shards import copy_companions, shards, tensor_specs
+from qkit.tensors.companions import copy_companions
+from qkit.tensors.shards import shards, tensor_specs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ NOTES = {  # files by which a quantized model without a quantization_config is k
 }
 # How packed weights and what belongs to them are called, whatever config.json says.
 PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB", "_blocks", ".scales")
-OTHERWISE = "give model.source the 16-bit model that it was made from (its card names it)"
+REMEDY = "set model.source to the 16-bit model that it was made from (its model card names it)"
 
 
 def method(config: Mapping[str, Any]) -> str | None:
@@ -52,19 +53,19 @@ def method(config: Mapping[str, Any]) -> str | None:
 
 
 def check(config: Mapping[str, Any], source: str) -> None:
-    """Raise ModelError when a model is quantized in a way that is not dequantized here."""
+    """Raise ModelError if a model is quantized by a method that cannot be dequantized here."""
     found = method(config)
     if found is None:
         return
     if found not in DEQUANTIZED:
         raise ModelError(
-            f"{source}: is quantized already ({found} in its config.json), and only {', '.join(DEQUANTIZED)} are dequantized: {OTHERWISE}"
+            f"{source}: is already quantized ({found} in its config.json), and only {', '.join(DEQUANTIZED)} can be dequantized: {REMEDY}"
         )
     package, _ = DEQUANTIZED[found]
     if importlib.util.find_spec(package) is None:
         install = f"pip install {package.replace('_', '-')}"
         raise ModelError(
-            f"{source}: is quantized already ({found}), and dequantizing it needs a package: {install}; or {OTHERWISE}"
+            f"{source}: is already quantized ({found}), and dequantizing it requires a package: {install}; or {REMEDY}"
         )
 
 
@@ -82,13 +83,11 @@ def of_folder(folder: Path) -> str | None:
     noted = next((kind for file, kind in NOTES.items() if (folder / file).is_file()), None)
     if packed or noted:
         what = f"{len(packed)} packed tensors such as {packed[0]}" if packed else f"the notes of {noted}"
-        raise ModelError(
-            f"{folder}: holds {what}, and its config.json has no quantization_config to read them by: {OTHERWISE}"
-        )
+        raise ModelError(f"{folder}: contains {what}, but its config.json has no quantization_config: {REMEDY}")
     return None
 
 
-def dequantize(folder: Path, how: str, trust_remote_code: bool, out: Path) -> None:
+def dequantize(folder: Path, kind: str, trust_remote_code: bool, out: Path) -> None:
     """Write the model in `folder` in bf16 to `out`, with all that stands beside its weights.
 
     Raises:
@@ -98,17 +97,17 @@ def dequantize(folder: Path, how: str, trust_remote_code: bool, out: Path) -> No
     held = sum(file.stat().st_size for file in shards(folder))
     need_disk(out.parent, held * 2, "the base model, dequantized")
     try:
-        loaded = _loaded(folder, how, trust_remote_code)
+        loaded = _loaded(folder, kind, trust_remote_code)
     except (ImportError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise ModelError(
-            f"{folder}: is quantized already ({how}), and transformers does not dequantize it ({str(error).splitlines()[0]}): {OTHERWISE}"
+            f"{folder}: is already quantized ({kind}), and transformers cannot dequantize it ({str(error).splitlines()[0]}): {REMEDY}"
         ) from error
     plain = _plain(folder, trust_remote_code)
     # Saved as it was loaded it would be written quantized again, or not at all: an op of its loading cannot be turned round.
     left = plain.load_state_dict(loaded.state_dict(), strict=False, assign=True)
     if left.missing_keys:  # what is over are scales that compressed-tensors leaves beside its weights
         raise ModelError(
-            f"{folder}: is quantized already ({how}), and lacks {left.missing_keys[0]} once dequantized: {OTHERWISE}"
+            f"{folder}: is already quantized ({kind}), and lacks {left.missing_keys[0]} once dequantized: {REMEDY}"
         )
     plain.save_pretrained(str(out))
     config = (out / "config.json").read_text(encoding="utf-8")
@@ -118,12 +117,12 @@ def dequantize(folder: Path, how: str, trust_remote_code: bool, out: Path) -> No
     (out / "config.json").write_text(config, encoding="utf-8")
 
 
-def _loaded(folder: Path, how: str, trust_remote_code: bool) -> PreTrainedModel:
+def _loaded(folder: Path, kind: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model in bf16, on the CPU."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _, by_loader = DEQUANTIZED[how]
+    _, by_loader = DEQUANTIZED[kind]
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     if by_loader:
         config.quantization_config = {**config.quantization_config, "dequantize": True}

@@ -1,4 +1,4 @@
-"""Which adapters a model folder has in it already, and which base an adapter belongs to: kept in qkit.json, asked before one is merged."""
+"""Records in qkit.json which adapters were merged into a model and which base an adapter belongs to; checked before each merge."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qkit.recipe.schema import Recipe
 
 
-NOTE = "qkit.json"  # in an adapter's folder, a merged model's, an export's: what it is, and what it was made from
+NOTE = "qkit.json"  # in the folder of an adapter, a merged model or an export: what it is and what it was made from
 
 
 def adapter_sha256(adapter: Path) -> str:
@@ -35,26 +35,27 @@ def adapter_sha256(adapter: Path) -> str:
 
 
 def merged_into(folder: Path) -> list[dict[str, Any]]:
-    """The adapters that were folded into a model, first to last, as far as its folder says."""
+    """The adapters that were merged into a model, first to last, as far as its folder says."""
     file = folder / NOTE
     note = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return list(note.get("merged", []))
 
 
 def check_not_merged(adapter: Path, folder: Path) -> None:
-    """Raise ModelError when the model in `folder` has this adapter in it already."""
+    """Raise ModelError if this adapter is already merged into the model in `folder`."""
     entries = merged_into(folder)
     digests = {adapter_sha256(one) for one, _ in adapter_sum.members(adapter)} if entries else set()
     for entry in entries:
         if digests & set(entry["adapters"]):
             raise ModelError(
-                f"{adapter}: this adapter is in {folder} already (its {NOTE} says so); folded in twice it would be accepted and answer worse: "
-                f"give the base it was trained on, {entry['base']}"
+                f"{adapter}: this adapter is already merged into {folder} (see its {NOTE}); merged twice, it would load and answer worse: "
+                f"use the base that it was trained on, {entry['base']}",
+                source=adapter,
             )
 
 
 def write_merged(out: Path, folder: Path, base: str, onto: str, adapters: Mapping[str, float]) -> None:
-    """Note in `out` what it was merged from. `base`: what the model in `folder` is called; `adapters`: hashes and their weights."""
+    """Record in `out` what it was merged from. `base`: the name of the model in `folder`. `adapters`: hashes and their weights."""
     entry = {"base": base, "base_fingerprint": fingerprint(folder), "onto": onto, "adapters": dict(adapters)}
     note = {"merged": [*merged_into(folder), entry]}
     (out / NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
@@ -63,34 +64,35 @@ def write_merged(out: Path, folder: Path, base: str, onto: str, adapters: Mappin
 # --- which base an adapter belongs to -------------------------------------------------------------------------------
 
 
-def write_adapter_note(adapter: Path, folder: Path, how: Recipe, quantized: list[str]) -> None:
-    """Keep beside an adapter what it was trained on."""
+def write_adapter_note(adapter: Path, folder: Path, recipe: Recipe, quantized: list[str]) -> None:
+    """Record in an adapter's folder what it was trained on. `quantized`: names of the weights held in 4 bit."""
     note = {
-        "base": how.model.source,
+        "base": recipe.model.source,
         "base_fingerprint": fingerprint(folder),
-        "quantization": how.quantization.model_dump(mode="json"),
+        "quantization": recipe.quantization.model_dump(mode="json"),
         "quantized": quantized,
     }
     (adapter / NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
 
 
 def check_adapter(adapter: Path, folder: Path) -> Mapping[str, Any]:
-    """The adapter's note, after seeing that the model in `folder` is the one it was trained on.
+    """The adapter's note, after checking that the model in `folder` is the one it was trained on.
 
     Raises:
-        MissingArtifact: this is no adapter that qkit made.
-        ModelError: it was trained on another model, or is in this one already.
+        MissingArtifact: the folder is not an adapter made by qkit.
+        ModelError: the adapter was trained on another model, or is already merged into this one.
     """
     note_file = adapter / NOTE
     config = adapter / (adapter_sum.FILE if adapter_sum.is_several(adapter) else "adapter_config.json")
     if not note_file.is_file() or not config.is_file():
-        raise MissingArtifact(f"{adapter}: not an adapter made by `qkit train` (it has no {NOTE})")
+        raise MissingArtifact(f"{adapter}: not an adapter made by `qkit train` (it has no {NOTE})", path=adapter)
     check_not_merged(adapter, folder)
     note: dict[str, Any] = json.loads(note_file.read_text(encoding="utf-8"))
     if note["base_fingerprint"] != fingerprint(folder):
         raise ModelError(
-            f"{adapter}: this adapter was trained on {note['base']}, and the weights in {folder} are others; "
-            "on another base it would be accepted and answer worse: give model.source the base it was trained on"
+            f"{adapter}: this adapter was trained on {note['base']}, and {folder} has other weights; on another base it would load and answer "
+            "worse: set model.source to the base that it was trained on",
+            source=adapter,
         )
     return note
 
@@ -100,6 +102,6 @@ MARK = {"graph": f"traced by {TRACER}"}  # in such a folder's qkit.json
 
 
 def is_traced(folder: Path) -> bool:
-    """Whether a folder says that its graph is one of these."""
+    """Whether the folder's qkit.json says that its graph was traced."""
     file = folder / NOTE
     return file.is_file() and MARK.items() <= json.loads(file.read_text(encoding="utf-8")).items()

@@ -1,4 +1,4 @@
-"""The base model: where its files are, its tokenizer, and loading it in 4 bit, in 16 bit, or with an adapter on it."""
+"""Finds the base model's folder: local, downloaded from the hub, converted from .gguf, or dequantized."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qkit.model import added_tokens, older_forms, prequantized
 from qkit.model.gguf import rope as gguf_rope
 from qkit.model.gguf import tokenizer as gguf_tokenizer
 from qkit.recipe import schema
+from qkit.tensors.companions import HUB_PATTERNS
 from qkit.tensors.shards import SHARDS
 
 if TYPE_CHECKING:
@@ -22,20 +23,17 @@ if TYPE_CHECKING:
 
 
 CONVERSION = 2  # of .gguf files: what the cache holds of an earlier one is made anew
-# What stands beside the weights, in folders too; a licence goes on with what is made of them, as most ask for.
-TEXTS = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "*.txt", "*.py")
-LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-COMPANIONS = (*TEXTS, *LICENCES)
 
 
 def resolve(model: schema.Model) -> Path:
-    """A local folder that `from_pretrained` takes, downloaded from the hub or converted from .gguf if need be; of a quantized model one
-    in 16 bit, with model.add_tokens one whose tokenizer and weights have them.
+    """A local folder for `from_pretrained`, downloaded from the hub or converted from .gguf if necessary.
+
+    A quantized model is dequantized to 16 bit; with model.add_tokens the folder's tokenizer and weights include the tokens.
 
     Raises:
-        ModelError: there is no such model, it cannot be had, not be dequantized, or not be given these tokens.
+        ModelError: the model cannot be found, downloaded or dequantized, or the tokens cannot be added.
     """
-    folder = _resolved(model, (*COMPANIONS, SHARDS))
+    folder = _resolved(model, (*HUB_PATTERNS, SHARDS))
     if kind := prequantized.of_folder(folder):
         folder = _dequantized(folder, kind, model.trust_remote_code)
     if not model.add_tokens:
@@ -51,30 +49,34 @@ def _dequantized(folder: Path, kind: str, trust_remote_code: bool) -> Path:
 
 
 def companions(model: schema.Model) -> Path:
-    """The folder of the model as it comes; from the hub only what stands beside the weights is fetched.
+    """The folder of the original model; from the hub, all files except the weights are downloaded.
 
     Raises:
         ModelError: as `resolve`.
     """
-    return _resolved(model, COMPANIONS)
+    return _resolved(model, HUB_PATTERNS)
 
 
 def _resolved(model: schema.Model, wanted: Sequence[str]) -> Path:
-    found = locate(model.source, sha256=model.sha256, kind=ModelError)
-    if isinstance(found, HubId):
-        return _from_hub(found.name, model.revision, wanted)
-    if found.suffix == ".gguf":
-        return _from_gguf(found)
-    if not (found / "config.json").is_file():
-        raise ModelError(f"{found}: holds no config.json, so it is not a model folder (nor a .gguf file)")
-    return found
+    location = locate(model.source, sha256=model.sha256, kind=ModelError)
+    if isinstance(location, HubId):
+        return _from_hub(location.name, model.revision, wanted)
+    if location.suffix == ".gguf":
+        return _from_gguf(location)
+    if not (location / "config.json").is_file():
+        raise ModelError(
+            f"{location}: contains no config.json, so it is neither a model folder nor a .gguf file", source=location
+        )
+    return location
 
 
 def _from_hub(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    remedy = "check the name and the network, `hf auth login` for gated models, or give model.source a local folder"
-    with reaching_hub(ModelError, f"{name}: could not be fetched from the hub", remedy):
+    remedy = (
+        "check the name and the network, run `hf auth login` for gated models, or set model.source to a local folder"
+    )
+    with reaching_hub(ModelError, f"{name}: could not be downloaded from the hub", remedy):
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
 
 
@@ -85,7 +87,7 @@ def _from_gguf(file: Path) -> Path:
 
 
 def _kept(target: Path, make: Callable[[Path], None]) -> Path:
-    """The folder `target` of the cache; where there is none, `make` fills a temporary one that takes its name when it is whole."""
+    """The folder `target` of the cache. If it is missing, `make` fills a temporary folder, which is renamed once complete."""
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,7 @@ def _convert_gguf(file: Path, out: Path) -> None:
         config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
     except (ValueError, KeyError) as error:
         raise ModelError(
-            f"{file}: transformers cannot read it ({str(error).splitlines()[0]}); give model.source the folder or hub id that the file was "
+            f"{file}: transformers cannot read it ({str(error).splitlines()[0]}); set model.source to the folder or hub id that the file was "
             "made from"
         ) from None
     if rope := getattr(config, "rope_parameters", None):
@@ -128,7 +130,7 @@ def _convert_gguf(file: Path, out: Path) -> None:
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Put an ordinary bf16 Linear in the place of every 4-bit one; of a model that was loaded by `load_base`, so that none is packed anew."""
+    """Replace every 4-bit Linear by a bf16 one. The model must come from `load_base`, which prevents repacking."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -145,7 +147,7 @@ def dequantize(model: PreTrainedModel) -> None:
 
 
 def quantized_names(model: PreTrainedModel) -> list[str]:
-    """Names of the weights that are held in 4 bit, as the checkpoint names them."""
+    """The checkpoint's names of the weights that are held in 4 bit."""
     from bitsandbytes.nn import Linear4bit
 
     return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)]

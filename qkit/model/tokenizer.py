@@ -1,12 +1,14 @@
-"""The tokenizer of a model's folder."""
+"""Loads the tokenizer of a model folder, and reads the token ids and limits that its config.json names."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.chat import template
+from qkit.core.errors import ModelError
 from qkit.model import added_tokens
 from qkit.model.source import companions
 from qkit.recipe import chat_templates, schema
@@ -24,42 +26,64 @@ def load_tokenizer(folder: Path, section: schema.Model) -> PreTrainedTokenizerBa
     """The tokenizer of a model folder, with the tokens and the chat template that the recipe's model section names.
 
     Raises:
-        ModelError: it has none, has no chat template, or lacks the tokens that the template writes.
+        ModelError: there is no tokenizer or no chat template, or the tokenizer lacks the tokens that the template writes.
     """
     tokenizer = added_tokens.bare_tokenizer(folder, section.trust_remote_code)
-    own = added_tokens.markers(tokenizer)
+    base_markers = added_tokens.markers(tokenizer)
     added_tokens.add(tokenizer, section.add_tokens)
     template.choose(tokenizer, section.chat_template, folder)
     if section.chat_template in chat_templates.named():
         added_tokens.begin_as_texts_do(tokenizer)
     if section.chat_template is not None:
-        added_tokens.check_markers(tokenizer, section.chat_template, own)
+        added_tokens.check_markers(tokenizer, section.chat_template, base_markers)
     return tokenizer
 
 
 def vocabulary(section: schema.Model, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many token ids the model has an embedding for, those of model.add_tokens included."""
+    """The number of token ids that the model has an embedding for, including those of model.add_tokens."""
     known, rows = 1 + max(tokenizer.get_vocab().values()), int(_config(section).get("vocab_size") or 0)
     return max(rows, known) if section.add_tokens else rows or known
 
 
 def named_tokens(section: schema.Model) -> dict[str, int]:
-    """Ids that the model's config names, by their keys there; of a list, the largest."""
-    found = {
-        key: value for key, value in _config(section).items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    flat = {key: max(value, default=None) if isinstance(value, list) else value for key, value in found.items()}
-    return {key: int(value) for key, value in flat.items() if value is not None}
+    """The token ids in the model's config, by their keys; of a list, the largest.
+
+    Raises:
+        ModelError: one is not a token id or a list of them.
+    """
+    file, config = _config_file(section), _config(section)
+    ids = {key: token_ids(config, key, file) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {key: max(numbers) for key, numbers in ids.items() if numbers}
+
+
+def token_ids(config: Mapping[str, Any], key: str, file: Path) -> list[int]:
+    """The value of `key` in a config as a list of token ids. Negative ones, which some configs use for "none", are included.
+
+    Raises:
+        ModelError: it is not an integer or a list of integers. `file`: for the message.
+    """
+    value = config.get(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if wrong := [number for number in ids if not isinstance(number, int) or isinstance(number, bool)]:
+        raise ModelError(
+            f"{file}: {key} must be a token id (a non-negative integer) or a list of token ids, not {wrong[0]!r}; correct it there",
+            source=file,
+        )
+    return list(ids)
 
 
 def max_positions(section: schema.Model) -> int | None:
-    """The most tokens that the model's config says it takes."""
-    found = _config(section).get("max_position_embeddings")
-    return int(found) if found else None
+    """The largest number of tokens that the model's config allows."""
+    positions = _config(section).get("max_position_embeddings")
+    return int(positions) if positions else None
 
 
 def _config(section: schema.Model) -> dict[str, Any]:
-    """The config of the text model; models for several media keep it one level down."""
-    file = companions(section) / "config.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {**found, **found.get("text_config", {})}
+    """The config of the text model, which multimodal models keep in a section."""
+    file = _config_file(section)
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {**config, **config.get("text_config", {})}
+
+
+def _config_file(section: schema.Model) -> Path:
+    return companions(section) / "config.json"

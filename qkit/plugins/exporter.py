@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qkit.recipe.registry import FORMATS, names, split
+from qkit.recipe.registry import FORMATS, MERGED, names, split
 from qkit.recipe.schema import Recipe
 
 
@@ -59,3 +59,9 @@ def exporter(name: str) -> Exporter:
     module: Any = importlib.import_module(f"qkit.{FORMATS}.{split(name)[0]}")
     exporter_module: Exporter = module
     return exporter_module
+
+
+def is_quantized(artifact: str) -> bool:
+    """Return whether an artifact's weights have 8 bits or fewer."""
+    kind, variant = split(artifact)
+    return artifact != MERGED and variant in exporter(kind).QUANTIZED

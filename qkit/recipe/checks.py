@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qkit.core.errors import nearest, short
 from qkit.recipe import idle
-from qkit.recipe.registry import TASKS, accepts, format_names, names
+from qkit.recipe.registry import MERGED, TASKS, accepts, format_names, names
 from qkit.recipe.schema import ALL
 
 if TYPE_CHECKING:
@@ -106,10 +106,10 @@ def _unknown_names(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         if name != ALL and not accepts(name):
             yield ("export", "formats"), f"unknown format {_instead(name, [ALL, *format_names()])}"
     for name in recipe.verify.gates:
-        if name not in ("merged", ALL) and not accepts(name):
+        if name not in (MERGED, ALL) and not accepts(name):
             yield (
                 ("verify", "gates", name),
-                f"verify.gates: unknown format {_instead(name, ['merged', ALL, *format_names()])}",
+                f"verify.gates: unknown format {_instead(name, [MERGED, ALL, *format_names()])}",
             )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parent.parent
 TASKS, FORMATS, RUNTIMES = "tasks", "export.formats", "runtimes"  # the folders, as Python imports them
+MERGED = "merged"  # the artifact of the stage `merge`, where the name of an export format could stand
 
 
 def format_names() -> Iterator[str]:

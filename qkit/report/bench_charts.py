@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from qkit.core import files
 from qkit.core.errors import MissingArtifact, MissingExtra
 from qkit.core.files import make_folder, write_text
-from qkit.measure.artifacts import MERGED, Artifact
+from qkit.measure.artifacts import Artifact
+from qkit.recipe.registry import MERGED
 from qkit.report import summary
 from qkit.run.directory import Run
 from qkit.server import lora

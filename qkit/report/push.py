@@ -1,4 +1,4 @@
-"""Upload a model folder to the Hugging Face hub: only one that says what it was made from, and that did not fail its gate."""
+"""Uploads a model folder to the Hugging Face hub, if it records its provenance and did not fail its gate."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from qkit.core.errors import MissingArtifact, MissingExtra, ParityFailed, UserError
-from qkit.core.files import read_json
 from qkit.core.network import reaching_hub
 from qkit.core.sources import HUB_ID
 from qkit.measure import candidates
-from qkit.measure.evidence import made_of
+from qkit.measure.evidence import read_evidence
 from qkit.model.provenance import NOTE
+from qkit.recipe.registry import MERGED
 
-FAILED = "failed"  # an artifact's status in verify/parity.json
 ANSWERS = candidates.FILE  # the model's answers to the held-out rows are in it
 REMEDY = "check the network, log in with `hf auth login`, and see that HF_HUB_OFFLINE is not set"
-MERGED = "merged"  # its name there, whose folder is RUN/merge
 
 
 @dataclass(frozen=True)
@@ -39,24 +37,24 @@ def planned(folder: Path, repo: str, private: bool, force: bool = False) -> Uplo
     """What would be uploaded.
 
     Raises:
-        UserError: `repo` is no name of a repository.
-        MissingArtifact: the folder is none, or has no provenance.
+        UserError: `repo` is not a valid repository name.
+        MissingArtifact: the folder does not exist, or has no provenance.
         ParityFailed: its gate failed, and `force` is not given.
     """
     if not HUB_ID.match(repo):
-        raise UserError(f"{repo}: a repository is written owner/name")
+        raise UserError(f"{repo}: must be owner/name")
     if not folder.is_dir():
         raise MissingArtifact(f"{folder}: no such folder; name one below RUN/export, or RUN/merge")
     if not force:
         _check(folder)
-    found = sorted(
+    uploaded = sorted(
         p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder)) and p.name != ANSWERS
     )
-    return Upload(folder, repo, private, {str(p.relative_to(folder)): p.stat().st_size for p in found})
+    return Upload(folder, repo, private, {str(p.relative_to(folder)): p.stat().st_size for p in uploaded})
 
 
 def push(upload: Upload) -> str:
-    """Make the repository where it is not there, and upload; returns the address of the commit.
+    """Create the repository if it does not exist, and upload. Returns the URL of the commit.
 
     Raises:
         MissingExtra: huggingface_hub is not installed.
@@ -103,20 +101,20 @@ def _hidden(path: Path) -> bool:
 def _check(folder: Path) -> None:
     if not (folder / NOTE).is_file():
         raise MissingArtifact(
-            f"{folder}: has no {NOTE}, so nobody would know what it was made from; `qkit export RUN` makes folders that say it, "
-            "--force uploads it all the same"
+            f"{folder}: {NOTE} is missing, so the provenance of the model is unknown; `qkit export RUN` writes it, "
+            "--force uploads without it"
         )
-    if reason := _failed(folder.resolve()):
-        raise ParityFailed(f"{folder}: {reason}; look at `qkit show`, or --force uploads it all the same")
+    run, name = _artifact(folder.resolve())
+    if breaches := read_evidence(run).failures().get(name):
+        messages = "; ".join(breach.message for breach in breaches)
+        raise ParityFailed(
+            f"{folder}: {name} failed its gate: {messages}; look at `qkit show`, or use --force to upload anyway",
+            artifact=name,
+            gate=breaches[0].gate,
+            figure=breaches[0].figure,
+        )
 
 
-def _failed(folder: Path) -> str | None:
-    """Why the gate of an artifact failed, when its run has measured it and it did."""
-    run, name = (folder.parent, MERGED) if folder.name == "merge" else (folder.parent.parent, folder.name)
-    file, manifest = run / "verify" / "parity.json", run / "run.json"
-    if not file.is_file():
-        return None
-    if manifest.is_file() and not made_of(read_json(manifest), "verify", f"{folder.relative_to(run)}/"):
-        return None  # it was made anew since, and what was measured is another one
-    entry = read_json(file).get("parity", {}).get(name, {})
-    return f"{name} failed its gate when it was measured ({file})" if entry.get("status") == FAILED else None
+def _artifact(folder: Path) -> tuple[Path, str]:
+    """The run directory that a folder is in, RUN/merge or RUN/export/NAME, and the artifact's name there."""
+    return (folder.parent, MERGED) if folder.name == "merge" else (folder.parent.parent, folder.name)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qkit.core.device import detect
 from qkit.core.errors import MissingArtifact, ModelError, NotDeployable, ParityFailed, ServerError
 from qkit.core.files import read_json
 from qkit.core.sources import cache_dir, is_hub_id
-from qkit.measure.artifacts import MERGED, Artifact
-from qkit.measure.evidence import made_of
+from qkit.measure.artifacts import Artifact
+from qkit.measure.evidence import FAILED, PASSED, Evidence, read_evidence
 from qkit.model import source as model_source
 from qkit.model.provenance import is_traced
+from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.runtimes import vllm
@@ -24,6 +24,7 @@ from qkit.server import adapters
 from qkit.server.lora import is_adapter
 
 RUNTIMES = ("vllm", "onnxruntime")
+UNVERIFIED = "unverified"  # verify has not judged the files that are there now
 CONFIGS = {"vllm": "config.json", "onnxruntime": "genai_config.json"}  # what a folder for the runtime must contain
 # Options of the runtime that qkit sets itself, and how the user sets them through qkit.
 RESERVED_OPTIONS = {
@@ -160,17 +161,20 @@ def _serve_the_base(run: Run, name: str, adapter_options: Sequence[str]) -> str:
 def pick(run: Run, options: ServeOptions) -> tuple[Artifact, str]:
     """The artifact of a run that the runtime serves, and a line that says why."""
     candidates = _candidates(run, options)
-    known = _verified(run, candidates)
-    good = [artifact for artifact in candidates if options.force or _status(known, artifact) != "failed"]
+    evidence = read_evidence(run.root)
+    good = [artifact for artifact in candidates if options.force or evidence.status(artifact.name) != FAILED]
     if not good:
         raise ParityFailed(
             f"{run.root}: {', '.join(artifact.name for artifact in candidates)} failed the gate and will not be served; "
             f"`qkit show {run.root}` says by how much, --force serves it anyway"
         )
-    best = max(good, key=lambda artifact: _merit(known, artifact, run.recipe.merge.choose))
+    best = max(good, key=lambda artifact: _merit(evidence, artifact, run.recipe.merge.choose))
     if options.runtime == "onnxruntime":
         _need_genai(best.path)
-    return best, f"{best.name} ({_status(known, best)}, of {', '.join(artifact.name for artifact in candidates)})"
+    return (
+        best,
+        f"{best.name} ({evidence.status(best.name) or UNVERIFIED}, of {', '.join(artifact.name for artifact in candidates)})",
+    )
 
 
 def _candidates(run: Run, options: ServeOptions) -> list[Artifact]:
@@ -221,28 +225,12 @@ def _exports(run: Run) -> list[Artifact]:
     return [a for a in named if any((a.path / file).is_file() for file in configs)]
 
 
-def _verified(run: Run, artifacts: Sequence[Artifact]) -> Mapping[str, Any]:
-    """The verdicts of verify on these artifacts, without those on artifacts that have been exported again since."""
-    file, manifest = run.folder("verify") / "parity.json", run.manifest()
-    if not file.is_file():
-        return {"parity": {}, "scores": {}}
-    same = {one.name for one in artifacts if made_of(manifest, "verify", f"{one.path.relative_to(run.root)}/")}
-    verdicts = read_json(file)
-    return {key: {name: entry for name, entry in verdicts[key].items() if name in same} for key in ("parity", "scores")}
-
-
-def _status(known: Mapping[str, Any], artifact: Artifact) -> str:
-    """The verdict of verify: passed, failed or measured; or unverified."""
-    entry: Mapping[str, Any] = known["parity"].get(artifact.name, {})
-    return str(entry.get("status", "unverified"))
-
-
-def _merit(known: Mapping[str, Any], artifact: Artifact, rule: str) -> tuple[bool, float, float]:
+def _merit(evidence: Evidence, artifact: Artifact, rule: str) -> tuple[bool, float, float]:
     """For sorting: passed comes first; then the distance to the reference model, or the score if `rule` says so.
 
     By default the distance decides, since a few points of a score are chance.
     """
-    score = known["scores"].get(artifact.name, {}).get("score", float("-inf"))
-    nearness = -known["parity"].get(artifact.name, {}).get("kl_mean", float("inf"))
-    passed = _status(known, artifact) == "passed"
+    score = evidence.scores.get(artifact.name, {}).get("score", float("-inf"))
+    nearness = -evidence.parity.get(artifact.name, {}).get("kl_mean", float("inf"))
+    passed = evidence.status(artifact.name) == PASSED
     return (passed, score, nearness) if rule == "score" else (passed, nearness, score)

@@ -55,7 +55,7 @@ class Client:
 
         self.url = root_url(url)
         self.remedy = remedy
-        with self._translated("the URL is malformed"):
+        with self._translated("has a malformed URL"):
             self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
 
     def __enter__(self) -> Client:
@@ -69,7 +69,7 @@ class Client:
 
     def send(self, method: str, path: str, body: Any = None) -> httpx.Response:
         """The answer to a request, whatever its status."""
-        with self._translated("it does not answer"):
+        with self._translated("does not answer"):
             return self._http.request(method, path, json=body)
 
     def request(self, method: str, path: str, body: Any = None) -> httpx.Response:
@@ -86,7 +86,7 @@ class Client:
 
     def read(self, answer: httpx.Response, pick: Callable[[Any], T]) -> T:
         """What `pick` takes out of the JSON of an answer. Whatever `pick` raises means that the answer has another form."""
-        with self._translated("its answer does not follow the OpenAI API"):
+        with self._translated("does not answer as the OpenAI API specifies"):
             return pick(answer.json())
 
     def models(self) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ class Client:
             raise
         except Exception as error:
             reason = describe(error)
-            message = f"the server at {self.url}: {problem} ({reason}); {self.remedy}"
+            message = f"the server at {self.url} {problem} ({reason}); {self.remedy}"
             raise ServerError(message, url=self.url, reason=reason) from error
 
 

@@ -1,8 +1,8 @@
 """What a LoRA adapter changes, weight by weight: the arithmetic of PEFT's merge, for one tensor of a checkpoint at a time.
 
-Low-rank deltas (with their patterns, rank stabilization and DoRA's magnitudes; of linear layers, transposed ones, embeddings, and of experts
-that are held in one parameter), their biases, whole tensors that were trained or resized, and rows of learnt tokens. What else PEFT knows
-is refused by name.
+It covers low-rank deltas (with rank and alpha patterns, rank stabilization and DoRA's magnitudes; of linear layers, Conv1D, embeddings, and
+experts stacked in one parameter), their biases, whole tensors that were trained or resized, and rows of learned tokens. Any other feature of
+PEFT is refused by name.
 """
 
 from __future__ import annotations
@@ -25,34 +25,48 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
-ROWS = ".token_adapter.trainable_tokens_delta"  # the rows of learnt tokens, behind the name of their embedding or head
-LOW_RANK = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
-# A parameter's deltas are named after its module, and the second, third ... of one module's lie around the first.
+ROWS = ".token_adapter.trainable_tokens_delta"  # after the name of an embedding or head: the rows of learned tokens
+
+
+@dataclass(frozen=True)
+class FactorKeys:
+    """Suffixes of the two factors of a delta in an adapter's file. `transposed`: the weight is stored [in, out]."""
+
+    down: str
+    up: str
+    transposed: bool
+
+
+FACTOR_KEYS = (
+    FactorKeys(".lora_A.weight", ".lora_B.weight", transposed=False),
+    FactorKeys(".lora_embedding_A", ".lora_embedding_B", transposed=True),
+)
+FACTOR_SUFFIXES = tuple(suffix for keys in FACTOR_KEYS for suffix in (keys.down, keys.up))
+# A parameter's deltas are named after its module; if a module has several, each further one is nested in one more base_layer.
 NESTED = re.compile(r"((?:\.base_layer)+)\.lora_[AB]\.weight$")
 BIAS, MAGNITUDE = ".lora_B.bias", ".lora_magnitude_vector"
 
-
-# Fields of LoraConfig under which a forward is more than weight + delta, or the delta belongs to another weight.
+# Fields of LoraConfig that make a forward pass more than weight + delta, or that apply the delta to another weight.
 REFUSED = {
     "alora_invocation_tokens": "the delta is added after certain tokens only",
     "arrow_config": "several adapters are chosen between, token by token",
     "kasa_config": "the base is changed as well",
     "layer_replication": "layers are repeated",
-    "megatron_config": "layers are Megatron's",
+    "megatron_config": "the layers are those of Megatron",
     "monteclora_config": "the delta is drawn from a distribution",
     "use_bdlora": "the matrices are block-diagonal",
     "use_qalora": "inputs are pooled in groups",
 }
-NOTHING: tuple[Any, ...] = (None, False, "", [], {})  # what a key says that is not set
-# Ways of starting that take the adapter's first state off the base: the delta is not one to the base as it comes.
+UNSET: tuple[Any, ...] = (None, False, "", [], {})  # values of a key that has no effect
+# Initializations that subtract the adapter's initial state from the base, so the delta does not apply to the original base.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """scaling * (up @ down), transposed where the weight is stored so; with `magnitude` the sum is given that norm (DoRA).
+    """scaling * (up @ down), transposed if the weight is stored [in, out]; with `magnitude`, weight + delta is rescaled to that norm (DoRA).
 
-    `up` [out, r] and `down` [r, in], in fp32.
+    `up` [out, r] and `down` [r, in], in fp32; `magnitude` [out].
     """
 
     up: torch.Tensor
@@ -63,17 +77,17 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight that it belongs to."""
+        """Shape of the weight that the delta applies to."""
         out, inputs = int(self.up.shape[0]), int(self.down.shape[1])
         return (inputs, out) if self.transposed else (out, inputs)
 
     @property
     def by_rows(self) -> bool:
-        """Whether some rows of the weight can be had without the others: not where a norm runs over all of them."""
+        """Whether rows of the weight can be computed one block at a time: not if a norm runs over all rows."""
         return self.magnitude is None or not self.transposed
 
     def added(self, weight: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """`weight`, which is rows `begin` to `end` of the whole, with the delta; in fp32."""
+        """`weight` (rows `begin` to `end` of the whole) plus the delta, in fp32."""
         product = self.up @ self.down[:, begin:end] if self.transposed else self.up[begin:end] @ self.down
         delta = (product.T if self.transposed else product) * self.scaling
         if self.magnitude is None:
@@ -86,7 +100,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Experts:
-    """scaling * (up @ down) of each expert, transposed where the parameter is [experts, in, out].
+    """scaling * (up @ down) for each expert, transposed if the parameter is [experts, in, out].
 
     `up` [experts, out, r] and `down` [experts, r, in], in fp32.
     """
@@ -99,25 +113,28 @@ class Experts:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the parameter that it belongs to."""
+        """Shape of the parameter that the delta applies to."""
         count, out, inputs = int(self.up.shape[0]), int(self.up.shape[1]), int(self.down.shape[2])
         return (count, inputs, out) if self.transposed else (count, out, inputs)
 
     def delta(self, begin: int, end: int) -> torch.Tensor:
-        """Of experts `begin` to `end`."""
+        """The delta of experts `begin` to `end`."""
         product = self.up[begin:end] @ self.down[begin:end] * self.scaling
         return product.transpose(1, 2) if self.transposed else product
 
     def added(self, weight: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """`weight`, which is experts `begin` to `end` of the whole, with the delta; in fp32."""
+        """`weight` (experts `begin` to `end` of the whole) plus the delta, in fp32."""
         return self.delta(begin, end).add_(weight)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """Where the deltas of a parameter lie in an adapter's file, and how its experts are held."""
+    """Where the deltas of a parameter are in an adapter's file, and the layout of its experts.
 
-    place: str
+    `prefix`: of the keys in the file. `experts`: how many the parameter stacks; 0 if it is an ordinary matrix.
+    """
+
+    prefix: str
     experts: int = 0
     transposed: bool = False
 
@@ -130,11 +147,11 @@ def _norms(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Deltas:
-    """The changes of an adapter, by the name of the checkpoint's tensor; with None for an adapter there are none.
+    """The changes of an adapter, by the name of the checkpoint's tensor. Without an adapter (None) there are none.
 
     Raises:
         MissingArtifact: the folder holds no adapter in safetensors.
-        ModelError: it is of a kind that is not merged.
+        ModelError: the adapter is of a kind that cannot be merged.
     """
 
     def __init__(self, adapter: Path | None):
@@ -143,192 +160,217 @@ class Deltas:
 
         self.adapter = adapter
         self.config = LoraConfig() if adapter is None else _config(adapter)
-        pairs = {} if adapter is None else load_file(adapter / WEIGHTS)
-        self.tensors = {_plain(name.removeprefix(PREFIX)): pairs[name] for name in pairs}
-        self.left = set(self.tensors)
+        loaded = {} if adapter is None else load_file(adapter / WEIGHTS)
+        self.tensors = {_plain(name.removeprefix(PREFIX)): tensor for name, tensor in loaded.items()}
+        self.unused = set(self.tensors)
         self.parameters: dict[str, Parameter] = {}
-        self.held: dict[str, Experts | None] = {}  # the last two: a checkpoint has them by turns
+        self.cached: dict[
+            str, Experts | None
+        ] = {}  # the last two, because a checkpoint alternates between gate_up and down
 
     def find_parameters(self, model: PreTrainedModel | None) -> None:
-        """See which parameters of the model PEFT's target_parameters are, and by which names: those of a module in their order, inside out.
+        """Find which parameters of the model PEFT's target_parameters name, and their keys in the file.
 
         Raises:
-            ModelError: the model's code is not transformers', so that its parameters are not known.
+            ModelError: the model runs remote code, so its parameters are unknown.
         """
-        wanted = self.config.target_parameters or ()
-        if not wanted:
+        targets = self.config.target_parameters or ()
+        if not targets:
             return
         if model is None:
             raise ModelError(
-                f"{self.adapter}: has deltas of parameters ({', '.join(sorted(wanted))}), and the base is a model of remote code; merge it "
-                "with PeftModel.merge_and_unload"
+                f"{self.adapter}: has deltas of parameters ({', '.join(sorted(targets))}), and the base is a model with remote code; merge it "
+                "with PeftModel.merge_and_unload",
+                source=self.adapter,
             )
         for name, module in model.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            matched = [key for key in own if _ends_in(f"{name}.{key}", wanted)]
-            for depth, key in enumerate(reversed(matched)):
-                count = int(own[key].shape[0]) if own[key].ndim == 3 else 0
+            parameters = dict(module.named_parameters(recurse=False))
+            matched = [key for key in parameters if _ends_in(f"{name}.{key}", targets)]
+            for depth, key in enumerate(reversed(matched)):  # PEFT wraps them in order, so the last one is innermost
+                experts = int(parameters[key].shape[0]) if parameters[key].ndim == 3 else 0
                 transposed = bool(getattr(module, "is_transposed", False))
-                self.parameters[f"{name}.{key}"] = Parameter(f"{name}{'.base_layer' * depth}", count, transposed)
+                self.parameters[f"{name}.{key}"] = Parameter(f"{name}{'.base_layer' * depth}", experts, transposed)
 
     def experts(self, name: str) -> Experts | None:
-        """The deltas of a parameter that holds experts, or None."""
-        found = self.parameters.get(name)
-        if found is None or not found.experts:
+        """The deltas of a parameter that stacks experts, or None."""
+        parameter = self.parameters.get(name)
+        if parameter is None or not parameter.experts:
             return None
-        if name not in self.held:
-            self.held = {**dict(list(self.held.items())[-1:]), name: self._experts(name, found)}
-        return self.held[name]
+        if name not in self.cached:
+            self.cached = {**dict(list(self.cached.items())[-1:]), name: self._experts(name, parameter)}
+        return self.cached[name]
 
-    def _experts(self, name: str, found: Parameter) -> Experts | None:
-        down, up = (self._take(f"{found.place}.lora_{side}.weight") for side in "AB")
-        if down is None or up is None:
+    def _experts(self, name: str, parameter: Parameter) -> Experts | None:
+        factors = self._factors(parameter.prefix, FACTOR_KEYS[0])
+        if factors is None:
             return None
-        if (ranks := len(down)) != self._rank(name) * found.experts:
+        down, up = factors
+        ranks, needed = len(down), self._rank(name) * parameter.experts
+        if ranks != needed:
             raise ModelError(
-                f"{self.adapter}: its delta of {name} has {ranks} ranks, and the base's {found.experts} experts of rank {self._rank(name)} "
-                f"need {self._rank(name) * found.experts}: it was trained on another model"
+                f"{self.adapter}: its delta of {name} has {ranks} ranks, but {parameter.experts} experts of rank {self._rank(name)} need "
+                f"{needed}: the adapter was trained on another model",
+                source=self.adapter,
             )
         return Experts(
-            up.float().view(len(up), -1, found.experts).permute(2, 0, 1),
-            down.float().view(found.experts, -1, down.shape[1]),
+            up.float().view(len(up), -1, parameter.experts).permute(2, 0, 1),
+            down.float().view(parameter.experts, -1, down.shape[1]),
             self._scaling(name),
-            found.transposed,
+            parameter.transposed,
         )
 
     def low_rank(self, name: str, transposed: bool) -> LowRank | None:
-        """The delta of a weight, or None. `transposed`: it is the [in, out] matrix of a Conv1D."""
+        """The delta of a weight, or None. `transposed`: the weight is the [in, out] matrix of a Conv1D."""
         if (parameter := self.parameters.get(name)) is not None:
-            found = self._low_rank(parameter.place, False)
-            return found and replace(found, scaling=self._scaling(name))
+            delta = self._low_rank(parameter.prefix, False)
+            return delta and replace(delta, scaling=self._scaling(name))
         return self._low_rank(name.removesuffix(".weight"), transposed)
 
     def _low_rank(self, module: str, transposed: bool) -> LowRank | None:
-        embedding = f"{module}.lora_embedding_A" in self.tensors
-        down, up = (
-            self._take(f"{module}.lora_{'embedding_' if embedding else ''}{side}{'' if embedding else '.weight'}")
-            for side in "AB"
-        )
-        if down is None or up is None:
-            return None
-        magnitude = self._take(f"{module}{MAGNITUDE}")
-        return LowRank(
-            up.float(),
-            down.float(),
-            self._scaling(module),
-            transposed or embedding,
-            None if magnitude is None else magnitude.float(),
-        )
+        for keys in FACTOR_KEYS:
+            factors = self._factors(module, keys)
+            if factors is None:
+                continue
+            down, up = factors
+            magnitude = self._take(f"{module}{MAGNITUDE}")
+            return LowRank(
+                up.float(),
+                down.float(),
+                self._scaling(module),
+                transposed or keys.transposed,
+                None if magnitude is None else magnitude.float(),
+            )
+        return None
+
+    def _factors(self, prefix: str, keys: FactorKeys) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(down, up) of a module, or None."""
+        down, up = self._take(f"{prefix}{keys.down}"), self._take(f"{prefix}{keys.up}")
+        return None if down is None or up is None else (down, up)
+
+    def low_rank_weights(self) -> set[str]:
+        """Names of the weights that the adapter has a low-rank delta of."""
+        return {
+            f"{name.removesuffix(suffix)}.weight"
+            for suffix in FACTOR_SUFFIXES
+            for name in self.tensors
+            if name.endswith(suffix)
+        }
 
     def bias(self, name: str) -> torch.Tensor | None:
         """What is added to a bias (lora_bias), or None."""
+        if not name.endswith(".bias"):
+            return None
         module = name.removesuffix(".bias")
-        found = self._take(f"{module}{BIAS}") if name.endswith(".bias") else None
-        return None if found is None else found.float() * self._scaling(module)
+        delta = self._take(f"{module}{BIAS}")
+        return None if delta is None else delta.float() * self._scaling(module)
 
     def replaced(self, name: str) -> torch.Tensor | None:
-        """What stands in the place of a tensor (modules_to_save, trained biases, resized embeddings), or None."""
+        """The tensor that replaces the base's (modules_to_save, trained biases, resized embeddings), or None."""
         return self._take(name)
 
     def shape(self, name: str) -> list[int] | None:
-        """Shape of what stands in the place of a tensor, or None."""
+        """The shape of the tensor that replaces the base's, or None."""
         return list(self.tensors[name].shape) if name in self.tensors else None
 
     def changes(self, name: str) -> bool:
-        """Whether a weight's module has deltas, or is replaced, in this adapter; learnt rows are another matter."""
-        module = name.removesuffix(".weight")
-        if name in self.parameters:
-            module = self.parameters[name].place
-        return name in self.tensors or any(f"{module}{kind}" in self.tensors for kind in LOW_RANK)
+        """Whether the adapter has deltas of a weight, or replaces it. Learned rows do not count."""
+        prefix = self.parameters[name].prefix if name in self.parameters else name.removesuffix(".weight")
+        return name in self.tensors or any(f"{prefix}{suffix}" in self.tensors for suffix in FACTOR_SUFFIXES)
 
-    def learnt_rows(self, name: str) -> tuple[list[int], torch.Tensor] | None:
-        """Indices and values of a matrix's rows that were learnt, or None."""
+    def learned_rows(self, name: str) -> tuple[list[int], torch.Tensor] | None:
+        """Indices [n] and values [n, width] of the rows of a matrix that were learned, or None."""
         module = name.removesuffix(".weight")
-        learnt = self.config.trainable_token_indices or {}
-        if isinstance(learnt, list):  # peft's short form: the embedding alone
-            learnt = {key.removesuffix(ROWS): learnt for key in self.tensors if key.endswith(ROWS)}
-        named = [
-            key for key in learnt if module == key or module.endswith(f".{key}")
-        ]  # peft takes the end of a name too
-        if not named:
+        indices = self.config.trainable_token_indices or {}
+        if isinstance(indices, list):  # PEFT's short form: the embedding only
+            indices = {key.removesuffix(ROWS): indices for key in self.tensors if key.endswith(ROWS)}
+        matching = [key for key in indices if _ends_in(module, [key])]
+        if not matching:
             return None
-        # A head that is tied to the embedding has no rows of its own, and stands in some checkpoints all the same.
-        own = self._take(f"{module}{ROWS}")
-        rows = next(value for key, value in self.tensors.items() if key.endswith(ROWS)) if own is None else own
-        return learnt[named[0]], rows
+        rows = self._take(f"{module}{ROWS}")
+        if rows is None:  # a head tied to the embedding has no rows of its own, though some checkpoints contain it
+            rows = next(value for key, value in self.tensors.items() if key.endswith(ROWS))
+        return indices[matching[0]], rows
 
     def _take(self, name: str) -> torch.Tensor | None:
-        self.left.discard(name)
+        self.unused.discard(name)
         return self.tensors.get(name)
 
     def _rank(self, module: str) -> int:
         return int(_of_pattern(self.config.rank_pattern, module, self.config.r))
 
     def _scaling(self, module: str) -> float:
-        """lora_alpha / r, or / sqrt(r) for rank-stabilized LoRA, with the patterns of this module as peft reads them."""
+        """lora_alpha / r, or lora_alpha / sqrt(r) for rank-stabilized LoRA, with rank_pattern and alpha_pattern applied."""
         rank, alpha = self._rank(module), _of_pattern(self.config.alpha_pattern, module, self.config.lora_alpha)
         return float(alpha / rank**0.5 if self.config.use_rslora else alpha / rank)
 
     def check_all_used(self) -> None:
-        """Raises ModelError when the adapter changes a weight that the base does not have."""
-        if self.left:
+        """Raise ModelError if the adapter changes a weight that the base does not have."""
+        if self.unused:
             raise ModelError(
-                f"{self.adapter}: the adapter changes {min(self.left)} and {len(self.left) - 1} more, which the base model does not have: "
-                "it belongs to another base, or to one that is saved under other names"
+                f"{self.adapter}: changes {min(self.unused)} and {len(self.unused) - 1} more tensors that the base model does not have: the "
+                "adapter belongs to another base, or to one that was saved under other names",
+                source=self.adapter,
             )
 
 
 def _of_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """What a pattern says of a module, as peft reads them."""
+    """The value that rank_pattern or alpha_pattern has for a module, matched as PEFT matches."""
     from peft.utils.other import get_pattern_key
 
     return (patterns or {}).get(get_pattern_key((patterns or {}).keys(), module), default)
 
 
 def _plain(name: str) -> str:
-    """Without what PEFT's wrappers add; but for parameters, whose wrappers' depth tells them apart."""
+    """The name without `base_layer`, except for parameters, which differ only in how often it is nested."""
     return name if NESTED.search(name) else name.replace(".base_layer.", ".")
 
 
-def _ends_in(name: str, wanted: Collection[str]) -> bool:
-    """PEFT's rule for target_parameters."""
-    return name in wanted or any(name.endswith(f".{end}") for end in wanted)
+def _ends_in(name: str, targets: Collection[str]) -> bool:
+    """PEFT's rule for target_parameters: the whole name, or its end after a dot."""
+    return name in targets or any(name.endswith(f".{target}") for target in targets)
 
 
 def _config(adapter: Path) -> Any:
-    """The adapter's LoraConfig, if deltas are all that it means."""
+    """The adapter's LoraConfig, after checking that weight + delta is all that it means."""
     from peft import PeftConfig
 
     if not (adapter / "adapter_config.json").is_file() or not (adapter / WEIGHTS).is_file():
         raise MissingArtifact(
-            f"{adapter}: not an adapter (it has no adapter_config.json and {WEIGHTS}); older ones in .bin are saved anew with "
-            "PeftModel.save_pretrained"
+            f"{adapter}: not an adapter (it has no adapter_config.json and {WEIGHTS}); save an older one in .bin again with "
+            "PeftModel.save_pretrained",
+            path=adapter,
         )
     _check_known(adapter)
     config = PeftConfig.from_pretrained(str(adapter))
     if config.peft_type != "LORA":
-        raise ModelError(f"{adapter}: an adapter of type {config.peft_type.value}; merged are those of type LORA")
-    for field, why in REFUSED.items():
+        raise ModelError(
+            f"{adapter}: an adapter of type {config.peft_type.value}; only type LORA can be merged", source=adapter
+        )
+    for field, reason in REFUSED.items():
         if getattr(config, field, None):
-            raise ModelError(f"{adapter}: adapters with {field} are not merged ({why}); serve this one apart")
+            raise ModelError(
+                f"{adapter}: adapters with {field} cannot be merged ({reason}); serve this one unmerged", source=adapter
+            )
     start = config.init_lora_weights
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         raise ModelError(
-            f"{adapter}: init_lora_weights={start} changed the base that this adapter was trained on; save it as an ordinary one first: "
-            "PeftModel.save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"{adapter}: init_lora_weights={start} changed the base that this adapter was trained on; save it as an ordinary LoRA first: "
+            "PeftModel.save_pretrained(path_initial_model_for_weight_conversion=...)",
+            source=adapter,
         )
     return config
 
 
 def _check_known(adapter: Path) -> None:
-    """Raises ModelError when the adapter's config has a key that is set, and that this peft does not know: it would leave it out of account."""
+    """Raise ModelError if the adapter's config sets a key that the installed PEFT does not know: PEFT would silently ignore it."""
     from peft import LoraConfig
 
     raw = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    unknown = [f"{key}={value!r:.60}" for key, value in raw.items() if key not in fields and value not in NOTHING]
+    unknown = [f"{key}={value!r:.60}" for key, value in raw.items() if key not in fields and value not in UNSET]
     if raw.get("peft_type") == "LORA" and unknown:
         raise ModelError(
-            f"{adapter}: its adapter_config.json says {', '.join(unknown)}, which peft {version('peft')} does not know and would leave out of "
-            "account; merge it with the peft that wrote it, or take the key out where it changes nothing of a forward"
+            f"{adapter}: its adapter_config.json sets {', '.join(unknown)}, which peft {version('peft')} does not know and would ignore; merge "
+            "it with the version of peft that wrote it, or remove the key if it does not change a forward pass",
+            source=adapter,
         )

@@ -1,11 +1,10 @@
-"""A model folder's files: what is in its shards, read one tensor at a time, and what stands beside them."""
+"""The safetensors files of a model folder: their headers, and their tensors read and written one at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from io import FileIO
@@ -25,29 +24,6 @@ Spec = Mapping[str, Any]  # dtype (as the format names it) and shape of a tensor
 ALIGNMENT = 8  # bytes; what the safetensors library pads its header to
 SAMPLED_BYTES = 4096
 SHARDS = "model*.safetensors"  # Mistral's repositories hold them once more as consolidated.safetensors
-WEIGHTS = {
-    ".safetensors",
-    ".bin",
-    ".gguf",
-    ".pt",
-    ".pth",
-    ".h5",
-    ".msgpack",
-    ".ot",
-    ".onnx",
-    ".data",
-    ".ckpt",
-    ".pkl",
-    ".npz",
-}
-TEXTS = {
-    ".jinja",
-    ".py",
-    ".json",
-    ".model",
-    ".txt",
-    ".tiktoken",
-}  # what a folder inside a model's holds, if it is part of the model
 TORCH_NAMES = {
     "BF16": "bfloat16",
     "F16": "float16",
@@ -191,31 +167,3 @@ class TensorFile:
 
     def close(self) -> None:
         self.file.close()
-
-
-def copy_companions(source: Path, target: Path, but: Collection[str] = ()) -> None:
-    """Everything beside the weights that a model folder needs: tokenizer, templates, generation config, remote code, licence; files of the
-    names in `but` are left out.
-
-    A checkpoint of a training has its optimizer's state beside them, a clone of the hub the weights of other frameworks; of folders inside,
-    those that hold neither are taken: templates by name, modules of remote code.
-    """
-    for file in sorted(source.iterdir()):
-        if file.is_dir() and _belongs(file):
-            made = target / file.name
-            made.mkdir(exist_ok=True)
-            copy_companions(file, made)
-        elif file.is_file() and file.name not in {*but, "README.md", "trainer_state.json"} and not _is_weights(file):
-            shutil.copyfile(file, target / file.name)
-
-
-def _is_weights(file: Path) -> bool:
-    return file.suffix in WEIGHTS or file.name.endswith(".index.json")
-
-
-def _belongs(folder: Path) -> bool:
-    """Whether a folder inside a model's has texts that are part of it, and no weights."""
-    if folder.name.startswith((".", "checkpoint", "__pycache__")):
-        return False
-    inside = [file for file in folder.rglob("*") if file.is_file()]
-    return any(file.suffix in TEXTS for file in inside) and not any(map(_is_weights, inside))

@@ -1,7 +1,7 @@
-"""The stage `verify`: each artifact against what was trained, computed in fp32, on the held-out rows; and against its gate.
+"""The stage `verify`: measures each artifact against the reference model on the held-out rows, and applies its gate.
 
-Per completion token of the reference answers: KL(trained || artifact) and top-1 agreement; and the task's score. An artifact that fails its
-gate fails no measurement: it is kept with a mark, and whoever asks for the artifact is told (`gates.check`).
+Per completion token of the reference answers: KL(reference || artifact) and top-1 agreement; and the task's score. The stage completes even if
+an artifact fails its gate: the failure is recorded, and `gates.check` raises it.
 
     verify/parity.json   parity, gate and scores by artifact
 """
@@ -9,7 +9,7 @@ gate fails no measurement: it is kept with a mark, and whoever asks for the arti
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,18 +25,19 @@ from qkit.measure import parity as measure_parity
 from qkit.measure import reference as measure_reference
 from qkit.measure import scores as measure_scores
 from qkit.measure.answers import answered
-from qkit.measure.artifacts import MERGED, Artifact, artifacts, open_artifact, rounding
+from qkit.measure.artifacts import Artifact, artifacts, open_artifact, rounding
 from qkit.measure.parity import Parity
 from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
+from qkit.recipe.registry import MERGED
 from qkit.run.directory import Run
 
-EXACT_ROWS = 32  # what a graph changes it changes in every row
+EXACT_ROWS = 32  # a wrong graph shows in every row, and each row more is scored by a second model, in fp32
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was seen of an artifact. `right`: which of its answers count."""
+class Measurement:
+    """What was measured of an artifact. `right`: which of its answers are right, by held-out row."""
 
     parity: Parity
     right: tuple[bool, ...]
@@ -45,10 +46,10 @@ class Measured:
 
 
 def run(run: Run, out: Path) -> None:
-    """Compare the merged model and every export with the reference model; never two models in memory at once.
+    """Compare the merged model and every export with the reference model. One model is in memory at a time.
 
     Raises:
-        MissingArtifact: an artifact's file is not the one that its stage wrote.
+        MissingArtifact: an artifact's file changed after its stage wrote it.
     """
     _check_hashes(run)
     held_out = measure_held_out.read_held_out(run.need("data", "test.parquet"))
@@ -57,10 +58,10 @@ def run(run: Run, out: Path) -> None:
         run.progress.say(f"verify: {artifact.name}")
         try:
             measured = known(run, artifact, held_out) or _measure(run, artifact, held_out)
-        except ParityFailed:  # its log-probabilities are none
+        except ParityFailed:  # NaN or infinite log-probabilities
             distances[artifact.name] = _entry(evidence.FAILED, [evidence.Breach("numbers")])
             continue
-        except (ModelError, ServerError) as error:  # the others are measured all the same
+        except (ModelError, ServerError) as error:  # go on with the other artifacts
             distances[artifact.name] = _entry(evidence.FAILED, [evidence.Breach("opens", detail=str(error))])
             continue
         distances[artifact.name] = _judged(run, artifact.name, measured)
@@ -71,55 +72,59 @@ def run(run: Run, out: Path) -> None:
 
 
 def _rounding(run: Run) -> dict[str, Any]:
-    """The row of what was trained itself, computed in bf16: so far from fp32 is what no artifact can be blamed for."""
-    found = next((row for row in candidates.read_table(run)["beside"] if row["name"] == candidates.APART), None)
-    return {candidates.APART: {"status": None, "failed": [], **found["parity"]}} if found and found["parity"] else {}
+    """The entry of the reference model computed in bf16: a distance that rounding alone causes. It has no gate."""
+    rows = candidates.read_table(run)["beside"]
+    parity = next((row["parity"] for row in rows if row["name"] == candidates.ADAPTER), None)
+    return {candidates.ADAPTER: {"status": None, "failed": [], **parity}} if parity else {}
 
 
 def _check_hashes(run: Run) -> None:
     for stage in ("merge", "export"):
         if changed := run.changed(stage):
+            path = run.root / changed[0]
             raise MissingArtifact(
-                f"{run.root / changed[0]}: not the file that the stage `{stage}` wrote (its sha256 is another): damaged, or from another run; "
-                f"delete {run.folder(stage)} and `qkit {stage} {run.root}` makes it again"
+                f"{path}: its sha256 is not that of the file that the stage `{stage}` wrote: it is damaged, or from another run. "
+                f"Delete {run.folder(stage)}, and `qkit {stage} {run.root}` makes it again",
+                path=path,
             )
 
 
-def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> Measured | None:
-    """What the merge stage has measured of the merged model already, when it chose it among candidates."""
+def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> Measurement | None:
+    """What the stage `merge` measured of the merged model when it chose it among the candidates; None for an export."""
     if artifact.name != MERGED:
         return None
     table = read_json(run.need("merge", candidates.FILE))
     chosen = next(row for row in table["candidates"] if row["name"] == table["chosen"])
     right = measure_scores.grade(table["texts"], held_out, open_task(run.recipe.task), run.recipe.evaluate)
-    return Measured(
-        Parity(**chosen["parity"]), tuple(right), contract=measure_contract.check_folder(run, artifact.path).checks
-    )
+    contract = measure_contract.check_folder(run, artifact.path)
+    return Measurement(Parity(**chosen["parity"]), tuple(right), contract=contract.checks)
 
 
-def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> Measured:
-    """Open it once, ask all, close it."""
+def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> Measurement:
+    """Open the artifact once, and measure everything."""
     reference = measure_reference.recorded(run, held_out.rows)
-    with _made_from(run, artifact, held_out.rows[:EXACT_ROWS]) as source:
-        exact = _Exact(source)
+    with _source(run, artifact, held_out.rows[:EXACT_ROWS]) as source:
+        distances, exactness = measure_parity.ArtifactDistances(reference), ExactnessMeter(source)
         with open_artifact(run, artifact, "verify") as runtime:
-            checks = _contract(run, artifact, runtime)
-            own = answered(run, runtime, held_out)
-            scores = exact.seen(runtime.score(held_out.rows))
-            measured = measure_parity.measure(reference, scores, **rounding(run, artifact))
-    return Measured(measured, own.right, exact.found(), checks)
+            contract = _contract(run, artifact, runtime)
+            answers = answered(run, runtime, held_out)
+            for row in runtime.score(held_out.rows):
+                distances.add(row)
+                exactness.add(row)
+            parity = distances.parity(**rounding(run, artifact))
+    return Measurement(parity, answers.right, exactness.result(), contract)
 
 
 def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_contract.ContractCheck, ...]:
-    """What the server does with conversations; of a folder that is no server's, what it would do. A folder of one file is not asked."""
+    """What the server does with conversations; for a folder, what a server would do. A folder without a config.json is not checked."""
     if served := getattr(runtime, "server_description", None):
         return measure_contract.check(run, served["url"], served["model"]).checks
     return measure_contract.check_folder(run, artifact.path).checks if (artifact.path / "config.json").is_file() else ()
 
 
 @contextmanager
-def _made_from(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[tuple[RowScores, ...]]:
-    """What the merged model says of these rows in fp32, on disk for as long as it is wanted; nothing for what is not held to it."""
+def _source(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[tuple[RowScores, ...]]:
+    """The merged model's scores of these rows in fp32, on disk while the context is open; none if the artifact need not equal it."""
     if not gates.is_exact(artifact.name):
         yield ()
         return
@@ -131,30 +136,31 @@ def _made_from(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterat
         yield tuple(measure_reference.read(file, rows[:count]))
 
 
-class _Exact:
-    """Compares scores with those of the model they should equal, as they pass by."""
+class ExactnessMeter:
+    """Compares scores, row by row, with those of the model that they should equal; rows beyond these are ignored."""
 
     def __init__(self, source: Sequence[RowScores]):
         self.source = source
-        self.agreements: list[float] = []
+        self.agreements: list[bool] = []
         self.differences: list[float] = []
 
-    def seen(self, scores: Iterable[RowScores]) -> Iterator[RowScores]:
-        for index, row in enumerate(scores):
-            if index < len(self.source):
-                wanted = self.source[index]
-                self.agreements += _same_top(wanted, row)
-                self.differences.append(measure_parity.largest_difference(wanted, row) or 0.0)
-            yield row
+    def add(self, row: RowScores) -> None:
+        """The scores of the next row."""
+        if len(self.differences) < len(self.source):
+            wanted = self.source[len(self.differences)]
+            self.agreements += _same_top(wanted, row)
+            self.differences.append(measure_parity.largest_difference(wanted, row) or 0.0)
 
-    def found(self) -> gates.Exactness | None:
+    def result(self) -> gates.Exactness | None:
+        """None if there was nothing to compare with."""
         if not self.agreements:
             return None
-        return gates.Exactness(sum(self.agreements) / len(self.agreements), max(self.differences))
+        top1 = sum(self.agreements) / len(self.agreements)
+        return gates.Exactness(top1, max(self.differences), rows=len(self.differences))
 
 
 def _same_top(wanted: RowScores, row: RowScores) -> list[bool]:
-    """By token: whether the most likely one is that of `wanted`, or ties with it there within what the numbers may differ by."""
+    """By token: whether the most likely token is that of `wanted`, or is as likely there within the limit of EXACT: a tie is no difference."""
     import numpy as np
 
     if wanted.full is None:
@@ -164,17 +170,17 @@ def _same_top(wanted: RowScores, row: RowScores) -> list[bool]:
     return same
 
 
-def _judged(run: Run, name: str, measured: Measured) -> dict[str, Any]:
+def _judged(run: Run, name: str, measured: Measurement) -> dict[str, Any]:
     """The artifact's entry in parity.json."""
-    gate, gain = gates.gate_of(name, run.recipe), gates.gain_over_reference(run, measured.right)
-    failed = gates.judge(gate, measured.parity, gain, measured.exactness)
+    gate, change = gates.gate_of(name, run.recipe), gates.change_from_reference(run, measured.right)
+    failed = gates.judge(gate, measured.parity, change, measured.exactness, run.recipe.evaluate.confidence)
     broken = [check for check in measured.contract if check.status == measure_contract.DIFFERS]
     failed += [evidence.Breach("contract", detail=f"{check.name}: {check.detail}") for check in broken]
     return {
         **_entry(evidence.FAILED if failed else evidence.PASSED, failed),
         **measured.parity.to_dict(),
         "gate": gate.model_dump(exclude_none=True),
-        "gain": gain,
+        "gain": {**gates.gain_over_reference(run, measured.right), **change.to_dict()},
         "made_from": measured.exactness and asdict(measured.exactness),
         "contract": [asdict(check) for check in measured.contract],
     }

@@ -15,6 +15,7 @@ from qkit.commands import compare, where_layers_part
 from qkit.core.errors import DataError, MissingArtifact, NotDeployable, ParityFailed
 from qkit.core.files import write_json
 from qkit.core.progress import Progress
+from qkit.core.sequences import first_difference
 from qkit.run.directory import Run
 
 
@@ -84,14 +85,14 @@ def test_rows_that_are_not_compared_on_are_said(tiny_model: Path, rows_file: Pat
     model = compare.side(str(tiny_model))
     asked = compare.questions(model, model, rows_file, Progress())
     assert len(asked.held_out.rows) == 24
-    assert asked.where == f"{rows_file}; 24 of 48 records are left out (duplicate 24): `qkit inspect` names them"
+    assert asked.where == f"{rows_file}; 24 of 48 records are dropped (duplicate 24): see `qkit inspect`"
 
 
 @pytest.mark.parametrize(
     ("a", "b", "place"), [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [], None), ([4], [5], 0)]
 )
 def test_where_two_answers_part(a: list[int], b: list[int], place: int | None) -> None:
-    assert compare.parting(a, b) == place
+    assert first_difference(a, b) == place
 
 
 def test_the_command(trained_run: Run, tiny_model: Path) -> None:

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkit.commands import merge_any
-from qkit.commands.combine import Wish
+from qkit.commands.combine import MergeRequest
 from qkit.core.errors import MissingArtifact, ModelError, RecipeError
 from qkit.core.files import make_folder
 from qkit.core.progress import Progress
-from qkit.measure import held_out
-from qkit.merge import stage as merge_stage
+from qkit.measure import candidates, held_out
 from qkit.run.directory import Run
+
+pytestmark = pytest.mark.slow
 
 FP32 = ["merge.dtype=float32"]
 
@@ -38,26 +39,26 @@ def _foreign(folder: Path, out: Path, seed: int = 1, **options: Any) -> Path:
 
 def test_a_foreign_adapter_goes_onto_the_16_bit_base(tiny_model: Path, tmp_path: Path) -> None:
     adapter = _foreign(tiny_model, tmp_path / "adapter")
-    made = merge_any.merge(Wish(str(tiny_model), [adapter], tmp_path / "merged", overrides=FP32), Progress())
+    made = merge_any.merge(MergeRequest(str(tiny_model), [adapter], tmp_path / "merged", overrides=FP32), Progress())
     assert made["chosen"] == "16bit" and "not measured" in made["note"]
-    assert "only names and shapes of its weights could be checked" in made["notes"][0]
+    assert "only the names and shapes of its weights could be checked" in made["notes"][0]
     base = AutoModelForCausalLM.from_pretrained(str(tiny_model), dtype=torch.float32)
     wanted = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
-    with pytest.raises(ModelError, match=r"is in .* already"):
-        merge_any.merge(Wish(str(tmp_path / "merged"), [adapter], tmp_path / "twice"), Progress())
+    with pytest.raises(ModelError, match=r"is already merged into"):
+        merge_any.merge(MergeRequest(str(tmp_path / "merged"), [adapter], tmp_path / "twice"), Progress())
     with pytest.raises(MissingArtifact, match="not empty"):
-        merge_any.merge(Wish(str(tiny_model), [adapter], tmp_path / "merged"), Progress())
+        merge_any.merge(MergeRequest(str(tiny_model), [adapter], tmp_path / "merged"), Progress())
 
 
 def test_both_ways_are_measured_when_it_was_trained_in_4_bit(tiny_model: Path, tmp_path: Path, rows_file: Path) -> None:
     adapter = _foreign(tiny_model, tmp_path / "adapter")
     how = ["quantization.load_in_4bit=true"]
-    wish = Wish(str(tiny_model), [adapter], tmp_path / "merged", rows=str(rows_file), overrides=how)
-    made = merge_any.merge(wish, Progress())
+    request = MergeRequest(str(tiny_model), [adapter], tmp_path / "merged", rows=str(rows_file), overrides=how)
+    made = merge_any.merge(request, Progress())
     kl = {row["name"]: row["parity"]["kl_mean"] for row in [*made["candidates"], *made["beside"]]}
     assert made["chosen"] == "dequantized" and kl["adapter"] < kl["base"] / 20  # what bf16 makes of it
     assert 10 * kl["dequantized"] < min(kl["16bit"], kl["base"])
@@ -67,9 +68,11 @@ def test_both_ways_are_measured_when_it_was_trained_in_4_bit(tiny_model: Path, t
 def test_what_bfloat16_rounds_away_is_tried_in_float16(
     tiny_model: Path, tmp_path: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_stage, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
+    monkeypatch.setattr(candidates, "rounds_too_much", lambda recipe, _: len(recipe.merge.dtypes) > 1)
     adapter = _foreign(tiny_model, tmp_path / "adapter")
-    made = merge_any.merge(Wish(str(tiny_model), [adapter], tmp_path / "merged", rows=str(rows_file)), Progress())
+    made = merge_any.merge(
+        MergeRequest(str(tiny_model), [adapter], tmp_path / "merged", rows=str(rows_file)), Progress()
+    )
     kl = {row["name"]: row["parity"]["kl_mean"] for row in made["candidates"]}
     assert list(kl) == ["16bit", "16bit-fp16"] and made["chosen"] == min(kl, key=lambda name: kl[name])
     dtype = json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"]
@@ -83,7 +86,9 @@ def test_rank_stabilized_adapters_are_weighed_as_they_are(
 ) -> None:
     """What PEFT makes of them says of itself that it is one too, and would be scaled once more."""
     adapters = [_foreign(tiny_model, tmp_path / f"adapter{n}", n, use_rslora=True) for n in range(len(weights))]
-    merge_any.merge(Wish(str(tiny_model), adapters, tmp_path / "merged", weights, "cat", overrides=FP32), Progress())
+    merge_any.merge(
+        MergeRequest(str(tiny_model), adapters, tmp_path / "merged", weights, "cat", overrides=FP32), Progress()
+    )
     base = load_file(tiny_model / "model.safetensors")
     found = load_file(tmp_path / "merged" / "model.safetensors")
     name, wanted = "model.layers.0.self_attn.q_proj.weight", 0.0
@@ -98,9 +103,9 @@ def test_rank_stabilized_adapters_are_weighed_as_they_are(
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}])
 def test_what_peft_would_combine_wrongly_is_refused(tiny_model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     adapter = _foreign(tiny_model, tmp_path / "adapter", **options)
-    wish = Wish(str(tiny_model), [adapter], tmp_path / "merged", (0.5,), "cat", overrides=FP32)
-    with pytest.raises(ModelError, match=f"has {next(iter(options))}, which PEFT does not combine or weigh"):
-        merge_any.merge(wish, Progress())
+    request = MergeRequest(str(tiny_model), [adapter], tmp_path / "merged", (0.5,), "cat", overrides=FP32)
+    with pytest.raises(ModelError, match=f"uses {next(iter(options))}, which PEFT cannot"):
+        merge_any.merge(request, Progress())
     assert not (tmp_path / "merged").exists()
 
 
@@ -109,8 +114,8 @@ def test_what_a_newer_peft_has_set_is_not_left_out(tiny_model: Path, tmp_path: P
     adapter = _foreign(tiny_model, tmp_path / "adapter")
     said = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**said, "use_of_2027": {"scale": 2}, "of_2028": None}))
-    with pytest.raises(ModelError, match=r"says use_of_2027={'scale': 2}, which peft .* does not know"):
-        merge_any.merge(Wish(str(tiny_model), [adapter], tmp_path / "merged"), Progress())
+    with pytest.raises(ModelError, match=r"sets use_of_2027={'scale': 2}, which peft .* does not know"):
+        merge_any.merge(MergeRequest(str(tiny_model), [adapter], tmp_path / "merged"), Progress())
 
 
 def test_an_adapter_s_own_tokenizer_comes_whole(tiny_model: Path, tmp_path: Path) -> None:
@@ -122,7 +127,7 @@ def test_an_adapter_s_own_tokenizer_comes_whole(tiny_model: Path, tmp_path: Path
     tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
     tokenizer.chat_template = "the adapter's"
     tokenizer.save_pretrained(adapter, save_jinja_files=False)
-    merge_any.merge(Wish(str(base), [adapter], tmp_path / "merged", overrides=FP32), Progress())
+    merge_any.merge(MergeRequest(str(base), [adapter], tmp_path / "merged", overrides=FP32), Progress())
     assert AutoTokenizer.from_pretrained(str(tmp_path / "merged")).chat_template == "the adapter's"
     stops = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
     assert stops == [tokenizer.eos_token_id, 7]
@@ -142,10 +147,10 @@ def test_rows_are_what_the_merged_model_s_own_tokenizer_makes_of_them(
     turn = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
     template = turn + "{% if add_generation_prompt %}assistant: {% endif %}"
     adapter = _speaking(tiny_model, _foreign(tiny_model, tmp_path / "adapter"), template)
-    wish = Wish(str(tiny_model), [adapter], tmp_path / "merged", rows=str(rows_file))
-    run = Run(tmp_path / "run", merge_any._recipe(wish), Progress())
+    request = MergeRequest(str(tiny_model), [adapter], tmp_path / "merged", rows=str(rows_file))
+    run = Run(tmp_path / "run", merge_any.recipe_for(request), Progress())
     make_folder(run.root)
-    merge_any._prepare(run, str(rows_file), merge_any._spoken(wish))
+    merge_any.prepare_rows(run, str(rows_file), merge_any.tokenizer_adapter_of(request))
     row = held_out.read_held_out(run.folder("data") / "test.parquet").rows[0]
     text = AutoTokenizer.from_pretrained(str(tiny_model)).decode(list(row.input_ids))
     assert text.startswith("user: say") and "assistant: " in text and "<|im_start|>" not in text
@@ -155,28 +160,28 @@ def test_adapters_that_speak_differently_are_not_one_model(tiny_model: Path, tmp
     adapters = [_foreign(tiny_model, tmp_path / f"adapter{n}", n) for n in (1, 2)]
     for adapter, template in zip(adapters, ("one", "another"), strict=True):
         _speaking(tiny_model, adapter, template)
-    with pytest.raises(ModelError, match="tokenizers or chat templates that differ"):
-        merge_any.merge(Wish(str(tiny_model), adapters, tmp_path / "merged"), Progress())
+    with pytest.raises(ModelError, match="different tokenizers or chat templates"):
+        merge_any.merge(MergeRequest(str(tiny_model), adapters, tmp_path / "merged"), Progress())
     _speaking(tiny_model, adapters[1], "one")
-    assert merge_any._spoken(Wish(str(tiny_model), adapters, tmp_path / "merged")) == adapters[0]
+    assert merge_any.tokenizer_adapter_of(MergeRequest(str(tiny_model), adapters, tmp_path / "merged")) == adapters[0]
 
 
 def test_an_adapter_of_another_precision_is_named(tiny_model: Path, tmp_path: Path) -> None:
     adapters = [_foreign(tiny_model, tmp_path / f"adapter{n}", n) for n in (0, 1, 2)]
     for adapter, four in ((adapters[1], True), (adapters[2], False)):
         (adapter / "qkit.json").write_text(json.dumps({"quantization": {"load_in_4bit": four}}))
-    wish = Wish(str(tiny_model), adapters, tmp_path / "merged")
-    how = merge_any._recipe(wish)
-    assert how.quantization.load_in_4bit
-    (said,) = merge_any._trained_otherwise(wish, how)
-    assert said == f"{adapters[2]}: was trained on the base in 16 bit, and is measured on it in 4 bit"
+    request = MergeRequest(str(tiny_model), adapters, tmp_path / "merged")
+    recipe = merge_any.recipe_for(request)
+    assert recipe.quantization.load_in_4bit
+    (note,) = merge_any.precision_notes(request, recipe)
+    assert note == f"{adapters[2]}: was trained on the 16-bit base, and is measured on the 4-bit one"
 
 
 @pytest.mark.parametrize("how", ["linear", "ties", "dare_linear", "cat"])
 def test_several_are_combined_as_peft_does_it(tiny_model: Path, tmp_path: Path, how: str) -> None:
     adapters = [_foreign(tiny_model, tmp_path / f"adapter{seed}", seed) for seed in (1, 2)]
-    wish = Wish(str(tiny_model), adapters, tmp_path / "merged", (0.7, 0.3), how, overrides=FP32)
-    merge_any.merge(wish, Progress())
+    request = MergeRequest(str(tiny_model), adapters, tmp_path / "merged", (0.7, 0.3), how, overrides=FP32)
+    merge_any.merge(request, Progress())
     base = AutoModelForCausalLM.from_pretrained(str(tiny_model), dtype=torch.float32)
     peft = PeftModel.from_pretrained(base, str(adapters[0]), adapter_name="a")
     peft.load_adapter(str(adapters[1]), adapter_name="b")
@@ -198,14 +203,14 @@ def test_several_are_combined_as_peft_does_it(tiny_model: Path, tmp_path: Path, 
 
 def test_what_is_not_clear_is_refused(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
     one, other = _foreign(tiny_model, tmp_path / "one"), _foreign(tiny_model, tmp_path / "other", r=2)
-    with pytest.raises(RecipeError, match="2 times --adapter and 1 times --weight"):
-        merge_any.merge(Wish(str(tiny_model), [one, other], tmp_path / "out", (1.0,)), Progress())
-    with pytest.raises(ModelError, match="does not combine these adapters by linear"):
-        merge_any.merge(Wish(str(tiny_model), [one, other], tmp_path / "out", (), "linear"), Progress())
+    with pytest.raises(RecipeError, match="--adapter is given 2 times and --weight 1 times"):
+        merge_any.merge(MergeRequest(str(tiny_model), [one, other], tmp_path / "out", (1.0,)), Progress())
+    with pytest.raises(ModelError, match="cannot combine these adapters with linear"):
+        merge_any.merge(MergeRequest(str(tiny_model), [one, other], tmp_path / "out", (), "linear"), Progress())
     noted = shutil.copytree(one, tmp_path / "noted")
     (noted / "qkit.json").write_text(json.dumps({"base": "that one", "base_fingerprint": "0"}))
     with pytest.raises(ModelError, match="was trained on that one"):
-        merge_any.merge(Wish(str(other_model), [noted], tmp_path / "out"), Progress())
+        merge_any.merge(MergeRequest(str(other_model), [noted], tmp_path / "out"), Progress())
     assert not (tmp_path / "out").exists()
 
 
@@ -218,7 +223,7 @@ def test_from_the_command_line(tiny_model: Path, tmp_path: Path, rows_file: Path
         [*command, "--out", str(tmp_path / "merged"), "--data", str(rows_file)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "16bit" in done.stdout and "<- kept" in done.stdout and "only names and shapes" in done.stdout
-    assert "1 of 25 records are left out (duplicate 1)" in done.stdout
+    assert "16bit" in done.stdout and "<- kept" in done.stdout and "only the names and shapes" in done.stdout
+    assert "1 of 25 records are dropped (duplicate 1)" in done.stdout
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and "--base, --adapter and --out" in refused.stderr

@@ -33,7 +33,7 @@ from qkit.plugins.runtime import RowScores, open_runtime
 from qkit.recipe.registry import format_names, split
 from qkit.runtimes import vllm as server
 from qkit.setup import side_environments
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import copy_companions
 
 OWN_TEST = ("onnx",)  # made by a program that takes its time: tests/export/test_onnx.py has the same contract
 FORMATS = [name for name in format_names() if split(name)[0] not in OWN_TEST]

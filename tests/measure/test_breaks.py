@@ -29,6 +29,8 @@ from qkit.plugins.runtime import open_runtime
 from qkit.run.directory import Run
 from qkit.verify import stage as verify_stage
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -193,12 +195,12 @@ BREAKS = {
     ),
     "the adapter times 1.1": Break(tensors(adapter_once_more(0.1)), FAR),
     "the adapter twice": Break(tensors(adapter_once_more(1.0)), FAR, place="layer 0", inside="self_attn.q_proj"),
-    "the base in its place": Break(tensors(of_the_base), {**FAR, "lost": "the fine-tune is not in it"}, place="layer 0"),
+    "the base in its place": Break(tensors(of_the_base), {**FAR, "lost": "the fine-tune is lost"}, place="layer 0"),
     "a flipped bit": Break(
         tensors(flipped_bit("model.layers.1.mlp.down_proj.weight")), FAR, place="layer 1", inside="mlp.down_proj"
     ),
     "a weight that overflowed": Break(
-        tensors(overflown), {"numbers": "log-probabilities that are no numbers"}, place="layer 1", inside="mlp.up_proj"
+        tensors(overflown), {"numbers": "NaN or infinite log-probabilities"}, place="layer 1", inside="mlp.up_proj"
     ),
     "a head that is not tied": Break(
         texts("config.json", tie_word_embeddings=True), contract={"tied head": "runtimes will not agree on the head"}
@@ -224,7 +226,7 @@ BREAKS = {
         texts("config.json", dtype="float16"),
         contract={"dtype": "float16, the run made bfloat16", "transformers 4": "torch_dtype bfloat16, and float16 in newer words"},
     ),
-    "no stop token": Break(texts("generation_config.json", eos_token_id=0), contract={"stop tokens": "talks on after token 2"}),
+    "no stop token": Break(texts("generation_config.json", eos_token_id=0), contract={"stop tokens": "does not stop at token 2"}),
     "no tokenizer": Break(no_tokenizer, contract={"prompt tokens": "it holds no tokenizer"}),
     "another tokenizer": Break(other_tokenizer, contract={"prompt tokens": r"training saw 'system\\nBe br', it writes 'ayatem"}),
     "no system turn": Break(

@@ -37,12 +37,13 @@ def test_an_artifact_near_the_base_has_lost_the_fine_tune() -> None:
     assert near_reference.max_difference is not None and near_reference.max_difference < 0.5
 
 
-def test_numbers_that_are_none_are_an_error() -> None:
+def test_log_probabilities_that_are_nan_are_an_error() -> None:
     broken = _scores(0)
     assert broken.full is not None
     broken.full[3, 4] = np.nan
-    with pytest.raises(ParityFailed, match="no numbers"):
+    with pytest.raises(ParityFailed, match="returned NaN or infinite log-probabilities") as caught:
         parity.measure(Reference((_scores(0),), ()), [broken])
+    assert caught.value.gate == "numbers"
 
 
 def test_the_live_model_is_asked_once(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

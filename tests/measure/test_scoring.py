@@ -60,5 +60,29 @@ def test_a_paired_gain_is_narrower_than_two_intervals() -> None:
     assert gain["points"] == 10 and 4 <= gain["low"] < 10 < gain["high"] <= 17
 
 
+@pytest.mark.parametrize(
+    ("lost", "gained", "p_value", "worse"),
+    [
+        (0, 0, 1.0, False),
+        (1, 0, 1.0, False),
+        (4, 0, 1 / 8, False),
+        (5, 0, 1 / 16, False),
+        (6, 0, 1 / 32, True),  # the fewest rows that tell at a level of 0.05
+        (0, 6, 1 / 32, False),
+        (5, 5, 1.0, False),
+        (12, 4, 0.076812744140625, False),
+        (13, 3, 0.021270751953125, True),
+        (560, 440, 0.00016504987055045303, True),
+    ],
+)
+def test_the_exact_sign_test(lost: int, gained: int, p_value: float, worse: bool) -> None:
+    test = scores.SignTest(lost, gained, 1000)
+    assert test.p_value == pytest.approx(p_value, rel=1e-3)
+    assert test.worse(0.95) is worse
+    before = [True] * lost + [False] * (1000 - lost)
+    after = [False] * (1000 - gained) + [True] * gained
+    assert scores.sign_test(before, after) == test
+
+
 def test_mean_loss_counts_tokens_not_rows() -> None:
     assert scores.mean_loss([np.array([-1.0, -1.0, -1.0]), np.array([-5.0])]) == 2.0

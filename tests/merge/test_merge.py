@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from qkit.core.files import read_json
 from qkit.export import stage as export_stage
 from qkit.measure import candidates, gates, held_out, parity
 from qkit.measure import reference as measure_reference
-from qkit.measure.candidates import Candidate
+from qkit.measure.candidates import Candidate, CandidateResult
 from qkit.measure.parity import Parity
 from qkit.merge import stage as merge_stage
 from qkit.merging import folder as merging_folder
@@ -28,8 +28,10 @@ from qkit.model import provenance, source
 from qkit.plugins.runtime import open_runtime
 from qkit.recipe import schema
 from qkit.recipe.load import load
-from qkit.recipe.schema import Quantization
+from qkit.recipe.schema import Base, Quantization
 from qkit.run.directory import Run
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_a_quantized_format_is_made_from_both_and_the_nearer_kept(finished: Run)
 
 
 def test_the_merged_model_takes_no_adapter_twice(finished: Run) -> None:
-    with pytest.raises(ModelError, match=r"is in .* already"):
+    with pytest.raises(ModelError, match=r"is already merged into"):
         provenance.check_adapter(finished.need("train", "adapter"), finished.folder("merge"))
 
 
@@ -111,11 +113,10 @@ def test_quantizing_the_dequantized_merge_again_loses_the_fine_tune(finished: Ru
         found[base] = _distance(small, _requantized(tmp_path / base, tmp_path / f"{base}-nf4"))
         assert not _distance(small, tmp_path / base).lost or base == "16bit"
     assert found["dequantized"].lost
-    lost = Candidate("dequantized", "", found["dequantized"])
-    with pytest.raises(
-        ParityFailed, match=r"export x \(dequantized\) has lost the fine-tune: its mean KL is .* train longer"
-    ):
-        candidates.refuse_lost(lost, "export x", export_stage.LOST)
+    lost = CandidateResult.of(Candidate("dequantized"), found["dequantized"])
+    with pytest.raises(ParityFailed) as caught:
+        candidates.refuse_lost(lost, "x", "export x", export_stage.LOST)
+    assert (caught.value.artifact, caught.value.gate, caught.value.figure) == ("x", "lost", lost.parity.kl_base_live)
 
 
 def test_a_stage_with_nothing_left_of_the_fine_tune_fails(
@@ -131,8 +132,9 @@ def test_a_stage_with_nothing_left_of_the_fine_tune_fails(
         shutil.copyfile(Path(run.recipe.model.source) / "model.safetensors", out / "model.safetensors")
 
     monkeypatch.setattr(merge_stage, "write_folder", without_the_adapter)
-    with pytest.raises(ParityFailed, match="train longer"):
+    with pytest.raises(ParityFailed) as caught:
         merge_stage.run(run, tmp_path / "out")
+    assert (caught.value.artifact, caught.value.gate) == ("merged", "lost")
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
@@ -150,15 +152,15 @@ def test_a_model_that_float16_breaks_keeps_its_merge(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Activations of some models overflow in it: they were merged well, and float16 was only tried."""
-    monkeypatch.setattr(merge_stage, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
-    measure = merge_stage._measured
+    monkeypatch.setattr(candidates, "rounds_too_much", lambda recipe, _: len(recipe.merge.dtypes) > 1)
+    measure = merge_stage.measure
 
-    def measured(run: Run, out: Path, candidate: Candidate, *rest: Any) -> Candidate:
-        if candidate.name.endswith(candidates.FINER):
-            raise ParityFailed("its scores are no numbers")
-        return measure(run, out, candidate, *rest)
+    def measured(run: Run, candidate: Candidate, *rest: Any) -> CandidateResult:
+        if candidate.dtype == "float16":
+            raise ParityFailed("NaN log-probabilities")
+        return measure(run, candidate, *rest)
 
-    monkeypatch.setattr(merge_stage, "_measured", measured)
+    monkeypatch.setattr(merge_stage, "measure", measured)
     run = _shrunk(finished, tmp_path / "run", 1.0)
     run.folder("merge").mkdir()
     merge_stage.run(run, run.folder("merge"))
@@ -172,7 +174,7 @@ def test_a_merge_beyond_its_gate_is_tried_in_float16(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nearest: str
 ) -> None:
     """What is exported is made from it where it is the nearest; in a model this small bf16's own products are as far off as its weights."""
-    monkeypatch.setattr(merge_stage, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
+    monkeypatch.setattr(candidates, "rounds_too_much", lambda recipe, _: len(recipe.merge.dtypes) > 1)
     if nearest == "float16":
         monkeypatch.setattr(candidates, "choose", lambda rows, _: rows[-1 if len(rows) == 3 else 0])
     run = _shrunk(finished, tmp_path / "run", 1.0)
@@ -195,7 +197,7 @@ def test_a_merge_beyond_its_gate_is_tried_in_float16(
 
 
 def test_a_dtype_that_the_recipe_names_is_kept(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_stage, "_rounds_too_much", lambda how, _: len(how.merge.dtypes) > 1)
+    monkeypatch.setattr(candidates, "rounds_too_much", lambda recipe, _: len(recipe.merge.dtypes) > 1)
     settings = ["merge.dtype=bfloat16", "merge.base=dequantized"]
     run = Run(finished.root, load(finished.root / "recipe.yaml", settings))
     merge_stage.run(run, tmp_path)
@@ -206,10 +208,10 @@ def test_a_dtype_that_the_recipe_names_is_kept(finished: Run, tmp_path: Path, mo
 # --- the rule ---------------------------------------------------------------------------------------------------------
 
 
-def _row(name: str, kl: float, score: float, lost: bool = False) -> Candidate:
+def _row(name: str, kl: float, score: float, lost: bool = False) -> CandidateResult:
     near, far = (0.1, 0.9) if lost else (0.9, 0.1)
     found = Parity(kl, kl, 1.0, 0.5, 4, 40, "all tokens", None, kl_base=near, kl_base_live=far)
-    return Candidate(name, "", found, {"score": score})
+    return CandidateResult(name, "", found, {"score": score})
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def _row(name: str, kl: float, score: float, lost: bool = False) -> Candidate:
         ([_row("a", 0.1, 40, lost=True)], "fidelity", "a", None),
     ],
 )
-def test_the_rule(rows: list[Candidate], rule: str, chosen: str, otherwise: str | None) -> None:
+def test_the_rule(rows: list[CandidateResult], rule: str, chosen: str, otherwise: str | None) -> None:
     table = candidates.table(rows, rule)
     assert table["chosen"] == chosen
     assert (table["otherwise"] or {}).get("chosen") == otherwise
@@ -233,9 +235,18 @@ def test_the_rule(rows: list[Candidate], rule: str, chosen: str, otherwise: str 
 
 
 def test_without_4_bit_there_is_one_way(tiny_recipe: Path) -> None:
-    assert candidates.bases(load(tiny_recipe)) == ("dequantized", "16bit")
-    assert candidates.bases(load(tiny_recipe, ["merge.base=16bit"])) == ("16bit",)
-    assert candidates.bases(load(tiny_recipe, ["quantization.load_in_4bit=false"])) == ("16bit",)
+    only = (Candidate("16bit"),)
+    assert candidates.merge_candidates(load(tiny_recipe)) == (Candidate("dequantized"), *only)
+    assert candidates.merge_candidates(load(tiny_recipe, ["merge.base=16bit"])) == only
+    assert candidates.merge_candidates(load(tiny_recipe, ["quantization.load_in_4bit=false"])) == only
+
+
+@pytest.mark.parametrize(
+    "candidate", [Candidate(base, dtype) for base in get_args(Base) for dtype in (None, "float16")]
+)
+def test_the_name_on_disk_tells_base_and_dtype(candidate: Candidate) -> None:
+    assert Candidate.from_name(candidate.name) == candidate
+    assert (candidate.name == candidate.base) == (candidate.dtype is None)
 
 
 def test_how_a_format_is_measured(tmp_path: Path) -> None:

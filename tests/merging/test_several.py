@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qkit.commands import combine, merge_any
-from qkit.commands.combine import Wish
+from qkit.commands.combine import MergeRequest
 from qkit.core.errors import ModelError, RecipeError
 from qkit.core.progress import Progress
 from qkit.merging import distances
 from qkit.model import adapter_sum
+
+pytestmark = pytest.mark.slow
 
 FP32 = ["merge.dtype=float32"]
 TOKENS = torch.arange(3, 33)[None]
@@ -110,7 +112,7 @@ def test_the_sum_is_exact_in_weights_and_live(kind: str, tmp_path: Path, tiny_mo
     folder = _biased(tmp_path / "base", **base) if base else tiny_model
     adapters = [_adapter(folder, tmp_path / f"adapter{n}", n, **how) for n, how in enumerate(options)]
     weights = (0.7, -1.3)
-    merge_any.merge(Wish(str(folder), adapters, tmp_path / "merged", weights, overrides=FP32), Progress())
+    merge_any.merge(MergeRequest(str(folder), adapters, tmp_path / "merged", weights, overrides=FP32), Progress())
     own = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     wanted = {name: tensor.clone() for name, tensor in own.items()}
     found = load_file(tmp_path / "merged" / "model.safetensors")
@@ -148,7 +150,9 @@ def _add(wanted: Any, own: Any, folder: Path, adapters: list[Path], weights: Any
 def test_plain_ones_are_what_peft_does_with_both_active(kind: str, tmp_path: Path, tiny_model: Path) -> None:
     one, other, _ = PAIRS[kind]
     adapters = [_adapter(tiny_model, tmp_path / f"adapter{n}", n, **how) for n, how in enumerate((one, other))]
-    merge_any.merge(Wish(str(tiny_model), adapters, tmp_path / "merged", (1.0, 0.5), overrides=FP32), Progress())
+    merge_any.merge(
+        MergeRequest(str(tiny_model), adapters, tmp_path / "merged", (1.0, 0.5), overrides=FP32), Progress()
+    )
     both = PeftModel.from_pretrained(_loaded(tiny_model), str(adapters[0]), adapter_name="a")
     both.load_adapter(str(adapters[1]), adapter_name="b")
     for module in both.modules():
@@ -192,7 +196,9 @@ def test_the_default_keeps_both_and_pefts_linear_is_seen_not_to(
     kl = [table["candidates"][0]["parity"]["kl_mean"] for table in (exact, linear)]
     base = next(row["parity"]["kl_mean"] for row in exact["beside"] if row["name"] == "base")
     assert kl[0] < 0.02 * base and kl[1] > 0.2 * base
-    assert "--combine linear: what it changes differs from the sum of weight * delta by" in " ".join(linear["notes"])
+    assert "--combine linear: the combined change differs from the sum of weight * delta by" in " ".join(
+        linear["notes"]
+    )
     assert not any("--combine" in note for note in exact["notes"])
 
 
@@ -201,9 +207,9 @@ def test_how_far_a_combined_one_is_from_the_sum(tiny_model: Path, tmp_path: Path
     parts = list(zip(adapters, (0.7, 0.3), strict=True))
     far = {}
     for how in ("cat", "linear", "ties"):
-        wish = Wish(str(tiny_model), adapters, tmp_path / "out", combine=how)
-        combine.combine(wish, (0.7, 0.3), tiny_model, tmp_path / how, 42)
-        far[how] = distances.apart(tmp_path / how, parts)
+        request = MergeRequest(str(tiny_model), adapters, tmp_path / "out", combine=how)
+        combine.combine(request, (0.7, 0.3), tiny_model, tmp_path / how, 42)
+        far[how] = distances.relative_difference(tmp_path / how, parts)
     assert far["cat"] < 1e-6
     one, other, both = (
         PeftModel.from_pretrained(_loaded(tiny_model), str(f)) for f in (*adapters, tmp_path / "linear")
@@ -225,30 +231,32 @@ def test_what_has_no_sum_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     base.resize_token_embeddings(300, mean_resizing=False)
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     get_peft_model(base, config).save_pretrained(tmp_path / "resized", save_embedding_layers=False)
-    with pytest.raises(ModelError, match="resized embeddings, which have no sum"):
-        merge_any.merge(Wish(str(tiny_model), [tmp_path / "resized"], tmp_path / "out", (0.5,)), Progress())
-    with pytest.raises(RecipeError, match="--combine tiess: there is sum"):
-        merge_any.merge(Wish(str(tiny_model), [tmp_path / "resized"], tmp_path / "out", (), "tiess"), Progress())
+    with pytest.raises(ModelError, match="resized embeddings, which cannot be summed"):
+        merge_any.merge(MergeRequest(str(tiny_model), [tmp_path / "resized"], tmp_path / "out", (0.5,)), Progress())
+    with pytest.raises(RecipeError, match="--combine tiess: unknown method"):
+        merge_any.merge(
+            MergeRequest(str(tiny_model), [tmp_path / "resized"], tmp_path / "out", (), "tiess"), Progress()
+        )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_is_a_finite_number(weight: float, tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=f"--weight {weight}: a weight is a finite number"):
-        merge_any.merge(Wish(str(tiny_model), [tmp_path], tmp_path / "out", (weight,)), Progress())
+    with pytest.raises(RecipeError, match=f"--weight {weight}: a weight must be a finite number"):
+        merge_any.merge(MergeRequest(str(tiny_model), [tmp_path], tmp_path / "out", (weight,)), Progress())
 
 
 def test_merged_values_that_are_no_finite_numbers_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     adapter, half = _adapter(tiny_model, tmp_path / "adapter", 1, **Q), ["merge.dtype=float16"]
     with pytest.raises(
-        ModelError, match=r"the merged model.layers.0.self_attn.q_proj.weight holds .* float16 ends at 65504"
+        ModelError, match=r"model.layers.0.self_attn.q_proj.weight contains .* the largest float16 is 65504"
     ):
-        merge_any.merge(Wish(str(tiny_model), [adapter], tmp_path / "out", (1e7,), overrides=half), Progress())
+        merge_any.merge(MergeRequest(str(tiny_model), [adapter], tmp_path / "out", (1e7,), overrides=half), Progress())
     bad = shutil.copytree(tiny_model, tmp_path / "bad")
     held = load_file(bad / "model.safetensors")
     held["model.norm.weight"][3] = float("nan")
     save_file(held, bad / "model.safetensors", metadata={"format": "pt"})
     for weights in ((), (0.5,)):
-        with pytest.raises(ModelError, match=r"the base's own model.norm.weight holds values that are no finite"):
-            merge_any.merge(Wish(str(bad), [adapter], tmp_path / "out", weights, overrides=half), Progress())
+        with pytest.raises(ModelError, match=r"model.norm.weight of the base contains NaN"):
+            merge_any.merge(MergeRequest(str(bad), [adapter], tmp_path / "out", weights, overrides=half), Progress())
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkit.commands import merge_any
-from qkit.commands.combine import Wish
+from qkit.commands.combine import MergeRequest
 from qkit.core.device import detect
 from qkit.core.errors import ModelError
 from qkit.core.progress import Progress
@@ -26,7 +26,9 @@ from qkit.model import source as model_source
 from qkit.plugins.exporter import Job
 from qkit.plugins.runtime import open_runtime
 from qkit.recipe.schema import Data, Model, Quantization, Recipe
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import copy_companions
+
+pytestmark = pytest.mark.slow
 
 TAKEN = (
     "LICENSE",
@@ -90,7 +92,7 @@ def test_a_merge_and_every_export_of_it_have_them(tiny_model: Path, tmp_path: Pa
     """And the generation config as it stood, which transformers would refuse to save: sampling is off, and a temperature is set."""
     base = _base(tmp_path / "base", tiny_model, eos_token_id=[0, 5, 2])
     merged = tmp_path / "merged"
-    merge_any.merge(Wish(str(base), [_adapter(base, tmp_path / "adapter")], merged), Progress())
+    merge_any.merge(MergeRequest(str(base), [_adapter(base, tmp_path / "adapter")], merged), Progress())
     assert _has(merged) >= set(TAKEN) and not _has(merged) & set(LEFT)
     how = Recipe(task="chat", model=Model(source=str(base)), data=Data())
     job = Job(merged, base, tmp_path / "adapter", tmp_path / "rows", how, tmp_path / "log")
@@ -166,7 +168,9 @@ def test_the_merge_says_what_is_true_of_the_head(
     config = json.loads((base / "config.json").read_text())
     del config["tie_word_embeddings"]
     (base / "config.json").write_text(json.dumps(config if said is None else {**config, "tie_word_embeddings": said}))
-    merge_any.merge(Wish(str(base), [_adapter(tiny_model, tmp_path / "adapter")], tmp_path / "merged"), Progress())
+    merge_any.merge(
+        MergeRequest(str(base), [_adapter(tiny_model, tmp_path / "adapter")], tmp_path / "merged"), Progress()
+    )
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is true
 
 
@@ -176,7 +180,9 @@ def test_a_head_that_is_said_to_be_tied_and_is_not_keeps_its_values(tiny_model: 
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     adapter = _adapter(tiny_model, tmp_path / "adapter", target_modules=["embed_tokens"])
-    merge_any.merge(Wish(str(base), [adapter], tmp_path / "merged", overrides=["merge.dtype=float32"]), Progress())
+    merge_any.merge(
+        MergeRequest(str(base), [adapter], tmp_path / "merged", overrides=["merge.dtype=float32"]), Progress()
+    )
     found, own = load_file(tmp_path / "merged" / "model.safetensors"), load_file(base / "model.safetensors")
     assert torch.equal(found["lm_head.weight"], own["lm_head.weight"].float())
     assert not torch.equal(found["model.embed_tokens.weight"], own["model.embed_tokens.weight"].float())

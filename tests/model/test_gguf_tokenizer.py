@@ -178,6 +178,24 @@ def test_every_name_can_be_built(pairs: tuple[list[str], list[str]], tmp_path: P
             assert "".join(tokens[number] for number in ids) == spelled(TEXTS[0]), name
 
 
+@pytest.mark.parametrize(
+    ("tokens", "types", "words"),
+    [
+        (["a", "b"], [1, 1, 1], "2 tokens and 3 token types"),
+        (["a", "b"], [1], "2 tokens and 1 token types"),
+        (["[PAD0]", "[PAD1]"], [5, 5], "only padding"),
+        (["a", "b", "a"], [1, 1, 1], "the token 'a' twice, as 0 and 2"),
+    ],
+)
+def test_lists_that_contradict_each_other_are_refused(
+    tokens: list[str], types: list[int], words: str, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "m.gguf", tokens, types, token_merges=[], tokenizer_pre="gpt-2")
+    with pytest.raises(ModelError, match=words) as caught:
+        build(file)
+    assert caught.value.source == file
+
+
 def test_names_that_transformers_knows_mean_the_same_here() -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
@@ -189,12 +207,12 @@ def test_names_that_transformers_knows_mean_the_same_here() -> None:
     ("keys", "words"),
     [
         ({"tokenizer_pre": "brand-new"}, "brand-new"),
-        ({}, "does not say how its tokenizer cuts"),
+        ({}, "names no pre-tokenizer"),
         ({"tokenizer_pre": "kimi-k2"}, "code of its own"),
         ({"kind": "t5"}, "of the kind 't5'"),
         ({"kind": "bert"}, "of the kind 'bert'"),
-        ({"kind": "llama"}, "no scores"),
-        ({"tokenizer_pre": "gpt-2"}, "merge of tokens that it does not have"),
+        ({"kind": "llama"}, "0 scores for 2 tokens"),
+        ({"tokenizer_pre": "gpt-2"}, "merge of tokens that it lacks"),
     ],
 )
 def test_what_is_not_known_is_refused(keys: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -394,5 +412,5 @@ def test_llama_31s_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
     odd = write(
         tmp_path / "odd.gguf", ["a", "b", "ab"], [1] * 3, factors=np.linspace(1, 5, 16, dtype=np.float32), **keys
     )
-    with pytest.raises(ModelError, match="not as Llama 3"):
+    with pytest.raises(ModelError, match="does not follow Llama 3"):
         source.companions(schema.Model(source=str(odd)))

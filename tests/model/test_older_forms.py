@@ -12,6 +12,7 @@ from tokenizers import normalizers
 from transformers import AutoConfig, AutoTokenizer
 
 from helpers.tiny import build_tokenizer
+from qkit.core.errors import ModelError
 from qkit.core.progress import Progress
 from qkit.merging import folder as merging_folder
 from qkit.model import added_tokens, older_forms, source
@@ -136,6 +137,17 @@ def test_a_mixture_is_given_the_older_name_of_its_count(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path).num_local_experts == 6
 
 
+@pytest.mark.parametrize("listed", [None, ["<|im_start|>"]])
+def test_special_tokens_are_listed_once_by_their_content(listed: Any) -> None:
+    """As strings or as the fields of an AddedToken, and with a null where 4 wrote an empty list."""
+    fields = {"__type": "AddedToken", "content": "<|im_start|>", "special": True}
+    other = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
+    both = older_forms.tokenizer(
+        {"additional_special_tokens": listed, "extra_special_tokens": [fields, other, "<|im_end|>"]}
+    )
+    assert both == {"additional_special_tokens": [(listed or [fields])[0], other]}
+
+
 def _saved(folder: Path, **more: Any) -> dict[str, Any]:
     build_tokenizer().save_pretrained(folder)
     file = folder / "tokenizer_config.json"
@@ -178,12 +190,12 @@ def test_what_older_readers_would_take_for_something_else_is_named(tmp_path: Pat
     config = {"model_type": "llama", "dtype": "bfloat16", "rope_parameters": FAR}
     (tmp_path / "config.json").write_text(json.dumps(config))
     said = list(older_forms.unreadable(tmp_path))
-    assert sorted(said) == [f"config.json says {key} in newer words alone" for key in ("rope_theta", "torch_dtype")]
+    assert sorted(said) == [f"config.json has {key} only in the new form" for key in ("rope_theta", "torch_dtype")]
     (tmp_path / "config.json").write_text(json.dumps({**older_forms.config(config), "rope_theta": 10000.0}))
-    assert list(older_forms.unreadable(tmp_path)) == ["config.json says rope_theta 10000, and 500000 in newer words"]
+    assert list(older_forms.unreadable(tmp_path)) == ["config.json has rope_theta 10000, but 500000 in the new form"]
     (tmp_path / "config.json").write_text(json.dumps({**older_forms.config(config), "torch_dtype": "float16"}))
     assert list(older_forms.unreadable(tmp_path)) == [
-        "config.json says torch_dtype float16, and bfloat16 in newer words"
+        "config.json has torch_dtype float16, but bfloat16 in the new form"
     ]
 
 
@@ -239,7 +251,7 @@ def test_a_written_tokenizer_is_one_for_all(section: dict[str, Any], tiny_model:
     out = shutil.copytree(tiny_model, tmp_path / "out")
     (out / "additional_chat_templates").mkdir()
     (out / "additional_chat_templates" / "tool_use.jinja").write_text("the base's, for tools")
-    merging_folder._write_tokenizer(run, out, ours=True)
+    merging_folder._write_tokenizer(run, out, trained_here=True)
     older_forms.settle(out, tiny_model)
     assert list(older_forms.unreadable(out)) == []
     if section.get("chat_template"):  # one for tools beside it would be taken in its place when there are any
@@ -265,7 +277,7 @@ def test_rules_that_the_newer_library_puts_in_are_written_down(tiny_model: Path,
         tokenizer, base
     )
     out = shutil.copytree(base, tmp_path / "out")
-    merging_folder._write_tokenizer(Run(tmp_path, _recipe(base), Progress()), out, ours=True)
+    merging_folder._write_tokenizer(Run(tmp_path, _recipe(base), Progress()), out, trained_here=True)
     assert older_forms.cuts_alike(tokenizer, out)
     assert json.loads((out / "tokenizer.json").read_text())["normalizer"] == {"type": "NFC"}
     assert older_forms.cuts_alike(added_tokens.bare_tokenizer(tiny_model, False), tiny_model)
@@ -279,6 +291,7 @@ STOPS = [
     (None, None, [2], 2),
     (5, 6, [2, 9], [2, 9, 5, 6]),
     (50256, 2, [2], 2),  # a default of the library, of another vocabulary
+    (-1, [-1, 5], [2], [2, 5]),  # what some configs have for "none"
 ]
 
 
@@ -295,3 +308,14 @@ def test_the_base_s_stop_tokens_stay(
     made = json.loads((tmp_path / "generation_config.json").read_text())
     assert made["eos_token_id"] == wanted == json.loads((tmp_path / "config.json").read_text())["eos_token_id"]
     assert generation is None or made["temperature"] == 0.6  # as it stood, whatever a library thinks of it
+
+
+@pytest.mark.parametrize("wrong", ["</s>", 2.0, [[1]], [2, None], True])
+@pytest.mark.parametrize("name", merging_folder.STOP_FILES)
+def test_a_stop_token_that_is_not_an_id_is_refused(wrong: Any, name: str, tmp_path: Path) -> None:
+    for file in merging_folder.STOP_FILES:
+        value = {"eos_token_id": wrong if file == name else 2, "vocab_size": 100}
+        (tmp_path / file).write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(ModelError, match="eos_token_id must be a token id") as caught:
+        merging_folder.add_stop_tokens(tmp_path, [2])
+    assert caught.value.source == tmp_path / name

@@ -117,7 +117,7 @@ def test_what_transformers_dequantizes_becomes_a_base_of_its_own(
     expected = quantize(tiny_model, tmp_path / "quantized")
     how = recipe_of(tmp_path / "quantized")
     assert deployable.refusals(how) == ()
-    assert "in 16 bit in the cache" in "".join(screen._notes(sheet.sheet(how)))
+    assert "qkit dequantizes it once" in "".join(screen._notes(sheet.sheet(how)))
     folder = model_source.resolve(how.model)
     found, original = load_file(folder / "model.safetensors"), load_file(tiny_model / "model.safetensors")
     assert found.keys() == original.keys() and {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
@@ -189,7 +189,7 @@ def test_what_is_not_dequantized_is_refused_by_plan_and_before_training(
     folder = tmp_path / "base"
     shutil.copytree(tiny_model, folder)
     changed_config(folder, quantization_config=REFUSED[named])
-    said = rf"quantized already \({named} in its config.json\).*give model.source the 16-bit model"
+    said = rf"already quantized \({named} in its config.json\).*set model.source to the 16-bit model"
     how = recipe_of(folder)
     asked: tuple[Callable[[Recipe], object], ...] = (sheet.sheet, deployable.check)
     for ask in asked:
@@ -204,7 +204,7 @@ def test_a_quantized_model_without_a_word_in_its_config_is_refused(tiny_model: P
     folder = tmp_path / "base"
     shutil.copytree(tiny_model, folder)
     (folder / file).write_text(json.dumps({"bits": 4}))
-    with pytest.raises(ModelError, match=r"the notes of .* no quantization_config to read them by"):
+    with pytest.raises(ModelError, match=r"the notes of .* no quantization_config"):
         model_source.resolve(recipe_of(folder).model)
 
 

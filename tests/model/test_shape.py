@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qkit.core.errors import ModelError
-from qkit.model import targets
+from qkit.model import inventory
 from qkit.model.config import FAMILIES, from_config, known_models, shape_of, source_of
 from qkit.model.shape import (
     Shape,
@@ -143,7 +143,7 @@ def test_every_family_has_as_many_parameters_as_its_class_in_transformers(change
     shape = from_config(config.to_dict(), "x")
     assert shape.exact
     assert parameters(shape) == model.num_parameters()
-    found = targets.inventory_of(model)
+    found = inventory.inventory_of(model)
     assert (set(found.linears), set(found.others)) == (set(modules(shape)), set(vocabulary_modules(shape)))
     assert (found.experts, found.routers) == (experts(shape), routers(shape))
     assert found.renamed == dict(shape.expert_names)
@@ -192,12 +192,12 @@ def test_unknown_experts_are_planned_and_not_called_exact() -> None:
 
 
 def test_config_that_lacks_a_size_is_refused() -> None:
-    with pytest.raises(ModelError, match="has no intermediate_size"):
+    with pytest.raises(ModelError, match="lacks intermediate_size"):
         from_config({**TINY, "intermediate_size": None}, "somewhere")
 
 
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"holds no config\.json"):
+    with pytest.raises(ModelError, match=r"contains no config\.json"):
         shape_of(Model(source=str(tmp_path)))
 
 
@@ -278,11 +278,11 @@ def test_gguf_biases_are_read_off_the_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"GGML", "is no GGUF file"),
-        (gguf(TINY_GGUF, ["a"])[:200], "damaged or cut off"),
-        (gguf(TINY_GGUF, ["a"])[:-3], "damaged or cut off"),
+        (b"GGML", "not a GGUF file"),
+        (gguf(TINY_GGUF, ["a"])[:200], "damaged or truncated"),
+        (gguf(TINY_GGUF, ["a"])[:-3], "damaged or truncated"),
         (gguf(TINY_GGUF, [], version=1), "version 1"),
-        (gguf({"general.architecture": "llama"}, ["a"]), "has no hidden_size"),
+        (gguf({"general.architecture": "llama"}, ["a"]), "lacks hidden_size"),
     ],
 )
 def test_broken_gguf_is_refused(tmp_path: Path, content: bytes, said: str) -> None:

@@ -103,7 +103,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",
         {"target_modules": "q_proj"},
-        r"regular expression over the whole name, such as model\.layers\.0.*\[q_proj\]",
+        r"regular expression for the full name, such as model\.layers\.0.*\[q_proj\]",
     ),
     ("llama", {"target_modules": ".*(q_proj|lm_head)"}, r"matches lm_head, whose adapter would never be trained"),
     ("llama", {"target_modules": ".*"}, r"matches lm_head"),
@@ -112,18 +112,22 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",
         {"target_modules": r".*layers\.0.*"},
-        r"that are not linear.*the first is model\.layers\.0\. End it with",
+        r"that are not linear.*the first is model\.layers\.0\. End the pattern with",
     ),
     ("gpt2", {"target_modules": r".*h\.1.*"}, r"that are not linear.*the first is transformer\.h\.1\."),
     ("phi3", {"target_modules": r".*mlp.*"}, r"that are not linear.*the first is model\.layers\.0\.mlp"),
-    ("llama", {"target_modules": "(q_proj"}, r"is no regular expression"),
+    ("llama", {"target_modules": "(q_proj"}, r"not a valid regular expression"),
     ("llama", {"target_parameters": ["gate_up_proj"]}, r"lora\.target_parameters names gate_up_proj.*no experts"),
     (
         "gpt_oss",
         {"target_parameters": ["gate_up_porj"]},
         r"names gate_up_porj, which .*It has gate_up_proj, down_proj, router\.weight",
     ),
-    ("mixtral", {"lora_dropout": 0.1}, r"lora_dropout and an adapter on model\.layers\.0\.mlp\.experts\.gate_up_proj"),
+    (
+        "mixtral",
+        {"lora_dropout": 0.1},
+        r"lora_dropout is set together with an adapter on model\.layers\.0\.mlp\.experts\.gate_up_proj",
+    ),
 ]
 
 
@@ -144,7 +148,7 @@ def test_name_that_matches_nothing_is_an_error_in_plan_and_before_training(
 
 def test_plan_says_what_experts_cost_and_who_is_not_trained(tmp_path: Path) -> None:
     said = sheet.sheet(_recipe({}, _folder(tmp_path, "mixtral")), CPU).remarks
-    assert "They take 393,216 bytes" in said[0] and "in 4 bit they would take" in said[0]
+    assert "They take 393,216 bytes" in said[0] and "in 4 bits they would take" in said[0]
     assert any("router gets no adapter; lora.target_parameters=[gate.weight]" in line for line in said)
     said = sheet.sheet(
         _recipe({}, _folder(tmp_path, "gpt_oss"), quantization={"load_in_4bit": False}, merge={"base": "16bit"}), CPU
@@ -161,7 +165,7 @@ def test_model_that_sees_images_is_refused_in_plan_and_before_training(tmp_path:
         lambda: sheet.sheet(how, CPU),
         lambda: train_stage.run(Run(tmp_path / "run", how), tmp_path / "out"),
     ):
-        with pytest.raises(ModelError, match=r"for text and more \(gemma3, with vision\)"):
+        with pytest.raises(ModelError, match=r"multimodal model \(gemma3, with vision\)"):
             refuse()
 
 
@@ -250,10 +254,7 @@ def test_the_remedy_for_a_pattern_that_matches_too_much_is_taken() -> None:
     [
         ([], "both empty: nothing would be trained"),
         ("", "both empty"),
-        *(
-            (name, "written as a text, all-linear")
-            for name in ("all_linear", "all linear", ["all-linear"], ["all_linear"])
-        ),
+        *((name, "as the string all-linear") for name in ("all_linear", "all linear", ["all-linear"], ["all_linear"])),
     ],
 )
 def test_no_modules_and_all_of_them_by_another_spelling(modules: Any, words: str) -> None:

@@ -21,6 +21,8 @@ from qkit.recipe.schema import Recipe
 from qkit.train import sft
 from qkit.train import stage as train_stage
 
+pytestmark = pytest.mark.slow
+
 HALF = 0.5**0.5  # of the way down a cosine, at a quarter of the way
 
 RATES = {

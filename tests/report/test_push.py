@@ -31,7 +31,11 @@ def folder(tmp_path: Path) -> Path:
 
 def judged(tmp_path: Path, **statuses: str) -> None:
     (tmp_path / "run" / "verify").mkdir(exist_ok=True)
-    entries = {name.replace("_", "-"): {"status": status} for name, status in statuses.items()}
+    failed = [{"gate": "kl_mean", "figure": 0.2, "limit": 0.1}]
+    entries = {
+        name.replace("_", "-"): {"status": status, "failed": failed if status == "failed" else []}
+        for name, status in statuses.items()
+    }
     (tmp_path / "run" / "verify" / "parity.json").write_text(json.dumps({"parity": entries}))
 
 
@@ -43,13 +47,13 @@ def test_what_would_be_uploaded(folder: Path) -> None:
 
 @pytest.mark.parametrize("repo", ["model", "a/b/c", "../x", "me/"])
 def test_a_repository_has_an_owner(folder: Path, repo: str) -> None:
-    with pytest.raises(UserError, match="written owner/name"):
+    with pytest.raises(UserError, match="must be owner/name"):
         push.planned(folder, repo, private=False)
 
 
 def test_without_provenance_it_is_refused(folder: Path) -> None:
     (folder / "qkit.json").unlink()
-    with pytest.raises(MissingArtifact, match=r"has no qkit\.json"):
+    with pytest.raises(MissingArtifact, match=r"qkit\.json is missing"):
         push.planned(folder, "me/model", private=False)
     assert push.planned(folder, "me/model", private=False, force=True).files == {"config.json": 8}
     with pytest.raises(MissingArtifact, match="no such folder"):
@@ -75,8 +79,9 @@ def test_a_gate_that_failed_with_other_weights_is_not_held_against_these(folder:
 
 def test_a_failed_gate_is_refused(folder: Path, tmp_path: Path) -> None:
     judged(tmp_path, vllm_w8a8="failed")
-    with pytest.raises(ParityFailed, match="vllm-w8a8 failed its gate"):
+    with pytest.raises(ParityFailed, match="vllm-w8a8 failed its gate: mean KL") as caught:
         push.planned(folder, "me/model", private=False)
+    assert (caught.value.artifact, caught.value.gate) == ("vllm-w8a8", "kl_mean")
     assert push.planned(folder, "me/model", private=False, force=True).files
     merge = tmp_path / "run" / "merge"
     merge.mkdir()

@@ -219,6 +219,30 @@ def test_a_failed_gate_is_seen(tmp_path: Path) -> None:
     assert "onnx-int4 failed its gate" in screen and "vllm failed" not in screen
 
 
+@pytest.mark.parametrize("status", ["failed", "passed"])
+def test_an_artifact_that_was_made_again_is_shown_as_stale(tmp_path: Path, status: str) -> None:
+    """In the document and on the screen: what verify found of the files before is not shown as the present verdict."""
+    run = open_sample(tmp_path)
+    failed = [{"gate": "kl_mean", "figure": 0.31, "limit": 0.1, "detail": ""}] if status == "failed" else []
+    verified = json.loads((run.folder("verify") / "parity.json").read_text())
+    verified["parity"]["onnx-int4"] |= {"status": status, "failed": failed}
+    edit(run, "verify/parity.json", **verified)
+    before = report_summary.summary(run)
+    assert before["parity"]["onnx-int4"]["status"] == status
+    manifest = run.manifest()
+    manifest["stages"]["export"]["outputs"]["export/onnx-int4/model.onnx"]["sha256"] = 64 * "f"
+    edit(run, "run.json", **manifest)
+    after = report_summary.summary(run)
+    check(after)
+    entry = after["parity"].pop("onnx-int4")
+    assert entry == {**dict.fromkeys(report_summary.PARITY_KEYS), "status": "stale", "failed": []}
+    assert "onnx-int4" not in after["scores"]
+    assert before["parity"].pop("onnx-int4").keys() == entry.keys() and before["parity"] == after["parity"]
+    text = "\n".join(drawn(report_summary.summary(run), 160))
+    assert "onnx-int4 has changed since it was measured" in text and "onnx-int4 failed" not in text
+    assert "changed since it was measured" in report_stage.page(run)
+
+
 def test_names_are_not_read_as_markup(tmp_path: Path) -> None:
     run = open_sample(tmp_path)
     edit(run, "evaluate/scores.json", metric="[red]match[/nonsense]")

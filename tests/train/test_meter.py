@@ -17,6 +17,8 @@ from qkit.train import memory_watch, sft
 from qkit.train.fast import heap
 from qkit.train.memory_watch import LINES, TensorsAlive, watching
 
+pytestmark = pytest.mark.slow
+
 FP32, BF16 = 4, 2
 
 

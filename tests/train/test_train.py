@@ -24,6 +24,8 @@ from qkit.train import stage as train_stage
 from qkit.train.collate import collate
 from qkit.train.fast import head
 
+pytestmark = pytest.mark.slow
+
 # --- sums -------------------------------------------------------------------------------------------------------------
 
 

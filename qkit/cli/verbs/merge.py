@@ -70,11 +70,11 @@ def merge(
         run_stage("merge", StageOptions(target, overrides, out, as_json, quiet, child))
         return
     from qkit.commands import merge_any, merge_screen
-    from qkit.commands.combine import Wish
+    from qkit.commands.combine import MergeRequest
 
     assert base and adapter and out
     _check_combine(context, len(adapter), combine)
-    request = Wish(base, adapter, out, weight or (), combine, density, data, overrides or ())
+    request = MergeRequest(base, adapter, out, weight or (), combine, density, data, overrides or ())
     terminal = console.stderr(keep=True)
     with console.silence_stderr():
         merged = merge_any.merge(request, console.progress_on(terminal, quiet))

@@ -8,7 +8,7 @@ from typing import Any
 
 from qkit.core.files import read_json, write_json
 from qkit.model.provenance import NOTE
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import copy_companions
 
 FILE = "genai_config.json"  # marks a folder that onnxruntime-genai opens
 

@@ -28,6 +28,7 @@ from qkit.measure.evidence import KEY
 from qkit.model.provenance import MARK, TRACER
 from qkit.plugins.exporter import Job
 from qkit.recipe.schema import Recipe
+from qkit.tensors.companions import text_files
 
 RUNTIME = "onnxruntime"
 # gptq is qkit's, on the run's own rows; the others are the builder's
@@ -78,7 +79,6 @@ ROUNDED_BY_QKIT = ("gptq", "nearest")
 BUILDER_OPTIONS_TO_ROUND = ("algo_config=rtn", "matmul_mixed_precision=last_matmul:int8")
 # The builder's algorithm where its matrices are not those of the model
 FALLBACK = {"gptq": "k_quant_mixed", "nearest": "rtn"}
-COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")  # files that the builder writes next to the graph
 # The sliding window of this attention kernel fails on a padded batch with "seqlens_k is too small for sequence_length" (onnxruntime 1.31).
 NO_PADDED_BATCHES = frozenset({"gpt_oss"})
 
@@ -179,10 +179,8 @@ def _rounded_by_qkit(job: Job, build: Build, out: Path) -> None:
     builder.build(job, "int4", (*BUILDER_OPTIONS_TO_ROUND, f"block_size={build.block}"), built)
     out.mkdir()
     requantize(job, built, out, build.bits)
-    for pattern in COMPANIONS:
-        for file in built.glob(pattern):
-            if not file.name.endswith(".index.json"):
-                file.rename(out / file.name)
+    for file in text_files(built):
+        file.rename(out / file.name)
 
 
 def _compare_prompts(job: Job, folder: Path, name: str) -> None:

@@ -16,7 +16,7 @@ from qkit.model.provenance import check_adapter
 from qkit.plugins.exporter import Job
 from qkit.recipe.schema import Recipe
 from qkit.setup import side_environments
-from qkit.tensors.shards import copy_companions
+from qkit.tensors.companions import copy_companions
 
 VARIANTS = {
     "": "the merged model in 16 bits",

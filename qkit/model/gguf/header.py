@@ -10,8 +10,6 @@ from typing import Any
 
 from qkit.core.errors import ModelError
 
-# --- .gguf ----------------------------------------------------------------------------------------------------------
-
 # Value types of GGUF's metadata: struct letter by type number; 8 is a string, 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -19,28 +17,38 @@ TOKENS = "tokenizer.ggml.tokens"
 
 
 def gguf_config(file: Path) -> dict[str, Any]:
+    """The config.json that a .gguf header amounts to.
+
+    Raises:
+        ModelError: the header is damaged or truncated.
+    """
     try:
         return _as_config(*read_gguf(file))
     except (struct.error, KeyError, UnicodeDecodeError, ValueError) as error:
-        raise ModelError(f"{file}: its GGUF header is damaged or cut off ({error!r}); download it again") from None
+        raise ModelError(
+            f"{file}: its GGUF header is damaged or truncated ({error!r}); download it again", source=file
+        ) from None
 
 
 def read_gguf(file: Path, arrays: str = "") -> tuple[dict[str, Any], set[str]]:
-    """Metadata of a .gguf file and the names of its tensors. Of an array, its length; where its key begins with `arrays`, all of it."""
+    """Metadata of a .gguf file and the names of its tensors. An array is given by its length, or whole if its key begins with `arrays`."""
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
-            raise ModelError(f"{file}: is no GGUF file (it does not begin with GGUF)")
+            raise ModelError(f"{file}: is not a GGUF file (it does not begin with GGUF)", source=file)
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             version, tensor_count, key_count = struct.unpack_from("<IQQ", data, 4)
             if version not in (2, 3):
-                raise ModelError(f"{file}: is GGUF version {version}; versions 2 and 3 are read, convert it again")
+                raise ModelError(
+                    f"{file}: is GGUF version {version}; only versions 2 and 3 are supported, convert it again",
+                    source=file,
+                )
             reader = _Reader(data, 24)
             metadata = dict(reader.entry(arrays) for _ in range(key_count))
             return metadata, set(reader.tensor_names(tensor_count))
 
 
 class _Reader:
-    """A walk through a GGUF header, little-endian."""
+    """Reads a little-endian GGUF header from front to back."""
 
     def __init__(self, data: mmap.mmap, at: int):
         self.data = data
@@ -71,7 +79,7 @@ class _Reader:
         return self.scalar(SCALARS[kind])
 
     def _skip_array(self, kind: int, count: int) -> int:
-        """Pass over an array; vocabularies hold 10^5 strings, hence the bare loop."""
+        """Skip an array. Vocabularies hold 10^5 strings, hence the bare loop."""
         if kind != STRING:
             self.at += count * struct.calcsize(f"<{SCALARS[kind]}")
             return count
@@ -91,9 +99,9 @@ class _Reader:
 
 
 def _as_config(metadata: Mapping[str, Any], tensors: set[str]) -> dict[str, Any]:
-    """GGUF's names as those of a config.json. What a family leaves open is read off the tensors' names."""
+    """The metadata with the names of a config.json. What the metadata lacks is read from the tensors' names."""
     kind = metadata["general.architecture"]
-    found = {
+    config = {
         "model_type": kind,
         "hidden_size": metadata.get(f"{kind}.embedding_length"),
         "intermediate_size": metadata.get(f"{kind}.feed_forward_length"),
@@ -107,4 +115,4 @@ def _as_config(metadata: Mapping[str, Any], tensors: set[str]) -> dict[str, Any]
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in config.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Scaled positions of a .gguf file, as a config.json says them. transformers leaves them out: a model of long rows then reads them wrong."""
+"""Rotary scaling of a .gguf file, in the form of a config.json. transformers ignores it, which breaks long rows."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ if TYPE_CHECKING:
 
 
 READ_BY_TRANSFORMERS = ("gpt-oss",)
-LENGTHS = tuple(
-    2**power for power in range(5, 21)
-)  # that a model may have been trained on before its positions were scaled
+LENGTHS = tuple(2**power for power in range(5, 21))  # possible training lengths before scaling
 
 
 def scaling(file: Path, theta: float) -> dict[str, Any]:
-    """What to add to rope_parameters; nothing where positions are as they are. `theta`: the base of the frequencies.
+    """What to add to rope_parameters; empty if positions are not scaled. `theta`: the base of the frequencies.
 
     Raises:
-        ModelError: they are scaled in a way that is not known here.
+        ModelError: the kind of scaling is unknown.
     """
     header, tensors = read_gguf(file)
     kind = header.get("general.architecture")
@@ -43,7 +41,7 @@ def scaling(file: Path, theta: float) -> dict[str, Any]:
 
 
 def _llama3(file: Path, theta: float) -> dict[str, Any]:
-    """The file holds factors; a config.json says what they were made of."""
+    """Recover the parameters of Llama 3.1's scaling from its factors: the file holds factors, a config.json holds parameters."""
     import numpy as np
 
     factors = _factors(file)
@@ -52,19 +50,20 @@ def _llama3(file: Path, theta: float) -> dict[str, Any]:
         tried = {**wanted, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": length}
         if np.allclose(rope_factors(tried, 2 * len(factors)), factors, rtol=1e-4):
             return tried
-    raise _unknown(file, f"by {ROPE_FACTORS}, which is not as Llama 3.1's is made")
+    raise _unknown(file, f"by {ROPE_FACTORS}, which does not follow Llama 3.1's formula")
 
 
 def _factors(file: Path) -> np.ndarray[Any, Any]:
     from gguf import GGUFReader
 
-    (found,) = (tensor.data for tensor in GGUFReader(str(file)).tensors if tensor.name == ROPE_FACTORS)
-    factors: np.ndarray[Any, Any] = found
+    factors: np.ndarray[Any, Any]
+    (factors,) = (tensor.data for tensor in GGUFReader(str(file)).tensors if tensor.name == ROPE_FACTORS)
     return factors
 
 
-def _unknown(file: Path, how: str) -> ModelError:
+def _unknown(file: Path, method: str) -> ModelError:
     return ModelError(
-        f"{file}: its positions are scaled {how}, which is not read from a .gguf file; give model.source the folder or hub id that it was "
-        "made from"
+        f"{file}: its positions are scaled {method}, which qkit cannot read from a .gguf file; set model.source to the folder or hub id that "
+        "it was made from",
+        source=file,
     )
