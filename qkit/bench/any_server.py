@@ -149,5 +149,5 @@ def _only_model(url: str) -> str:
     with _client(url) as client:
         names = [entry["id"] for entry in client.models()]
     if len(names) != 1:
-        raise ServerError(f"{url} has {len(names)} models; choose one with --model: {', '.join(names)}")
+        raise ServerError(f"{url} has {len(names)} models; choose one with --model: {', '.join(names)}", url=url)
     return str(names[0])

@@ -74,7 +74,7 @@ def _pairs(before: Path, after: Path, ignore_mismatch: bool) -> Iterator[tuple[P
     wanted = sorted(path.name for path in before.glob("*-c[0-9]*.json"))
     names = [name for name in wanted if (after / name).is_file()]
     if not names:
-        raise MissingArtifact(f"{before} and {after} have no bench records with the same name")
+        raise MissingArtifact(f"{before} and {after} have no bench records with the same name", path=after)
     if len(names) < len(wanted) and not ignore_mismatch:
         missing = ", ".join(name for name in wanted if name not in names)
         raise UserError(
@@ -115,14 +115,16 @@ def read(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         raise MissingArtifact(
-            f"{file}: bench record not found; `qkit bench RUN` writes RUN/bench/ARTIFACT-c1.json and others"
+            f"{file}: bench record not found; `qkit bench RUN` writes RUN/bench/ARTIFACT-c1.json and others", path=file
         )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise MissingArtifact(f"{file}: not JSON: {error}") from None
+        raise MissingArtifact(f"{file}: not JSON: {error}", path=file) from None
     if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION or "by_repeat" not in record:
-        raise MissingArtifact(f"{file}: not a bench record of version {SCHEMA_VERSION}; `qkit bench RUN` writes them")
+        raise MissingArtifact(
+            f"{file}: not a bench record of version {SCHEMA_VERSION}; `qkit bench RUN` writes them", path=file
+        )
     return record
 
 

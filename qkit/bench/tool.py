@@ -127,17 +127,20 @@ class LoadTool:
         return [prompts[(first + i) % len(prompts)] for i in range(load.requests)]
 
     def _check(self, repeat: Repeat, sent: Sequence[Prompt]) -> None:
+        url = self.target["base-url"]
         if not repeat.requests:
-            raise ServerError(f"{self.target['base-url']} failed every request: {_last_error_line(repeat.errors)}")
+            reason = _last_error_line(repeat.errors)
+            raise ServerError(f"{url} failed every request: {reason}", url=url, reason=reason)
         expected = [prompt.tokens for prompt in sent if prompt.tokens is not None]
         if not expected or repeat.errors or self.target["endpoint"] == CHAT:
             return
         counted = [request.prompt_tokens for request in repeat.requests]
         if different := [(a, b) for a, b in zip(expected, counted, strict=True) if a != b]:
+            reason = f"counts {different[0][1]} tokens in a prompt of {different[0][0]} ({len(different)} of {len(expected)} prompts differ)"
             raise ServerError(
-                f"{self.target['base-url']} counts {different[0][1]} tokens in a prompt of {different[0][0]} ({len(different)} of "
-                f"{len(expected)} prompts differ): it uses another tokenizer or adds special tokens, so these are not the prompts that were "
-                "trained on"
+                f"{url} {reason}: it uses another tokenizer or adds special tokens, so these are not the prompts that were trained on",
+                url=url,
+                reason=reason,
             )
 
     def _send(self, command: Sequence[str]) -> dict[str, int]:
@@ -158,7 +161,7 @@ class LoadTool:
         """The tool's process, started on first use. It exits when its standard input closes, hence when this process ends."""
         if self._process is None:
             if importlib.util.find_spec("vllm") is None:
-                raise MissingExtra(VLLM_MISSING)
+                raise MissingExtra(VLLM_MISSING, package="vllm")
             with self.log.open("w") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "qkit.bench.vllm_driver"],
@@ -180,7 +183,7 @@ class LoadTool:
 
     def _tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-3:]) or "without output"
+        return "\n".join(lines[-3:]) or "it wrote no output"
 
 
 def parse(result: Mapping[str, Any], tool_cpu_seconds: float | None = None, min_tokens: int = 1) -> Repeat:

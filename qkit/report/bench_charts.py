@@ -213,7 +213,9 @@ def write(run: Run, folder: Path, png: bool) -> list[Path]:
     """
     charts = charts_of(run)
     if not charts:
-        raise MissingArtifact(f"{run.root} has no bench records to draw; run `qkit bench {run.root}` first")
+        raise MissingArtifact(
+            f"{run.root} has no bench records to draw; run `qkit bench {run.root}` first", path=run.folder("bench")
+        )
     return draw(charts, folder, png)
 
 
@@ -247,7 +249,8 @@ def _as_png(svg: Path) -> Path:
         import cairosvg
     except (ImportError, OSError) as error:
         raise MissingExtra(
-            f"--png needs cairosvg, which cannot be loaded ({error}): `pip install cairosvg`, and install the cairo library"
+            f"--png needs cairosvg, but it cannot be loaded ({error}): run `pip install cairosvg`, and install the cairo library",
+            package="cairosvg",
         ) from None
     target = svg.with_suffix(".png")
     cairosvg.svg2png(url=str(svg), write_to=str(target), scale=3)
