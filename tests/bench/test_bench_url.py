@@ -70,19 +70,19 @@ def test_a_strict_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
-        ({}, UserError, "--run RUN sends its held-out ones"),
+        ({}, UserError, "--run RUN to send its held-out prompts"),
         ({"run": SAMPLE, "chat": True}, UserError, "--chat"),
         ({"tokenizer": "t", "overrides": ["bench.repeats=0"]}, RecipeError, "bench.repeats"),
-        ({"tokenizer": "t", "overrides": ["serve.port=0"]}, RecipeError, "settings of the section bench only"),
+        ({"tokenizer": "t", "overrides": ["serve.port=0"]}, RecipeError, "only settings of the bench section"),
         ({"tokenizer": "t", "model": None}, ServerError, "answered 404 to /v1/models"),
     ],
 )
 def test_what_cannot_be_asked(
     fake: Fake, tmp_path: Path, asked: dict[str, Any], error: type[UserError], said: str
 ) -> None:
-    how = BenchTarget(**{"url": fake.url, "model": "m", "tokenizer": None, **asked})
+    target = BenchTarget(**{"url": fake.url, "model": "m", "tokenizer": None, **asked})
     with pytest.raises(error, match=said):
-        any_server.run(how, tmp_path, Progress())
+        any_server.run(target, tmp_path, Progress())
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
