@@ -231,7 +231,7 @@ def test_rows_that_are_other_tokens_as_text_are_left_out_and_counted(tiny_model:
 def test_memory_over_time_is_kept_and_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    monkeypatch.setattr(bench_meter, "POINTS", 4)
+    monkeypatch.setattr(bench_meter, "MAX_SAMPLES", 4)
     with Meter(os.getpid(), every_seconds=60) as meter:
         for _ in range(9):
             meter.sample()
