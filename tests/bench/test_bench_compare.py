@@ -20,9 +20,9 @@ RECORD = SAMPLE / "bench" / "vllm-c8.json"
 
 def record(file: Path, speeds: Sequence[float] = (120, 121, 122), **changed: Any) -> Path:
     """The sample's record with these output tokens per second in its repeats."""
-    made = json.loads(RECORD.read_text(encoding="utf-8"))
-    made["by_repeat"] = [{**made["by_repeat"][0], "output_tokens_per_second": speed} for speed in speeds]
-    file.write_text(json.dumps({**made, **changed}), encoding="utf-8")
+    raw = json.loads(RECORD.read_text(encoding="utf-8"))
+    raw["by_repeat"] = [{**raw["by_repeat"][0], "output_tokens_per_second": speed} for speed in speeds]
+    file.write_text(json.dumps({**raw, **changed}), encoding="utf-8")
     return file
 
 
@@ -31,13 +31,13 @@ def before(tmp_path: Path) -> Path:
     return record(tmp_path / "before.json")
 
 
-def speed(found: list[bench_compare.Comparison]) -> Ratio:
-    return next(ratio for ratio in found[0].ratios if ratio.name == "output_tokens_per_second")
+def speed(result: list[bench_compare.Comparison]) -> Ratio:
+    return next(ratio for ratio in result[0].ratios if ratio.name == "output_tokens_per_second")
 
 
 def test_chats_are_not_compared_over_a_change_of_what_a_first_token_is(tmp_path: Path) -> None:
-    made = json.loads(RECORD.read_text(encoding="utf-8"))
-    load = {**made["load"], "command": [*made["load"]["command"], "--backend", "openai-chat"]}
+    raw = json.loads(RECORD.read_text(encoding="utf-8"))
+    load = {**raw["load"], "command": [*raw["load"]["command"], "--backend", "openai-chat"]}
     old, new = record(tmp_path / "old.json", load=load), record(tmp_path / "new.json", load=load, doubts=[])
     with pytest.raises(
         UserError, match="first token: one record is from a version of qkit that counted the chunk with the role"
@@ -90,13 +90,13 @@ def test_a_regression_is_beyond_the_threshold_and_beyond_noise(after: list[float
 
 
 def test_equal_repeats_have_an_interval_of_no_width() -> None:
-    found = judge("x", [2.0, 2.0], [3.0, 3.0], 0.05, False)
-    assert (found.low, found.high) == (pytest.approx(1.5), pytest.approx(1.5)) and found.regressed
+    result = judge("x", [2.0, 2.0], [3.0, 3.0], 0.05, False)
+    assert (result.low, result.high) == (pytest.approx(1.5), pytest.approx(1.5)) and result.regressed
 
 
 def test_figures_without_repeats_are_shown_and_not_judged(before: Path, tmp_path: Path) -> None:
-    found = compare(before, record(tmp_path / "b.json", peak_bytes=2**40), 0.05)
-    peak = next(ratio for ratio in found[0].ratios if ratio.name == "peak_bytes")
+    result = compare(before, record(tmp_path / "b.json", peak_bytes=2**40), 0.05)
+    peak = next(ratio for ratio in result[0].ratios if ratio.name == "peak_bytes")
     assert peak.ratio > 100 and peak.low is None and not peak.regressed
 
 
@@ -104,16 +104,16 @@ def test_figures_without_repeats_are_shown_and_not_judged(before: Path, tmp_path
 
 
 def elsewhere(file: Path, **changed: Any) -> Path:
-    made = json.loads(RECORD.read_text(encoding="utf-8"))["environment"]
-    return record(file, environment=with_hash({**made, **changed}))
+    raw = json.loads(RECORD.read_text(encoding="utf-8"))["environment"]
+    return record(file, environment=with_hash({**raw, **changed}))
 
 
 def test_other_environments_are_refused_and_named(before: Path, tmp_path: Path) -> None:
     there = elsewhere(tmp_path / "b.json", device={"name": "an abacus", "memory_bytes": 1, "cores": 1})
     with pytest.raises(UserError, match=r"(?s)environment\.device\.name: .* and an abacus.*--anyway"):
         compare(before, there, 0.05)
-    found = compare(before, there, 0.05, ignore_mismatch=True)
-    assert any("abacus" in line for line in found[0].differences)
+    result = compare(before, there, 0.05, ignore_mismatch=True)
+    assert any("abacus" in line for line in result[0].differences)
 
 
 def test_another_version_of_qkit_is_what_comparisons_are_for(before: Path, tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_other_loads_are_refused(before: Path, tmp_path: Path) -> None:
 
 
 def test_more_failed_requests_are_worse_however_fast_the_others_were(before: Path, tmp_path: Path) -> None:
-    found = compare(before, record(tmp_path / "b.json", [200, 201, 202], failed_requests=3), 0.05)
-    assert "failed_requests: 0 before, 3 after" in str(regression(found, 0.05))
+    result = compare(before, record(tmp_path / "b.json", [200, 201, 202], failed_requests=3), 0.05)
+    assert "failed_requests: 0 before, 3 after" in str(regression(result, 0.05))
     assert regression(compare(tmp_path / "b.json", tmp_path / "b.json", 0.05), 0.05) is None
 
 
@@ -170,9 +170,9 @@ def test_folders_are_compared_name_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"b has no vllm-c1\.json, which .*--anyway"):
         compare(folders[0], folders[1], 0.05)
     assert "vllm-c1" not in [
-        found.name for found in compare(folders[1], folders[0], 0.05)
+        result.name for result in compare(folders[1], folders[0], 0.05)
     ]  # what is new has nothing beside it
-    names = [found.name for found in compare(folders[0], folders[1], 0.05, ignore_mismatch=True)]
+    names = [result.name for result in compare(folders[0], folders[1], 0.05, ignore_mismatch=True)]
     assert "vllm-c8" in names and "vllm-c1" not in names and "vllm-r0.5" not in names
     with pytest.raises(MissingArtifact, match="no bench records with the same name"):
         compare(folders[0], tmp_path, 0.05)
@@ -193,12 +193,12 @@ def test_thresholds_that_are_none(text: str) -> None:
 
 
 def test_a_regression_is_named(before: Path, tmp_path: Path) -> None:
-    found = compare(before, record(tmp_path / "b.json", [100, 101, 102]), 0.05)
-    assert speed(found).ratio == pytest.approx(101 / 121, rel=1e-3)
-    error = regression(found, 0.05)
+    result = compare(before, record(tmp_path / "b.json", [100, 101, 102]), 0.05)
+    assert speed(result).ratio == pytest.approx(101 / 121, rel=1e-3)
+    error = regression(result, 0.05)
     assert error is not None and error.figures == (("before", "output_tokens_per_second"),)
     assert "output_tokens_per_second is 0.835 times the value before" in str(error)
-    assert regression(found, 0.5) is not None  # judged by the threshold it was compared with
+    assert regression(result, 0.5) is not None  # judged by the threshold it was compared with
     assert regression(compare(before, before, 0.05), 0.05) is None
 
 

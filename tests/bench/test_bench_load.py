@@ -36,8 +36,8 @@ def fake() -> Iterator[Fake]:
 @pytest.fixture(scope="module")
 def tool(fake: Fake, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadTool]:
     log = tmp_path_factory.mktemp("tool") / "load.log"
-    with LoadTool(fake.url, "steady", tiny_model, HeldOutPrompts(PROMPTS), 0, log) as made:
-        yield made
+    with LoadTool(fake.url, "steady", tiny_model, HeldOutPrompts(PROMPTS), 0, log) as tool:
+        yield tool
 
 
 def measured(tool: LoadTool, fake: Fake, model: str, load: Load = LOAD) -> tuple[Repeat, dict[str, Any], list[Sent]]:
@@ -57,16 +57,16 @@ def steady(tool: LoadTool, fake: Fake) -> tuple[Repeat, dict[str, Any], list[Sen
 
 
 def test_our_figures_are_the_tools_own(steady: tuple[Repeat, dict[str, Any], list[Sent]]) -> None:
-    repeat, told, _ = steady
+    repeat, reported, _ = steady
     ours = figures([repeat])
     for name, its in (("ttft_seconds", "ttft"), ("tpot_seconds", "tpot"), ("itl_seconds", "itl")):
-        assert ours[name]["mean"] * 1000 == pytest.approx(told[f"mean_{its}_ms"], rel=1e-9)
-        assert ours[name]["p50"] * 1000 == pytest.approx(told[f"median_{its}_ms"], rel=1e-9)
-        assert ours[name]["p99"] * 1000 == pytest.approx(told[f"p99_{its}_ms"], rel=1e-9)
-    assert ours["e2e_seconds"]["mean"] == pytest.approx(mean(told["latencies"]), rel=1e-9)
-    assert ours["output_tokens_per_second"] == pytest.approx(told["output_throughput"], rel=1e-9)
-    assert ours["total_tokens_per_second"] == pytest.approx(told["total_token_throughput"], rel=1e-9)
-    assert ours["requests_per_second"] == pytest.approx(told["request_throughput"], rel=1e-9)
+        assert ours[name]["mean"] * 1000 == pytest.approx(reported[f"mean_{its}_ms"], rel=1e-9)
+        assert ours[name]["p50"] * 1000 == pytest.approx(reported[f"median_{its}_ms"], rel=1e-9)
+        assert ours[name]["p99"] * 1000 == pytest.approx(reported[f"p99_{its}_ms"], rel=1e-9)
+    assert ours["e2e_seconds"]["mean"] == pytest.approx(mean(reported["latencies"]), rel=1e-9)
+    assert ours["output_tokens_per_second"] == pytest.approx(reported["output_throughput"], rel=1e-9)
+    assert ours["total_tokens_per_second"] == pytest.approx(reported["total_token_throughput"], rel=1e-9)
+    assert ours["requests_per_second"] == pytest.approx(reported["request_throughput"], rel=1e-9)
 
 
 def nearest(found: Sequence[float], wanted: Sequence[float]) -> float:
@@ -161,9 +161,9 @@ def test_a_chunk_may_hold_several_tokens(tool: LoadTool, fake: Fake, tiny_model:
     """Tokens are those of usage, and so of the tokenizer; chunks are fewer, and ITL is between chunks."""
     from transformers import AutoTokenizer
 
-    repeat, told, sent = measured(tool, fake, "several")
+    repeat, reported, sent = measured(tool, fake, "several")
     tokenizer, record = AutoTokenizer.from_pretrained(str(tiny_model)), figures([repeat])
-    by_tokenizer = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in told["generated_texts"]]
+    by_tokenizer = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in reported["generated_texts"]]
     assert by_tokenizer == [r.tokens for r in repeat.requests] == [s.tokens for s in sent] == [TOKENS] * LOAD.requests
     assert record["tokens"] == LOAD.requests * TOKENS and record["chunks"] == record["tokens"] // len(TEXT)
     first = repeat.requests[0]
@@ -173,11 +173,11 @@ def test_a_chunk_may_hold_several_tokens(tool: LoadTool, fake: Fake, tiny_model:
 
 def test_a_chunk_that_only_says_whose_turn_it_is_is_no_token(fake: Fake, tool: LoadTool) -> None:
     """The role comes at once, the first token after a while; tests/bench/test_bench_stream.py has the other kinds of chunk."""
-    said = [{"role": "assistant", "content": ""}, *({"content": letter} for letter in TEXT), {}]
+    deltas = [{"role": "assistant", "content": ""}, *({"content": letter} for letter in TEXT), {}]
     times = [0.0, *(FIRST + i * GAP for i in range(len(TEXT))), FIRST + len(TEXT) * GAP]
     fake.scripts["role"] = [
         (at, {"choices": [{"delta": d, "finish_reason": None if d else "stop"}]})
-        for at, d in zip(times, said, strict=True)
+        for at, d in zip(times, deltas, strict=True)
     ]
     fake.scripts["role"].append((times[-1], {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}))
     before, tool.target["endpoint"], tool.accepted = tool.accepted, CHAT, frozenset()
@@ -207,8 +207,8 @@ def test_failed_requests_are_counted_and_in_no_figure(tool: LoadTool, fake: Fake
 
 def test_an_answer_that_breaks_off_has_failed(tool: LoadTool, fake: Fake) -> None:
     """To the tool it is a success as soon as it has begun."""
-    repeat, told, _ = measured(tool, fake, "breaks", Load(4, 3, 4))
-    assert len(repeat.requests) == len(repeat.errors) == 2 and told["completed"] == 4
+    repeat, reported, _ = measured(tool, fake, "breaks", Load(4, 3, 4))
+    assert len(repeat.requests) == len(repeat.errors) == 2 and reported["completed"] == 4
     assert set(repeat.errors) == {"the answer ended after 1 of 3 tokens"}
 
 
@@ -237,7 +237,7 @@ def test_arguments_of_closed_and_open_loops(tool: LoadTool) -> None:
 
 
 def test_what_a_server_does_not_take_is_not_sent(fake: Fake, tiny_model: Path, tmp_path: Path) -> None:
-    made = LoadTool(
+    tool = LoadTool(
         fake.url,
         "m",
         tiny_model,
@@ -246,9 +246,9 @@ def test_what_a_server_does_not_take_is_not_sent(fake: Fake, tiny_model: Path, t
         tmp_path / "log",
         accepted=frozenset({"add_special_tokens"}),
     )
-    command = made.arguments(LOAD, 1)
+    command = tool.arguments(LOAD, 1)
     assert json.loads(command[command.index("--extra-body") + 1]) == {"add_special_tokens": False}
-    made.__exit__()
+    tool.__exit__()
 
 
 def test_repeats_have_other_prompts(tool: LoadTool) -> None:
@@ -258,11 +258,11 @@ def test_repeats_have_other_prompts(tool: LoadTool) -> None:
 
 
 def test_random_prompts_are_the_tools(fake: Fake, tiny_model: Path, tmp_path: Path) -> None:
-    made = LoadTool(fake.url, "steady", tiny_model, RandomPrompts(64, 0.5), 0, tmp_path / "log")
-    command = made.arguments(LOAD, 0)
+    tool = LoadTool(fake.url, "steady", tiny_model, RandomPrompts(64, 0.5), 0, tmp_path / "log")
+    command = tool.arguments(LOAD, 0)
     assert command[command.index("--dataset-name") + 1] == "random"
-    assert made.description == "random, 64 tokens +-50 %"
-    made.__exit__()
+    assert tool.description == "random, 64 tokens +-50 %"
+    tool.__exit__()
 
 
 def test_a_detailed_result_is_parsed() -> None:

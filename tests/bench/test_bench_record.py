@@ -161,10 +161,10 @@ class Queue:
 
 def test_a_sweep_ends_when_throughput_stops_growing_and_then_goes_below_it() -> None:
     source = Queue()
-    found = list(bench_stage.measure(source, Bench(sweep=True, repeats=2, rounds=2), None))
-    assert [m.load.concurrency for m in found] == [1, 2, 4, 8, None, None, None]
-    assert [m.name for m in found[-3:]] == ["r0.25", "r0.5", "r0.75"]
-    assert [m.load.request_rate for m in found[-3:]] == [1.0, 2.0, 3.0]  # of the 4 a second at 4 at once
+    result = list(bench_stage.measure(source, Bench(sweep=True, repeats=2, rounds=2), None))
+    assert [m.load.concurrency for m in result] == [1, 2, 4, 8, None, None, None]
+    assert [m.name for m in result[-3:]] == ["r0.25", "r0.5", "r0.75"]
+    assert [m.load.request_rate for m in result[-3:]] == [1.0, 2.0, 3.0]  # of the 4 a second at 4 at once
     assert [number for _, number in source.asked] == [0, 1, 2] * 7
     assert {load.requests for load, number in source.asked if number == 0 and load.concurrency == 4} == {4}
     assert {load.requests for load, number in source.asked if number and load.concurrency == 4} == {8}
@@ -175,8 +175,8 @@ def test_what_has_no_queue_is_not_waited_for() -> None:
 
 
 def test_without_a_sweep_the_recipe_says_the_loads() -> None:
-    found = list(bench_stage.measure(Queue(), Bench(concurrency=(1, 3), repeats=1), None))
-    assert [(m.load.concurrency, m.load.requests) for m in found] == [(1, 1), (3, 3)]
+    result = list(bench_stage.measure(Queue(), Bench(concurrency=(1, 3), repeats=1), None))
+    assert [(m.load.concurrency, m.load.requests) for m in result] == [(1, 1), (3, 3)]
 
 
 def test_one_repeat_is_not_called_steady() -> None:
@@ -218,9 +218,9 @@ def test_rows_that_are_other_tokens_as_text_are_left_out_and_counted(tiny_model:
 
     tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
     whole, torn = tokenizer("say a").input_ids, tokenizer("ü").input_ids[:1]  # half of a letter is no text
-    found = bench_stage.text_prompts(tokenizer, [whole, torn])
-    assert [(p.text, p.tokens) for p in found.prompts] == [("say a", len(whole))]
-    assert found.description == "held-out rows, 1 left out whose text has other tokens"
+    result = bench_stage.text_prompts(tokenizer, [whole, torn])
+    assert [(p.text, p.tokens) for p in result.prompts] == [("say a", len(whole))]
+    assert result.description == "held-out rows, 1 left out whose text has other tokens"
     with pytest.raises(DataError, match="every held-out prompt changes its token ids"):
         bench_stage.text_prompts(tokenizer, [torn])
 
@@ -235,10 +235,10 @@ def test_memory_over_time_is_kept_and_thinned(monkeypatch: pytest.MonkeyPatch) -
     with Meter(os.getpid(), every_seconds=60) as meter:
         for _ in range(9):
             meter.sample()
-    found = meter.to_dict()
-    assert 1 < len(found["rss_tree"]) <= 5 and found["device"] == [] and found["device_peak_bytes"] is None
-    assert found["rss_tree_peak_bytes"] > 20e6
-    assert [seconds for seconds, _ in found["rss_tree"]] == sorted(seconds for seconds, _ in found["rss_tree"])
+    result = meter.to_dict()
+    assert 1 < len(result["rss_tree"]) <= 5 and result["device"] == [] and result["device_peak_bytes"] is None
+    assert result["rss_tree_peak_bytes"] > 20e6
+    assert [seconds for seconds, _ in result["rss_tree"]] == sorted(seconds for seconds, _ in result["rss_tree"])
 
 
 def test_nobodys_memory_is_none() -> None:
@@ -279,9 +279,9 @@ def test_energy_is_read_from_rapl(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_energy_spent(before: Any, after: Any, joules: float | None, why: str | None) -> None:
-    found = energy_spent(before, after, tokens=8)
-    assert (found["joules"], found["why"]) == (joules, why)
-    assert found["joules_per_output_token"] == (None if joules is None else joules / 8)
+    result = energy_spent(before, after, tokens=8)
+    assert (result["joules"], result["why"]) == (joules, why)
+    assert result["joules_per_output_token"] == (None if joules is None else joules / 8)
 
 
 def test_what_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:

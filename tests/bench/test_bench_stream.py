@@ -22,8 +22,8 @@ EMPTY: dict[str, Any] = {"choices": [{"delta": {}}]}
 END = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
 
 
-def delta(**said: Any) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": said, "finish_reason": None}]}
+def delta(**message: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": message, "finish_reason": None}]}
 
 
 def usage(tokens: int) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def test_usage_may_come_with_every_chunk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chunks", "said"),
+    ("chunks", "message"),
     [
         ([ROLE, END], "the answer has no tokens"),
         ([ROLE, END, usage(4)], "the server counted 4, none of them with text"),
@@ -111,8 +111,8 @@ def test_usage_may_come_with_every_chunk() -> None:
         ([delta(content="a"), {"choices": [{"delta": {}, "finish_reason": "abort"}]}], "reported an error.*'abort'"),
     ],
 )
-def test_what_is_no_answer_is_said(chunks: list[dict[str, Any]], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_is_no_answer_is_said(chunks: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read(*((1.0, chunk) for chunk in chunks)).chunks()
 
 
@@ -134,27 +134,27 @@ WRITTEN = [
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_events_are_found_however_they_are_cut(text: str, size: int) -> None:
     events, raw = Events(), text.encode()
-    found = [e for at in range(0, len(raw), size) for e in events.feed(raw[at : at + size])]
-    assert [*found, *events.feed(b"", last=True)] == [{"a": "ü"}, {"b": 2}]
+    result = [e for at in range(0, len(raw), size) for e in events.feed(raw[at : at + size])]
+    assert [*result, *events.feed(b"", last=True)] == [{"a": "ü"}, {"b": 2}]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('event: error\ndata: {"message": "out of memory", "choices": [1]}\n\n', "reported an error.*out of memory"),
         ("event: error\ndata: out of memory\n\n", "reported an error.*out of memory"),
         ('data: {"a": 1}\n\ndata: [DONE]\n\ndata: {"choices": [{"text": "b"}]}\n\n', "continues after"),
     ],
 )
-def test_an_event_that_is_no_part_of_an_answer_is_said(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_an_event_that_is_no_part_of_an_answer_is_said(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         list(Events().feed(text.encode()))
 
 
 def test_a_text_under_two_names_is_one_and_a_state_is_none() -> None:
     call = {"type": "function", "status": "in_progress", "function": {"arguments": "1"}}
-    for said in ({"reasoning": "hm", "reasoning_content": "hm"}, {"reasoning_content": "hm", "thinking": "hm"}):
-        assert read((1.0, delta(**said))).texts == ["hm"]
+    for message in ({"reasoning": "hm", "reasoning_content": "hm"}, {"reasoning_content": "hm", "thinking": "hm"}):
+        assert read((1.0, delta(**message))).texts == ["hm"]
     assert read((1.0, delta(tool_calls=[call]))).texts == ["1"]
 
 
@@ -236,8 +236,8 @@ async def ask_all(url: str) -> tuple[dict[str, Output], StreamClient]:
         place, ask = (COMPLETIONS, reader.completions) if model in ("plain", "blank") else (CHAT, reader.chat)
         asked = SimpleNamespace(model=model, model_name=None, prompt="xyz", output_len=9, prompt_len=3, request_id=None)
         asked.api_url, asked.extra_body, asked.extra_headers = url + place, None, None
-        found: Output = await ask(asked, session)
-        return found
+        result: Output = await ask(asked, session)
+        return result
 
     async with aiohttp.ClientSession() as session:
         return dict(zip(SCRIPTS, await asyncio.gather(*(one(session, name) for name in SCRIPTS)), strict=True)), reader
@@ -261,14 +261,14 @@ def answers() -> tuple[dict[str, Output], StreamClient]:
 def test_the_first_token_is_the_first(
     answers: tuple[dict[str, Output], StreamClient], model: str, tokens: int, gap: float
 ) -> None:
-    found = answers[0][model]
-    assert found.success and not found.error and found.output_tokens == tokens
-    assert found.ttft == pytest.approx(FIRST, abs=0.05)
+    result = answers[0][model]
+    assert result.success and not result.error and result.output_tokens == tokens
+    assert result.ttft == pytest.approx(FIRST, abs=0.05)
     request = Request(
-        found.ttft, tuple(found.itl), 3, tokens or 5
+        result.ttft, tuple(result.itl), 3, tokens or 5
     )  # the tool counts the text's tokens where nobody did
     assert request.tpot == pytest.approx(gap, rel=0.2)
-    assert found.latency == pytest.approx(LAST, abs=0.05) and found.latency == pytest.approx(request.e2e)
+    assert result.latency == pytest.approx(LAST, abs=0.05) and result.latency == pytest.approx(request.e2e)
 
 
 def test_what_the_model_wrote_is_kept(answers: tuple[dict[str, Output], StreamClient]) -> None:
@@ -281,14 +281,14 @@ def test_answers_without_a_count_are_counted(answers: tuple[dict[str, Output], S
 
 
 def test_an_answer_that_came_at_once_is_said_to(answers: tuple[dict[str, Output], StreamClient]) -> None:
-    found = answers[0]["buffered"]
-    assert figures([Repeat(1.0, (Request(found.ttft, tuple(found.itl), 3, 5),))])["doubts"] == [
+    result = answers[0]["buffered"]
+    assert figures([Repeat(1.0, (Request(result.ttft, tuple(result.itl), 3, 5),))])["doubts"] == [
         "1 of 1 answers arrived in one piece: their TTFT equals the end-to-end time, and they have no TPOT"
     ]
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         ("breaks off", r"reported an error: .*out of memory"),
         ("garbage", "not JSON"),
@@ -296,16 +296,16 @@ def test_an_answer_that_came_at_once_is_said_to(answers: tuple[dict[str, Output]
         ("cut short", "without a finish_reason"),
     ],
 )
-def test_what_went_wrong_is_said(answers: tuple[dict[str, Output], StreamClient], model: str, said: str) -> None:
-    found = answers[0][model]
-    assert not found.success and re.search(said, found.error)
+def test_what_went_wrong_is_said(answers: tuple[dict[str, Output], StreamClient], model: str, message: str) -> None:
+    result = answers[0][model]
+    assert not result.success and re.search(message, result.error)
 
 
 # --- doubts -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("gaps", "said"),
+    ("gaps", "message"),
     [
         (
             (1.0, 0.1, 0.1, 0.1),
@@ -319,10 +319,10 @@ def test_what_went_wrong_is_said(answers: tuple[dict[str, Output], StreamClient]
         ((1.0, 0.1), None),
     ],
 )
-def test_a_gap_that_is_like_no_other_is_flagged(gaps: tuple[float, ...], said: str | None) -> None:
+def test_a_gap_that_is_like_no_other_is_flagged(gaps: tuple[float, ...], message: str | None) -> None:
     requests = (Request(0.001, gaps, 3, 1 + len(gaps)),) * 2
     doubts = figures([Repeat(2.0, requests)])["doubts"]
-    assert (len(doubts) == 1 and said in doubts[0]) if said else not doubts
+    assert (len(doubts) == 1 and message in doubts[0]) if message else not doubts
 
 
 def test_one_odd_answer_of_many_is_no_doubt() -> None:

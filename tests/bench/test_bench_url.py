@@ -56,19 +56,19 @@ def test_what_a_server_takes_is_found_out_by_asking(fake: Fake, chat: bool) -> N
 
 @pytest.mark.slow
 def test_a_strict_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     progress = Progress()
-    progress.say = said.append  # type: ignore[method-assign]
-    asked = BenchTarget(
+    progress.say = messages.append  # type: ignore[method-assign]
+    settings = BenchTarget(
         fake.url, "strict", str(tiny_model), 16, overrides=("bench.concurrency=[2]", "bench.output_tokens=3")
     )
-    (record,) = any_server.run(asked, tmp_path, progress)
+    (record,) = any_server.run(settings, tmp_path, progress)
     assert record["failed_requests"] == 0 and record["tokens"] == 18
-    assert any("does not accept ignore_eos" in text for text in said)
+    assert any("does not accept ignore_eos" in text for text in messages)
 
 
 @pytest.mark.parametrize(
-    ("asked", "error", "said"),
+    ("settings", "error", "messages"),
     [
         ({}, UserError, "--run RUN to send its held-out prompts"),
         ({"run": SAMPLE, "chat": True}, UserError, "--chat"),
@@ -78,10 +78,10 @@ def test_a_strict_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: 
     ],
 )
 def test_what_cannot_be_asked(
-    fake: Fake, tmp_path: Path, asked: dict[str, Any], error: type[UserError], said: str
+    fake: Fake, tmp_path: Path, settings: dict[str, Any], error: type[UserError], messages: str
 ) -> None:
-    target = BenchTarget(**{"url": fake.url, "model": "m", "tokenizer": None, **asked})
-    with pytest.raises(error, match=said):
+    target = BenchTarget(**{"url": fake.url, "model": "m", "tokenizer": None, **settings})
+    with pytest.raises(error, match=messages):
         any_server.run(target, tmp_path, Progress())
 
 
