@@ -33,7 +33,7 @@ from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.run.environment import environment
-from qkit.train import sft
+from qkit.train.trainers import sft
 
 FACTORS = (0.5, 1, 2)  # of the recipe's batch, where nothing else is asked for
 SIDES = {"cuda": 8192}  # of the square matrices whose product is timed: enough for a card to be busy

@@ -21,7 +21,8 @@ from qkit.data import near_duplicates
 from qkit.data.entry import Entry, Sourced
 from qkit.data.read import Broken, Record
 from qkit.model import tokenizer as model_tokenizer
-from qkit.plugins.task import Conversation, Example, Reads, RowError, Task, Text, Tokens, open_task
+from qkit.plugins.example import Conversation, Example, Reads, RowError, Text, Tokens
+from qkit.plugins.task import Task, open_task
 from qkit.recipe.schema import Recipe
 from qkit.tasks._conversation import checks, encode, formats
 from qkit.tasks._conversation.encode import EncodedRow

@@ -13,7 +13,7 @@ from qkit.core.errors import short
 from qkit.data.checks import NAMED_ROWS, Check, Place
 from qkit.data.entry import Entry
 from qkit.data.read import ANSWER as ANSWERS
-from qkit.plugins.task import Reads
+from qkit.plugins.example import Reads
 from qkit.tasks._conversation.formats import FORMS
 from qkit.tasks._conversation.turns import ANSWER, CALL, FUNCTION, MARKS, OFFERED, PART, TURN, printable
 from qkit.tasks._conversation.validity import KWARGS

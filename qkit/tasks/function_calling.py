@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from qkit.core.errors import short
-from qkit.plugins.task import NO_MORE, Conversation, Example, Reads, RowError, said
+from qkit.plugins.example import NO_MORE, Conversation, Example, Reads, RowError, without_thinking
 from qkit.recipe.schema import Data, Evaluate
 from qkit.tasks._conversation import formats, validity
 from qkit.tasks._conversation.turns import Notes, shown, without_fillers
@@ -155,7 +155,7 @@ def _concrete(value: Any) -> Any:
 
 def correct(prediction: str, reference: Any, section: Evaluate) -> bool:
     """Whether the prediction is the call, ignoring its reasoning, with an accepted value for every argument."""
-    call = parse(said(prediction))
+    call = parse(without_thinking(prediction))
     if call is None:
         return False
     ((name, accepted),) = reference[0].items()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import TokenBudgetBatches
 from qkit.core.progress import Progress
-from qkit.train.collate import collate
+from qkit.tasks._conversation.collate import collate
 from qkit.train.fast.head import row_losses
 from qkit.train.trainer import lengths
 

@@ -37,7 +37,7 @@ from qkit.recipe.schema import Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
 from qkit.train import checkpoints, memory_report, memory_watch, row_losses
 from qkit.train.label_sums import Sums
-from qkit.train.sft import build_trainer, most_labelled
+from qkit.train.trainers.sft import build_trainer, most_labelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

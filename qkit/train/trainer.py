@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import IGNORED, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
 from qkit.train import checkpoints, pack_isolation
-from qkit.train.collate import collate, collate_pack
+from qkit.tasks._conversation.collate import collate, collate_pack
 from qkit.train.fast.head import labelled_loss
 from qkit.train.label_sums import Sums
 

@@ -19,7 +19,7 @@ from qkit.data import summary
 from qkit.data.inspection import page as inspection_page
 from qkit.data.inspection import screen, view
 from qkit.model import vocabulary
-from qkit.plugins.task import Reads
+from qkit.plugins.example import Reads
 from qkit.recipe import schema
 from qkit.recipe.load import load
 from qkit.run.directory import Run

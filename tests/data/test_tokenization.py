@@ -25,7 +25,7 @@ from qkit.core.errors import DataError
 from qkit.data import prepare as data_prepare
 from qkit.data import splits
 from qkit.measure import held_out as measure_held_out
-from qkit.plugins.task import Conversation
+from qkit.plugins.example import Conversation
 from qkit.recipe import schema as recipe_schema
 from qkit.recipe.schema import Data, Evaluate, Split
 from qkit.tasks import chat

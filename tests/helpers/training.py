@@ -17,7 +17,7 @@ from qkit.core.batching import packed
 from qkit.core.progress import Progress
 from qkit.recipe.load import load
 from qkit.run.directory import Run
-from qkit.train.collate import IGNORED
+from qkit.tasks._conversation.collate import IGNORED
 
 LENGTHS = [10 + (i * 37) % 60 for i in range(21)]
 

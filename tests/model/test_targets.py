@@ -22,7 +22,7 @@ from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.server.lora import rank_for
-from qkit.train import sft
+from qkit.train.trainers import sft
 from qkit.train import stage as train_stage
 
 CPU = Device("cpu", "test", 64 * 2**30, cores=2)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkit.core.strict_json import Struct
-from qkit.plugins.task import Conversation, RowError, Text, open_task
+from qkit.plugins.example import Conversation, RowError, Text
+from qkit.plugins.task import open_task
 from qkit.recipe.registry import names
 from qkit.recipe.schema import Clean, Data, Evaluate
 from qkit.tasks import chat, function_calling

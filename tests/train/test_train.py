@@ -21,7 +21,7 @@ from qkit.recipe.load import load
 from qkit.run.directory import Run
 from qkit.train import checkpoints, sft
 from qkit.train import stage as train_stage
-from qkit.train.collate import collate
+from qkit.tasks._conversation.collate import collate
 from qkit.train.fast import head
 
 # --- sums -------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qkit.core.errors import short
-from qkit.plugins.task import NO_MORE, THINKING, Conversation, Example, Reads, RowError, Text
+from qkit.plugins.example import NO_MORE, THINKING, Conversation, Example, Reads, RowError, Text
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation.tokenized import View, tokenized_row
 from qkit.tasks._conversation.turns import (

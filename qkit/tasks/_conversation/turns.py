@@ -15,7 +15,7 @@ from typing import Any
 from qkit.chat.conversation import FUNCTION_KEYS, content_of
 from qkit.core.errors import short
 from qkit.core.strict_json import Struct, decode
-from qkit.plugins.task import NO_MORE, THINKING, Message, Reads, RowError
+from qkit.plugins.example import NO_MORE, THINKING, Message, Reads, RowError
 from qkit.recipe.schema import Data
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -9,7 +9,7 @@ from typing import Any
 
 from qkit.core.batching import IGNORED
 from qkit.core.errors import short
-from qkit.plugins.task import Conversation, Example, Message, RowError, Text, Tokens
+from qkit.plugins.example import Conversation, Example, Message, RowError, Text, Tokens
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation.turns import loaded, printable, shown
 
