@@ -9,8 +9,7 @@ PYTHON ?= $(or $(shell [ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || c
 RUN := $(VENV)/bin/python
 ARGS ?=
 JOBS ?= 2
-# conftest.py groups the tests by file and puts the longest first.
-PYTEST := $(RUN) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(RUN) -m pytest -n $(JOBS) --dist loadfile
 SYSTEM ?= $(shell uname -s)
 # vLLM has no build for other systems: the quickstart then ends with ONNX Runtime.
 WITHOUT_VLLM := --set export.formats=[onnx-fp32,onnx-int4] --set bench.runtimes=[transformers,onnx-fp32,onnx-int4]

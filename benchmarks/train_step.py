@@ -21,14 +21,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from qkit.core.batching import TokenBudgetBatches
+from qkit.core.batching import IGNORED, TokenBudgetBatches
 from qkit.core.device import detect
 from qkit.core.files import read_json
 from qkit.model import load, source, tokenizer
 from qkit.run.directory import Run
 from qkit.run.environment import environment
+from qkit.tasks._conversation.collate import collate
 from qkit.train.trainers import sft
-from qkit.tasks._conversation.collate import IGNORED, collate
 
 WAYS = ("qkit", "trl-padded", "trl-packed")
 

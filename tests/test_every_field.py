@@ -31,6 +31,8 @@ from qkit.runtimes import vllm
 from qkit.server import process
 from qkit.train.trainers import sft
 
+pytestmark = pytest.mark.slow
+
 # --- probes -------------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,8 @@ from qkit.run.directory import Run
 from qkit.train import stage as train_stage
 from qkit.train.checkpoints import SEAL
 
+pytestmark = pytest.mark.slow
+
 NOTHING_TO_DO = "nothing to do: every stage is done"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ParityFailed
@@ -13,16 +13,20 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    Distance = Callable[[RowScores, RowScores], NDArray[np.float32]]
+
 
 class Distances:
     """Collects, row by row, how far a second model's scores are from those of the first.
 
-    `kl`: KL(first || second) in nats, [T] per row; `same_top`: whether the most likely tokens are the same, [T] per row;
+    `distance`: the task's, between two models' scores of a row, [T]. `kl`: its values, for conversations KL(first || second) in nats;
+    `same_top`: whether the most likely tokens are the same, [T] per row;
     `targets`: the second's log-probabilities of the true tokens; `over`: what the divergence is summed over.
     """
 
-    def __init__(self, first: Sequence[RowScores]):
+    def __init__(self, first: Sequence[RowScores], distance: Distance = divergence):
         self.first = first
+        self.distance = distance
         self.kl: list[NDArray[np.float32]] = []
         self.same_top: list[NDArray[np.bool_]] = []
         self.targets: list[NDArray[np.float32]] = []
@@ -35,7 +39,7 @@ class Distances:
         if index < len(self.first):
             first = self.first[index]
             self.over = over(first, second)
-            self.kl.append(divergence(first, second))
+            self.kl.append(self.distance(first, second))
             self.same_top.append(first.top1 == second.top1)
 
     def sums(self) -> NDArray[np.float64]:

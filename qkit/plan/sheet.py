@@ -13,7 +13,7 @@ from qkit.core.files import read_json
 from qkit.model import prequantized
 from qkit.model import vocabulary as model_vocabulary
 from qkit.model.config import config_of, shape_of, source_of
-from qkit.model.shape import parameters
+from qkit.model.shape import Shape, parameters
 from qkit.plan import deployable, published, solve, speed, stage_memory
 from qkit.plan import plan as plan_plan
 from qkit.plan.deployable import Refusal
@@ -79,7 +79,6 @@ def sheet(
     if (steps := schedule.planned_steps(recipe, lengths)) is not None:
         schedule.check(recipe.train, steps)
     plan = max(stages[:2], key=lambda stage: stage.peak_bytes)
-    serve = stages[-1]
     rows = speed.kept(lengths, recipe.data.max_length) if lengths else None
     pace = speed.pace(recipe, shape, device, rows)
     return Sheet(
@@ -88,10 +87,7 @@ def sheet(
         exact=shape.exact,
         parameters=parameters(shape),
         stages=stages,
-        conversations=tuple(
-            (length, stage_memory.conversations(serve.items, serve.device_bytes, shape, length))
-            for length in CONVERSATIONS
-        ),
+        conversations=_conversations(stages[-1], shape),
         pace=replace(pace, steps=steps or pace.steps),
         lengths=solve.length_table(lengths, undecided, device) if lengths else None,
         alternatives=() if plan.fits else plan_plan.alternatives(recipe, plan, device, labelled),
@@ -101,6 +97,13 @@ def sheet(
         remarks=(*(text for _, text in idle.remarks(recipe)), *remarks(recipe, shape)),
         comes_quantized=prequantized.method(config_of(recipe.model)),
         vocabulary=model_vocabulary.without_a_row(recipe.model),
+    )
+
+
+def _conversations(serve: Plan, shape: Shape) -> tuple[tuple[int, int], ...]:
+    """(tokens, how many conversations of this length the server holds at once) for each of CONVERSATIONS."""
+    return tuple(
+        (length, stage_memory.conversations(serve.items, serve.device_bytes, shape, length)) for length in CONVERSATIONS
     )
 
 

@@ -30,6 +30,7 @@ class Reads:
 
 
 NO_MORE = Reads()
+ANSWER_KEYS = ("id", "ground_truth")  # of a row in a file of accepted answers
 # The thinking of a turn, by the names that vLLM, OpenRouter and others gave it. Rows have it under the first, templates are given theirs.
 THINKING = ("reasoning_content", "reasoning", "thinking")
 

@@ -7,7 +7,7 @@ docs/tasks.md shows how to add one.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from qkit.plugins.runtime import RowScores, Runtime
+    from qkit.plugins.runtime import RowScores, Runtime, TokenRow
 
 
 @dataclass(frozen=True)
@@ -42,48 +42,65 @@ class Request:
 class Encoder(Protocol):
     """Examples to token ids. Opened once per process: it holds the tokenizer, and the chat template if the task uses one."""
 
-    reads: Reads
+    @property
+    def reads(self) -> Reads: ...  # what the model's template reads
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def vocabulary(self) -> int: ...  # rows of the embedding
 
-    def encode(self, examples: Sequence[Example | RowError]) -> Sequence[Any]:
-        """For each example its rows (a long text may become several) or the error that drops it."""
-
-    def examine(self, row: Any, thoroughly: bool) -> Iterator[tuple[str, str]]:
-        """The checks of data/checks.py that a row fails, as (check, message)."""
-
-    def columns(self, row: Any, example: Example) -> Mapping[str, Any]:
-        """The values of a prepared row, by `Task.columns`."""
+    def encode(self, examples: Sequence[Example | RowError]) -> Sequence[Any]: ...  # .rows, or .error that drops it
+    def examine(
+        self, row: Any, thoroughly: bool
+    ) -> Iterator[tuple[str, str]]: ...  # (check of data/checks.py, message)
+    def columns(self, row: Any, example: Example) -> Mapping[str, Any]: ...  # values of Task.columns()
+    def special_tokens(self) -> dict[str, Any]: ...  # the content of tokens.json
+    def description(self, tokens: Mapping[str, Any]) -> dict[str, str]: ...  # for summary.json
+    def ids_in_every_row(self, tokens: Mapping[str, Any]) -> set[int]: ...
+    def date_in_every_row(self) -> str | None: ...  # today's date, if the template writes it
 
 
 class Task(Protocol):
-    """A kind of task. Functions of torch and numpy import them inside."""
+    """A kind of task. The methods are documented where a family of tasks implements them: tasks/_conversation/task.py."""
 
     METRIC: str  # what the score counts, for people
     HEAD: Head
     REQUEST: Request
     TRAINER: str  # train/trainers/NAME.py
     GATES: Mapping[str, Gate]  # default limits by kind of artifact: "exact", "16-bit", "quantized"
+    UNSCORED: Collection[str]  # data formats whose rows have no answer to score
 
     # data: record -> example -> rows
     def example(
         self, record: Mapping[str, Any], accepted: Any, data_format: str, section: Data, reads: Reads = NO_MORE
     ) -> Example: ...
-    def data_format(self, record: Mapping[str, Any], section: Data) -> str: ...
+    def data_format(self, record: Mapping[str, Any], section: Data) -> str | None: ...
+    def unknown_column(self, section: Data, reads: Reads) -> str: ...
+    def known_names(self, name: str, data_format: str, reads: Reads) -> Iterable[str]: ...
+    def misplaced(self, name: str, data_format: str) -> str: ...
     def identity(self, example: Example) -> Identity: ...
-    def columns(self) -> Mapping[str, str]: ...
+    def columns(self) -> Mapping[str, str]: ...  # column -> list<int32>, int32, float or string
     def encoder(self, recipe: Recipe) -> Encoder: ...
 
     # train, plan
-    def collate(self, rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tensor]: ...
-    def head_outputs(self, recipe: Recipe, vocabulary: int) -> int: ...
+    def collate(self, rows: Sequence[Mapping[str, Any]], pad: int, packed: bool = False) -> dict[str, torch.Tensor]: ...
+    def head_outputs(self, recipe: Recipe, vocabulary: int) -> int: ...  # outputs of the head for one position
 
     # evaluate, merge, verify
-    def outputs(self, runtime: Runtime, rows: Sequence[Any]) -> Iterator[RowScores]: ...
-    def predict(self, runtime: Runtime, rows: Any, section: Evaluate, advance: Callable[[int], None]) -> list[str]: ...
+    def outputs(self, runtime: Runtime, rows: Sequence[TokenRow]) -> Iterator[RowScores]: ...
+    def predict(
+        self,
+        runtime: Runtime,
+        rows: Sequence[TokenRow],
+        stop: frozenset[int],
+        section: Evaluate,
+        advance: Callable[[int], None],
+    ) -> Sequence[Sequence[int]]: ...
     def correct(self, prediction: str, reference: Any, section: Evaluate) -> bool: ...
     def distance(self, reference: RowScores, other: RowScores) -> NDArray[np.float32]: ...
 
-    # report
-    def question(self, row: Mapping[str, Any]) -> str: ...
+    # evaluate, report
+    def question(self, messages: Sequence[Mapping[str, Any]]) -> str: ...
 
 
 def open_task(name: str) -> Task:

@@ -1,6 +1,6 @@
-"""The model card: README.md beside the merged weights and in every export, written from what the run measured.
+"""The model card: README.md in the merged model's folder and in every export, with the figures that the run measured.
 
-It is no stage and no stage's result: it is rewritten as figures come in, and left out of the hashed outputs.
+It is not an output of a stage: it is rewritten whenever figures are added, and excluded from the hashed outputs.
 """
 
 from __future__ import annotations
@@ -8,33 +8,37 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from qkit.core import files
-from qkit.core.errors import MissingArtifact
+from qkit.core.errors import MissingArtifact, MissingExtra
 from qkit.core.files import write_text
 from qkit.core.sources import is_hub_id
 from qkit.measure import candidates
 from qkit.measure.evidence import differences, is_current, read_evidence
 from qkit.merging.folder import dtype_of
 from qkit.model.provenance import NOTE, is_traced
+from qkit.plugins.task import open_task
+from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Recipe, Serve
-from qkit.report import screen, summary
+from qkit.report import summary
+from qkit.report._templates import template
 from qkit.run.directory import Run
 
 FILE = "README.md"
-# What reads a folder -> the library that the hub names for it.
+# How a folder is loaded -> the name of the library on the hub.
 LIBRARIES = {"transformers": "transformers", "adapter": "peft", "gguf": "gguf", "onnx": "onnx"}
 JUDGED = ("scores", "parity")
 ONTO = {"dequantized": "the dequantized 4-bit base that the adapter was trained on", "16bit": "the 16-bit base"}
-PROVENANCE = ("data", "train", "merge")  # the stages whose files made these weights
+PROVENANCE = ("data", "train", "merge")  # the stages whose outputs the weights depend on
 
 
 def write(run: Run) -> None:
     """Write the card into `merge/`, and into every folder of `export/`.
 
     Raises:
-        MissingArtifact: there is no merged model, or a file of the run is damaged.
+        MissingArtifact: the merged model is missing, or a file of the run is damaged.
     """
     merged = run.folder("merge")
     if not merged.is_dir():
@@ -45,27 +49,16 @@ def write(run: Run) -> None:
 
 
 def render(run: Run, export: str | None = None) -> str:
-    """The card's text, for the merged model or an export by its format's name: YAML front matter, then Markdown."""
-    from importlib import resources
+    """The text of the card, for the merged model or for the export of a format: YAML front matter, then Markdown.
 
-    import jinja2
-
+    Raises:
+        MissingExtra: huggingface_hub is not installed.
+    """
     figures = _current(run, summary.summary(run))
-    said = (files.read(run.folder("export") / export / NOTE) or {}) if export else {}
+    note = (files.read(run.folder("export") / export / NOTE) or {}) if export else {}
     onnx = [folder.name for folder in sorted(run.folder("export").glob("onnx*/"))]
-    environment = jinja2.Environment(
-        autoescape=False,  # Markdown, not HTML
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(screen.TEXTS, cell=_cell)
-    template = environment.from_string(
-        resources.files("qkit.report").joinpath("modelcard.md.j2").read_text(encoding="utf-8")
-    )
-    return template.render(
-        front=_front(run.recipe, export),
+    return template("modelcard.md.j2").render(
+        front=_front_matter(run, export, figures),
         export=export,
         kind="traced" if export and is_traced(run.folder("export") / export) else kind_of(export),
         prompts=_prompts_of(run, export),
@@ -75,8 +68,8 @@ def render(run: Run, export: str | None = None) -> str:
         recipe=run.recipe,
         dtype=dtype_of(run),
         onto=_onto(run, export),
-        served=said.get("served_otherwise"),
-        unstopped=said.get("unstopped"),
+        served=note.get("served_otherwise"),
+        unstopped=note.get("unstopped"),
         figures=figures,
         show=summary,
         data=files.read(run.folder("data") / "summary.json") or {},
@@ -87,7 +80,7 @@ def render(run: Run, export: str | None = None) -> str:
 
 
 def _current(run: Run, figures: summary.Summary) -> dict[str, Any]:
-    """The figures without those of weights that were made again after they were measured."""
+    """The figures without those of artifacts that have changed since they were measured."""
     manifest, stale = run.manifest(), read_evidence(run.root).stale
     judged = {key: {name: entry for name, entry in figures[key].items() if name not in stale} for key in JUDGED}
     speeds = {
@@ -98,52 +91,94 @@ def _current(run: Run, figures: summary.Summary) -> dict[str, Any]:
 
 
 def _prompts_of(run: Run, export: str | None) -> list[str] | None:
-    """How onnxruntime-genai's prompts from this export differ from training's; None where nobody has looked."""
+    """Differences between onnxruntime-genai's prompts from this export and those of training; None if they were not compared."""
     return differences(run.folder("export") / export) if export else None
 
 
 def _onto(run: Run, export: str | None) -> str | None:
-    """Onto which of the base's weights these were merged, in words; None of an adapter, or where it is not known."""
+    """A description of the base weights that the adapter was merged into; None for an adapter, or if unknown."""
     if kind_of(export) == "adapter":
         return None
     folder = run.folder("export") / export if export else run.folder("merge")
-    made = files.read(folder / (NOTE if export else candidates.FILE)) or {}
-    name = made.get("base" if export else "chosen")
+    entry = files.read(folder / (NOTE if export else candidates.FILE)) or {}
+    name = entry.get("base" if export else "chosen")
     return ONTO[candidates.Candidate.from_name(name).base] if name else None
 
 
 def kind_of(export: str | None) -> str:
-    """By what an export is used: one of LIBRARIES."""
+    """How an export is loaded: a key of LIBRARIES."""
     if export == "vllm-adapter":
         return "adapter"
     kind = (export or "").partition("-")[0]
     return kind if kind in LIBRARIES else "transformers"
 
 
-def _front(recipe: Recipe, export: str | None) -> str:
-    """YAML front matter as the hub reads it. The license is the base model's to say, so it is left out."""
-    import yaml
+def _front_matter(run: Run, export: str | None, figures: Mapping[str, Any]) -> str:
+    """YAML metadata for the hub. It has no license, which depends on the base model.
 
-    front: dict[str, Any] = {"library_name": LIBRARIES[kind_of(export)], "pipeline_tag": "text-generation"}
-    if is_hub_id(recipe.model.source):
-        relation = "adapter" if kind_of(export) == "adapter" else "finetune"
-        front |= {"base_model": recipe.model.source, "base_model_relation": relation}
-    if known := [source.source for source in recipe.data.train if is_hub_id(source.source)]:
-        front["datasets"] = known
-    front["tags"] = ["qkit", "lora", *(["qlora"] if recipe.quantization.load_in_4bit else []), recipe.task]
-    return yaml.safe_dump(front, sort_keys=False).strip()
+    Raises:
+        MissingExtra: huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import ModelCardData
+    except ImportError:
+        raise MissingExtra("the model card needs huggingface_hub: pip install 'qkit[train]'") from None
+    recipe, kind = run.recipe, kind_of(export)
+    on_hub = is_hub_id(recipe.model.source)
+    base = (
+        {"base_model": recipe.model.source, "base_model_relation": "adapter" if kind == "adapter" else "finetune"}
+        if on_hub
+        else {}
+    )
+    scores = (
+        {"model_name": run.root.resolve().name, "eval_results": results}
+        if (results := _eval_results(run, export, figures))
+        else {}
+    )
+    card = ModelCardData(
+        library_name=LIBRARIES[kind],
+        pipeline_tag=open_task(recipe.task).HEAD.pipeline_tag,
+        datasets=[source.source for source in recipe.data.train if is_hub_id(source.source)] or None,
+        tags=["qkit", "lora", *(["qlora"] if recipe.quantization.load_in_4bit else []), recipe.task],
+        **base,
+        **scores,
+    )
+    return str(card.to_yaml()).strip()
+
+
+def _eval_results(run: Run, export: str | None, figures: Mapping[str, Any]) -> list[Any]:
+    """The score for the hub's model-index: the artifact's own, or nothing if it was not measured."""
+    from huggingface_hub import EvalResult
+
+    score = figures["scores"].get("adapter" if export == "vllm-adapter" else export or MERGED)
+    if score is None or score["score"] is None:
+        return []
+    section = run.recipe.data
+    source = next(iter(section.test or section.validation or section.train), None)
+    name = Path(source.source).name if source else "held-out rows"
+    metric = figures["metric"] or "score"
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=source.source if source and is_hub_id(source.source) else name,
+            dataset_name=f"{name}, held-out rows",
+            metric_type=metric.replace(" ", "_"),
+            metric_name=metric,
+            metric_value=score["score"],
+        )
+    ]
 
 
 def _messages(recipe: Recipe) -> list[dict[str, str]]:
-    """A conversation such as the model was trained on, its question left open."""
+    """A conversation in the form of the training data, with a placeholder for the question."""
     system = [{"role": "system", "content": recipe.data.system}] if recipe.data.system else []
     return [*system, {"role": "user", "content": "Ask here as the training data does."}]
 
 
 def _curl(run: Run) -> str:
-    """A line that asks the server of `qkit serve`, ready for a shell."""
+    """A shell command that sends a request to the server of `qkit serve`."""
     section, server = run.recipe.serve, files.read(run.folder("serve") / "server.json") or {}
-    port = section.port or Serve.model_fields["port"].default  # 0 takes a free one, which no card can know
+    port = section.port or Serve.model_fields["port"].default  # 0 stands for any free port
     body = {
         "model": server.get("model", run.root.resolve().name),
         "messages": _messages(run.recipe),
@@ -154,12 +189,7 @@ def _curl(run: Run) -> str:
 
 
 def _outputs(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The files that led to these weights, and the weights: name and sha256."""
+    """Name and sha256 of the files that the weights depend on, and of the weights."""
     for stage in PROVENANCE:
         for name, output in manifest["stages"].get(stage, {"outputs": {}})["outputs"].items():
             yield name, output["sha256"]
-
-
-def _cell(text: object) -> str:
-    """Text that stays in its cell of a Markdown table."""
-    return " ".join(str(text).replace("|", "\\|").split())

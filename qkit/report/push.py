@@ -1,4 +1,4 @@
-"""Upload a model folder to the Hugging Face hub: only one that says what it was made from, and that did not fail its gate."""
+"""Uploads a model folder to the Hugging Face hub, if it records its provenance and did not fail its gate."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ def planned(folder: Path, repo: str, private: bool, force: bool = False) -> Uplo
     """What would be uploaded.
 
     Raises:
-        UserError: `repo` is no name of a repository.
-        MissingArtifact: the folder is none, or has no provenance.
+        UserError: `repo` is not a valid repository name.
+        MissingArtifact: the folder does not exist, or has no provenance.
         ParityFailed: its gate failed, and `force` is not given.
     """
     if not HUB_ID.match(repo):
-        raise UserError(f"{repo}: a repository is written owner/name")
+        raise UserError(f"{repo}: must be owner/name")
     if not folder.is_dir():
         raise MissingArtifact(f"{folder}: no such folder; name one below RUN/export, or RUN/merge")
     if not force:
         _check(folder)
-    found = sorted(
+    uploaded = sorted(
         p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder)) and p.name != ANSWERS
     )
-    return Upload(folder, repo, private, {str(p.relative_to(folder)): p.stat().st_size for p in found})
+    return Upload(folder, repo, private, {str(p.relative_to(folder)): p.stat().st_size for p in uploaded})
 
 
 def push(upload: Upload) -> str:
-    """Make the repository where it is not there, and upload; returns the address of the commit.
+    """Create the repository if it does not exist, and upload. Returns the URL of the commit.
 
     Raises:
         MissingExtra: huggingface_hub is not installed.
@@ -101,14 +101,14 @@ def _hidden(path: Path) -> bool:
 def _check(folder: Path) -> None:
     if not (folder / NOTE).is_file():
         raise MissingArtifact(
-            f"{folder}: has no {NOTE}, so nobody would know what it was made from; `qkit export RUN` makes folders that say it, "
-            "--force uploads it all the same"
+            f"{folder}: {NOTE} is missing, so the provenance of the model is unknown; `qkit export RUN` writes it, "
+            "--force uploads without it"
         )
     run, name = _artifact(folder.resolve())
     if breaches := read_evidence(run).failures().get(name):
         messages = "; ".join(breach.message for breach in breaches)
         raise ParityFailed(
-            f"{folder}: {name} failed its gate: {messages}; look at `qkit show`, or --force uploads it all the same",
+            f"{folder}: {name} failed its gate: {messages}; look at `qkit show`, or use --force to upload anyway",
             artifact=name,
             gate=breaches[0].gate,
             figure=breaches[0].figure,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qkit.core.figures import ABSENT, bytes_text, fixed, gib_text, kl_text, ms_text, percent, seconds_text, speed_text
+from qkit.core.figures import ABSENT, fixed, gib_text, kl_text, ms_text, speed_text
 from qkit.report.summary import (
     LATENCY_KEYS,
     doubts,
@@ -25,30 +25,22 @@ if TYPE_CHECKING:
     from qkit.report.summary import Summary
 
 
-# What the templates of report.py and modelcard.py call them.
-TEXTS: Mapping[str, Callable[..., str]] = {
-    text.__name__: text for text in (bytes_text, seconds_text, ms_text, gib_text, kl_text, percent, fixed, speed_text)
-}
-
-
-# --- the screen -----------------------------------------------------------------------------------------------------
-
-OUTDATED = "was made again after it was measured: `qkit verify` measures it"
+OUTDATED = "has changed since it was measured: run `qkit verify` again"
 STYLES = {"done": "green", "missing": "dim", "stale": "yellow", "failed": "bold red"}
 
 
 def screen(figures: Summary) -> RenderableType:
-    """The summary for a terminal of 80 x 24: stages beside quality, speed below."""
+    """The summary for a terminal of 80 x 24: stages next to quality, speed below."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    beside = Table.grid(padding=(0, 3, 0, 0))
-    beside.add_row(_stages_table(figures), *([_quality_table(figures)] if quality(figures) else []))
-    parts: list[RenderableType] = [Text(headline(figures), style="bold"), Text(), beside]
+    columns = Table.grid(padding=(0, 3, 0, 0))
+    columns.add_row(_stages_table(figures), *([_quality_table(figures)] if quality(figures) else []))
+    parts: list[RenderableType] = [Text(headline(figures), style="bold"), Text(), columns]
     parts += [Text(f"{name} failed its gate: {why}", style=STYLES["failed"]) for name, why in refused(figures)]
     parts += [Text(f"{name} {OUTDATED}", style=STYLES["stale"]) for name in outdated(figures)]
-    parts += [Text(f"{name}: {words}", style="dim") for name, words in remarks(figures)]
+    parts += [Text(f"{name}: {text}", style="dim") for name, text in remarks(figures)]
     if figures["bench"]:
         parts += [Text(), _bench_table(figures)]
     parts += [Text(doubt, style=STYLES["stale"]) for doubt in doubts(figures)]
@@ -100,7 +92,7 @@ def _table(*columns: str) -> Table:
 
 
 def _cells(*texts: str, style: str = "") -> Iterable[Text]:
-    """Texts as they are: a plain string would be read for rich's own markup."""
+    """Cells with literal text: rich would interpret markup in a plain string."""
     from rich.text import Text
 
     return [Text(text, style=style) for text in texts]

@@ -1,6 +1,6 @@
-"""The stage `report`: one self-contained HTML page for a run, with every figure in the place where it is argued from.
+"""The stage `report`: one self-contained HTML page for a run.
 
-No network, no script, no font file: the page opens from a disk ten years from now. What is absent says so in one line.
+The page uses no network, script or font file, so that it still opens years from now. A section without data says so in one line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from qkit.core import figures as core_figures
 from qkit.core import files
 from qkit.core.files import write_text
 from qkit.measure import candidates
-from qkit.report import bench_charts, screen, summary
+from qkit.report import bench_charts, summary
+from qkit.report._templates import template
 from qkit.report.bench_charts import SERVER
 from qkit.report.summary import Summary
 from qkit.run.directory import Run
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 EXAMPLES = 10
-# The order in which kinds of example take their places: failures always get some, however good the run is.
+# The order in which kinds of example fill the page: failures are always among them, however good the run is.
 TURNS = ("fixed", "fixed", "still wrong", "broken", "fixed", "fixed", "still wrong", "broken", "fixed", "still right")
 WIDE, HALF = 800, 384  # CSS pixels of a chart that fills the column, and of one of two beside each other
 
@@ -62,7 +63,7 @@ def run(run: Run, out: Path) -> None:
 
 
 def page(run: Run) -> str:
-    """The page's HTML. The same run gives the same page: it holds no time but those that the run recorded."""
+    """The HTML of the page. The same run gives the same page: all times on it are those that the run recorded."""
     figures = summary.summary(run)
     manifest = run.manifest()
     data = files.read(run.folder("data") / "summary.json") or {}
@@ -95,34 +96,23 @@ def page(run: Run) -> str:
 
 
 def merges(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
-    """For the merged model, and for each format that was made in more than one way: what was measured of the ways, and which was kept."""
+    """For the merged model, and for each format with several candidates: the measurements of the candidates, and which was chosen."""
     merged = files.read(run.folder("merge") / candidates.FILE)
     exports: Mapping[str, Any] = files.read(run.folder("export") / candidates.FILE) or {}
     return [*([("merged model", merged)] if merged else []), *exports.items()]
 
 
 def _render(**values: Any) -> str:
-    from importlib import resources
-
-    import jinja2
-
     from qkit.report import svg
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(screen.TEXTS)
-    template = environment.from_string(
-        resources.files("qkit.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
-    return template.render(**values, show=summary, share=svg.share)
+    return template("report.html.j2").render(**values, show=summary, share=svg.share)
 
 
-# --- what is said in words ------------------------------------------------------------------------------------------
+# --- text ------------------------------------------------------------------------------------------
 
 
 def lead(run: Run, figures: Summary, data: Mapping[str, Any]) -> str:
-    """What was trained, on what and where, in a sentence."""
+    """One sentence: the model, the data and the device."""
     recipe = run.recipe
     weights = recipe.quantization.bnb_4bit_quant_type.upper() if recipe.quantization.load_in_4bit else "16-bit"
     rows = f" and {data['splits']['train']['rows']:,} rows of data" if data.get("splits") else ""
@@ -135,46 +125,46 @@ def lead(run: Run, figures: Summary, data: Mapping[str, Any]) -> str:
 def tiles(
     figures: Summary, metrics: Sequence[Mapping[str, Any]], memory: Mapping[str, Any]
 ) -> list[tuple[str, str, str]]:
-    """The few figures to remember: (what, figure, note). What was not measured is left out."""
-    found, bench = [], figures["bench"]
+    """The key figures: (name, figure, note). Figures that were not measured are left out."""
+    entries, bench = [], figures["bench"]
     if (seconds := figures["stages"]["train"]["seconds"]) is not None:
         note = f"{len(metrics)} logged steps, {metrics[-1]['tokens']:,} tokens" if metrics else ""
-        found.append(("Training", core_figures.seconds_text(seconds), note))
+        entries.append(("Training", core_figures.seconds_text(seconds), note))
     if memory["measured"] is not None:
-        found.append(("Peak memory in training", core_figures.bytes_text(memory["measured"]), memory["against_plan"]))
+        entries.append(("Peak memory in training", core_figures.bytes_text(memory["measured"]), memory["against_plan"]))
     if (name := summary.farthest(figures)) is not None:
         distance = figures["parity"][name]
         note = f"mean KL {core_figures.kl_text(distance['kl_mean'])}, top-1 {core_figures.percent(distance['top1'])}"
-        found.append(("Farthest from what was trained", name, note))
+        entries.append(("Farthest from the trained model", name, note))
     speeds = [(r["output_tokens_per_second"] or 0, load) for r, load in zip(bench, loads(bench), strict=True)]
     if speeds and max(speeds)[0]:
-        found.append(("Highest throughput", f"{core_figures.fixed(max(speeds)[0])} tokens/s", max(speeds)[1]))
-    return found
+        entries.append(("Highest throughput", f"{core_figures.fixed(max(speeds)[0])} tokens/s", max(speeds)[1]))
+    return entries
 
 
 def method(bench: Sequence[Mapping[str, Any]]) -> str:
-    """How the load was made; more than one way is said as such."""
-    ways = []
+    """The load of the bench; if records differ, all loads."""
+    methods = []
     for record in bench:
         prompt = f"prompts of {record['prompt_tokens']:g} tokens (median), " if record["prompt_tokens"] else ""
-        ways.append(f"{prompt}{record['output_tokens']} output tokens each, {record['repeats']} rounds")
-    return "; or ".join(dict.fromkeys(ways))
+        methods.append(f"{prompt}{record['output_tokens']} output tokens each, {record['repeats']} rounds")
+    return "; or ".join(dict.fromkeys(methods))
 
 
 def loads(bench: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A short name for each record, such as `onnx-int4 × 8`: runtime or artifact, whichever tells it from others."""
+    """A short name for each record, such as `onnx-int4 × 8`: runtime or artifact, whichever distinguishes it."""
     pairs = {(record["runtime"], record["artifact"]) for record in bench}
-    return [f"{_tells_apart(r['runtime'], r['artifact'], pairs)} × {r['concurrency']}" for r in bench]
+    return [f"{_distinct_name(r['runtime'], r['artifact'], pairs)} × {r['concurrency']}" for r in bench]
 
 
-def _tells_apart(runtime: str, artifact: str, pairs: set[tuple[str, str]]) -> str:
+def _distinct_name(runtime: str, artifact: str, pairs: set[tuple[str, str]]) -> str:
     if sum(other == runtime for other, _ in pairs) == 1:
         return runtime
     return artifact if sum(other == artifact for _, other in pairs) == 1 else f"{artifact}, {runtime}"
 
 
 def _memory(run: Run, figures: Summary) -> dict[str, Any]:
-    """Memory of training in bytes: planned items, their sum, what was measured, and how the two compare in words."""
+    """Memory of training in bytes: planned items, their sum, what was measured, and a comparison in words."""
     recorded = files.read(run.folder("train") / "memory.json") or {}
     peak = figures["stages"]["train"]["peak_bytes"]
     items = recorded.get("predicted") or {}
@@ -223,9 +213,9 @@ def score_chart(figures: Summary) -> Markup | None:
     ]
     if not rows:
         return None
-    said = "; ".join(f"{row.label} {row.text}, interval {row.note}" for row in rows)
+    description = "; ".join(f"{row.label} {row.text}, interval {row.note}" for row in rows)
     title = f"{figures['metric'] or 'Score'} of each artifact, 0 to 100"
-    return svg.bars("score-chart", title, said, rows, top=100, width=WIDE, ticks=(0, 25, 50, 75, 100))
+    return svg.bars("score-chart", title, description, rows, top=100, width=WIDE, ticks=(0, 25, 50, 75, 100))
 
 
 def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
@@ -241,11 +231,13 @@ def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mar
     rate = _points(metrics, "learning_rate")
     drawn = []
     if loss:
-        said = f"from {loss[0][1]:.3g} at step {loss[0][0]:g} to {loss[-1][1]:.3g} at step {loss[-1][0]:g}"
-        drawn.append((caption, svg.curve("loss-chart", "Training loss", said, loss, smooth, width=WIDE, height=260)))
+        description = f"from {loss[0][1]:.3g} at step {loss[0][0]:g} to {loss[-1][1]:.3g} at step {loss[-1][0]:g}"
+        drawn.append(
+            (caption, svg.curve("loss-chart", "Training loss", description, loss, smooth, width=WIDE, height=260))
+        )
     if rate:
-        said = f"highest {max(y for _, y in rate):g}, last {rate[-1][1]:g}"
-        chart = svg.curve("rate-chart", "Learning rate", said, rate, [], width=WIDE, height=110)
+        description = f"highest {max(y for _, y in rate):g}, last {rate[-1][1]:g}"
+        chart = svg.curve("rate-chart", "Learning rate", description, rate, [], width=WIDE, height=110)
         drawn.append(("Learning rate by step.", chart))
     return drawn
 
@@ -258,16 +250,18 @@ def memory_chart(memory: Mapping[str, Any]) -> Markup | None:
     """The plan's items stacked to their sum, and the measured peak below."""
     from qkit.report import svg
 
-    items = [svg.Step(name, count, core_figures.bytes_text(count)) for name, count in memory["items"].items()]
+    items = [svg.WaterfallStep(name, count, core_figures.bytes_text(count)) for name, count in memory["items"].items()]
     ends = (("planned", memory["planned"]), ("measured", memory["measured"]))
     totals = [
-        svg.Step(name, count, core_figures.bytes_text(count), total=True) for name, count in ends if count is not None
+        svg.WaterfallStep(name, count, core_figures.bytes_text(count), total=True)
+        for name, count in ends
+        if count is not None
     ]
     if not totals:
         return None
-    said = "; ".join(f"{row.label} {row.text}" for row in (*items, *totals))
+    description = "; ".join(f"{row.label} {row.text}" for row in (*items, *totals))
     title = "Memory of training, planned and measured"
-    return svg.waterfall("memory-chart", title, said, [*items, *totals], width=WIDE)
+    return svg.waterfall("memory-chart", title, description, [*items, *totals], width=WIDE)
 
 
 def speed_charts(bench: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
@@ -312,15 +306,15 @@ def _speed_chart(
     if not rows:
         return None
     top = max(max(row.value, row.high or 0) for row in rows)
-    said = "; ".join(f"{row.label} {row.text}" for row in rows)
-    return title, svg.bars(f"{name}-chart", title, said, rows, top=top, width=HALF)
+    description = "; ".join(f"{row.label} {row.text}" for row in rows)
+    return title, svg.bars(f"{name}-chart", title, description, rows, top=top, width=HALF)
 
 
 # --- examples -------------------------------------------------------------------------------------------------------
 
 
 def pair_up(predictions: Iterable[Mapping[str, Any]]) -> list[Example]:
-    """Base model's and adapter's answers to the same row, in the order of the rows; a row with only one is left out."""
+    """Base model's and adapter's answers to the same row, in the order of the rows; rows with only one of them are left out."""
     answers: dict[int, dict[str, Mapping[str, Any]]] = {}
     for line in predictions:
         answers.setdefault(line["row"], {})[line["artifact"]] = line
@@ -351,7 +345,7 @@ def choose(examples: Sequence[Example]) -> list[Example]:
 
 
 def _kinds(examples: Sequence[Example]) -> dict[str, int]:
-    """How many rows there are of each kind: the ten on the page are not a fair sample, these counts are the truth."""
+    """The number of rows of each kind. The ten rows on the page are not a random sample."""
     return {kind: sum(e.kind == kind for e in examples) for kind in dict.fromkeys(TURNS)}
 
 
@@ -364,6 +358,6 @@ def _server_command(run: Run) -> str | None:
 
 
 def _outputs(manifest: Mapping[str, Any], order: Iterable[str]) -> list[tuple[str, int, str]]:
-    """Every file that a stage made: name, bytes, sha256."""
+    """Every output file of a stage: name, bytes, sha256."""
     stages = (manifest["stages"][name] for name in order if name in manifest["stages"] and name != "report")
     return [(name, o["bytes"], o["sha256"]) for stage in stages for name, o in stage["outputs"].items()]

@@ -1,7 +1,7 @@
-"""What a run came to: its figures as one document (`qkit show RUN --json`), and the same document as one screen.
+"""The figures of a run as one document: `qkit show RUN --json`.
 
 `summary` is public and versioned, and show.schema.json describes it. Keys may be added under the same `schema_version`;
-none is taken away and none changes its meaning. Every file may be absent: a run that is half way has a summary too.
+none is removed or changes its meaning. Every file may be missing: an unfinished run has a summary too.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Summary = dict[str, Any]
 
 
 def summary(run: Run, statuses: Mapping[str, str] | None = None) -> Summary:
-    """The public summary of a run: bytes and seconds are numbers, what was not measured is null.
+    """The public summary of a run: bytes and seconds are numbers; figures that were not measured are null.
 
-    An artifact that was made again after `verify` measured it has the status `stale`: its figures were those of other files, so they are null.
+    An artifact that has changed since `verify` measured it has the status `stale`, and its figures are null.
 
-    `statuses` says better than the manifest how stages stand (`stale` is known only to who can compare the keys).
+    `statuses`: the status of stages, in place of the manifest's, which does not know `stale`.
 
     Raises:
         MissingArtifact: a file is there and is damaged.
@@ -74,7 +74,7 @@ def _by_artifact(run: Run, entries: Mapping[str, Any], keys: Sequence[str]) -> d
 
 
 def _rank(run: Run, artifact: str) -> tuple[int, str]:
-    """The order in which artifacts come to be: the base, what was trained, what was made of it."""
+    """The order of artifacts: the base, the adapter, the merged model, the exports."""
     order = ("base", "adapter", MERGED, *run.recipe.export.formats)
     return (order.index(artifact) if artifact in order else len(order)), artifact
 
@@ -89,7 +89,7 @@ def _bench(run: Run) -> list[dict[str, Any]]:
 
 
 def _bench_open(run: Run) -> list[dict[str, Any]]:
-    """Loads whose requests arrive by themselves, the slowest first."""
+    """Open-loop loads, by request rate."""
     records = [
         {
             **{key: raw[key] for key in ("runtime", "artifact")},
@@ -120,7 +120,7 @@ def _bench_record(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quality(figures: Summary) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Score and parity of every artifact that has either: (name, score, parity), nulls where one is absent."""
+    """Score and parity of every artifact that has either: (name, score, parity), with nulls if one is missing."""
     scores, parity = figures["scores"], figures["parity"]
     names = [*scores, *(name for name in parity if name not in scores)]
     nothing: tuple[dict[str, Any], dict[str, Any]] = dict.fromkeys(SCORE_KEYS), dict.fromkeys(PARITY_KEYS)
@@ -128,26 +128,26 @@ def quality(figures: Summary) -> list[tuple[str, dict[str, Any], dict[str, Any]]
 
 
 def doubts(figures: Summary) -> list[str]:
-    """What is odd about a bench's timings, so that its figures may be wrong."""
+    """Reasons why figures of a bench may be wrong."""
     closed = [(f"{r['artifact']} × {r['concurrency']}", r) for r in figures["bench"]]
     opened = [(f"{r['artifact']}, {r['request_rate']:.3g} a second", r) for r in figures["bench_open"]]
     return [f"{load}: {doubt}" for load, record in (*closed, *opened) for doubt in record["doubts"]]
 
 
 def verdict(figures: Summary) -> str:
-    """Whether the change of the score is more than chance, as far as two intervals can tell."""
+    """Whether the score changed significantly, judged by the two intervals."""
     base, adapter = figures["scores"].get("base"), figures["scores"].get("adapter")
     if not base or not adapter or base["low"] is None or adapter["low"] is None:
         return ""
     if adapter["low"] > base["high"]:
-        return "The adapter is better than the base model: their intervals do not meet."
+        return "The adapter is better than the base model: the intervals do not overlap."
     if adapter["high"] < base["low"]:
-        return "The adapter is worse than the base model: their intervals do not meet."
-    return "The intervals of base model and adapter overlap: the difference may be chance."
+        return "The adapter is worse than the base model: the intervals do not overlap."
+    return "The intervals of the base model and the adapter overlap: the difference may be chance."
 
 
 def refused(figures: Summary) -> list[tuple[str, str]]:
-    """(artifact, why) for every limit that one did not keep."""
+    """(artifact, reason) for every gate that failed."""
     from qkit.measure.evidence import Breach
 
     marked = ((name, breach) for name, parity in figures["parity"].items() for breach in parity["failed"] or ())
@@ -155,29 +155,29 @@ def refused(figures: Summary) -> list[tuple[str, str]]:
 
 
 def outdated(figures: Summary) -> list[str]:
-    """Artifacts that were made again after `verify` measured them."""
+    """Artifacts that have changed since `verify` measured them."""
     return [name for name, parity in figures["parity"].items() if parity["status"] == STALE]
 
 
 def remarks(figures: Summary) -> list[tuple[str, str]]:
-    """(artifact, what to know about its distance) where the runtime that measured it is not the one that will run it."""
+    """(artifact, note on its distance) for artifacts measured with another runtime than the one that will run them."""
     from qkit.plugins.exporter import remark
 
     return [
-        (name, words)
-        for name, found in figures["parity"].items()
-        if found["kl_mean"] is not None and (words := remark(name))
+        (name, text)
+        for name, entry in figures["parity"].items()
+        if entry["kl_mean"] is not None and (text := remark(name))
     ]
 
 
 def farthest(figures: Summary) -> str | None:
-    """The artifact with the largest mean distance to what was trained; the adapter's own row is what bf16 makes of it."""
+    """The artifact with the largest mean distance to the trained model. The adapter itself, whose distance is bf16 rounding, does not count."""
     judged = {name: p for name, p in figures["parity"].items() if name != ADAPTER}
     distances = {name: p["kl_mean"] for name, p in judged.items() if p["kl_mean"] is not None}
     return max(distances, key=lambda name: distances[name], default=None)
 
 
-# --- figures as text: the only place where numbers get units --------------------------------------------------------
+# --- figures as text --------------------------------------------------------
 
 
 def headline(figures: Summary) -> str:
@@ -192,7 +192,7 @@ def headline(figures: Summary) -> str:
 
 
 def interval_name(figures: Summary) -> str:
-    """`95 % interval`, or `interval` when the run does not say how wide."""
+    """`95 % interval`, or `interval` if the run does not record its width."""
     return f"{100 * figures['confidence']:g} % interval" if figures["confidence"] else "interval"
 
 

@@ -36,7 +36,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Step:
+class WaterfallStep:
     """One item of a waterfall: it starts where the one before ended. A total starts at 0, in the accent colour."""
 
     label: str
@@ -103,7 +103,7 @@ def _whisker(start: float, end: float, middle: float, *, capped: bool) -> Markup
     return tag("path", class_="halo", d=path) + tag("path", class_="whisker", d=path)  # the halo parts it from the bar
 
 
-def waterfall(name: str, title: str, description: str, rows: Sequence[Step], *, width: int) -> Markup:
+def waterfall(name: str, title: str, description: str, rows: Sequence[WaterfallStep], *, width: int) -> Markup:
     """Items one after the other, each where the one before ended; totals from 0, with a line through all rows."""
     left = LETTER * max(len(row.label) for row in rows) + 14
     right = LETTER * max(len(row.text) for row in rows) + 14
@@ -115,12 +115,12 @@ def waterfall(name: str, title: str, description: str, rows: Sequence[Step], *, 
     return _figure(name, title, description, width, ROW * len(rows), drawn)
 
 
-def _starts(rows: Sequence[Step]) -> list[float]:
+def _starts(rows: Sequence[WaterfallStep]) -> list[float]:
     """Where each row begins: totals at 0, items at the sum of the items before them."""
     return [0.0 if row.total else sum(r.value for r in rows[:i] if not r.total) for i, row in enumerate(rows)]
 
 
-def _step(row: Step, left: float, start: float, length: float, width: float, middle: float) -> Markup:
+def _step(row: WaterfallStep, left: float, start: float, length: float, width: float, middle: float) -> Markup:
     kind = "bar strong" if row.total else "bar"
     body = tag("rect", class_=kind, x=left + start, y=middle - BAR / 2, width=max(length, 1), height=BAR, rx=2)
     label = _text(row.label, left - 10, middle + 4.5, "label", anchor="end")

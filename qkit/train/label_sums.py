@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Sums:
-    """Labelled tokens so far. `drawn`: in the sampled rows, by the ledger. `in_batches`: in the batches. `divided_by`: the sum of the divisors of
+    """Labelled tokens so far. `drawn`: in the sampled rows, by the ledger. `in_batches`: in the batches. `divided_by`: the summed divisors of
     the loss over optimizer steps.
 
     The checksums are sums of token ids: labels shifted by one position have the same count but other ids.

@@ -20,6 +20,8 @@ from qkit.bench.tool import CHAT, COMPLETIONS, Tool, parse
 from qkit.core.errors import ServerError
 from qkit.plugins.runtime import Timing
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 12
 LOAD = Load(requests=8, output_tokens=TOKENS, concurrency=4)
 PROMPTS = tuple(Prompt("x" * length, length) for length in range(5, 13))  # a token is a byte for the tiny tokenizer

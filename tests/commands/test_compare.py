@@ -85,7 +85,7 @@ def test_rows_that_are_not_compared_on_are_said(tiny_model: Path, rows_file: Pat
     model = compare.side(str(tiny_model))
     asked = compare.questions(model, model, rows_file, Progress())
     assert len(asked.held_out.rows) == 24
-    assert asked.where == f"{rows_file}; 24 of 48 records are left out (duplicate 24): `qkit inspect` names them"
+    assert asked.where == f"{rows_file}; 24 of 48 records are dropped (duplicate 24): see `qkit inspect`"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from qkit.core.progress import Progress
 from qkit.measure import candidates, held_out
 from qkit.run.directory import Run
 
+pytestmark = pytest.mark.slow
+
 FP32 = ["merge.dtype=float32"]
 
 
@@ -222,6 +224,6 @@ def test_from_the_command_line(tiny_model: Path, tmp_path: Path, rows_file: Path
     )
     assert done.returncode == 0, done.stderr
     assert "16bit" in done.stdout and "<- kept" in done.stdout and "only the names and shapes" in done.stdout
-    assert "1 of 25 records are left out (duplicate 1)" in done.stdout
+    assert "1 of 25 records are dropped (duplicate 1)" in done.stdout
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and "--base, --adapter and --out" in refused.stderr

@@ -48,7 +48,10 @@ def test_the_document(tiny_recipe: Path) -> None:
     assert learnt == "ggg<|im_end|>"
 
 
-def test_the_screen_names_what_is_wrong_with_its_row_and_remedy(rows_file: Path, tiny_recipe: Path) -> None:
+def test_the_screen_names_what_is_wrong_with_its_row_and_remedy(
+    rows_file: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
     with rows_file.open("a") as file:
         file.write(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
     done = qkit_here("inspect", tiny_recipe)
@@ -95,7 +98,7 @@ def test_losses_name_the_rows(tiny_recipe: Path, tmp_path: Path) -> None:
     assert [row["row"] for row in found["did_not_learn"]] == [2, 1, 0]
     assert [row["row"] for row in found["suspiciously_low"]] == [1, 2, 0]
     assert found["did_not_learn"][0]["place"].endswith("rows.jsonl:7")
-    assert "did not learn" in qkit_here("inspect", run.root).stdout
+    assert "rows that were not learned" in qkit_here("inspect", run.root).stdout
 
 
 def test_somebody_elses_set_up(tiny_model: Path, rows_file: Path) -> None:
@@ -108,7 +111,8 @@ def test_somebody_elses_set_up(tiny_model: Path, rows_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "row", "words"), [("train", 99, "has 20 rows"), ("train", -1, "has 20 rows"), ("dev", 0, "there are")]
+    ("split", "row", "words"),
+    [("train", 99, "has 20 rows"), ("train", -1, "has 20 rows"), ("dev", 0, "must be one of")],
 )
 def test_rows_that_are_not_there(seen: view.Inspection, split: str, row: int, words: str) -> None:
     with pytest.raises(DataError, match=words):
@@ -156,7 +160,7 @@ def test_a_row_is_shown_with_the_check_that_fails(rows_file: Path, tiny_recipe: 
         file.write(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
     done = qkit_here("inspect", tiny_recipe, "--row", 0)
     assert done.returncode == 2 and done.stdout.startswith("train row 0")
-    assert "check roles: 1 row have turns" in done.stderr and "rows.jsonl:25" in done.stderr
+    assert "check roles: 1 row have an invalid order" in done.stderr and "rows.jsonl:25" in done.stderr
     assert "data.clean.roles=drop" in done.stderr
 
 
@@ -166,12 +170,12 @@ def test_what_nothing_reads_is_counted_and_named(tiny_model: Path, tmp_path: Pat
     how = view.recipe_for(str(tiny_model), str(rows), "auto", ())
     [check] = [c for c in view.inspect(how, Progress()).summary["checks"] if c["name"] == "unused"]
     assert check["status"] == "warn" and check["found"] == 20
-    assert check["message"] == f"20 records hold what nothing reads: label in 20; the first is {rows}:1"
-    assert check["remedy"].startswith("these rows train as plain text, and label is not learnt")
+    assert check["message"] == f"20 records have data that nothing reads: label in 20; the first is {rows}:1"
+    assert check["remedy"].startswith("these rows are trained on as plain text, without label")
     how = view.recipe_for(str(tiny_model), str(rows), "auto", ("data.ignore=[label, 'lable*']",))
     [check] = [c for c in view.inspect(how, Progress()).summary["checks"] if c["name"] == "unused"]
     assert check["status"] == "pass" and check["message"].endswith(
-        "data.ignore has lable*, which matches no name of any record"
+        "data.ignore has lable*, which does not match any name"
     )
     how = view.recipe_for(str(tiny_model), str(rows), "auto", ("data.columns={prompt: text, completion: label}",))
     assert "unused" not in {c["name"] for c in view.inspect(how, Progress()).summary["checks"] if c["status"] == "warn"}
@@ -203,7 +207,7 @@ def test_only_names_that_the_format_takes_are_offered(
 def test_a_map_that_would_have_no_effect_is_an_error(tiny_model: Path, rows_file: Path) -> None:
     for name, words in (("promt", "did you mean prompt?"), ("xyz", "there are attention_mask")):
         how = view.recipe_for(str(tiny_model), str(rows_file), "auto", (f"data.columns={{{name}: question}}",))
-        with pytest.raises(DataError, match=f"data.columns maps '{name}' to 'question', and .*{re.escape(words)}"):
+        with pytest.raises(DataError, match=f"data.columns maps '{name}' to 'question', but .*{re.escape(words)}"):
             view.inspect(how, Progress())
     section = schema.Data(columns={"source": "origin", "label": "kind"}, group="source")
     assert formats.unknown_column(section, Reads()) == ""
@@ -214,7 +218,7 @@ def test_records_that_are_left_out_are_counted_in_words(tiny_model: Path, rows_f
         file.write(rows_file.read_text(encoding="utf-8"))
     seen = view.inspect(view.recipe_for(str(tiny_model), str(rows_file), "auto", ()), Progress())
     assert summary.left_out(seen.summary, "train") == (
-        "24 of 48 records are left out (duplicate 24): `qkit inspect` names them"
+        "24 of 48 records are dropped (duplicate 24): see `qkit inspect`"
     )
     assert summary.left_out(seen.summary, "test") == ""
 
@@ -228,7 +232,10 @@ def test_the_stage_says_what_is_not_learnt_before_training(tiny_recipe: Path, ro
     done = qkit_here("data", tiny_recipe, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stderr.split())
-    assert "data: unused: 2 records hold what nothing reads: messages.reasonning in 2 (did you mean reasoning?)" in said
+    assert (
+        "data: unused: 2 records have data that nothing reads: messages.reasonning in 2 (did you mean reasoning?)"
+        in said
+    )
     assert "data: warnings, see `qkit inspect`: duplicate" in said
 
 
@@ -311,7 +318,7 @@ def test_padding_is_chosen_within_the_embedding(tiny_model: Path, rows_file: Pat
     model = with_tokens(tiny_model, tmp_path / "model", lambda t: t.add_special_tokens({"pad_token": "[PAD]"}))
     how = view.recipe_for(str(model), str(rows_file), "messages", ())
     assert json.loads((view.inspect(how, Progress()).folder / "tokens.json").read_text())["pad"] < 259
-    with pytest.raises(ModelError, match=r"its id is 259, and the model has 0 to 258"):
+    with pytest.raises(ModelError, match=r"its id is 259, but the model's ids are 0 to 258"):
         vocabulary_of(model, rows_file, 'model.pad_token="[PAD]"')
 
 

@@ -29,6 +29,8 @@ from qkit.plugins.runtime import Runtime, TokenRow, open_runtime
 from qkit.recipe.schema import Recipe
 from qkit.runtimes import _onnx_graph, onnxruntime
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnxruntime_genai")
 
 PROMPTS = [

@@ -29,6 +29,8 @@ from qkit.runtimes._onnx_traced import TracedRuntime
 from qkit.serve import request as serve_request
 from qkit.serve import serving
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnxruntime_genai")
 
 PROMPTS = [[5, 6, 7], [i * 37 % 250 + 5 for i in range(30)], [9, 200, 31, 77, 12, 8, 90], [3]]

@@ -13,11 +13,10 @@ import pyarrow.parquet as pq
 import yaml
 
 from helpers.tiny import tiny_settings
-from qkit.core.batching import packed
+from qkit.core.batching import IGNORED, packed
 from qkit.core.progress import Progress
 from qkit.recipe.load import load
 from qkit.run.directory import Run
-from qkit.tasks._conversation.collate import IGNORED
 
 LENGTHS = [10 + (i * 37) % 60 for i in range(21)]
 

@@ -29,6 +29,8 @@ from qkit.plugins.runtime import open_runtime
 from qkit.run.directory import Run
 from qkit.verify import stage as verify_stage
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, torch.Tensor]
 
 

@@ -31,6 +31,8 @@ from qkit.recipe.schema import Serve
 from qkit.run.directory import Run
 from qkit.server import process
 
+pytestmark = pytest.mark.slow
+
 PARSER = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 # Tools in the first turn, and calls as Hermes and Qwen write them.
 TEMPLATE = (

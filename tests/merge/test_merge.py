@@ -31,6 +31,8 @@ from qkit.recipe.load import load
 from qkit.recipe.schema import Base, Quantization
 from qkit.run.directory import Run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def finished(whole_run: Run) -> Run:

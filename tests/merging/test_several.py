@@ -22,6 +22,8 @@ from qkit.core.progress import Progress
 from qkit.merging import distances
 from qkit.model import adapter_sum
 
+pytestmark = pytest.mark.slow
+
 FP32 = ["merge.dtype=float32"]
 TOKENS = torch.arange(3, 33)[None]
 Q, UP = {"target_modules": ["q_proj"]}, {"target_modules": ["up_proj", "q_proj"]}

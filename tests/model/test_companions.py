@@ -28,6 +28,8 @@ from qkit.plugins.runtime import open_runtime
 from qkit.recipe.schema import Data, Model, Quantization, Recipe
 from qkit.tensors.companions import copy_companions
 
+pytestmark = pytest.mark.slow
+
 TAKEN = (
     "LICENSE",
     "NOTICE",

@@ -251,7 +251,7 @@ def test_a_written_tokenizer_is_one_for_all(section: dict[str, Any], tiny_model:
     out = shutil.copytree(tiny_model, tmp_path / "out")
     (out / "additional_chat_templates").mkdir()
     (out / "additional_chat_templates" / "tool_use.jinja").write_text("the base's, for tools")
-    merging_folder._write_tokenizer(run, out, ours=True)
+    merging_folder._write_tokenizer(run, out, trained_here=True)
     older_forms.settle(out, tiny_model)
     assert list(older_forms.unreadable(out)) == []
     if section.get("chat_template"):  # one for tools beside it would be taken in its place when there are any
@@ -277,7 +277,7 @@ def test_rules_that_the_newer_library_puts_in_are_written_down(tiny_model: Path,
         tokenizer, base
     )
     out = shutil.copytree(base, tmp_path / "out")
-    merging_folder._write_tokenizer(Run(tmp_path, _recipe(base), Progress()), out, ours=True)
+    merging_folder._write_tokenizer(Run(tmp_path, _recipe(base), Progress()), out, trained_here=True)
     assert older_forms.cuts_alike(tokenizer, out)
     assert json.loads((out / "tokenizer.json").read_text())["normalizer"] == {"type": "NFC"}
     assert older_forms.cuts_alike(added_tokens.bare_tokenizer(tiny_model, False), tiny_model)

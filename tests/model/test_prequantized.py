@@ -117,7 +117,7 @@ def test_what_transformers_dequantizes_becomes_a_base_of_its_own(
     expected = quantize(tiny_model, tmp_path / "quantized")
     how = recipe_of(tmp_path / "quantized")
     assert deployable.refusals(how) == ()
-    assert "in 16 bit in the cache" in "".join(screen._notes(sheet.sheet(how)))
+    assert "qkit dequantizes it once" in "".join(screen._notes(sheet.sheet(how)))
     folder = model_source.resolve(how.model)
     found, original = load_file(folder / "model.safetensors"), load_file(tiny_model / "model.safetensors")
     assert found.keys() == original.keys() and {tensor.dtype for tensor in found.values()} == {torch.bfloat16}

@@ -22,8 +22,8 @@ from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.server.lora import rank_for
-from qkit.train.trainers import sft
 from qkit.train import stage as train_stage
+from qkit.train.trainers import sft
 
 CPU = Device("cpu", "test", 64 * 2**30, cores=2)
 LLAMAS_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -112,7 +112,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",
         {"target_modules": r".*layers\.0.*"},
-        r"that are not linear.*the first is model\.layers\.0\. End it with",
+        r"that are not linear.*the first is model\.layers\.0\. End the pattern with",
     ),
     ("gpt2", {"target_modules": r".*h\.1.*"}, r"that are not linear.*the first is transformer\.h\.1\."),
     ("phi3", {"target_modules": r".*mlp.*"}, r"that are not linear.*the first is model\.layers\.0\.mlp"),
@@ -148,7 +148,7 @@ def test_name_that_matches_nothing_is_an_error_in_plan_and_before_training(
 
 def test_plan_says_what_experts_cost_and_who_is_not_trained(tmp_path: Path) -> None:
     said = sheet.sheet(_recipe({}, _folder(tmp_path, "mixtral")), CPU).remarks
-    assert "They take 393,216 bytes" in said[0] and "in 4 bit they would take" in said[0]
+    assert "They take 393,216 bytes" in said[0] and "in 4 bits they would take" in said[0]
     assert any("router gets no adapter; lora.target_parameters=[gate.weight]" in line for line in said)
     said = sheet.sheet(
         _recipe({}, _folder(tmp_path, "gpt_oss"), quantization={"load_in_4bit": False}, merge={"base": "16bit"}), CPU
@@ -254,10 +254,7 @@ def test_the_remedy_for_a_pattern_that_matches_too_much_is_taken() -> None:
     [
         ([], "both empty: nothing would be trained"),
         ("", "both empty"),
-        *(
-            (name, "written as a text, all-linear")
-            for name in ("all_linear", "all linear", ["all-linear"], ["all_linear"])
-        ),
+        *((name, "as the string all-linear") for name in ("all_linear", "all linear", ["all-linear"], ["all_linear"])),
     ],
 )
 def test_no_modules_and_all_of_them_by_another_spelling(modules: Any, words: str) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from helpers.svgs import parsed, texts, widths
 from qkit.report import svg as report_svg
-from qkit.report.svg import Bar, Step
+from qkit.report.svg import Bar, WaterfallStep
 
 FIGURES = st.floats(0, 1e9, allow_nan=False)
 
@@ -31,7 +31,12 @@ def test_a_whisker_begins_and_ends_at_its_interval() -> None:
 
 
 def test_waterfall_items_follow_each_other_and_totals_start_at_nought() -> None:
-    rows = [Step("a", 10, "10"), Step("b", 30, "30"), Step("planned", 40, "40", True), Step("measured", 50, "50", True)]
+    rows = [
+        WaterfallStep("a", 10, "10"),
+        WaterfallStep("b", 30, "30"),
+        WaterfallStep("planned", 40, "40", True),
+        WaterfallStep("measured", 50, "50", True),
+    ]
     a, b, planned, measured = parsed(report_svg.waterfall("m", "", "", rows, width=500)).iter("rect")
     at, width = (lambda r: float(r.attrib["x"])), (lambda r: float(r.attrib["width"]))
     assert at(b) == pytest.approx(at(a) + width(a), abs=0.2)
@@ -49,7 +54,7 @@ def test_a_curve_of_any_points_can_be_drawn(points: list[report_svg.Point]) -> N
 
 @pytest.mark.parametrize("svg", [
     report_svg.bars("x", "T", "D", [Bar("<i>", 1, "&")], top=1, width=100),
-    report_svg.waterfall("x", "T", "D", [Step("<i>", 1, "&")], width=100),
+    report_svg.waterfall("x", "T", "D", [WaterfallStep("<i>", 1, "&")], width=100),
     report_svg.curve("x", "T", "D", [(0, 1), (1, 2)], [], width=100, height=100),
 ])  # fmt: skip
 def test_every_chart_is_named_and_well_formed(svg: str) -> None:

@@ -44,6 +44,15 @@ def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
     assert "license" not in card
 
 
+def test_front_matter_has_the_artifacts_own_score_for_the_hub(tmp_path: Path) -> None:
+    run = open_sample(tmp_path)
+    scores = json.loads((run.folder("evaluate") / "scores.json").read_text(encoding="utf-8"))
+    (entry,) = front(model_card.render(run, "vllm-adapter"))["model-index"]
+    assert entry["name"] == run.root.name
+    assert entry["results"][0]["metrics"][0]["value"] == scores["scores"]["adapter"]["score"]
+    assert "model-index" not in front(model_card.render(run, "gguf-q4"))  # its score was not measured
+
+
 @pytest.mark.parametrize("source", ["./model", "model.gguf", "pypi:a==1!b/c.gguf", "org/model.gguf"])
 def test_only_a_hub_id_is_named_as_base(tmp_path: Path, source: str) -> None:
     run = changed(open_sample(tmp_path), model={"source": source})
@@ -131,9 +140,9 @@ def test_a_file_may_be_absent(tmp_path: Path, absent: str) -> None:
 
 def test_a_new_run_has_a_card_that_claims_nothing(tmp_path: Path) -> None:
     text = model_card.render(open_sample(tmp_path, only_recipe=True))
-    assert "Neither scores nor distances have been measured yet." in text
+    assert "Scores and distances have not been measured yet." in text
     assert "Latency and throughput have not been measured yet." in text
-    assert "Nothing is known of its quality yet." in text
+    assert "Quality has not been measured yet." in text
     assert "None" not in text
 
 
@@ -213,8 +222,8 @@ def test_what_was_measured_with_another_runtime_is_said_beside_the_figure(tmp_pa
     parity = json.loads((run.folder("verify") / "parity.json").read_text())["parity"]
     edit(run, "verify/parity.json", parity={**parity, "gguf-q8_0": distances, "gguf-q4_0": distances})
     for said in (model_card.render(run), report_stage.page(run)):
-        assert "0.0025 here and 0.0071 there" in said and "Q4_K_M" in said
+        assert "0.0071 in llama.cpp" in said and "Q4_K_M" in said
     assert {name for name, _ in summary.remarks(summary.summary(run))} == {"gguf-q8_0", "gguf-q4_0"}
     drawn = Console(width=80, record=True, file=io.StringIO())
     drawn.print(screen.screen(summary.summary(run)))
-    assert "and 0.0071 there" in " ".join(drawn.export_text().split())
+    assert "and 0.0071 in llama.cpp" in " ".join(drawn.export_text().split())

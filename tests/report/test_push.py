@@ -47,13 +47,13 @@ def test_what_would_be_uploaded(folder: Path) -> None:
 
 @pytest.mark.parametrize("repo", ["model", "a/b/c", "../x", "me/"])
 def test_a_repository_has_an_owner(folder: Path, repo: str) -> None:
-    with pytest.raises(UserError, match="written owner/name"):
+    with pytest.raises(UserError, match="must be owner/name"):
         push.planned(folder, repo, private=False)
 
 
 def test_without_provenance_it_is_refused(folder: Path) -> None:
     (folder / "qkit.json").unlink()
-    with pytest.raises(MissingArtifact, match=r"has no qkit\.json"):
+    with pytest.raises(MissingArtifact, match=r"qkit\.json is missing"):
         push.planned(folder, "me/model", private=False)
     assert push.planned(folder, "me/model", private=False, force=True).files == {"config.json": 8}
     with pytest.raises(MissingArtifact, match="no such folder"):

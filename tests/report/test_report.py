@@ -223,7 +223,7 @@ def test_the_ways_to_merge_are_shown_with_the_one_that_was_kept(tmp_path: Path) 
     html = report_stage.page(run)
     section = html[html.index('<section id="merge">') : html.index('<section id="training">')]
     assert re.findall(r'<tr class="strong"><th>([^<]+)', section) == ["dequantized", "16bit"]
-    assert section.count("the fine-tune is lost") == 1
+    assert section.count("fine-tuning is lost") == 1
     assert "merge.choose=score takes 16bit" in section and "measured on 32 rows" in section
 
 

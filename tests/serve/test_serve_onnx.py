@@ -30,6 +30,8 @@ from helpers.served import (
 from qkit.bench import any_server
 from qkit.bench.tool import COMPLETIONS
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnxruntime_genai")
 
 LENGTH = 256

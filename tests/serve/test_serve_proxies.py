@@ -27,6 +27,8 @@ from qkit.recipe.schema import Serve
 from qkit.server.admission import KEEP_ALIVE_SECONDS, Admission, Limits
 from qkit.server.process import free_port
 
+pytestmark = pytest.mark.slow
+
 TOKENS, GAP = 5, 0.25  # of an answer, and seconds between two of them
 BURST, STREAMS = 20, 16  # what both files let one client send at once; nginx.conf: and hold open
 CHAT = "/v1/chat/completions"

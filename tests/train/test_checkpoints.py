@@ -15,6 +15,8 @@ from qkit.run.directory import DECIDED, Run, decisions
 from qkit.train import checkpoints
 from qkit.train import stage as train_stage
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 ADAPTER = "adapter/adapter_model.safetensors"
 FILES = (

@@ -18,6 +18,8 @@ from qkit.train.fast import head
 from qkit.train.fast.head import labelled_loss, row_losses
 from qkit.train.trainer import trainer_class
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (9, 14, 14, 21, 30, 17, 2, 25)
 
 

@@ -24,6 +24,8 @@ from qkit.recipe.load import load
 from qkit.run.directory import Run
 from qkit.train.trainer import Counted
 
+pytestmark = pytest.mark.slow
+
 # A device with a small budget. Python imports it first in every process; only the one that trains changes: from step 3 on it may hold so
 # many bytes of tensors alive, and when batches come in two parts its process is killed at step 5, as the kernel does it.
 BUDGET = """

@@ -19,10 +19,13 @@ from qkit.model import load as model_load
 from qkit.plan import gpus
 from qkit.recipe.load import load
 from qkit.run.directory import Run
-from qkit.train import checkpoints, sft
-from qkit.train import stage as train_stage
 from qkit.tasks._conversation.collate import collate
+from qkit.train import checkpoints, memory_report
+from qkit.train import stage as train_stage
 from qkit.train.fast import head
+from qkit.train.trainers import sft
+
+pytestmark = pytest.mark.slow
 
 # --- sums -------------------------------------------------------------------------------------------------------------
 
@@ -234,7 +237,7 @@ def test_most_labelled_is_that_of_one_batch(tiny_model: Path, tmp_path: Path, pa
     run, out = _run(tmp_path, tiny_model, data={"packing": packing})
     trainer = sft.build_trainer(run, tiny_model, core_device.detect(), out)
     batches = [int((batch["labels"] != IGNORED).sum()) for batch in trainer.get_train_dataloader()]
-    assert sft.most_labelled(trainer) == max(batches)
+    assert memory_report.most_labelled(trainer) == max(batches)
 
 
 # --- losses of rows ---------------------------------------------------------------------------------------------------

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qkit.plugins.example import Reads
+from qkit.plugins.example import ANSWER_KEYS, Reads
 from qkit.tasks._conversation.formats import FORMS
 from qkit.tasks._conversation.turns import ANSWER, CALL, FUNCTION, MARKS, OFFERED, PART, TURN
 from qkit.tasks._conversation.validity import KWARGS
 
-ANSWERS = ("answer", "answers")
 INSIDE = {
-    "answers": ANSWERS,
+    "answers": ANSWER_KEYS,
     "content": PART,
     "tool_calls": CALL + FUNCTION,
     "function_call": FUNCTION,

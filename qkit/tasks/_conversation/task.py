@@ -138,5 +138,3 @@ class ConversationTask:
         from qkit.chat.conversation import text_of
 
         return text_of(messages[-1]["content"])
-
-
