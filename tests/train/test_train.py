@@ -51,7 +51,7 @@ def test_every_label_of_the_ledger_is_trained_on_once_an_epoch(
         "divided_by": 2 * _labelled(),
         "in_batches": 2 * _labelled(),
     }
-    assert any(f"{2 * _labelled():,} that the loss was divided by" in line for line in heard.lines)
+    assert any(f"{2 * _labelled():,} in the divisors of the loss" in line for line in heard.lines)
     assert (out / "adapter" / "adapter_model.safetensors").is_file() and _json(out / "memory.json")["predicted"]
 
 
@@ -157,7 +157,7 @@ def test_a_model_that_cannot_be_planned_is_trained(tmp_path: Path) -> None:
     run, out = _run(tmp_path, folder, heard, train={"max_steps": 2}, **exports)
     train_stage.run(run, out)
     (said,) = [line for line in heard.lines if line.startswith("not planned: ")]
-    assert "has no intermediate_size" in said
+    assert "lacks intermediate_size" in said
     assert (
         "train: gradient checkpointing is on: this model cannot be planned for, and training needs less memory with it"
         in heard.lines
