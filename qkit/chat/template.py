@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.chat import conversation
 from qkit.core.errors import ModelError, short
 from qkit.core.sources import is_there
-from qkit.plugins.task import THINKING, Reads
+from qkit.plugins.example import THINKING, Reads
 from qkit.recipe.chat_templates import FOLDER, named
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.run.environment import environment
-from qkit.train import sft
+from qkit.train.trainers import sft
 
 FACTORS = (0.5, 1, 2)  # the default sweep, as multiples of the recipe's data.batch_tokens
 MATRIX_PRODUCTS = 12  # timed; the fastest counts

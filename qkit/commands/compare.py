@@ -263,7 +263,7 @@ def compare(a: Side, b: Side, asked: Questions, progress: Progress) -> Compariso
         progress.say(f"verify: {b.words}")
         with opened(b, longest) as runtime:
             answers_b = _answers(b, runtime, asked)
-            distances = Distances(scores_a)
+            distances = Distances(scores_a, open_task(asked.task).distance)
             for row in runtime.score(rows[: len(scores_a)]):
                 distances.add(row)
     return _comparison(a, b, asked, answers_a, answers_b, distances)

@@ -6,7 +6,7 @@ The message is for people. What a caller may want to act on is a field, so that 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,16 @@ def short(text: object, limit: int = SHOWN) -> str:
     """A user's value, for a message: cut to `limit` characters."""
     full = str(text)
     return full if len(full) <= limit else f"{full[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def printable(text: str) -> str:
+    """Text that any output can print: lone surrogates are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names of columns, sorted, for a message."""
+    return short(printable(", ".join(sorted(map(str, names))))) or "(none)"
 
 
 def nearest(word: str, words: Sequence[str]) -> str:

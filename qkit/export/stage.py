@@ -29,6 +29,7 @@ from qkit.model import provenance, source
 from qkit.plan import deployable
 from qkit.plugins.exporter import Job, exporter
 from qkit.plugins.runtime import open_runtime
+from qkit.plugins.task import open_task
 from qkit.recipe.registry import split
 from qkit.run.directory import Run
 
@@ -155,7 +156,7 @@ def _measure(
     run.progress.say(f"export: measuring the one made from the {merge.name} merge")
     with open_runtime(runtime, folder, detect()) as opened:
         rows = held_out.rows[: measure_reference.BASE_ROWS]
-        return CandidateResult.of(merge, parity.measure(reference, opened.score(rows)))
+        return CandidateResult.of(merge, parity.measure(reference, open_task(run.recipe.task).outputs(opened, rows)))
 
 
 def _measurable(runtime: str, folder: Path) -> str | None:

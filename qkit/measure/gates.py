@@ -17,13 +17,9 @@ from qkit.measure.parity import Parity
 from qkit.measure.remedies import remedy
 from qkit.measure.scores import SignTest
 from qkit.plugins.exporter import is_quantized
+from qkit.plugins.task import open_task
 from qkit.recipe.schema import Gate, Recipe
 from qkit.run.directory import Run
-
-EXACT = Gate(top1=1.0, max_difference=1e-3)
-# Beyond rounding and chance; benchmarks/results/gates.json lists what intact artifacts and broken ones measure.
-SIXTEEN_BIT = Gate(kl_mean=1e-4, kl_row=0.05)
-QUANTIZED = Gate(kl_mean=0.1, kl_row=2.0, score=True)
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,11 @@ def gate_of(name: str, recipe: Recipe) -> Gate:
 
 def default_gate(name: str, recipe: Recipe) -> Gate:
     """The limits of an artifact's kind."""
+    gates = open_task(recipe.task).GATES
     if is_quantized(name):
-        return QUANTIZED
-    limits = QUANTIZED if _on_another_base(name, recipe) else SIXTEEN_BIT
-    exact = {"top1": EXACT.top1, "max_difference": EXACT.max_difference}
+        return gates["quantized"]
+    limits = gates["quantized" if _on_another_base(name, recipe) else "16-bit"]
+    exact = gates["exact"].model_dump(include={"top1", "max_difference"})
     return limits.model_copy(update=exact) if is_exact(name) else limits
 
 

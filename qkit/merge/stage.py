@@ -24,6 +24,7 @@ from qkit.measure.parity import Reference
 from qkit.merging.folder import write_folder
 from qkit.model import provenance, source
 from qkit.plugins.runtime import open_runtime
+from qkit.plugins.task import open_task
 from qkit.run.directory import Run
 from qkit.tensors.shards import shards
 
@@ -103,7 +104,12 @@ def _adapter_on_16_bit(run: Run, folder: Path, held_out: HeldOut, reference: Ref
     quantization = run.recipe.quantization.model_copy(update={"load_in_4bit": False})
     recipe, adapter = run.recipe.model_copy(update={"quantization": quantization}), run.need("train", "adapter")
     with open_runtime("transformers", folder, detect(), recipe=recipe, adapter=adapter) as runtime:
-        return replace(row, parity=parity.measure(reference, runtime.score(held_out.rows), weights="float32"))
+        return replace(
+            row,
+            parity=parity.measure(
+                reference, open_task(run.recipe.task).outputs(runtime, held_out.rows), weights="float32"
+            ),
+        )
 
 
 def _keep(chosen: Path, out: Path) -> None:

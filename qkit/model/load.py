@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.errors import ModelError
 from qkit.model import adapter_sum, added_tokens, provenance, targets
 from qkit.model.source import dequantize
+from qkit.plugins.task import open_task
 from qkit.recipe import schema
 from qkit.tensors import lora_deltas
 from qkit.tensors.nf4_roundtrip import FourBit
@@ -35,8 +36,10 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device) -> PreTrained
         ModelError: some weights are missing from the folder.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    import transformers
+    from transformers import GenerationConfig
 
+    model_class = getattr(transformers, open_task(recipe.task).HEAD.auto_class)
     options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": recipe.model.attn_implementation}
     options["generation_config"] = GenerationConfig()  # its file may be one that the library refuses; decoding is ours
     if recipe.quantization.load_in_4bit:
@@ -45,13 +48,13 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device) -> PreTrained
     options["output_loading_info"] = True
     loaded: PreTrainedModel
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+        loaded, report = model_class.from_pretrained(str(folder), **options)
     except ValueError as error:
         if recipe.model.attn_implementation != "sdpa" or NO_SDPA not in str(error):
             raise
         log.warning("transformers supports only eager attention for this model: %s", error)
         eager = {**options, "attn_implementation": "eager"}
-        loaded, report = AutoModelForCausalLM.from_pretrained(str(folder), **eager)
+        loaded, report = model_class.from_pretrained(str(folder), **eager)
     _need_whole(folder, report["missing_keys"])
     loaded.config.use_cache = False
     leave_as_quantized(loaded)

@@ -37,7 +37,7 @@ from qkit.recipe.schema import Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
 from qkit.train import checkpoints, memory_report, memory_watch, row_losses
 from qkit.train.label_sums import Sums
-from qkit.train.sft import build_trainer, most_labelled
+from qkit.train.trainers import open_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ def run(run: Run, out: Path) -> Peak:
     _warn_of_memory(run, device)
     folder = source.resolve(recipe.model)
     with targets.patterns_of_parameters():
-        trainer = build_trainer(run, folder, device, out)
+        trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
     at_once = recipe.train.save_total_limit + 1  # a new checkpoint is complete before an old one is deleted
     need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
     if recipe.data.packing:
@@ -79,7 +79,7 @@ def run(run: Run, out: Path) -> Peak:
     if recipe.ledger.losses:
         row_losses.write_after(out / "losses.parquet", trainer, run.progress)
     _save(trainer, folder, recipe, out / "adapter")
-    memory = memory_report.measured(recipe, device, meter, watcher, most_labelled(trainer))
+    memory = memory_report.measured(recipe, device, meter, watcher, memory_report.most_labelled(trainer))
     write_json(out / "memory.json", memory.to_dict())
     return memory.peak()
 
@@ -152,7 +152,7 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
     except Exception as error:
         if not out_of_memory(error):
             raise
-        why = memory_report.shortage(run.recipe, meter.device, meter, trainer, most_labelled(trainer))
+        why = memory_report.shortage(run.recipe, meter.device, meter, trainer, memory_report.most_labelled(trainer))
         raise OutOfMemory("train", run.root, run.log("train"), f"out of memory: {_first_line(error)}; {why}") from error
     finally:
         watcher.close()

@@ -103,12 +103,16 @@ def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> M
 def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> Measurement:
     """Open the artifact once, and measure everything."""
     reference = measure_reference.recorded(run, held_out.rows)
+    task = open_task(run.recipe.task)
     with _source(run, artifact, held_out.rows[:EXACT_ROWS]) as source:
-        distances, exactness = measure_parity.ArtifactDistances(reference), ExactnessMeter(source)
+        distances, exactness = (
+            measure_parity.ArtifactDistances(reference),
+            ExactnessMeter(source, task.GATES["exact"].max_difference or 0.0),
+        )
         with open_artifact(run, artifact, "verify") as runtime:
             contract = _contract(run, artifact, runtime)
             answers = answered(run, runtime, held_out)
-            for row in runtime.score(held_out.rows):
+            for row in task.outputs(runtime, held_out.rows):
                 distances.add(row)
                 exactness.add(row)
             parity = distances.parity(**rounding(run, artifact))
@@ -132,15 +136,16 @@ def _source(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[
     with tempfile.TemporaryDirectory(dir=run.root / ".work") as folder:
         file = Path(folder) / "merged"
         with open_runtime("transformers", merged, detect(), dtype="float32") as runtime:
-            count = measure_reference.write(runtime.score(rows), file)
+            count = measure_reference.write(open_task(run.recipe.task).outputs(runtime, rows), file)
         yield tuple(measure_reference.read(file, rows[:count]))
 
 
 class ExactnessMeter:
     """Compares scores, row by row, with those of the model that they should equal; rows beyond these are ignored."""
 
-    def __init__(self, source: Sequence[RowScores]):
+    def __init__(self, source: Sequence[RowScores], tie: float):
         self.source = source
+        self.tie = tie
         self.agreements: list[bool] = []
         self.differences: list[float] = []
 
@@ -148,7 +153,7 @@ class ExactnessMeter:
         """The scores of the next row."""
         if len(self.differences) < len(self.source):
             wanted = self.source[len(self.differences)]
-            self.agreements += _same_top(wanted, row)
+            self.agreements += _same_top(wanted, row, self.tie)
             self.differences.append(measure_parity.largest_difference(wanted, row) or 0.0)
 
     def result(self) -> gates.Exactness | None:
@@ -159,14 +164,14 @@ class ExactnessMeter:
         return gates.Exactness(top1, max(self.differences), rows=len(self.differences))
 
 
-def _same_top(wanted: RowScores, row: RowScores) -> list[bool]:
-    """By token: whether the most likely token is that of `wanted`, or is as likely there within the limit of EXACT: a tie is no difference."""
+def _same_top(wanted: RowScores, row: RowScores, tie: float) -> list[bool]:
+    """By token: whether the most likely token is that of `wanted`, or is as likely there within `tie` nats: a tie is not a difference."""
     import numpy as np
 
     if wanted.full is None:
         return [bool(same) for same in wanted.top1 == row.top1]
     chosen = np.take_along_axis(wanted.full, row.top1[:, None], axis=1)[:, 0]
-    same: list[bool] = (chosen >= wanted.full.max(axis=1) - (gates.EXACT.max_difference or 0.0)).tolist()
+    same: list[bool] = (chosen >= wanted.full.max(axis=1) - tie).tolist()
     return same
 
 

@@ -14,7 +14,7 @@ from qkit.chat import template
 from qkit.core.errors import ModelError
 from qkit.export._gguf.tokenizer import template_of, templates_of
 from qkit.model import tokenizer as model_tokenizer
-from qkit.plugins.task import Conversation
+from qkit.plugins.example import Conversation
 from qkit.recipe import schema
 from qkit.recipe.schema import Data
 from qkit.server import lora

@@ -11,7 +11,7 @@ import pytest
 from helpers.tiny import build_tokenizer
 from qkit.chat import template
 from qkit.chat.template import Renderer
-from qkit.plugins.task import THINKING, Conversation, Reads
+from qkit.plugins.example import THINKING, Conversation, Reads
 from qkit.recipe import chat_templates
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation import checks

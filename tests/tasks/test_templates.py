@@ -13,7 +13,7 @@ from helpers.data_traps.models import FAMILIES, TEMPLATES, Tiny, build, tokenize
 from helpers.data_traps.prepared import prepare_rows
 from qkit.chat.template import Renderer, renderer, special_tokens
 from qkit.core.batching import IGNORED
-from qkit.plugins.task import Conversation
+from qkit.plugins.example import Conversation
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation import checks
 from qkit.tasks._conversation.checks import spans

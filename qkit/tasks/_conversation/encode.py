@@ -15,7 +15,7 @@ from typing import Any
 from qkit.chat import conversation as chat_conversation
 from qkit.chat.template import Messages, Renderer, TemplateRefusal
 from qkit.core.batching import IGNORED
-from qkit.plugins.task import Conversation, Example, RowError, Text, Tokens
+from qkit.plugins.example import Conversation, Example, RowError, Text, Tokens
 from qkit.recipe.schema import Data
 
 Finding = tuple[str, str]  # the check that noticed something, and a message that says what
