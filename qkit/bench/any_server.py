@@ -73,10 +73,10 @@ def run(target: BenchTarget, out: Path, progress: Progress) -> list[dict[str, An
     endpoint = CHAT if target.chat else COMPLETIONS
     accepted = accepted_parameters(url, endpoint, name)
     if "ignore_eos" not in accepted:
-        progress.say(f"bench: {url} does not accept ignore_eos, so the model decides when an answer ends")
+        progress.notify(f"bench: {url} does not accept ignore_eos, so the model decides when an answer ends")
     with LoadTool(url, name, tokenizer, prompts, SEED, out / "load.log", endpoint, accepted) as source:
         for measurement in measure(source, section, None):
-            progress.say(
+            progress.notify(
                 f"bench: {name} {measurement.name}: {measurement.rate('output_tokens_per_second'):.1f} tokens/s"
             )
             records.append(record(measurement, source, section, SEED, metadata))

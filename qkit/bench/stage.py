@@ -72,7 +72,7 @@ def run(run: Run, out: Path) -> None:
     rows = held_out_prompts(run)
     by_name = {artifact.name: artifact for artifact in artifacts(run)}
     for name in run.progress.track(section.runtimes, "bench", len(section.runtimes)):
-        run.progress.say(f"bench: {name}")
+        run.progress.notify(f"bench: {name}")
         bench_artifact(run, by_name[MERGED if name == "transformers" else name], rows, out)
 
 

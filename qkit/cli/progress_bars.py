@@ -19,7 +19,7 @@ class Bars(Progress):
     def __init__(self, console: Console):
         self.console = console
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         self.console.print(text, highlight=False)
 
     @contextmanager
@@ -52,12 +52,12 @@ class Lines(Progress):
     def __init__(self, console: Console):
         self.console = console
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, name: str, total: float | None, start: float = 0) -> Iterator[Bar]:
-        show, interval = self.say, self.INTERVAL_SECONDS
+        show, interval = self.notify, self.INTERVAL_SECONDS
 
         class PlainBar:
             done = start

@@ -77,11 +77,11 @@ def bench(recipe: Recipe, sweep: Sequence[Point], steps: int, out: Path, progres
     results: list[dict[str, Any]] = []
     failed: list[tuple[Point, StageFailed]] = []
     for point in progress.track(sweep, "bench train", len(sweep)):
-        progress.say(f"bench train: batches of {point.batch_tokens} tokens, rows of up to {point.max_length} tokens")
+        progress.notify(f"bench train: batches of {point.batch_tokens} tokens, rows of up to {point.max_length} tokens")
         try:
             results.append(_in_a_process(recipe, point, steps, out))
         except StageFailed as error:
-            progress.say(str(error))
+            progress.notify(str(error))
             failed.append((point, error))
     if not results:
         raise failed[0][1]

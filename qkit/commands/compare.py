@@ -255,12 +255,12 @@ def compare(a: Side, b: Side, asked: Questions, progress: Progress) -> Compariso
     """
     rows = asked.held_out.rows
     longest = max(len(row.input_ids) for row in rows) + asked.section.max_new_tokens
-    progress.say(f"verify: {a.words}")
+    progress.notify(f"verify: {a.words}")
     with tempfile.TemporaryDirectory(prefix="qkit-") as folder:
         with opened(a, longest) as runtime:
             answers_a = _answers(a, runtime, asked)
             scores_a = _kept(runtime.score(rows), rows, Path(folder) / "a")
-        progress.say(f"verify: {b.words}")
+        progress.notify(f"verify: {b.words}")
         with opened(b, longest) as runtime:
             answers_b = _answers(b, runtime, asked)
             distances = Distances(scores_a, open_task(asked.task).distance)

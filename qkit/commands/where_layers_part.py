@@ -110,7 +110,7 @@ def walk(a: Side, b: Side, rows: Sequence[TokenRow], progress: Progress) -> Walk
     """
     need_torch(a, b)
     taken = [list(row.input_ids[:ROW_TOKENS]) for row in rows[:ROWS]]
-    progress.say("verify: layer by layer")
+    progress.notify("verify: layer by layer")
     places = _places(a, b, taken, outline)
     number = next((place.name for place in places if place.differs), "").removeprefix("layer ")
     if not number.isdigit():

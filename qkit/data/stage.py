@@ -51,7 +51,7 @@ def run(run: Run, out: Path) -> None:
     if failed := failures(summary["checks"]):
         raise DataError(refusal(failed))
     for line in (data_summary.sums(summary), *data_summary.warnings(summary)):
-        run.progress.say(line)
+        run.progress.notify(line)
 
 
 def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:

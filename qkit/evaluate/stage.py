@@ -30,7 +30,7 @@ def run(run: Run, out: Path) -> None:
     folder, adapter = source.resolve(run.recipe.model), run.need("train", "adapter")
     scores, predictions = {}, []
     for name, weights in (("base", None), ("adapter", adapter)):
-        run.progress.say(f"evaluate: {name}")
+        run.progress.notify(f"evaluate: {name}")
         with open_runtime("transformers", folder, detect(), recipe=run.recipe, adapter=weights) as runtime:
             scores[name], lines = _evaluate(run, name, runtime, held_out)
         predictions += lines

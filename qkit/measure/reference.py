@@ -68,13 +68,13 @@ def _key(run: Run) -> str:
 def _record(run: Run, rows: Sequence[TokenRow], folder: Path) -> None:
     """Score the rows with the adapter, then the base alone, then the adapter in bf16. One model is in memory at a time."""
     need_disk(folder, REFERENCE_BYTES, "measuring against the reference model")
-    run.progress.say("scoring the held-out rows with the reference model in fp32")
+    run.progress.notify("scoring the held-out rows with the reference model in fp32")
     adapter, task = run.need("train", "adapter"), open_task(run.recipe.task)
     with _opened(run, adapter, exact=True) as runtime:
         done: dict[str, Any] = {REFERENCE: write(task.outputs(runtime, rows), folder / REFERENCE)}
     with _opened(run, None, exact=True) as runtime:
         done[BASE] = write(task.outputs(runtime, rows[: min(BASE_ROWS, done[REFERENCE])]), folder / BASE)
-    run.progress.say("scoring them again in bf16, to measure rounding")
+    run.progress.notify("scoring them again in bf16, to measure rounding")
     distances = ArtifactDistances(_read_both(run, folder, rows, done))
     with _opened(run, adapter, exact=False) as runtime:
         for row in task.outputs(runtime, rows):

@@ -55,7 +55,7 @@ def run(run: Run, out: Path) -> None:
     held_out = measure_held_out.read_held_out(run.need("data", "test.parquet"))
     distances, scores = {}, {}
     for artifact in run.progress.track(artifacts(run), "verify", 1 + len(run.recipe.export.formats)):
-        run.progress.say(f"verify: {artifact.name}")
+        run.progress.notify(f"verify: {artifact.name}")
         try:
             measured = known(run, artifact, held_out) or _measure(run, artifact, held_out)
         except ParityFailed:  # NaN or infinite log-probabilities

@@ -58,7 +58,7 @@ def test_what_a_server_takes_is_found_out_by_asking(fake: Fake, chat: bool) -> N
 def test_a_strict_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: Path) -> None:
     messages: list[str] = []
     progress = Progress()
-    progress.say = messages.append  # type: ignore[method-assign]
+    progress.notify = messages.append  # type: ignore[method-assign]
     settings = BenchTarget(
         fake.url, "strict", str(tiny_model), 16, overrides=("bench.concurrency=[2]", "bench.output_tokens=3")
     )

@@ -27,7 +27,7 @@ def doctor(make: Make = None, as_json: Json = False, quiet: Quiet = False) -> No
     from qkit.setup import side_environments
 
     if make:
-        folder = side_environments.make(make, console.progress_on(console.stderr(), quiet).say)
+        folder = side_environments.make(make, console.progress_on(console.stderr(), quiet).notify)
         console.show(as_json, {"name": make, "folder": str(folder)}, lambda: f"{make}: {folder}")
         return
     report = setup_doctor.examine()

@@ -40,7 +40,7 @@ def run_stage(name: str, options: StageOptions) -> None:
     terminal, stdout = console.stderr(keep=True), os.fdopen(os.dup(1), "w")
     run = open_run(options.target, options.overrides, options.out, console.progress_on(terminal, options.quiet))
     begin = time.perf_counter()
-    run.progress.say(f"{name} ...")
+    run.progress.notify(f"{name} ...")
     with pipeline.captured(run, name):
         console.quiet_libraries()
         pipeline.execute(run, name)
