@@ -37,7 +37,7 @@ class Meter:
         self.samples: list[Sample] = []
         self._every = every_seconds
         self._begin = time.perf_counter()
-        self._card = Card.open()
+        self._card = GpuCard.open()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -81,7 +81,7 @@ class Meter:
 
 def driver_version() -> str | None:
     """The version of the NVIDIA driver, None without a card."""
-    card = Card.open()
+    card = GpuCard.open()
     return card.driver_version() if card else None
 
 
@@ -99,7 +99,7 @@ class EnergyReading:
 
 def energy() -> EnergyReading | str:
     """Read this machine's energy counters; returns the reason if there are none. RAPL's `psys` is ignored because it includes the packages."""
-    if card := Card.open():
+    if card := GpuCard.open():
         joules = card.energy_joules()
         return EnergyReading("nvml", (joules,)) if joules is not None else "the card has no energy counter"
     try:
@@ -127,14 +127,14 @@ def energy_spent(before: EnergyReading | str, after: EnergyReading | str, tokens
     return {"joules": joules, "joules_per_output_token": joules / tokens, "source": before.source, "why": None}
 
 
-class Card:
+class GpuCard:
     """The first NVIDIA card, read through NVML."""
 
     def __init__(self, handle: Any):
         self._handle = handle
 
     @classmethod
-    def open(cls) -> Card | None:
+    def open(cls) -> GpuCard | None:
         """The card, or None if there is no driver or no card, or if qkit runs on the CPU."""
         if not detect().has_gpu:
             return None

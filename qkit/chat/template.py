@@ -33,7 +33,7 @@ OFFERED = {
 }
 
 
-def choose(tokenizer: PreTrainedTokenizerBase, wanted: str | None, folder: Path) -> None:
+def use_template_of_recipe(tokenizer: PreTrainedTokenizerBase, wanted: str | None, folder: Path) -> None:
     """Set the tokenizer's template to the one that the recipe names (a file or a built-in one), or check that it has one.
 
     Raises:

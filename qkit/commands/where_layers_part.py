@@ -38,7 +38,7 @@ EMBEDDING, POSITIONS, NORM, HEAD = "embedding", "positions", "final norm", "head
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPlace:
     """A place in the model. `error`: the relative difference of the two there, mean over tokens; `rounding`: of one bf16 run from fp32."""
 
     name: str
@@ -54,15 +54,15 @@ class Place:
 class Walk:
     """`places`: the embedding, every layer, the final norm and the head; `inside`: modules of the first layer that differs, as they run."""
 
-    places: tuple[Place, ...]
-    inside: tuple[Place, ...] = ()
+    places: tuple[LayerPlace, ...]
+    inside: tuple[LayerPlace, ...] = ()
 
     @property
-    def first(self) -> Place | None:
+    def first(self) -> LayerPlace | None:
         return next((place for place in self.places if place.differs), None)
 
     @property
-    def first_inside(self) -> Place | None:
+    def first_inside(self) -> LayerPlace | None:
         return next((place for place in self.inside if place.differs), None)
 
     @property
@@ -75,7 +75,7 @@ class Walk:
             return f"first at {_error(self.first)}"
         return f"first at {_error(self.first)}; in it first at {self._cause(self.first_inside)}"
 
-    def _cause(self, found: Place) -> str:
+    def _cause(self, found: LayerPlace) -> str:
         """A module whose output differs; or the way between two modules, when what reaches the second differs already."""
         if not found.name.endswith(IN):
             return _error(found)
@@ -94,11 +94,11 @@ class Walk:
         }
 
 
-def _error(place: Place) -> str:
+def _error(place: LayerPlace) -> str:
     return f"{place.name} ({_figures(place)})"
 
 
-def _figures(place: Place) -> str:
+def _figures(place: LayerPlace) -> str:
     return f"relative difference {place.error:.2g}, one bf16 run {max(place.rounding, HALF_STEP):.2g}"
 
 
@@ -128,7 +128,7 @@ def need_torch(*sides: Side) -> None:
             )
 
 
-def _places(a: Side, b: Side, rows: Sequence[Sequence[int]], watched: Watched) -> tuple[Place, ...]:
+def _places(a: Side, b: Side, rows: Sequence[Sequence[int]], watched: Watched) -> tuple[LayerPlace, ...]:
     """Each place that both models have, with the difference there and that of rounding."""
     with opened(_in_torch(a), ROW_TOKENS) as runtime:
         model = runtime.model  # type: ignore[attr-defined]
@@ -140,7 +140,7 @@ def _places(a: Side, b: Side, rows: Sequence[Sequence[int]], watched: Watched) -
     with opened(_in_torch(b), ROW_TOKENS) as runtime:
         other = _states(runtime.model, rows, watched)  # type: ignore[attr-defined]
     return tuple(
-        Place(name, difference(as_it_is[name], other[name]), rounding[name]) for name in as_it_is if name in other
+        LayerPlace(name, difference(as_it_is[name], other[name]), rounding[name]) for name in as_it_is if name in other
     )
 
 
@@ -258,7 +258,7 @@ def screen(found: Walk) -> RenderableType:
     return Group(Text(), table, Text(), Text(f"They part {found.words}.", style="bold"))
 
 
-def _shown(places: Sequence[Place], first: Place | None) -> Iterator[Place]:
+def _shown(places: Sequence[LayerPlace], first: LayerPlace | None) -> Iterator[LayerPlace]:
     """Up to the first that differs and two more; of equal models all."""
     end = len(places) if first is None else places.index(first) + 3
     yield from places[:end]

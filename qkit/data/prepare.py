@@ -42,7 +42,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Worker:
-    """What a process needs to work on chunks: the task, and the tokenizer with its template. `facts`: what both were seen to do."""
+    """What a process needs to work on chunks: the task, and its encoder with the tokenizer."""
 
     recipe: Recipe
     task: Task

@@ -1,8 +1,9 @@
-"""How far an artifact may be from the model that was trained: the limits of each kind of artifact, and the verdict.
+"""How far an artifact may be from the model that was trained: which limits apply to an artifact, and the verdict.
 
 A distance counts only beyond what rounding to 16 bits and the choice of rows do to an intact artifact (see parity.py): `kl_mean` limits that
 excess. `top1` and `max_difference` of an fp32 file are measured against the merged model that it was made from, run in fp32. `score` fails when
 fewer answers are right than the reference model has right, by more than chance: an exact sign test on the same rows (scores.sign_test).
+The figures of the limits are `GATES` of the task (tasks/_conversation/task.py), which recipes override by `verify.gates`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from qkit.measure.evidence import Breach, read_evidence, reference_answers
 from qkit.measure.parity import Parity
 from qkit.measure.remedies import remedy
 from qkit.measure.scores import SignTest
-from qkit.plugins.exporter import is_quantized
+from qkit.plugins.exporter import is_exact, is_quantized
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Gate, Recipe
 from qkit.run.directory import Run
@@ -35,11 +36,6 @@ class Exactness:
 
 
 # --- the limits -------------------------------------------------------------------------------------------------------
-
-
-def is_exact(name: str) -> bool:
-    """Whether a format keeps every bit of the merged model's weights and computes in fp32."""
-    return name == "onnx-fp32"
 
 
 def gate_of(name: str, recipe: Recipe) -> Gate:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Head:
+class ModelHead:
     """The model class that a task trains, by the names that libraries have for it."""
 
     auto_class: str  # transformers, such as "AutoModelForCausalLM"
@@ -32,7 +32,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Request:
+class ServerRequest:
     """How a server is asked: for warm-up, the serve contract, the benchmark and the snippets that users copy."""
 
     endpoint: str  # such as "/v1/chat/completions"
@@ -64,8 +64,8 @@ class Task(Protocol):
     """A kind of task. The methods are documented where a family of tasks implements them: tasks/_conversation/task.py."""
 
     METRIC: str  # what the score counts, for people
-    HEAD: Head
-    REQUEST: Request
+    HEAD: ModelHead
+    REQUEST: ServerRequest
     TRAINER: str  # train/trainers/NAME.py
     GATES: Mapping[str, Gate]  # default limits by kind of artifact: "exact", "16-bit", "quantized"
     UNSCORED: Collection[str]  # data formats whose rows have no answer to score

@@ -1,4 +1,4 @@
-"""Chat: answer the last user turn. A prediction is correct if it, or the part that a pattern extracts, equals the reference."""
+"""ChatTask: answer the last user turn. A prediction is correct if it, or the part that a pattern extracts, equals the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qkit.recipe.schema import Data, Evaluate
 from qkit.tasks._conversation.task import ConversationTask
 
 
-class Chat(ConversationTask):
+class ChatTask(ConversationTask):
     """Records of any format; predictions are compared with the accepted answers, if there are any."""
 
     METRIC = "exact match"
@@ -38,4 +38,4 @@ def _extracted(text: str, section: Evaluate) -> str:
     return " ".join(text.replace(",", "").split())
 
 
-TASK = Chat()
+TASK = ChatTask()

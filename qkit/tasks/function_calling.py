@@ -164,7 +164,7 @@ def _plain(text: str) -> str:
     return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')
 
 
-class FunctionCalling(ConversationTask):
+class FunctionCallingTask(ConversationTask):
     """Rows of the leaderboard; a prediction is correct if it is an accepted call."""
 
     METRIC = "exact call match"
@@ -204,4 +204,4 @@ class FunctionCalling(ConversationTask):
         return call[0] == name and _object_matches(call[1], accepted)
 
 
-TASK = FunctionCalling()
+TASK = FunctionCallingTask()

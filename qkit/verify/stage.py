@@ -27,6 +27,7 @@ from qkit.measure import scores as measure_scores
 from qkit.measure.answers import answered
 from qkit.measure.artifacts import Artifact, artifacts, open_artifact, rounding
 from qkit.measure.parity import Parity
+from qkit.plugins.exporter import is_exact
 from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED
@@ -36,7 +37,7 @@ EXACT_ROWS = 32  # a wrong graph shows in every row, and each row more is scored
 
 
 @dataclass(frozen=True)
-class Measurement:
+class ArtifactMeasurement:
     """What was measured of an artifact. `right`: which of its answers are right, by held-out row."""
 
     parity: Parity
@@ -89,7 +90,7 @@ def _check_hashes(run: Run) -> None:
             )
 
 
-def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> Measurement | None:
+def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> ArtifactMeasurement | None:
     """What the stage `merge` measured of the merged model when it chose it among the candidates; None for an export."""
     if artifact.name != MERGED:
         return None
@@ -97,10 +98,10 @@ def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> M
     chosen = next(row for row in table["candidates"] if row["name"] == table["chosen"])
     right = measure_scores.grade(table["texts"], held_out, open_task(run.recipe.task), run.recipe.evaluate)
     contract = measure_contract.check_folder(run, artifact.path)
-    return Measurement(Parity(**chosen["parity"]), tuple(right), contract=contract.checks)
+    return ArtifactMeasurement(Parity(**chosen["parity"]), tuple(right), contract=contract.checks)
 
 
-def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> Measurement:
+def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> ArtifactMeasurement:
     """Open the artifact once, and measure everything."""
     reference = measure_reference.recorded(run, held_out.rows)
     task = open_task(run.recipe.task)
@@ -116,7 +117,7 @@ def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -
                 distances.add(row)
                 exactness.add(row)
             parity = distances.parity(**rounding(run, artifact))
-    return Measurement(parity, answers.right, exactness.result(), contract)
+    return ArtifactMeasurement(parity, answers.right, exactness.result(), contract)
 
 
 def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_contract.ContractCheck, ...]:
@@ -129,7 +130,7 @@ def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_c
 @contextmanager
 def _source(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[tuple[RowScores, ...]]:
     """The merged model's scores of these rows in fp32, on disk while the context is open; none if the artifact need not equal it."""
-    if not gates.is_exact(artifact.name):
+    if not is_exact(artifact.name):
         yield ()
         return
     merged = run.need("merge", "config.json").parent
@@ -175,7 +176,7 @@ def _same_top(wanted: RowScores, row: RowScores, tie: float) -> list[bool]:
     return same
 
 
-def _judged(run: Run, name: str, measured: Measurement) -> dict[str, Any]:
+def _judged(run: Run, name: str, measured: ArtifactMeasurement) -> dict[str, Any]:
     """The artifact's entry in parity.json."""
     gate, change = gates.gate_of(name, run.recipe), gates.change_from_reference(run, measured.right)
     failed = gates.judge(gate, measured.parity, change, measured.exactness, run.recipe.evaluate.confidence)

@@ -291,7 +291,7 @@ def test_what_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(total=80, free=50, used=30))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda _: 2500)
     monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "595.1")
-    card = bench_meter.Card(None)
+    card = bench_meter.GpuCard(None)
     assert (card.memory_bytes(), card.energy_joules(), card.driver_version()) == (30, 2.5, "595.1")
 
     def unsupported(_: Any) -> int:
@@ -302,4 +302,4 @@ def test_what_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_card_that_qkit_leaves_alone_is_not_metered() -> None:
-    assert bench_meter.Card.open() is None and bench_meter.driver_version() is None
+    assert bench_meter.GpuCard.open() is None and bench_meter.driver_version() is None

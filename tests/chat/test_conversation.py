@@ -37,7 +37,8 @@ from qkit.chat import conversation, template
 from qkit.plugins.example import Conversation, RowError
 from qkit.recipe.schema import Data
 from qkit.runtimes import vllm
-from qkit.tasks._conversation.encode import EncodedRow, tokenize
+from qkit.tasks._conversation.encode import tokenize
+from qkit.tasks._conversation.rows import EncodedRow
 from qkit.tasks._conversation.turns import Notes, tools_of, turns_of
 
 ORACLE = TESTS / "helpers" / "vllm_oracle.py"

@@ -105,7 +105,7 @@ def test_a_model_without_a_default_one_is_refused_in_words(tmp_path: Path) -> No
     made = tokenizer()
     made.chat_template = {"rag": PLAIN, "tool_use": WITH_TOOLS}
     with pytest.raises(ModelError, match=r"rag, tool_use\) is called default"):
-        template.choose(made, None, tmp_path)
+        template.use_template_of_recipe(made, None, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "older"])

@@ -30,7 +30,9 @@ from qkit.recipe import schema as recipe_schema
 from qkit.recipe.schema import Data, Evaluate, Split
 from qkit.tasks import chat
 from qkit.tasks._conversation import checks
-from qkit.tasks._conversation.encode import EncodedRow, pieces, tokenize
+from qkit.tasks._conversation.encode import tokenize
+from qkit.tasks._conversation.rows import EncodedRow
+from qkit.tasks._conversation.too_long import pieces
 
 SEED = 42
 HALVES = Split(train=0.5, validation=0.2, test=0.3)

@@ -17,7 +17,8 @@ from qkit.plugins.example import Conversation
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation import checks
 from qkit.tasks._conversation.checks import spans
-from qkit.tasks._conversation.encode import EncodedRow, tokenize
+from qkit.tasks._conversation.encode import tokenize
+from qkit.tasks._conversation.rows import EncodedRow
 
 TOOL = {
     "type": "function",

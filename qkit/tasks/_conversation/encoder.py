@@ -13,7 +13,7 @@ from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.example import Conversation, Example, Reads, RowError
 from qkit.recipe.schema import Recipe
 from qkit.tasks._conversation import checks, encode
-from qkit.tasks._conversation.encode import EncodedRow
+from qkit.tasks._conversation.rows import EncodedRow
 
 COLUMNS: Mapping[str, str] = {
     "input_ids": "list<int32>",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
-from qkit.plugins.task import Head, Request
+from qkit.plugins.task import ModelHead, ServerRequest
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class ConversationTask:
     """Everything of the contract but METRIC, `example` and `correct`."""
 
-    HEAD = Head("AutoModelForCausalLM", "CAUSAL_LM", "text-generation")
-    REQUEST = Request("/v1/chat/completions")
+    HEAD = ModelHead("AutoModelForCausalLM", "CAUSAL_LM", "text-generation")
+    REQUEST = ServerRequest("/v1/chat/completions")
     TRAINER = "sft"
     # In excess of rounding and chance; benchmarks/results/gates.json lists what intact and broken artifacts measure.
     GATES: Mapping[str, Gate] = {
