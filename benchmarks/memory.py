@@ -118,9 +118,10 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
     """qkit's trainer on random rows, and the callback that watches its second step."""
     import random_model
 
-    from qkit.train import memory_watch, sft
+    from qkit.train import memory_watch
     from qkit.train.fast.heap import trim_between_layers
     from qkit.train.trainer import trainer_class
+    from qkit.train.trainers import sft
 
     how = recipe_of(point, random_model.write_config(point["config"], scratch / "model"))
     config = sft.sft_config(how, device, scratch)

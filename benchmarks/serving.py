@@ -37,8 +37,8 @@ import psutil
 from qkit.bench import record as bench_record
 from qkit.bench import stage as bench_stage
 from qkit.bench import tool as bench_tool
-from qkit.bench.load import HeldOut, Load
-from qkit.bench.tool import Tool
+from qkit.bench.load import HeldOutPrompts, Load
+from qkit.bench.tool import LoadTool
 from qkit.core import figures as core_figures
 from qkit.core.device import detect
 from qkit.core.files import write_json, write_text
@@ -83,7 +83,7 @@ def main() -> None:
             "command": f"python benchmarks/serving.py {' '.join(sys.argv[1:])}",
             "date": dt.date.today().isoformat(),
             "seconds": time.perf_counter() - begin,
-            "environment": bench_record.sealed(environment(detect().to_dict())),
+            "environment": bench_record.with_hash(environment(detect().to_dict())),
             "load_average": os.getloadavg(),
             "figures": figures,
         }
@@ -121,7 +121,7 @@ def _in_turn(run: Run, urls: Mapping[str, str], name: str, turns: int) -> dict[s
     speeds: dict[str, list[float]] = {who: [] for who in urls}
     log = Path(tempfile.gettempdir()) / "qkit-serving-load.log"
     tools = {
-        who: Tool(url, name, bench_stage.tokenizer_folder(run), prompts, 0, log.with_suffix(f".{i}"))
+        who: LoadTool(url, name, bench_stage.tokenizer_folder(run), prompts, 0, log.with_suffix(f".{i}"))
         for i, (who, url) in enumerate(urls.items())
     }
     try:
@@ -209,8 +209,8 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def _prompts(run: Run) -> HeldOut:
-    return bench_stage.as_text(tokenizer.tokenizer_of(run.recipe.model), bench_stage.held_out_prompts(run))
+def _prompts(run: Run) -> HeldOutPrompts:
+    return bench_stage.text_prompts(tokenizer.tokenizer_of(run.recipe.model), bench_stage.held_out_prompts(run))
 
 
 # --- crosscheck -------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def _crosscheck(run: Run, turns: int) -> dict[str, Any]:
     prompts = _prompts(run)
     with _served(run) as (_, described), tempfile.TemporaryDirectory() as folder:
         url, name = described["url"], described["model"]
-        with Tool(url, name, bench_stage.tokenizer_folder(run), prompts, 0, Path(folder) / "load.log") as tool:
+        with LoadTool(url, name, bench_stage.tokenizer_folder(run), prompts, 0, Path(folder) / "load.log") as tool:
             asks: dict[str, Callable[[Load, int], dict[str, float]]] = {
                 "qkit": lambda load, turn: _ours(tool.measure(load, turn)),
                 "vllm bench serve": lambda load, turn: _tool_by_hand(tool.arguments(load, turn), Path(folder)),

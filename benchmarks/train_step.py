@@ -27,8 +27,8 @@ from qkit.core.files import read_json
 from qkit.model import load, source, tokenizer
 from qkit.run.directory import Run
 from qkit.run.environment import environment
-from qkit.train import sft
-from qkit.train.collate import collate
+from qkit.tasks._conversation.collate import collate
+from qkit.train.trainers import sft
 
 WAYS = ("qkit", "trl-padded", "trl-packed")
 

@@ -127,7 +127,7 @@ def _warn_of_idle_values(run: Run, stage: Stage) -> None:
     """Warn of recipe values that have no effect, in the stage that they belong to."""
     for key, text in idle.remarks(run.recipe):
         if key[0] == stage.name or (key[0] == "quantization" and stage.name == "train"):
-            run.progress.say(f"{stage.name}: warning: {text}")
+            run.progress.notify(f"{stage.name}: warning: {text}")
 
 
 def _check_inputs(run: Run, stage: Stage) -> None:

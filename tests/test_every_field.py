@@ -29,7 +29,7 @@ from qkit.recipe.schema import Recipe, Section
 from qkit.run.directory import Run
 from qkit.runtimes import vllm
 from qkit.server import process
-from qkit.train import sft
+from qkit.train.trainers import sft
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from qkit.bench import stream
-from qkit.bench.load import BEYOND_OPENAI, HeldOut, Synthetic, beyond_openai
-from qkit.bench.stage import as_text, held_out_prompts, measure, record, tokenizer_folder
-from qkit.bench.tool import CHAT, COMPLETIONS, Tool
+from qkit.bench.load import EXTRA_PARAMETERS, HeldOutPrompts, RandomPrompts, extra_body
+from qkit.bench.stage import held_out_prompts, measure, record, text_prompts, tokenizer_folder
+from qkit.bench.tool import CHAT, COMPLETIONS, LoadTool
 from qkit.core.errors import RecipeError, ServerError, UserError, short
 from qkit.core.files import make_folder, write_json
 from qkit.core.progress import Progress
@@ -23,16 +23,29 @@ from qkit.recipe.schema import Bench
 from qkit.run.directory import Run
 from qkit.server.client import Client, bearer, root_url
 
-# Fields of a record that only a run's artifact has.
-UNKNOWN = ("model_sha256", "disk_bytes", "startup_seconds", "argv", "peak_bytes", "meter", "training", "quality")
+# Fields of a record that are known only for an artifact of a run.
+RUN_ONLY_FIELDS = (
+    "model_sha256",
+    "disk_bytes",
+    "startup_seconds",
+    "argv",
+    "peak_bytes",
+    "meter",
+    "training",
+    "quality",
+)
 SEED = 42
 PROBE_SECONDS = 60.0
-SPREAD = 0.5  # of random prompts: from half to one and a half times as many tokens
+LENGTH_SPREAD = 0.5  # random prompts have from half to one and a half times `prompt_tokens`
 
 
 @dataclass(frozen=True)
 class BenchTarget:
-    """A server and what to send it. `run`: the run whose held-out prompts are sent; without one, prompts are random."""
+    """A server and what to send it.
+
+    `run`: the run whose held-out prompts are sent; without one, prompts are random, of about `prompt_tokens` tokens. `chat`: send to
+    /v1/chat/completions instead of /v1/completions. `overrides`: settings of the recipe's bench section, as `bench.repeats=3`.
+    """
 
     url: str
     model: str | None
@@ -44,44 +57,48 @@ class BenchTarget:
 
 
 def run(target: BenchTarget, out: Path, progress: Progress) -> list[dict[str, Any]]:
-    """Measure every load of the bench settings; returns the records, and writes them into `out`.
+    """Measure every load of the bench settings. Write one record per load to `out`, and return the records.
 
     Raises:
-        UserError: neither a run nor a tokenizer was named.
-        ServerError: it does not answer, or answers none of the requests.
+        UserError: neither a run nor a tokenizer is given, or a run is given together with `chat`.
+        RecipeError: an override is not a valid bench setting.
+        ServerError: the server does not respond, or every request failed.
     """
     url = root_url(target.url)
     prompts, tokenizer, section = _prompts(target)
     name = target.model or _only_model(url)
     make_folder(out)
-    about = {"runtime": "url", "artifact": name, **dict.fromkeys(UNKNOWN)}
+    metadata = {"runtime": "url", "artifact": name, **dict.fromkeys(RUN_ONLY_FIELDS)}
     records = []
     endpoint = CHAT if target.chat else COMPLETIONS
-    takes = taken(url, endpoint, name)
-    if "ignore_eos" not in takes:
-        progress.say(f"bench: {url} does not accept ignore_eos, so the model decides how long answers are")
-    with Tool(url, name, tokenizer, prompts, SEED, out / "load.log", endpoint, takes) as source:
-        for measured in measure(source, section, None):
-            progress.say(f"bench: {name} {measured.name}: {measured.rate('output_tokens_per_second'):.1f} tokens/s")
-            records.append(record(measured, source, section, SEED, about))
-            write_json(out / f"{name.replace('/', '-')}-{measured.name}.json", records[-1])
+    accepted = accepted_parameters(url, endpoint, name)
+    if "ignore_eos" not in accepted:
+        progress.notify(f"bench: {url} does not accept ignore_eos, so the model decides when an answer ends")
+    with LoadTool(url, name, tokenizer, prompts, SEED, out / "load.log", endpoint, accepted) as source:
+        for measurement in measure(source, section, None):
+            progress.notify(
+                f"bench: {name} {measurement.name}: {measurement.rate('output_tokens_per_second'):.1f} tokens/s"
+            )
+            records.append(record(measurement, source, section, SEED, metadata))
+            write_json(out / f"{name.replace('/', '-')}-{measurement.name}.json", records[-1])
     return records
 
 
-def _prompts(target: BenchTarget) -> tuple[HeldOut | Synthetic, Path | str, Bench]:
-    """What is sent, the tokenizer for it, and the bench settings: of the run that was named, or defaults, with the overrides."""
+def _prompts(target: BenchTarget) -> tuple[HeldOutPrompts | RandomPrompts, Path | str, Bench]:
+    """The prompts, the tokenizer that counts them, and the bench settings of the run (or the defaults) with the overrides applied."""
     if target.run is None:
         if target.tokenizer is None:
             raise UserError(
-                "`qkit bench url` needs prompts: --run RUN sends its held-out ones, --tokenizer DIR sends random ones"
+                "`qkit bench url` needs prompts: pass --run RUN to send its held-out prompts, or --tokenizer DIR to send random prompts"
             )
-        return Synthetic(target.prompt_tokens, SPREAD), target.tokenizer, _section({}, target.overrides)
+        return RandomPrompts(target.prompt_tokens, LENGTH_SPREAD), target.tokenizer, _section({}, target.overrides)
     if target.chat:
         raise UserError(
-            "--chat sends random prompts: a run's held-out prompts are already rendered, and the server would render them again; omit --run"
+            "--chat needs random prompts: a run's held-out prompts already went through the chat template, and the server would apply it "
+            "again; omit --run"
         )
     opened = Run.open(target.run)
-    rows = as_text(model_tokenizer.tokenizer_of(opened.recipe.model), held_out_prompts(opened))
+    rows = text_prompts(model_tokenizer.tokenizer_of(opened.recipe.model), held_out_prompts(opened))
     section = _section(opened.recipe.bench.model_dump(mode="json"), target.overrides)
     return rows, target.tokenizer or tokenizer_folder(opened), section
 
@@ -91,7 +108,7 @@ def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
     for text in overrides:
         override(raw, text)
     if others := sorted(raw.keys() - {"bench"}):
-        raise RecipeError(f"--set {others[0]}...: `qkit bench url` takes settings of the section bench only")
+        raise RecipeError(f"--set {others[0]}...: `qkit bench url` accepts only settings of the bench section")
     try:
         return Bench.model_validate(raw["bench"])
     except ValidationError as error:
@@ -101,36 +118,36 @@ def _section(settings: dict[str, Any], overrides: Sequence[str]) -> Bench:
         raise RecipeError("\n".join(problems)) from None
 
 
-def taken(url: str, endpoint: str, name: str) -> frozenset[str]:
-    """Which of BEYOND_OPENAI a server takes: some refuse a request for a parameter that they do not know. Found out by asking.
+def accepted_parameters(url: str, endpoint: str, name: str) -> frozenset[str]:
+    """Which of EXTRA_PARAMETERS a server accepts. Some servers reject a request with an unknown parameter, so each is tried.
 
     Raises:
-        ServerError: it cannot be reached, or does not answer in time.
+        ServerError: the server cannot be reached, or does not respond in time.
     """
     with _client(url) as client:
-        if _answers(client, endpoint, name, BEYOND_OPENAI):
-            return frozenset(BEYOND_OPENAI)
-        return frozenset(key for key in BEYOND_OPENAI if _answers(client, endpoint, name, [key]))
+        if _is_accepted(client, endpoint, name, EXTRA_PARAMETERS):
+            return frozenset(EXTRA_PARAMETERS)
+        return frozenset(key for key in EXTRA_PARAMETERS if _is_accepted(client, endpoint, name, [key]))
 
 
-def _answers(client: Client, endpoint: str, name: str, extra: Collection[str]) -> bool:
-    body = stream.body(endpoint == CHAT, name, "a", 1, beyond_openai(extra))
-    return client.send("POST", endpoint, body).status_code == 200
+def _is_accepted(client: Client, endpoint: str, name: str, extra: Collection[str]) -> bool:
+    request_body = stream.request_body(endpoint == CHAT, name, "a", 1, extra_body(extra))
+    return client.send("POST", endpoint, request_body).status_code == 200
 
 
 def _client(url: str) -> Client:
-    """With the API key that the load tool sends."""
+    """A client with the same API key as the load tool."""
     return Client(url, bearer(os.environ.get("OPENAI_API_KEY")), PROBE_SECONDS)
 
 
 def _only_model(url: str) -> str:
-    """The model of a server that has one.
+    """The name of the server's model.
 
     Raises:
-        ServerError: it does not answer, or has several.
+        ServerError: the server does not respond, or does not have exactly one model.
     """
     with _client(url) as client:
         names = [entry["id"] for entry in client.models()]
     if len(names) != 1:
-        raise ServerError(f"{url} has {len(names)} models; say which with --model: {', '.join(names)}")
+        raise ServerError(f"{url} has {len(names)} models; choose one with --model: {', '.join(names)}", url=url)
     return str(names[0])

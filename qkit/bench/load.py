@@ -1,11 +1,11 @@
-"""How load is made: by a tool that sends requests to a server, or directly, batch by batch, for a runtime that lives in this process.
+"""How load is generated: a tool sends requests to a server, or a runtime in this process generates batch by batch.
 
-The tool is vLLM's own benchmark, `vllm bench serve`, started once as a program of its own and given one measurement after the other.
-Chosen over guidellm 0.8 by running both against one server on two cores: it keeps every gap between chunks, where guidellm keeps a
-request's first and last token; its own CPU use was 0.2 s of a load of 14 s, where guidellm's was 1.7 s (and its dispatch warned that it
-was the bottleneck); its TPOT leaves the first token out; it comes with vLLM. Neither sends token ids that it is given. So prompts
-go as text, with the server told to add no special tokens, and the server's count of each prompt must be the row's. What streams back is
-read by bench_stream.py: the tool's own reader takes chunks for tokens that hold none.
+The tool is vLLM's own benchmark, `vllm bench serve`. It is started once, in a separate process, and runs one measurement after another.
+It was chosen over guidellm 0.8 after running both against one server on two cores: it keeps every gap between chunks, while guidellm keeps
+only a request's first and last token; it used 0.2 s of CPU for a load of 14 s, while guidellm used 1.7 s and warned that its dispatch was
+the bottleneck; its TPOT excludes the first token; and it comes with vLLM. Neither tool can send token ids. So prompts are sent as text,
+the server is told to add no special tokens, and the server's token count of each prompt must match the row's. stream.py reads the streamed
+answers, because the tool's own client counts empty chunks as tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from qkit.bench.record import Repeat, Request
 from qkit.plugins.runtime import Runtime
 
 HELD_OUT = "held-out rows"
-# What a request has beyond OpenAI's parameters, where the server takes it: no prefix cache from load to load, no special tokens added to
-# prompts that have theirs, answers of full length, greedy ones, and the ids of the tokens in a chunk, of which some have no text.
-BEYOND_OPENAI: Mapping[str, Any] = {
+# Request parameters beyond OpenAI's, sent where the server accepts them: a salt that keeps the prefix cache of one load from serving the
+# next, no special tokens added to prompts that already have them, answers of full length, greedy decoding, and the token ids of each chunk,
+# because some tokens have no text.
+EXTRA_PARAMETERS: Mapping[str, Any] = {
     "cache_salt": "",
     "add_special_tokens": False,
     "ignore_eos": True,
@@ -31,50 +32,54 @@ BEYOND_OPENAI: Mapping[str, Any] = {
 }
 
 
-def beyond_openai(names: Collection[str]) -> dict[str, Any]:
-    """Those of them, with a salt that no request before had."""
+def extra_body(names: Collection[str]) -> dict[str, Any]:
+    """The extra parameters in `names`, with a new cache salt."""
     return {
         name: uuid.uuid4().hex if name == "cache_salt" else value
-        for name, value in BEYOND_OPENAI.items()
+        for name, value in EXTRA_PARAMETERS.items()
         if name in names
     }
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as text, and how many tokens it has where they were counted."""
+    """A prompt as text, and its number of tokens if known."""
 
     text: str
     tokens: int | None = None
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Prompts of a run's held-out rows. `left_out`: rows whose text has other tokens than the row."""
+class HeldOutPrompts:
+    """Prompts of a run's held-out rows. `left_out`: how many rows were left out because their text tokenizes to other ids than the row's."""
 
     prompts: tuple[Prompt, ...]
     left_out: int = 0
 
     @property
-    def says(self) -> str:
+    def description(self) -> str:
         return HELD_OUT + (f", {self.left_out} left out whose text has other tokens" if self.left_out else "")
 
 
 @dataclass(frozen=True)
-class Synthetic:
-    """Random prompts of about so many tokens: uniform from (1 - spread) to (1 + spread) times `tokens`."""
+class RandomPrompts:
+    """Random prompts whose lengths in tokens are uniform from (1 - spread) to (1 + spread) times `tokens`."""
 
     tokens: int = 128
     spread: float = 0.0
 
     @property
-    def says(self) -> str:
+    def description(self) -> str:
         return f"random, {self.tokens} tokens" + (f" +-{100 * self.spread:.0f} %" if self.spread else "")
 
 
 @dataclass(frozen=True)
 class Load:
-    """One way of asking. `concurrency` requests at once (closed loop), or `request_rate` a second as they come (open loop, Poisson)."""
+    """A number of requests, and when they are sent.
+
+    In a closed loop, `concurrency` requests are in flight at any time. In an open loop, requests arrive as a Poisson process at
+    `request_rate` per second.
+    """
 
     requests: int
     output_tokens: int
@@ -86,28 +91,33 @@ class Load:
         return "closed" if self.request_rate is None else "open"
 
     def warm_up(self) -> Load:
-        """What is sent first and thrown away: a request for each client."""
+        """The load that is sent first and not counted: one request per client."""
         return replace(self, requests=min(self.requests, self.concurrency or self.requests))
 
 
-class Measures(Protocol):
-    """What a bench measures with. `queues`: requests may wait for each other, so that an open loop means something."""
+class LoadSource(Protocol):
+    """What generates the load of a bench.
+
+    `name` and `command`: the tool and its command line, for the record. `queues`: whether requests can queue, which an open loop needs.
+    `description`: the kind of prompts, for the record; two records are compared only if it is the same.
+    """
 
     name: str
     command: list[str] | None
     queues: bool
-    says: str
+    description: str
 
-    def measure(self, load: Load, number: int) -> Repeat: ...
+    def measure(self, load: Load, number: int) -> Repeat:
+        """Run a load once. `number`: 0 for the warm-up, then 1, 2, ... for the repeats, each with other prompts."""
 
 
-class Direct:
-    """A runtime in this process: batches of `concurrency` prompts, one after the other. There is no queue, and nothing arrives by itself."""
+class DirectLoad:
+    """A runtime in this process, which generates for one batch of `concurrency` prompts after another. There is no queue."""
 
     name = "direct"
     command: list[str] | None = None
     queues = False
-    says = HELD_OUT
+    description = HELD_OUT
 
     def __init__(self, runtime: Runtime, prompts: Sequence[Sequence[int]]):
         self.runtime = runtime
@@ -118,15 +128,15 @@ class Direct:
         requests: list[Request] = []
         seconds = 0.0
         for batch in range(max(1, load.requests // size)):
-            begin = number * load.requests + batch * size
-            picked = [self.prompts[(begin + i) % len(self.prompts)] for i in range(size)]
-            timings = self.runtime.timed(picked, load.output_tokens)
+            first = number * load.requests + batch * size
+            prompts = [self.prompts[(first + i) % len(self.prompts)] for i in range(size)]
+            timings = self.runtime.timed(prompts, load.output_tokens)
             seconds += max(timing.e2e_seconds for timing in timings)
-            for prompt, timing in zip(picked, timings, strict=True):
-                requests.append(_of_times(len(prompt), timing.token_seconds))
+            for prompt, timing in zip(prompts, timings, strict=True):
+                requests.append(_timed_request(len(prompt), timing.token_seconds))
         return Repeat(seconds, tuple(requests))
 
 
-def _of_times(prompt_tokens: int, seconds: Sequence[float]) -> Request:
+def _timed_request(prompt_tokens: int, seconds: Sequence[float]) -> Request:
     gaps = tuple(after - before for before, after in itertools.pairwise(seconds))
     return Request(seconds[0], gaps, prompt_tokens, len(seconds))

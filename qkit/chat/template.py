@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.chat import conversation
 from qkit.core.errors import ModelError, short
 from qkit.core.sources import is_there
-from qkit.plugins.task import THINKING, Reads
+from qkit.plugins.example import THINKING, Reads
 from qkit.recipe.chat_templates import FOLDER, named
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ OFFERED = {
 }
 
 
-def choose(tokenizer: PreTrainedTokenizerBase, wanted: str | None, folder: Path) -> None:
+def use_template_of_recipe(tokenizer: PreTrainedTokenizerBase, wanted: str | None, folder: Path) -> None:
     """Set the tokenizer's template to the one that the recipe names (a file or a built-in one), or check that it has one.
 
     Raises:

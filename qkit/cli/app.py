@@ -26,18 +26,18 @@ else:  # earlier versions of typer use the click that is installed
 
 
 class Verb(NamedTuple):
-    """The module in qkit.cli.verbs that holds it, and its line in `qkit --help`."""
+    """A verb's module in qkit.cli.verbs, and its line in `qkit --help`."""
 
     module: str
     summary: str
 
 
 VERBS = {
-    "doctor": Verb("doctor", "What works on this machine, what is missing, how to install it."),
-    "plan": Verb("plan", "Does it fit? Memory and time, before anything is loaded."),
-    "inspect": Verb("inspect", "What will be learnt, row by row, and what is likely wrong."),
-    "run": Verb("run", "Run all stages in order; done stages are not run again."),
-    "show": Verb("run", "What happened in a run, on one screen."),
+    "doctor": Verb("doctor", "Check what works on this machine, what is missing and how to install it."),
+    "plan": Verb("plan", "Estimate memory and time before anything is loaded."),
+    "inspect": Verb("inspect", "Show what will be learned, row by row, and likely problems."),
+    "run": Verb("run", "Run all stages in order; completed stages are skipped."),
+    "show": Verb("run", "Summarize a run on one screen."),
     "data": Verb("stages", "Stage: read and tokenize the rows; write the ledger."),
     "train": Verb("stages", "Stage: fine-tune the adapter."),
     "evaluate": Verb("stages", "Stage: score the base model and the adapter."),
@@ -45,7 +45,7 @@ VERBS = {
     "export": Verb("stages", "Stage: export the merged model in the recipe's formats."),
     "serve": Verb("serve", "Serve a model with vLLM or ONNX Runtime until Ctrl-C."),
     "verify": Verb("verify", "Stage: compare artifacts, or a server, with the adapter."),
-    "bench": Verb("bench", "Stage: latency, throughput, memory and cost of each runtime."),
+    "bench": Verb("bench", "Stage: measure latency, throughput, memory and cost of each runtime."),
     "report": Verb("stages", "Stage: write the run's HTML page and its model card."),
     "push": Verb("push", "Upload a model folder to the Hugging Face hub."),
     "adapters": Verb("adapters", "List, load and unload the adapters of a running server."),
@@ -53,7 +53,7 @@ VERBS = {
 
 
 class LazyVerbs(Mapping[str, Any]):
-    """The commands by name; a verb's module is imported, and its parser built, when it is looked up."""
+    """The commands by name. A verb's module is imported, and its parser built, on lookup."""
 
     def __getitem__(self, verb: str) -> Any:
         return _commands_in(VERBS[verb].module)[verb]
@@ -71,7 +71,7 @@ def _commands_in(module: str) -> Mapping[str, Any]:
 
 
 class LazyGroup(TyperGroup):
-    """The group of all verbs."""
+    """The group of all verbs; imports a verb's module only when it is used."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -107,7 +107,7 @@ def _global_options(
 
 
 def main() -> NoReturn:
-    """Run the command line of this process; every error becomes one message and an exit code."""
+    """Run the command line of this process, and turn every error into one message and an exit code."""
     bypass_proxy_for_localhost()
     try:
         code = app(standalone_mode=False) or 0
@@ -125,13 +125,13 @@ def main() -> NoReturn:
 
 
 def bypass_proxy_for_localhost() -> None:
-    """Send requests to servers on this machine directly, here and in child processes, even where http_proxy is set."""
-    listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (listed, "127.0.0.1,localhost,::1")))
+    """Send requests to servers on this machine directly, here and in child processes, even if http_proxy is set."""
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (hosts, "127.0.0.1,localhost,::1")))
 
 
 def report_error(error: QkitError) -> int:
-    """Write one message to stderr and, with --json, the same as a document to stdout; returns the exit code."""
+    """Write the message to stderr and, with --json, as a JSON document to stdout as well; returns the exit code."""
     if str(error):
         sys.stderr.write(f"error: {error}\n")
         if "--json" in sys.argv:

@@ -1,4 +1,4 @@
-"""What reaches the terminal: results, progress, and quiet libraries."""
+"""Output to the terminal: results and progress, without what libraries print."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def stderr(keep: bool = False) -> Console:
-    """A console on stderr, without markup. With `keep`, it still reaches the terminal after fd 2 was redirected to a log."""
+    """A console on stderr, without markup. With `keep`, it still writes to the terminal after fd 2 has been redirected to a log."""
     from rich.console import Console
 
     return Console(file=os.fdopen(os.dup(2), "w") if keep else sys.stderr, markup=False)
 
 
 def show(as_json: bool, value: Any, screen: Callable[[], Any]) -> None:
-    """Print a result on stdout: `value` as one JSON document, or what `screen` draws."""
+    """Print a result on stdout: `value` as one JSON document, or what `screen` returns, as text."""
     if as_json:
         print(json.dumps(value, indent=1))
         return
@@ -35,7 +35,7 @@ def show(as_json: bool, value: Any, screen: Callable[[], Any]) -> None:
 
 
 def progress_on(console: Console, quiet: bool) -> Progress:
-    """Bars on a terminal, plain lines in a log, nothing with `quiet`."""
+    """Progress as bars on a terminal, as plain lines in a log, or not at all with `quiet`."""
     from qkit.cli.progress_bars import Bars, Lines
 
     if quiet:
@@ -44,7 +44,7 @@ def progress_on(console: Console, quiet: bool) -> Progress:
 
 
 def quiet_libraries() -> None:
-    """Turn off the libraries' own progress bars, which would fill a log."""
+    """Turn off the progress bars of libraries, which would fill a log, and set the log format."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -57,7 +57,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def silence_stderr() -> Iterator[None]:
-    """Discard what libraries write to fd 2 while something short runs; exceptions still get through."""
+    """Discard what libraries write to fd 2 inside the block; exceptions pass through."""
     quiet_libraries()
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     sys.stderr.flush()
@@ -73,7 +73,7 @@ def silence_stderr() -> Iterator[None]:
 
 @contextmanager
 def until_interrupted() -> Iterator[None]:
-    """End the block cleanly on Ctrl-C or SIGTERM, even below a shell that starts its jobs with SIGINT ignored."""
+    """End the block without an error on Ctrl-C or SIGTERM, even if the parent shell started this process with SIGINT ignored."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""From a path on the command line to a recipe or a run."""
+"""Opens the recipe or the run that a path on the command line names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def open_recipe(target: Path, overrides: Sequence[str] | None) -> Recipe:
-    """The recipe of a file or a run directory, with `export.formats=all` resolved to the formats it stands for."""
+    """Load the recipe of a file or a run directory; `export.formats=all` is replaced by the formats that it stands for."""
     from qkit.plan import deployable
     from qkit.recipe.load import load
 
@@ -26,10 +26,10 @@ def open_recipe(target: Path, overrides: Sequence[str] | None) -> Recipe:
 
 
 def open_run(target: Path, overrides: Sequence[str] | None, out: Path | None, progress: Progress) -> Run:
-    """The run in a directory, or the run of a recipe, which is created when it is new.
+    """Open the run in a directory, or the run of a recipe, which is created if it does not exist.
 
     Raises:
-        RecipeError: `out` names another directory than the run that `target` is.
+        RecipeError: `target` is a run, and `out` names another directory.
     """
     from qkit.core.errors import RecipeError
     from qkit.run.directory import Run

@@ -1,4 +1,4 @@
-"""What a stage says while it works, as a terminal or a log shows it."""
+"""Shows the progress of a stage: bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Bars(Progress):
     def __init__(self, console: Console):
         self.console = console
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         self.console.print(text, highlight=False)
 
     @contextmanager
@@ -37,46 +37,46 @@ class Bars(Progress):
         with Rich(*columns, console=self.console, transient=True) as rich:
             task = rich.add_task(name, total=total, completed=int(start), figures="")
 
-            class Drawn:
+            class TerminalBar:
                 def advance(self, steps: float = 1, **figures: float) -> None:
                     rich.update(task, advance=steps, figures=_figures(figures))
 
-            yield Drawn()
+            yield TerminalBar()
 
 
 class Lines(Progress):
-    """Plain lines where stderr is no terminal: at most one every few seconds."""
+    """Plain lines if stderr is not a terminal, for a bar at most one every few seconds."""
 
-    EVERY_SECONDS = 5.0
+    INTERVAL_SECONDS = 5.0
 
     def __init__(self, console: Console):
         self.console = console
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, name: str, total: float | None, start: float = 0) -> Iterator[Bar]:
-        say, every = self.say, self.EVERY_SECONDS
+        show, interval = self.notify, self.INTERVAL_SECONDS
 
-        class Said:
+        class PlainBar:
             done = start
             begin = last = time.monotonic()
 
             def advance(self, steps: float = 1, **figures: float) -> None:
                 self.done += steps
                 now = time.monotonic()
-                if now - self.last >= every:
+                if now - self.last >= interval:
                     self.last = now
-                    say(
-                        f"{name}: {_progress_words(self.done - start, start, total, now - self.begin)}  {_figures(figures)}"
+                    show(
+                        f"{name}: {_progress_text(self.done - start, start, total, now - self.begin)}  {_figures(figures)}"
                     )
 
-        yield Said()
+        yield PlainBar()
 
 
-def _progress_words(steps: float, start: float, total: float | None, seconds: float) -> str:
-    """How far it is, and how long it will take where that can be known."""
+def _progress_text(steps: float, start: float, total: float | None, seconds: float) -> str:
+    """How much is done, and the time left if the total is known."""
     if total is None:
         return f"{start + steps:,.0f}"
     return f"{start + steps:g}/{total:g}  {seconds / steps * (total - start - steps):.0f} s left"

@@ -259,15 +259,15 @@ def compare(a: Side, b: Side, chosen: ComparisonRows, progress: Progress) -> Com
     """
     rows = chosen.held_out.rows
     longest = max(len(row.input_ids) for row in rows) + chosen.section.max_new_tokens
-    progress.say(f"verify: {a.description}")
+    progress.notify(f"verify: {a.description}")
     with tempfile.TemporaryDirectory(prefix="qkit-") as folder:
         with opened(a, longest) as runtime:
             answers_a = _answers(a, runtime, chosen)
             scores_a = _stored(runtime.score(rows), rows, Path(folder) / "a")
-        progress.say(f"verify: {b.description}")
+        progress.notify(f"verify: {b.description}")
         with opened(b, longest) as runtime:
             answers_b = _answers(b, runtime, chosen)
-            distances = Distances(scores_a)
+            distances = Distances(scores_a, open_task(chosen.task).distance)
             for row in runtime.score(rows[: len(scores_a)]):
                 distances.add(row)
     return _comparison(a, b, chosen, answers_a, answers_b, distances)

@@ -216,7 +216,7 @@ def _choose(run: Run, reference_run: Run, make: Callable[[Candidate], Path]) -> 
     reference = functools.cache(lambda: measure_reference.recorded(reference_run, rows))  # once the merges are made
 
     def measure(candidate: Candidate, folder: Path) -> CandidateResult:
-        run.progress.say(f"merge: measuring {candidate.name}")
+        run.progress.notify(f"merge: measuring {candidate.name}")
         with open_runtime("transformers", folder, detect()) as runtime:
             return CandidateResult.of(candidate, candidates.merged_parity(reference(), folder, runtime, rows))
 
@@ -226,7 +226,7 @@ def _choose(run: Run, reference_run: Run, make: Callable[[Candidate], Path]) -> 
         measure=measure,
         rule="fidelity",
         finer=candidates.finer_merge(run),
-        notify=lambda message: run.progress.say(f"merge: {message}"),
+        notify=lambda message: run.progress.notify(f"merge: {message}"),
     )
     if reference_run is run:  # a method other than the sum was chosen by name: its distance is shown, and not judged
         choice.refuse_lost("merged", "the merged model", LOST)

@@ -38,7 +38,7 @@ EMBEDDING, POSITIONS, NORM, HEAD = "embedding", "positions", "final norm", "head
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPlace:
     """A place in the model. `error`: relative difference between the two models, mean over tokens. `rounding`: the same of bf16 and fp32."""
 
     name: str
@@ -54,15 +54,15 @@ class Place:
 class Walk:
     """The result. `places`: embedding, layers, final norm, head. `inside`: modules of the first layer that differs, in order of execution."""
 
-    places: tuple[Place, ...]
-    inside: tuple[Place, ...] = ()
+    places: tuple[LayerPlace, ...]
+    inside: tuple[LayerPlace, ...] = ()
 
     @property
-    def first(self) -> Place | None:
+    def first(self) -> LayerPlace | None:
         return next((place for place in self.places if place.differs), None)
 
     @property
-    def first_inside(self) -> Place | None:
+    def first_inside(self) -> LayerPlace | None:
         return next((place for place in self.inside if place.differs), None)
 
     @property
@@ -75,7 +75,7 @@ class Walk:
             return f"first at {_error(self.first)}"
         return f"first at {_error(self.first)}; inside it, first at {self._cause(self.first_inside)}"
 
-    def _cause(self, place: Place) -> str:
+    def _cause(self, place: LayerPlace) -> str:
         """The module whose output differs; or, if a module's input differs already, the computation before that module."""
         if not place.name.endswith(IN):
             return _error(place)
@@ -94,11 +94,11 @@ class Walk:
         }
 
 
-def _error(place: Place) -> str:
+def _error(place: LayerPlace) -> str:
     return f"{place.name} ({_figures(place)})"
 
 
-def _figures(place: Place) -> str:
+def _figures(place: LayerPlace) -> str:
     return f"relative difference {place.error:.2g}, one bf16 run {max(place.rounding, HALF_STEP):.2g}"
 
 
@@ -110,7 +110,7 @@ def walk(a: Side, b: Side, rows: Sequence[TokenRow], progress: Progress) -> Walk
     """
     need_torch(a, b)
     token_ids = [list(row.input_ids[:ROW_TOKENS]) for row in rows[:ROWS]]
-    progress.say("verify: layer by layer")
+    progress.notify("verify: layer by layer")
     places = _places(a, b, token_ids, outline)
     number = next((place.name for place in places if place.differs), "").removeprefix("layer ")
     if not number.isdigit():
@@ -128,7 +128,7 @@ def need_torch(*sides: Side) -> None:
             )
 
 
-def _places(a: Side, b: Side, rows: Sequence[Sequence[int]], watched: Watched) -> tuple[Place, ...]:
+def _places(a: Side, b: Side, rows: Sequence[Sequence[int]], watched: Watched) -> tuple[LayerPlace, ...]:
     """Every place that both models have, with the difference and the rounding error there."""
     with opened(_in_torch(a), ROW_TOKENS) as runtime:
         model = runtime.model  # type: ignore[attr-defined]
@@ -140,7 +140,7 @@ def _places(a: Side, b: Side, rows: Sequence[Sequence[int]], watched: Watched) -
     with opened(_in_torch(b), ROW_TOKENS) as runtime:
         other = _states(runtime.model, rows, watched)  # type: ignore[attr-defined]
     return tuple(
-        Place(name, difference(as_it_is[name], other[name]), rounding[name]) for name in as_it_is if name in other
+        LayerPlace(name, difference(as_it_is[name], other[name]), rounding[name]) for name in as_it_is if name in other
     )
 
 
@@ -258,7 +258,7 @@ def screen(result: Walk) -> RenderableType:
     return Group(Text(), table, Text(), Text(f"They differ {result.description}.", style="bold"))
 
 
-def _shown(places: Sequence[Place], first: Place | None) -> Iterator[Place]:
+def _shown(places: Sequence[LayerPlace], first: LayerPlace | None) -> Iterator[LayerPlace]:
     """The places up to the first that differs and two more; all places if none differs."""
     end = len(places) if first is None else places.index(first) + 3
     yield from places[:end]

@@ -72,6 +72,16 @@ class Device:
         return {"use_cpu": not self.has_gpu, "bf16": True, "dataloader_pin_memory": self.has_gpu}
 
     @property
+    def torch_device(self) -> str:
+        """The device as torch names it, for `device=` arguments."""
+        return self.kind
+
+    @property
+    def busy_matrix_side(self) -> int:
+        """The side of square matrices whose product is large enough to keep the device busy."""
+        return 8192 if self.has_gpu else 2048
+
+    @property
     def device_map(self) -> dict[str, int | str]:
         """`device_map` for from_pretrained: the whole model on this device, even if torch sees others."""
         return {"": 0 if self.has_gpu else "cpu"}

@@ -6,7 +6,7 @@ The message is for people. What a caller may want to act on is a field, so that 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,16 @@ def short(text: object, limit: int = SHOWN) -> str:
     """A user's value, for a message: cut to `limit` characters."""
     full = str(text)
     return full if len(full) <= limit else f"{full[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def printable(text: str) -> str:
+    """Text that any output can print: lone surrogates are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names of columns, sorted, for a message."""
+    return short(printable(", ".join(sorted(map(str, names))))) or "(none)"
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -156,9 +166,16 @@ class ServerError(UserError):
 
 
 class Regressed(UserError):
-    """A bench record is worse than the one it is compared with, beyond the threshold and beyond noise: fails a build."""
+    """A bench record is worse than an earlier one by more than the threshold and by more than noise explains.
+
+    `figures`: what regressed, as pairs of record and figure, such as ("vllm-c8", "ttft_seconds").
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "", *, figures: Sequence[tuple[str, str]] = ()):
+        super().__init__(message)
+        self.figures = tuple(figures)
 
 
 class StageFailed(QkitError):

@@ -19,7 +19,7 @@ class Bar(Protocol):
 class Progress:
     """Shows nothing; the base of the classes that do."""
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """Show one line."""
 
     @contextmanager

@@ -14,17 +14,13 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from qkit.chat.template import Renderer, compact, renderer, texts_of
-from qkit.core.batching import IGNORED
 from qkit.core.process import kill_when_parent_dies
 from qkit.data import near_duplicates
 from qkit.data.entry import Entry, Sourced
 from qkit.data.read import Broken, Record
-from qkit.model import tokenizer as model_tokenizer
-from qkit.plugins.task import Conversation, Example, Reads, RowError, Task, Text, Tokens, open_task
+from qkit.plugins.example import Example, RowError
+from qkit.plugins.task import Encoder, Task, open_task
 from qkit.recipe.schema import Recipe
-from qkit.tasks._conversation import checks, encode, formats
-from qkit.tasks._conversation.encode import EncodedRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,45 +42,47 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Worker:
-    """What a process needs to work on chunks: the task, and the tokenizer with its template. `facts`: what both were seen to do."""
+    """What a process needs to work on chunks: the task, and its encoder with the tokenizer."""
 
     recipe: Recipe
     task: Task
-    renderer: Renderer
-    facts: checks.Facts
-    reads: Reads
+    encoder: Encoder
 
     def prepare(self, chunk: Sequence[Sourced]) -> Prepared:
         """A chunk of records along the chain: recognise, encode, check."""
         examples = [self._recognise(sourced) for sourced in chunk]
-        results = encode.tokenize(self.renderer, examples, self.recipe.data)
+        results = self.encoder.encode(examples)
         entries: list[Entry] = []
-        columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        columns: dict[str, list[Any]] = {name: [] for name in (*self.task.columns(), PLACE)}
         for sourced, example, result in zip(chunk, examples, results, strict=True):
-            entry = _entry(sourced, example, self.recipe)
+            entry = _entry(sourced, example, self.recipe, self.task)
             if isinstance(example, RowError) or result.error is not None:
                 assert result.error is not None
                 entries.append(_dropped(entry, result.error))
                 continue
             for part, row in enumerate(result.rows):
                 entries.append(self._checked(entry, part, row))
-                _append(columns, row, example, entry.place)
-        return Prepared(_batch(columns), entries)
+                self._append(columns, row, example, entry.place)
+        return Prepared(_batch(columns, self.task), entries)
 
     def _recognise(self, sourced: Sourced) -> Example | RowError:
         record = sourced.record
         if isinstance(record, Broken):
             return RowError(record.reason)
         try:
-            return self.task.example(record.value, record.accepted, record.format, self.recipe.data, self.reads)
+            return self.task.example(record.value, record.accepted, record.format, self.recipe.data, self.encoder.reads)
         except RowError as error:
             return error
 
-    def _checked(self, entry: Entry, part: int, row: EncodedRow) -> Entry:
+    def _append(self, columns: dict[str, list[Any]], row: Any, example: Example, place: str) -> None:
+        for name, value in {**self.encoder.columns(row, example), PLACE: place}.items():
+            columns[name].append(value)
+
+    def _checked(self, entry: Entry, part: int, row: Any) -> Entry:
         """The entry of a row, with what the checks find in it."""
         closely = entry.line <= CLOSELY_FIRST or entry.line % CLOSELY == 0
         findings: dict[str, str] = {}  # a check counts a row once, however much it finds there
-        for name, message in checks.examine(self.renderer, self.facts, row, self.recipe.data.loss, closely):
+        for name, message in self.encoder.examine(row, closely):
             findings.setdefault(name, message)
         return replace(
             entry,
@@ -98,62 +96,37 @@ class Worker:
 
 
 def open_worker(recipe: Recipe) -> Worker:
-    """Load what is needed to work on a recipe's records. Each process opens the tokenizer and its template here, once."""
-    tokenizer = model_tokenizer.tokenizer_of(recipe.model)
-    opened = renderer(tokenizer)
-    facts = checks.facts(opened, model_tokenizer.vocabulary(recipe.model, tokenizer))
-    return Worker(recipe, open_task(recipe.task), opened, facts, opened.reads)
+    """Load what is needed to work on a recipe's records. Each process opens the tokenizer here, once."""
+    task = open_task(recipe.task)
+    return Worker(recipe, task, task.encoder(recipe))
 
 
-def _entry(sourced: Sourced, example: Example | RowError, recipe: Recipe) -> Entry:
+def _entry(sourced: Sourced, example: Example | RowError, recipe: Recipe, task: Task) -> Entry:
     record = sourced.record
     entry = Entry(sourced.pool, sourced.source, record.source, record.line, "")
     if isinstance(record, Broken):
         return entry
-    entry.format = _format(record, recipe)
+    entry.format = _format(record, recipe, task)
     if isinstance(example, RowError):
         return entry
     entry.ignored = (*example.ignored, *(name for name in record.unread if name in recipe.data.ignore))
     entry.unread = (*example.unread, *(name for name in record.unread if name not in recipe.data.ignore))
-    question, content = _contents(example)
+    identity = task.identity(example)
     value = record.value
-    entry.sha256 = near_duplicates.digest(content)
-    entry.key = near_duplicates.digest(near_duplicates.normalized(question))
+    entry.sha256 = near_duplicates.digest(identity.content)
+    entry.key = near_duplicates.digest(near_duplicates.normalized(identity.question))
     group = value_of(value, recipe.data.group, recipe)
     entry.group = entry.key if group is None else near_duplicates.digest(str(group))
     entry.label = _label(value, recipe)
-    entry.near = near_duplicates.signature(content if isinstance(example, Text) else _unframed(example))
+    entry.near = near_duplicates.signature(identity.distinctive)
     return entry
 
 
-def _format(record: Record, recipe: Recipe) -> str:
+def _format(record: Record, recipe: Recipe, task: Task) -> str:
     """The format that a record was read in; a task's own has the task's name."""
     if record.format != "auto":
         return record.format
-    try:
-        return formats.recognised(record.value, recipe.data)
-    except RowError:
-        return recipe.task
-
-
-def _contents(example: Example) -> tuple[str, str]:
-    """What is asked, and all that is said."""
-    if isinstance(example, Text):
-        return example.text, example.text
-    if isinstance(example, Tokens):
-        content = compact(example.input_ids)
-        question = [i for i, label in zip(example.input_ids, example.labels, strict=True) if label == IGNORED]
-        return compact(question) if len(question) > 1 else content, content + compact(example.labels)
-    tools = compact(example.tools) if example.tools else ""
-    given = compact(example.variables) if example.variables else ""
-    return tools + texts_of(example.messages[:-1]), tools + given + compact(example.messages) + compact(example.trained)
-
-
-def _unframed(example: Conversation | Tokens) -> str:
-    """What sets a conversation apart from others: its turns without the system's, which many share."""
-    if isinstance(example, Tokens):
-        return " ".join(map(str, example.input_ids))
-    return texts_of(message for message in example.messages if message["role"] != "system")
+    return task.data_format(record.value, recipe.data) or recipe.task
 
 
 def _label(value: Mapping[str, Any], recipe: Recipe) -> str | None:
@@ -169,7 +142,7 @@ def value_of(value: Mapping[str, Any], column: str | None, recipe: Recipe) -> An
 
 def _dropped(entry: Entry, error: RowError) -> Entry:
     """An entry that is not used; its length is known where that is the reason."""
-    row = error.row if isinstance(error, encode.Refused) else None
+    row = getattr(error, "row", None)
     if row is not None:
         entry = replace(entry, tokens=row.whole_tokens, labelled_tokens=row.labelled)
     return replace(entry, rule=error.rule, reason=str(error), findings=((error.rule, str(error)),))
@@ -177,36 +150,25 @@ def _dropped(entry: Entry, error: RowError) -> Entry:
 
 # --- Arrow ------------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("input_ids", "labels", "start", "messages", "tools", "variables", "answer", "calls", "reference", "place")
+PLACE = "place"  # source and line of a row
 
 
-def schema() -> pa.Schema:
-    """What a split's parquet file holds beside `pack` and `position`."""
+def schema(task: Task) -> pa.Schema:
+    """What a split's Parquet file holds besides `pack` and `position`."""
     import pyarrow as pa
 
-    ids = pa.list_(pa.int32())
-    text = [(name, pa.string()) for name in COLUMNS[3:]]
-    return pa.schema([("input_ids", ids), ("labels", ids), ("start", pa.int32()), *text])
+    types = {"list<int32>": pa.list_(pa.int32()), "int32": pa.int32(), "string": pa.string(), "float": pa.float32()}
+    return pa.schema([(name, types[kind]) for name, kind in {**task.columns(), PLACE: "string"}.items()])
 
 
-def _append(columns: dict[str, list[Any]], row: EncodedRow, example: Example, place: str) -> None:
-    reference = example.reference if isinstance(example, Conversation) else None
-    values = (
-        *(row.input_ids, row.labels, row.start),
-        *(compact(list(row.messages)), compact(list(row.tools)), compact(row.variables), row.answer),
-        compact(list(row.reply.get("tool_calls", ()))),
-        *(compact(row.reference if reference is None else reference), place),
-    )
-    for name, value in zip(COLUMNS, values, strict=True):
-        columns[name].append(value)
-
-
-def _batch(columns: dict[str, list[Any]]) -> pa.RecordBatch:
+def _batch(columns: dict[str, list[Any]], task: Task) -> pa.RecordBatch:
     import pyarrow as pa
 
-    ids = [_list_array(columns[name]) for name in ("input_ids", "labels")]
-    rest = [pa.array(columns[name], schema().field(name).type) for name in COLUMNS[2:]]
-    return pa.RecordBatch.from_arrays([*ids, *rest], schema=schema())
+    arrays = [
+        _list_array(columns[field.name]) if pa.types.is_list(field.type) else pa.array(columns[field.name], field.type)
+        for field in schema(task)
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema(task))
 
 
 def _list_array(rows: Sequence[Sequence[int]]) -> pa.ListArray:

@@ -17,6 +17,7 @@ from qkit.core.network import reaching_hub
 from qkit.core.sources import HubId, locate
 from qkit.core.strict_json import Rounded, Struct, decode
 from qkit.data.read_json import from_json, not_utf8, open_text
+from qkit.plugins.example import ANSWER_KEYS
 from qkit.recipe.schema import Source
 from qkit.run.source_files import DELIMITERS, JSON_SUFFIXES, LOADERS, SUFFIXES, data_files, saved_kind, suffix_of
 
@@ -82,9 +83,6 @@ def read(source: Source) -> Iterator[Record | Broken]:
         )
 
 
-ANSWER = ("id", "ground_truth")  # what the leaderboard's files call them
-
-
 def _answers(source: Source) -> dict[str, tuple[Any, tuple[str, ...]]]:
     """id, as text -> accepted answers, and the names of what else their record holds.
 
@@ -99,7 +97,9 @@ def _answers(source: Source) -> dict[str, tuple[Any, tuple[str, ...]]]:
         if isinstance(value, str):
             raise DataError(f"{name}:{line}: {value}; data.*.answers must be readable completely")
         key = str(value.get("id"))
-        unread = tuple(f"answers.{short(other)}" for other in value if other not in ANSWER and value[other] is not None)
+        unread = tuple(
+            f"answers.{short(other)}" for other in value if other not in ANSWER_KEYS and value[other] is not None
+        )
         accepted = value.get("ground_truth")
         if value.get("id") is not None and key in by_id and by_id[key][0] != accepted:
             raise DataError(

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qkit.chat.template import ASKED, OFFERED, date_formats, texts
 from qkit.data.checks import NAMED_ROWS, Check, Place
 from qkit.data.entry import Entry
 from qkit.data.prepare import Worker
 from qkit.data.select import HELD_OUT, Decision
-from qkit.model import added_tokens, vocabulary
 from qkit.model import tokenizer as model_tokenizer
+from qkit.model import vocabulary
 from qkit.recipe.schema import Recipe
-
-UNSCORED = ("text", "tokenized")  # formats that hold no question to answer
 
 
 def checks(
@@ -30,7 +26,7 @@ def checks(
     yield _date(worker)
     yield _positions(worker.recipe, used)
     yield _served(worker.recipe, used)
-    yield _held_out(decisions)
+    yield _held_out(decisions, worker.task.UNSCORED)
 
 
 def _left(decisions: Sequence[Decision], train: Mapping[str, int]) -> Check:
@@ -59,8 +55,8 @@ def with_embedding(worker: Worker, tokens: Mapping[str, Any], rows: Check) -> Ch
     """The check `vocabulary`, extended by a comparison of tokenizer and embedding. Other checks are returned unchanged."""
     if rows.name != "vocabulary":
         return rows
-    size = worker.facts.vocabulary
-    beyond = {text: number for text, number in worker.renderer.tokenizer.get_vocab().items() if number >= size}
+    size = worker.encoder.vocabulary
+    beyond = {text: number for text, number in worker.encoder.tokenizer.get_vocab().items() if number >= size}
     named = {key: number for key, number in model_tokenizer.named_tokens(worker.recipe.model).items() if number >= size}
     sought = vocabulary.said({**beyond, **named}, size)
     if sought is None:
@@ -75,12 +71,12 @@ def with_embedding(worker: Worker, tokens: Mapping[str, Any], rows: Check) -> Ch
             f"{sought}; config.json uses one for padding, so the model cannot be loaded",
             remedy=remedy,
         )
-    if used := sorted(_used(worker, tokens) & set(beyond.values())):
-        names = ", ".join(map(worker.renderer.tokenizer.convert_ids_to_tokens, used))
+    if used := sorted(worker.encoder.ids_in_every_row(tokens) & set(beyond.values())):
+        names = ", ".join(map(worker.encoder.tokenizer.convert_ids_to_tokens, used))
         return Check(
             "vocabulary", "fail", f"{sought}; every conversation may contain {names}", len(beyond), remedy=remedy
         )
-    pads = worker.renderer.tokenizer.convert_ids_to_tokens(tokens["pad"])
+    pads = worker.encoder.tokenizer.convert_ids_to_tokens(tokens["pad"])
     message = f"{sought}; no row contains one, and {pads} is the padding token; a text with one fails in training and on a server"
     return Check("vocabulary", "warn", message, len(beyond), remedy=remedy)
 
@@ -93,22 +89,8 @@ def _rows_for(beyond: Mapping[str, int]) -> str:
     return f"use the tokenizer that belongs to these weights, or add rows for the tokens with model.add_tokens={named}"
 
 
-def _used(worker: Worker, tokens: Mapping[str, Any]) -> set[int]:
-    """Ids that every data set uses: begin of text, end of turn, padding, and what the template writes."""
-    tokenizer = worker.renderer.tokenizer
-    written = worker.renderer.encode(added_tokens.markers(tokenizer))
-    begins = tokenizer("a")["input_ids"]
-    return {
-        *tokens["stop"],
-        tokens["pad"],
-        tokens["end_of_turn"],
-        *begins,
-        *(number for ids in written for number in ids),
-    }
-
-
 def _padding(worker: Worker, tokens: Mapping[str, Any]) -> Check:
-    name = worker.renderer.tokenizer.convert_ids_to_tokens(tokens["pad"])
+    name = worker.encoder.tokenizer.convert_ids_to_tokens(tokens["pad"])
     if tokens["pad"] not in tokens["stop"]:
         return Check("padding", "pass", f"{name} is the padding token and does not end turns")
     message = (
@@ -121,14 +103,10 @@ def _padding(worker: Worker, tokens: Mapping[str, Any]) -> Check:
 
 
 def _date(worker: Worker) -> Check:
-    formats = [text_format for template in texts(worker.renderer.tokenizer) for text_format in date_formats(template)]
-    offers: list[Sequence[Any]] = [(), (OFFERED,)] if worker.renderer.offering else [()]
-    text = "\n".join(worker.renderer.render((ASKED,), tools) for tools in offers) if formats else ""
-    today = dt.datetime.now()
-    written = [today.strftime(text_format) for text_format in formats]
-    if not any(date in text for date in written):
+    date = worker.encoder.date_in_every_row()
+    if date is None:
         return Check("date", "pass", "the chat template does not write a date")
-    message = f"the chat template writes today's date ({written[0]}): from tomorrow on, a server sends prompts that differ from training"
+    message = f"the chat template writes today's date ({date}): from tomorrow on, a server sends prompts that differ from training"
     return Check(
         "date",
         "warn",
@@ -166,7 +144,7 @@ def _served(recipe: Recipe, used: Sequence[Entry]) -> Check:
     )
 
 
-def _held_out(decisions: Sequence[Decision]) -> Check:
+def _held_out(decisions: Sequence[Decision], unscored_formats: Collection[str]) -> Check:
     """Whether there are rows to score the result on."""
     test = [decision.entry for decision in decisions if decision.used and decision.split == HELD_OUT[-1]]
     if not test:
@@ -177,7 +155,7 @@ def _held_out(decisions: Sequence[Decision]) -> Check:
             "data.test has no rows: the result cannot be evaluated",
             remedy=remedy,
         )
-    unscored = [entry for entry in test if entry.format in UNSCORED]
+    unscored = [entry for entry in test if entry.format in unscored_formats]
     if unscored:
         rows = tuple(Place(entry.source, entry.line) for entry in unscored[:NAMED_ROWS])
         message = f"{len(unscored):,} of {len(test):,} test rows are plain text or tokens and have no answer to score; the first is {rows[0]}"

@@ -8,15 +8,14 @@ data/tokens.json                                      the tokens that end a turn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.chat import template
 from qkit.core.device import detect
-from qkit.core.errors import DataError, short
+from qkit.core.errors import DataError, listed, short
 from qkit.core.files import write_json
 from qkit.core.progress import Progress
 from qkit.data import prepare as data_prepare
@@ -28,9 +27,9 @@ from qkit.data.ledger import batch_budget, check_packs, check_sums, make_ledger,
 from qkit.data.prepare import Worker
 from qkit.data.read import Record, read
 from qkit.data.select import select
+from qkit.plugins.task import Task
 from qkit.recipe.schema import SPLITS, Recipe
 from qkit.run.directory import Run
-from qkit.tasks._conversation import formats
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,7 +51,7 @@ def run(run: Run, out: Path) -> None:
     if failed := failures(summary["checks"]):
         raise DataError(refusal(failed))
     for line in (data_summary.sums(summary), *data_summary.warnings(summary)):
-        run.progress.say(line)
+        run.progress.notify(line)
 
 
 def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
@@ -62,26 +61,26 @@ def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
         DataError, ModelError: a source, or the tokenizer, cannot be read at all; or data.columns has a name that is nobody's.
     """
     worker = data_prepare.open_worker(recipe)
-    if wrong := formats.unknown_column(recipe.data, worker.reads):
+    if wrong := worker.task.unknown_column(recipe.data, worker.encoder.reads):
         raise DataError(wrong)
-    tokens = template.special_tokens(worker.renderer, recipe.model.pad_token, worker.facts.vocabulary)
+    tokens = worker.encoder.special_tokens()
     entries = list(_candidates(worker, out / CANDIDATES, progress))
     findings = Findings()
     decisions, overlap = select(entries, recipe, findings)
     ledger = make_ledger(decisions, recipe)
-    _write_splits(ledger, entries, out)
+    _write_splits(ledger, entries, worker.task, out)
     write_ledger(ledger, out / "ledger.parquet")
     counts = data_summary.split_counts(decisions)
     of_rows = (setup_checks.with_embedding(worker, tokens, check) for check in findings.checks(recipe.data))
     checks: list[Check] = [
         *of_rows,
-        unused.check(entries, worker.reads, recipe.data.ignore),
+        unused.check(entries, worker.task, worker.encoder.reads, recipe.data.ignore),
         *overlap,
         *setup_checks.checks(worker, decisions, tokens, counts),
     ]
     summary = {
         "sources": data_summary.source_counts(decisions),
-        "template": _template(worker, tokens),
+        "template": worker.encoder.description(tokens),
         "splits": counts,
         "dropped": data_summary.dropped_by_rule(decisions),
         "lengths": data_summary.lengths(decisions),
@@ -95,13 +94,6 @@ def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     return summary
 
 
-def _template(worker: Worker, tokens: Mapping[str, Any]) -> dict[str, str]:
-    """The name of the chat template, and the tokens that end a turn and pad."""
-    text_of = worker.renderer.tokenizer.convert_ids_to_tokens
-    name = worker.recipe.model.chat_template or "the tokenizer's"
-    return {"name": name, "end_of_turn": text_of(tokens["end_of_turn"]), "pad": text_of(tokens["pad"])}
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +104,7 @@ def _candidates(worker: Worker, file: Path, progress: Progress) -> Iterator[Entr
     candidate, record = 0, -1
     with progress.bar("tokenize", None) as bar, pa.OSFile(str(file), "wb") as sink:
         options = pa.ipc.IpcWriteOptions(compression="lz4")
-        with pa.ipc.new_file(sink, data_prepare.schema(), options=options) as writer:
+        with pa.ipc.new_file(sink, data_prepare.schema(worker.task), options=options) as writer:
             for chunk in data_prepare.prepared(worker, _records(worker.recipe), detect().cores):
                 writer.write_batch(chunk.batch)
                 for entry in chunk.entries:
@@ -141,20 +133,20 @@ def _records(recipe: Recipe) -> Iterator[Sourced]:
                     columns.update(dict.fromkeys(record.value))
                     grouped = data_prepare.value_of(record.value, group, recipe) is not None
     if columns and not grouped:
-        raise DataError(f"data.group={short(group)}: no row has a value there; there are: {formats.listed(columns)}")
+        raise DataError(f"data.group={short(group)}: no row has a value there; there are: {listed(columns)}")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write_splits(ledger: Sequence[LedgerRow], entries: Sequence[Entry], out: Path) -> None:
+def _write_splits(ledger: Sequence[LedgerRow], entries: Sequence[Entry], task: Task, out: Path) -> None:
     """The rows of each split, batch by batch, out of the file of all candidates."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rows = [row for row, entry in zip(ledger, entries, strict=True) if entry.candidate >= 0]
     packs = [pa.field("pack", pa.int32()), pa.field("position", pa.int32())]
-    schema = pa.schema([*data_prepare.schema(), *packs])
+    schema = pa.schema([*data_prepare.schema(task), *packs])
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(pq.ParquetWriter(out / f"{split}.parquet", schema, compression="zstd"))

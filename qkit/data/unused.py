@@ -9,25 +9,13 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from qkit.core.errors import short
+from qkit.core.errors import printable, short
 from qkit.data.checks import NAMED_ROWS, Check, Place
 from qkit.data.entry import Entry
-from qkit.data.read import ANSWER as ANSWERS
-from qkit.plugins.task import Reads
-from qkit.tasks._conversation.formats import FORMS
-from qkit.tasks._conversation.turns import ANSWER, CALL, FUNCTION, MARKS, OFFERED, PART, TURN, printable
-from qkit.tasks._conversation.validity import KWARGS
+from qkit.plugins.example import Reads
+from qkit.plugins.task import Task
 
 NAMED = 8  # names that the message has, the most frequent ones
-INSIDE = {
-    "answers": ANSWERS,
-    "content": PART,
-    "tool_calls": CALL + FUNCTION,
-    "function_call": FUNCTION,
-    "function": FUNCTION,
-    "tools": OFFERED,
-}
-WITH_TURNS = ("messages", "sharegpt", "alpaca", "prompt_completion")
 LABELS = {"label", "labels", "class", "category", "intent", "sentiment", "tags", "ner_tags", "target"}
 REMEDY = (
     "map columns with data.columns, fix the names, or list in data.ignore what should not be read "
@@ -35,7 +23,7 @@ REMEDY = (
 )
 
 
-def check(entries: Sequence[Entry], reads: Reads, ignore: Sequence[str] = ()) -> Check:
+def check(entries: Sequence[Entry], task: Task, reads: Reads, ignore: Sequence[str] = ()) -> Check:
     """Every name that nothing reads, the number of records that have it, and the nearest name that is read; also the patterns of
     data.ignore that match nothing. `reads`: what the template reads."""
     matched = {pattern for entry in entries for pattern in entry.ignored}
@@ -46,7 +34,7 @@ def check(entries: Sequence[Entry], reads: Reads, ignore: Sequence[str] = ()) ->
         return Check("unused", "pass", f"every column and key of the records is read{remark}")
     counts = Counter(name for entry in unread for name in entry.unread)
     formats = {name: entry.format for entry in reversed(unread) for name in entry.unread}
-    named = "; ".join(_described(name, count, formats[name], reads) for name, count in counts.most_common(NAMED))
+    named = "; ".join(_described(name, count, formats[name], task, reads) for name, count in counts.most_common(NAMED))
     more = f"; and {len(counts) - NAMED:,} more names" if len(counts) > NAMED else ""
     rows = tuple(Place(entry.source, entry.line) for entry in unread[:NAMED_ROWS])
     holds = "1 record has" if len(unread) == 1 else f"{len(unread):,} records have"
@@ -54,28 +42,14 @@ def check(entries: Sequence[Entry], reads: Reads, ignore: Sequence[str] = ()) ->
     return Check("unused", "warn", message, len(unread), rows, _remedy(unread))
 
 
-def _described(name: str, count: int, format: str, reads: Reads) -> str:
+def _described(name: str, count: int, format: str, task: Task, reads: Reads) -> str:
     last = name.rpartition(".")[2]
-    known = () if name.lower() in LABELS else sorted({*_known(name, format, reads)} - {last})
+    known = () if name.lower() in LABELS else sorted({*task.known_names(name, format, reads)} - {last})
     close = difflib.get_close_matches(last, known, n=1)
     nearest = f" (did you mean {close[0]}?)" if close else ""
-    if name in ANSWER and format in WITH_TURNS:
-        nearest = " (it belongs in the assistant's turn)"
+    if place := task.misplaced(name, format):
+        nearest = f" ({place})"
     return f"{short(printable(name))} in {count:,}{nearest}"
-
-
-def _known(name: str, format: str, reads: Reads) -> Iterable[str]:
-    """The names that are read at the place of this one, in a record of this format."""
-    above, _, _ = name.rpartition(".")
-    if not above:
-        form = FORMS.get(format)
-        variables = reads.variables if format in WITH_TURNS else ()
-        return {*(form.needs + form.takes if form else ()), *variables}
-    if above == KWARGS:
-        return reads.variables
-    if above.endswith("tools.function"):
-        return OFFERED
-    return INSIDE.get(above.rpartition(".")[2]) or {*TURN, *MARKS, *ANSWER, *reads.keys}
 
 
 def _remedy(entries: Iterable[Entry]) -> str:

@@ -10,7 +10,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from qkit.chat.conversation import text_of
 from qkit.core.device import detect
 from qkit.core.errors import DataError
 from qkit.core.files import write_json, write_text
@@ -31,7 +30,7 @@ def run(run: Run, out: Path) -> None:
     folder, adapter = source.resolve(run.recipe.model), run.need("train", "adapter")
     scores, predictions = {}, []
     for name, weights in (("base", None), ("adapter", adapter)):
-        run.progress.say(f"evaluate: {name}")
+        run.progress.notify(f"evaluate: {name}")
         with open_runtime("transformers", folder, detect(), recipe=run.recipe, adapter=weights) as runtime:
             scores[name], lines = _evaluate(run, name, runtime, held_out)
         predictions += lines
@@ -59,6 +58,7 @@ def _evaluate(
     run: Run, name: str, runtime: Runtime, held_out: measure_held_out.HeldOut
 ) -> tuple[dict[str, float], list[dict[str, object]]]:
     """One artifact's score, and its predictions as lines of predictions.jsonl."""
+    task = open_task(run.recipe.task)
     own = answered(run, runtime, held_out, f"generate with {name}")
     with run.progress.bar(f"held-out loss of {name}", len(held_out.rows)) as bar:
         losses = measure_held_out.heldout_targets(runtime, held_out, bar.advance)
@@ -66,7 +66,7 @@ def _evaluate(
         {
             "artifact": name,
             "row": index,
-            "prompt": text_of(held_out.messages[index][-1]["content"]),
+            "prompt": task.question(held_out.messages[index]),
             "prediction": own.texts[index],
             "token_ids": own.token_ids[index],
             "reference": held_out.answers[index],

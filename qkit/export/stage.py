@@ -29,6 +29,7 @@ from qkit.model import provenance, source
 from qkit.plan import deployable
 from qkit.plugins.exporter import Job, exporter
 from qkit.plugins.runtime import open_runtime
+from qkit.plugins.task import open_task
 from qkit.recipe.registry import split
 from qkit.run.directory import Run
 
@@ -65,7 +66,7 @@ def run(run: Run, out: Path) -> None:
     need_disk(out, int(size * disk_share(names)), "export")
     tables: dict[str, Any] = {}
     for name in run.progress.track(names, "export", len(names)):
-        run.progress.say(f"export: {name}")
+        run.progress.notify(f"export: {name}")
         merge, table = _make(run, out, name)
         _write_provenance(run, out / name, name, merge)
         if table:
@@ -93,7 +94,7 @@ def job(run: Run) -> Job:
         rows=run.need("data", "train.parquet"),
         recipe=run.recipe,
         log=run.log("export"),
-        notify=run.progress.say,
+        notify=run.progress.notify,
     )
 
 
@@ -127,7 +128,7 @@ def _choose_merge(
     if choice.candidate != merges[0]:
         shutil.rmtree(out / name)
         choice.folder.rename(out / name)
-        run.progress.say(
+        run.progress.notify(
             f"export: {name} is closer to the reference model when made from the {choice.candidate.name} merge"
         )
     return choice.candidate, choice.table()
@@ -141,9 +142,9 @@ def _make_from(run: Run, out: Path, name: str, merge: Candidate) -> Path:
     """Make the format from a merge that was not kept: it is merged again, and deleted at the end of the stage."""
     merged, target = _work(out) / merge.name / "merged", _work(out) / merge.name / name
     if not merged.is_dir():
-        run.progress.say(f"export: the {merge.name} merge")
+        run.progress.notify(f"export: the {merge.name} merge")
         write_folder(run, merged, merge.base, dtype=dtype_of(run))
-    run.progress.say(f"export: {name} from the {merge.name} merge")
+    run.progress.notify(f"export: {name} from the {merge.name} merge")
     exporter(name).export(replace(job(run), merged=merged), target, split(name)[1])
     return target
 
@@ -152,10 +153,10 @@ def _measure(
     run: Run, merge: Candidate, folder: Path, runtime: str, held_out: HeldOut, reference: Reference
 ) -> CandidateResult:
     """Parity on the first rows: enough to tell which is closer. The stage `verify` measures on all rows."""
-    run.progress.say(f"export: measuring the one made from the {merge.name} merge")
+    run.progress.notify(f"export: measuring the one made from the {merge.name} merge")
     with open_runtime(runtime, folder, detect()) as opened:
         rows = held_out.rows[: measure_reference.BASE_ROWS]
-        return CandidateResult.of(merge, parity.measure(reference, opened.score(rows)))
+        return CandidateResult.of(merge, parity.measure(reference, open_task(run.recipe.task).outputs(opened, rows)))
 
 
 def _measurable(runtime: str, folder: Path) -> str | None:

@@ -26,9 +26,9 @@ def answered(run: Run, runtime: Runtime, held_out: HeldOut, what: str = "generat
     """Generate answers to the held-out prompts with an open model and grade them, by the recipe's settings. `what`: progress bar label."""
     section = run.recipe.evaluate
     stop = frozenset(read_json(run.need("data", "tokens.json"))["stop"])
-    prompts = [row.prompt for row in held_out.rows]
-    with run.progress.bar(what, len(prompts)) as bar:
-        completions = runtime.generate(prompts, section.max_new_tokens, stop, section.batch_size, bar.advance)
+    task = open_task(run.recipe.task)
+    with run.progress.bar(what, len(held_out.rows)) as bar:
+        completions = task.predict(runtime, held_out.rows, stop, section, bar.advance)
     texts = tokenizer.tokenizer_of(run.recipe.model).batch_decode(completions, skip_special_tokens=True)
-    right = scores.grade(texts, held_out, open_task(run.recipe.task), section)
-    return Answers(tuple(completions), tuple(texts), tuple(right))
+    right = scores.grade(texts, held_out, task, section)
+    return Answers(tuple(map(list, completions)), tuple(texts), tuple(right))

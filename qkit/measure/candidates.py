@@ -184,7 +184,7 @@ def finer_merge(run: Run) -> Callable[[Candidate, CandidateResult], Candidate | 
         if not rounds_too_much(run.recipe, result):
             return None
         assert result.parity is not None
-        run.progress.say(
+        run.progress.notify(
             f"merge: trying float16: {best.name} in bfloat16 has lost part of the change (KL {result.parity.kl_mean:.4f})"
         )
         return replace(best, dtype=run.recipe.merge.dtypes[-1])

@@ -1,8 +1,9 @@
-"""How far an artifact may be from the model that was trained: the limits of each kind of artifact, and the verdict.
+"""How far an artifact may be from the model that was trained: which limits apply to an artifact, and the verdict.
 
 A distance counts only beyond what rounding to 16 bits and the choice of rows do to an intact artifact (see parity.py): `kl_mean` limits that
 excess. `top1` and `max_difference` of an fp32 file are measured against the merged model that it was made from, run in fp32. `score` fails when
 fewer answers are right than the reference model has right, by more than chance: an exact sign test on the same rows (scores.sign_test).
+The figures of the limits are `GATES` of the task (tasks/_conversation/task.py), which recipes override by `verify.gates`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,10 @@ from qkit.measure.evidence import Breach, read_evidence, reference_answers
 from qkit.measure.parity import Parity
 from qkit.measure.remedies import remedy
 from qkit.measure.scores import SignTest
-from qkit.plugins.exporter import is_quantized
+from qkit.plugins.exporter import is_exact, is_quantized
+from qkit.plugins.task import open_task
 from qkit.recipe.schema import Gate, Recipe
 from qkit.run.directory import Run
-
-EXACT = Gate(top1=1.0, max_difference=1e-3)
-# Beyond rounding and chance; benchmarks/results/gates.json lists what intact artifacts and broken ones measure.
-SIXTEEN_BIT = Gate(kl_mean=1e-4, kl_row=0.05)
-QUANTIZED = Gate(kl_mean=0.1, kl_row=2.0, score=True)
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,6 @@ class Exactness:
 # --- the limits -------------------------------------------------------------------------------------------------------
 
 
-def is_exact(name: str) -> bool:
-    """Whether a format keeps every bit of the merged model's weights and computes in fp32."""
-    return name == "onnx-fp32"
-
-
 def gate_of(name: str, recipe: Recipe) -> Gate:
     """The limits of an artifact: those of its kind, overridden by `verify.gates`."""
     overrides = recipe.verify.gates.get(name, Gate()).model_dump(exclude_none=True)
@@ -54,10 +46,11 @@ def gate_of(name: str, recipe: Recipe) -> Gate:
 
 def default_gate(name: str, recipe: Recipe) -> Gate:
     """The limits of an artifact's kind."""
+    gates = open_task(recipe.task).GATES
     if is_quantized(name):
-        return QUANTIZED
-    limits = QUANTIZED if _on_another_base(name, recipe) else SIXTEEN_BIT
-    exact = {"top1": EXACT.top1, "max_difference": EXACT.max_difference}
+        return gates["quantized"]
+    limits = gates["quantized" if _on_another_base(name, recipe) else "16-bit"]
+    exact = gates["exact"].model_dump(include={"top1", "max_difference"})
     return limits.model_copy(update=exact) if is_exact(name) else limits
 
 

@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from qkit.measure import scores as measure_scores
-from qkit.measure.divergence import Distances, divergence, row_sums
+from qkit.measure.divergence import Distances, row_sums
 from qkit.plugins.runtime import RowScores
+from qkit.tasks._distributions import divergence
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from qkit.measure.divergence import Distance
 
 
 CONFIDENCE = 0.95  # of the intervals, two-sided
@@ -34,13 +37,14 @@ class Reference:
     """The reference model (base + adapter as trained) in fp32: its scores of the first held-out rows, and the base's of the first few of them.
 
     `rounding`: for each of these rows, the sum over its tokens of KL(this || the same adapter computed in bf16), in nats; () where it was not
-    measured. `bf16`: the whole distance of that computation.
+    measured. `bf16`: the whole distance of that computation. `distance`: the task's, between two models' scores of a row.
     """
 
     scores: tuple[RowScores, ...]
     base: tuple[RowScores, ...]
     rounding: tuple[float, ...] = ()
     bf16: Parity | None = None
+    distance: Distance = divergence
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class ArtifactDistances:
 
     def __init__(self, reference: Reference):
         self.reference = reference
-        self.to_reference = Distances(reference.scores)
+        self.to_reference = Distances(reference.scores, reference.distance)
         self.to_base: list[NDArray[np.float32]] = []
         self.differences: list[float | None] = []
 
@@ -103,7 +107,7 @@ class ArtifactDistances:
         if index < len(self.reference.scores):
             self.differences.append(largest_difference(self.reference.scores[index], scores))
         if index < len(self.reference.base):
-            self.to_base.append(divergence(self.reference.base[index], scores))
+            self.to_base.append(self.reference.distance(self.reference.base[index], scores))
         self.to_reference.add(scores)
 
     def parity(self, computed: str = "bfloat16", weights: str = "bfloat16") -> Parity:

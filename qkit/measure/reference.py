@@ -20,6 +20,7 @@ from qkit.core.files import make_folder, need_disk, read_json, write_json
 from qkit.measure.parity import ArtifactDistances, Parity, Reference
 from qkit.model import source
 from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
+from qkit.plugins.task import open_task
 from qkit.run.directory import Run
 
 REFERENCE_BYTES = (
@@ -43,7 +44,7 @@ def recorded(run: Run, rows: Sequence[TokenRow]) -> Reference:
         make_folder(folder)
         _record(run, rows, folder)
     done = read_json(folder / DONE)
-    exact = _read_both(folder, rows, done)
+    exact = _read_both(run, folder, rows, done)
     return replace(exact, rounding=tuple(done["rounding"]), bf16=Parity(**done["bf16"]))
 
 
@@ -67,16 +68,16 @@ def _key(run: Run) -> str:
 def _record(run: Run, rows: Sequence[TokenRow], folder: Path) -> None:
     """Score the rows with the adapter, then the base alone, then the adapter in bf16. One model is in memory at a time."""
     need_disk(folder, REFERENCE_BYTES, "measuring against the reference model")
-    run.progress.say("scoring the held-out rows with the reference model in fp32")
-    adapter = run.need("train", "adapter")
+    run.progress.notify("scoring the held-out rows with the reference model in fp32")
+    adapter, task = run.need("train", "adapter"), open_task(run.recipe.task)
     with _opened(run, adapter, exact=True) as runtime:
-        done: dict[str, Any] = {REFERENCE: write(runtime.score(rows), folder / REFERENCE)}
+        done: dict[str, Any] = {REFERENCE: write(task.outputs(runtime, rows), folder / REFERENCE)}
     with _opened(run, None, exact=True) as runtime:
-        done[BASE] = write(runtime.score(rows[: min(BASE_ROWS, done[REFERENCE])]), folder / BASE)
-    run.progress.say("scoring them again in bf16, to measure rounding")
-    distances = ArtifactDistances(_read_both(folder, rows, done))
+        done[BASE] = write(task.outputs(runtime, rows[: min(BASE_ROWS, done[REFERENCE])]), folder / BASE)
+    run.progress.notify("scoring them again in bf16, to measure rounding")
+    distances = ArtifactDistances(_read_both(run, folder, rows, done))
     with _opened(run, adapter, exact=False) as runtime:
-        for row in runtime.score(rows):
+        for row in task.outputs(runtime, rows):
             distances.add(row)
     write_json(
         folder / DONE,
@@ -89,9 +90,9 @@ def _opened(run: Run, adapter: Path | None, exact: bool) -> Runtime:
     return open_runtime("transformers", base, detect(), recipe=run.recipe, adapter=adapter, exact=exact)
 
 
-def _read_both(folder: Path, rows: Sequence[TokenRow], done: dict[str, Any]) -> Reference:
+def _read_both(run: Run, folder: Path, rows: Sequence[TokenRow], done: dict[str, Any]) -> Reference:
     scores, base = (tuple(read(folder / name, rows[: done[name]])) for name in (REFERENCE, BASE))
-    return Reference(scores, base)
+    return Reference(scores, base, distance=open_task(run.recipe.task).distance)
 
 
 def write(scores: Iterable[RowScores], file: Path) -> int:

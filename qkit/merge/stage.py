@@ -24,6 +24,7 @@ from qkit.measure.parity import Reference
 from qkit.merging.folder import write_folder
 from qkit.model import provenance, source
 from qkit.plugins.runtime import open_runtime
+from qkit.plugins.task import open_task
 from qkit.run.directory import Run
 from qkit.tensors.shards import shards
 
@@ -53,19 +54,19 @@ def run(run: Run, out: Path) -> None:
         measure=lambda candidate, made: measure(run, candidate, made, held_out, reference()),
         rule=run.recipe.merge.choose,
         finer=candidates.finer_merge(run),
-        notify=lambda message: run.progress.say(f"merge: {message}"),
+        notify=lambda message: run.progress.notify(f"merge: {message}"),
     )
     choice.refuse_lost("merged", "the merged model", LOST)
     _keep(choice.folder, out)
     table = choice.table(_reference_rows(run, folder, held_out, reference()))
     write_json(out / candidates.FILE, {**table, "texts": choice.result.texts})
     if table["otherwise"]:
-        run.progress.say(f"merge: {choice.candidate.name} is kept; {table['otherwise']['words']}")
+        run.progress.notify(f"merge: {choice.candidate.name} is kept; {table['otherwise']['words']}")
 
 
 def _make(run: Run, out: Path, candidate: Candidate) -> Path:
     """Write one whole merged model to a folder of its own."""
-    run.progress.say(f"merge: {candidate.name}")
+    run.progress.notify(f"merge: {candidate.name}")
     folder = candidates.folder_of(out, candidate)
     write_folder(run, folder, candidate.base, dtype=candidate.dtype)
     return folder
@@ -73,7 +74,7 @@ def _make(run: Run, out: Path, candidate: Candidate) -> Path:
 
 def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, reference: Reference) -> CandidateResult:
     """Parity to the reference model, and its score next to the reference model's on the same rows."""
-    run.progress.say(f"merge: measuring {candidate.name}")
+    run.progress.notify(f"merge: measuring {candidate.name}")
     with open_runtime("transformers", folder, detect()) as runtime:
         answers = answered(run, runtime, held_out)
         distance = candidates.merged_parity(reference, folder, runtime, held_out.rows)
@@ -99,11 +100,16 @@ def _adapter_on_16_bit(run: Run, folder: Path, held_out: HeldOut, reference: Ref
     row = CandidateResult("adapter-16bit", "the unmerged adapter on the base's 16-bit weights, as vLLM serves it")
     if "vllm-adapter" not in run.recipe.export.formats:
         return replace(row, note="not measured: the same computation as the 16bit merge, rounded at other points")
-    run.progress.say("merge: measuring the unmerged adapter on the 16-bit base")
+    run.progress.notify("merge: measuring the unmerged adapter on the 16-bit base")
     quantization = run.recipe.quantization.model_copy(update={"load_in_4bit": False})
     recipe, adapter = run.recipe.model_copy(update={"quantization": quantization}), run.need("train", "adapter")
     with open_runtime("transformers", folder, detect(), recipe=recipe, adapter=adapter) as runtime:
-        return replace(row, parity=parity.measure(reference, runtime.score(held_out.rows), weights="float32"))
+        return replace(
+            row,
+            parity=parity.measure(
+                reference, open_task(run.recipe.task).outputs(runtime, held_out.rows), weights="float32"
+            ),
+        )
 
 
 def _keep(chosen: Path, out: Path) -> None:

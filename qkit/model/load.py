@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.errors import ModelError
 from qkit.model import adapter_sum, added_tokens, provenance, targets
 from qkit.model.source import dequantize
+from qkit.plugins.task import open_task
 from qkit.recipe import schema
 from qkit.tensors import lora_deltas
 from qkit.tensors.nf4_roundtrip import FourBit
@@ -35,25 +36,26 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device) -> PreTrained
         ModelError: some weights are missing from the folder.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    import transformers
+    from transformers import GenerationConfig
 
+    model_class = getattr(transformers, open_task(recipe.task).HEAD.auto_class)
     options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": recipe.model.attn_implementation}
-    options["generation_config"] = (
-        GenerationConfig()
-    )  # not from its file, which transformers may reject; qkit sets decoding itself
+    # Not from its file, which transformers may reject; qkit sets decoding itself.
+    options["generation_config"] = GenerationConfig()
     if recipe.quantization.load_in_4bit:
         options["quantization_config"] = quantization_config(recipe.quantization)
     options |= {"device_map": device.device_map, "trust_remote_code": recipe.model.trust_remote_code}
     options["output_loading_info"] = True
     loaded: PreTrainedModel
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+        loaded, report = model_class.from_pretrained(str(folder), **options)
     except ValueError as error:
         if recipe.model.attn_implementation != "sdpa" or NO_SDPA not in str(error):
             raise
         log.warning("transformers supports only eager attention for this model: %s", error)
         eager = {**options, "attn_implementation": "eager"}
-        loaded, report = AutoModelForCausalLM.from_pretrained(str(folder), **eager)
+        loaded, report = model_class.from_pretrained(str(folder), **eager)
     _need_all_weights(folder, report["missing_keys"])
     loaded.config.use_cache = False
     leave_as_quantized(loaded)

@@ -31,7 +31,7 @@ def load_tokenizer(folder: Path, section: schema.Model) -> PreTrainedTokenizerBa
     tokenizer = added_tokens.bare_tokenizer(folder, section.trust_remote_code)
     base_markers = added_tokens.markers(tokenizer)
     added_tokens.add(tokenizer, section.add_tokens)
-    template.choose(tokenizer, section.chat_template, folder)
+    template.use_template_of_recipe(tokenizer, section.chat_template, folder)
     if section.chat_template in chat_templates.named():
         added_tokens.begin_as_texts_do(tokenizer)
     if section.chat_template is not None:

@@ -40,7 +40,7 @@ def fitted(run: Run, device: Device | None = None) -> Run:
         message = f"{run.root}: training {plan_plan.refusal(plan)}"
         raise DoesNotFit(message, needed_bytes=left, free_bytes=plan.device_bytes)
     for remedy in plan.remedies:
-        run.progress.say(f"fit: {_described(remedy)}")
+        run.progress.notify(f"fit: {_described(remedy)}")
     changed = Run(run.root, remedies.apply(run.recipe, plan.remedies), run.progress)
     return Run(run.root, with_earlier_memory_changes(changed), run.progress)
 
@@ -84,7 +84,7 @@ def train(run: Run, attempt: Callable[[Run], None], rekey: Callable[[Run], None]
             if remedy is None:
                 raise
             why = error.reason.partition(";")[0]
-            run.progress.say(f"train: {why}; resuming from the last checkpoint with {_described(remedy)}")
+            run.progress.notify(f"train: {why}; resuming from the last checkpoint with {_described(remedy)}")
             run = Run(run.root, remedies.apply(recipe, [remedy]), run.progress)
             rekey(run)
 

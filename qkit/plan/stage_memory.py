@@ -18,6 +18,7 @@ from qkit.plan.fixed_memory import ADAPTER_BYTES, BASE_BYTES, adapter_sizes, bas
 from qkit.plan.items import MemoryItem
 from qkit.plan.train_step import Moment, TrainStep, logits_formula, logits_part, moments, overhead_items, step_of
 from qkit.plugins.runtime import PREFILL_TOKENS
+from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -95,9 +96,10 @@ def evaluate_items(recipe: Recipe, shape: Shape, device: Device) -> tuple[Memory
     """The weights, dequantized to 16 bits; then either a batch of answers or the log-probabilities of one row, whichever is larger."""
     trained, count = sum(adapter_sizes(recipe, shape)), parameters(shape)
     answers = answer_items(recipe, shape)
-    scored = recipe.data.max_length * shape.vocabulary * (2 + 4 + 4)
+    outputs = open_task(recipe.task).head_outputs(recipe, shape.vocabulary)
+    scored = recipe.data.max_length * outputs * (2 + 4 + 4)
     answering = sum(item.bytes for item in answers) >= scored
-    logits = f"bound: a row of {recipe.data.max_length:,} tokens x {shape.vocabulary:,} x (2 + 4 + 4) bytes"
+    logits = f"bound: a row of {recipe.data.max_length:,} tokens x {outputs:,} x (2 + 4 + 4) bytes"
     folded = folds(recipe, shape).layer_bytes
     whole = MemoryItem("experts", folded, False, "bound: the experts of one layer with their adapters added, in bf16")
     return (
@@ -138,7 +140,8 @@ def reference_items(recipe: Recipe, shape: Shape, device: Device) -> tuple[Memor
     layer = (count - outside) // shape.layers
     wide = outside * 2 + layer * 4
     folded = 2 * folds(recipe, shape).layer_bytes
-    scored = recipe.data.max_length * shape.vocabulary * (4 + 4 + 4)
+    outputs = open_task(recipe.task).head_outputs(recipe, shape.vocabulary)
+    scored = recipe.data.max_length * outputs * (4 + 4 + 4)
     return (
         MemoryItem("weights", count * BASE_BYTES, shape.exact, f"{count:,} parameters x 2 bytes: dequantized once"),
         MemoryItem(
@@ -157,7 +160,7 @@ def reference_items(recipe: Recipe, shape: Shape, device: Device) -> tuple[Memor
             "logits",
             scored,
             False,
-            f"bound: a row of {recipe.data.max_length:,} tokens x {shape.vocabulary:,} x 12 bytes",
+            f"bound: a row of {recipe.data.max_length:,} tokens x {outputs:,} x 12 bytes",
         ),
         fixed_item(overhead_of(device)),
     )

@@ -14,6 +14,7 @@ from qkit.model.shape import Shape, qk_norm_widths
 from qkit.plan._overhead import Overhead, fixed_item, heap_items, overhead_of, segment_item
 from qkit.plan.fixed_memory import ADAPTER_BYTES, BASE_BYTES, Folds, adapted, adapted_inputs, adapter_sizes, folds
 from qkit.plan.items import MemoryItem
+from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
 
 AUTOCAST_BYTES = 2  # autocast keeps a bf16 copy of the adapter while a product may need it
@@ -34,6 +35,7 @@ class TrainStep:
     """The numbers that the memory of a training step depends on. `labelled`: tokens with loss; None: unknown, so all tokens count."""
 
     shape: Shape
+    outputs: int  # of the head for one position
     tokens: int  # of a micro-batch, including padding
     length: int  # of its longest row or pack, in tokens
     labelled: int | None
@@ -80,6 +82,7 @@ def step_of(recipe: Recipe, shape: Shape, device: Device, labelled: int | None) 
     tokens = recipe.data.batch_tokens if recipe.data.packing else micro_tokens(recipe)
     return TrainStep(
         shape=shape,
+        outputs=open_task(recipe.task).head_outputs(recipe, shape.vocabulary),
         tokens=tokens,
         length=recipe.data.batch_tokens if recipe.data.packing else min(recipe.data.max_length, tokens),
         labelled=labelled,
@@ -266,7 +269,7 @@ def _at_head_gradient(step: TrainStep) -> Moment:
     return Moment(
         gradients=_earlier_gradients(step),
         activations=_after_forward(step),
-        logits=step.tokens_with_loss * BASE_BYTES * step.shape.vocabulary,
+        logits=step.tokens_with_loss * BASE_BYTES * step.outputs,
         copies=0 if step.checkpointing else _copies(step),
         matrices=2 * _rows_matrix(step),
     )
@@ -337,7 +340,7 @@ def logits_part(step: TrainStep) -> Part:
     if step.labelled_head:
         padded = -(-count // LABELLED_STEP) * LABELLED_STEP
         width = LABELLED_LOGIT_BYTES + (BOUNDED_LOGIT_BYTES if shape.final_softcap else 0)
-        return Part("logits", 1, padded, shape.vocabulary * width)
+        return Part("logits", 1, padded, step.outputs * width)
     tile = min(count, TILE_TOKENS) * TILE_VOCABULARY * BASE_BYTES
     return Part("logits", 1, 1, tile + count * 8 * shape.hidden)
 
@@ -347,9 +350,7 @@ def logits_formula(step: TrainStep) -> str:
     shape, count = step.shape, step.tokens_with_loss
     if step.labelled_head:
         part = logits_part(step)
-        return (
-            f"{part.tokens:,} tokens with loss x {shape.vocabulary:,} entries x {part.width // shape.vocabulary} bytes"
-        )
+        return f"{part.tokens:,} tokens with loss x {step.outputs:,} entries x {part.width // step.outputs} bytes"
     tile = f"a tile of {min(count, TILE_TOKENS):,} x {TILE_VOCABULARY:,} x {BASE_BYTES} bytes"
     return f"{tile} + {count:,} tokens with loss x {8 * shape.hidden:,} bytes"
 

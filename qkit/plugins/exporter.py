@@ -37,6 +37,8 @@ class Exporter(Protocol):
     # Variants with weights of 8 bits or fewer: for each of them, every merge is exported and measured
     QUANTIZED: frozenset[str]
     RUNTIME: str  # the runtime that opens the export
+    # Optional. EXACT: variants that keep every bit and compute in fp32 (frozenset); REMARKS: variant -> a remark on its measured distance;
+    # BY_HAND: longer spellings that name how a variant is made.
 
     def export(self, job: Job, out: Path, variant: str) -> None:
         """Make the folder `out`: complete, or not at all."""
@@ -65,3 +67,9 @@ def is_quantized(artifact: str) -> bool:
     """Return whether an artifact's weights have 8 bits or fewer."""
     kind, variant = split(artifact)
     return artifact != MERGED and variant in exporter(kind).QUANTIZED
+
+
+def is_exact(artifact: str) -> bool:
+    """Return whether an artifact keeps every bit of the merged model's weights and computes in fp32."""
+    kind, variant = split(artifact)
+    return artifact != MERGED and variant in getattr(exporter(kind), "EXACT", ())

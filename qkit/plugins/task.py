@@ -1,115 +1,109 @@
-"""What a kind of task must offer; `tasks/NAME.py` is found by its name.
+"""The contract of a task: everything in qkit that depends on the kind of task. `tasks/NAME.py` holds the task NAME as `TASK`.
 
-METRIC                 what the score counts, in words
-example(record, ...)   a record of a data source as an example to learn from
-correct(prediction, ...)    whether a prediction counts
+What several kinds share is in tasks/_FAMILY/: a task on conversations extends `ConversationTask` and decides what is its own.
+docs/tasks.md shows how to add one.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
-from qkit.recipe.schema import Data, Evaluate
+from qkit.plugins.example import NO_MORE, Example, Identity, Reads, RowError
+from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 
-Message = Mapping[str, Any]  # role, content, and what else the chat template knows, such as tool_calls
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
 
-
-class RowError(ValueError):
-    """A record that cannot be used. The message says why, the caller says where; `rule` is the key of data.clean it falls under."""
-
-    def __init__(self, message: str, rule: str = "malformed"):
-        super().__init__(message)
-        self.rule = rule
+    from qkit.plugins.runtime import RowScores, Runtime, TokenRow
 
 
 @dataclass(frozen=True)
-class Reads:
-    """What a model's template reads beside what every template does: `variables`, and `keys` of a turn.
+class ModelHead:
+    """The model class that a task trains, by the names that libraries have for it."""
 
-    `switches`: variables of which it asks only whether they are true.
-    """
-
-    variables: frozenset[str] = frozenset()
-    keys: frozenset[str] = frozenset()
-    switches: frozenset[str] = frozenset()
-
-
-NO_MORE = Reads()
-# The thinking of a turn, by the names that vLLM, OpenRouter and others gave it. Rows have it under the first, templates are given theirs.
-THINKING = ("reasoning_content", "reasoning", "thinking")
+    auto_class: str  # transformers, such as "AutoModelForCausalLM"
+    peft_task_type: str  # peft.TaskType, such as "CAUSAL_LM"
+    pipeline_tag: str  # the Hugging Face Hub, such as "text-generation"
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """Turns that end with the assistant's. `trained`: by message, True or False where the record decides; else data.loss does.
+class ServerRequest:
+    """How a server is asked: for warm-up, the serve contract, the benchmark and the snippets that users copy."""
 
-    `reference` is what predictions of the last turn are compared with; None: the turn as the template writes it. `variables`: what the
-    record gives to the template beside turns and tools, such as enable_thinking. `unread`: what of the record nothing reads, such as
-    messages.id; `ignored`: the patterns of data.ignore that it has a name for.
-    """
-
-    messages: tuple[Message, ...]
-    reference: Any = None
-    tools: tuple[Mapping[str, Any], ...] = ()
-    trained: tuple[bool | None, ...] = ()
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    unread: tuple[str, ...] = field(default=(), compare=False)
-    ignored: tuple[str, ...] = field(default=(), compare=False)
+    endpoint: str  # such as "/v1/chat/completions"
+    server_options: tuple[str, ...] = ()  # vLLM's, such as ("--runner", "pooling")
 
 
-@dataclass(frozen=True)
-class Text:
-    """Plain text, learnt from its first token to its last."""
+class Encoder(Protocol):
+    """Examples to token ids. Opened once per process: it holds the tokenizer, and the chat template if the task uses one."""
 
-    text: str
-    unread: tuple[str, ...] = field(default=(), compare=False)
-    ignored: tuple[str, ...] = field(default=(), compare=False)
+    @property
+    def reads(self) -> Reads: ...  # what the model's template reads
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def vocabulary(self) -> int: ...  # rows of the embedding
 
-
-@dataclass(frozen=True)
-class Tokens:
-    """A row that somebody else has tokenized: passed through. `labels`: -100 where there is no loss."""
-
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    unread: tuple[str, ...] = field(default=(), compare=False)
-    ignored: tuple[str, ...] = field(default=(), compare=False)
-
-
-Example = Conversation | Text | Tokens
+    def encode(self, examples: Sequence[Example | RowError]) -> Sequence[Any]: ...  # .rows, or .error that drops it
+    def examine(
+        self, row: Any, thoroughly: bool
+    ) -> Iterator[tuple[str, str]]: ...  # (check of data/checks.py, message)
+    def columns(self, row: Any, example: Example) -> Mapping[str, Any]: ...  # values of Task.columns()
+    def special_tokens(self) -> dict[str, Any]: ...  # the content of tokens.json
+    def description(self, tokens: Mapping[str, Any]) -> dict[str, str]: ...  # for summary.json
+    def ids_in_every_row(self, tokens: Mapping[str, Any]) -> set[int]: ...
+    def date_in_every_row(self) -> str | None: ...  # today's date, if the template writes it
 
 
 class Task(Protocol):
-    """The functions of a module in tasks/."""
+    """A kind of task. The methods are documented where a family of tasks implements them: tasks/_conversation/task.py."""
 
-    METRIC: str
+    METRIC: str  # what the score counts, for people
+    HEAD: ModelHead
+    REQUEST: ServerRequest
+    TRAINER: str  # train/trainers/NAME.py
+    GATES: Mapping[str, Gate]  # default limits by kind of artifact: "exact", "16-bit", "quantized"
+    UNSCORED: Collection[str]  # data formats whose rows have no answer to score
 
+    # data: record -> example -> rows
     def example(
-        self, record: Mapping[str, Any], accepted: Any, format: str, section: Data, reads: Reads = NO_MORE
-    ) -> Example:
-        """A record as an example. `accepted` is its entry in the source's answers file, or None; `format` the source's, or "auto".
+        self, record: Mapping[str, Any], accepted: Any, data_format: str, section: Data, reads: Reads = NO_MORE
+    ) -> Example: ...
+    def data_format(self, record: Mapping[str, Any], section: Data) -> str | None: ...
+    def unknown_column(self, section: Data, reads: Reads) -> str: ...
+    def known_names(self, name: str, data_format: str, reads: Reads) -> Iterable[str]: ...
+    def misplaced(self, name: str, data_format: str) -> str: ...
+    def identity(self, example: Example) -> Identity: ...
+    def columns(self) -> Mapping[str, str]: ...  # column -> list<int32>, int32, float or string
+    def encoder(self, recipe: Recipe) -> Encoder: ...
 
-        `reads`: what the model's template reads.
+    # train, plan
+    def collate(self, rows: Sequence[Mapping[str, Any]], pad: int, packed: bool = False) -> dict[str, torch.Tensor]: ...
+    def head_outputs(self, recipe: Recipe, vocabulary: int) -> int: ...  # outputs of the head for one position
 
-        Raises:
-            RowError: the record is not of this task's form.
-        """
+    # evaluate, merge, verify
+    def outputs(self, runtime: Runtime, rows: Sequence[TokenRow]) -> Iterator[RowScores]: ...
+    def predict(
+        self,
+        runtime: Runtime,
+        rows: Sequence[TokenRow],
+        stop: frozenset[int],
+        section: Evaluate,
+        advance: Callable[[int], None],
+    ) -> Sequence[Sequence[int]]: ...
+    def correct(self, prediction: str, reference: Any, section: Evaluate) -> bool: ...
+    def distance(self, reference: RowScores, other: RowScores) -> NDArray[np.float32]: ...
 
-    def correct(self, prediction: str, reference: Any, section: Evaluate) -> bool:
-        """Whether a prediction counts as right."""
-
-
-def said(text: str) -> str:
-    """What an answer says after its thinking; the prompt may have begun that already."""
-    _, closed, answer = text.partition("</think>")
-    return answer if closed else text
+    # evaluate, report
+    def question(self, messages: Sequence[Mapping[str, Any]]) -> str: ...
 
 
 def open_task(name: str) -> Task:
     """The task of that name."""
-    module: Any = importlib.import_module(f"qkit.tasks.{name}")
-    found: Task = module
-    return found
+    task: Task = importlib.import_module(f"qkit.tasks.{name}").TASK
+    return task

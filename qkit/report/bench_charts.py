@@ -1,5 +1,6 @@
-"""Charts of a run's bench for the report's page and for papers: latency against throughput, memory over time, quality against speed
-and size."""
+"""Charts of a run's bench, for the report and as files: latency against throughput, memory over time, quality against speed, and closeness
+against size.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core import files
 from qkit.core.errors import MissingArtifact, MissingExtra
+from qkit.core.figures import GIB
 from qkit.core.files import make_folder, write_text
 from qkit.measure.artifacts import Artifact
 from qkit.recipe.registry import MERGED
@@ -24,11 +26,11 @@ if TYPE_CHECKING:
 
 
 Record = Mapping[str, Any]
-SERVER = "vllm"  # the runtime that is deployed: in the accent colour among the others
+SERVER = "vllm"  # the runtime that is deployed, drawn in the accent colour
 WIDTH, HEIGHT, TALL = 800, 300, 460  # CSS pixels
 MB = 1e6
-LEAST_KL = 1e-5
-# What the page's CSS says of a chart, for a file that stands alone, in light colours only.
+MIN_KL = 1e-5
+# The report's CSS for charts, for files that stand alone; light colours only.
 STYLE = """
 svg { background: #ffffff; font: 13px system-ui, "Helvetica Neue", "Liberation Sans", Arial, sans-serif; }
 .label { fill: #1a1c1f; } .value { fill: #1a1c1f; font-weight: 600; } .tick { fill: #5b6167; font-size: 12px; }
@@ -38,32 +40,32 @@ svg { background: #ffffff; font: 13px system-ui, "Helvetica Neue", "Liberation S
 
 
 def charts_of(run: Run) -> dict[str, tuple[str, Markup]]:
-    """Every chart that the run has figures for, by the name of its file: (caption, chart)."""
+    """Every chart that the run has figures for, as file name -> (caption, chart)."""
     records = [files.read(path) for path in sorted(run.folder("bench").glob("*.json"))]
     figures = summary.summary(run)
-    more = {"quality": quality_chart(figures), "size": size_chart(run, figures)}
-    return {**of_records(records), **{name: drawn for name, drawn in more.items() if drawn is not None}}
+    charts = {"quality": quality_chart(figures), "size": size_chart(run, figures)}
+    return {**of_records(records), **{name: chart for name, chart in charts.items() if chart is not None}}
 
 
 def of_records(records: Sequence[Record]) -> dict[str, tuple[str, Markup]]:
-    """The charts that bench records alone allow, as for a server that belongs to no run."""
-    found = {"latency": latency_chart(records), "memory-over-time": memory_chart(records)}
-    return {name: drawn for name, drawn in found.items() if drawn is not None}
+    """The charts that need bench records only, so also those of a server that does not belong to a run."""
+    charts = {"latency": latency_chart(records), "memory-over-time": memory_chart(records)}
+    return {name: chart for name, chart in charts.items() if chart is not None}
 
 
 def latency_chart(records: Sequence[Record]) -> tuple[str, Markup] | None:
-    """End-to-end latency over throughput, a line for each artifact, a point for each number of requests at once."""
+    """End-to-end latency over throughput: a line per artifact, a point per number of concurrent requests."""
     from qkit.report import svg as report_svg
 
     lines = []
-    for artifact, mine in _by_artifact(r for r in records if r["concurrency"]).items():
-        ordered = sorted(mine, key=lambda r: int(r["concurrency"]))
+    for artifact, group in _by_artifact(r for r in records if r["concurrency"]).items():
+        ordered = sorted(group, key=lambda r: int(r["concurrency"]))
         points = [(r["output_tokens_per_second"], r["e2e_seconds"]["p50"]) for r in ordered]
         texts = [str(r["concurrency"]) for r in ordered]
         lines.append(report_svg.Line(artifact, points, texts, ordered[0]["runtime"] == SERVER))
     if not lines:
         return None
-    said = "; ".join(
+    description = "; ".join(
         f"{line.label}: "
         + ", ".join(
             f"{t} at once {x:.4g} tokens/s, {y:.3g} s" for t, (x, y) in zip(line.texts, line.points, strict=True)
@@ -72,54 +74,54 @@ def latency_chart(records: Sequence[Record]) -> tuple[str, Markup] | None:
     )
     title = "Latency against throughput"
     axes = ("output tokens per second", "end to end, seconds (median)")
-    caption = "Latency against throughput; the number at a point is that of the requests at once."
-    return caption, report_svg.plane("latency-chart", title, said, lines, axes=axes, width=WIDTH, height=HEIGHT)
+    caption = "Latency against throughput; the number at a point is the number of concurrent requests."
+    return caption, report_svg.plane("latency-chart", title, description, lines, axes=axes, width=WIDTH, height=HEIGHT)
 
 
 def memory_chart(records: Sequence[Record]) -> tuple[str, Markup] | None:
-    """Resident memory while the largest load of each artifact ran; on a card the card's memory."""
+    """Memory during the largest load of each artifact: the card's on a GPU, else the resident set."""
     from qkit.report import svg as report_svg
 
     lines = []
-    for artifact, mine in _by_artifact(r for r in records if r["concurrency"] and r.get("memory")).items():
-        largest = max(mine, key=lambda r: int(r["concurrency"]))
+    for artifact, group in _by_artifact(r for r in records if r["concurrency"] and r.get("memory")).items():
+        largest = max(group, key=lambda r: int(r["concurrency"]))
         series = largest["memory"]["device"] or largest["memory"]["rss_tree"]
         if len(series) > 1:
-            points = [(seconds, count / 2**30) for seconds, count in series]
+            points = [(seconds, count / GIB) for seconds, count in series]
             lines.append(
                 report_svg.Line(f"{artifact} × {largest['concurrency']}", points, (), largest["runtime"] == SERVER)
             )
     if not lines:
         return None
-    said = "; ".join(
+    description = "; ".join(
         f"{line.label}: at most {max(y for _, y in line.points):.2f} GiB in {line.points[-1][0]:.0f} s"
         for line in lines
     )
     title = "Memory over time"
     chart = report_svg.plane(
-        "memory-over-time-chart", title, said, lines, axes=("seconds", "GiB"), width=WIDTH, height=HEIGHT
+        "memory-over-time-chart", title, description, lines, axes=("seconds", "GiB"), width=WIDTH, height=HEIGHT
     )
-    return "Memory while the largest load of each artifact ran, from its first repeat on.", chart
+    return "Memory during the largest load of each artifact, from its first repeat on.", chart
 
 
 def quality_chart(figures: summary.Summary) -> tuple[str, Markup] | None:
-    """Score over the highest throughput of each artifact; labels mark those that another artifact beats."""
+    """Score over the highest throughput of each artifact; the labels mark artifacts that another one beats."""
     from qkit.report import svg as report_svg
 
-    found = _best(figures)
-    if len(found) < 2:
+    points = _best(figures)
+    if len(points) < 2:
         return None
-    front = pareto(found)
+    front = pareto(points)
     lines = [
         report_svg.Line(f"{name}{'' if name in front else ' (beaten)'}", [point], (), name in front)
-        for name, point in found.items()
+        for name, point in points.items()
     ]
-    said = "; ".join(f"{line.label}: {x:.4g} tokens/s, score {y:.4g}" for line in lines for x, y in line.points)
-    axes = ("output tokens per second, the most of any load", f"{figures['metric'] or 'score'}, of 100")
+    description = "; ".join(f"{line.label}: {x:.4g} tokens/s, score {y:.4g}" for line in lines for x, y in line.points)
+    axes = ("output tokens per second (highest of all loads)", f"{figures['metric'] or 'score'}, of 100")
     chart = report_svg.plane(
         "quality-chart",
         "Quality against speed",
-        said,
+        description,
         lines,
         axes=axes,
         width=WIDTH,
@@ -127,7 +129,10 @@ def quality_chart(figures: summary.Summary) -> tuple[str, Markup] | None:
         joined=False,
         lowest=None,
     )
-    return "Quality against speed; an artifact that another beats in one and equals in the other is marked.", chart
+    return (
+        "Quality against speed; an artifact is marked as beaten if another one is better in one and at least equal in the other.",
+        chart,
+    )
 
 
 def _best(figures: summary.Summary) -> dict[str, tuple[float, float]]:
@@ -140,48 +145,46 @@ def _best(figures: summary.Summary) -> dict[str, tuple[float, float]]:
 
 
 def size_chart(run: Run, figures: summary.Summary) -> tuple[str, Markup] | None:
-    """Closeness to the reference model over bytes on disk, for every whole model that verify has measured."""
+    """Closeness to the reference model over MB on disk, for every artifact that is a whole model and was verified."""
     parity = figures["parity"]
     folders = {name: run.folder("merge") if name == MERGED else run.folder("export") / name for name in parity}
-    found = {
+    points = {
         name: (Artifact(name, folder).disk_bytes / MB, closeness(parity[name]["kl_mean"]))
         for name, folder in folders.items()
         if parity[name]["kl_mean"] is not None and folder.is_dir() and not lora.is_adapter(folder)
     }
-    if len(found) < 2:
+    if len(points) < 2:
         return None
-    caption = (
-        "Closeness to what was trained against size; artifacts in the accent colour are beaten in both by no other."
-    )
-    return caption, against_size(found)
+    caption = "Closeness to the trained model against size; no artifact beats those in the accent colour in both."
+    return caption, against_size(points)
 
 
 def against_size(points: Mapping[str, tuple[float, float]]) -> Markup:
-    """Formats by size in MB, where less is better, and closeness."""
-    front = pareto({name: (-size, near) for name, (size, near) in points.items()})
-    return closeness_chart("size", points, front, "MB on the disk")
+    """The chart of export formats by size in MB (less is better) and closeness."""
+    front = pareto({name: (-size, close) for name, (size, close) in points.items()})
+    return closeness_chart("size", points, front, "MB on disk")
 
 
 def closeness(kl: float) -> float:
-    """-log10 of a mean KL; values below LEAST_KL are equal, as the reference model computes in bf16."""
-    return -log10(max(kl, LEAST_KL))
+    """-log10 of a mean KL. Values below MIN_KL count as equal, because the reference model computes in bf16."""
+    return -log10(max(kl, MIN_KL))
 
 
-def closeness_chart(name: str, points: Mapping[str, tuple[float, float]], front: set[str], across: str) -> Markup:
-    """Formats by what they cost (`across`) and how close they are to what was trained; those in `front` stand out."""
+def closeness_chart(name: str, points: Mapping[str, tuple[float, float]], front: set[str], x_label: str) -> Markup:
+    """A chart of export formats by x (labelled `x_label`) and closeness to the trained model; those in `front` are highlighted."""
     from qkit.report import svg as report_svg
 
-    lines = [report_svg.Line(who, [point], (), who in front) for who, point in points.items()]
-    said = "; ".join(f"{who}: {x:.4g} {across}, {y:.2f}" for who, (x, y) in points.items())
-    axes = (across, "closeness to what was trained: -log10 of mean KL")
+    lines = [report_svg.Line(label, [point], (), label in front) for label, point in points.items()]
+    description = "; ".join(f"{label}: {x:.4g} {x_label}, {y:.2f}" for label, (x, y) in points.items())
+    axes = (x_label, "closeness to the trained model: -log10 of mean KL")
     title = f"Closeness against {name}"
     return report_svg.plane(
-        f"{name}-chart", title, said, lines, axes=axes, width=WIDTH, height=TALL, joined=False, lowest=None
+        f"{name}-chart", title, description, lines, axes=axes, width=WIDTH, height=TALL, joined=False, lowest=None
     )
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> set[str]:
-    """The points that no other point equals or beats in both coordinates."""
+    """The names of the points that no other, different point equals or beats in both coordinates (more is better)."""
 
     def beaten(point: tuple[float, float]) -> bool:
         return any(
@@ -192,37 +195,39 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> set[str]:
 
 
 def _by_artifact(records: Any) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {}
+    groups: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault(record["artifact"], []).append(record)
-    return found
+        groups.setdefault(record["artifact"], []).append(record)
+    return groups
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def write(run: Run, folder: Path, png: bool) -> list[Path]:
-    """Each chart as an SVG file, with `png` as a PNG as well; returns the files.
+    """Write each chart as an SVG file, and with `png` as a PNG file as well; returns the files.
 
     Raises:
         MissingArtifact: the run has no bench records.
-        MissingExtra: what draws PNG is not installed.
+        MissingExtra: cairosvg, which writes PNG files, is not installed.
     """
-    found = charts_of(run)
-    if not found:
-        raise MissingArtifact(f"{run.root} has no bench records to draw; run `qkit bench {run.root}` first")
-    return draw(found, folder, png)
+    charts = charts_of(run)
+    if not charts:
+        raise MissingArtifact(
+            f"{run.root} has no bench records to draw; run `qkit bench {run.root}` first", path=run.folder("bench")
+        )
+    return draw(charts, folder, png)
 
 
-def draw(found: Mapping[str, tuple[str, Markup]], folder: Path, png: bool) -> list[Path]:
-    """Charts by name as files in `folder`; returns these.
+def draw(charts: Mapping[str, tuple[str, Markup]], folder: Path, png: bool) -> list[Path]:
+    """Write charts, given as file name -> (caption, chart), to `folder`; returns the files.
 
     Raises:
-        MissingExtra: what draws PNG is not installed.
+        MissingExtra: cairosvg, which writes PNG files, is not installed.
     """
     make_folder(folder)
     written = []
-    for name, (_, chart) in found.items():
+    for name, (_, chart) in charts.items():
         written.append(folder / f"{name}.svg")
         write_text(written[-1], standalone(str(chart)))
         if png:
@@ -231,7 +236,7 @@ def draw(found: Mapping[str, tuple[str, Markup]], folder: Path, png: bool) -> li
 
 
 def standalone(chart: str) -> str:
-    """A chart of the page as a document of its own."""
+    """A chart of the report as a complete SVG document, with its style sheet."""
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', chart)[0]
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
     return (
@@ -244,7 +249,8 @@ def _as_png(svg: Path) -> Path:
         import cairosvg
     except (ImportError, OSError) as error:
         raise MissingExtra(
-            f"--png needs cairosvg, which cannot be loaded ({error}): `pip install cairosvg`, and install the cairo library"
+            f"--png needs cairosvg, but it cannot be loaded ({error}): run `pip install cairosvg`, and install the cairo library",
+            package="cairosvg",
         ) from None
     target = svg.with_suffix(".png")
     cairosvg.svg2png(url=str(svg), write_to=str(target), scale=3)

@@ -19,6 +19,7 @@ from qkit.measure import candidates
 from qkit.measure.evidence import differences, is_current, read_evidence
 from qkit.merging.folder import dtype_of
 from qkit.model.provenance import NOTE, is_traced
+from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Recipe, Serve
 from qkit.report import summary
@@ -136,7 +137,7 @@ def _front_matter(run: Run, export: str | None, figures: Mapping[str, Any]) -> s
     )
     card = ModelCardData(
         library_name=LIBRARIES[kind],
-        pipeline_tag="text-generation",
+        pipeline_tag=open_task(recipe.task).HEAD.pipeline_tag,
         datasets=[source.source for source in recipe.data.train if is_hub_id(source.source)] or None,
         tags=["qkit", "lora", *(["qlora"] if recipe.quantization.load_in_4bit else []), recipe.task],
         **base,

@@ -15,14 +15,10 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from qkit.core.errors import short
-from qkit.plugins.task import NO_MORE, Conversation, Example, Reads, RowError, said
+from qkit.core.errors import listed, short
+from qkit.plugins.example import NO_MORE, Conversation, Example, Reads, RowError, without_thinking
 from qkit.recipe.schema import Data, Evaluate
-from qkit.tasks._conversation import formats, validity
-from qkit.tasks._conversation.turns import Notes, shown, without_fillers
-
-METRIC = "exact call match"
-
+from qkit.tasks._conversation.task import ConversationTask
 
 # The leaderboard's type names, as Python writes them.
 TYPES = {"string": "str", "integer": "int", "boolean": "bool", "array": "list"}
@@ -63,26 +59,6 @@ class Row(BaseModel):
     question: list[list[Turn]] = Field(min_length=1)
     function: list[Function] = Field(min_length=1)
     accepted: list[dict[str, dict[str, list[Any]]]] = Field(min_length=1)
-
-
-def example(record: Mapping[str, Any], accepted: Any, format: str, section: Data, reads: Reads = NO_MORE) -> Example:
-    """A leaderboard row; the answer holds the first accepted value of every argument that may not be left out."""
-    if "function" not in record or "question" not in record:
-        raise RowError(f"has the columns {formats.listed(record)}; it must have question and function")
-    if accepted is None:
-        raise RowError(
-            f"has no accepted answer for id {shown(record.get('id'))}: set data.*.answers to the file that contains it"
-        )
-    try:
-        record, accepted = {key: without_fillers(item) for key, item in record.items()}, without_fillers(accepted)
-        validity.check_text([record["question"], record["function"]], "the row", section)
-        validity.check_text(accepted, "the accepted answer", section)
-        _check(record, accepted)
-        conversation, notes = _conversation(record, accepted, section), Notes(section, reads)
-        formats.note_columns(record, {"question", "function"}, section, notes, conversation, accepted)
-        return formats.checked(replace(conversation, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section)
-    except RecursionError:
-        raise RowError("is nested too deeply") from None
 
 
 def _check(record: Mapping[str, Any], accepted: Any) -> None:
@@ -153,15 +129,6 @@ def _concrete(value: Any) -> Any:
     return [_concrete(item) for item in value] if isinstance(value, list) else value
 
 
-def correct(prediction: str, reference: Any, section: Evaluate) -> bool:
-    """Whether the prediction is the call, ignoring its reasoning, with an accepted value for every argument."""
-    call = parse(said(prediction))
-    if call is None:
-        return False
-    ((name, accepted),) = reference[0].items()
-    return call[0] == name and _object_matches(call[1], accepted)
-
-
 def parse(text: str) -> tuple[str, Mapping[str, Any]] | None:
     """(name, arguments) of a call written as JSON, or None if the text is not a call."""
     try:
@@ -195,3 +162,46 @@ def _equals(value: Any, option: Any) -> bool:
 
 def _plain(text: str) -> str:
     return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')
+
+
+class FunctionCallingTask(ConversationTask):
+    """Rows of the leaderboard; a prediction is correct if it is an accepted call."""
+
+    METRIC = "exact call match"
+
+    def example(
+        self, record: Mapping[str, Any], accepted: Any, data_format: str, section: Data, reads: Reads = NO_MORE
+    ) -> Example:
+        """A leaderboard row; the answer holds the first accepted value of every argument that may not be left out."""
+        from qkit.tasks._conversation import formats, validity
+        from qkit.tasks._conversation.turns import Notes, shown, without_fillers
+
+        if "function" not in record or "question" not in record:
+            raise RowError(f"has the columns {listed(record)}; it must have question and function")
+        if accepted is None:
+            raise RowError(
+                f"has no accepted answer for id {shown(record.get('id'))}: set data.*.answers to the file that contains it"
+            )
+        try:
+            record, accepted = {key: without_fillers(item) for key, item in record.items()}, without_fillers(accepted)
+            validity.check_text([record["question"], record["function"]], "the row", section)
+            validity.check_text(accepted, "the accepted answer", section)
+            _check(record, accepted)
+            conversation, notes = _conversation(record, accepted, section), Notes(section, reads)
+            formats.note_columns(record, {"question", "function"}, section, notes, conversation, accepted)
+            return formats.checked(
+                replace(conversation, unread=tuple(notes.unread), ignored=tuple(notes.matched)), section
+            )
+        except RecursionError:
+            raise RowError("is nested too deeply") from None
+
+    def correct(self, prediction: str, reference: Any, section: Evaluate) -> bool:
+        """Whether the prediction is the call, ignoring its reasoning, with an accepted value for every argument."""
+        call = parse(without_thinking(prediction))
+        if call is None:
+            return False
+        ((name, accepted),) = reference[0].items()
+        return call[0] == name and _object_matches(call[1], accepted)
+
+
+TASK = FunctionCallingTask()

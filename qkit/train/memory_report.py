@@ -6,10 +6,12 @@ memory of libraries and allocators, which belongs to no item.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qkit.core.batching import part_sizes
 from qkit.core.device import Device
 from qkit.core.memory_meter import PeakMeter
 from qkit.plan import fit
@@ -69,3 +71,13 @@ def shortage(recipe: Recipe, device: Device, meter: PeakMeter, trainer: Any, lab
     return fit.shortage(
         recipe, "train", device, {**kept, **rest}, {**held, REST: meter.peak_bytes() - sum(held.values())}
     )
+
+
+def most_labelled(trainer: Any) -> int:
+    """The most tokens with loss in any pack or micro-batch: the memory of head and loss depends on it."""
+    most = 0
+    for batch in trainer.batches():
+        labelled = iter([trainer.labelled_tokens[row] for row in batch])
+        sizes = [len(batch)] if trainer.packing else part_sizes(len(batch), trainer.micro_batches)
+        most = max(most, *(sum(itertools.islice(labelled, size)) for size in sizes))
+    return most

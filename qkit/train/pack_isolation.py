@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from qkit.core.batching import IGNORED
-from qkit.train.collate import collate, collate_pack
+from qkit.tasks._conversation.collate import collate, collate_pack
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import TokenBudgetBatches
 from qkit.core.progress import Progress
-from qkit.train.collate import collate
 from qkit.train.fast.head import row_losses
 from qkit.train.trainer import lengths
 
@@ -58,7 +57,7 @@ def mean_losses(trainer: Any, progress: Progress, name: str) -> list[float | Non
     batches = list(TokenBudgetBatches(lengths(rows), trainer.batch_tokens, seed=0))
     with _inference(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         for indices in progress.track(batches, name, len(batches)):
-            batch = collate([rows[index] for index in indices], trainer.pad)
+            batch = trainer.collator([rows[index] for index in indices], trainer.pad)
             inputs = {key: value.to(trainer.args.device) for key, value in batch.items()}
             for index, total in zip(indices, row_losses(trainer.base_model, inputs).tolist(), strict=True):
                 sums[index] = total

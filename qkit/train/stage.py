@@ -37,7 +37,7 @@ from qkit.recipe.schema import Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
 from qkit.train import checkpoints, memory_report, memory_watch, row_losses
 from qkit.train.label_sums import Sums
-from qkit.train.sft import build_trainer, most_labelled
+from qkit.train.trainers import open_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ def run(run: Run, out: Path) -> Peak:
     _warn_of_memory(run, device)
     folder = source.resolve(recipe.model)
     with targets.patterns_of_parameters():
-        trainer = build_trainer(run, folder, device, out)
+        trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
     at_once = recipe.train.save_total_limit + 1  # a new checkpoint is complete before an old one is deleted
     need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
     if recipe.data.packing:
@@ -79,7 +79,7 @@ def run(run: Run, out: Path) -> Peak:
     if recipe.ledger.losses:
         row_losses.write_after(out / "losses.parquet", trainer, run.progress)
     _save(trainer, folder, recipe, out / "adapter")
-    memory = memory_report.measured(recipe, device, meter, watcher, most_labelled(trainer))
+    memory = memory_report.measured(recipe, device, meter, watcher, memory_report.most_labelled(trainer))
     write_json(out / "memory.json", memory.to_dict())
     return memory.peak()
 
@@ -94,7 +94,7 @@ def _decided(run: Run, device: Device, out: Path) -> Recipe:
     if before is not None and before != chosen.on:
         chosen = plan_plan.Checkpointing(before, "as when this run started")
     write_json(out / DECIDED, {fit.CHECKPOINTING: chosen.on, "why": chosen.why})
-    run.progress.say(f"train: gradient checkpointing is {'on' if chosen.on else 'off'}: {chosen.why}")
+    run.progress.notify(f"train: gradient checkpointing is {'on' if chosen.on else 'off'}: {chosen.why}")
     train = run.recipe.train.model_copy(update={"gradient_checkpointing": chosen.on})
     return run.recipe.model_copy(update={"train": train})
 
@@ -108,7 +108,9 @@ def _check_steps(run: Run, trainer: Any) -> None:
     total, section = _total_steps(trainer), run.recipe.train
     schedule.check(section, total)
     if section.save_steps >= total:
-        run.progress.say(f"train: no checkpoint before the end: train.save_steps={section.save_steps}, {total} steps")
+        run.progress.notify(
+            f"train: no checkpoint before the end: train.save_steps={section.save_steps}, {total} steps"
+        )
 
 
 def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
@@ -128,9 +130,9 @@ def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
 
 def _resume_point(run: Run, folder: Path) -> Path | None:
     """The checkpoint to resume from, reported if an earlier attempt left any. Damaged checkpoints are deleted."""
-    newest = checkpoints.newest_whole(folder, lambda text: run.progress.say(f"train: warning: {text}"))
+    newest = checkpoints.newest_whole(folder, lambda text: run.progress.notify(f"train: warning: {text}"))
     if any(folder.glob("checkpoint-*")):
-        run.progress.say(f"train: resuming from {newest.name}" if newest else "train: starting from the beginning")
+        run.progress.notify(f"train: resuming from {newest.name}" if newest else "train: starting from the beginning")
     checkpoints.drop_after(folder, newest)
     return newest
 
@@ -152,7 +154,7 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
     except Exception as error:
         if not out_of_memory(error):
             raise
-        why = memory_report.shortage(run.recipe, meter.device, meter, trainer, most_labelled(trainer))
+        why = memory_report.shortage(run.recipe, meter.device, meter, trainer, memory_report.most_labelled(trainer))
         raise OutOfMemory("train", run.root, run.log("train"), f"out of memory: {_first_line(error)}; {why}") from error
     finally:
         watcher.close()
@@ -192,7 +194,7 @@ def _pack_if_isolated(run: Run, trainer: Any, out: Path) -> None:
     what = (
         "packing" if verdict.holds else "warning: packing is off for this run, which trains on batches of rows instead"
     )
-    run.progress.say(f"{what}: isolation of packed documents {verdict.verdict} ({verdict.reason})")
+    run.progress.notify(f"{what}: isolation of packed documents {verdict.verdict} ({verdict.reason})")
 
 
 def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) -> None:
@@ -206,7 +208,7 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
         "in_batches": sums.in_batches,
     }
     write_json(out / "sums.json", counts)
-    run.progress.say(
+    run.progress.notify(
         f"train: {ledger['labelled_tokens']:,} labelled tokens in the ledger, {epochs:.4g} epochs: {sums.drawn:,} in the sampled "
         f"rows = {sums.in_batches:,} in the batches = {sums.divided_by:,} in the divisors of the loss"
     )
@@ -243,11 +245,11 @@ def _warn_of_memory(run: Run, device: Device) -> None:
     try:
         shape_of(run.recipe.model)
     except ModelError as error:  # it may still be trainable
-        run.progress.say(f"not planned: {error}")
+        run.progress.notify(f"not planned: {error}")
         return
     planned = plan_plan.plan(run.recipe, device=device)
     if not planned.fits:
-        run.progress.say(f"warning: {plan_plan.refusal(planned)}")
+        run.progress.notify(f"warning: {plan_plan.refusal(planned)}")
 
 
 def _total_steps(trainer: Any) -> int:

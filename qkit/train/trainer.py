@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import IGNORED, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
 from qkit.train import checkpoints, pack_isolation
-from qkit.train.collate import collate, collate_pack
 from qkit.train.fast.head import labelled_loss
 from qkit.train.label_sums import Sums
 
@@ -29,6 +29,7 @@ class Counted(Base):
         *args: Any,
         pad: int,
         batch_tokens: int,
+        collator: Callable[..., dict[str, torch.Tensor]],
         labelled_head: bool,
         packing: bool = False,
         micro_batches: int = 1,
@@ -44,6 +45,7 @@ class Counted(Base):
         self.grad_norm: Any = 0.0
         self.pad = pad
         self.batch_tokens = batch_tokens
+        self.collator = collator
         self._labelled_head = labelled_head
         super().__init__(*args, data_collator=self.collate, **kwargs)
         self.labelled_tokens, self._label_checksums = label_counts(self.train_dataset)
@@ -58,7 +60,7 @@ class Counted(Base):
         """A batch or a pack, with the numbers of its rows."""
         import torch
 
-        batch = (collate_pack if self.packing else collate)(rows, self.pad)
+        batch = self.collator(rows, self.pad, self.packing)
         return {**batch, "rows": torch.tensor([row["row"] for row in rows])}
 
     def batches(self) -> SeededBatches:

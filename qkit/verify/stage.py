@@ -27,6 +27,7 @@ from qkit.measure import scores as measure_scores
 from qkit.measure.answers import answered
 from qkit.measure.artifacts import Artifact, artifacts, open_artifact, rounding
 from qkit.measure.parity import Parity
+from qkit.plugins.exporter import is_exact
 from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED
@@ -36,7 +37,7 @@ EXACT_ROWS = 32  # a wrong graph shows in every row, and each row more is scored
 
 
 @dataclass(frozen=True)
-class Measurement:
+class ArtifactMeasurement:
     """What was measured of an artifact. `right`: which of its answers are right, by held-out row."""
 
     parity: Parity
@@ -55,7 +56,7 @@ def run(run: Run, out: Path) -> None:
     held_out = measure_held_out.read_held_out(run.need("data", "test.parquet"))
     distances, scores = {}, {}
     for artifact in run.progress.track(artifacts(run), "verify", 1 + len(run.recipe.export.formats)):
-        run.progress.say(f"verify: {artifact.name}")
+        run.progress.notify(f"verify: {artifact.name}")
         try:
             measured = known(run, artifact, held_out) or _measure(run, artifact, held_out)
         except ParityFailed:  # NaN or infinite log-probabilities
@@ -89,7 +90,7 @@ def _check_hashes(run: Run) -> None:
             )
 
 
-def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> Measurement | None:
+def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> ArtifactMeasurement | None:
     """What the stage `merge` measured of the merged model when it chose it among the candidates; None for an export."""
     if artifact.name != MERGED:
         return None
@@ -97,22 +98,26 @@ def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> M
     chosen = next(row for row in table["candidates"] if row["name"] == table["chosen"])
     right = measure_scores.grade(table["texts"], held_out, open_task(run.recipe.task), run.recipe.evaluate)
     contract = measure_contract.check_folder(run, artifact.path)
-    return Measurement(Parity(**chosen["parity"]), tuple(right), contract=contract.checks)
+    return ArtifactMeasurement(Parity(**chosen["parity"]), tuple(right), contract=contract.checks)
 
 
-def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> Measurement:
+def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> ArtifactMeasurement:
     """Open the artifact once, and measure everything."""
     reference = measure_reference.recorded(run, held_out.rows)
+    task = open_task(run.recipe.task)
     with _source(run, artifact, held_out.rows[:EXACT_ROWS]) as source:
-        distances, exactness = measure_parity.ArtifactDistances(reference), ExactnessMeter(source)
+        distances, exactness = (
+            measure_parity.ArtifactDistances(reference),
+            ExactnessMeter(source, task.GATES["exact"].max_difference or 0.0),
+        )
         with open_artifact(run, artifact, "verify") as runtime:
             contract = _contract(run, artifact, runtime)
             answers = answered(run, runtime, held_out)
-            for row in runtime.score(held_out.rows):
+            for row in task.outputs(runtime, held_out.rows):
                 distances.add(row)
                 exactness.add(row)
             parity = distances.parity(**rounding(run, artifact))
-    return Measurement(parity, answers.right, exactness.result(), contract)
+    return ArtifactMeasurement(parity, answers.right, exactness.result(), contract)
 
 
 def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_contract.ContractCheck, ...]:
@@ -125,22 +130,23 @@ def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_c
 @contextmanager
 def _source(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[tuple[RowScores, ...]]:
     """The merged model's scores of these rows in fp32, on disk while the context is open; none if the artifact need not equal it."""
-    if not gates.is_exact(artifact.name):
+    if not is_exact(artifact.name):
         yield ()
         return
     merged = run.need("merge", "config.json").parent
     with tempfile.TemporaryDirectory(dir=run.root / ".work") as folder:
         file = Path(folder) / "merged"
         with open_runtime("transformers", merged, detect(), dtype="float32") as runtime:
-            count = measure_reference.write(runtime.score(rows), file)
+            count = measure_reference.write(open_task(run.recipe.task).outputs(runtime, rows), file)
         yield tuple(measure_reference.read(file, rows[:count]))
 
 
 class ExactnessMeter:
     """Compares scores, row by row, with those of the model that they should equal; rows beyond these are ignored."""
 
-    def __init__(self, source: Sequence[RowScores]):
+    def __init__(self, source: Sequence[RowScores], tie: float):
         self.source = source
+        self.tie = tie
         self.agreements: list[bool] = []
         self.differences: list[float] = []
 
@@ -148,7 +154,7 @@ class ExactnessMeter:
         """The scores of the next row."""
         if len(self.differences) < len(self.source):
             wanted = self.source[len(self.differences)]
-            self.agreements += _same_top(wanted, row)
+            self.agreements += _same_top(wanted, row, self.tie)
             self.differences.append(measure_parity.largest_difference(wanted, row) or 0.0)
 
     def result(self) -> gates.Exactness | None:
@@ -159,18 +165,18 @@ class ExactnessMeter:
         return gates.Exactness(top1, max(self.differences), rows=len(self.differences))
 
 
-def _same_top(wanted: RowScores, row: RowScores) -> list[bool]:
-    """By token: whether the most likely token is that of `wanted`, or is as likely there within the limit of EXACT: a tie is no difference."""
+def _same_top(wanted: RowScores, row: RowScores, tie: float) -> list[bool]:
+    """By token: whether the most likely token is that of `wanted`, or is as likely there within `tie` nats: a tie is not a difference."""
     import numpy as np
 
     if wanted.full is None:
         return [bool(same) for same in wanted.top1 == row.top1]
     chosen = np.take_along_axis(wanted.full, row.top1[:, None], axis=1)[:, 0]
-    same: list[bool] = (chosen >= wanted.full.max(axis=1) - (gates.EXACT.max_difference or 0.0)).tolist()
+    same: list[bool] = (chosen >= wanted.full.max(axis=1) - tie).tolist()
     return same
 
 
-def _judged(run: Run, name: str, measured: Measurement) -> dict[str, Any]:
+def _judged(run: Run, name: str, measured: ArtifactMeasurement) -> dict[str, Any]:
     """The artifact's entry in parity.json."""
     gate, change = gates.gate_of(name, run.recipe), gates.change_from_reference(run, measured.right)
     failed = gates.judge(gate, measured.parity, change, measured.exactness, run.recipe.evaluate.confidence)

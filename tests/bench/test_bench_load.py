@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from helpers.sse import FIRST, GAP, TEXT, Fake, Sent, serving
-from qkit.bench.load import Direct, HeldOut, Load, Prompt, Synthetic
+from qkit.bench.load import DirectLoad, HeldOutPrompts, Load, Prompt, RandomPrompts
 from qkit.bench.record import Repeat, Request, figures
-from qkit.bench.tool import CHAT, COMPLETIONS, Tool, parse
+from qkit.bench.tool import CHAT, COMPLETIONS, LoadTool, parse
 from qkit.core.errors import ServerError
 from qkit.plugins.runtime import Timing
 
@@ -34,15 +34,15 @@ def fake() -> Iterator[Fake]:
 
 
 @pytest.fixture(scope="module")
-def tool(fake: Fake, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tool]:
+def tool(fake: Fake, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadTool]:
     log = tmp_path_factory.mktemp("tool") / "load.log"
-    with Tool(fake.url, "steady", tiny_model, HeldOut(PROMPTS), 0, log) as made:
-        yield made
+    with LoadTool(fake.url, "steady", tiny_model, HeldOutPrompts(PROMPTS), 0, log) as tool:
+        yield tool
 
 
-def measured(tool: Tool, fake: Fake, model: str, load: Load = LOAD) -> tuple[Repeat, dict[str, Any], list[Sent]]:
+def measured(tool: LoadTool, fake: Fake, model: str, load: Load = LOAD) -> tuple[Repeat, dict[str, Any], list[Sent]]:
     """A load sent to one of the server's models: as a repeat, as the tool tells it itself, and as the server saw it."""
-    tool.about["model"] = model
+    tool.target["model"] = model
     fake.log.pop(model, None)
     repeat = tool.measure(load, 1)
     return repeat, json.loads((Path(tool._folder.name) / "result.json").read_text()), fake.log[model]
@@ -52,21 +52,21 @@ def measured(tool: Tool, fake: Fake, model: str, load: Load = LOAD) -> tuple[Rep
 
 
 @pytest.fixture(scope="module")
-def steady(tool: Tool, fake: Fake) -> tuple[Repeat, dict[str, Any], list[Sent]]:
+def steady(tool: LoadTool, fake: Fake) -> tuple[Repeat, dict[str, Any], list[Sent]]:
     return measured(tool, fake, "steady")
 
 
 def test_our_figures_are_the_tools_own(steady: tuple[Repeat, dict[str, Any], list[Sent]]) -> None:
-    repeat, told, _ = steady
+    repeat, reported, _ = steady
     ours = figures([repeat])
     for name, its in (("ttft_seconds", "ttft"), ("tpot_seconds", "tpot"), ("itl_seconds", "itl")):
-        assert ours[name]["mean"] * 1000 == pytest.approx(told[f"mean_{its}_ms"], rel=1e-9)
-        assert ours[name]["p50"] * 1000 == pytest.approx(told[f"median_{its}_ms"], rel=1e-9)
-        assert ours[name]["p99"] * 1000 == pytest.approx(told[f"p99_{its}_ms"], rel=1e-9)
-    assert ours["e2e_seconds"]["mean"] == pytest.approx(mean(told["latencies"]), rel=1e-9)
-    assert ours["output_tokens_per_second"] == pytest.approx(told["output_throughput"], rel=1e-9)
-    assert ours["total_tokens_per_second"] == pytest.approx(told["total_token_throughput"], rel=1e-9)
-    assert ours["requests_per_second"] == pytest.approx(told["request_throughput"], rel=1e-9)
+        assert ours[name]["mean"] * 1000 == pytest.approx(reported[f"mean_{its}_ms"], rel=1e-9)
+        assert ours[name]["p50"] * 1000 == pytest.approx(reported[f"median_{its}_ms"], rel=1e-9)
+        assert ours[name]["p99"] * 1000 == pytest.approx(reported[f"p99_{its}_ms"], rel=1e-9)
+    assert ours["e2e_seconds"]["mean"] == pytest.approx(mean(reported["latencies"]), rel=1e-9)
+    assert ours["output_tokens_per_second"] == pytest.approx(reported["output_throughput"], rel=1e-9)
+    assert ours["total_tokens_per_second"] == pytest.approx(reported["total_token_throughput"], rel=1e-9)
+    assert ours["requests_per_second"] == pytest.approx(reported["request_throughput"], rel=1e-9)
 
 
 def nearest(found: Sequence[float], wanted: Sequence[float]) -> float:
@@ -157,13 +157,13 @@ def test_tokens_of_single_chunks(steady: tuple[Repeat, dict[str, Any], list[Sent
     assert sorted(request.prompt_tokens for request in repeat.requests) == [p.tokens for p in PROMPTS]
 
 
-def test_a_chunk_may_hold_several_tokens(tool: Tool, fake: Fake, tiny_model: Path) -> None:
+def test_a_chunk_may_hold_several_tokens(tool: LoadTool, fake: Fake, tiny_model: Path) -> None:
     """Tokens are those of usage, and so of the tokenizer; chunks are fewer, and ITL is between chunks."""
     from transformers import AutoTokenizer
 
-    repeat, told, sent = measured(tool, fake, "several")
+    repeat, reported, sent = measured(tool, fake, "several")
     tokenizer, record = AutoTokenizer.from_pretrained(str(tiny_model)), figures([repeat])
-    by_tokenizer = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in told["generated_texts"]]
+    by_tokenizer = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in reported["generated_texts"]]
     assert by_tokenizer == [r.tokens for r in repeat.requests] == [s.tokens for s in sent] == [TOKENS] * LOAD.requests
     assert record["tokens"] == LOAD.requests * TOKENS and record["chunks"] == record["tokens"] // len(TEXT)
     first = repeat.requests[0]
@@ -171,53 +171,53 @@ def test_a_chunk_may_hold_several_tokens(tool: Tool, fake: Fake, tiny_model: Pat
     assert mean(first.gaps) > 2 * first.tpot
 
 
-def test_a_chunk_that_only_says_whose_turn_it_is_is_no_token(fake: Fake, tool: Tool) -> None:
+def test_a_chunk_that_only_says_whose_turn_it_is_is_no_token(fake: Fake, tool: LoadTool) -> None:
     """The role comes at once, the first token after a while; tests/bench/test_bench_stream.py has the other kinds of chunk."""
-    said = [{"role": "assistant", "content": ""}, *({"content": letter} for letter in TEXT), {}]
+    deltas = [{"role": "assistant", "content": ""}, *({"content": letter} for letter in TEXT), {}]
     times = [0.0, *(FIRST + i * GAP for i in range(len(TEXT))), FIRST + len(TEXT) * GAP]
     fake.scripts["role"] = [
         (at, {"choices": [{"delta": d, "finish_reason": None if d else "stop"}]})
-        for at, d in zip(times, said, strict=True)
+        for at, d in zip(times, deltas, strict=True)
     ]
     fake.scripts["role"].append((times[-1], {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}))
-    before, tool.about["endpoint"], tool.takes = tool.takes, CHAT, frozenset()
+    before, tool.target["endpoint"], tool.accepted = tool.accepted, CHAT, frozenset()
     try:
-        tool.about["model"] = "role"
+        tool.target["model"] = "role"
         repeat = tool.measure(Load(2, 3, 2), 1)
     finally:
-        tool.about["endpoint"], tool.takes = COMPLETIONS, before
+        tool.target["endpoint"], tool.accepted = COMPLETIONS, before
     assert nearest([request.ttft for request in repeat.requests], [FIRST] * 2) < 0.05
     assert nearest([request.tpot for request in repeat.requests], [GAP] * 2) < 0.05
     assert [request.tokens for request in repeat.requests] == [3, 3]
 
 
-def test_other_prompt_tokens_than_were_sent_are_an_error(tool: Tool, fake: Fake) -> None:
-    with pytest.raises(ServerError, match=r"counts \d+ tokens in a prompt of \d+ \(4 of 4 differ\)"):
+def test_other_prompt_tokens_than_were_sent_are_an_error(tool: LoadTool, fake: Fake) -> None:
+    with pytest.raises(ServerError, match=r"counts \d+ tokens in a prompt of \d+ \(4 of 4 prompts differ\)"):
         measured(tool, fake, "miscounts", Load(4, 1, 4))
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
-def test_failed_requests_are_counted_and_in_no_figure(tool: Tool, fake: Fake) -> None:
+def test_failed_requests_are_counted_and_in_no_figure(tool: LoadTool, fake: Fake) -> None:
     repeat, _, sent = measured(tool, fake, "half", Load(6, 2, 6))
     assert len(sent) == 6 and len(repeat.requests) == len(repeat.errors) == 3
     assert figures([repeat])["failed_requests"] == 3
 
 
-def test_an_answer_that_breaks_off_has_failed(tool: Tool, fake: Fake) -> None:
+def test_an_answer_that_breaks_off_has_failed(tool: LoadTool, fake: Fake) -> None:
     """To the tool it is a success as soon as it has begun."""
-    repeat, told, _ = measured(tool, fake, "breaks", Load(4, 3, 4))
-    assert len(repeat.requests) == len(repeat.errors) == 2 and told["completed"] == 4
+    repeat, reported, _ = measured(tool, fake, "breaks", Load(4, 3, 4))
+    assert len(repeat.requests) == len(repeat.errors) == 2 and reported["completed"] == 4
     assert set(repeat.errors) == {"the answer ended after 1 of 3 tokens"}
 
 
-def test_a_server_that_answers_nothing_is_an_error(tool: Tool, fake: Fake) -> None:
-    with pytest.raises(ServerError, match="answered none of the requests"):
+def test_a_server_that_answers_nothing_is_an_error(tool: LoadTool, fake: Fake) -> None:
+    with pytest.raises(ServerError, match="failed every request"):
         measured(tool, fake, "fails", Load(2, 2, 2))
 
 
-def test_what_the_tool_does_not_like_is_said(tool: Tool) -> None:
+def test_what_the_tool_does_not_like_is_said(tool: LoadTool) -> None:
     with pytest.raises(ServerError, match=r"(?s)the load tool failed: .*log: .*load\.log"):
         tool.measure(Load(0, 2, request_rate=-1.0), 1)
 
@@ -225,7 +225,7 @@ def test_what_the_tool_does_not_like_is_said(tool: Tool) -> None:
 # --- how it is asked --------------------------------------------------------------------------------------------------
 
 
-def test_arguments_of_closed_and_open_loops(tool: Tool) -> None:
+def test_arguments_of_closed_and_open_loops(tool: LoadTool) -> None:
     def value(command: Sequence[str], name: str) -> str | None:
         return command[command.index(name) + 1] if name in command else None
 
@@ -237,26 +237,32 @@ def test_arguments_of_closed_and_open_loops(tool: Tool) -> None:
 
 
 def test_what_a_server_does_not_take_is_not_sent(fake: Fake, tiny_model: Path, tmp_path: Path) -> None:
-    made = Tool(
-        fake.url, "m", tiny_model, HeldOut(PROMPTS), 0, tmp_path / "log", takes=frozenset({"add_special_tokens"})
+    tool = LoadTool(
+        fake.url,
+        "m",
+        tiny_model,
+        HeldOutPrompts(PROMPTS),
+        0,
+        tmp_path / "log",
+        accepted=frozenset({"add_special_tokens"}),
     )
-    command = made.arguments(LOAD, 1)
+    command = tool.arguments(LOAD, 1)
     assert json.loads(command[command.index("--extra-body") + 1]) == {"add_special_tokens": False}
-    made.__exit__()
+    tool.__exit__()
 
 
-def test_repeats_have_other_prompts(tool: Tool) -> None:
+def test_repeats_have_other_prompts(tool: LoadTool) -> None:
     few = Load(3, 1, 3)
-    picked = [[prompt.tokens for prompt in tool.picked(few, number)] for number in (0, 1, 2)]
-    assert picked == [[5, 6, 7], [8, 9, 10], [11, 12, 5]]
+    prompts_for = [[prompt.tokens for prompt in tool.prompts_for(few, number)] for number in (0, 1, 2)]
+    assert prompts_for == [[5, 6, 7], [8, 9, 10], [11, 12, 5]]
 
 
 def test_random_prompts_are_the_tools(fake: Fake, tiny_model: Path, tmp_path: Path) -> None:
-    made = Tool(fake.url, "steady", tiny_model, Synthetic(64, 0.5), 0, tmp_path / "log")
-    command = made.arguments(LOAD, 0)
+    tool = LoadTool(fake.url, "steady", tiny_model, RandomPrompts(64, 0.5), 0, tmp_path / "log")
+    command = tool.arguments(LOAD, 0)
     assert command[command.index("--dataset-name") + 1] == "random"
-    assert made.says == "random, 64 tokens +-50 %"
-    made.__exit__()
+    assert tool.description == "random, 64 tokens +-50 %"
+    tool.__exit__()
 
 
 def test_a_detailed_result_is_parsed() -> None:
@@ -279,7 +285,7 @@ class _Clockwork:
 
 def test_direct_load_is_batch_by_batch() -> None:
     runtime: Any = _Clockwork()
-    repeat = Direct(runtime, [[1], [2, 2], [3, 3, 3]]).measure(Load(4, 3, 2), 1)
+    repeat = DirectLoad(runtime, [[1], [2, 2], [3, 3, 3]]).measure(Load(4, 3, 2), 1)
     assert runtime.seen == [[[2, 2], [3, 3, 3]], [[1], [2, 2]]]
     assert repeat.seconds == 6.0 and len(repeat.requests) == 4
     assert repeat.requests[1] == Request(1.0, (1.0, 1.0), 3, 3)

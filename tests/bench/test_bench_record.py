@@ -15,8 +15,8 @@ from qkit.bench import meter as bench_meter
 from qkit.bench import record as bench_record
 from qkit.bench import stage as bench_stage
 from qkit.bench.load import Load
-from qkit.bench.meter import Counter, Meter, spent
-from qkit.bench.record import Repeat, Request, Slo, distribution, figures, sealed
+from qkit.bench.meter import EnergyReading, Meter, energy_spent
+from qkit.bench.record import Repeat, Request, Slo, distribution, figures, with_hash
 from qkit.core.errors import DataError
 from qkit.core.figures import steady
 from qkit.measure import artifacts
@@ -126,19 +126,19 @@ def test_the_environments_hash_is_of_what_speed_depends_on() -> None:
     }
     same = {**base, "git": "def", "packages": {"torch": "2", "qkit": "2"}}
     hashes = [
-        sealed(e)["sha256"]
+        with_hash(e)["sha256"]
         for e in (base, same, {**base, "device": {"name": "b"}}, {**base, "packages": {"torch": "3"}})
     ]
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
-    assert sealed(sealed(base)) == sealed(base)
+    assert with_hash(with_hash(base)) == with_hash(base)
 
 
 def test_the_hash_of_an_artifact_is_that_of_its_files() -> None:
     outputs = {"export/a/x": "1", "export/a/y": "2", "export/b/x": "1"}
     moved = {"merge/y": "2", "merge/x": "1"}
-    assert bench_record.files_sha256(outputs, "export/a/") == bench_record.files_sha256(moved, "merge/")
-    assert bench_record.files_sha256(outputs, "export/a/") != bench_record.files_sha256(outputs, "export/b/")
-    assert bench_record.files_sha256(outputs, "export/c/") is None
+    assert bench_record.artifact_sha256(outputs, "export/a/") == bench_record.artifact_sha256(moved, "merge/")
+    assert bench_record.artifact_sha256(outputs, "export/a/") != bench_record.artifact_sha256(outputs, "export/b/")
+    assert bench_record.artifact_sha256(outputs, "export/c/") is None
 
 
 # --- loads ------------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_the_hash_of_an_artifact_is_that_of_its_files() -> None:
 class Queue:
     """A server that does up to 4 requests at once: four times the throughput of one, and no more."""
 
-    name, command, says = "made up", None, "none"
+    name, command, description = "made up", None, "none"
 
     def __init__(self, queues: bool = True) -> None:
         self.queues = queues
@@ -161,10 +161,10 @@ class Queue:
 
 def test_a_sweep_ends_when_throughput_stops_growing_and_then_goes_below_it() -> None:
     source = Queue()
-    found = list(bench_stage.measure(source, Bench(sweep=True, repeats=2, rounds=2), None))
-    assert [m.load.concurrency for m in found] == [1, 2, 4, 8, None, None, None]
-    assert [m.name for m in found[-3:]] == ["r0.25", "r0.5", "r0.75"]
-    assert [m.load.request_rate for m in found[-3:]] == [1.0, 2.0, 3.0]  # of the 4 a second at 4 at once
+    result = list(bench_stage.measure(source, Bench(sweep=True, repeats=2, rounds=2), None))
+    assert [m.load.concurrency for m in result] == [1, 2, 4, 8, None, None, None]
+    assert [m.name for m in result[-3:]] == ["r0.25", "r0.5", "r0.75"]
+    assert [m.load.request_rate for m in result[-3:]] == [1.0, 2.0, 3.0]  # of the 4 a second at 4 at once
     assert [number for _, number in source.asked] == [0, 1, 2] * 7
     assert {load.requests for load, number in source.asked if number == 0 and load.concurrency == 4} == {4}
     assert {load.requests for load, number in source.asked if number and load.concurrency == 4} == {8}
@@ -175,8 +175,8 @@ def test_what_has_no_queue_is_not_waited_for() -> None:
 
 
 def test_without_a_sweep_the_recipe_says_the_loads() -> None:
-    found = list(bench_stage.measure(Queue(), Bench(concurrency=(1, 3), repeats=1), None))
-    assert [(m.load.concurrency, m.load.requests) for m in found] == [(1, 1), (3, 3)]
+    result = list(bench_stage.measure(Queue(), Bench(concurrency=(1, 3), repeats=1), None))
+    assert [(m.load.concurrency, m.load.requests) for m in result] == [(1, 1), (3, 3)]
 
 
 def test_one_repeat_is_not_called_steady() -> None:
@@ -193,9 +193,9 @@ def test_a_record_of_anything_is_valid() -> None:
     source = Queue()
     section = Bench(repeats=2, price_per_hour=1.0, slo_ttft_seconds=0.3, concurrency=(2,))
     (measured,) = bench_stage.measure(source, section, None)
-    about = {"runtime": "url", "artifact": "m", "model_sha256": None, "disk_bytes": None, "startup_seconds": None}
-    about |= {"argv": None, "peak_bytes": None, "meter": None, "training": None, "quality": None}
-    record = bench_stage.record(measured, source, section, 0, about)
+    metadata = {"runtime": "url", "artifact": "m", "model_sha256": None, "disk_bytes": None, "startup_seconds": None}
+    metadata |= {"argv": None, "peak_bytes": None, "meter": None, "training": None, "quality": None}
+    record = bench_stage.record(measured, source, section, 0, metadata)
     check(json.loads(json.dumps(record)))
     assert record["goodput_per_second"] == record["requests_per_second"] == 2.0
     assert record["cost"]["per_million_output_tokens"] == pytest.approx(1e6 / 10 / 3600)
@@ -205,12 +205,12 @@ def test_the_record_joins_what_the_run_knows(tmp_path: Path) -> None:
     run = open_sample(tmp_path)
     (run.root / "export" / "vllm").mkdir(parents=True)
     (run.root / "export" / "vllm" / "file").write_bytes(b"12345")
-    about = bench_stage._about(run, artifacts.Artifact("vllm", run.root / "export" / "vllm"))
+    metadata = bench_stage._metadata(run, artifacts.Artifact("vllm", run.root / "export" / "vllm"))
     parity = json.loads((SAMPLE / "verify" / "parity.json").read_text(encoding="utf-8"))
-    assert about["disk_bytes"] == 5 and about["runtime"] == "vllm"
-    assert about["quality"]["kl_mean"] == parity["parity"]["vllm"]["kl_mean"]
-    assert about["quality"]["score"] == parity["scores"]["vllm"]["score"]
-    assert about["training"]["seconds"] == 282.6 and about["training"]["peak_bytes"]["measured"] > 1e9
+    assert metadata["disk_bytes"] == 5 and metadata["runtime"] == "vllm"
+    assert metadata["quality"]["kl_mean"] == parity["parity"]["vllm"]["kl_mean"]
+    assert metadata["quality"]["score"] == parity["scores"]["vllm"]["score"]
+    assert metadata["training"]["seconds"] == 282.6 and metadata["training"]["peak_bytes"]["measured"] > 1e9
 
 
 def test_rows_that_are_other_tokens_as_text_are_left_out_and_counted(tiny_model: Path) -> None:
@@ -218,11 +218,11 @@ def test_rows_that_are_other_tokens_as_text_are_left_out_and_counted(tiny_model:
 
     tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
     whole, torn = tokenizer("say a").input_ids, tokenizer("ü").input_ids[:1]  # half of a letter is no text
-    found = bench_stage.as_text(tokenizer, [whole, torn])
-    assert [(p.text, p.tokens) for p in found.prompts] == [("say a", len(whole))]
-    assert found.says == "held-out rows, 1 left out whose text has other tokens"
-    with pytest.raises(DataError, match="no held-out prompt keeps its token ids"):
-        bench_stage.as_text(tokenizer, [torn])
+    result = bench_stage.text_prompts(tokenizer, [whole, torn])
+    assert [(p.text, p.tokens) for p in result.prompts] == [("say a", len(whole))]
+    assert result.description == "held-out rows, 1 left out whose text has other tokens"
+    with pytest.raises(DataError, match="every held-out prompt changes its token ids"):
+        bench_stage.text_prompts(tokenizer, [torn])
 
 
 # --- meters -----------------------------------------------------------------------------------------------------------
@@ -231,14 +231,14 @@ def test_rows_that_are_other_tokens_as_text_are_left_out_and_counted(tiny_model:
 def test_memory_over_time_is_kept_and_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    monkeypatch.setattr(bench_meter, "POINTS", 4)
+    monkeypatch.setattr(bench_meter, "MAX_SAMPLES", 4)
     with Meter(os.getpid(), every_seconds=60) as meter:
         for _ in range(9):
             meter.sample()
-    found = meter.to_dict()
-    assert 1 < len(found["rss_tree"]) <= 5 and found["device"] == [] and found["device_peak_bytes"] is None
-    assert found["rss_tree_peak_bytes"] > 20e6
-    assert [seconds for seconds, _ in found["rss_tree"]] == sorted(seconds for seconds, _ in found["rss_tree"])
+    result = meter.to_dict()
+    assert 1 < len(result["rss_tree"]) <= 5 and result["device"] == [] and result["device_peak_bytes"] is None
+    assert result["rss_tree_peak_bytes"] > 20e6
+    assert [seconds for seconds, _ in result["rss_tree"]] == sorted(seconds for seconds, _ in result["rss_tree"])
 
 
 def test_nobodys_memory_is_none() -> None:
@@ -261,27 +261,27 @@ def test_energy_is_read_from_rapl(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         zone.mkdir()
         for file, text in (("name", name), ("energy_uj", f"{len(name)}000000"), ("max_energy_range_uj", "10000000")):
             (zone / file).write_text(f"{text}\n")
-    assert bench_meter.energy() == Counter("rapl", (9.0, 9.0), (10.0, 10.0))
+    assert bench_meter.energy() == EnergyReading("rapl", (9.0, 9.0), (10.0, 10.0))
 
 
 @pytest.mark.parametrize(
     ("before", "after", "joules", "why"),
     [
-        (Counter("rapl", (5.0,), (20.0,)), Counter("rapl", (9.0,), (20.0,)), 4.0, None),
+        (EnergyReading("rapl", (5.0,), (20.0,)), EnergyReading("rapl", (9.0,), (20.0,)), 4.0, None),
         (
-            Counter("rapl", (18.0, 1.0), (20.0, 20.0)),
-            Counter("rapl", (2.0, 2.0), (20.0, 20.0)),
+            EnergyReading("rapl", (18.0, 1.0), (20.0, 20.0)),
+            EnergyReading("rapl", (2.0, 2.0), (20.0, 20.0)),
             5.0,
             None,
         ),  # one has wrapped
-        (Counter("nvml", (5.0,)), Counter("nvml", (9.0,)), 4.0, None),
+        (EnergyReading("nvml", (5.0,)), EnergyReading("nvml", (9.0,)), 4.0, None),
         ("nothing here", "nothing here", None, "nothing here"),
     ],
 )
 def test_energy_spent(before: Any, after: Any, joules: float | None, why: str | None) -> None:
-    found = spent(before, after, tokens=8)
-    assert (found["joules"], found["why"]) == (joules, why)
-    assert found["joules_per_output_token"] == (None if joules is None else joules / 8)
+    result = energy_spent(before, after, tokens=8)
+    assert (result["joules"], result["why"]) == (joules, why)
+    assert result["joules_per_output_token"] == (None if joules is None else joules / 8)
 
 
 def test_what_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,8 +291,8 @@ def test_what_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(total=80, free=50, used=30))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda _: 2500)
     monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "595.1")
-    card = bench_meter.Card(None)
-    assert (card.memory_bytes(), card.energy_joules(), card.driver()) == (30, 2.5, "595.1")
+    card = bench_meter.GpuCard(None)
+    assert (card.memory_bytes(), card.energy_joules(), card.driver_version()) == (30, 2.5, "595.1")
 
     def unsupported(_: Any) -> int:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -302,4 +302,4 @@ def test_what_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_card_that_qkit_leaves_alone_is_not_metered() -> None:
-    assert bench_meter.Card.open() is None and bench_meter.driver() is None
+    assert bench_meter.GpuCard.open() is None and bench_meter.driver_version() is None

@@ -14,7 +14,7 @@ import pytest
 
 from helpers.sse import serving
 from qkit.bench.record import Repeat, Request, figures
-from qkit.bench.stream import NO_USAGE, Answer, Events, Reader
+from qkit.bench.stream import NO_USAGE, Answer, Events, StreamClient
 from qkit.bench.tool import CHAT, COMPLETIONS
 
 ROLE = {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
@@ -22,8 +22,8 @@ EMPTY: dict[str, Any] = {"choices": [{"delta": {}}]}
 END = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
 
 
-def delta(**said: Any) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": said, "finish_reason": None}]}
+def delta(**message: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": message, "finish_reason": None}]}
 
 
 def usage(tokens: int) -> dict[str, Any]:
@@ -99,20 +99,20 @@ def test_usage_may_come_with_every_chunk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chunks", "said"),
+    ("chunks", "message"),
     [
-        ([ROLE, END], "no token came"),
-        ([ROLE, END, usage(4)], "4 were counted, of which none had text"),
-        ([delta(content="a"), {"error": {"message": "out of memory"}}], "broke off.*out of memory"),
-        ([delta(content="a"), {"object": "error", "message": "out of memory"}], "broke off.*out of memory"),
-        ([delta(content="a"), {"message": "out of memory", "code": 500}], "broke off.*out of memory"),
-        ([delta(content="a"), {"detail": "out of memory"}], "broke off.*out of memory"),
-        ([delta(content="a"), {"choices": [{"delta": {}, "finish_reason": "error"}]}], "broke off.*'error'"),
-        ([delta(content="a"), {"choices": [{"delta": {}, "finish_reason": "abort"}]}], "broke off.*'abort'"),
+        ([ROLE, END], "the answer has no tokens"),
+        ([ROLE, END, usage(4)], "the server counted 4, none of them with text"),
+        ([delta(content="a"), {"error": {"message": "out of memory"}}], "reported an error.*out of memory"),
+        ([delta(content="a"), {"object": "error", "message": "out of memory"}], "reported an error.*out of memory"),
+        ([delta(content="a"), {"message": "out of memory", "code": 500}], "reported an error.*out of memory"),
+        ([delta(content="a"), {"detail": "out of memory"}], "reported an error.*out of memory"),
+        ([delta(content="a"), {"choices": [{"delta": {}, "finish_reason": "error"}]}], "reported an error.*'error'"),
+        ([delta(content="a"), {"choices": [{"delta": {}, "finish_reason": "abort"}]}], "reported an error.*'abort'"),
     ],
 )
-def test_what_is_no_answer_is_said(chunks: list[dict[str, Any]], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_is_no_answer_is_said(chunks: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read(*((1.0, chunk) for chunk in chunks)).chunks()
 
 
@@ -134,34 +134,34 @@ WRITTEN = [
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_events_are_found_however_they_are_cut(text: str, size: int) -> None:
     events, raw = Events(), text.encode()
-    found = [e for at in range(0, len(raw), size) for e in events.feed(raw[at : at + size])]
-    assert [*found, *events.feed(b"", last=True)] == [{"a": "ü"}, {"b": 2}]
+    result = [e for at in range(0, len(raw), size) for e in events.feed(raw[at : at + size])]
+    assert [*result, *events.feed(b"", last=True)] == [{"a": "ü"}, {"b": 2}]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ('event: error\ndata: {"message": "out of memory", "choices": [1]}\n\n', "broke off.*out of memory"),
-        ("event: error\ndata: out of memory\n\n", "broke off.*out of memory"),
-        ('data: {"a": 1}\n\ndata: [DONE]\n\ndata: {"choices": [{"text": "b"}]}\n\n', "goes on after"),
+        ('event: error\ndata: {"message": "out of memory", "choices": [1]}\n\n', "reported an error.*out of memory"),
+        ("event: error\ndata: out of memory\n\n", "reported an error.*out of memory"),
+        ('data: {"a": 1}\n\ndata: [DONE]\n\ndata: {"choices": [{"text": "b"}]}\n\n', "continues after"),
     ],
 )
-def test_an_event_that_is_no_part_of_an_answer_is_said(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_an_event_that_is_no_part_of_an_answer_is_said(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         list(Events().feed(text.encode()))
 
 
 def test_a_text_under_two_names_is_one_and_a_state_is_none() -> None:
     call = {"type": "function", "status": "in_progress", "function": {"arguments": "1"}}
-    for said in ({"reasoning": "hm", "reasoning_content": "hm"}, {"reasoning_content": "hm", "thinking": "hm"}):
-        assert read((1.0, delta(**said))).texts == ["hm"]
+    for message in ({"reasoning": "hm", "reasoning_content": "hm"}, {"reasoning_content": "hm", "thinking": "hm"}):
+        assert read((1.0, delta(**message))).texts == ["hm"]
     assert read((1.0, delta(tool_calls=[call]))).texts == ["1"]
 
 
 @pytest.mark.parametrize("text", ["data: {oops\n\n", "data: [1]\n\n", "data: <html>"])
 def test_what_is_no_event_is_said(text: str) -> None:
     events = Events()
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match=r"not (JSON|a JSON object)"):
         assert not [*events.feed(text.encode()), *events.feed(b"", last=True)]
 
 
@@ -228,23 +228,23 @@ class Output:
     start_time: float = 0.0
 
 
-async def ask_all(url: str) -> tuple[dict[str, Output], Reader]:
+async def ask_all(url: str) -> tuple[dict[str, Output], StreamClient]:
     """Every script once, all at the same time."""
-    reader = Reader(Output)
+    reader = StreamClient(Output)
 
     async def one(session: aiohttp.ClientSession, model: str) -> Output:
         place, ask = (COMPLETIONS, reader.completions) if model in ("plain", "blank") else (CHAT, reader.chat)
         asked = SimpleNamespace(model=model, model_name=None, prompt="xyz", output_len=9, prompt_len=3, request_id=None)
         asked.api_url, asked.extra_body, asked.extra_headers = url + place, None, None
-        found: Output = await ask(asked, session)
-        return found
+        result: Output = await ask(asked, session)
+        return result
 
     async with aiohttp.ClientSession() as session:
         return dict(zip(SCRIPTS, await asyncio.gather(*(one(session, name) for name in SCRIPTS)), strict=True)), reader
 
 
 @pytest.fixture(scope="module")
-def answers() -> tuple[dict[str, Output], Reader]:
+def answers() -> tuple[dict[str, Output], StreamClient]:
     with serving() as server:
         server.scripts.update({name: sorted(script, key=lambda step: step[0]) for name, script in SCRIPTS.items()})
         return asyncio.run(ask_all(server.url))
@@ -259,67 +259,70 @@ def answers() -> tuple[dict[str, Output], Reader]:
     ],
 )
 def test_the_first_token_is_the_first(
-    answers: tuple[dict[str, Output], Reader], model: str, tokens: int, gap: float
+    answers: tuple[dict[str, Output], StreamClient], model: str, tokens: int, gap: float
 ) -> None:
-    found = answers[0][model]
-    assert found.success and not found.error and found.output_tokens == tokens
-    assert found.ttft == pytest.approx(FIRST, abs=0.05)
+    result = answers[0][model]
+    assert result.success and not result.error and result.output_tokens == tokens
+    assert result.ttft == pytest.approx(FIRST, abs=0.05)
     request = Request(
-        found.ttft, tuple(found.itl), 3, tokens or 5
+        result.ttft, tuple(result.itl), 3, tokens or 5
     )  # the tool counts the text's tokens where nobody did
     assert request.tpot == pytest.approx(gap, rel=0.2)
-    assert found.latency == pytest.approx(LAST, abs=0.05) and found.latency == pytest.approx(request.e2e)
+    assert result.latency == pytest.approx(LAST, abs=0.05) and result.latency == pytest.approx(request.e2e)
 
 
-def test_what_the_model_wrote_is_kept(answers: tuple[dict[str, Output], Reader]) -> None:
+def test_what_the_model_wrote_is_kept(answers: tuple[dict[str, Output], StreamClient]) -> None:
     assert answers[0]["thinks"].generated_text == answers[0]["uncounted"].generated_text == "abcde"
     assert answers[0]["calls"].generated_text == "f1111" and answers[0]["role"].prompt_len == 7
 
 
-def test_answers_without_a_count_are_counted(answers: tuple[dict[str, Output], Reader]) -> None:
+def test_answers_without_a_count_are_counted(answers: tuple[dict[str, Output], StreamClient]) -> None:
     assert answers[1].doubts[NO_USAGE] == 1
 
 
-def test_an_answer_that_came_at_once_is_said_to(answers: tuple[dict[str, Output], Reader]) -> None:
-    found = answers[0]["buffered"]
-    assert figures([Repeat(1.0, (Request(found.ttft, tuple(found.itl), 3, 5),))])["doubts"] == [
-        "1 of 1 answers came at once: TTFT is their end-to-end time, and there is no TPOT"
+def test_an_answer_that_came_at_once_is_said_to(answers: tuple[dict[str, Output], StreamClient]) -> None:
+    result = answers[0]["buffered"]
+    assert figures([Repeat(1.0, (Request(result.ttft, tuple(result.itl), 3, 5),))])["doubts"] == [
+        "1 of 1 answers arrived in one piece: their TTFT equals the end-to-end time, and they have no TPOT"
     ]
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
-        ("breaks off", r"broke off: .*out of memory"),
-        ("garbage", "no JSON"),
-        ("nothing", "no token came"),
-        ("cut short", "neither"),
+        ("breaks off", r"reported an error: .*out of memory"),
+        ("garbage", "not JSON"),
+        ("nothing", "the answer has no tokens"),
+        ("cut short", "without a finish_reason"),
     ],
 )
-def test_what_went_wrong_is_said(answers: tuple[dict[str, Output], Reader], model: str, said: str) -> None:
-    found = answers[0][model]
-    assert not found.success and re.search(said, found.error)
+def test_what_went_wrong_is_said(answers: tuple[dict[str, Output], StreamClient], model: str, message: str) -> None:
+    result = answers[0][model]
+    assert not result.success and re.search(message, result.error)
 
 
 # --- doubts -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("gaps", "said"),
+    ("gaps", "message"),
     [
-        ((1.0, 0.1, 0.1, 0.1), "first gap between chunks, 1,000.0 ms, is far from all others (100.0 ms) in 2 of 2"),
-        ((0.001, 0.1, 0.12, 0.1), "first gap between chunks, 1.0 ms"),
-        ((0.1, 0.1, 0.1, 1.0), "last gap between chunks, 1,000.0 ms"),
+        (
+            (1.0, 0.1, 0.1, 0.1),
+            "first gap between chunks (1,000.0 ms) differs greatly from all others (100.0 ms) in 2 of 2",
+        ),
+        ((0.001, 0.1, 0.12, 0.1), "first gap between chunks (1.0 ms)"),
+        ((0.1, 0.1, 0.1, 1.0), "last gap between chunks (1,000.0 ms)"),
         ((0.1, 0.12, 0.1, 0.001), None),
         ((0.1, 0.3, 0.05, 0.1), None),
         ((0.29, 0.1, 0.1, 0.1), None),
         ((1.0, 0.1), None),
     ],
 )
-def test_a_gap_that_is_like_no_other_is_flagged(gaps: tuple[float, ...], said: str | None) -> None:
+def test_a_gap_that_is_like_no_other_is_flagged(gaps: tuple[float, ...], message: str | None) -> None:
     requests = (Request(0.001, gaps, 3, 1 + len(gaps)),) * 2
     doubts = figures([Repeat(2.0, requests)])["doubts"]
-    assert (len(doubts) == 1 and said in doubts[0]) if said else not doubts
+    assert (len(doubts) == 1 and message in doubts[0]) if message else not doubts
 
 
 def test_one_odd_answer_of_many_is_no_doubt() -> None:

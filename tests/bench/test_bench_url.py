@@ -16,7 +16,7 @@ from helpers.schemas import BENCH_SCHEMA as SCHEMA
 from helpers.sse import Fake, serving
 from qkit.bench import any_server
 from qkit.bench.any_server import BenchTarget
-from qkit.bench.load import BEYOND_OPENAI
+from qkit.bench.load import EXTRA_PARAMETERS
 from qkit.bench.tool import CHAT, COMPLETIONS
 from qkit.core.errors import RecipeError, ServerError, UserError
 from qkit.core.progress import Progress
@@ -50,39 +50,39 @@ def test_any_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: Path)
 @pytest.mark.parametrize("chat", [False, True])
 def test_what_a_server_takes_is_found_out_by_asking(fake: Fake, chat: bool) -> None:
     endpoint = CHAT if chat else COMPLETIONS
-    assert any_server.taken(fake.url, endpoint, "steady") == frozenset(BEYOND_OPENAI)
-    assert any_server.taken(fake.url, endpoint, "strict") == frozenset()
+    assert any_server.accepted_parameters(fake.url, endpoint, "steady") == frozenset(EXTRA_PARAMETERS)
+    assert any_server.accepted_parameters(fake.url, endpoint, "strict") == frozenset()
 
 
 @pytest.mark.slow
 def test_a_strict_server_can_be_benched(fake: Fake, tiny_model: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     progress = Progress()
-    progress.say = said.append  # type: ignore[method-assign]
-    asked = BenchTarget(
+    progress.notify = messages.append  # type: ignore[method-assign]
+    settings = BenchTarget(
         fake.url, "strict", str(tiny_model), 16, overrides=("bench.concurrency=[2]", "bench.output_tokens=3")
     )
-    (record,) = any_server.run(asked, tmp_path, progress)
+    (record,) = any_server.run(settings, tmp_path, progress)
     assert record["failed_requests"] == 0 and record["tokens"] == 18
-    assert any("does not accept ignore_eos" in text for text in said)
+    assert any("does not accept ignore_eos" in text for text in messages)
 
 
 @pytest.mark.parametrize(
-    ("asked", "error", "said"),
+    ("settings", "error", "messages"),
     [
-        ({}, UserError, "--run RUN sends its held-out ones"),
+        ({}, UserError, "--run RUN to send its held-out prompts"),
         ({"run": SAMPLE, "chat": True}, UserError, "--chat"),
         ({"tokenizer": "t", "overrides": ["bench.repeats=0"]}, RecipeError, "bench.repeats"),
-        ({"tokenizer": "t", "overrides": ["serve.port=0"]}, RecipeError, "settings of the section bench only"),
+        ({"tokenizer": "t", "overrides": ["serve.port=0"]}, RecipeError, "only settings of the bench section"),
         ({"tokenizer": "t", "model": None}, ServerError, "answered 404 to /v1/models"),
     ],
 )
 def test_what_cannot_be_asked(
-    fake: Fake, tmp_path: Path, asked: dict[str, Any], error: type[UserError], said: str
+    fake: Fake, tmp_path: Path, settings: dict[str, Any], error: type[UserError], messages: str
 ) -> None:
-    how = BenchTarget(**{"url": fake.url, "model": "m", "tokenizer": None, **asked})
-    with pytest.raises(error, match=said):
-        any_server.run(how, tmp_path, Progress())
+    target = BenchTarget(**{"url": fake.url, "model": "m", "tokenizer": None, **settings})
+    with pytest.raises(error, match=messages):
+        any_server.run(target, tmp_path, Progress())
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:

@@ -34,10 +34,11 @@ from helpers.chats import (
 from helpers.data_traps.models import build, tokenizer_of
 from helpers.paths import TESTS
 from qkit.chat import conversation, template
-from qkit.plugins.task import Conversation, RowError
+from qkit.plugins.example import Conversation, RowError
 from qkit.recipe.schema import Data
 from qkit.runtimes import vllm
-from qkit.tasks._conversation.encode import EncodedRow, tokenize
+from qkit.tasks._conversation.encode import tokenize
+from qkit.tasks._conversation.rows import EncodedRow
 from qkit.tasks._conversation.turns import Notes, tools_of, turns_of
 
 ORACLE = TESTS / "helpers" / "vllm_oracle.py"

@@ -14,7 +14,7 @@ from qkit.chat import template
 from qkit.core.errors import ModelError
 from qkit.export._gguf.tokenizer import template_of, templates_of
 from qkit.model import tokenizer as model_tokenizer
-from qkit.plugins.task import Conversation
+from qkit.plugins.example import Conversation
 from qkit.recipe import schema
 from qkit.recipe.schema import Data
 from qkit.server import lora
@@ -105,7 +105,7 @@ def test_a_model_without_a_default_one_is_refused_in_words(tmp_path: Path) -> No
     made = tokenizer()
     made.chat_template = {"rag": PLAIN, "tool_use": WITH_TOOLS}
     with pytest.raises(ModelError, match=r"rag, tool_use\) is called default"):
-        template.choose(made, None, tmp_path)
+        template.use_template_of_recipe(made, None, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "older"])

@@ -35,7 +35,7 @@ def bench(url: str, run: Run) -> Any:
 
 
 def bench_of_a_name(url: str, run: Run) -> Any:
-    return any_server.taken(url, COMPLETIONS, "m")
+    return any_server.accepted_parameters(url, COMPLETIONS, "m")
 
 
 def verify(url: str, run: Run) -> Any:

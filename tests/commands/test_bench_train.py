@@ -15,11 +15,11 @@ from qkit.recipe.load import load
 
 
 def test_the_sweep_is_every_batch_with_every_row_that_fits_it(tiny_recipe: Path) -> None:
-    how = load(tiny_recipe)  # batches of 256, rows of up to 128
-    assert bench_training.points(how, [], []) == [Point(128, 128), Point(256, 128), Point(512, 128)]
-    assert bench_training.points(how, [64, 256], [32, 128]) == [Point(64, 32), Point(256, 32), Point(256, 128)]
-    with pytest.raises(RecipeError, match="no batch of 64 tokens holds a row of 128"):
-        bench_training.points(how, [64], [])
+    recipe = load(tiny_recipe)  # batches of 256, rows of up to 128
+    assert bench_training.points(recipe, [], []) == [Point(128, 128), Point(256, 128), Point(512, 128)]
+    assert bench_training.points(recipe, [64, 256], [32, 128]) == [Point(64, 32), Point(256, 32), Point(256, 128)]
+    with pytest.raises(RecipeError, match="a row of 128 tokens does not fit a batch of 64 tokens"):
+        bench_training.points(recipe, [64], [])
 
 
 @pytest.mark.slow
@@ -47,23 +47,22 @@ def test_a_point_that_fails_ends_no_sweep(tiny_recipe: Path, tmp_path: Path, mon
         return {"batch_tokens": one.batch_tokens}
 
     monkeypatch.setattr(bench_training, "_in_a_process", point)
-    how, out = load(tiny_recipe), tmp_path / "b"
+    recipe, out = load(tiny_recipe), tmp_path / "b"
     out.mkdir()
-    record = bench_training.bench(how, bench_training.points(how, [], []), 3, out, Progress())
-    assert [found["batch_tokens"] for found in record["points"]] == [128, 256]
+    record = bench_training.bench(recipe, bench_training.points(recipe, [], []), 3, out, Progress())
+    assert [result["batch_tokens"] for result in record["points"]] == [128, 256]
     (failed,) = record["failed"]
     assert failed["batch_tokens"] == 512 and "out of memory" in failed["why"]
     with pytest.raises(StageFailed, match="out of memory"):
-        bench_training.bench(how, bench_training.points(how, [512], []), 3, out, Progress())
+        bench_training.bench(recipe, bench_training.points(recipe, [512], []), 3, out, Progress())
 
 
 def test_mfu_is_measured_where_the_training_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_training, "SIDE", 64)
-    best, against = bench_training.achievable()
-    assert best > 0 and "bf16 products here" in against
-    monkeypatch.setattr(bench_training, "detect", lambda: Device("meta", "no card of the table", 1, 1))
+    monkeypatch.setattr(Device, "busy_matrix_side", 64)
+    flops, reference = bench_training.achievable_flops(Device("cpu", "not in the table of cards", 1, 1))
+    assert flops > 0 and "bf16 products here" in reference
     with pytest.raises(Exception, match="meta"):  # its product is asked for on that device
-        bench_training.achievable()
+        bench_training.achievable_flops(Device("meta", "not in the table of cards", 1, 1))
 
 
 def test_a_point_that_cannot_be_trained_says_where(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -105,9 +105,9 @@ def test_the_command(trained_run: Run, tiny_model: Path) -> None:
 
 
 def test_a_place_differs_by_what_rounding_cannot_explain() -> None:
-    assert not where_layers_part.Place("layer 9", 0.016, 0.013).differs
-    assert where_layers_part.Place("layer 9", 0.05, 0.013).differs
+    assert not where_layers_part.LayerPlace("layer 9", 0.016, 0.013).differs
+    assert where_layers_part.LayerPlace("layer 9", 0.05, 0.013).differs
     assert (
-        not where_layers_part.Place("norm", 0.004, 0.0).differs
-        and where_layers_part.Place("norm", float(np.nan), 0.01).differs
+        not where_layers_part.LayerPlace("norm", 0.004, 0.0).differs
+        and where_layers_part.LayerPlace("norm", float(np.nan), 0.01).differs
     )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from helpers.data_traps.models import FAMILIES, build, tokenizer_of
 from helpers.data_traps.prepared import Prepared, lines, prepare, recipe
 from qkit.chat.template import renderer
-from qkit.plugins.task import Conversation, RowError, Text, Tokens
+from qkit.plugins.example import Conversation, RowError, Text, Tokens
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation import formats
 from qkit.tasks._conversation.encode import tokenize

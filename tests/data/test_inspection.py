@@ -19,7 +19,7 @@ from qkit.data import summary
 from qkit.data.inspection import page as inspection_page
 from qkit.data.inspection import screen, view
 from qkit.model import vocabulary
-from qkit.plugins.task import Reads
+from qkit.plugins.example import Reads
 from qkit.recipe import schema
 from qkit.recipe.load import load
 from qkit.run.directory import Run
@@ -48,7 +48,10 @@ def test_the_document(tiny_recipe: Path) -> None:
     assert learnt == "ggg<|im_end|>"
 
 
-def test_the_screen_names_what_is_wrong_with_its_row_and_remedy(rows_file: Path, tiny_recipe: Path) -> None:
+def test_the_screen_names_what_is_wrong_with_its_row_and_remedy(
+    rows_file: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
     with rows_file.open("a") as file:
         file.write(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
     done = qkit_here("inspect", tiny_recipe)

@@ -16,7 +16,7 @@ from helpers.data_traps.table import GOOD, HELD_OUT, talk
 from qkit.core.batching import IGNORED
 from qkit.data import ledger, splits
 from qkit.tasks._conversation import encode
-from qkit.tasks._conversation.encode import EncodedRow
+from qkit.tasks._conversation.rows import EncodedRow
 
 Mutation = Callable[[EncodedRow], EncodedRow]
 TALK = talk(("user", "And?"), ("assistant", "Nothing."), ("user", "Are you sure?"), ("assistant", "Yes."))

@@ -25,12 +25,14 @@ from qkit.core.errors import DataError
 from qkit.data import prepare as data_prepare
 from qkit.data import splits
 from qkit.measure import held_out as measure_held_out
-from qkit.plugins.task import Conversation
+from qkit.plugins.example import Conversation
 from qkit.recipe import schema as recipe_schema
 from qkit.recipe.schema import Data, Evaluate, Split
 from qkit.tasks import chat
 from qkit.tasks._conversation import checks
-from qkit.tasks._conversation.encode import EncodedRow, pieces, tokenize
+from qkit.tasks._conversation.encode import tokenize
+from qkit.tasks._conversation.rows import EncodedRow
+from qkit.tasks._conversation.too_long import pieces
 
 SEED = 42
 HALVES = Split(train=0.5, validation=0.2, test=0.3)
@@ -407,8 +409,8 @@ def test_a_prediction_of_what_is_learnt_is_right(family: str, tmp_path: Path) ->
         made.rows("test"), measure_held_out.read_held_out(made.folder / "test.parquet").references, strict=True
     ):
         prediction = tokenizer.decode(row["input_ids"][row["start"] :], skip_special_tokens=True)
-        assert chat.correct(prediction, reference, Evaluate())
-        assert not chat.correct(prediction[:-3], reference, Evaluate())
+        assert chat.TASK.correct(prediction, reference, Evaluate())
+        assert not chat.TASK.correct(prediction[:-3], reference, Evaluate())
 
 
 # --- what is written ----------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Heard(Progress):
         self.stop_at = stop_at
         self.steps = 0.0
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         self.lines.append(text)
 
     @contextmanager

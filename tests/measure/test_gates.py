@@ -23,10 +23,13 @@ from qkit.measure.gates import Exactness
 from qkit.measure.parity import Parity
 from qkit.measure.scores import SignTest
 from qkit.plugins.exporter import exporter
+from qkit.plugins.task import open_task
 from qkit.recipe.load import load
 from qkit.recipe.registry import format_names, split
 from qkit.recipe.schema import Gate, Recipe
 from qkit.run.directory import Run
+
+GATES = open_task("chat").GATES
 
 NEAR = Parity(
     kl_mean=5e-4, kl_p99=0.01, top1=0.998, heldout_loss=0.17, rows=100, tokens=3977, over="all tokens", kl_base=0.9, kl_base_live=5e-4
@@ -74,20 +77,20 @@ def test_a_wrong_gate_is_named_with_its_line(tiny_recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("gate", "measured", "change", "exactness", "fires", "message"),
     [
-        (measure_gates.SIXTEEN_BIT, replace(NEAR, beyond=5e-5), None, None, [], ""),
-        (measure_gates.SIXTEEN_BIT, replace(NEAR, kl_mean=0.0021), None, None, ["kl_mean"], "0.0021 (limit 0.0001)"),
-        (measure_gates.SIXTEEN_BIT, replace(NEAR, kl_mean=float("nan")), None, None, ["kl_mean"], "nan (limit 0.0001)"),
-        (measure_gates.SIXTEEN_BIT, replace(NEAR, beyond=0.0, worst_row=0.3), None, None, ["kl_row"], "0.3 (limit 0.05)"),
+        (GATES["16-bit"], replace(NEAR, beyond=5e-5), None, None, [], ""),
+        (GATES["16-bit"], replace(NEAR, kl_mean=0.0021), None, None, ["kl_mean"], "0.0021 (limit 0.0001)"),
+        (GATES["16-bit"], replace(NEAR, kl_mean=float("nan")), None, None, ["kl_mean"], "nan (limit 0.0001)"),
+        (GATES["16-bit"], replace(NEAR, beyond=0.0, worst_row=0.3), None, None, ["kl_row"], "0.3 (limit 0.05)"),
         (Gate(kl_p99=0.005), NEAR, None, None, ["kl_p99"], "0.01 (limit 0.005)"),
-        (measure_gates.QUANTIZED, replace(NEAR, kl_mean=0.09), SignTest(5, 2, 100), None, [], ""),
-        (measure_gates.QUANTIZED, NEAR, SignTest(4, 0, 100), None, [], ""),  # p = 1/8: chance
-        (measure_gates.QUANTIZED, NEAR, SignTest(6, 0, 100), None, ["score"], "in points -6 (limit 0): 6 answers lost and 0 gained of 100"),
-        (measure_gates.QUANTIZED, NEAR, SignTest(0, 6, 100), None, [], ""),  # better
-        (measure_gates.SIXTEEN_BIT, replace(NEAR, beyond=0.0), SignTest(90, 0, 100), None, [], ""),  # has no score gate
-        (measure_gates.EXACT, NEAR, None, Exactness(1.0, 1.3e-4, 32), [], ""),
-        (measure_gates.EXACT, NEAR, None, Exactness(0.999, 1.3e-4, 32), ["top1"], "0.999 (limit 1)"),
-        (measure_gates.EXACT, NEAR, None, Exactness(1.0, 0.02, 32), ["max_difference"], "0.02 (limit 0.001)"),
-        (measure_gates.EXACT, NEAR, None, Exactness(float("nan"), float("nan"), 32), ["top1", "max_difference"], "nan (limit"),
+        (GATES["quantized"], replace(NEAR, kl_mean=0.09), SignTest(5, 2, 100), None, [], ""),
+        (GATES["quantized"], NEAR, SignTest(4, 0, 100), None, [], ""),  # p = 1/8: chance
+        (GATES["quantized"], NEAR, SignTest(6, 0, 100), None, ["score"], "in points -6 (limit 0): 6 answers lost and 0 gained of 100"),
+        (GATES["quantized"], NEAR, SignTest(0, 6, 100), None, [], ""),  # better
+        (GATES["16-bit"], replace(NEAR, beyond=0.0), SignTest(90, 0, 100), None, [], ""),  # has no score gate
+        (GATES["exact"], NEAR, None, Exactness(1.0, 1.3e-4, 32), [], ""),
+        (GATES["exact"], NEAR, None, Exactness(0.999, 1.3e-4, 32), ["top1"], "0.999 (limit 1)"),
+        (GATES["exact"], NEAR, None, Exactness(1.0, 0.02, 32), ["max_difference"], "0.02 (limit 0.001)"),
+        (GATES["exact"], NEAR, None, Exactness(float("nan"), float("nan"), 32), ["top1", "max_difference"], "nan (limit"),
         (Gate(kl_mean=float("inf")), replace(NEAR, kl_base=0.1, kl_base_live=0.2), None, None, ["lost"], "is lost 0.1 (limit 0.2)"),
     ],
 )  # fmt: skip
@@ -262,8 +265,8 @@ def test_a_tie_of_the_top_tokens_is_no_difference() -> None:
         return RowScores(full[:, 0], np.array(top1), full=full)
 
     full = np.log(np.array([[0.5, 0.499999, 0.000001], [0.5, 0.4, 0.1]], "f4"))
-    meter = ExactnessMeter([scores(full, [0, 0])])
+    meter = ExactnessMeter([scores(full, [0, 0])], 1e-3)
     meter.add(scores(full, [1, 1]))  # the first is a tie, the second is not
     meter.add(scores(full, [2, 2]))  # there is nothing to compare this row with
     assert meter.result() == Exactness(top1=0.5, max_difference=0.0, rows=1)
-    assert ExactnessMeter([]).result() is None
+    assert ExactnessMeter([], 1e-3).result() is None

@@ -14,8 +14,11 @@ from qkit.measure import reference as measure_reference
 from qkit.measure.held_out import read_held_out
 from qkit.measure.parity import Reference
 from qkit.plugins.runtime import RowScores
+from qkit.plugins.task import open_task
 from qkit.recipe.load import load
 from qkit.run.directory import Run
+
+GATES = open_task("chat").GATES
 
 
 def _scores(seed: int, near: RowScores | None = None, step: float = 0.0) -> RowScores:
@@ -122,6 +125,6 @@ def test_damage_that_few_rows_show_is_seen(rows: int, broken: int) -> None:
     damaged = parity.measure(
         reference, [*(_scores(9000 + n) for n in range(broken)), *_rows_of(exact, 0.01, 2000)[broken:]]
     )
-    assert gates.judge(gates.SIXTEEN_BIT, whole) == []
-    assert "kl_row" in [breach.gate for breach in gates.judge(gates.SIXTEEN_BIT, damaged)]
-    assert "kl_row" not in [breach.gate for breach in gates.judge(gates.QUANTIZED, whole)]
+    assert gates.judge(GATES["16-bit"], whole) == []
+    assert "kl_row" in [breach.gate for breach in gates.judge(GATES["16-bit"], damaged)]
+    assert "kl_row" not in [breach.gate for breach in gates.judge(GATES["quantized"], whole)]

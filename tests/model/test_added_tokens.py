@@ -27,7 +27,7 @@ from qkit.model import tokenizer as model_tokenizer
 from qkit.recipe import schema
 from qkit.recipe.load import from_dict
 from qkit.run.directory import Run
-from qkit.train import sft
+from qkit.train.trainers import sft
 
 pytestmark = pytest.mark.slow
 

@@ -22,8 +22,8 @@ from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.server.lora import rank_for
-from qkit.train import sft
 from qkit.train import stage as train_stage
+from qkit.train.trainers import sft
 
 CPU = Device("cpu", "test", 64 * 2**30, cores=2)
 LLAMAS_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

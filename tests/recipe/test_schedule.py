@@ -18,8 +18,8 @@ from qkit.plan import sheet
 from qkit.recipe import schedule
 from qkit.recipe.load import load
 from qkit.recipe.schema import Recipe
-from qkit.train import sft
 from qkit.train import stage as train_stage
+from qkit.train.trainers import sft
 
 pytestmark = pytest.mark.slow
 

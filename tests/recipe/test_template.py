@@ -11,11 +11,12 @@ import pytest
 from helpers.tiny import build_tokenizer
 from qkit.chat import template
 from qkit.chat.template import Renderer
-from qkit.plugins.task import THINKING, Conversation, Reads
+from qkit.plugins.example import THINKING, Conversation, Reads
 from qkit.recipe import chat_templates
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation import checks
-from qkit.tasks._conversation.encode import EncodedRow, tokenize
+from qkit.tasks._conversation.encode import tokenize
+from qkit.tasks._conversation.rows import EncodedRow
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = (

@@ -86,7 +86,7 @@ def test_size_is_that_of_the_folders(tmp_path: Path) -> None:
         (folder / "weights").write_bytes(b"x" * size)
     said = bench_charts.charts_of(run)["size"][1]
     parity = json.loads((SAMPLE / "verify" / "parity.json").read_text(encoding="utf-8"))["parity"]
-    assert f"onnx-int4: 1 MB on the disk, {-log10(parity['onnx-int4']['kl_mean']):.2f}" in said
+    assert f"onnx-int4: 1 MB on disk, {-log10(parity['onnx-int4']['kl_mean']):.2f}" in said
     (run.folder("export") / "vllm" / "adapter_config.json").write_text("{}")
     assert "vllm" not in bench_charts.charts_of(run)["size"][1]
 

@@ -284,7 +284,7 @@ def test_clients_that_go_away_leave_nothing_running(served: Served, client: open
 
 def test_it_can_be_benched_with_what_it_takes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    found = any_server.taken(served.url, COMPLETIONS, TEXT_MODEL)
+    found = any_server.accepted_parameters(served.url, COMPLETIONS, TEXT_MODEL)
     assert found == {"add_special_tokens", "ignore_eos", "repetition_penalty"}
 
 

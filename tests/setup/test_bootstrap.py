@@ -392,7 +392,7 @@ def test_remedies_name_the_python_that_lacks_something(tmp_path: Path, monkeypat
     ("goal", "last"),
     [
         ("quickstart", "build/x/bin/qkit run recipes/quickstart.yaml"),
-        ("test", "build/x/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -x"),
+        ("test", "build/x/bin/python -m pytest -n 2 --dist loadfile -x"),
     ],
 )
 def test_the_two_commands_set_up_first(goal: str, last: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkit.core.strict_json import Struct
-from qkit.plugins.task import Conversation, Example, Reads, RowError, Text, Tokens
+from qkit.plugins.example import Conversation, Example, Reads, RowError, Text, Tokens
 from qkit.recipe.schema import Clean, Data, Split
 from qkit.tasks._conversation import formats
 from qkit.tasks._conversation.turns import SPEAKERS

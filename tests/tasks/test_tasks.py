@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkit.core.strict_json import Struct
-from qkit.plugins.task import Conversation, RowError, Text, open_task
+from qkit.plugins.example import Conversation, RowError, Text
+from qkit.plugins.task import open_task
 from qkit.recipe.registry import names
 from qkit.recipe.schema import Clean, Data, Evaluate
 from qkit.tasks import chat, function_calling
@@ -28,9 +29,9 @@ def test_every_task_offers_what_a_task_must(name: str) -> None:
 def test_chat_reads_any_format() -> None:
     asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     record = {"messages": [asked, said], "text": "t"}
-    assert chat.example(record, None, "auto", Data()) == Conversation((asked, said))
-    assert chat.example(record, ["a", "b"], "auto", Data()) == Conversation((asked, said), ["a", "b"])
-    assert chat.example(record, None, "text", Data()) == Text("t")
+    assert chat.TASK.example(record, None, "auto", Data()) == Conversation((asked, said))
+    assert chat.TASK.example(record, ["a", "b"], "auto", Data()) == Conversation((asked, said), ["a", "b"])
+    assert chat.TASK.example(record, None, "text", Data()) == Text("t")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_chat_reads_any_format() -> None:
 def test_chat_counts_what_equals_the_reference(
     prediction: str, reference: Any, pattern: str | None, right: bool
 ) -> None:
-    assert chat.correct(prediction, reference, Evaluate(answer_pattern=pattern)) is right
+    assert chat.TASK.correct(prediction, reference, Evaluate(answer_pattern=pattern)) is right
 
 
 # Function calling
@@ -87,7 +88,7 @@ def test_signature() -> None:
 
 
 def test_a_row_of_the_leaderboard() -> None:
-    found = function_calling.example(ROW, ACCEPTED, "auto", Data(system="Call."))
+    found = function_calling.TASK.example(ROW, ACCEPTED, "auto", Data(system="Call."))
     assert found == Conversation(
         (
             {"role": "system", "content": f"Call.\n{SIGNATURE}"},
@@ -112,8 +113,8 @@ def test_a_row_of_the_leaderboard_out_of_a_table() -> None:
 
     record = {"id": "1", "question": [[{"role": "user", "content": "q"}]], "function": [AREA]}
     accepted = [{"area": {"base": [1], "height": [2]}}]
-    plain = function_calling.example({**record, "note": "n"}, accepted, "auto", Data())
-    assert function_calling.example(tabled(record), tabled(accepted), "auto", Data()) == plain
+    plain = function_calling.TASK.example({**record, "note": "n"}, accepted, "auto", Data())
+    assert function_calling.TASK.example(tabled(record), tabled(accepted), "auto", Data()) == plain
     assert plain.unread == ("note",)
 
 
@@ -146,7 +147,7 @@ def test_a_row_of_the_leaderboard_out_of_a_table() -> None:
 )
 def test_rows_that_are_not_the_leaderboards(changed: dict[str, Any], accepted: Any, rule: str, words: str) -> None:
     with pytest.raises(RowError) as caught:
-        function_calling.example({**ROW, **changed}, accepted, "auto", Data())
+        function_calling.TASK.example({**ROW, **changed}, accepted, "auto", Data())
     assert caught.value.rule == rule and str(caught.value).startswith(words)
 
 
@@ -172,7 +173,7 @@ CALLS = st.fixed_dictionaries({"f": ARGUMENTS}).map(lambda call: [call])
 
 def outcome(record: dict[str, Any], accepted: Any) -> Conversation | RowError:
     try:
-        found = function_calling.example(record, accepted, "auto", Data(clean=Clean(unicode="keep", empty="keep")))
+        found = function_calling.TASK.example(record, accepted, "auto", Data(clean=Clean(unicode="keep", empty="keep")))
     except RowError as error:
         return error
     assert isinstance(found, Conversation)
@@ -186,7 +187,7 @@ def test_whatever_comes_only_row_errors_leave(function: Any, question: Any, acce
     if isinstance(found, RowError):
         assert str(found).encode()
     else:
-        assert function_calling.correct(found.messages[-1]["content"], found.reference, Evaluate())
+        assert function_calling.TASK.correct(found.messages[-1]["content"], found.reference, Evaluate())
 
 
 @pytest.mark.parametrize(
@@ -204,13 +205,13 @@ def test_whatever_comes_only_row_errors_leave(function: Any, question: Any, acce
 )
 def test_calls_are_right_by_the_accepted_values(arguments: dict[str, Any], right: bool) -> None:
     text = json.dumps({"name": "area", "arguments": arguments})
-    assert function_calling.correct(text, ACCEPTED, Evaluate()) is right
-    assert function_calling.correct(f"<think>\n\n</think>\n\n{text}", ACCEPTED, Evaluate()) is right
-    assert not function_calling.correct(text.replace("area", "volume"), ACCEPTED, Evaluate())
+    assert function_calling.TASK.correct(text, ACCEPTED, Evaluate()) is right
+    assert function_calling.TASK.correct(f"<think>\n\n</think>\n\n{text}", ACCEPTED, Evaluate()) is right
+    assert not function_calling.TASK.correct(text.replace("area", "volume"), ACCEPTED, Evaluate())
 
 
 @pytest.mark.parametrize(
     "text", ["", "area(base=10)", "[]", '{"name": "area"}', '{"name": "area", "arguments": []}', "null", "[" * 20_000]
 )
 def test_what_is_no_call_is_wrong(text: str) -> None:
-    assert not function_calling.correct(text, ACCEPTED, Evaluate())
+    assert not function_calling.TASK.correct(text, ACCEPTED, Evaluate())

@@ -13,11 +13,12 @@ from helpers.data_traps.models import FAMILIES, TEMPLATES, Tiny, build, tokenize
 from helpers.data_traps.prepared import prepare_rows
 from qkit.chat.template import Renderer, renderer, special_tokens
 from qkit.core.batching import IGNORED
-from qkit.plugins.task import Conversation
+from qkit.plugins.example import Conversation
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation import checks
 from qkit.tasks._conversation.checks import spans
-from qkit.tasks._conversation.encode import EncodedRow, tokenize
+from qkit.tasks._conversation.encode import tokenize
+from qkit.tasks._conversation.rows import EncodedRow
 
 TOOL = {
     "type": "function",

@@ -150,7 +150,7 @@ def test_a_damaged_manifest_is_said_and_not_a_traceback(
 ) -> None:
     shutil.copyfile(trained_run.root / "run.json", tmp_path / "run.json")
     harm(tmp_path / "run.json")
-    with pytest.raises(MissingArtifact, match=r"run\.json: is damaged .* take it away"):
+    with pytest.raises(MissingArtifact, match=r"run\.json is damaged .* delete it"):
         Run(tmp_path, trained_run.recipe).manifest()
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaM
 from trl import SFTConfig, SFTTrainer
 
 from qkit.core.batching import IGNORED, TokenBudgetBatches, packed, part_sizes
-from qkit.train.collate import collate
+from qkit.tasks._conversation.collate import collate
 from qkit.train.fast import head
 from qkit.train.fast.head import labelled_loss, row_losses
 from qkit.train.trainer import trainer_class

@@ -13,9 +13,10 @@ import torch
 
 from qkit.core import device, memory_meter
 from qkit.recipe.load import load
-from qkit.train import memory_watch, sft
+from qkit.train import memory_watch
 from qkit.train.fast import heap
 from qkit.train.memory_watch import LINES, TensorsAlive, watching
+from qkit.train.trainers import sft
 
 pytestmark = pytest.mark.slow
 

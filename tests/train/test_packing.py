@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qkit.core.batching import IGNORED, PackBatches, packed
+from qkit.tasks._conversation.collate import collate_pack
 from qkit.train import pack_isolation
-from qkit.train.collate import collate_pack
 from qkit.train.fast.head import labelled_loss
 from qkit.train.trainer import add_trl_head
 

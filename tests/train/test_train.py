@@ -19,10 +19,11 @@ from qkit.model import load as model_load
 from qkit.plan import gpus
 from qkit.recipe.load import load
 from qkit.run.directory import Run
-from qkit.train import checkpoints, sft
+from qkit.tasks._conversation.collate import collate
+from qkit.train import checkpoints, memory_report
 from qkit.train import stage as train_stage
-from qkit.train.collate import collate
 from qkit.train.fast import head
+from qkit.train.trainers import sft
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ def test_every_label_of_the_ledger_is_trained_on_once_an_epoch(
         "divided_by": 2 * _labelled(),
         "in_batches": 2 * _labelled(),
     }
-    assert any(f"{2 * _labelled():,} that the loss was divided by" in line for line in heard.lines)
+    assert any(f"{2 * _labelled():,} in the divisors of the loss" in line for line in heard.lines)
     assert (out / "adapter" / "adapter_model.safetensors").is_file() and _json(out / "memory.json")["predicted"]
 
 
@@ -156,7 +157,7 @@ def test_a_model_that_cannot_be_planned_is_trained(tmp_path: Path) -> None:
     run, out = _run(tmp_path, folder, heard, train={"max_steps": 2}, **exports)
     train_stage.run(run, out)
     (said,) = [line for line in heard.lines if line.startswith("not planned: ")]
-    assert "has no intermediate_size" in said
+    assert "lacks intermediate_size" in said
     assert (
         "train: gradient checkpointing is on: this model cannot be planned for, and training needs less memory with it"
         in heard.lines
@@ -236,7 +237,7 @@ def test_most_labelled_is_that_of_one_batch(tiny_model: Path, tmp_path: Path, pa
     run, out = _run(tmp_path, tiny_model, data={"packing": packing})
     trainer = sft.build_trainer(run, tiny_model, core_device.detect(), out)
     batches = [int((batch["labels"] != IGNORED).sum()) for batch in trainer.get_train_dataloader()]
-    assert sft.most_labelled(trainer) == max(batches)
+    assert memory_report.most_labelled(trainer) == max(batches)
 
 
 # --- losses of rows ---------------------------------------------------------------------------------------------------

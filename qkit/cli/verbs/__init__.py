@@ -1,5 +1,5 @@
-"""One file for each verb, or for a few that are alike; each has an `app` with its commands.
+"""One file per verb, or per group of similar verbs; each has an `app` with its commands.
 
-In: parsed options. Out: one call into a package below qkit.cli, and its result on the screen. app.py imports a file only when its verb is
-used; `qkit --help` imports none.
+In: parsed options. Out: one call into a package below qkit.cli, and its result on the screen. Only app.py imports these files, and only when
+the verb is used; `qkit --help` imports none.
 """

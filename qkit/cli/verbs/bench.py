@@ -1,7 +1,7 @@
-"""`qkit bench`: a run, any server, training; records compared, and charts.
+"""`qkit bench`: benchmarks a run, any server, or training; compares records; draws charts.
 
-`qkit bench RUN` is short for `qkit bench run RUN`. Other spellings without a command (`--url`, `--compare`, `--charts`) are translated, with
-a note; they go away in the next release.
+`qkit bench RUN` is short for `qkit bench run RUN`. The old spellings without a command (`--url`, `--compare`, `--charts`) are translated, with
+a note; the next release removes them.
 """
 
 from __future__ import annotations
@@ -23,63 +23,63 @@ if TYPE_CHECKING:
     from qkit.core.errors import QkitError
 
 COMMANDS = ("run", "url", "compare", "train", "charts")
-VALUES = {"--compare": 2}  # values that an option takes, where it is not one
+VALUE_COUNTS = {"--compare": 2}  # of options that take another number of values than one
 FLAGS = ("--sweep", "--chat", "--anyway", "--png", "--json", "--quiet", "-q", "--child", "--help")
 
 
 def with_command(arguments: Sequence[str]) -> tuple[list[str], str]:
-    """The arguments with a command in front, and which old spelling they use (empty: none)."""
-    words, options = _parted(arguments)
-    if not words and {*options} <= {("--help",)}:
+    """The arguments with a command in front, and the old spelling that they use (empty: none)."""
+    positional, options = _split(arguments)
+    if not positional and {*options} <= {("--help",)}:
         return [*arguments], ""
-    if words and words[0] in COMMANDS:
-        return [words[0], *_joined(options), *words[1:]], ""
+    if positional and positional[0] in COMMANDS:
+        return [positional[0], *_flatten(options), *positional[1:]], ""
     chosen = {option[0]: option[1:] for option in options}
     for name, command in (("--compare", "compare"), ("--url", "url"), ("--charts", "charts")):
         if name in chosen:
-            rest = _joined(option for option in options if option[0] != name)
-            return [command, *_renamed(name, chosen[name], words), *rest], name
+            rest = _flatten(option for option in options if option[0] != name)
+            return [command, *_renamed(name, chosen[name], positional), *rest], name
     return ["run", *arguments], ""
 
 
-def _renamed(name: str, values: Sequence[str], words: Sequence[str]) -> list[str]:
-    """What stands for an old option and its targets behind the new command."""
+def _renamed(name: str, values: Sequence[str], positional: Sequence[str]) -> list[str]:
+    """The arguments of the new command that replace an old option and its targets."""
     if name == "--url":
-        return [*values, *(part for word in words for part in ("--run", word))]
+        return [*values, *(part for target in positional for part in ("--run", target))]
     if name == "--charts":
-        return [*words, *(part for value in values for part in ("--out", value))]
-    return [*values, *words]
+        return [*positional, *(part for value in values for part in ("--out", value))]
+    return [*values, *positional]
 
 
-def _joined(options: Any) -> list[str]:
+def _flatten(options: Any) -> list[str]:
     return [part for option in options for part in option]
 
 
-def _parted(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Positional arguments, and options with their values."""
-    words: list[str] = []
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Split arguments into positional ones and options with their values."""
+    positional: list[str] = []
     options: list[tuple[str, ...]] = []
     rest = [*arguments]
     while rest:
         name = rest.pop(0)
         if not name.startswith("-"):
-            words.append(name)
+            positional.append(name)
             continue
         name, equals, value = name.partition("=")
-        count = 0 if equals or name in FLAGS else VALUES.get(name, 1)
+        count = 0 if equals or name in FLAGS else VALUE_COUNTS.get(name, 1)
         options.append((name, *([value] if equals else rest[:count])))
         del rest[:count]
-    return words, options
+    return positional, options
 
 
 class BenchGroup(TyperGroup):
-    """Adds the command where an old spelling leaves it out."""
+    """Adds the command if the arguments have none."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         arguments, old = with_command(args)
         if old:
             sys.stderr.write(
-                f"note: `qkit bench {old} ...` is now `qkit bench {arguments[0]} ...`; the old spelling goes away in the next release\n"
+                f"note: `qkit bench {old} ...` is now `qkit bench {arguments[0]} ...`; the next release removes the old spelling\n"
             )
         return super().parse_args(ctx, arguments)
 
@@ -88,45 +88,51 @@ app = verb_app()
 bench = verb_app(
     cls=BenchGroup,
     no_args_is_help=True,
-    help="Stage: latency, throughput, memory and cost of every runtime. Or of any server, of training; or compare records.\n\n"
+    help="Stage: measure latency, throughput, memory and cost of every runtime. Or measure any server or training, or compare records.\n\n"
     "`qkit bench RUN` is short for `qkit bench run RUN`.",
     epilog="Example: qkit bench runs/quickstart --sweep",
 )
 app.add_typer(bench, name="bench")
 
 Sweep = Annotated[
-    bool, typer.Option("--sweep", help="1, 2, 4 ... at once until throughput stops growing, then Poisson arrivals.")
+    bool,
+    typer.Option(
+        "--sweep", help="1, 2, 4, ... concurrent requests until throughput stops growing, then Poisson arrivals."
+    ),
 ]
 Price = Annotated[
-    float | None, typer.Option("--price-per-hour", help="Of the machine, to compute the cost of a million tokens.")
+    float | None, typer.Option("--price-per-hour", help="The price of the machine, for the cost per million tokens.")
 ]
 ServerUrl = Annotated[
-    str, typer.Argument(metavar="URL", help="An OpenAI-compatible server; OPENAI_API_KEY is its key.")
+    str, typer.Argument(metavar="URL", help="An OpenAI-compatible server. OPENAI_API_KEY holds its API key.")
 ]
 PromptsOf = Annotated[
     Path | None,
-    typer.Option("--run", metavar="RUN", help="Send the held-out prompts of this run; default: random ones."),
+    typer.Option("--run", metavar="RUN", help="Send the held-out prompts of this run. Default: random prompts."),
 ]
 Model = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="The model to ask; default: the only one there is.")
+    str | None, typer.Option("--model", metavar="NAME", help="The model to bench. Default: the server's only model.")
 ]
 Tokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", metavar="DIR", help="For random prompts; default: the one of --run.")
+    str | None,
+    typer.Option("--tokenizer", metavar="DIR", help="The tokenizer for random prompts. Default: that of --run."),
 ]
-PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, help="Without --run: length of random prompts.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Without --run: ask /v1/chat/completions.")]
-Threshold = Annotated[str, typer.Option("--threshold", help="How much worse counts as a regression.")]
+PromptTokens = Annotated[
+    int, typer.Option("--prompt-tokens", min=1, help="Without --run: the mean length of random prompts.")
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Without --run: send chat requests.")]
+Threshold = Annotated[str, typer.Option("--threshold", help="The smallest change for the worse that is a regression.")]
 IgnoreMismatch = Annotated[
-    bool, typer.Option("--anyway", help="Compare even records of different environments and loads.")
+    bool, typer.Option("--anyway", help="Compare records even if their environments or loads differ.")
 ]
 Charts = Annotated[Path | None, typer.Option("--charts", metavar="DIR", help="Also write charts as SVG files.")]
 Png = Annotated[bool, typer.Option("--png", help="Write PNG files as well.")]
 RecordA = Annotated[Path, typer.Argument(metavar="A", help="A record, or a folder of records.")]
-RecordB = Annotated[Path, typer.Argument(metavar="B", help="The one to judge against A.")]
+RecordB = Annotated[Path, typer.Argument(metavar="B", help="The record or folder to compare with A.")]
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (.yaml) or a run directory.")]
-BatchTokens = Annotated[list[int] | None, typer.Option("--batch-tokens", min=1, help="Repeatable.")]
-Length = Annotated[list[int] | None, typer.Option("--length", min=1, help="data.max_length; repeatable.")]
-Steps = Annotated[int, typer.Option("--steps", min=1, help="How many steps are timed.")]
+BatchTokens = Annotated[list[int] | None, typer.Option("--batch-tokens", min=1, help="data.batch_tokens. Repeatable.")]
+Length = Annotated[list[int] | None, typer.Option("--length", min=1, help="data.max_length. Repeatable.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="The number of timed steps.")]
 Folder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The folder for the records.")]
 ChartFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder for the charts.")]
 
@@ -142,7 +148,7 @@ def bench_run(
     quiet: Quiet = False,
     child: Child = False,
 ) -> None:
-    """Stage: latency, throughput, memory and cost of every runtime of a run."""
+    """Stage: measure latency, throughput, memory and cost of every runtime of a run."""
     run_stage("bench", StageOptions(target, _settings(overrides, sweep, price), out, as_json, quiet, child))
 
 
@@ -164,7 +170,7 @@ def bench_url(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Latency and throughput of any OpenAI-compatible server."""
+    """Measure latency and throughput of any OpenAI-compatible server."""
     from qkit.bench import any_server
     from qkit.bench import screen as bench_screen
     from qkit.report import bench_charts
@@ -191,13 +197,13 @@ def bench_compare(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare two records, or two folders of records; exits with 1 on a regression."""
+    """Compare two records, or two folders of records. Exits with 1 on a regression."""
     from dataclasses import asdict
 
     from qkit.bench import compare
     from qkit.bench import screen as bench_screen
 
-    worse_by = compare.share(threshold)
+    worse_by = compare.parse_threshold(threshold)
     comparisons = compare.compare(before, after, worse_by, anyway)
     console.show(
         as_json, [asdict(comparison) for comparison in comparisons], lambda: bench_screen.comparisons(comparisons)
@@ -219,7 +225,7 @@ def bench_train(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Speed and peak memory of training, at several sizes of batch."""
+    """Measure speed and peak memory of training at several batch sizes."""
     from qkit.bench import screen as bench_screen
     from qkit.commands import bench_training
 
@@ -238,7 +244,7 @@ def bench_charts(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the charts of a run's bench as SVG files."""
+    """Draw the charts of a run's bench as SVG files."""
     from qkit.report import bench_charts as charts
     from qkit.run.directory import Run
 
@@ -247,7 +253,7 @@ def bench_charts(
 
 
 def _settings(overrides: Sequence[str] | None, sweep: bool, price: float | None) -> list[str]:
-    """Overrides of the recipe, with those that have an option of their own."""
+    """Overrides of the recipe, including those from --sweep and --price-per-hour."""
     settings = [*(overrides or ())]
     if sweep:
         settings.append("bench.sweep=true")

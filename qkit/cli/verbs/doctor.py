@@ -12,13 +12,14 @@ from qkit.cli.options import Json, Quiet, verb_app
 app = verb_app()
 
 Make = Annotated[
-    str | None, typer.Option("--make", metavar="NAME", help="Create a separate environment: llmcompressor.")
+    str | None,
+    typer.Option("--make", metavar="NAME", help="Create a separate environment; NAME must be llmcompressor."),
 ]
 
 
 @app.command(epilog="Example: qkit doctor --json")
 def doctor(make: Make = None, as_json: Json = False, quiet: Quiet = False) -> None:
-    """What this machine is, what works on it, what is missing, and the command that installs it."""
+    """Check what this machine has, what works on it, what is missing, and how to install it."""
     from dataclasses import asdict
 
     from qkit.setup import doctor as setup_doctor
@@ -26,7 +27,7 @@ def doctor(make: Make = None, as_json: Json = False, quiet: Quiet = False) -> No
     from qkit.setup import side_environments
 
     if make:
-        folder = side_environments.make(make, console.progress_on(console.stderr(), quiet).say)
+        folder = side_environments.make(make, console.progress_on(console.stderr(), quiet).notify)
         console.show(as_json, {"name": make, "folder": str(folder)}, lambda: f"{make}: {folder}")
         return
     report = setup_doctor.examine()

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 app = verb_app()
 
 Model = Annotated[
-    str | None, typer.Option("--model", metavar="M", help="Instead of a recipe: the model, for its tokenizer.")
+    str | None, typer.Option("--model", metavar="M", help="Instead of a recipe: the model whose tokenizer is used.")
 ]
 Data = Annotated[str | None, typer.Option("--data", metavar="F", help="Instead of a recipe: the data set.")]
-RowFormat = Annotated[str, typer.Option("--format", help="Of --data, when its columns do not tell.")]
+RowFormat = Annotated[
+    str, typer.Option("--format", help="The row format of --data. Default: recognized by its columns.")
+]
 RowNumber = Annotated[int | None, typer.Option("--row", help="Show this row token by token.")]
 Split = Annotated[str, typer.Option("--split", help="With --row: train, validation or test.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML page.")]
@@ -48,7 +50,7 @@ def inspect(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """What will be learnt, row by row and token by token, and what is likely wrong. Exits with 2 when a check fails."""
+    """Show what will be learned, row by row and token by token, and likely problems. Exits with 2 if a check fails."""
     from qkit.data.checks import failures, refusal
     from qkit.data.inspection import page
     from qkit.data.inspection import screen as inspection_screen
@@ -77,7 +79,7 @@ def inspect(
 def _inspected(
     target: Path | None, overrides: list[str] | None, dataset: Dataset, progress: Progress
 ) -> tuple[Any, Any]:
-    """The inspection of a recipe, of a run, or of a model and a data set; and the row losses that a run has kept, else None."""
+    """The inspection of a recipe, of a run, or of a model and a data set; and the row losses if a run has kept them, else None."""
     from qkit.core.errors import RecipeError
     from qkit.data.inspection import view as inspection_view
     from qkit.run.directory import Run

@@ -13,32 +13,36 @@ from qkit.cli.verbs.stages import StageOptions, run_stage
 
 app = verb_app()
 
-SPARSE = ("ties", "dare", "magnitude")  # these ways to combine keep a share of the values
+SPARSE = ("ties", "dare", "magnitude")  # methods that keep only a share of the values
 
 Out = Annotated[
     Path | None,
-    typer.Option("--out", metavar="D", help="The run directory; with --base the merged model's folder."),
+    typer.Option("--out", metavar="D", help="The run directory. With --base: the folder of the merged model."),
 ]
 Base = Annotated[
     str | None, typer.Option("--base", metavar="B", help="Instead of a recipe: a model, as in model.source.")
 ]
 Adapters = Annotated[
-    list[Path] | None, typer.Option("--adapter", metavar="A", help="With --base: a PEFT LoRA folder; repeatable.")
+    list[Path] | None, typer.Option("--adapter", metavar="A", help="With --base: a PEFT LoRA folder. Repeatable.")
 ]
 Weights = Annotated[
-    list[float] | None, typer.Option("--weight", help="One for each --adapter, in the same order; default: 1.")
+    list[float] | None, typer.Option("--weight", help="One per --adapter, in the same order. Default: 1.")
 ]
 Combine = Annotated[
     str,
     typer.Option(
         "--combine",
-        help="Several adapters: sum adds weight * delta of each, exactly; linear, cat, svd, ties, dare_linear, magnitude_prune ... as in "
-        "PEFT.",
+        help="How several adapters are combined: sum adds weight * delta of each, exactly; linear, cat, svd, ties, dare_linear, "
+        "magnitude_prune and others as in PEFT.",
     ),
 ]
-Density = Annotated[float, typer.Option("--density", min=0, max=1, help="Share of values that ties and dare keep.")]
+Density = Annotated[
+    float,
+    typer.Option("--density", min=0, max=1, help="The share of values that ties and dare keep."),
+]
 Rows = Annotated[
-    str | None, typer.Option("--data", metavar="ROWS", help="With --base: conversations to measure the merge on.")
+    str | None,
+    typer.Option("--data", metavar="ROWS", help="With --base: a data set of conversations to measure the merge on."),
 ]
 
 
@@ -60,11 +64,11 @@ def merge(
     quiet: Quiet = False,
     child: Child = False,
 ) -> None:
-    """Stage: merge the adapter into the base model. With --base and --adapter: any adapter into any base."""
+    """Stage: merge the adapter into the base model. With --base and --adapter: merge any adapter into any base."""
     from qkit.core.errors import RecipeError
 
     if (target is None) == (base is None) or (base is not None and not (adapter and out)):
-        raise RecipeError("name a recipe or a run directory, or --base, --adapter and --out; one of the two")
+        raise RecipeError("name either a recipe or run directory, or --base, --adapter and --out; one of the two")
     if target is not None:
         need_effect(context, "with a recipe or a run", {"overrides", "out"})
         run_stage("merge", StageOptions(target, overrides, out, as_json, quiet, child))
@@ -82,7 +86,7 @@ def merge(
 
 
 def _check_combine(context: typer.Context, adapters: int, combine: str) -> None:
-    """Refuse --combine for one adapter, and --density where every value is kept."""
+    """Refuse --combine for one adapter, and --density for methods that keep every value."""
     used = {"base", "adapter", "out", "weight", "data", "overrides"}
     if adapters == 1:
         need_effect(context, "with one --adapter", used)

@@ -26,17 +26,25 @@ Memory = Annotated[str | None, typer.Option("--memory", metavar="24GiB", help="P
 Card = Annotated[str | None, typer.Option("--card", metavar="rtx-4090", help="Plan for a known card.")]
 Model = Annotated[
     str | None,
-    typer.Option("--model", metavar="M", help="Instead of a recipe: config.json, its folder, or a model's name."),
+    typer.Option("--model", metavar="M", help="Instead of a recipe: a config.json, its folder, or a model on the hub."),
 ]
-Quantization = Annotated[str | None, typer.Option("--quantization", metavar="nf4", help="With --model.")]
+Quantization = Annotated[
+    str | None, typer.Option("--quantization", metavar="nf4", help="With --model: the quantization of the base model.")
+]
 Rank = Annotated[int | None, typer.Option("--rank", min=1, help="With --model: the adapter's rank.")]
-Batch = Annotated[int | None, typer.Option("--batch", min=1, help="With --model: rows in a batch.")]
-RowLength = Annotated[int | None, typer.Option("--length", min=1, help="With --model: tokens in a row.")]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="With --model: rows per batch.")]
+RowLength = Annotated[int | None, typer.Option("--length", min=1, help="With --model: tokens per row.")]
 Solve = Annotated[
-    str | None, typer.Option("--solve", metavar="WHAT", help="The most that fits: max_length, batch, rank; or card.")
+    str | None,
+    typer.Option(
+        "--solve",
+        metavar="WHAT",
+        help="The largest max_length, batch or rank that fits, or the smallest card.",
+    ),
 ]
 Explain = Annotated[
-    str | None, typer.Option("--explain", metavar="LINE", help="Show the formula of a line, with its numbers.")
+    str | None,
+    typer.Option("--explain", metavar="LINE", help="Show the formula of a line of the plan, with its numbers."),
 ]
 
 
@@ -57,7 +65,7 @@ def plan(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Does it fit? Memory, line by line, and time, before anything is loaded. Exits with 2 when a stage does not fit."""
+    """Estimate memory, line by line, and time before anything is loaded. Exits with 2 if a stage does not fit."""
     _start_fast()
     from qkit.plan import plan as plan_plan
     from qkit.plan import screen as plan_screen
@@ -65,7 +73,7 @@ def plan(
     from qkit.plan import solve as plan_solve
 
     if target is not None and not model:
-        need_effect(context, "with a recipe or a run: it is for --model", FOR_A_RECIPE)
+        need_effect(context, "with a recipe or a run, only with --model", FOR_A_RECIPE)
     if explain and solve:
         raise UserError("--solve: no effect with --explain, which shows the lines of one plan; use one of the two")
     recipe = _planned_recipe(target, overrides, sheet.Options(model or "", quantization, rank, batch, length))
@@ -81,15 +89,15 @@ def plan(
 
 
 def _start_fast() -> None:
-    """A plan takes half a second: it ends before garbage matters, and needs none of the pydantic plugins that packages register."""
+    """Save start-up time: a plan ends before garbage matters, and does not use the pydantic plugins of installed packages."""
     gc.disable()
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
 def _planned_recipe(target: Path | None, overrides: list[str] | None, options: Options) -> Recipe:
-    """The recipe of a file or a run, or the one that --model and its companion options describe."""
+    """The recipe of a file or a run, or the recipe that --model and its options describe."""
     from qkit.plan.sheet import recipe_for
 
     if bool(options.model) == (target is not None):
-        raise RecipeError("name a recipe or a run directory, or --model; one of the two")
+        raise RecipeError("name either a recipe or run directory, or --model; one of the two")
     return recipe_for(options, overrides or ()) if target is None else open_recipe(target, overrides)

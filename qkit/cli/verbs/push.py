@@ -12,11 +12,11 @@ from qkit.cli.options import Json, Quiet, verb_app
 
 app = verb_app()
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="An export, or a run's merge folder.")]
-Repo = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.")]
-Private = Annotated[bool, typer.Option("--private", help="Create it as a private repository.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be uploaded.")]
-Force = Annotated[bool, typer.Option("--force", help="Upload even without provenance, or after a failed gate.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of an export, or a run's merge folder.")]
+Repo = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hugging Face hub.")]
+Private = Annotated[bool, typer.Option("--private", help="Create a private repository.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be uploaded.")]
+Force = Annotated[bool, typer.Option("--force", help="Upload even if the folder has no provenance or failed its gate.")]
 
 
 @app.command(epilog="Example: qkit push runs/quickstart/export/vllm me/my-model --private --dry-run")

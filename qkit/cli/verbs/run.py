@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = verb_app()
 
-Fit = Annotated[bool, typer.Option("--fit", help="Change the recipe until training fits, as `qkit plan` advises.")]
+Fit = Annotated[bool, typer.Option("--fit", help="Change the recipe as `qkit plan` suggests until training fits.")]
 
 
 @app.command(epilog="Example: qkit run recipes/quickstart.yaml --out runs/first")
@@ -30,7 +30,7 @@ def run(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run all stages in order; stages that are done are not run again."""
+    """Run all stages in order; completed stages are skipped."""
     from qkit import pipeline
     from qkit.plan import fit as plan_fit
     from qkit.run.directory import Run
@@ -57,14 +57,14 @@ def run(
 
 @app.command(epilog="Example: qkit show runs/quickstart --json")
 def show(run: RunFolder, as_json: Json = False, quiet: Quiet = False) -> None:
-    """What happened in a run, on one screen."""
+    """Summarize a run on one screen."""
     from qkit.run.directory import Run
 
     show_summary(Run.open(run), as_json)
 
 
 def show_summary(run: Run, as_json: bool) -> None:
-    """Print a run's summary: the state of its stages and the figures that they left."""
+    """Print a run's summary: the state of its stages, and their figures."""
     from qkit import pipeline
     from qkit.report import screen as report_screen
     from qkit.report import summary as report_summary

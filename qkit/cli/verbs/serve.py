@@ -32,30 +32,33 @@ EngineArgs = Annotated[
 RuntimeName = Annotated[str, typer.Option("--runtime", help="vllm or onnxruntime.")]
 ArtifactName = Annotated[
     str | None,
-    typer.Option("--artifact", metavar="NAME", help="Which export; default: the best one that passed its gate."),
+    typer.Option("--artifact", metavar="NAME", help="The export to serve. Default: the best one that passed its gate."),
 ]
 ServedName = Annotated[
     str | None,
-    typer.Option("--name", metavar="NAME", help="The model's name in requests; default: the folder's name."),
+    typer.Option("--name", metavar="NAME", help="The model's name in requests. Default: the folder's name."),
 ]
 AdapterOption = Annotated[
     list[str] | None,
-    typer.Option("--adapter", metavar="NAME=RUN", help="Serve this adapter next to the base; repeatable."),
+    typer.Option("--adapter", metavar="NAME=RUN", help="Also serve this adapter on the base model. Repeatable."),
 ]
 RuntimeLoading = Annotated[
     bool,
     typer.Option(
-        "--runtime-adapters", help="Allow `qkit adapters` to load and unload; any client with the key can then."
+        "--runtime-adapters",
+        help="Let `qkit adapters` load and unload adapters; then every client with the API key can do so.",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Serve even an artifact that failed its gate.")]
+Force = Annotated[bool, typer.Option("--force", help="Serve an artifact even if it failed its gate.")]
 NoContract = Annotated[
-    bool, typer.Option("--no-contract", help="Do not check that the server treats requests as training did.")
+    bool, typer.Option("--no-contract", help="Skip the check that the server treats requests as training did.")
 ]
-Restart = Annotated[bool, typer.Option("--restart", help="Restart the server, with back-off, when it exits by itself.")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Restart the server, with a growing delay, if it exits by itself.")
+]
 PrintFormat = Annotated[
     str | None,
-    typer.Option("--print", metavar="FORM", help="Only print the command: shell, compose or kubernetes."),
+    typer.Option("--print", metavar="FORM", help="Only print how to start the server: shell, compose or kubernetes."),
 ]
 
 
@@ -102,21 +105,21 @@ def serve(
 
 
 def _check_print(context: typer.Context, as_json: bool) -> None:
-    """Refuse what has no effect when nothing is started."""
+    """Refuse options that have no effect if nothing is started."""
     if as_json:
-        raise typer.BadParameter("--json: no effect with --print, which prints the command as it is")
+        raise typer.BadParameter("--json: no effect with --print, which prints the command as is")
     need_effect(context, "with --print", {p.name or "" for p in context.command.params} - {"restart", "no_contract"})
 
 
 def _after_dashes(engine_args: list[str] | None) -> list[str]:
-    """Arguments beyond the target, which are allowed only after `--`."""
+    """The arguments after the target, which are allowed only after `--`."""
     if engine_args and "--" not in sys.argv:
         raise typer.BadParameter(f"{' '.join(engine_args)}: options for the runtime must come after `--`")
     return engine_args or []
 
 
 def _serving(target: str, overrides: list[str] | None, out: Path | None, options: ServeOptions) -> Serving:
-    """What to serve: an artifact of a run, when the target is one or its recipe, else a model."""
+    """What to serve: an artifact if the target is a run or a recipe, else a model."""
     from qkit.plan.sheet import Options, recipe_for
     from qkit.serve import serving
 
@@ -132,21 +135,21 @@ def _serving(target: str, overrides: list[str] | None, out: Path | None, options
 
 
 def _serve(serving: Serving, restart: bool, as_json: bool, quiet: bool) -> None:
-    """Plan, start, print the address, and wait until it ends."""
+    """Plan, start the server, print its address, and wait until it ends."""
     from qkit.serve import fits, lifecycle
 
     terminal, planned = console.stderr(), fits.planned(serving)
     if not quiet:
         _print_start(terminal, serving, planned)
 
-    def on_restart(why: str, pause: float) -> None:
-        terminal.print(f"{why}\nrestarting in {pause:g} s", highlight=False, soft_wrap=True)
+    def on_restart(reason: str, pause: float) -> None:
+        terminal.print(f"{reason}\nrestarting in {pause:g} s", highlight=False, soft_wrap=True)
 
     described = False
 
     def on_ready(server: Server) -> None:
         nonlocal described
-        if not (as_json and described):  # one document, however often it is restarted
+        if not (as_json and described):  # one document, even after restarts
             _print_ready(serving, server, as_json)
         described = True
         status = f"ready after {server.startup_seconds:.0f} s; log: {server.child.log}; Ctrl-C stops it"
@@ -163,7 +166,7 @@ def _print_start(terminal: Console, serving: Serving, planned: Any) -> None:
     memory = (
         f"{planned.peak_bytes / 2**30:.1f} of {planned.device_bytes / 2**30:.1f} GiB"
         if planned
-        else "not planned: unknown shape"
+        else "not estimated: the model's shape is unknown"
     )
     terminal.print(f"memory: {memory}; starting {serving.runtime} ...", highlight=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""The verbs that run one stage, and nothing else: data, train, evaluate, export, report."""
+"""The verbs that only run one stage: data, train, evaluate, export and report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ app = verb_app()
 
 @dataclass(frozen=True)
 class StageOptions:
-    """What every stage's verb takes. `child`: `qkit run` started this process, and reports the result itself."""
+    """The options of every stage's verb. `child`: `qkit run` started this process and reports the result itself."""
 
     target: Path
     overrides: Sequence[str] | None = None
@@ -30,7 +30,7 @@ class StageOptions:
 
 
 def run_stage(name: str, options: StageOptions) -> None:
-    """Run one stage in this process; what libraries print goes to its log."""
+    """Run one stage in this process; the output of libraries goes to the stage's log."""
     from qkit import pipeline
     from qkit.core.process import die_with_parent
     from qkit.measure import gates
@@ -40,7 +40,7 @@ def run_stage(name: str, options: StageOptions) -> None:
     terminal, stdout = console.stderr(keep=True), os.fdopen(os.dup(1), "w")
     run = open_run(options.target, options.overrides, options.out, console.progress_on(terminal, options.quiet))
     begin = time.perf_counter()
-    run.progress.say(f"{name} ...")
+    run.progress.notify(f"{name} ...")
     with pipeline.captured(run, name):
         console.quiet_libraries()
         pipeline.execute(run, name)
@@ -48,7 +48,7 @@ def run_stage(name: str, options: StageOptions) -> None:
         terminal.print(f"{name}: done in {time.perf_counter() - begin:.1f} s", highlight=False)
         if not options.child:
             show_summary(run, as_json=False)
-    if name == "verify" and not options.child:  # `qkit run` goes on to the report, and then says what failed
+    if name == "verify" and not options.child:  # `qkit run` first makes the report, and then reports the failure
         gates.check(run)
     if options.as_json:
         print(json.dumps(run.manifest()["stages"][name]), file=stdout, flush=True)

@@ -17,17 +17,20 @@ Compared = Annotated[
     list[str],
     typer.Argument(
         metavar="RECIPE_OR_RUN | A B",
-        help="A recipe or a run: the stage. Or two of: a run (its adapter as trained), a model folder, an export, a server's http:// "
-        "address.",
+        help="A recipe or a run: run the stage. Or two artifacts to compare, each a run (its reference model), a model folder, an export or "
+        "the http:// URL of a server.",
     ),
 ]
 Rows = Annotated[
     Path | None,
-    typer.Option("--data", metavar="ROWS", help="Compare A and B on these: JSON lines, or RUN/data/test.parquet."),
+    typer.Option(
+        "--data", metavar="ROWS", help="The rows to compare A and B on: JSON lines, or RUN/data/test.parquet."
+    ),
 ]
-LocateDivergence = Annotated[bool, typer.Option("--where", help="Name the first layer at which A and B diverge.")]
+LocateDivergence = Annotated[bool, typer.Option("--where", help="Find the first layer at which A and B diverge.")]
 MaxKl = Annotated[
-    float | None, typer.Option("--max-kl", metavar="NATS", help="Exit with 2 when the mean KL of A and B is above.")
+    float | None,
+    typer.Option("--max-kl", metavar="NATS", help="Exit with 2 if the mean KL divergence of A and B is higher."),
 ]
 ServerUrl = Annotated[
     str | None,
@@ -49,16 +52,16 @@ def verify(
     quiet: Quiet = False,
     child: Child = False,
 ) -> None:
-    """Stage: compare every artifact with the adapter as trained. Or compare any two artifacts, or a running server with a run."""
+    """Stage: compare every artifact with the reference model. Or compare any two artifacts, or a running server with a run."""
     from qkit.core.errors import RecipeError
 
     if len(targets) > 2 or (len(targets) == 2 and server):
-        raise RecipeError("name a run, or two artifacts to compare, or a run and its --server")
+        raise RecipeError("name a run, two artifacts to compare, or a run and its --server")
     if server:
         need_effect(context, "with --server", {"server"})
         _check_server(Path(targets[0]), server, as_json)
     elif len(targets) == 1:
-        need_effect(context, "with a recipe or a run: it is for two artifacts", {"overrides", "out"})
+        need_effect(context, "with a recipe or a run, only with two artifacts", {"overrides", "out"})
         run_stage("verify", StageOptions(Path(targets[0]), overrides, out, as_json, quiet, child))
     else:
         need_effect(context, "with two artifacts", {"data", "where", "max_kl"})
@@ -66,7 +69,7 @@ def verify(
 
 
 def _check_server(run: Path, url: str, as_json: bool) -> None:
-    """Exits with 2 when the server differs."""
+    """Check a server against a run; exits with 2 if it differs."""
     from dataclasses import asdict
 
     from qkit.measure import contract
@@ -79,7 +82,7 @@ def _check_server(run: Path, url: str, as_json: bool) -> None:
 
 
 def _compare(a: str, b: str, data: Path | None, where: bool, max_kl: float | None, as_json: bool, quiet: bool) -> None:
-    """Compare two artifacts on the same rows; with `max_kl`, fail when they are farther apart."""
+    """Compare two artifacts on the same rows; fail if their mean KL is above `max_kl`."""
     from qkit.commands import compare, compare_screen, where_layers_part
 
     terminal = console.stderr(keep=True)

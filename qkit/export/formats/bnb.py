@@ -11,6 +11,7 @@ from qkit.core.device import detect, released
 from qkit.export.folder import create, note, write_companions
 from qkit.model.config import EXPERTS
 from qkit.plugins.exporter import Job
+from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
 
 VARIANTS = {"nf4": "NF4, packed by bitsandbytes"}
@@ -26,12 +27,15 @@ def export(job: Job, out: Path, variant: str) -> None:
     """
     create(out, "bnb", variant, VARIANTS)
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+    import transformers
+    from transformers import BitsAndBytesConfig, GenerationConfig
 
     section = job.recipe.quantization.model_copy(update={"load_in_4bit": True, "bnb_4bit_quant_type": variant})
     config = BitsAndBytesConfig(**section.model_dump())
     with released():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = getattr(
+            transformers, open_task(job.recipe.task).HEAD.auto_class
+        ).from_pretrained(
             str(job.merged),
             dtype=torch.bfloat16,
             device_map=detect().device_map,

@@ -72,6 +72,7 @@ VARIANTS: Mapping[str, str] = {
 }
 BY_HAND: Mapping[str, Build] = _int4_builds()
 QUANTIZED = frozenset({"int8", *BY_HAND})
+EXACT = frozenset({"fp32"})
 
 
 ROUNDED_BY_QKIT = ("gptq", "nearest")

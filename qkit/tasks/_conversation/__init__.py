@@ -1,4 +1,6 @@
-"""What tasks on conversations share: formats of data, turns, tokens and labels, and the checks of each row.
+"""Tasks on conversations: what they have in common.
 
-One row goes through formats.py (record -> example), encode.py (example -> token ids and labels) and checks.py. Start with formats.py.
+task.py answers every question of the contract that they answer alike, among them the default gates of artifacts (GATES). A row goes through
+formats.py (record -> example), encode.py (example -> token ids and labels), too_long.py (data.max_length) and checks.py; encoder.py opens the
+tokenizer and the template for them. Start with task.py.
 """

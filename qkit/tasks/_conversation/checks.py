@@ -12,8 +12,8 @@ from qkit.chat.conversation import Parted, goes_through_parts, text_of, texts_in
 from qkit.chat.template import ASKED, Renderer, TemplateRefusal, compact
 from qkit.core.batching import IGNORED
 from qkit.core.strict_json import Rounded
-from qkit.plugins.task import THINKING
-from qkit.tasks._conversation.encode import EncodedRow, Finding
+from qkit.plugins.example import THINKING
+from qkit.tasks._conversation.rows import EncodedRow, Finding
 
 PROBE, SAID, CALLED = "qkit_probe_1729", "qkit_said_1729", "qkit_called_1729"  # a tool, a text, a call's argument
 PROBE_TOOL: dict[str, Any] = {

@@ -8,56 +8,17 @@ a server would send.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 from qkit.chat import conversation as chat_conversation
-from qkit.chat.template import Messages, Renderer, TemplateRefusal
+from qkit.chat.template import Renderer, TemplateRefusal
 from qkit.core.batching import IGNORED
-from qkit.plugins.task import Conversation, Example, RowError, Text, Tokens
+from qkit.plugins.example import Conversation, Example, RowError, Text, Tokens
 from qkit.recipe.schema import Data
-
-Finding = tuple[str, str]  # the check that noticed something, and a message that says what
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """One row to train on. `input_ids`, `labels`: [tokens]; `start`: where the last completion begins.
-
-    `messages`: those before the answer, they and `tools` as they are once they were sent to a server; `variables`: what the template is
-    given beside them; `reply`: the turn that answers, `answer` what it says, `reference` how a prediction that is right reads; `text`: the
-    whole conversation as rendered; `turns`: the messages that carry loss. `whole_tokens`: its length before anything was cut; `continues`:
-    a piece of a text, and not its first; `findings`: (check, what was seen).
-    """
-
-    input_ids: Sequence[int]
-    labels: Sequence[int]
-    start: int
-    messages: Messages = ()
-    tools: Sequence[Any] = ()
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    reply: Mapping[str, Any] = field(default_factory=dict)
-    answer: str = ""
-    reference: str = ""
-    text: str = ""
-    turns: tuple[int, ...] = ()
-    whole_tokens: int = 0
-    continues: bool = False
-    findings: tuple[Finding, ...] = ()
-
-    @property
-    def labelled(self) -> int:
-        """Tokens that carry loss."""
-        return sum(label != IGNORED for label in self.labels)
-
-
-class Refused(RowError):
-    """A row that cannot be trained on once it is rendered. `rule`: the check that it fails; `row`: the whole row, if there is one."""
-
-    def __init__(self, message: str, rule: str, row: EncodedRow | None = None):
-        super().__init__(message, rule)
-        self.row = row
+from qkit.tasks._conversation.rows import EncodedRow, Finding, Refused
+from qkit.tasks._conversation.too_long import cut_end, pieces, too_long
 
 
 @dataclass(frozen=True)
@@ -303,10 +264,6 @@ def _end_of_turn(ids: Sequence[int], begin: int, end: int | None) -> int:
 # --- length -----------------------------------------------------------------------------------------------------------
 
 
-def too_long(row: EncodedRow, section: Data) -> Refused:
-    return Refused(f"has {row.whole_tokens} tokens, data.max_length is {section.max_length}", "length", row)
-
-
 def _without_oldest_turns(renderer: Renderer, draft: Draft, row: EncodedRow, section: Data) -> EncodedRow:
     """The row without its oldest exchanges, but with its system turn."""
     for cut, shorter in _shortened(draft.conversation, draft.last):
@@ -332,23 +289,6 @@ def _shortened(example: Conversation, last: int) -> Iterator[tuple[int, Conversa
             yield begin - head, replace(example, messages=messages, trained=())
 
 
-def cut_end(row: EncodedRow, max_length: int) -> EncodedRow:
-    """The first `max_length` tokens of a row.
-
-    Raises:
-        Refused: no answer would be left.
-    """
-    kept = replace(row, input_ids=row.input_ids[:max_length], labels=row.labels[:max_length])
-    if row.start >= max_length or not kept.labelled:
-        raise Refused(f"has {row.start} tokens before its answer, data.max_length is {max_length}", "length", row)
-    cut = row.whole_tokens - max_length
-    finding = (
-        "answer_cut",
-        f"its answer is truncated: {cut} of {row.whole_tokens} tokens are removed, including the end of the turn",
-    )
-    return replace(kept, findings=(*row.findings, finding))
-
-
 # --- text and ready-made tokens ---------------------------------------------------------------------------------------
 
 
@@ -368,14 +308,6 @@ def _text_rows(renderer: Renderer, example: Text, section: Data) -> list[Encoded
     if section.too_long == "truncate_completion":
         return [cut_end(row, section.max_length)]
     raise too_long(row, section)
-
-
-def pieces(row: EncodedRow, max_length: int) -> Iterator[EncodedRow]:
-    """A row in pieces. Each begins with the last token of the piece before as context, so that every token is trained on exactly once."""
-    for begin in range(0, len(row.input_ids) - 1, max_length - 1):
-        ids = row.input_ids[begin : begin + max_length]
-        labels = [IGNORED, *row.labels[begin + 1 : begin + max_length]]
-        yield replace(row, input_ids=ids, labels=labels, whole_tokens=len(ids), continues=begin > 0)
 
 
 def _from_tokens(example: Tokens) -> EncodedRow:

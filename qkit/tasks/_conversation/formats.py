@@ -15,12 +15,12 @@ Names that nothing reads are noted.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qkit.core.errors import short
-from qkit.plugins.task import NO_MORE, THINKING, Conversation, Example, Reads, RowError, Text
+from qkit.core.errors import listed, short
+from qkit.plugins.example import NO_MORE, THINKING, Conversation, Example, Reads, RowError, Text
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation.tokenized import View, tokenized_row
 from qkit.tasks._conversation.turns import (
@@ -30,7 +30,6 @@ from qkit.tasks._conversation.turns import (
     loaded,
     parsed,
     plain,
-    printable,
     shown,
     string,
     thought_of,
@@ -287,11 +286,6 @@ def unknown_column(section: Data, reads: Reads) -> str:
                 f"nor a variable of the chat template{nearest}"
             )
     return ""
-
-
-def listed(columns: Iterable[str]) -> str:
-    """Names of columns, for a message."""
-    return short(printable(", ".join(sorted(map(str, columns))))) or "(none)"
 
 
 def _messages(view: View, notes: Notes) -> Conversation:

@@ -58,7 +58,7 @@ def _called(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def trained(tokenizer: PreTrainedTokenizerBase, form: RequestForm, variables: Mapping[str, Any]) -> list[int] | None:
     """The ids that training makes of a record with these turns; None where it leaves such a record out."""
     from qkit.chat import template
-    from qkit.plugins.task import RowError
+    from qkit.plugins.example import RowError
     from qkit.recipe.schema import Data
     from qkit.tasks._conversation.turns import Notes, tools_of, turns_of
 

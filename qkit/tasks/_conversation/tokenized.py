@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qkit.core.batching import IGNORED
-from qkit.plugins.task import RowError, Tokens
+from qkit.plugins.example import RowError, Tokens
 from qkit.tasks._conversation.turns import Notes, listing, shown
 
 MAX_ID = 2**31 - 1  # token ids are kept in 32 bits

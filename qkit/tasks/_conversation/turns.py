@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from qkit.chat.conversation import FUNCTION_KEYS, content_of
-from qkit.core.errors import short
+from qkit.core.errors import printable, short
 from qkit.core.strict_json import Struct, decode
-from qkit.plugins.task import NO_MORE, THINKING, Message, Reads, RowError
+from qkit.plugins.example import NO_MORE, THINKING, Message, Reads, RowError
 from qkit.recipe.schema import Data
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -315,8 +315,3 @@ def without_fillers(value: Any) -> Any:
 def shown(value: Any) -> str:
     """A value of any size and depth, for a message."""
     return short(printable(reprlib.repr(value)))
-
-
-def printable(text: str) -> str:
-    """Text that any output can print: lone surrogates are escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qkit.core.batching import IGNORED
-from qkit.core.errors import short
-from qkit.plugins.task import Conversation, Example, Message, RowError, Text, Tokens
+from qkit.core.errors import printable, short
+from qkit.plugins.example import Conversation, Example, Message, RowError, Text, Tokens
 from qkit.recipe.schema import Data
-from qkit.tasks._conversation.turns import loaded, printable, shown
+from qkit.tasks._conversation.turns import loaded, shown
 
 SYSTEM = ("system", "developer")
 SURROGATE = re.compile("[\ud800-\udfff]")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qkit.core.batching import part_sizes
 from qkit.core.device import Device
 from qkit.core.errors import RecipeError
 from qkit.core.files import need_disk, read_json
@@ -15,6 +13,7 @@ from qkit.core.sources import cache_dir
 from qkit.model import added_tokens, load, targets
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plan import plan as plan_plan
+from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.train.trainer import trainer_class
@@ -37,7 +36,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     """
     from qkit.train.fast.heap import trim_between_layers
 
-    recipe = run.recipe
+    recipe, task = run.recipe, open_task(run.recipe.task)
     args = sft_config(recipe, device, out)
     rows = _training_rows(run)
     base, tokenizer = load.load_base(folder, recipe, device), model_tokenizer.load_tokenizer(folder, recipe.model)
@@ -54,6 +53,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         peft_config=lora_config(recipe, base, added_tokens.learnt_rows(base, tokenizer, recipe.model.add_tokens)),
         pad=read_json(run.need("data", "tokens.json"))["pad"],
         batch_tokens=recipe.data.batch_tokens,
+        collator=task.collate,
         labelled_head=device.uses_labelled_head,
         packing=recipe.data.packing,
         micro_batches=recipe.micro_batches,
@@ -113,14 +113,5 @@ def lora_config(
 
     fields = recipe.lora.model_dump(exclude={"target_modules", "target_parameters"})
     named = targets.for_peft(recipe.lora, base)
-    return LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=learnt_rows, **fields, **named)
-
-
-def most_labelled(trainer: Any) -> int:
-    """The most tokens with loss in any pack or micro-batch: the memory of head and loss depends on it."""
-    most = 0
-    for batch in trainer.batches():
-        labelled = iter([trainer.labelled_tokens[row] for row in batch])
-        sizes = [len(batch)] if trainer.packing else part_sizes(len(batch), trainer.micro_batches)
-        most = max(most, *(sum(itertools.islice(labelled, size)) for size in sizes))
-    return most
+    head = open_task(recipe.task).HEAD
+    return LoraConfig(task_type=head.peft_task_type, trainable_token_indices=learnt_rows, **fields, **named)

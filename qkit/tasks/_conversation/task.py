@@ -1,0 +1,140 @@
+"""What every task on conversations decides alike: a causal language model learns answers, and is compared by its next-token distributions.
+
+Light to import: `qkit plan` reads HEAD and `head_outputs`; the rest is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
+from qkit.plugins.task import ModelHead, ServerRequest
+from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from qkit.plugins.runtime import RowScores, Runtime, TokenRow
+    from qkit.tasks._conversation.encoder import ConversationEncoder
+
+
+class ConversationTask:
+    """Everything of the contract but METRIC, `example` and `correct`."""
+
+    HEAD = ModelHead("AutoModelForCausalLM", "CAUSAL_LM", "text-generation")
+    REQUEST = ServerRequest("/v1/chat/completions")
+    TRAINER = "sft"
+    # In excess of rounding and chance; benchmarks/results/gates.json lists what intact and broken artifacts measure.
+    GATES: Mapping[str, Gate] = {
+        "exact": Gate(top1=1.0, max_difference=1e-3),
+        "16-bit": Gate(kl_mean=1e-4, kl_row=0.05),
+        "quantized": Gate(kl_mean=0.1, kl_row=2.0, score=True),
+    }
+    UNSCORED = frozenset({"text", "tokenized"})  # data formats without a question to answer
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def data_format(self, record: Mapping[str, Any], section: Data) -> str | None:
+        """The format that a record is recognised as; None if it is the task's own."""
+        from qkit.tasks._conversation import formats
+
+        try:
+            return formats.recognised(record, section)
+        except RowError:
+            return None
+
+    def unknown_column(self, section: Data, reads: Reads) -> str:
+        """The error for a name in data.columns that nothing reads, or ""."""
+        from qkit.tasks._conversation import formats
+
+        return formats.unknown_column(section, reads)
+
+    def known_names(self, name: str, data_format: str, reads: Reads) -> Iterable[str]:
+        """The names that are read at the place of `name` in a record."""
+        from qkit.tasks._conversation.known_names import known_names
+
+        return known_names(name, data_format, reads)
+
+    def misplaced(self, name: str, data_format: str) -> str:
+        """Where a column belongs that is in the wrong place, or ""."""
+        from qkit.tasks._conversation.known_names import belongs_in_a_turn
+
+        return "it belongs in the assistant's turn" if belongs_in_a_turn(name, data_format) else ""
+
+    def identity(self, example: Example) -> Identity:
+        """The prompt; everything that is trained on; and the turns without the system's, which many conversations share."""
+        from qkit.chat.template import compact, texts_of
+        from qkit.core.batching import IGNORED
+
+        if isinstance(example, Text):
+            return Identity(example.text, example.text, example.text)
+        if isinstance(example, Tokens):
+            content = compact(example.input_ids)
+            asked = [i for i, label in zip(example.input_ids, example.labels, strict=True) if label == IGNORED]
+            question = compact(asked) if len(asked) > 1 else content
+            return Identity(question, content + compact(example.labels), " ".join(map(str, example.input_ids)))
+        assert isinstance(example, Conversation)
+        tools = compact(example.tools) if example.tools else ""
+        variables = compact(example.variables) if example.variables else ""
+        content = tools + variables + compact(example.messages) + compact(example.trained)
+        turns = texts_of(message for message in example.messages if message["role"] != "system")
+        return Identity(tools + texts_of(example.messages[:-1]), content, turns)
+
+    def columns(self) -> Mapping[str, str]:
+        """The columns of a prepared row, with their Arrow types."""
+        from qkit.tasks._conversation.encoder import COLUMNS
+
+        return COLUMNS
+
+    def encoder(self, recipe: Recipe) -> ConversationEncoder:
+        """Open the tokenizer and the chat template of the recipe's model."""
+        from qkit.tasks._conversation.encoder import open_encoder
+
+        return open_encoder(recipe)
+
+    # --- train, plan --------------------------------------------------------------------------------------------------
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], pad: int, packed: bool = False) -> dict[str, torch.Tensor]:
+        """Rows as one padded batch, or as one pack."""
+        from qkit.tasks._conversation.collate import collate, collate_pack
+
+        return collate_pack(rows, pad) if packed else collate(rows, pad)
+
+    def head_outputs(self, recipe: Recipe, vocabulary: int) -> int:
+        """One logit for each token of the vocabulary."""
+        return vocabulary
+
+    # --- evaluate, merge, verify ---------------------------------------------------------------------------------------
+
+    def outputs(self, runtime: Runtime, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
+        """The distribution at each token of each answer."""
+        return runtime.score(rows)
+
+    def predict(
+        self,
+        runtime: Runtime,
+        rows: Sequence[TokenRow],
+        stop: frozenset[int],
+        section: Evaluate,
+        advance: Callable[[int], None],
+    ) -> list[list[int]]:
+        """Greedy answers, as token ids."""
+        prompts = [row.prompt for row in rows]
+        return runtime.generate(prompts, section.max_new_tokens, stop, section.batch_size, advance)
+
+    def distance(self, reference: RowScores, other: RowScores) -> NDArray[np.float32]:
+        """KL(reference || other) in nats at each token of the answer, [T]."""
+        from qkit.tasks._distributions import divergence
+
+        return divergence(reference, other)
+
+    # --- report -------------------------------------------------------------------------------------------------------
+
+    def question(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The last turn before the answer, as text."""
+        from qkit.chat.conversation import text_of
+
+        return text_of(messages[-1]["content"])
