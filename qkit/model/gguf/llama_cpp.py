@@ -1,7 +1,7 @@
-"""What llama.cpp knows by name and a GGUF header therefore only names: how text is cut before merging, and which tokens end an answer.
+"""Definitions that llama.cpp keeps in its code and a GGUF header only names: pre-tokenizers, and tokens that end an answer.
 
-Source: ggml-org/llama.cpp, src/llama-vocab.cpp and src/unicode.cpp as of November 2026. Where that file adapts the regular expression of a
-model's tokenizer.json to what std::regex can do and quotes the original beside it, the original stands here: models were trained with it.
+Source: ggml-org/llama.cpp, src/llama-vocab.cpp and src/unicode.cpp as of November 2026. llama.cpp adapts some regular expressions of
+tokenizer.json to std::regex and quotes the original in a comment. This module uses the original, because models were trained with it.
 """
 
 from __future__ import annotations
@@ -14,33 +14,40 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-Step = Mapping[str, Any]  # one step of a pre-tokenizer, as tokenizer.json has it
+SplitStep = Mapping[str, Any]  # one step of a pre-tokenizer, in the form of tokenizer.json
 
 
-WORDS: Step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}  # as GPT-2 cuts
-BYTES: Step = {**WORDS, "use_regex": False}
-DIGITS: Step = {"type": "Digits", "individual_digits": True}
+WORDS: SplitStep = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}  # as in GPT-2
+BYTES: SplitStep = {**WORDS, "use_regex": False}
+DIGITS: SplitStep = {"type": "Digits", "individual_digits": True}
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How text is cut before merging. `whole`: a piece that is a token as it stands is not merged anew; `begins`: a text begins with
-    bos_token where the header does not say; `raw`: tokens are text with ▁ for a space, not spelled in GPT-2's alphabet of bytes; `served`:
-    the steps that llama.cpp itself takes, where they are not these."""
+    """How a pre-tokenizer splits text before merging.
 
-    steps: tuple[Step, ...]
+    `whole`: a piece that is a token is not merged again. `begins`: text begins with bos_token if the header does not say. `raw`: tokens are
+    text with ▁ for a space, not GPT-2's byte alphabet. `served`: the steps of llama.cpp, if they differ from `steps`.
+    """
+
+    steps: tuple[SplitStep, ...]
     whole: bool = False
     begins: bool = False
     raw: bool = False
-    served: tuple[Step, ...] = ()
+    served: tuple[SplitStep, ...] = ()
 
 
-def _split(pattern: str) -> Step:
+def _split(pattern: str) -> SplitStep:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def _cut(*patterns: str) -> Cut:
-    """One pattern after the other: its matches are pieces, and so is what stands between them."""
+    """Apply the patterns in order. Matches are pieces, and so is the text between them."""
     return Cut((*map(_split, patterns), BYTES))
 
 
@@ -51,7 +58,7 @@ _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
-# Letters in llama.cpp have no case beyond ASCII, and marks are no letters: "aÉ" is one piece there, a Hindi word several.
+# In llama.cpp only ASCII letters have case, and marks are not letters: "aÉ" is one piece, and a Hindi word is several.
 _SERVED_CASED = (
     r"[^\r\n\p{L}\p{N}]?((?=\p{L})[^a-z])*((?=\p{L})[^A-Z])+",
     r"[^\r\n\p{L}\p{N}]?((?=\p{L})[^a-z])+((?=\p{L})[^A-Z])*",
@@ -97,7 +104,7 @@ _ONE_DIGIT = Cut((DIGITS, WORDS))
 _BPE_LLAMA3 = replace(_cut(_LLAMA3), whole=True, begins=True)
 
 
-# The names that stand first are those that a file is given where several mean the same.
+# If several names have the same definition, an exported file gets the first one.
 CUTS: Mapping[str, Cut] = {
     **dict.fromkeys(("gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "a.x-4.0"), _GPT2),
     **dict.fromkeys(("mellum", "modern-bert", "jina-v1-en", "jina-v2-code", "roberta-bpe", "mpt", "olmo"), _GPT2),
@@ -174,14 +181,14 @@ CUTS: Mapping[str, Cut] = {
 }
 
 
-ROPE_FACTORS = "rope_freqs.weight"  # the tensor that holds Llama 3.1's scaling of positions
+ROPE_FACTORS = "rope_freqs.weight"  # the tensor with Llama 3.1's position scaling
 
 
-# Names that llama.cpp knows and that are not built here: it runs code of its own for them.
+# Names that llama.cpp implements in code; they are not supported here.
 OWN_CODE = ("kimi-k2", "granite-embed-multi-311m", "whitespace")
 
 
-# Tokens that end an answer in llama.cpp whatever the header says; such a name makes a control token of one that is typed otherwise.
+# Tokens that end an answer in llama.cpp regardless of the header. A token with such a name is treated as a control token.
 ENDS = frozenset(
     (
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
@@ -198,16 +205,16 @@ ENDS = frozenset(
 )
 
 
-def cut_name(steps: Sequence[Step], whole: bool) -> str | None:
-    """llama.cpp's name for a way of cutting; None where it has none."""
-    wanted = [_plain(step) for step in steps]
+def cut_name(steps: Sequence[SplitStep], whole: bool) -> str | None:
+    """llama.cpp's name for a sequence of pre-tokenizer steps; None if it has no name."""
+    behavior = [_plain(step) for step in steps]
     return next(
-        (name for name, cut in CUTS.items() if cut.whole == whole and wanted == [*map(_plain, cut.steps)]), None
+        (name for name, cut in CUTS.items() if cut.whole == whole and behavior == [*map(_plain, cut.steps)]), None
     )
 
 
-def _plain(step: Step) -> Any:
-    """What a step does. Keeping the matches alone and keeping all pieces is one thing under patterns that leave nothing out."""
+def _plain(step: SplitStep) -> Any:
+    """What a step does, for comparison. Keeping only the matches equals keeping all pieces if the pattern covers all text."""
     if step.get("type") == "Split":
         kept = (step.get("behavior", "Isolated"), step.get("invert", False)) in (("Isolated", False), ("Removed", True))
         return ("Split", step["pattern"].get("Regex"), kept)
@@ -217,7 +224,7 @@ def _plain(step: Step) -> Any:
 
 
 def rope_factors(rope: Mapping[str, Any], width: int) -> np.ndarray[Any, Any]:
-    """By what Llama 3.1's scaling divides each frequency of the positions, [width / 2]. `rope`: as rope_parameters in config.json."""
+    """The divisors of Llama 3.1's position scaling for each frequency, [width / 2]. `rope`: rope_parameters of config.json."""
     import numpy as np
 
     frequencies = float(rope["rope_theta"]) ** -(np.arange(0, width, 2, dtype=np.float64) / width)
