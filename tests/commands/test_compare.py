@@ -61,7 +61,7 @@ def test_what_an_export_says_it_is_opens_it(trained_run: Run, tmp_path: Path) ->
     folder = shutil.copytree(trained_run.folder("merge"), tmp_path / "export")
     write_json(folder / "qkit.json", {"format": "onnx-int4"})
     found = compare.side(str(folder))
-    assert (found.runtime, found.format, found.run) == ("onnxruntime", "onnx-int4", None)
+    assert (found.runtime, found.export_format, found.run) == ("onnxruntime", "onnx-int4", None)
     with pytest.raises(NotDeployable, match="is onnx-int4, and only models that torch opens"):
         where_layers_part.need_torch(found)
     with pytest.raises(NotDeployable, match="is a server"):
@@ -101,7 +101,7 @@ def test_the_command(trained_run: Run, tiny_model: Path) -> None:
     assert done.returncode == 2 and "--max-kl allows 0.1" in done.stderr
     assert "KL(A || B)" in done.stdout and "They differ first at layer 0" in done.stdout
     three = qkit_here("verify", "a", "b", "c")
-    assert three.returncode == 2 and "name a run, or two artifacts to compare" in three.stderr
+    assert three.returncode == 2 and "name a run, two artifacts to compare" in three.stderr
 
 
 def test_a_place_differs_by_what_rounding_cannot_explain() -> None:

@@ -197,7 +197,7 @@ def test_config_that_lacks_a_size_is_refused() -> None:
 
 
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"config\.json is missing"):
+    with pytest.raises(ModelError, match=r"contains no config\.json"):
         shape_of(Model(source=str(tmp_path)))
 
 
