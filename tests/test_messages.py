@@ -1,0 +1,132 @@
+"""The wording of messages, in one place: every message that real code produces here stands in golden/messages.json, so that a change of wording
+is one diff to read. Other tests match the fields of errors.
+
+    python tests/test_messages.py    writes the golden file anew
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qkit.core import files, sources
+from qkit.core.errors import QkitError, listed, nearest
+from qkit.data.checks import KINDS
+from qkit.measure.evidence import Breach
+from qkit.plan import gpus
+from qkit.plan import plan as plan_plan
+from qkit.plugins.example import RowError
+from qkit.plugins.task import open_task
+from qkit.recipe.load import from_dict, load
+from qkit.recipe.schema import Data
+from qkit.run.directory import Run
+
+GOLDEN = Path(__file__).parent / "golden" / "messages.json"
+RECIPE: Mapping[str, Any] = {
+    "task": "chat",
+    "model": {"source": "org/model"},
+    "data": {"train": [{"source": "org/rows"}]},
+}
+
+# Changes of a recipe that is otherwise right, each of which makes it wrong.
+CHANGES = {
+    "unknown key": ["train.learning_rat=1"],
+    "wrong type": ["train.learning_rate=fast"],
+    "true for a number": ["serve.port=true"],
+    "a fraction of a step": ["train.warmup_steps=2.5"],
+    "no steps": ["train.max_steps=0"],
+    "unknown task": ["task=chatt"],
+    "unknown format": ["export.formats=[onnx-int5]"],
+    "a batch shorter than a row": ["data.batch_tokens=5"],
+    "a short context": ["serve.max_model_len=16"],
+    "4-bit merge of a 16-bit base": ["quantization.load_in_4bit=false", "merge.base=dequantized"],
+    "micro batches of packs": ["micro_batches=2", "data.packing=true"],
+    "the head as a target": ["lora.target_modules=[lm_head]"],
+    "no target": ["lora.target_modules=[]"],
+    "all-linear in a list": ["lora.target_modules=[all-linear]"],
+    "fractions": ["data.split={train: 0.5, test: 0.2}"],
+    "a bench of nothing": ["bench.runtimes=[vllm-w4a16]"],
+    "a pattern": ["evaluate.answer_pattern=("],
+    "a long warm-up": ["train.max_steps=4", "train.warmup_steps=10"],
+    "late logs": ["train.max_steps=4", "train.logging_steps=9"],
+    "constant with warm-up": ["train.lr_scheduler_type=constant", "train.warmup_steps=2"],
+    "a hash of a hub id": [f"model.sha256={'a' * 64}"],
+    "streaming a file": ["data.train=[{source: rows.jsonl, streaming: true}]"],
+    "not an override": ["train.max_steps"],
+    "not a section": ["task.name=x"],
+}
+# Records that no format takes, or that cannot be trained on.
+RECORDS: Mapping[str, Any] = {
+    "no known columns": {"foo": 1},
+    "no answer": {"messages": [{"role": "user", "content": "a"}]},
+    "unknown role": {"messages": [{"role": "judge", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    "content that is not text": {"prompt": 5, "completion": "b"},
+    "an empty answer": {"prompt": "a", "completion": " "},
+    "two questions": {"messages": [{"role": role, "content": "a"} for role in ("user", "user", "system", "assistant")]},
+    "labels of another length": {"input_ids": [1, 2], "labels": [1]},
+}
+BREACHES = {
+    "kl_mean": Breach("kl_mean", 0.2, 0.1),
+    "score": Breach("score", -6.0, 0.0),
+    "opens": Breach("opens", detail="out of memory"),
+    "lost": Breach("lost", 0.1, 0.2),
+}
+
+
+def _of(make: Callable[[], object]) -> str:
+    try:
+        return f"no error: {make()}"
+    except (QkitError, RowError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def messages(folder: Path) -> dict[str, str]:
+    """Every message by what it is about; `folder`, whose name is taken out of them, is empty."""
+    (folder / "twice.yaml").write_text("task: chat\ntask: chat\n")
+    (folder / "list.yaml").write_text("- a\n")
+    (folder / "other").mkdir()
+    (folder / "other" / "file").write_text("")
+    (folder / "damaged.json").write_text("{")
+    task = open_task("chat")
+    found = {
+        f"recipe: {name}": _of(lambda c=c: from_dict(json.loads(json.dumps(RECIPE)), c, "r.yaml"))
+        for name, c in CHANGES.items()
+    }
+    found |= {f"row: {name}": _of(lambda r=r: task.example(r, None, "auto", Data())) for name, r in RECORDS.items()}
+    found |= {
+        f"check: {name}": json.dumps([kind.passes, kind.problem, kind.remedy], ensure_ascii=False)
+        for name, kind in KINDS.items()
+    }
+    found |= {f"gate: {name}": breach.message for name, breach in BREACHES.items()}
+    places: dict[str, Callable[[], object]] = {
+        "recipe: a key twice": lambda: load(folder / "twice.yaml"),
+        "recipe: a list": lambda: load(folder / "list.yaml"),
+        "recipe: missing": lambda: load(folder / "no.yaml"),
+        "run: not one": lambda: Run.open(folder / "other"),
+        "run: other files": lambda: Run.create(folder / "other", from_dict(dict(RECIPE), [], "r.yaml")),
+        "run: a missing artifact": lambda: Run(folder / "run", from_dict(dict(RECIPE), [], "r.yaml")).need(
+            "train", "adapter"
+        ),
+        "source: nothing there": lambda: sources.locate(str(folder / "nothing")),
+        "source: pypi": lambda: sources.locate("pypi:name"),
+        "file: damaged": lambda: files.read(folder / "damaged.json"),
+        "plan: unknown card": lambda: gpus.device("rtx-9999"),
+        "plan: memory": lambda: plan_plan.device_for(None, "much"),
+        "nearest": lambda: nearest("optimm", ["optim"]),
+        "listed": lambda: listed(["b", "a"]),
+    }
+    found |= {name: _of(make) for name, make in places.items()}
+    cwd = str(Path.cwd())
+    return {name: text.replace(str(folder), "FOLDER").replace(cwd, "CWD") for name, text in sorted(found.items())}
+
+
+def test_the_wording_is_that_of_the_golden_file(tmp_path: Path) -> None:
+    assert messages(tmp_path) == json.loads(GOLDEN.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        GOLDEN.write_text(json.dumps(messages(Path(temporary)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
