@@ -62,7 +62,7 @@ def test_what_an_export_says_it_is_opens_it(trained_run: Run, tmp_path: Path) ->
     write_json(folder / "qkit.json", {"format": "onnx-int4"})
     found = compare.side(str(folder))
     assert (found.runtime, found.export_format, found.run) == ("onnxruntime", "onnx-int4", None)
-    with pytest.raises(NotDeployable, match="is onnx-int4, and only models that torch opens"):
+    with pytest.raises(NotDeployable, match="is onnx-int4, and layers can only be read from models"):
         where_layers_part.need_torch(found)
     with pytest.raises(NotDeployable, match="is a server"):
         where_layers_part.need_torch(compare.side("http://127.0.0.1:8000/v1"))
