@@ -217,7 +217,7 @@ BREAKS = {
         tensors(without("model.layers.1.mlp.up_proj.weight")), loader="lacks model.layers.1.mlp.up_proj.weight"
     ),
     "a layer too few": Break(texts("config.json", num_hidden_layers=1), loader="config.json knows nothing of"),
-    "another number of heads": Break(texts("config.json", num_attention_heads=4), loader="have other shapes"),
+    "another number of heads": Break(texts("config.json", num_attention_heads=4), loader="do not match config"),
     "a truncated shard": Break(truncated, loader="weights are damaged"),
     "a class of transformers 5": Break(
         texts("tokenizer_config.json", tokenizer_class="TokenizersBackend"), contract={"transformers 4": "names the class TokenizersBackend"}
