@@ -58,7 +58,7 @@ def with_embedding(worker: Worker, tokens: Mapping[str, Any], rows: Check) -> Ch
     size = worker.encoder.vocabulary
     beyond = {text: number for text, number in worker.encoder.tokenizer.get_vocab().items() if number >= size}
     named = {key: number for key, number in model_tokenizer.named_tokens(worker.recipe.model).items() if number >= size}
-    sought = vocabulary.said({**beyond, **named}, size)
+    sought = vocabulary.message({**beyond, **named}, size)
     if sought is None:
         return rows
     remedy = _rows_for(beyond)

@@ -132,9 +132,6 @@ def trained_rows(
     return dict.fromkeys(names(model), ids)
 
 
-learnt_rows = trained_rows  # the name that qkit.train calls it by
-
-
 def show_head(model: PeftModel) -> None:
     """Give PEFT's wrapper of a head with trained rows a `bias` of None, which TRL's fused head reads: the wrapper only forwards `weight`."""
     model.get_base_model().get_output_embeddings().bias = None

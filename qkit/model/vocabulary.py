@@ -35,9 +35,6 @@ def message(beyond: Mapping[str, int], rows: int) -> str | None:
     )
 
 
-said = message  # qkit.data calls it by this name
-
-
 def _added(file: Path) -> list[dict[str, Any]]:
     """The list of added tokens. It precedes the vocabulary and the merges, which take megabytes and are not parsed."""
     text = file.read_text(encoding="utf-8")

@@ -50,7 +50,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=lora_config(recipe, base, added_tokens.learnt_rows(base, tokenizer, recipe.model.add_tokens)),
+        peft_config=lora_config(recipe, base, added_tokens.trained_rows(base, tokenizer, recipe.model.add_tokens)),
         pad=read_json(run.need("data", "tokens.json"))["pad"],
         batch_tokens=recipe.data.batch_tokens,
         collator=task.collate,
