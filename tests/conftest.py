@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # By name of file, measured on 2 cores with `--durations=0`.
 LONGEST = (
+    "test_real_model.py",
     "test_pipeline.py",
     "test_serve_vllm.py",
     "test_contract.py",

@@ -216,7 +216,7 @@ TABLE: dict[str, Line | Place] = {
     "Train.optim": (planned, {"train.optim": "paged_adamw_8bit"}),
     "Train.logging_steps": (trainer, {"train.logging_steps": 5}),
     "Train.save_steps": (trainer, {"train.save_steps": 5}),
-    "Train.save_total_limit": ("train/trainers/sft.py", "checkpoints_kept=how.train.save_total_limit"),
+    "Train.save_total_limit": ("train/trainers/sft.py", "checkpoints_kept=recipe.train.save_total_limit"),
     "Evaluate.max_new_tokens": (planned, {"evaluate.max_new_tokens": 512}, {"data.max_length": 64}),
     "Evaluate.batch_size": (planned, {"evaluate.batch_size": 4}, {"data.max_length": 64}),
     "Evaluate.answer_pattern": ("tasks/chat.py", "section.answer_pattern"),
