@@ -23,8 +23,6 @@ from qkit.export._onnx import builder, genai_config
 from qkit.export._onnx.builder import BUILDER, LEAVE_OUT
 from qkit.export._onnx.trace import refusal
 from qkit.export.folder import note
-from qkit.export.prompts import compared
-from qkit.measure.evidence import KEY
 from qkit.model.provenance import MARK, TRACER
 from qkit.plugins.exporter import Job
 from qkit.recipe.schema import Recipe
@@ -186,6 +184,9 @@ def _rounded_by_qkit(job: Job, build: Build, out: Path) -> None:
 
 def _compare_prompts(job: Job, folder: Path, name: str) -> None:
     """Record where the library's own prompts differ from those of training; the model card then shows how to make them with transformers."""
+    from qkit.export.prompts import compared
+    from qkit.measure.evidence import KEY
+
     comparison = compared(folder, job.rows, job.recipe.model.trust_remote_code)
     note(folder, **{KEY: comparison})
     if comparison["differ"]:
