@@ -118,6 +118,7 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
     """qkit's trainer on random rows, and the callback that watches its second step."""
     import random_model
 
+    from qkit.plugins.task import open_task
     from qkit.train import memory_watch
     from qkit.train.fast.heap import trim_between_layers
     from qkit.train.trainer import trainer_class
@@ -135,6 +136,7 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
         peft_config=sft.lora_config(how, base),
         pad=0,
         batch_tokens=how.data.batch_tokens,
+        collator=open_task(how.task).collate,
         labelled_head=point.get("labelled_head", device.uses_labelled_head),
     )
     if device.frees_through_malloc:

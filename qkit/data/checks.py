@@ -239,7 +239,7 @@ class Findings:
     def _found(self, name: str, kind: Kind, section: Data) -> Check:
         rows = tuple(self.places[name])
         count = self.counts[name]
-        message = f"{count:,} {'row' if count == 1 else 'rows'} {kind.problem}: {rows[0]} {self.messages[name]}"
+        message = f"{_rows(count, kind.problem)}: {rows[0]} {self.messages[name]}"
         return Check(name, _status(name, kind, section), message, count, rows, kind.remedy)
 
 
@@ -259,3 +259,20 @@ def failures(checks: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def refusal(failed: Iterable[Mapping[str, Any]]) -> str:
     """The error message for failed checks."""
     return "\n".join(f"check {check['name']}: {check['message']}\n  {check['remedy']}" for check in failed)
+
+
+SINGULAR = {
+    "have": "has",
+    "are": "is",
+    "contain": "contains",
+    "lose": "loses",
+    "carry": "carries",
+    "do": "does",
+    "offer": "offers",
+}
+
+
+def _rows(count: int, problem: str) -> str:
+    """`3 rows are empty`, `1 row is empty`."""
+    verb, _, rest = problem.partition(" ")
+    return f"1 row {SINGULAR.get(verb, verb)} {rest}" if count == 1 else f"{count:,} rows {problem}"

@@ -78,7 +78,7 @@ def test_no_rows_to_score_the_result_on(change: Any, rows_file: Path, tmp_path: 
     root = tmp_path / "run"
     refused(
         qkit_here("run", recipe, "--out", root),
-        "no rows to score the result on",
+        "holds out no rows",
         "data.split={train: 0.95, test: 0.05}",
     )
     assert not (root / "data").exists()
@@ -86,7 +86,7 @@ def test_no_rows_to_score_the_result_on(change: Any, rows_file: Path, tmp_path: 
     assert qkit_here("train", root).returncode == 0
     change(lambda s: s["data"].update(test=[{"source": str(rows_file), "rows": "100:"}]))
     refused(
-        qkit_here("run", recipe, "--out", tmp_path / "none"), "no row is left in data.test", "data.split={train: 0.95"
+        qkit_here("run", recipe, "--out", tmp_path / "none"), "data.test has no rows left", "data.split={train: 0.95"
     )
     assert (tmp_path / "none" / "data").exists() and not (tmp_path / "none" / "train").exists()
 
@@ -94,13 +94,15 @@ def test_no_rows_to_score_the_result_on(change: Any, rows_file: Path, tmp_path: 
 def test_broken_line_is_named(rows_file: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     with rows_file.open("a") as file:
         file.write('{"messages": [\n')
-    refused(qkit_here("data", tiny_recipe, "--out", tmp_path / "run"), "rows.jsonl:25", "not JSON")
+    refused(qkit_here("data", tiny_recipe, "--out", tmp_path / "run"), "rows.jsonl:25", "invalid JSON")
 
 
 def test_row_without_assistant_turn(rows_file: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     with rows_file.open("a") as file:
         file.write(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
-    refused(qkit_here("data", tiny_recipe, "--out", tmp_path / "run"), "rows.jsonl:25", "no assistant turn")
+    refused(
+        qkit_here("data", tiny_recipe, "--out", tmp_path / "run"), "rows.jsonl:25", "must end with an assistant message"
+    )
 
 
 def test_stage_before_its_time(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -110,14 +112,14 @@ def test_stage_before_its_time(tiny_recipe: Path, tmp_path: Path) -> None:
 def test_not_a_run_directory(tmp_path: Path) -> None:
     refused(qkit_here("show", tmp_path), "not a run directory")
     (tmp_path / "mine.txt").write_text("mine")
-    refused(qkit_here("run", "recipes/quickstart.yaml", "--out", tmp_path), "holds other files")
+    refused(qkit_here("run", "recipes/quickstart.yaml", "--out", tmp_path), "contains other files")
 
 
 def test_two_processes_on_one_run(tiny_recipe: Path, tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", load(tiny_recipe))
     with run.locked():
         run.log("data").write_text("what the other has said")
-        refused(qkit("data", tiny_recipe, "--out", run.root), f"process {os.getpid()} works on this run directory")
+        refused(qkit("data", tiny_recipe, "--out", run.root), f"process {os.getpid()} is using this run directory")
         assert run.log("data").read_text() == "what the other has said"
     assert qkit_here("data", tiny_recipe, "--out", run.root).returncode == 0
     assert "the other" not in run.log("data").read_text()

@@ -160,7 +160,7 @@ def test_a_row_is_shown_with_the_check_that_fails(rows_file: Path, tiny_recipe: 
         file.write(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
     done = qkit_here("inspect", tiny_recipe, "--row", 0)
     assert done.returncode == 2 and done.stdout.startswith("train row 0")
-    assert "check roles: 1 row have an invalid order" in done.stderr and "rows.jsonl:25" in done.stderr
+    assert "check roles: 1 row has an invalid order" in done.stderr and "rows.jsonl:25" in done.stderr
     assert "data.clean.roles=drop" in done.stderr
 
 

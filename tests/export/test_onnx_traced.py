@@ -179,7 +179,7 @@ def test_a_plan_names_what_is_left(tmp_path: Path) -> None:
     model = build(tmp_path / "gpt2", "gpt2", **FAMILIES["gpt2"])
     how = recipe_of(model, export={"formats": ["onnx-fp32", "onnx-int4"]}, bench={"runtimes": ["transformers"]})
     assert [refusal.format for refusal in deployable.refusals(how)] == ["onnx-int4"]
-    with pytest.raises(NotDeployable, match=r"the others: --set export.formats=\[onnx-fp32\]"):
+    with pytest.raises(NotDeployable, match=r"the other formats: --set export.formats=\[onnx-fp32\]"):
         deployable.check(how)
 
 

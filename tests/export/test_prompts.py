@@ -19,6 +19,7 @@ from qkit.export import prompts
 from qkit.export.formats import onnx
 from qkit.export.stage import job
 from qkit.model.added_tokens import bare_tokenizer
+from qkit.plugins.task import open_task
 from qkit.report import model_card
 from qkit.run.directory import Run
 
@@ -59,7 +60,7 @@ def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
     from qkit.data.prepare import schema
 
-    fields = [schema().field(name) for name in ("input_ids", "start", "messages", "tools")]
+    fields = [schema(open_task("chat")).field(name) for name in ("input_ids", "start", "messages", "tools")]
     parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), folder / "train.parquet")
     return folder / "train.parquet"
 

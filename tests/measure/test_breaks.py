@@ -184,7 +184,7 @@ BREAKS = {
     "another rope base": Break(
         texts("config.json", rope_parameters={"rope_theta": 5e5, "rope_type": "default"}),
         FAR,
-        {"transformers 4": "says rope_theta 10000, and 500000 in newer words"},
+        {"transformers 4": "has rope_theta 10000, but 500000 in the new form"},
         place="positions",
     ),
     "another norm epsilon": Break(
@@ -214,9 +214,9 @@ BREAKS = {
         place="head",
     ),
     "a missing tensor": Break(
-        tensors(without("model.layers.1.mlp.up_proj.weight")), loader="lacks model.layers.1.mlp.up_proj.weight"
+        tensors(without("model.layers.1.mlp.up_proj.weight")), loader="missing weights: model.layers.1.mlp.up_proj.weight"
     ),
-    "a layer too few": Break(texts("config.json", num_hidden_layers=1), loader="config.json knows nothing of"),
+    "a layer too few": Break(texts("config.json", num_hidden_layers=1), loader="weights that config.json does not describe"),
     "another number of heads": Break(texts("config.json", num_attention_heads=4), loader="do not match config"),
     "a truncated shard": Break(truncated, loader="weights are damaged"),
     "a class of transformers 5": Break(
@@ -224,20 +224,20 @@ BREAKS = {
     ),
     "another dtype": Break(
         texts("config.json", dtype="float16"),
-        contract={"dtype": "float16, the run made bfloat16", "transformers 4": "torch_dtype bfloat16, and float16 in newer words"},
+        contract={"dtype": "float16, the run wrote bfloat16", "transformers 4": "torch_dtype bfloat16, but float16 in the new form"},
     ),
     "no stop token": Break(texts("generation_config.json", eos_token_id=0), contract={"stop tokens": "does not stop at token 2"}),
-    "no tokenizer": Break(no_tokenizer, contract={"prompt tokens": "it holds no tokenizer"}),
-    "another tokenizer": Break(other_tokenizer, contract={"prompt tokens": r"training saw 'system\\nBe br', it writes 'ayatem"}),
+    "no tokenizer": Break(no_tokenizer, contract={"prompt tokens": "the folder has no tokenizer"}),
+    "another tokenizer": Break(other_tokenizer, contract={"prompt tokens": r"training had 'system\\nBe br', this has 'ayatem"}),
     "no system turn": Break(
         template("{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"),
-        contract={"prompt tokens": r"from token 1 on training saw 'system\\nBe br', it writes 'user"},
+        contract={"prompt tokens": r"From token 1 on, training had 'system\\nBe br', this has 'user"},
     ),
     "one more BOS": Break(
         template("{% for message in messages %}", "{{ bos_token }}{% for message in messages %}"),
         contract={"prompt tokens": "45 prompt tokens; training had 44"},
     ),
-    "a shorter context": Break(texts("config.json", max_position_embeddings=40), contract={"length": "takes 40 tokens"}),
+    "a shorter context": Break(texts("config.json", max_position_embeddings=40), contract={"length": "the context is 40 tokens"}),
 }  # fmt: skip
 
 
@@ -299,7 +299,7 @@ def test_what_changed_after_it_was_made_is_seen_by_its_hash(name: str, trained: 
     for file, status in before.items():
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert len(run.changed("merge")) == 1
-    with pytest.raises(MissingArtifact, match=r"not the file that the stage `merge` wrote.*qkit merge"):
+    with pytest.raises(MissingArtifact, match=r"not that of the file that the stage `merge` wrote.*qkit merge"):
         verify_stage.run(run, tmp_path)
 
 

@@ -127,7 +127,7 @@ def test_an_artifact_in_4_bit_is_opened_whatever_its_widths(
     for source, packed in ((narrow_model, False), (tiny_model, True)):
         folder = tmp_path / source.name
         load.load_base(source, _recipe(source, True), detect()).save_pretrained(folder)
-        opened = runtime._merged(folder, detect(), {})
+        opened = runtime.open(folder, detect()).model
         assert torch.isfinite(_logits(opened)).all()
         states = [getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in _layers(opened)]
         assert states and set(states) == {packed}

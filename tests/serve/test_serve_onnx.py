@@ -302,7 +302,7 @@ def test_a_dead_server_is_seen_and_started_again(served: Served) -> None:
     before = [process for process in served.below() if "qkit.server.onnx_app" in " ".join(process.cmdline()[1:4])]
     assert before
     before[-1].kill()
-    served.wait_for("starting again in 1 s", BUSY_SECONDS)
+    served.wait_for("restarting in 1 s", BUSY_SECONDS)
     assert "out-of-memory killer" in served.stderr.read_text()
     deadline = time.monotonic() + 60
     while served.stderr.read_text().count("ready after") < 2:

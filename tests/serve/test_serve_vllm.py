@@ -257,7 +257,7 @@ def test_a_dead_engine_is_seen_and_started_again(served: Served) -> None:
     assert engine
     engine[0].kill()
     served.wait_for("ended by itself", BUSY_SECONDS)
-    assert "out-of-memory killer" in served.stderr.read_text() and "starting again in 1 s" in served.stderr.read_text()
+    assert "out-of-memory killer" in served.stderr.read_text() and "restarting in 1 s" in served.stderr.read_text()
     deadline = time.monotonic() + 120
     while not _healthy(served):
         assert time.monotonic() < deadline and served.process.poll() is None

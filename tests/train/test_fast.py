@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaM
 from trl import SFTConfig, SFTTrainer
 
 from qkit.core.batching import IGNORED, TokenBudgetBatches, packed, part_sizes
+from qkit.plugins.task import open_task
 from qkit.tasks._conversation.collate import collate
 from qkit.train.fast import head
 from qkit.train.fast.head import labelled_loss, row_losses
@@ -113,6 +114,7 @@ def _trainer(
         ),
         pad=0,
         batch_tokens=budget,
+        collator=open_task("chat").collate,
         labelled_head=labelled_head,
         packing=capacity is not None,
         micro_batches=micro_batches,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qkit.core import device, memory_meter
+from qkit.plugins.task import open_task
 from qkit.recipe.load import load
 from qkit.train import memory_watch
 from qkit.train.fast import heap
@@ -170,6 +171,7 @@ def _trainer(recipe_file: Path, out: Path) -> Any:
         peft_config=sft.lora_config(how, base),
         pad=0,
         batch_tokens=192,
+        collator=open_task("chat").collate,
         labelled_head=True,
     )
 

@@ -85,7 +85,7 @@ def _cut_short(rows: Any, pad: int) -> dict[str, torch.Tensor]:
 def test_labels_that_change_on_their_way_are_seen(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Any, said: str
 ) -> None:
-    monkeypatch.setattr("qkit.train.trainer.collate", broken)
+    monkeypatch.setattr("qkit.tasks._conversation.collate.collate", broken)
     run, out = _run(tmp_path, tiny_model)
     with pytest.raises(StageFailed, match=said):
         train_stage.run(run, out)
