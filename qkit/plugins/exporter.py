@@ -36,7 +36,7 @@ class Exporter(Protocol):
     VARIANTS: Mapping[str, str]  # variant ("" for none) -> one line of description
     # Variants with weights of 8 bits or fewer: for each of them, every merge is exported and measured
     QUANTIZED: frozenset[str]
-    RUNTIME: str  # the runtime that opens the export
+    RUNTIME: str  # the runtime that opens the export: a file in runtimes/
     # Optional. EXACT: variants that keep every bit and compute in fp32 (frozenset); REMARKS: variant -> a remark on its measured distance;
     # BY_HAND: longer spellings that name how a variant is made.
 

@@ -1,6 +1,7 @@
-"""Rows that are longer than data.max_length: dropped (the error is made here), cut at the end, or cut into pieces.
+"""What becomes of rows longer than data.max_length: the error that drops one, its end cut off, or pieces of a text.
 
-Removing the oldest turns of a conversation renders it again, so it is in encode.py.
+encode.py compares lengths and decides which (`_conversation_row`, `_text_rows`); removing the oldest turns renders the conversation again, so
+that is there too (`_without_oldest_turns`).
 """
 
 from __future__ import annotations
