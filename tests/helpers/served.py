@@ -144,16 +144,16 @@ def check_keeps_connections(served: Served) -> None:
     assert len(ports) == 1
 
 
-def check_drains(served: Served, chat: Callable[..., Any], tokens: int, seconds: float) -> None:
+def check_drains(served: Served, chat: Callable[..., Any], tokens: int, seconds: float, count: int = 6) -> None:
     """On SIGTERM what streams goes on to its end, new requests are refused, and the command ends well."""
     client = served.client()
     asked: Any = {"stream": True, "max_tokens": tokens, "extra_body": {"ignore_eos": True}}
-    streams = at_once(6, lambda: chat(client, **asked))
+    streams = at_once(count, lambda: chat(client, **asked))
     served.process.send_signal(signal.SIGTERM)
     assert wait_for_drain(served)["in_flight"] > 0
     with pytest.raises(openai.InternalServerError, match="shutting down"):
         chat(client)
-    assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * 6
+    assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * count
     assert served.process.wait(timeout=seconds) == 0
 
 

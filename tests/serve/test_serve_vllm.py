@@ -40,7 +40,7 @@ TOOL: Any = {
         "parameters": {"type": "object", "properties": {"side": {"enum": ["left", "right"]}}, "required": ["side"]},
     },
 }
-LENGTH = 384
+LENGTH = 500
 chat = asking("tiny")
 
 
@@ -273,7 +273,7 @@ def test_sigterm_drains(served: Served) -> None:
     """Last, since it ends the server; no process and no shared memory is left."""
     below = served.below()
     shared = _shared(below)
-    check_drains(served, chat, tokens=300, seconds=40)
+    check_drains(served, chat, tokens=430, seconds=40, count=11)
     _, alive = psutil.wait_procs(below, timeout=5)
     assert len(below) > 2 and not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
     assert shared and not [path for path in shared if path.exists()]
