@@ -50,7 +50,12 @@ def test_the_quickstart_of_each_system(system: str, serves: bool) -> None:
     from qkit.recipe.load import load
     from qkit.run.stages import stages_of
 
-    done = subprocess.run(["make", "-n", "quickstart", f"SYSTEM={system}"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-n", "quickstart", f"SYSTEM={system}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     words = shlex.split(done.stdout.splitlines()[-1])
     recipe = load(Path(words[2]), [words[i + 1] for i, word in enumerate(words) if word == "--set"])
     assert ("serve" in {stage.name for stage in stages_of(recipe)}) is serves
