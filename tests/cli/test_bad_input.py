@@ -54,6 +54,7 @@ def test_missing_recipe(tmp_path: Path) -> None:
     refused(qkit_here("run", tmp_path / "none.yaml"), "no such recipe")
 
 
+@pytest.mark.slow
 def test_missing_data_file(change: Any, tmp_path: Path) -> None:
     recipe = change(lambda s: s["data"].update(train=[{"source": "./gone.jsonl"}]))
     refused(qkit_here("run", recipe, "--out", tmp_path / "run"), "./gone.jsonl", "no such file")
@@ -72,6 +73,7 @@ def test_base_model_without_chat_template(change: Any, tiny_model: Path, tmp_pat
     refused(qkit_here("data", recipe, "--out", tmp_path / "run"), "no chat template", "chat_template.jinja")
 
 
+@pytest.mark.slow
 def test_no_rows_to_score_the_result_on(change: Any, rows_file: Path, tmp_path: Path) -> None:
     """Known before anything is done where the recipe says so, and before training where the rows do; stages alone do without."""
     recipe = change(lambda s: s["data"].update(test=[]))
@@ -115,6 +117,7 @@ def test_not_a_run_directory(tmp_path: Path) -> None:
     refused(qkit_here("run", "recipes/quickstart.yaml", "--out", tmp_path), "contains other files")
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_run(tiny_recipe: Path, tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", load(tiny_recipe))
     with run.locked():

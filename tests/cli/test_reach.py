@@ -184,6 +184,7 @@ def test_a_hub_that_fails_is_one_message(fault: str, tmp_path: Path) -> None:
     assert all(int(lines) == 1 and int(length) < 700 for _, lines, length in found)
 
 
+@pytest.mark.slow
 def test_a_hub_that_says_nothing_is_given_up(tmp_path: Path) -> None:
     import os
 

@@ -38,6 +38,7 @@ def prepared(trap: Trap, model: Build, folder: Path) -> Prepared:
     return prepare(recipe(model(trap.model), sources, trap.settings), folder / "data")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.name)
 def test_a_trap_is_found_and_nothing_else(trap: Trap, model: Build, tmp_path: Path) -> None:
     made = prepared(trap, model, tmp_path)

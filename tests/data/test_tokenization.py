@@ -472,6 +472,7 @@ def test_the_columns_of_a_split(model: Path, mixed_formats: list[Any], tmp_path:
     assert not list(made.folder.glob(".*"))
 
 
+@pytest.mark.slow
 def test_several_processes_give_what_one_gives(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [*(asked(f"What is {i} and {i}?", f"It is {2 * i}.") for i in range(40)), asked("", "x"), *GOOD]
     monkeypatch.setattr(data_prepare, "CHUNK", 8)

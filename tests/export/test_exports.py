@@ -281,6 +281,7 @@ def child(model: Path, root: Path, name: str, limit: int) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits files by the system")
 @pytest.mark.parametrize("name", ["safetensors-fp16", "gguf-f16"])
 def test_a_disk_that_fills_up_leaves_nothing_that_looks_whole(tiny_model: Path, tmp_path: Path, name: str) -> None:
@@ -304,6 +305,7 @@ def test_a_file_in_the_way(tiny_model: Path, tmp_path: Path) -> None:
         exported(job_of(tiny_model, tmp_path), "gguf-f16", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_kill_leaves_nothing_that_looks_whole(tmp_path: Path, tiny_model: Path) -> None:
     """A model of a few hundred MB, so that there is a half to be killed at."""

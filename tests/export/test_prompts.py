@@ -130,6 +130,7 @@ def test_rows_are_taken_from_all_over(tmp_path: Path) -> None:
     assert 1 < len(numbers) <= prompts.ROWS and numbers[-1] > 80
 
 
+@pytest.mark.slow
 def test_a_template_that_never_ends_there_ends_no_export(
     tmp_path: Path, no_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

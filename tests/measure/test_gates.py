@@ -184,6 +184,7 @@ def test_answers_may_hold_any_character(tmp_path: Path) -> None:
     assert evidence.reference_answers(run) == [line]
 
 
+@pytest.mark.slow
 def test_a_failed_gate_ends_a_run_after_its_report(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> None:
     """The measurement is kept and the stages are done; exit code 2, now and the next time, when nothing is measured again."""
     rows = yaml.safe_load(tiny_recipe.read_text())["data"]["train"][0]["source"]

@@ -252,6 +252,7 @@ def test_what_the_base_does_not_have_is_refused(tiny_model: Path, tmp_path: Path
 # --- 4 bits -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -342,6 +343,7 @@ def _peak_rss() -> Iterator[list[int]]:
         watcher.join()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_a_few_tensors_whatever_the_model(tiny_model: Path, tmp_path: Path) -> None:
     """Below 3 times the largest tensor and 300 MiB, all resident pages counted: 12 quantized tensors of 64 MiB, each with a delta."""

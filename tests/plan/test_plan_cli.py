@@ -59,6 +59,7 @@ def test_what_does_not_fit_comes_with_a_line_of_sets_that_does() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_stage_that_does_not_fit_ends_with_2_and_says_what_to_do() -> None:
     """Training fits here and serving does not; then nothing does, on the screen and in the document."""
     small = ["--card", "rtx-3060-12gb", "--model", "Qwen2.5-3B"]
@@ -147,6 +148,7 @@ def test_a_plan_takes_little_memory_and_loads_nothing_heavy() -> None:
     assert int(done.stdout.splitlines()[-1]) * 1024 < 60 * figures.MIB
 
 
+@pytest.mark.slow
 def test_a_thousand_plans_take_less_than_a_second() -> None:
     how, device = load.load(RECIPE), gpus.device("rtx-4060")
     begin = resource.getrusage(resource.RUSAGE_SELF).ru_utime

@@ -107,6 +107,7 @@ def test_the_hash_does_not_depend_on_what_is_left_to_defaults(tmp_path: Path) ->
 LONG = "x" * 100_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "overrides", "words"),
     [

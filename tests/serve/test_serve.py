@@ -389,6 +389,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_ignores_sigterm_leaves_neither_process_nor_shared_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ class Enough(Exception):
 # --- ending by itself -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_log_of_every_start_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it died of the first time can be read when it runs for the second; each message tells of its own end."""
     monkeypatch.setattr(lifecycle, "start", started(DIES))
@@ -90,6 +91,7 @@ def test_the_log_of_every_start_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert str(log) in told[0] and log.read_text().count("ValueError") == 2
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_in_between_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifecycle, "start", started(DIES))
     monkeypatch.setattr(lifecycle, "BACK_OFF_SECONDS", (0.0,))
@@ -119,6 +121,7 @@ def test_waits_grow_until_a_server_has_run_steadily() -> None:
     assert [backoff.next_pause(uptime) for uptime in (lifecycle.STEADY_SECONDS + 1, 1)] == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_a_killed_server_is_seen_before_its_children_are_tidied_up(tmp_path: Path) -> None:
     fixed = serving(tmp_path, process.free_port(Serve(port=0)))
     fixed.logs.mkdir()
@@ -282,6 +285,7 @@ def test_a_websocket_counts_and_is_refused_as_a_request_is(tmp_path: Path) -> No
     asyncio.run(asked())
 
 
+@pytest.mark.slow
 def test_a_server_too_busy_to_answer_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It listens and says nothing for a while, as one does whose event loop is at work; and a proxy is not asked in its place."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")

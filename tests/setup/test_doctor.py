@@ -39,6 +39,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, versions: Mapping[str, str]) -> N
 # --- for real --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", doctor.TRIALS, ids=lambda trial: trial.name)
 def test_every_trial_succeeds_here(trial: Trial) -> None:
     absent = [module for module in trial.modules if importlib.util.find_spec(module) is None]

@@ -871,6 +871,7 @@ def outcome(record: dict[str, Any], format: str, **section: Any) -> Example | Ro
         return error
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(
     named=records(),

@@ -180,6 +180,7 @@ def outcome(record: dict[str, Any], accepted: Any) -> Conversation | RowError:
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(function=FUNCTIONS | VALUES, question=st.just(ROW["question"]) | VALUES, accepted=CALLS | VALUES)
 def test_whatever_comes_only_row_errors_leave(function: Any, question: Any, accepted: Any) -> None:
