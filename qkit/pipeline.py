@@ -203,7 +203,7 @@ def _run_stage(run: Run, stage: Stage, server: _Server, options: Sequence[str], 
     """Run one stage of `run_all`. Returns the run, whose recipe `fit` may have changed."""
     if stage.is_server:
         server.start()
-        if not detect().server_can_share_memory:
+        if not server.stays_up:
             server.stop()
         return run
     if stage.uses_server and server.stays_up:

@@ -164,11 +164,12 @@ def schema(task: Task) -> pa.Schema:
 def _batch(columns: dict[str, list[Any]], task: Task) -> pa.RecordBatch:
     import pyarrow as pa
 
+    fields = schema(task)
     arrays = [
         _list_array(columns[field.name]) if pa.types.is_list(field.type) else pa.array(columns[field.name], field.type)
-        for field in schema(task)
+        for field in fields
     ]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema(task))
+    return pa.RecordBatch.from_arrays(arrays, schema=fields)
 
 
 def _list_array(rows: Sequence[Sequence[int]]) -> pa.ListArray:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.process import kill_when_parent_dies
+from qkit.core.sequences import first_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,8 +199,7 @@ def _difference(case: Case, answer: Mapping[str, Any]) -> str:
         return ""
     if answer["text"] == case.text:
         return f"{case.name}: {len(answer['ids'])} token ids for the same text where training has {len(case.ids)}"
-    place = next((i for i, (a, b) in enumerate(zip(answer["text"], case.text, strict=False)) if a != b), -1)
-    begin = max(0, place if place >= 0 else min(len(answer["text"]), len(case.text)))
+    begin = first_difference(answer["text"], case.text) or 0
     actual, expected = (text[begin : begin + SHOWN] for text in (answer["text"], case.text))
     return f"{case.name}: from character {begin} it has {actual!r} where training has {expected!r}"
 

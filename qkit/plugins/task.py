@@ -31,14 +31,6 @@ class ModelHead:
     pipeline_tag: str  # the Hugging Face Hub, such as "text-generation"
 
 
-@dataclass(frozen=True)
-class ServerRequest:
-    """How a server is asked: for warm-up, the serve contract, the benchmark and the snippets that users copy."""
-
-    endpoint: str  # such as "/v1/chat/completions"
-    server_options: tuple[str, ...] = ()  # vLLM's, such as ("--runner", "pooling")
-
-
 class Encoder(Protocol):
     """Examples to token ids. Opened once per process: it holds the tokenizer, and the chat template if the task uses one."""
 
@@ -65,7 +57,6 @@ class Task(Protocol):
 
     METRIC: str  # what the score counts, for people
     HEAD: ModelHead
-    REQUEST: ServerRequest
     TRAINER: str  # train/trainers/NAME.py
     GATES: Mapping[str, Gate]  # default limits by kind of artifact: "exact", "16-bit", "quantized"
     UNSCORED: Collection[str]  # data formats whose rows have no answer to score

@@ -15,6 +15,7 @@ from typing import Any
 from qkit.chat import conversation as chat_conversation
 from qkit.chat.template import Renderer, TemplateRefusal
 from qkit.core.batching import IGNORED
+from qkit.core.sequences import first_difference
 from qkit.plugins.example import Conversation, Example, RowError, Text, Tokens
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation.rows import EncodedRow, Finding, Refused
@@ -134,7 +135,7 @@ def _draft(renderer: Renderer, example: Conversation, turns: Sequence[int]) -> D
     if not whole.startswith(prompts[last]):
         raise Refused(
             "does not begin with its prompt once the chat template writes the answer; the first difference is at "
-            f"{_first_difference(prompts[last], whole)!r}: a server would send a prompt that training never saw",
+            f"{prompts[last][first_difference(prompts[last], whole) :][:30]!r}: a server would send a prompt that training never saw",
             "generation_prompt",
         )
     kept = {
@@ -149,11 +150,6 @@ def _stays(renderer: Renderer, example: Conversation, turn: int, prompt: str, wh
         return False
     answered = renderer.render(example.messages[: turn + 1], example.tools, True, example.variables)
     return whole.startswith(renderer.through_end(answered))
-
-
-def _first_difference(left: str, right: str) -> str:
-    same = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-    return left[same : same + 30]
 
 
 def _conversation_rows(

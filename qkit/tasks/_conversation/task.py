@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
-from qkit.plugins.task import ModelHead, ServerRequest
+from qkit.plugins.task import ModelHead
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ class ConversationTask:
     """Everything of the contract but METRIC, `example` and `correct`."""
 
     HEAD = ModelHead("AutoModelForCausalLM", "CAUSAL_LM", "text-generation")
-    REQUEST = ServerRequest("/v1/chat/completions")
     TRAINER = "sft"
     # In excess of rounding and chance; benchmarks/results/gates.json lists what intact and broken artifacts measure.
     GATES: Mapping[str, Gate] = {
