@@ -145,16 +145,20 @@ def check_keeps_connections(served: Served) -> None:
 
 
 def check_drains(served: Served, chat: Callable[..., Any], tokens: int, seconds: float, count: int = 6) -> None:
-    """On SIGTERM what streams goes on to its end, new requests are refused, and the command ends well."""
-    client = served.client()
+    """On SIGTERM what streams goes on to its end, new requests are refused, and the command ends well.
+
+    One request is held open, so that the server drains for as long as the test looks, however fast it writes its answers.
+    """
     asked: Any = {"stream": True, "max_tokens": tokens, "extra_body": {"ignore_eos": True}}
-    streams = at_once(count, lambda: chat(client, **asked))
-    served.process.send_signal(signal.SIGTERM)
-    assert wait_for_drain(served)["in_flight"] > 0
-    with pytest.raises(openai.InternalServerError, match="shutting down"):
-        chat(client)
-    assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * count
-    assert served.process.wait(timeout=seconds) == 0
+    with served.client() as client:
+        with holding(served, 1):
+            streams = at_once(count, lambda: chat(client, **asked))
+            served.process.send_signal(signal.SIGTERM)
+            assert wait_for_drain(served)["in_flight"] > 0
+            with pytest.raises(openai.InternalServerError, match="shutting down"):
+                chat(client)
+        assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * count
+        assert served.process.wait(timeout=seconds) == 0
 
 
 def wait_for_nobody(served: Served, gauge: str) -> None:
