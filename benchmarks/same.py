@@ -3,10 +3,12 @@
     python benchmarks/same.py record --checkout ../before --work /tmp/before
     python benchmarks/same.py record --checkout . --work /tmp/after --reopen /tmp/before
     python benchmarks/same.py compare /tmp/before /tmp/after
+    python benchmarks/same.py time /tmp/before /tmp/after --pairs 5
 
 Recorded: token ids, labels and ledger of the quickstart's data; the adapter of a training of six steps, its losses and the merged weights;
 `qkit show --json` of that run; `qkit plan --json` of every recipe; the golden files; the help of every verb. `--reopen` has the checkout
 open the run of another record: `show` must say the same, and that every stage is done.
+`time` runs that training again in both checkouts, in alternating pairs, and prints the ratio of each pair and their median.
 Only the command line is used, so any two commits can be compared.
 """
 
@@ -17,6 +19,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -39,9 +43,15 @@ def main() -> None:
     comparer = verbs.add_parser("compare")
     comparer.add_argument("before", type=Path)
     comparer.add_argument("after", type=Path)
+    timer = verbs.add_parser("time")
+    timer.add_argument("before", type=Path)
+    timer.add_argument("after", type=Path)
+    timer.add_argument("--pairs", type=int, default=5)
     given = parser.parse_args()
     if given.verb == "record":
         record(given.checkout.resolve(), given.work.resolve(), given.reopen)
+    elif given.verb == "time":
+        time_training(given.before, given.after, given.pairs)
     else:
         sys.exit(compare(given.before, given.after))
 
@@ -49,7 +59,7 @@ def main() -> None:
 def record(checkout: Path, work: Path, reopen: Path | None) -> None:
     """Write `work/record.json`: what the checkout makes, by name."""
     work.mkdir(parents=True, exist_ok=True)
-    made: dict[str, Any] = {}
+    made: dict[str, Any] = {"checkout": str(checkout)}
     recipes = {path.stem: path for path in sorted((checkout / "recipes").glob("*.yaml"))}
     for name, path in recipes.items():
         text = qkit(checkout, "plan", path, "--json", "--set", "serve.port=8000", check=False)
@@ -91,12 +101,32 @@ def compare(before: Path, after: Path) -> int:
     if "show of the other's run" in new:
         old["show of the other's run"] = old["show"]
         old["nothing to do in the other's run"] = ["done" for _ in STAGES]
+    del old["checkout"], new["checkout"]
     differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     for name in sorted(old):
         print("DIFFERS" if name in differing else "same   ", name)
         if name in differing:
             print("   before:", json.dumps(old.get(name))[:600], "\n   after: ", json.dumps(new.get(name))[:600])
     return 1 if differing else 0
+
+
+def time_training(before: Path, after: Path, pairs: int) -> None:
+    """Print the seconds of the training of six steps in both records' checkouts, one after the other, the first of a pair in turn."""
+    ratios = []
+    for pair in range(pairs):
+        order = (before, after) if pair % 2 == 0 else (after, before)
+        seconds = {work: _training_seconds(work) for work in order}
+        ratios.append(seconds[after] / seconds[before])
+        print(f"before {seconds[before]:.2f} s, after {seconds[after]:.2f} s, ratio {ratios[-1]:.3f}", flush=True)
+    print(f"median ratio {statistics.median(ratios):.3f}")
+
+
+def _training_seconds(work: Path) -> float:
+    checkout = Path(json.loads((work / "record.json").read_text())["checkout"])
+    shutil.rmtree(work / "run" / "train")
+    qkit(checkout, "train", work / "run", "--quiet")
+    last = (work / "run" / "train" / "metrics.jsonl").read_text().splitlines()[-1]
+    return float(json.loads(last)["seconds"])
 
 
 def qkit(checkout: Path, *arguments: Any, check: bool = True) -> str:
