@@ -264,7 +264,7 @@ class _Judges:
     """The two gates of a run: `now`, and the one `before` it."""
 
     def __init__(self, run: Run):
-        self.run, self.rows = run, held_out.read_held_out(run.need("data", "test.parquet")).rows
+        self.run, self.rows = run, held_out.held_out_of(run).rows
         self.gate = gates.gate_of("merged", run.recipe)
         self.exact = reference.recorded(run, self.rows)
         base, adapter = source.resolve(run.recipe.model), run.need("train", "adapter")

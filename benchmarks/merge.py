@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _measured(run: Run, count: int, every_rule: bool) -> dict[str, Any]:
-    rows = held_out.read_held_out(run.need("data", "test.parquet")).rows[:count]
+    rows = held_out.held_out_of(run).rows[:count]
     reference = measure_reference.recorded(run, rows)
     how = run.recipe
     described = {

@@ -78,7 +78,7 @@ def run(run: Run, out: Path) -> None:
 
 def held_out_prompts(run: Run) -> list[Sequence[int]]:
     """The prompts of the run's test rows, as token ids."""
-    rows = held_out.read_held_out(run.need("data", "test.parquet")).rows
+    rows = held_out.held_out_of(run).rows
     if not rows:
         raise DataError("data.test has no rows, so there are no prompts to bench with; add a source to data.test")
     return [row.prompt for row in rows]

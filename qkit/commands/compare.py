@@ -29,7 +29,7 @@ from qkit.measure.held_out import HeldOut
 from qkit.model import provenance, source
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.exporter import exporter
-from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
+from qkit.plugins.runtime import RowScores, Runtime, open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Evaluate, Recipe, Serve, Source
@@ -241,7 +241,7 @@ def _of_lines(a: Side, b: Side, data: Path, progress: Progress) -> ComparisonRow
 
 
 def _rows_of(file: Path, recipe: Recipe, where: str, held_out_of: Run | None) -> ComparisonRows:
-    held_out = measure_held_out.read_held_out(file)
+    held_out = measure_held_out.read_held_out(file, open_task(recipe.task))
     if not held_out.rows:
         raise DataError(f"{where}: contains no rows to compare on")
     stop = frozenset(read_json(file.with_name("tokens.json"))["stop"])
@@ -263,7 +263,7 @@ def compare(a: Side, b: Side, chosen: ComparisonRows, progress: Progress) -> Com
     with tempfile.TemporaryDirectory(prefix="qkit-") as folder:
         with opened(a, longest) as runtime:
             answers_a = _answers(a, runtime, chosen)
-            scores_a = _stored(runtime.score(rows), rows, Path(folder) / "a")
+            scores_a = _stored(runtime.score(rows), Path(folder) / "a")
         progress.notify(f"verify: {b.description}")
         with opened(b, longest) as runtime:
             answers_b = _answers(b, runtime, chosen)
@@ -282,13 +282,13 @@ def _answers(which: Side, runtime: Runtime, chosen: ComparisonRows) -> list[list
     return runtime.generate(prompts, section.max_new_tokens, chosen.stop, section.batch_size)
 
 
-def _stored(scores: Iterator[RowScores], rows: Sequence[TokenRow], file: Path) -> list[RowScores]:
+def _stored(scores: Iterator[RowScores], file: Path) -> list[RowScores]:
     """Keep the scores for later. Scores over the whole vocabulary are stored on disk, as many rows as fit."""
     first = next(scores)
     if first.full is None:
         return [first, *scores]
-    count = reference.write((row for part in ((first,), scores) for row in part), file)
-    return list(reference.read(file, rows[:count]))
+    reference.write((row for part in ((first,), scores) for row in part), file)
+    return list(reference.read(file))
 
 
 def _comparison(

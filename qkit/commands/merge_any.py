@@ -212,7 +212,7 @@ def _make(
 
 
 def _choose(run: Run, reference_run: Run, make: Callable[[Candidate], Path]) -> tuple[Path, dict[str, Any]]:
-    rows = held_out.read_held_out(run.need("data", "test.parquet")).rows
+    rows = held_out.held_out_of(run).rows
     reference = functools.cache(lambda: measure_reference.recorded(reference_run, rows))  # once the merges are made
 
     def measure(candidate: Candidate, folder: Path) -> CandidateResult:

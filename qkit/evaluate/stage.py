@@ -24,7 +24,7 @@ from qkit.run.directory import Run
 
 def run(run: Run, out: Path) -> None:
     """Score the base model, then the adapter on it."""
-    held_out = measure_held_out.read_held_out(run.need("data", "test.parquet"))
+    held_out = measure_held_out.held_out_of(run)
     if not held_out.rows:
         raise DataError("data.test has no rows, so the result cannot be evaluated: give it a source")
     folder, adapter = source.resolve(run.recipe.model), run.need("train", "adapter")
@@ -59,21 +59,23 @@ def _evaluate(
 ) -> tuple[dict[str, float], list[dict[str, object]]]:
     """One artifact's score, and its predictions as lines of predictions.jsonl."""
     task = open_task(run.recipe.task)
-    own = answered(run, runtime, held_out, f"generate with {name}")
+    answers = answered(run, runtime, held_out, f"generate with {name}")
     with run.progress.bar(f"held-out loss of {name}", len(held_out.rows)) as bar:
-        losses = measure_held_out.heldout_targets(runtime, held_out, bar.advance)
+        losses = measure_held_out.heldout_targets(task, runtime, held_out, bar.advance)
     lines: list[dict[str, object]] = [
         {
             "artifact": name,
             "row": index,
-            "prompt": task.question(held_out.messages[index]),
-            "prediction": own.texts[index],
-            "token_ids": own.token_ids[index],
-            "reference": held_out.answers[index],
-            "correct": own.right[index],
+            "prompt": task.question(record),
+            "prediction": prediction.text,
+            **prediction.details,
+            "reference": task.answer(record),
+            "correct": right,
         }
-        for index in range(len(own.texts))
+        for index, (record, prediction, right) in enumerate(
+            zip(held_out.records, answers.predictions, answers.right, strict=True)
+        )
     ]
     return asdict(
-        measure_scores.score(own.right, measure_scores.mean_loss(losses), run.recipe.evaluate, run.recipe.seed)
+        measure_scores.score(answers.right, measure_scores.mean_loss(losses), run.recipe.evaluate, run.recipe.seed)
     ), lines

@@ -116,7 +116,7 @@ def _choose_merge(
     run: Run, out: Path, name: str, merges: Sequence[Candidate], runtime: str
 ) -> tuple[Candidate, dict[str, Any]]:
     """Make the format from the other merges too, and keep the one closest to the reference model. It exists from the first of `merges`."""
-    held_out = measure_held_out.read_held_out(run.need("data", "test.parquet"))
+    held_out = measure_held_out.held_out_of(run)
     reference = measure_reference.recorded(run, held_out.rows)
     choice = candidates.choose_best(
         merges,

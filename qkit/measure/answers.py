@@ -1,34 +1,34 @@
-"""Generates and grades a model's greedy answers to the held-out prompts."""
+"""Predicts the held-out rows with an open model, and grades the predictions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qkit.core.files import read_json
 from qkit.measure import scores
 from qkit.measure.held_out import HeldOut
-from qkit.model import tokenizer
-from qkit.plugins.runtime import Runtime
-from qkit.plugins.task import open_task
+from qkit.plugins.runtime import Scores
+from qkit.plugins.task import Prediction, open_task
 from qkit.run.directory import Run
 
 
 @dataclass(frozen=True)
 class Answers:
-    """For each held-out row: the generated tokens, their text, and whether the task counts the answer as right."""
+    """For each held-out row: the prediction, and whether the task counts it as right."""
 
-    token_ids: tuple[list[int], ...]
-    texts: tuple[str, ...]
+    predictions: tuple[Prediction, ...]
     right: tuple[bool, ...]
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The predictions, for people."""
+        return tuple(prediction.text for prediction in self.predictions)
 
-def answered(run: Run, runtime: Runtime, held_out: HeldOut, what: str = "generate") -> Answers:
-    """Generate answers to the held-out prompts with an open model and grade them, by the recipe's settings. `what`: progress bar label."""
-    section = run.recipe.evaluate
-    stop = frozenset(read_json(run.need("data", "tokens.json"))["stop"])
+
+def answered(run: Run, runtime: Scores, held_out: HeldOut, what: str = "generate") -> Answers:
+    """Predict the held-out rows with an open model and grade the predictions, by the recipe's settings. `what`: progress bar label."""
     task = open_task(run.recipe.task)
+    predictor = task.predictor(run.recipe, run.need("data", "summary.json").parent)
     with run.progress.bar(what, len(held_out.rows)) as bar:
-        completions = task.predict(runtime, held_out.rows, stop, section, bar.advance)
-    texts = tokenizer.tokenizer_of(run.recipe.model).batch_decode(completions, skip_special_tokens=True)
-    right = scores.grade(texts, held_out, task, section)
-    return Answers(tuple(map(list, completions)), tuple(texts), tuple(right))
+        predictions = predictor.predict(runtime, held_out.rows, bar.advance)
+    right = scores.grade([one.text for one in predictions], held_out, task, run.recipe.evaluate)
+    return Answers(tuple(predictions), tuple(right))

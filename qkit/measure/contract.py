@@ -19,13 +19,13 @@ from qkit.core.files import read_json
 from qkit.core.sequences import first_difference
 from qkit.measure import held_out as measure_held_out
 from qkit.measure.endpoint import FolderSubject, ServerSubject, as_request, read_if_there
-from qkit.measure.held_out import HeldOut
 from qkit.merging.folder import dtype_of
 from qkit.model import older_forms
 from qkit.model.provenance import NOTE
 from qkit.recipe.registry import split
 from qkit.run.directory import Run
 from qkit.tasks._conversation import request_forms
+from qkit.tasks._conversation.prepared import PreparedConversations, conversations
 from qkit.tensors.shards import SHARDS, read, shards, tensor_specs
 
 if TYPE_CHECKING:
@@ -81,14 +81,14 @@ def check(
     Raises:
         ServerError: no server answers at `url`, or it does not serve the model.
     """
-    held_out = measure_held_out.read_held_out(run.need("data", "test.parquet"))
+    held_out = conversations(measure_held_out.held_out_of(run).records)
     with ServerSubject(url, model, headers) as server:
         return Contract(url, server.model, tuple(_checks(run, server, held_out, rows)))
 
 
 def check_folder(run: Run, folder: Path, rows: int = ROWS) -> Contract:
     """Check a model folder: what programs do that load its tokenizer, template and generation config, older programs included."""
-    held_out = measure_held_out.read_held_out(run.need("data", "test.parquet"))
+    held_out = conversations(measure_held_out.held_out_of(run).records)
     return Contract(str(folder), folder.name, (*_checks(run, FolderSubject(folder), held_out, rows), _older(folder)))
 
 
@@ -102,7 +102,7 @@ def offered(url: str) -> dict[str, Any]:
         return server.described
 
 
-def _checks(run: Run, server: Subject, held_out: HeldOut, rows: int) -> Iterator[ContractCheck]:
+def _checks(run: Run, server: Subject, held_out: PreparedConversations, rows: int) -> Iterator[ContractCheck]:
     numbers = _spread([n for n, messages in enumerate(held_out.messages) if messages], rows)
     served = server.folder()
     yield _prompts(run, server, held_out, numbers)
@@ -122,7 +122,7 @@ def _spread(numbers: Sequence[int], count: int) -> list[int]:
 # --- the checks -----------------------------------------------------------------------------------------------------
 
 
-def _prompts(run: Run, server: Subject, held_out: HeldOut, numbers: Sequence[int]) -> ContractCheck:
+def _prompts(run: Run, server: Subject, held_out: PreparedConversations, numbers: Sequence[int]) -> ContractCheck:
     """Check that each conversation becomes the token ids that training used up to the answer."""
     name = "prompt tokens"
     if not numbers:
@@ -133,8 +133,8 @@ def _prompts(run: Run, server: Subject, held_out: HeldOut, numbers: Sequence[int
             return ContractCheck(name, NOT_CHECKED, "the server has no /tokenize endpoint that accepts messages")
         if isinstance(answer, str):
             return ContractCheck(name, DIFFERS, f"held-out row {number}: rejected: {answer}")
-        if answer != list(held_out.rows[number].prompt):
-            trained = held_out.rows[number].prompt
+        if answer != list(held_out.prompts[number]):
+            trained = held_out.prompts[number]
             return ContractCheck(name, DIFFERS, _difference(_tokenizer(run), f"held-out row {number}", trained, answer))
     tools = [number for number in numbers if held_out.tools[number]]
     variables = [held_out.variables[number] for number in numbers if held_out.variables[number]]
@@ -146,7 +146,7 @@ def _prompts(run: Run, server: Subject, held_out: HeldOut, numbers: Sequence[int
 
 
 def _as_users_write(
-    run: Run, server: Subject, held_out: HeldOut, numbers: Sequence[int], plain: ContractCheck
+    run: Run, server: Subject, held_out: PreparedConversations, numbers: Sequence[int], plain: ContractCheck
 ) -> ContractCheck:
     """Check conversations in forms that users send but rows seldom contain. Returns `plain`, the result for the rows' form, if all agree."""
     tokenizer, kept, refused = _tokenizer(run), dict[str, None](), dict[str, str]()
@@ -167,10 +167,10 @@ def _as_users_write(
     return replace(plain, detail=plain.detail + more)
 
 
-def _without_tools(server: Subject, held_out: HeldOut, number: int) -> str:
+def _without_tools(server: Subject, held_out: PreparedConversations, number: int) -> str:
     """The problem with an empty list of tools, if any: it must be rejected or be treated as no tools."""
     count = server.prompt_length(held_out.messages[number], held_out.variables[number])
-    expected = len(held_out.rows[number].prompt)
+    expected = len(held_out.prompts[number])
     if count in (None, expected):
         return ""
     return f"held-out row {number}, with tools: []: {count} prompt tokens; training had {expected} without tools"
@@ -202,11 +202,11 @@ def _why(tokenizer: PreTrainedTokenizerBase) -> str:
     return "the template or the tokenizer has changed since training"
 
 
-def _stop(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
+def _stop(run: Run, server: Subject, held_out: PreparedConversations) -> ContractCheck:
     """Check that an answer ends at the tokens that ended it in training: each is forced, and generation must stop."""
     name = "stop tokens"
     trained: list[int] = read_json(run.need("data", "tokens.json"))["stop"]
-    continues = [token for token in trained if not server.stops_at(held_out.rows[0].prompt, token)]
+    continues = [token for token in trained if not server.stops_at(held_out.prompts[0], token)]
     if continues:
         return ContractCheck(
             name,
@@ -217,14 +217,12 @@ def _stop(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
     return ContractCheck(name, OK, f"an answer ends at {', '.join(map(str, trained))}, as in training")
 
 
-def _length(run: Run, server: Subject, held_out: HeldOut) -> ContractCheck:
+def _length(run: Run, server: Subject, held_out: PreparedConversations) -> ContractCheck:
     name = "length"
     if server.max_model_len is None:
         return ContractCheck(name, NOT_CHECKED, "the server does not report its context length")
     trained = [length for length, *_ in read_json(run.need("data", "summary.json")).get("lengths", ())]
-    longest = max(
-        min(max(trained, default=0), run.recipe.data.max_length), *(len(row.input_ids) for row in held_out.rows)
-    )
+    longest = max(min(max(trained, default=0), run.recipe.data.max_length), *map(len, held_out.rows))
     detail = f"the context is {server.max_model_len} tokens, the longest training row has {longest}"
     if server.max_model_len < longest:
         return ContractCheck(name, DIFFERS, f"{detail}: raise serve.max_model_len")
@@ -298,7 +296,7 @@ def _sampling(served: Path | None) -> ContractCheck:
     )
 
 
-def _tools(server: Subject, held_out: HeldOut, rows: int) -> ContractCheck:
+def _tools(server: Subject, held_out: PreparedConversations, rows: int) -> ContractCheck:
     """Check that the server's parser reads the tool calls from the trained text: the server's answer is forced to be that text."""
     name = "tool calls"
     numbers = _spread([n for n, calls in enumerate(held_out.calls) if calls and held_out.tools[n]], rows)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.plugins.runtime import Runtime, TokenRow
+from qkit.plugins.runtime import Scores
+from qkit.plugins.task import Task, open_task
+from qkit.run.directory import Run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,37 +18,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out rows as written by the stage `data`. `calls`: tool calls of each answer. `variables`: chat template variables."""
+    """The held-out rows as written by the stage `data`.
 
-    rows: tuple[TokenRow, ...]
-    messages: tuple[list[dict[str, Any]], ...]
-    tools: tuple[list[dict[str, Any]], ...]
+    `rows`: what a runtime scores; `references`: what predictions are compared with; `records`: all columns, which the task knows.
+    """
+
+    rows: tuple[Any, ...]
     references: tuple[Any, ...]
-    answers: tuple[str, ...]
-    calls: tuple[list[dict[str, Any]], ...]
-    variables: tuple[dict[str, Any], ...]
+    records: tuple[Mapping[str, Any], ...]
 
 
-def read_held_out(file: Path) -> HeldOut:
-    """Read the rows of a test.parquet."""
+def held_out_of(run: Run) -> HeldOut:
+    """The rows of a run's test split."""
+    return read_held_out(run.need("data", "test.parquet"), open_task(run.recipe.task))
+
+
+def read_held_out(file: Path, task: Task) -> HeldOut:
+    """Read the rows of a split's Parquet file."""
     import pyarrow.parquet
 
     records = pyarrow.parquet.read_table(file).to_pylist()
     return HeldOut(
-        rows=tuple(TokenRow(r["input_ids"], r["start"]) for r in records),
-        messages=tuple(json.loads(r["messages"]) for r in records),
-        tools=tuple(json.loads(r["tools"]) for r in records),
-        references=tuple(json.loads(r["reference"]) for r in records),
-        answers=tuple(r["answer"] for r in records),
-        calls=tuple(json.loads(r.get("calls") or "[]") for r in records),
-        variables=tuple(json.loads(r.get("variables") or "{}") for r in records),
+        rows=tuple(task.row(record) for record in records),
+        references=tuple(task.reference(record) for record in records),
+        records=tuple(records),
     )
 
 
-def heldout_targets(runtime: Runtime, held_out: HeldOut, tick: Callable[[], None]) -> list[NDArray[np.float32]]:
-    """Log-probability of each token of each reference answer, [T] per row, in nats. `tick` is called after each row."""
+def heldout_targets(
+    task: Task, runtime: Scores, held_out: HeldOut, tick: Callable[[], None]
+) -> list[NDArray[np.float32]]:
+    """Log-probability of each target of each row, [T] per row, in nats. `tick` is called after each row."""
     targets = []
-    for scores in runtime.score(held_out.rows):
+    for scores in task.outputs(runtime, held_out.rows):
         targets.append(scores.targets)
         tick()
     return targets

@@ -28,6 +28,7 @@ REFERENCE_BYTES = (
 )  # parity is measured on as many rows as have their log-probabilities in this much disk space
 BASE_ROWS = 32  # enough to tell whether an artifact is closer to the base model than to the adapter
 REFERENCE, BASE = "reference-fp32", "base-fp32"
+FORM = 2  # of these files
 DONE = "done.json"  # written last: how many rows each file holds, and the distance of the same model in bf16
 DEPENDS_ON = ("data/test.parquet", "train/adapter/adapter_model.safetensors")
 
@@ -44,7 +45,7 @@ def recorded(run: Run, rows: Sequence[TokenRow]) -> Reference:
         make_folder(folder)
         _record(run, rows, folder)
     done = read_json(folder / DONE)
-    exact = _read_both(run, folder, rows, done)
+    exact = _read_both(run, folder)
     return replace(exact, rounding=tuple(done["rounding"]), bf16=Parity(**done["bf16"]))
 
 
@@ -61,7 +62,7 @@ def _home(run: Run) -> Path:
 def _key(run: Run) -> str:
     outputs = {**run.outputs("data"), **run.outputs("train")}
     quantization = run.recipe.quantization.model_dump(mode="json")
-    text = json.dumps([REFERENCE, [outputs.get(name) for name in DEPENDS_ON], quantization], sort_keys=True)
+    text = json.dumps([REFERENCE, FORM, [outputs.get(name) for name in DEPENDS_ON], quantization], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
@@ -75,7 +76,7 @@ def _record(run: Run, rows: Sequence[TokenRow], folder: Path) -> None:
     with _opened(run, None, exact=True) as runtime:
         done[BASE] = write(task.outputs(runtime, rows[: min(BASE_ROWS, done[REFERENCE])]), folder / BASE)
     run.progress.notify("scoring them again in bf16, to measure rounding")
-    distances = ArtifactDistances(_read_both(run, folder, rows, done))
+    distances = ArtifactDistances(_read_both(run, folder))
     with _opened(run, adapter, exact=False) as runtime:
         for row in task.outputs(runtime, rows):
             distances.add(row)
@@ -90,14 +91,16 @@ def _opened(run: Run, adapter: Path | None, exact: bool) -> Runtime:
     return open_runtime("transformers", base, detect(), recipe=run.recipe, adapter=adapter, exact=exact)
 
 
-def _read_both(run: Run, folder: Path, rows: Sequence[TokenRow], done: dict[str, Any]) -> Reference:
-    scores, base = (tuple(read(folder / name, rows[: done[name]])) for name in (REFERENCE, BASE))
+def _read_both(run: Run, folder: Path) -> Reference:
+    scores, base = (tuple(read(folder / name)) for name in (REFERENCE, BASE))
     return Reference(scores, base, distance=open_task(run.recipe.task).distance)
 
 
 def write(scores: Iterable[RowScores], file: Path) -> int:
-    """Write full log-probabilities row by row, up to REFERENCE_BYTES; returns the number of rows written."""
-    written = count = 0
+    """Write full scores row by row, up to REFERENCE_BYTES, and what belongs to them beside `file`; returns the number of rows written."""
+    import numpy as np
+
+    written, targets, shapes = 0, [np.empty(0, np.float32)], []
     with file.open("wb") as sink:
         for row in scores:
             assert row.full is not None
@@ -105,21 +108,26 @@ def write(scores: Iterable[RowScores], file: Path) -> int:
             if written > REFERENCE_BYTES:
                 break
             sink.write(row.full.tobytes())
-            count += 1
-    return count
+            targets.append(row.targets)
+            shapes.append(row.full.shape)
+    np.savez(_beside(file), targets=np.concatenate(targets), shapes=np.array(shapes, np.int64).reshape(-1, 2))
+    return len(shapes)
 
 
-def read(file: Path, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
-    """The scores of these rows, memory-mapped from the file that `write` wrote for them."""
+def read(file: Path) -> Iterator[RowScores]:
+    """The scores that `write` wrote to the file, memory-mapped."""
     import numpy as np
 
-    lengths = [len(row.input_ids) - row.start for row in rows]
-    if not lengths:
+    with np.load(_beside(file)) as stored:
+        targets, shapes = stored["targets"], stored["shapes"]
+    if not len(shapes):
         return
-    tokens = np.memmap(file, np.float32, "r").reshape(sum(lengths), -1)
-    begin = 0
-    for row, length in zip(rows, lengths, strict=True):
-        full = tokens[begin : begin + length]
-        targets = full[np.arange(length), np.asarray(row.input_ids[row.start :])]
-        yield RowScores(targets=targets, top1=full.argmax(1), full=full)
-        begin += length
+    values, begin, first = np.memmap(file, np.float32, "r"), 0, 0
+    for height, width in shapes.tolist():
+        full = values[begin : begin + height * width].reshape(height, width)
+        yield RowScores(targets=targets[first : first + height], top1=full.argmax(1), full=full)
+        begin, first = begin + height * width, first + height
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(f"{file.name}.npz")

@@ -45,7 +45,7 @@ def run(run: Run, out: Path) -> None:
     provenance.check_adapter(run.need("train", "adapter"), folder)
     size = sum(shard.stat().st_size for shard in shards(folder))
     need_disk(out, size * min(len(variants), 2), "merge")
-    held_out = measure_held_out.read_held_out(run.need("data", "test.parquet"))
+    held_out = measure_held_out.held_out_of(run)
     reference = functools.cache(lambda: measure_reference.recorded(run, held_out.rows))  # once the merges are made
 
     choice = candidates.choose_best(

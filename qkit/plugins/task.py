@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qkit.plugins.example import NO_MORE, Example, Identity, Reads, RowError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from qkit.plugins.runtime import RowScores, Runtime, TokenRow
+    from qkit.plugins.runtime import RowScores
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,20 @@ class Encoder(Protocol):
     def date_in_every_row(self) -> str | None: ...  # today's date, if the template writes it
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of a row. `text`: for people, and what `Task.correct` reads; `details`: further columns of predictions.jsonl."""
+
+    text: str
+    details: Mapping[str, Any]
+
+
+class Predictor(Protocol):
+    """Predicts rows with an open model, by the settings of one recipe and one data folder."""
+
+    def predict(self, runtime: Any, rows: Sequence[Any], advance: Callable[[int], None]) -> list[Prediction]: ...
+
+
 class Task(Protocol):
     """A kind of task. The methods are documented where a family of tasks implements them: tasks/_conversation/task.py."""
 
@@ -77,21 +92,17 @@ class Task(Protocol):
     def collate(self, rows: Sequence[Mapping[str, Any]], pad: int, packed: bool = False) -> dict[str, torch.Tensor]: ...
     def head_outputs(self, recipe: Recipe, vocabulary: int) -> int: ...  # outputs of the head for one position
 
-    # evaluate, merge, verify
-    def outputs(self, runtime: Runtime, rows: Sequence[TokenRow]) -> Iterator[RowScores]: ...
-    def predict(
-        self,
-        runtime: Runtime,
-        rows: Sequence[TokenRow],
-        stop: frozenset[int],
-        section: Evaluate,
-        advance: Callable[[int], None],
-    ) -> Sequence[Sequence[int]]: ...
+    # evaluate, merge, verify. `record`: a prepared row with all columns; what `row` returns is what runtimes score.
+    def row(self, record: Mapping[str, Any]) -> Any: ...
+    def reference(self, record: Mapping[str, Any]) -> Any: ...
+    def outputs(self, runtime: Any, rows: Sequence[Any]) -> Iterator[RowScores]: ...
+    def predictor(self, recipe: Recipe, data: Path) -> Predictor: ...
     def correct(self, prediction: str, reference: Any, section: Evaluate) -> bool: ...
     def distance(self, reference: RowScores, other: RowScores) -> NDArray[np.float32]: ...
 
     # evaluate, report
-    def question(self, messages: Sequence[Mapping[str, Any]]) -> str: ...
+    def question(self, record: Mapping[str, Any]) -> str: ...
+    def answer(self, record: Mapping[str, Any]) -> str: ...
 
 
 def open_task(name: str) -> Task:

@@ -151,7 +151,7 @@ def test_rows_are_what_the_merged_model_s_own_tokenizer_makes_of_them(
     run = Run(tmp_path / "run", merge_any.recipe_for(request), Progress())
     make_folder(run.root)
     merge_any.prepare_rows(run, str(rows_file), merge_any.tokenizer_adapter_of(request))
-    row = held_out.read_held_out(run.folder("data") / "test.parquet").rows[0]
+    row = held_out.held_out_of(run).rows[0]
     text = AutoTokenizer.from_pretrained(str(tiny_model)).decode(list(row.input_ids))
     assert text.startswith("user: say") and "assistant: " in text and "<|im_start|>" not in text
 

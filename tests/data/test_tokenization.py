@@ -26,6 +26,7 @@ from qkit.data import prepare as data_prepare
 from qkit.data import splits
 from qkit.measure import held_out as measure_held_out
 from qkit.plugins.example import Conversation
+from qkit.plugins.task import open_task
 from qkit.recipe import schema as recipe_schema
 from qkit.recipe.schema import Data, Evaluate, Split
 from qkit.tasks import chat
@@ -406,7 +407,9 @@ def test_a_prediction_of_what_is_learnt_is_right(family: str, tmp_path: Path) ->
     made = prepare_rows(build(FAMILIES[family], tmp_path / "model"), tmp_path / "made", GOOD, held_out)
     tokenizer = tokenizer_of(FAMILIES[family])
     for row, reference in zip(
-        made.rows("test"), measure_held_out.read_held_out(made.folder / "test.parquet").references, strict=True
+        made.rows("test"),
+        measure_held_out.read_held_out(made.folder / "test.parquet", open_task("chat")).references,
+        strict=True,
     ):
         prediction = tokenizer.decode(row["input_ids"][row["start"] :], skip_special_tokens=True)
         assert chat.TASK.correct(prediction, reference, Evaluate())

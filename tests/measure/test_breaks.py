@@ -24,7 +24,7 @@ from qkit.core.progress import Progress
 from qkit.measure import contract as measure_contract
 from qkit.measure import evidence, parity, reference
 from qkit.measure import gates as measure_gates
-from qkit.measure.held_out import HeldOut, read_held_out
+from qkit.measure.held_out import HeldOut, held_out_of
 from qkit.plugins.runtime import open_runtime
 from qkit.run.directory import Run
 from qkit.verify import stage as verify_stage
@@ -50,7 +50,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(trained_run: Run) -> Iterator[Trained]:
     """Each model that is closed is followed by a garbage collection: of what is there by now nothing need be looked at again."""
-    held_out = read_held_out(trained_run.need("data", "test.parquet"))
+    held_out = held_out_of(trained_run)
     known = Trained(trained_run, held_out, reference.recorded(trained_run, held_out.rows))
     gc.collect()
     gc.freeze()

@@ -11,7 +11,7 @@ from qkit import pipeline
 from qkit.core.errors import ParityFailed
 from qkit.measure import divergence, gates, parity
 from qkit.measure import reference as measure_reference
-from qkit.measure.held_out import read_held_out
+from qkit.measure.held_out import held_out_of
 from qkit.measure.parity import Reference
 from qkit.plugins.runtime import RowScores
 from qkit.plugins.task import open_task
@@ -53,7 +53,7 @@ def test_the_live_model_is_asked_once(tiny_recipe: Path, tmp_path: Path, monkeyp
     run = Run.create(tmp_path / "run", load(tiny_recipe))
     for stage in ("data", "train"):
         pipeline.execute(run, stage)
-    rows = read_held_out(run.need("data", "test.parquet")).rows
+    rows = held_out_of(run).rows
     first = measure_reference.recorded(run, rows)
     monkeypatch.setattr(measure_reference, "open_runtime", None)
     again = measure_reference.recorded(run, rows)
@@ -75,7 +75,7 @@ def test_as_many_rows_as_fit_the_disk_budget(
     run = Run.create(tmp_path / "run", load(tiny_recipe))
     for stage in ("data", "train"):
         pipeline.execute(run, stage)
-    rows = read_held_out(run.need("data", "test.parquet")).rows
+    rows = held_out_of(run).rows
     monkeypatch.setattr(measure_reference, "REFERENCE_BYTES", 10_000)
     recorded = measure_reference.recorded(run, rows)
     assert 0 < len(recorded.scores) < len(rows) and len(recorded.base) == len(recorded.scores)

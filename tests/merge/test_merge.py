@@ -78,7 +78,7 @@ def test_the_merged_model_takes_no_adapter_twice(finished: Run) -> None:
 
 
 def _distance(run: Run, folder: Path) -> Parity:
-    rows = held_out.read_held_out(run.need("data", "test.parquet")).rows
+    rows = held_out.held_out_of(run).rows
     reference = measure_reference.recorded(run, rows)
     with open_runtime("transformers", folder, detect()) as runtime:
         return parity.measure(reference, runtime.score(rows))

@@ -5,12 +5,14 @@ Light to import: `qkit plan` reads HEAD and `head_outputs`; the rest is imported
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
 from qkit.plugins.task import ModelHead
-from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
+from qkit.recipe.schema import Data, Gate, Recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qkit.plugins.runtime import RowScores, Runtime, TokenRow
+    from qkit.tasks._conversation.answerer import Answerer
     from qkit.tasks._conversation.encoder import ConversationEncoder
 
 
@@ -108,21 +111,25 @@ class ConversationTask:
 
     # --- evaluate, merge, verify ---------------------------------------------------------------------------------------
 
+    def row(self, record: Mapping[str, Any]) -> TokenRow:
+        """The prompt and the reference answer, as token ids."""
+        from qkit.plugins.runtime import TokenRow
+
+        return TokenRow(record["input_ids"], record["start"])
+
+    def reference(self, record: Mapping[str, Any]) -> Any:
+        """How a right prediction reads, or a list of such texts or calls."""
+        return json.loads(record["reference"])
+
     def outputs(self, runtime: Runtime, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         """The distribution at each token of each answer."""
         return runtime.score(rows)
 
-    def predict(
-        self,
-        runtime: Runtime,
-        rows: Sequence[TokenRow],
-        stop: frozenset[int],
-        section: Evaluate,
-        advance: Callable[[int], None],
-    ) -> list[list[int]]:
-        """Greedy answers, as token ids."""
-        prompts = [row.prompt for row in rows]
-        return runtime.generate(prompts, section.max_new_tokens, stop, section.batch_size, advance)
+    def predictor(self, recipe: Recipe, data: Path) -> Answerer:
+        """Greedy answers by the recipe's settings."""
+        from qkit.tasks._conversation.answerer import open_answerer
+
+        return open_answerer(recipe, data)
 
     def distance(self, reference: RowScores, other: RowScores) -> NDArray[np.float32]:
         """KL(reference || other) in nats at each token of the answer, [T]."""
@@ -132,8 +139,12 @@ class ConversationTask:
 
     # --- report -------------------------------------------------------------------------------------------------------
 
-    def question(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def question(self, record: Mapping[str, Any]) -> str:
         """The last turn before the answer, as text."""
         from qkit.chat.conversation import text_of
 
-        return text_of(messages[-1]["content"])
+        return text_of(json.loads(record["messages"])[-1]["content"])
+
+    def answer(self, record: Mapping[str, Any]) -> str:
+        """The reference answer, as the template writes it."""
+        return str(record["answer"])
