@@ -14,7 +14,6 @@ from typing import Any
 
 from qkit.core import files, sources
 from qkit.core.errors import QkitError, listed, nearest
-from qkit.data.checks import KINDS
 from qkit.measure.evidence import Breach
 from qkit.plan import gpus
 from qkit.plan import plan as plan_plan
@@ -98,7 +97,7 @@ def messages(folder: Path) -> dict[str, str]:
     found |= {f"row: {name}": _of(lambda r=r: task.example(r, None, "auto", Data())) for name, r in RECORDS.items()}
     found |= {
         f"check: {name}": json.dumps([kind.passes, kind.problem, kind.remedy], ensure_ascii=False)
-        for name, kind in KINDS.items()
+        for name, kind in open_task("chat").CHECKS.items()
     }
     found |= {f"gate: {name}": breach.message for name, breach in BREACHES.items()}
     places: dict[str, Callable[[], object]] = {

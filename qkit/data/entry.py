@@ -22,7 +22,8 @@ class Entry:
     """What is known of a record, or of one of the rows it makes (`part`). `rule`: the check under which it is dropped, or "".
 
     `record` counts records from 0, `candidate` the rows of the candidates file (-1: it has none). `key`: digest of the normalized prompt;
-    `near`: MinHash signature. `unread`: names in the record that nothing reads; `ignored`: the patterns of data.ignore that match one.
+    `near`: MinHash signature. `names`: the labels of the row. `unread`: names in the record that nothing reads; `ignored`: the patterns of
+    data.ignore that match one.
     """
 
     pool: str
@@ -43,6 +44,7 @@ class Entry:
     truncated_by: int = 0
     rule: str = ""
     reason: str = ""
+    names: tuple[str, ...] = ()
     findings: tuple[tuple[str, str], ...] = ()
     unread: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+LABEL = "label"  # in data.stratify: the labels that the task reads
 CHUNK = 256  # records that travel together
 ALONE = 32  # chunks that are worked on here before more processes are worth their start: each takes as long as some 5,000 rows
 CLOSELY = 32  # one row in so many is decoded again ...
@@ -90,6 +91,7 @@ class Worker:
             near=entry.near if part == 0 else None,
             tokens=len(row.input_ids),
             labelled_tokens=row.labelled,
+            names=row.names,
             truncated_by=row.whole_tokens - len(row.input_ids),
             findings=tuple(findings.items()),
         )
@@ -117,7 +119,7 @@ def _entry(sourced: Sourced, example: Example | RowError, recipe: Recipe, task: 
     entry.key = near_duplicates.digest(near_duplicates.normalized(identity.question))
     group = value_of(value, recipe.data.group, recipe)
     entry.group = entry.key if group is None else near_duplicates.digest(str(group))
-    entry.label = _label(value, recipe)
+    entry.label = _label(value, recipe) or (identity.label if recipe.data.stratify == LABEL else None)
     entry.near = near_duplicates.signature(identity.distinctive)
     return entry
 
@@ -157,7 +159,8 @@ def schema(task: Task) -> pa.Schema:
     """What a split's Parquet file holds besides `pack` and `position`."""
     import pyarrow as pa
 
-    types = {"list<int32>": pa.list_(pa.int32()), "int32": pa.int32(), "string": pa.string(), "float": pa.float32()}
+    types = {"int32": pa.int32(), "string": pa.string(), "float": pa.float32()}
+    types |= {f"list<{name}>": pa.list_(kind) for name, kind in types.items()}
     return pa.schema([(name, types[kind]) for name, kind in {**task.columns(), PLACE: "string"}.items()])
 
 
@@ -166,7 +169,9 @@ def _batch(columns: dict[str, list[Any]], task: Task) -> pa.RecordBatch:
 
     fields = schema(task)
     arrays = [
-        _list_array(columns[field.name]) if pa.types.is_list(field.type) else pa.array(columns[field.name], field.type)
+        _list_array(columns[field.name])
+        if field.type == pa.list_(pa.int32())
+        else pa.array(columns[field.name], field.type)
         for field in fields
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=fields)

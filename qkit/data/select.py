@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qkit.data import near_duplicates, splits
-from qkit.data.checks import NAMED_ROWS, Check, Findings, Place
+from qkit.data.checks import Findings
 from qkit.data.entry import Entry
+from qkit.plugins.checks import NAMED_ROWS, Check, Place
 from qkit.recipe.schema import SPLITS, Recipe
 
 HELD_OUT = SPLITS[1:]

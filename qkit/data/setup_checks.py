@@ -7,23 +7,22 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qkit.data.checks import NAMED_ROWS, Check, Place
 from qkit.data.entry import Entry
 from qkit.data.prepare import Worker
 from qkit.data.select import HELD_OUT, Decision
 from qkit.model import tokenizer as model_tokenizer
 from qkit.model import vocabulary
+from qkit.plugins.checks import NAMED_ROWS, Check, Place
 from qkit.recipe.schema import Recipe
 
 
 def checks(
     worker: Worker, decisions: Sequence[Decision], tokens: Mapping[str, Any], counts: Mapping[str, Any]
 ) -> Iterator[Check]:
-    """The checks of the setup, one result each; KINDS in checks.py has those over rows."""
+    """The checks of the setup, one result each; `Task.CHECKS` has those over rows."""
     used = [decision.entry for decision in decisions if decision.used]
     yield _left(decisions, counts["train"])
-    yield _padding(worker, tokens)
-    yield _date(worker)
+    yield from worker.encoder.setup_checks(tokens)
     yield _positions(worker.recipe, used)
     yield _served(worker.recipe, used)
     yield _held_out(decisions, worker.task.UNSCORED)
@@ -87,32 +86,6 @@ def _rows_for(beyond: Mapping[str, int]) -> str:
         return "correct the id in the model's config.json"
     named = json.dumps(sorted(beyond)[:NAMED_ROWS], ensure_ascii=False)
     return f"use the tokenizer that belongs to these weights, or add rows for the tokens with model.add_tokens={named}"
-
-
-def _padding(worker: Worker, tokens: Mapping[str, Any]) -> Check:
-    name = worker.encoder.tokenizer.convert_ids_to_tokens(tokens["pad"])
-    if tokens["pad"] not in tokens["stop"]:
-        return Check("padding", "pass", f"{name} is the padding token and does not end turns")
-    message = (
-        f"{name} is the padding token and also ends turns: qkit derives labels from lengths, so the end of a turn still carries loss; tools "
-        "that mask every padding token would mask it"
-    )
-    return Check(
-        "padding", "warn", message, remedy="set model.pad_token to a special token that the template does not use"
-    )
-
-
-def _date(worker: Worker) -> Check:
-    date = worker.encoder.date_in_every_row()
-    if date is None:
-        return Check("date", "pass", "the chat template does not write a date")
-    message = f"the chat template writes today's date ({date}): from tomorrow on, a server sends prompts that differ from training"
-    return Check(
-        "date",
-        "warn",
-        message,
-        remedy="set model.chat_template to a copy of the template without the date, or with a fixed one",
-    )
 
 
 def _positions(recipe: Recipe, used: Sequence[Entry]) -> Check:

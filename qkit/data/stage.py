@@ -4,6 +4,7 @@ data/train.parquet validation.parquet test.parquet    input_ids, labels, start (
 data/ledger.parquet                                   what became of every record
 data/summary.json                                     counts per source and split, lengths, the token budget, and every check
 data/tokens.json                                      the tokens that end a turn, and the padding token
+data/labels.json                                      names by label id, and rows of each by split (tasks with labels)
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from qkit.data.entry import Entry, Sourced
 from qkit.data.ledger import batch_budget, check_packs, check_sums, make_ledger, write_ledger
 from qkit.data.prepare import Worker
 from qkit.data.read import Record, read
-from qkit.data.select import select
-from qkit.plugins.task import Task
+from qkit.data.select import Decision, select
+from qkit.plugins.checks import Place, SetRow
+from qkit.plugins.task import LABELS, Task
 from qkit.recipe.schema import SPLITS, Recipe
 from qkit.run.directory import Run
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from qkit.data.checks import Check
     from qkit.data.ledger import LedgerRow
+    from qkit.plugins.checks import Check
 
 
 CANDIDATES = ".candidates.arrow"
@@ -68,14 +70,19 @@ def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     findings = Findings()
     decisions, overlap = select(entries, recipe, findings)
     ledger = make_ledger(decisions, recipe)
-    _write_splits(ledger, entries, worker.task, out)
+    labelled = _set_rows(decisions)
+    names = worker.task.label_names(labelled)
+    _write_splits(ledger, entries, worker.task, names, out)
     write_ledger(ledger, out / "ledger.parquet")
     counts = data_summary.split_counts(decisions)
-    of_rows = (setup_checks.with_embedding(worker, tokens, check) for check in findings.checks(recipe.data))
+    of_rows = (
+        setup_checks.with_embedding(worker, tokens, check) for check in findings.checks(worker.task, recipe.data)
+    )
     checks: list[Check] = [
         *of_rows,
         unused.check(entries, worker.task, worker.encoder.reads, recipe.data.ignore),
         *overlap,
+        *worker.task.set_checks(labelled, recipe),
         *setup_checks.checks(worker, decisions, tokens, counts),
     ]
     summary = {
@@ -91,7 +98,18 @@ def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     check_packs(ledger, recipe.data.batch_tokens)
     write_json(out / "summary.json", summary)
     write_json(out / "tokens.json", tokens)
+    if names:
+        write_json(out / LABELS, {"names": list(names), "rows": data_summary.label_counts(labelled, names)})
     return summary
+
+
+def _set_rows(decisions: Sequence[Decision]) -> list[SetRow]:
+    """The rows that are used, for checks of the whole set."""
+    return [
+        SetRow(decision.split, entry.key, entry.names, Place(entry.source, entry.line))
+        for decision in decisions
+        if decision.used and (entry := decision.entry).part == 0
+    ]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -139,7 +157,9 @@ def _records(recipe: Recipe) -> Iterator[Sourced]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write_splits(ledger: Sequence[LedgerRow], entries: Sequence[Entry], task: Task, out: Path) -> None:
+def _write_splits(
+    ledger: Sequence[LedgerRow], entries: Sequence[Entry], task: Task, names: Sequence[str], out: Path
+) -> None:
     """The rows of each split, batch by batch, out of the file of all candidates."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -156,7 +176,7 @@ def _write_splits(ledger: Sequence[LedgerRow], entries: Sequence[Entry], task: T
         candidates = stack.enter_context(pa.ipc.open_file(source))
         begin = 0
         for number in range(candidates.num_record_batches):
-            batch = candidates.get_batch(number)
+            batch = task.with_label_ids(candidates.get_batch(number), names)
             batch_rows = rows[begin : begin + batch.num_rows]
             begin += batch.num_rows
             for split, writer in writers.items():

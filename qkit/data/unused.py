@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from qkit.core.errors import printable, short
-from qkit.data.checks import NAMED_ROWS, Check, Place
 from qkit.data.entry import Entry
+from qkit.plugins.checks import NAMED_ROWS, Check, Place
 from qkit.plugins.example import Reads
 from qkit.plugins.task import Task
 

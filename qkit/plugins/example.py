@@ -78,12 +78,13 @@ Example = Conversation | Text | Tokens
 @dataclass(frozen=True)
 class Identity:
     """What splits and duplicates go by. `question`: rows with the same one share a split; `content`: exact duplicates have the same one;
-    `distinctive`: the part of the content that near-duplicates are compared by.
+    `distinctive`: the part of the content that near-duplicates are compared by; `label`: what splits are stratified by.
     """
 
     question: str
     content: str
     distinctive: str
+    label: str | None = None
 
 
 def without_thinking(text: str) -> str:

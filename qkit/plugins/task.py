@@ -7,16 +7,19 @@ docs/tasks.md shows how to add one.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, Reads, RowError
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     import torch
     from numpy.typing import NDArray
 
@@ -30,6 +33,7 @@ class ModelHead:
     auto_class: str  # transformers, such as "AutoModelForCausalLM"
     peft_task_type: str  # peft.TaskType, such as "CAUSAL_LM"
     pipeline_tag: str  # the Hugging Face Hub, such as "text-generation"
+    generates: bool = True  # tokens, from a head that the base model has; else the head is new, and reads whole texts
 
 
 class Encoder(Protocol):
@@ -50,7 +54,7 @@ class Encoder(Protocol):
     def special_tokens(self) -> dict[str, Any]: ...  # the content of tokens.json
     def description(self, tokens: Mapping[str, Any]) -> dict[str, str]: ...  # for summary.json
     def ids_in_every_row(self, tokens: Mapping[str, Any]) -> set[int]: ...
-    def date_in_every_row(self) -> str | None: ...  # today's date, if the template writes it
+    def setup_checks(self, tokens: Mapping[str, Any]) -> Iterator[Check]: ...  # of tokenizer and template
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,9 @@ class Task(Protocol):
     TRAINER: str  # train/trainers/NAME.py
     GATES: Mapping[str, Gate]  # default limits by kind of artifact: "exact", "16-bit", "quantized"
     UNSCORED: Collection[str]  # data formats whose rows have no answer to score
+    CHECKS: Mapping[str, Kind]  # over rows, in the order in which they are shown
+    LESSER_CHECKS: Mapping[str, tuple[str, Kind]]  # milder forms of one of them: name -> (check, its texts)
+    DEFAULTS: Mapping[str, Mapping[str, Any]]  # section -> values that differ from the schema's defaults
 
     # data: record -> example -> rows
     def example(
@@ -87,9 +94,13 @@ class Task(Protocol):
     def identity(self, example: Example) -> Identity: ...
     def columns(self) -> Mapping[str, str]: ...  # column -> list<int32>, int32, float or string
     def encoder(self, recipe: Recipe) -> Encoder: ...
+    def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]: ...  # by label id; none for a task without labels
+    def with_label_ids(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch: ...
+    def set_checks(self, rows: Sequence[SetRow], recipe: Recipe) -> Iterator[Check]: ...
 
     # train, plan
     def collate(self, rows: Sequence[Mapping[str, Any]], pad: int, packed: bool = False) -> dict[str, torch.Tensor]: ...
+    def head_config(self, labels: Sequence[str]) -> Mapping[str, Any]: ...  # keys of config.json
     def head_outputs(self, recipe: Recipe, vocabulary: int) -> int: ...  # outputs of the head for one position
 
     # evaluate, merge, verify. `record`: a prepared row with all columns; what `row` returns is what runtimes score.
@@ -103,6 +114,15 @@ class Task(Protocol):
     # evaluate, report
     def question(self, record: Mapping[str, Any]) -> str: ...
     def answer(self, record: Mapping[str, Any]) -> str: ...
+
+
+LABELS = "labels.json"  # in a data folder or a trained one: the names by label id
+
+
+def read_labels(folder: Path) -> tuple[str, ...]:
+    """The label names of a data folder or of what was trained on it, by id; () for a task without labels."""
+    file = folder / LABELS
+    return tuple(json.loads(file.read_text(encoding="utf-8"))["names"]) if file.is_file() else ()
 
 
 def open_task(name: str) -> Task:

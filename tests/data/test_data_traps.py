@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from helpers.data_traps.models import Tiny, build
 from helpers.data_traps.prepared import Prepared, lines, prepare, recipe
 from helpers.data_traps.table import HARMLESS, HELD_OUT, TRAPS, Harmless, Trap
-from qkit.data.checks import KINDS
 from qkit.data.inspection.view import token_texts
+from qkit.plugins.task import open_task
 
 Build = Callable[[Tiny], Path]
 
@@ -82,4 +82,4 @@ def test_an_emoji_of_several_tokens_is_shown_with_the_first_of_them(model: Build
 
 def test_every_check_over_rows_has_a_trap() -> None:
     """`mask` finds faults of qkit itself: those are in test_mutations."""
-    assert set(KINDS) - {trap.check for trap in TRAPS} == {"mask"}
+    assert set(open_task("chat").CHECKS) - {trap.check for trap in TRAPS} == {"mask"}

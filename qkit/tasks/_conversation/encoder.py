@@ -10,6 +10,7 @@ from typing import Any
 from qkit.chat.template import ASKED, OFFERED, Renderer, compact, date_formats, renderer, special_tokens, texts
 from qkit.model import added_tokens
 from qkit.model import tokenizer as model_tokenizer
+from qkit.plugins.checks import Check
 from qkit.plugins.example import Conversation, Example, Reads, RowError
 from qkit.recipe.schema import Recipe
 from qkit.tasks._conversation import checks, encode
@@ -85,6 +86,12 @@ class ConversationEncoder:
         begins = self.tokenizer("a")["input_ids"]
         ends = {*tokens["stop"], tokens["pad"], tokens["end_of_turn"]}
         return {*ends, *begins, *(number for ids in written for number in ids)}
+
+    def setup_checks(self, tokens: Mapping[str, Any]) -> Iterator[Check]:
+        """The checks of template and tokenizer as a whole."""
+        from qkit.tasks._conversation import setup_checks
+
+        return setup_checks.checks(self.tokenizer, tokens, self.date_in_every_row())
 
     def date_in_every_row(self) -> str | None:
         """Today's date as the chat template writes it, or None if it does not."""

@@ -37,6 +37,7 @@ class EncodedRow:
     whole_tokens: int = 0
     continues: bool = False
     findings: tuple[Finding, ...] = ()
+    names: tuple[str, ...] = ()  # labels, which conversations have none of
 
     @property
     def labelled(self) -> int:

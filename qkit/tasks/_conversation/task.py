@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
 from qkit.plugins.task import ModelHead
 from qkit.recipe.schema import Data, Gate, Recipe
+from qkit.tasks._conversation.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     import torch
     from numpy.typing import NDArray
 
+    from qkit.plugins.checks import Check, SetRow
     from qkit.plugins.runtime import RowScores, Runtime, TokenRow
     from qkit.tasks._conversation.answerer import Answerer
     from qkit.tasks._conversation.encoder import ConversationEncoder
@@ -35,6 +38,9 @@ class ConversationTask:
         "16-bit": Gate(kl_mean=1e-4, kl_row=0.05),
         "quantized": Gate(kl_mean=0.1, kl_row=2.0, score=True),
     }
+    CHECKS = CONVERSATION_CHECKS
+    LESSER_CHECKS = LESSER_CHECKS
+    DEFAULTS: Mapping[str, Mapping[str, Any]] = {}
     UNSCORED = frozenset({"text", "tokenized"})  # data formats without a question to answer
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -97,6 +103,18 @@ class ConversationTask:
 
         return open_encoder(recipe)
 
+    def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]:
+        """None: what is learned is text."""
+        return ()
+
+    def with_label_ids(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch:
+        """The rows as they are."""
+        return batch
+
+    def set_checks(self, rows: Sequence[SetRow], recipe: Recipe) -> Iterator[Check]:
+        """None beside those that every task has."""
+        return iter(())
+
     # --- train, plan --------------------------------------------------------------------------------------------------
 
     def collate(self, rows: Sequence[Mapping[str, Any]], pad: int, packed: bool = False) -> dict[str, torch.Tensor]:
@@ -104,6 +122,10 @@ class ConversationTask:
         from qkit.tasks._conversation.collate import collate, collate_pack
 
         return collate_pack(rows, pad) if packed else collate(rows, pad)
+
+    def head_config(self, labels: Sequence[str]) -> Mapping[str, Any]:
+        """Nothing: the base model has the head."""
+        return {}
 
     def head_outputs(self, recipe: Recipe, vocabulary: int) -> int:
         """One logit for each token of the vocabulary."""
