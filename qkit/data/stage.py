@@ -67,19 +67,15 @@ def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
         raise DataError(wrong)
     tokens = worker.encoder.special_tokens()
     entries = list(_candidates(worker, out / CANDIDATES, progress))
-    findings = Findings()
-    decisions, overlap = select(entries, recipe, findings)
+    decisions, overlap = select(entries, recipe, findings := Findings())
     ledger = make_ledger(decisions, recipe)
     labelled = _set_rows(decisions)
     names = worker.task.label_names(labelled)
     _write_splits(ledger, entries, worker.task, names, out)
     write_ledger(ledger, out / "ledger.parquet")
     counts = data_summary.split_counts(decisions)
-    of_rows = (
-        setup_checks.with_embedding(worker, tokens, check) for check in findings.checks(worker.task, recipe.data)
-    )
     checks: list[Check] = [
-        *of_rows,
+        *(setup_checks.with_embedding(worker, tokens, check) for check in findings.checks(worker.task, recipe.data)),
         unused.check(entries, worker.task, worker.encoder.reads, recipe.data.ignore),
         *overlap,
         *worker.task.set_checks(labelled, recipe),
@@ -98,8 +94,7 @@ def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     check_packs(ledger, recipe.data.batch_tokens)
     write_json(out / "summary.json", summary)
     write_json(out / "tokens.json", tokens)
-    if names:
-        write_json(out / LABELS, {"names": list(names), "rows": data_summary.label_counts(labelled, names)})
+    _write_labels(names, labelled, out)
     return summary
 
 
@@ -183,6 +178,11 @@ def _write_splits(
                 if (chosen := _chosen(batch, batch_rows, split, schema)).num_rows:
                     writer.write_batch(chosen)
     (out / CANDIDATES).unlink()
+
+
+def _write_labels(names: Sequence[str], rows: Sequence[SetRow], out: Path) -> None:
+    if names:
+        write_json(out / LABELS, {"names": list(names), "rows": data_summary.label_counts(rows, names)})
 
 
 def _chosen(batch: pa.RecordBatch, rows: Sequence[LedgerRow], split: str, schema: pa.Schema) -> pa.RecordBatch:

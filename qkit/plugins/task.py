@@ -47,9 +47,7 @@ class Encoder(Protocol):
     def vocabulary(self) -> int: ...  # rows of the embedding
 
     def encode(self, examples: Sequence[Example | RowError]) -> Sequence[Any]: ...  # .rows, or .error that drops it
-    def examine(
-        self, row: Any, thoroughly: bool
-    ) -> Iterator[tuple[str, str]]: ...  # (check of data/checks.py, message)
+    def examine(self, row: Any, thoroughly: bool) -> Iterator[tuple[str, str]]: ...  # (check of Task.CHECKS, message)
     def columns(self, row: Any, example: Example) -> Mapping[str, Any]: ...  # values of Task.columns()
     def special_tokens(self) -> dict[str, Any]: ...  # the content of tokens.json
     def description(self, tokens: Mapping[str, Any]) -> dict[str, str]: ...  # for summary.json

@@ -173,7 +173,8 @@ class FunctionCallingTask(ConversationTask):
         self, record: Mapping[str, Any], accepted: Any, data_format: str, section: Data, reads: Reads = NO_MORE
     ) -> Example:
         """A leaderboard row; the answer holds the first accepted value of every argument that may not be left out."""
-        from qkit.tasks._conversation import formats, validity
+        from qkit.tasks._conversation import formats
+        from qkit.tasks._conversation.checks import validity
         from qkit.tasks._conversation.turns import Notes, shown, without_fillers
 
         if "function" not in record or "question" not in record:

@@ -18,7 +18,7 @@ from qkit.plugins.example import Conversation
 from qkit.recipe import schema
 from qkit.recipe.schema import Data
 from qkit.server import lora
-from qkit.tasks._conversation import checks
+from qkit.tasks._conversation.checks import of_rows
 from qkit.tasks._conversation.encode import tokenize
 
 PLAIN = (
@@ -72,15 +72,15 @@ def test_rows_with_tools_meet_the_template_for_tools() -> None:
     assert texts[1] == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nthree<|im_end|>"
     learnt = [reader.tokenizer.decode([i for i in row.labels if i != -100]) for row in rows]
     assert learnt == ['<call>add{"b": 1, "a": null}</call><|eot|>three<|eot|>', "three<|im_end|>"]
-    seen = checks.facts(reader, len(reader.tokenizer))
-    assert [list(checks.examine(reader, seen, row, "assistant", closely=True)) for row in rows] == [[], []]
+    seen = of_rows.facts(reader, len(reader.tokenizer))
+    assert [list(of_rows.examine(reader, seen, row, "assistant", closely=True)) for row in rows] == [[], []]
 
 
 def test_calls_where_no_tools_are_offered_are_still_found_missing() -> None:
     reader = template.renderer(tokenizer())
     [result] = tokenize(reader, [Conversation(TURNS)], Data())
     [row] = result.rows
-    found = checks.examine(reader, checks.facts(reader, len(reader.tokenizer)), row, "completion", closely=True)
+    found = of_rows.examine(reader, of_rows.facts(reader, len(reader.tokenizer)), row, "completion", closely=True)
     assert "tool_calls" in {name for name, _ in found}
 
 

@@ -30,7 +30,7 @@ from qkit.plugins.task import open_task
 from qkit.recipe import schema as recipe_schema
 from qkit.recipe.schema import Data, Evaluate, Split
 from qkit.tasks import chat
-from qkit.tasks._conversation import checks
+from qkit.tasks._conversation.checks import of_rows
 from qkit.tasks._conversation.encode import tokenize
 from qkit.tasks._conversation.rows import EncodedRow
 from qkit.tasks._conversation.too_long import pieces
@@ -247,9 +247,9 @@ def test_pieces_after_the_first_need_no_beginning(family: str, tmp_path: Path) -
 
 def test_a_first_piece_without_its_beginning_is_found(tmp_path: Path) -> None:
     reader = renderer(tokenizer_of(FAMILIES["llama2"]))
-    facts, ids = checks.facts(reader, 500), list(range(100, 300))
+    facts, ids = of_rows.facts(reader, 500), list(range(100, 300))
     found = [
-        dict(checks.examine(reader, facts, piece, "completion", closely=True))
+        dict(of_rows.examine(reader, facts, piece, "completion", closely=True))
         for piece in pieces(EncodedRow(ids, [IGNORED, *ids[1:]], start=1, whole_tokens=len(ids)), 128)
     ]
     assert [row.get("bos") for row in found] == ["begins with none", None]
@@ -376,10 +376,10 @@ def test_a_decoder_that_writes_a_space_for_a_block_is_no_fault_of_the_mask() -> 
     tokenizer = tokenizer_of(FAMILIES["llama2"])
     tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\u2581", " ")])
     reader = renderer(tokenizer)
-    facts, talked = checks.facts(reader, len(tokenizer)), asked("A bar?", "\u2581\u2581 or so")
+    facts, talked = of_rows.facts(reader, len(tokenizer)), asked("A bar?", "\u2581\u2581 or so")
     [encoded] = tokenize(reader, [Conversation(tuple(talked["messages"]))], Data())
     [row] = encoded.rows
-    assert not list(checks.examine(reader, facts, row, "completion", closely=True))
+    assert not list(of_rows.examine(reader, facts, row, "completion", closely=True))
 
 
 @pytest.mark.parametrize("result", ['{"sky": "grey"}', "C:\\tmp\nD:\\", 'Der "Bär"\n', "\u0958"])

@@ -14,7 +14,7 @@ from qkit.chat.template import Renderer
 from qkit.plugins.example import THINKING, Conversation, Reads
 from qkit.recipe import chat_templates
 from qkit.recipe.schema import Data
-from qkit.tasks._conversation import checks
+from qkit.tasks._conversation.checks import of_rows
 from qkit.tasks._conversation.encode import tokenize
 from qkit.tasks._conversation.rows import EncodedRow
 
@@ -59,7 +59,7 @@ def rows(of: Renderer, messages: Any, tools: Any = (), loss: str = "assistant") 
 
 def learnt(of: Renderer, row: EncodedRow) -> list[str]:
     """Each stretch of tokens that carries loss, as text."""
-    return [of.tokenizer.decode(row.input_ids[begin:end]) for begin, end in checks.spans(row.labels)]
+    return [of.tokenizer.decode(row.input_ids[begin:end]) for begin, end in of_rows.spans(row.labels)]
 
 
 def test_the_folder_holds_what_the_errors_name() -> None:
@@ -73,7 +73,7 @@ def test_every_turn_is_learnt_from_its_prompt_to_its_end(name: str, system: tupl
     [row] = rows(of, [*system, *TURNS])  # a second row would mean that a turn reads differently further on
     end = of.tokenizer.convert_ids_to_tokens(of.end)
     assert end == of.tokenizer.eos_token and learnt(of, row) == [f"Four.\n\nOr 4.{end}", f"Five.{end}"]
-    assert not list(checks.examine(of, checks.facts(of, len(of.tokenizer)), row, "assistant", closely=True))
+    assert not list(of_rows.examine(of, of_rows.facts(of, len(of.tokenizer)), row, "assistant", closely=True))
 
 
 @pytest.mark.parametrize("name", chat_templates.named())
@@ -133,7 +133,7 @@ def test_chatml_learns_calls_and_answers() -> None:
     [row] = rows(of, CALLING, TOOLS)
     calls, answer = learnt(of, row)
     assert "wind" in calls and answer == "Yes, -3 degrees.<|im_end|>"
-    assert not list(checks.examine(of, checks.facts(of, len(of.tokenizer)), row, "assistant", closely=True))
+    assert not list(of_rows.examine(of, of_rows.facts(of, len(of.tokenizer)), row, "assistant", closely=True))
 
 
 def test_plain_reads_as_words() -> None:

@@ -15,8 +15,8 @@ from qkit.chat.template import Renderer, renderer, special_tokens
 from qkit.core.batching import IGNORED
 from qkit.plugins.example import Conversation
 from qkit.recipe.schema import Data
-from qkit.tasks._conversation import checks
-from qkit.tasks._conversation.checks import spans
+from qkit.tasks._conversation.checks import of_rows
+from qkit.tasks._conversation.checks.of_rows import spans
 from qkit.tasks._conversation.encode import tokenize
 from qkit.tasks._conversation.rows import EncodedRow
 
@@ -66,7 +66,7 @@ def readers() -> dict[str, Renderer]:
 
 def golden(reader: Renderer) -> Iterator[str]:
     """Every conversation under every data.loss, as text."""
-    facts = checks.facts(reader, len(reader.tokenizer))
+    facts = of_rows.facts(reader, len(reader.tokenizer))
     for name, conversation in CONVERSATIONS.items():
         for loss in ("completion", "assistant", "all"):
             yield f"=== {name}, data.loss={loss}"
@@ -76,7 +76,7 @@ def golden(reader: Renderer) -> Iterator[str]:
                 continue
             for row in result.rows:
                 yield bracketed(reader, row)
-                found = checks.examine(reader, facts, row, loss, closely=True)
+                found = of_rows.examine(reader, facts, row, loss, closely=True)
                 yield from (f"--- {check}: {words}" for check, words in found)
 
 

@@ -13,7 +13,8 @@ from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.checks import Check
 from qkit.plugins.example import Conversation, Example, Reads, RowError
 from qkit.recipe.schema import Recipe
-from qkit.tasks._conversation import checks, encode
+from qkit.tasks._conversation import encode
+from qkit.tasks._conversation.checks import of_rows
 from qkit.tasks._conversation.rows import EncodedRow
 
 COLUMNS: Mapping[str, str] = {
@@ -30,7 +31,7 @@ class ConversationEncoder:
 
     recipe: Recipe
     renderer: Renderer
-    facts: checks.Facts
+    facts: of_rows.Facts
 
     @property
     def reads(self) -> Reads:
@@ -53,7 +54,7 @@ class ConversationEncoder:
 
     def examine(self, row: EncodedRow, thoroughly: bool) -> Iterator[tuple[str, str]]:
         """Everything found in a row: (check, message). `thoroughly`: also decode the row."""
-        return checks.examine(self.renderer, self.facts, row, self.recipe.data.loss, thoroughly)
+        return of_rows.examine(self.renderer, self.facts, row, self.recipe.data.loss, thoroughly)
 
     def columns(self, row: EncodedRow, example: Example) -> dict[str, Any]:
         """The values of a prepared row, by COLUMNS."""
@@ -89,9 +90,9 @@ class ConversationEncoder:
 
     def setup_checks(self, tokens: Mapping[str, Any]) -> Iterator[Check]:
         """The checks of template and tokenizer as a whole."""
-        from qkit.tasks._conversation import setup_checks
+        from qkit.tasks._conversation.checks import of_setup
 
-        return setup_checks.checks(self.tokenizer, tokens, self.date_in_every_row())
+        return of_setup.checks(self.tokenizer, tokens, self.date_in_every_row())
 
     def date_in_every_row(self) -> str | None:
         """Today's date as the chat template writes it, or None if it does not."""
@@ -108,5 +109,5 @@ def open_encoder(recipe: Recipe) -> ConversationEncoder:
     tokenizer = model_tokenizer.tokenizer_of(recipe.model)
     opened = renderer(tokenizer)
     return ConversationEncoder(
-        recipe, opened, checks.facts(opened, model_tokenizer.vocabulary(recipe.model, tokenizer))
+        recipe, opened, of_rows.facts(opened, model_tokenizer.vocabulary(recipe.model, tokenizer))
     )

@@ -22,6 +22,7 @@ from typing import Any
 from qkit.core.errors import listed, short
 from qkit.plugins.example import NO_MORE, THINKING, Conversation, Example, Reads, RowError, Text
 from qkit.recipe.schema import Data
+from qkit.tasks._conversation.checks.validity import KWARGS, SYSTEM, check_empty, check_order, check_texts
 from qkit.tasks._conversation.tokenized import View, tokenized_row
 from qkit.tasks._conversation.turns import (
     Notes,
@@ -37,7 +38,6 @@ from qkit.tasks._conversation.turns import (
     turns_of,
     without_fillers,
 )
-from qkit.tasks._conversation.validity import KWARGS, SYSTEM, check_empty, check_order, check_texts
 
 BESIDE_TURNS = ("tools", "system", KWARGS)
 # Arguments of transformers' apply_chat_template that control rendering and tokenizing; they are not variables of a template.

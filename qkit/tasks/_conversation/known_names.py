@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qkit.plugins.example import ANSWER_KEYS, Reads
+from qkit.tasks._conversation.checks.validity import KWARGS
 from qkit.tasks._conversation.formats import FORMS
 from qkit.tasks._conversation.turns import ANSWER, CALL, FUNCTION, MARKS, OFFERED, PART, TURN
-from qkit.tasks._conversation.validity import KWARGS
 
 INSIDE = {
     "answers": ANSWER_KEYS,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
 from qkit.plugins.task import ModelHead
 from qkit.recipe.schema import Data, Gate, Recipe
-from qkit.tasks._conversation.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
+from qkit.tasks._conversation.checks.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
 
 if TYPE_CHECKING:
     import numpy as np
