@@ -342,7 +342,7 @@ def special_tokens(renderer: Renderer, pad_token: str | None, rows: int) -> dict
         )
     stop = sorted({end, renderer.meeting((OFFERED,)).end, tokenizer.eos_token_id} - {None})
     if pad_token is not None:
-        return {"stop": stop, "pad": _known_id(tokenizer, pad_token, rows), "end_of_turn": end}
+        return {"stop": stop, "pad": known_id(tokenizer, pad_token, rows), "end_of_turn": end}
     ids = [
         tokenizer.convert_tokens_to_ids(token)
         for token in (tokenizer.pad_token, tokenizer.unk_token, *special_ids(tokenizer))
@@ -352,7 +352,12 @@ def special_tokens(renderer: Renderer, pad_token: str | None, rows: int) -> dict
     return {"stop": stop, "pad": (usable or [end])[0], "end_of_turn": end}
 
 
-def _known_id(tokenizer: PreTrainedTokenizerBase, token: str, rows: int) -> int:
+def known_id(tokenizer: PreTrainedTokenizerBase, token: str, rows: int) -> int:
+    """The id of model.pad_token. `rows`: of the model's embedding.
+
+    Raises:
+        ModelError: the tokenizer has no such token, or the embedding lacks it.
+    """
     token_id = tokenizer.get_vocab().get(token)
     if token_id is None:
         raise ModelError(f"model.pad_token={short(token)}: the tokenizer has no such token")

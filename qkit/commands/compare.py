@@ -172,7 +172,7 @@ def opened(which: Side, longest: int) -> Iterator[Runtime]:
         yield runtime
 
 
-def _open(which: Side, longest: int, scratch: Path) -> Runtime:
+def _open(which: Side, longest: int, scratch: Path) -> Any:
     if which.url:
         running = {"url": which.url, "model": served_name(which.url), "pid": os.getpid(), "startup_seconds": 0.0}
         return open_runtime("vllm", Path(), detect(), running=running)

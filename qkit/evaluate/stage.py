@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from qkit.core.device import detect
 from qkit.core.errors import DataError
@@ -17,7 +18,7 @@ from qkit.measure import held_out as measure_held_out
 from qkit.measure import scores as measure_scores
 from qkit.measure.answers import answered
 from qkit.model import source
-from qkit.plugins.runtime import Runtime, open_runtime
+from qkit.plugins.runtime import Scores, open_runtime
 from qkit.plugins.task import open_task
 from qkit.run.directory import Run
 
@@ -27,18 +28,18 @@ def run(run: Run, out: Path) -> None:
     held_out = measure_held_out.held_out_of(run)
     if not held_out.rows:
         raise DataError("data.test has no rows, so the result cannot be evaluated: give it a source")
-    folder, adapter = source.resolve(run.recipe.model), run.need("train", "adapter")
+    task = open_task(run.recipe.task)
     scores, predictions = {}, []
-    for name, weights in (("base", None), ("adapter", adapter)):
+    for name in (task.BASELINE, run.recipe.trained_as):
         run.progress.notify(f"evaluate: {name}")
-        with open_runtime("transformers", folder, detect(), recipe=run.recipe, adapter=weights) as runtime:
+        with _opened(run, name) as runtime:
             scores[name], lines = _evaluate(run, name, runtime, held_out)
         predictions += lines
     section = run.recipe.evaluate
     write_json(
         out / "scores.json",
         {
-            "metric": open_task(run.recipe.task).METRIC,
+            "metric": task.METRIC,
             "confidence": section.confidence,
             "interval": f"percentile bootstrap over rows, {measure_scores.RESAMPLES} resamples; exact binomial where all rows agree",
             "scores": scores,
@@ -48,14 +49,25 @@ def run(run: Run, out: Path) -> None:
     write_text(out / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
 
 
+def _opened(run: Run, name: str) -> Any:
+    """The model of this name: the trained one, or what it is compared with."""
+    task = open_task(run.recipe.task)
+    if name == task.BASELINE and not task.HEAD.generates:
+        return task.baseline(run.need("data", "summary.json").parent)
+    trained = None if name == task.BASELINE else run.trained()
+    folder = source.resolve(run.recipe.model)
+    return open_runtime("transformers", folder, detect(), recipe=run.recipe, adapter=trained)
+
+
 def _gain(run: Run, predictions: list[dict[str, object]]) -> dict[str, float]:
-    """Points that the adapter gains over the base on the same rows, with their interval."""
-    right = {name: [bool(p["correct"]) for p in predictions if p["artifact"] == name] for name in ("base", "adapter")}
-    return measure_scores.paired_gain(right["base"], right["adapter"], run.recipe.evaluate.confidence, run.recipe.seed)
+    """Points that the trained model gains over the baseline on the same rows, with their interval."""
+    names = (open_task(run.recipe.task).BASELINE, run.recipe.trained_as)
+    before, after = ([bool(p["correct"]) for p in predictions if p["artifact"] == name] for name in names)
+    return measure_scores.paired_gain(before, after, run.recipe.evaluate.confidence, run.recipe.seed)
 
 
 def _evaluate(
-    run: Run, name: str, runtime: Runtime, held_out: measure_held_out.HeldOut
+    run: Run, name: str, runtime: Scores, held_out: measure_held_out.HeldOut
 ) -> tuple[dict[str, float], list[dict[str, object]]]:
     """One artifact's score, and its predictions as lines of predictions.jsonl."""
     task = open_task(run.recipe.task)

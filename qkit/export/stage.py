@@ -90,7 +90,7 @@ def job(run: Run) -> Job:
     return Job(
         merged=run.need("merge", "config.json").parent,
         base=source.resolve(run.recipe.model),
-        adapter=run.need("train", "adapter"),
+        adapter=run.trained(),
         rows=run.need("data", "train.parquet"),
         recipe=run.recipe,
         log=run.log("export"),
@@ -154,7 +154,7 @@ def _measure(
 ) -> CandidateResult:
     """Parity on the first rows: enough to tell which is closer. The stage `verify` measures on all rows."""
     run.progress.notify(f"export: measuring the one made from the {merge.name} merge")
-    with open_runtime(runtime, folder, detect()) as opened:
+    with open_runtime(runtime, folder, detect(), head=open_task(run.recipe.task).HEAD) as opened:
         rows = held_out.rows[: measure_reference.BASE_ROWS]
         return CandidateResult.of(merge, parity.measure(reference, open_task(run.recipe.task).outputs(opened, rows)))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qkit.core.device import detect
 from qkit.core.files import read_json
 from qkit.merging.folder import dtype_of
 from qkit.plugins.exporter import exporter
-from qkit.plugins.runtime import Runtime, open_runtime
+from qkit.plugins.runtime import open_runtime
+from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED, split
 from qkit.run.directory import Run
 from qkit.server.client import running_server
@@ -62,12 +64,12 @@ def artifacts(run: Run) -> list[Artifact]:
     return [Artifact(MERGED, run.need("merge", "config.json").parent), *exports]
 
 
-def open_artifact(run: Run, artifact: Artifact, stage: str) -> Runtime:
+def open_artifact(run: Run, artifact: Artifact, stage: str) -> Any:
     """Open an artifact with its runtime. A server that `qkit run` already started for this run is reused."""
-    options = {}
+    options: dict[str, Any] = {"head": open_task(run.recipe.task).HEAD}
     if artifact.runtime == "vllm":
         serve = run.recipe.serve.model_copy(update={"port": 0})
         log = run.log(stage).with_name(f"{stage}-{artifact.name}.log")
         running = running_server(run) if artifact.name == SERVED else None
-        options = {"running": running, "serve": serve, "log": log, "served_name": run.root.name}
+        options |= {"running": running, "serve": serve, "log": log, "served_name": run.root.name}
     return open_runtime(artifact.runtime, artifact.path, detect(), **options)

@@ -14,7 +14,7 @@ from typing import Any
 
 from qkit.core.files import read, read_lines
 from qkit.model.provenance import NOTE
-from qkit.recipe.registry import MERGED
+from qkit.recipe.registry import BASELINES, MERGED, TRAINED
 from qkit.run.directory import Run
 
 # The verdict on an artifact: `status` in verify/parity.json, and in `qkit show --json`.
@@ -109,7 +109,7 @@ def is_current(manifest: Mapping[str, Any], stage: str, artifact: str) -> bool:
     True also where the manifest does not record the stage: then nothing says that the files changed.
     """
     reader = manifest.get("stages", {}).get(stage)
-    if reader is None or artifact in ("base", "adapter"):
+    if reader is None or artifact in (*BASELINES, *TRAINED):
         return True
     maker, folder = ("merge", "merge/") if artifact == MERGED else ("export", f"export/{artifact}/")
     outputs = manifest["stages"].get(maker, {"outputs": {}})["outputs"]
@@ -120,7 +120,7 @@ def is_current(manifest: Mapping[str, Any], stage: str, artifact: str) -> bool:
 def reference_answers(run: Run) -> list[dict[str, Any]]:
     """The reference model's answers as `evaluate` recorded them, in the order of the held-out rows."""
     lines = read_lines(run.need("evaluate", "predictions.jsonl"))
-    return [answer for answer in lines if answer["artifact"] == "adapter"]
+    return [answer for answer in lines if answer["artifact"] in TRAINED]
 
 
 KEY = "prompts"  # in a folder's qkit.json

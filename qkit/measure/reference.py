@@ -19,7 +19,7 @@ from qkit.core.device import detect
 from qkit.core.files import make_folder, need_disk, read_json, write_json
 from qkit.measure.parity import ArtifactDistances, Parity, Reference
 from qkit.model import source
-from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
+from qkit.plugins.runtime import RowScores, open_runtime
 from qkit.plugins.task import open_task
 from qkit.run.directory import Run
 
@@ -30,10 +30,9 @@ BASE_ROWS = 32  # enough to tell whether an artifact is closer to the base model
 REFERENCE, BASE = "reference-fp32", "base-fp32"
 FORM = 2  # of these files
 DONE = "done.json"  # written last: how many rows each file holds, and the distance of the same model in bf16
-DEPENDS_ON = ("data/test.parquet", "train/adapter/adapter_model.safetensors")
 
 
-def recorded(run: Run, rows: Sequence[TokenRow]) -> Reference:
+def recorded(run: Run, rows: Sequence[Any]) -> Reference:
     """The reference model's scores: read from disk if this adapter's were recorded, otherwise computed and recorded.
 
     Raises:
@@ -62,22 +61,26 @@ def _home(run: Run) -> Path:
 def _key(run: Run) -> str:
     outputs = {**run.outputs("data"), **run.outputs("train")}
     quantization = run.recipe.quantization.model_dump(mode="json")
-    text = json.dumps([REFERENCE, FORM, [outputs.get(name) for name in DEPENDS_ON], quantization], sort_keys=True)
+    weights = {name: digest for name, digest in outputs.items() if name.endswith(".safetensors")}
+    text = json.dumps([REFERENCE, FORM, outputs.get("data/test.parquet"), weights, quantization], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _record(run: Run, rows: Sequence[TokenRow], folder: Path) -> None:
+def _record(run: Run, rows: Sequence[Any], folder: Path) -> None:
     """Score the rows with the adapter, then the base alone, then the adapter in bf16. One model is in memory at a time."""
     need_disk(folder, REFERENCE_BYTES, "measuring against the reference model")
     run.progress.notify("scoring the held-out rows with the reference model in fp32")
-    adapter, task = run.need("train", "adapter"), open_task(run.recipe.task)
-    with _opened(run, adapter, exact=True) as runtime:
+    trained, task = run.trained(), open_task(run.recipe.task)
+    with _opened(run, trained, exact=True) as runtime:
         done: dict[str, Any] = {REFERENCE: write(task.outputs(runtime, rows), folder / REFERENCE)}
-    with _opened(run, None, exact=True) as runtime:
-        done[BASE] = write(task.outputs(runtime, rows[: min(BASE_ROWS, done[REFERENCE])]), folder / BASE)
+    if task.HEAD.generates:  # a new head has nothing to lose on the base
+        with _opened(run, None, exact=True) as runtime:
+            done[BASE] = write(task.outputs(runtime, rows[: min(BASE_ROWS, done[REFERENCE])]), folder / BASE)
+    else:
+        done[BASE] = write((), folder / BASE)
     run.progress.notify("scoring them again in bf16, to measure rounding")
     distances = ArtifactDistances(_read_both(run, folder))
-    with _opened(run, adapter, exact=False) as runtime:
+    with _opened(run, trained, exact=False) as runtime:
         for row in task.outputs(runtime, rows):
             distances.add(row)
     write_json(
@@ -86,9 +89,9 @@ def _record(run: Run, rows: Sequence[TokenRow], folder: Path) -> None:
     )
 
 
-def _opened(run: Run, adapter: Path | None, exact: bool) -> Runtime:
+def _opened(run: Run, trained: Path | None, exact: bool) -> Any:
     base = source.resolve(run.recipe.model)
-    return open_runtime("transformers", base, detect(), recipe=run.recipe, adapter=adapter, exact=exact)
+    return open_runtime("transformers", base, detect(), recipe=run.recipe, adapter=trained, exact=exact)
 
 
 def _read_both(run: Run, folder: Path) -> Reference:

@@ -42,7 +42,7 @@ def run(run: Run, out: Path) -> None:
         ParityFailed: even the best candidate has lost the fine-tune.
     """
     folder, variants = source.resolve(run.recipe.model), candidates.merge_candidates(run.recipe)
-    provenance.check_adapter(run.need("train", "adapter"), folder)
+    provenance.check_adapter(run.trained(), folder)
     size = sum(shard.stat().st_size for shard in shards(folder))
     need_disk(out, size * min(len(variants), 2), "merge")
     held_out = measure_held_out.held_out_of(run)
@@ -75,7 +75,7 @@ def _make(run: Run, out: Path, candidate: Candidate) -> Path:
 def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, reference: Reference) -> CandidateResult:
     """Parity to the reference model, and its score next to the reference model's on the same rows."""
     run.progress.notify(f"merge: measuring {candidate.name}")
-    with open_runtime("transformers", folder, detect()) as runtime:
+    with open_runtime("transformers", folder, detect(), head=open_task(run.recipe.task).HEAD) as runtime:
         answers = answered(run, runtime, held_out)
         distance = candidates.merged_parity(reference, folder, runtime, held_out.rows)
     return replace(
@@ -88,7 +88,7 @@ def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, ref
 
 def _reference_rows(run: Run, folder: Path, held_out: HeldOut, reference: Reference) -> Sequence[CandidateResult]:
     """What needs no merge: the base model, and the unmerged adapter."""
-    score = read_json(run.need("evaluate", "scores.json"))["scores"]["adapter"]
+    score = read_json(run.need("evaluate", "scores.json"))["scores"][run.recipe.trained_as]
     rows = [candidates.base_row(reference), candidates.adapter_row(reference, score)]
     if run.recipe.quantization.load_in_4bit:
         rows.append(_adapter_on_16_bit(run, folder, held_out, reference))
@@ -102,7 +102,7 @@ def _adapter_on_16_bit(run: Run, folder: Path, held_out: HeldOut, reference: Ref
         return replace(row, note="not measured: the same computation as the 16bit merge, rounded at other points")
     run.progress.notify("merge: measuring the unmerged adapter on the 16-bit base")
     quantization = run.recipe.quantization.model_copy(update={"load_in_4bit": False})
-    recipe, adapter = run.recipe.model_copy(update={"quantization": quantization}), run.need("train", "adapter")
+    recipe, adapter = run.recipe.model_copy(update={"quantization": quantization}), run.trained()
     with open_runtime("transformers", folder, detect(), recipe=recipe, adapter=adapter) as runtime:
         return replace(
             row,

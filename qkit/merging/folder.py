@@ -27,7 +27,7 @@ def write_folder(
         ModelError: the adapter does not belong to this base, is already merged into it, or is of a kind that cannot be merged; or the base's
             eos_token_id is not a token id.
     """
-    folder, adapter = source.resolve(run.recipe.model), run.need("train", "adapter")
+    folder, adapter = source.resolve(run.recipe.model), run.trained()
     note = provenance.check_adapter(adapter, folder)
     base_stop_tokens(folder)
     make_folder(out)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
-from qkit.model import adapter_sum, added_tokens, provenance, targets
+from qkit.model import adapter_sum, added_tokens, new_heads, provenance, targets
 from qkit.model.source import dequantize
-from qkit.plugins.task import open_task
+from qkit.plugins.task import open_task, read_labels
 from qkit.recipe import schema
 from qkit.tensors import lora_deltas
 from qkit.tensors.nf4_roundtrip import FourBit
@@ -29,22 +29,29 @@ log = logging.getLogger(__name__)
 NO_SDPA = "scaled_dot_product_attention"  # in transformers' error for a model without this attention
 
 
-def load_base(folder: Path, recipe: schema.Recipe, device: Device) -> PreTrainedModel:
-    """Load the base model as training uses it: in 4 bit if the recipe says so, the rest in bf16.
+def load_base(folder: Path, recipe: schema.Recipe, device: Device, labels: Sequence[str] = ()) -> PreTrainedModel:
+    """Load the base model as training uses it: in 4 bit if the recipe says so, the rest in bf16, or as it is under a new head.
+
+    `labels`: names by label id, for a task whose head is new; the head's first weights depend on the recipe's seed.
 
     Raises:
         ModelError: some weights are missing from the folder.
     """
     import torch
     import transformers
-    from transformers import GenerationConfig
 
-    model_class = getattr(transformers, open_task(recipe.task).HEAD.auto_class)
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": recipe.model.attn_implementation}
-    # Not from its file, which transformers may reject; qkit sets decoding itself.
-    options["generation_config"] = GenerationConfig()
+    head = open_task(recipe.task).HEAD
+    model_class = getattr(transformers, head.auto_class)
+    options: dict[str, Any] = {"attn_implementation": recipe.model.attn_implementation}
+    if head.generates:
+        # Not from its file, which transformers may reject; qkit sets decoding itself.
+        options |= {"dtype": torch.bfloat16, "generation_config": transformers.GenerationConfig()}
+    else:
+        transformers.set_seed(recipe.seed)
+        options |= {"dtype": torch.float32 if recipe.method == "full" else "auto"}
+        options |= open_task(recipe.task).head_config(labels)
     if recipe.quantization.load_in_4bit:
-        options["quantization_config"] = quantization_config(recipe.quantization)
+        options["quantization_config"] = quantization_config(recipe.quantization, new_heads.names_of(folder, head))
     options |= {"device_map": device.device_map, "trust_remote_code": recipe.model.trust_remote_code}
     options["output_loading_info"] = True
     loaded: PreTrainedModel
@@ -56,17 +63,19 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device) -> PreTrained
         log.warning("transformers supports only eager attention for this model: %s", error)
         eager = {**options, "attn_implementation": "eager"}
         loaded, report = model_class.from_pretrained(str(folder), **eager)
-    _need_all_weights(folder, report["missing_keys"])
-    loaded.config.use_cache = False
+    _need_all_weights(folder, report["missing_keys"], [] if head.generates else new_heads.of(loaded, folder))
+    if head.generates:
+        loaded.config.use_cache = False
     leave_as_quantized(loaded)
     if recipe.quantization.load_in_4bit and device.frees_through_malloc:
         _unmap_files(loaded)
     return loaded
 
 
-def _need_all_weights(folder: Path, missing_keys: Collection[str]) -> None:
-    """Raise ModelError if weights are missing: transformers would initialize them at random."""
-    if missing := sorted(name for name in missing_keys if name.endswith(".weight")):
+def _need_all_weights(folder: Path, missing_keys: Collection[str], new: Sequence[str]) -> None:
+    """Raise ModelError if weights outside the modules `new` are missing: transformers would initialize them at random."""
+    starts = tuple(f"{name}." for name in new)
+    if missing := sorted(name for name in missing_keys if name.endswith(".weight") and not name.startswith(starts)):
         raise ModelError(
             f"{folder}: the weights lack {missing[0]} and {len(missing) - 1} more, which would be initialized at random; create the folder "
             "again, or if the missing head is tied to the embedding, set tie_word_embeddings to true in config.json",
@@ -104,28 +113,34 @@ def _can_be_packed(layer: Linear4bit) -> bool:
     return bool(layer.out_features % 32 == 0 and layer.in_features % FourBit.BLOCK == 0)
 
 
-def quantization_config(section: schema.Quantization) -> Any:
-    """The recipe's section as transformers' BitsAndBytesConfig."""
+def quantization_config(section: schema.Quantization, skipped: Sequence[str] = ()) -> Any:
+    """The recipe's section as transformers' BitsAndBytesConfig. `skipped`: modules that stay as they are, such as a new head."""
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(**section.model_dump())
+    return BitsAndBytesConfig(**section.model_dump(), llm_int8_skip_modules=list(skipped) or None)
 
 
-def load_reference(folder: Path, recipe: schema.Recipe, device: Device, adapter: Path | None) -> PreTrainedModel:
-    """Load the reference model, base + adapter as trained, for inference; without an adapter, the base alone.
+def load_reference(folder: Path, recipe: schema.Recipe, device: Device, trained: Path | None) -> PreTrainedModel:
+    """Load the reference model, as it was trained, for inference; without `trained`, the base alone.
+
+    `trained`: an adapter, or a whole model.
 
     4-bit weights are dequantized once: the values are those that each 4-bit forward pass would compute again.
 
     Raises:
-        MissingArtifact: `adapter` is not an adapter made by qkit.
+        MissingArtifact: `trained` was not made by qkit.
         ModelError: weights are missing, or the adapter was trained on another base.
     """
-    base = load_base(folder, recipe, device)
+    if trained is not None and provenance.is_whole(trained):
+        provenance.check_adapter(trained, folder)
+        return load_base(trained, recipe, device, read_labels(trained)).eval()
+    base = load_base(folder, recipe, device, read_labels(trained) if trained else ())
     if recipe.quantization.load_in_4bit:
         dequantize(base)
-    if adapter is not None:
-        base = _with_adapter(base, folder, adapter)
-    base.config.use_cache = True
+    if trained is not None:
+        base = _with_adapter(base, folder, trained)
+    if open_task(recipe.task).HEAD.generates:
+        base.config.use_cache = True
     return base.eval()
 
 

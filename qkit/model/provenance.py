@@ -75,6 +75,11 @@ def write_adapter_note(adapter: Path, folder: Path, recipe: Recipe, quantized: l
     (adapter / NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
 
 
+def is_whole(trained: Path) -> bool:
+    """Whether a folder of `qkit train` holds a whole model, and not an adapter."""
+    return (trained / "config.json").is_file() and not (trained / "adapter_config.json").is_file()
+
+
 def check_adapter(adapter: Path, folder: Path) -> Mapping[str, Any]:
     """The adapter's note, after checking that the model in `folder` is the one it was trained on.
 
@@ -84,7 +89,7 @@ def check_adapter(adapter: Path, folder: Path) -> Mapping[str, Any]:
     """
     note_file = adapter / NOTE
     config = adapter / (adapter_sum.FILE if adapter_sum.is_several(adapter) else "adapter_config.json")
-    if not note_file.is_file() or not config.is_file():
+    if not note_file.is_file() or not (config.is_file() or is_whole(adapter)):
         raise MissingArtifact(f"{adapter}: not an adapter made by `qkit train` (it has no {NOTE})", path=adapter)
     check_not_merged(adapter, folder)
     note: dict[str, Any] = json.loads(note_file.read_text(encoding="utf-8"))

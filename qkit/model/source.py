@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from qkit.core.errors import ModelError
@@ -63,6 +64,8 @@ def _resolved(model: schema.Model, patterns: Sequence[str]) -> Path:
         return _from_hub(location.name, model.revision, patterns)
     if location.suffix == ".gguf":
         return _from_gguf(location)
+    if location.suffix == ".zip":
+        return _from_zip(location)
     if not (location / "config.json").is_file():
         raise ModelError(
             f"{location}: not a model folder (config.json is missing) and not a .gguf file", source=location
@@ -84,6 +87,25 @@ def _from_gguf(file: Path) -> Path:
     """The model of a .gguf file as a safetensors folder in bf16: converted once, then kept in the cache."""
     target = cache_dir() / "models" / f"{file.stem}-{sha256_of(file)[:12]}-{CONVERSION}"
     return _cached(target, lambda out: _convert_gguf(file, out))
+
+
+def _from_zip(file: Path) -> Path:
+    """The model folder in a .zip file: unpacked once, then kept in the cache.
+
+    Raises:
+        ModelError: it is not a zip file, or it holds no config.json, or more than one.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            configs = [name for name in archive.namelist() if PurePosixPath(name).name == "config.json"]
+            inside = min(configs, key=len, default=None)
+            if inside is None:
+                raise ModelError(f"{file}: not a model: it contains no config.json", source=file)
+            target = cache_dir() / "models" / f"{file.stem}-{sha256_of(file)[:12]}"
+            unpacked = _cached(target, archive.extractall)
+    except zipfile.BadZipFile:
+        raise ModelError(f"{file}: not a zip file, or damaged; download it again", source=file) from None
+    return unpacked / PurePosixPath(inside).parent
 
 
 def _cached(target: Path, make: Callable[[Path], None]) -> Path:

@@ -39,6 +39,28 @@ def load_tokenizer(folder: Path, section: schema.Model) -> PreTrainedTokenizerBa
     return tokenizer
 
 
+def padding_token(tokenizer: PreTrainedTokenizerBase, section: schema.Model, folder: Path) -> int:
+    """The id to pad batches of whole texts with: model.pad_token, the tokenizer's own, or another special token that ends no text.
+
+    A head on a decoder reads the last token that is not padding: padded with the end of text, it would read one token too early.
+
+    Raises:
+        ModelError: there is no such token.
+    """
+    rows = vocabulary(section, tokenizer)
+    if section.pad_token is not None:
+        return template.known_id(tokenizer, section.pad_token, rows)
+    specials = (tokenizer.pad_token_id, tokenizer.unk_token_id, *template.special_ids(tokenizer).values())
+    usable = [number for number in specials if number not in (None, tokenizer.eos_token_id) and number < rows]
+    if not usable:
+        raise ModelError(
+            f"{folder}: the tokenizer has no token to pad with that does not end texts: set model.add_tokens=[<pad>] and "
+            "model.pad_token=<pad>",
+            source=folder,
+        )
+    return int(usable[0])
+
+
 def vocabulary(section: schema.Model, tokenizer: PreTrainedTokenizerBase) -> int:
     """The number of token ids that the model has an embedding for, including those of model.add_tokens."""
     known, rows = 1 + max(tokenizer.get_vocab().values()), int(_config(section).get("vocab_size") or 0)

@@ -72,7 +72,18 @@ class Tokens:
     ignored: tuple[str, ...] = field(default=(), compare=False)
 
 
-Example = Conversation | Text | Tokens
+@dataclass(frozen=True)
+class LabelledText:
+    """A text, or a pair of texts, with the names of its labels."""
+
+    text: str
+    pair: str | None
+    labels: tuple[str, ...]
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+
+
+Example = Conversation | Text | Tokens | LabelledText
 
 
 @dataclass(frozen=True)

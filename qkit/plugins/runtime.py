@@ -1,4 +1,5 @@
-"""The contracts of a runtime, the thing that opens an artifact: `Scores` for every model, `Generates` for those that generate text.
+"""The contracts of a runtime, the thing that opens an artifact: `Scores` and `Generates` for causal language models,
+`Encodes` for models with a head on whole texts.
 
 evaluate, verify and bench use only these; `runtimes/NAME.py` implements the runtime NAME.
 """
@@ -25,12 +26,8 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 8192  # of prompts, padding included, that a model in this process reads at once
 
 
-class Scores(ABC):
+class Opened(ABC):
     """An opened artifact. Use it as a context manager, or call `close`."""
-
-    @abstractmethod
-    def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
-        """Yield the scores of each row, in order. The logits of no more than one batch are in memory at a time."""
 
     @abstractmethod
     def memory_bytes(self) -> int:
@@ -44,6 +41,22 @@ class Scores(ABC):
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+class Scores(Opened):
+    """An opened causal language model that scores what is given to it."""
+
+    @abstractmethod
+    def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
+        """Yield the scores of each row, in order. The logits of no more than one batch are in memory at a time."""
+
+
+class Encodes(Opened):
+    """An opened model with a head on whole texts."""
+
+    @abstractmethod
+    def logits(self, rows: Sequence[TextRow]) -> Iterator[NDArray[np.float32]]:
+        """Yield the logits of each row, in order: [labels] of a text, or [tokens, labels] from a head on tokens."""
 
 
 class Generates(ABC):
@@ -111,6 +124,15 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
+class TextRow:
+    """A text, or a pair of texts, as token ids. `token_type_ids`: empty where the model has none; `labels`: the ids of its labels."""
+
+    input_ids: Sequence[int]
+    token_type_ids: Sequence[int]
+    labels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class RowScores:
     """The scores of one row's T completion tokens, each given the true tokens before it.
 
@@ -136,7 +158,11 @@ class Timing:
         return self.token_seconds[-1]
 
 
-def open_runtime(name: str, artifact: Path, device: Device, **options: Any) -> Runtime:
-    """Open `artifact` with the runtime of that name; `runtimes/NAME.py` documents its options and errors."""
-    opened: Runtime = importlib.import_module(f"qkit.runtimes.{name}").open(artifact, device, **options)
+def open_runtime(name: str, artifact: Path, device: Device, **options: Any) -> Any:
+    """Open `artifact` with the runtime of that name; `runtimes/NAME.py` documents its options and errors.
+
+    Returns:
+        A `Runtime`, or an `Encodes` for a task whose head reads whole texts.
+    """
+    opened: Opened = importlib.import_module(f"qkit.runtimes.{name}").open(artifact, device, **options)
     return opened

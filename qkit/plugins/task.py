@@ -73,13 +73,15 @@ class Task(Protocol):
     """A kind of task. The methods are documented where a family of tasks implements them: tasks/_conversation/task.py."""
 
     METRIC: str  # what the score counts, for people
+    BASELINE: str  # what the trained model is compared with: one of recipe.registry.BASELINES
     HEAD: ModelHead
     TRAINER: str  # train/trainers/NAME.py
     GATES: Mapping[str, Gate]  # default limits by kind of artifact: "exact", "16-bit", "quantized"
     UNSCORED: Collection[str]  # data formats whose rows have no answer to score
     CHECKS: Mapping[str, Kind]  # over rows, in the order in which they are shown
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]]  # milder forms of one of them: name -> (check, its texts)
-    DEFAULTS: Mapping[str, Mapping[str, Any]]  # section -> values that differ from the schema's defaults
+
+    def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]: ...  # section -> values where a recipe has none
 
     # data: record -> example -> rows
     def example(
@@ -105,6 +107,7 @@ class Task(Protocol):
     def row(self, record: Mapping[str, Any]) -> Any: ...
     def reference(self, record: Mapping[str, Any]) -> Any: ...
     def outputs(self, runtime: Any, rows: Sequence[Any]) -> Iterator[RowScores]: ...
+    def baseline(self, data: Path) -> Any: ...  # what a runtime opens, where the head is new
     def predictor(self, recipe: Recipe, data: Path) -> Predictor: ...
     def correct(self, prediction: str, reference: Any, section: Evaluate) -> bool: ...
     def distance(self, reference: RowScores, other: RowScores) -> NDArray[np.float32]: ...

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from qkit.core.errors import LINE, Problem, RecipeError, nearest, short
 from qkit.recipe.checks import clashes
+from qkit.recipe.registry import task_defaults
 from qkit.recipe.schema import Recipe, Section
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def from_dict(
     origins = dict(origins or {})
     for text in overrides:
         origins.update(dict.fromkeys(override(raw, text), "--set"))
-    return _validated(raw, origins, name)
+    return _validated(task_defaults(raw), origins, name)
 
 
 def _validated(raw: dict[str, Any], origins: dict[Key, str], default: str) -> Recipe:

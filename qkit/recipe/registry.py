@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parent.parent
 TASKS, FORMATS, RUNTIMES = "tasks", "export.formats", "runtimes"  # the folders, as Python imports them
+BASELINES = (
+    "base",
+    "majority",
+)  # what a trained model is compared with: its base, or a constant answer where the head is new
+TRAINED = ("adapter", "trained")  # what training makes: an adapter, or all weights
 MERGED = "merged"  # the artifact of the stage `merge`, where the name of an export format could stand
 
 
@@ -22,6 +27,21 @@ def format_names() -> Iterator[str]:
 def names(folder: str) -> list[str]:
     """The names in a registry folder (TASKS, FORMATS or RUNTIMES)."""
     return sorted(p.stem for p in (PACKAGE / folder.replace(".", "/")).glob("*.py") if not p.stem.startswith("_"))
+
+
+def task_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a recipe as written, with what its task sets where the recipe says nothing."""
+    if raw.get("task") not in names(TASKS):
+        return dict(raw)
+    task: Any = importlib.import_module(f"qkit.{TASKS}.{raw['task']}").TASK
+    filled = dict(raw)
+    for section, values in task.defaults(raw).items():
+        written = raw.get(section)
+        if not isinstance(values, Mapping):
+            filled.setdefault(section, values)
+        elif written is None or isinstance(written, Mapping):
+            filled[section] = {**values, **(written or {})}
+    return filled
 
 
 def split(name: str) -> tuple[str, str]:

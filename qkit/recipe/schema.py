@@ -95,6 +95,23 @@ class Lora(Section):
     use_rslora: bool = False
 
 
+Method = Literal["lora", "full", "head"]
+
+
+class Loss(Section):
+    """The loss of tasks with labels. With gradient accumulation, gradients are those of the whole batch, whatever the loss."""
+
+    kind: str = Field(
+        "cross_entropy",
+        description="cross_entropy, focal, or module:function of your own: (logits [rows, classes], labels [rows]) -> losses [rows]",
+    )
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="by label; balanced: in inverse proportion to its training rows"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    gamma: Annotated[float, Field(ge=0)] = Field(2.0, description="of the focal loss: how little easy rows count")
+
+
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"]
 
 
@@ -173,10 +190,10 @@ class Data(Section):
         "completion", description="tokens with a loss: the last assistant turn, all assistant turns, or every token"
     )
     max_length: Annotated[int, Field(ge=2)] = 2048  # a token to learn and one before it
-    too_long: Literal["drop", "truncate_prompt", "truncate_completion", "split"] = Field(
+    too_long: Literal["drop", "truncate", "truncate_prompt", "truncate_completion", "split"] = Field(
         "drop",
-        description="rows longer than max_length. drop: drop the row; truncate_prompt: drop the oldest turns first; "
-        "truncate_completion: cut the end of the answer; split: cut plain text into pieces",
+        description="rows longer than max_length. drop: drop the row; truncate: cut the end of a labelled text; "
+        "truncate_prompt: drop the oldest turns first; truncate_completion: cut the end of the answer; split: cut plain text into pieces",
     )
     packing: bool = Field(False, description="several rows in one sequence; each attends only to itself")
     batch_tokens: Positive = Field(2048, description="maximum number of tokens in a batch or a pack")
@@ -223,6 +240,7 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     optim: str = "adamw_torch"
+    bf16: bool = Field(True, description="compute in bf16 where that changes little (autocast)")
     logging_steps: Positive = 1
     save_steps: Positive = 50
     save_total_limit: Positive = 1
@@ -351,12 +369,17 @@ class Recipe(Section):
 
     task: str
     seed: Annotated[int, Field(ge=0)] = 42
+    method: Method = Field(
+        "lora",
+        description="what is trained: lora (an adapter), full (all weights), head (the new head of a task with labels)",
+    )
     micro_batches: Positive = Field(
         1, description="parts in which a batch passes through the model; gradients are those of the whole batch"
     )
     model: Model
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
+    loss: Loss = Loss()
     data: Data
     ledger: Ledger = Ledger()
     train: Train = Train()
@@ -366,6 +389,11 @@ class Recipe(Section):
     verify: Verify = Verify()
     serve: Serve = Serve()
     bench: Bench = Bench()
+
+    @property
+    def trained_as(self) -> str:
+        """The name of what training makes, among the artifacts."""
+        return "adapter" if self.method == "lora" else "trained"
 
     def sha256(self) -> str:
         """Hash of the resolved recipe: equivalent files have the same hash."""

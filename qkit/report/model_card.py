@@ -20,7 +20,7 @@ from qkit.measure.evidence import differences, is_current, read_evidence
 from qkit.merging.folder import dtype_of
 from qkit.model.provenance import NOTE, is_traced
 from qkit.plugins.task import open_task
-from qkit.recipe.registry import MERGED
+from qkit.recipe.registry import MERGED, TRAINED
 from qkit.recipe.schema import Recipe, Serve
 from qkit.report import summary
 from qkit.report._templates import template
@@ -150,7 +150,8 @@ def _eval_results(run: Run, export: str | None, figures: Mapping[str, Any]) -> l
     """The score for the hub's model-index: the artifact's own, or nothing if it was not measured."""
     from huggingface_hub import EvalResult
 
-    score = figures["scores"].get("adapter" if export == "vllm-adapter" else export or MERGED)
+    trained = next((name for name in TRAINED if name in figures["scores"]), "")
+    score = figures["scores"].get(trained if export == "vllm-adapter" else export or MERGED)
     if score is None or score["score"] is None:
         return []
     section = run.recipe.data

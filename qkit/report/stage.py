@@ -15,6 +15,7 @@ from qkit.core import figures as core_figures
 from qkit.core import files
 from qkit.core.files import write_text
 from qkit.measure import candidates
+from qkit.recipe.registry import BASELINES, TRAINED
 from qkit.report import bench_charts, summary
 from qkit.report._templates import template
 from qkit.report.bench_charts import SERVER
@@ -206,7 +207,7 @@ def score_chart(figures: Summary) -> Markup | None:
             note=summary.interval_text(entry),
             low=entry["low"],
             high=entry["high"],
-            strong=name == "adapter",
+            strong=name in TRAINED,
         )
         for name, entry in figures["scores"].items()
         if entry["score"] is not None
@@ -318,7 +319,10 @@ def pair_up(predictions: Iterable[Mapping[str, Any]]) -> list[Example]:
     answers: dict[int, dict[str, Mapping[str, Any]]] = {}
     for line in predictions:
         answers.setdefault(line["row"], {})[line["artifact"]] = line
-    both = ((row, a["base"], a["adapter"]) for row, a in sorted(answers.items()) if {"base", "adapter"} <= a.keys())
+    pairs = [
+        (row, [a[name] for name in BASELINES if name in a], [a[name] for name in TRAINED if name in a])
+        for row, a in sorted(answers.items())
+    ]
     return [
         Example(
             row=row,
@@ -329,7 +333,7 @@ def pair_up(predictions: Iterable[Mapping[str, Any]]) -> list[Example]:
             base_correct=base["correct"],
             adapter_correct=adapter["correct"],
         )
-        for row, base, adapter in both
+        for row, [base, *_], [adapter, *_] in (pair for pair in pairs if pair[1] and pair[2])
     ]
 
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from qkit.core.figures import ABSENT, trimmed
 from qkit.core.files import read
-from qkit.measure.candidates import ADAPTER
 from qkit.measure.evidence import STALE, cost_of, read_evidence
-from qkit.recipe.registry import MERGED
+from qkit.recipe.registry import BASELINES, MERGED, TRAINED
 from qkit.run.directory import Run
 from qkit.run.stages import STAGES
 
@@ -75,7 +74,7 @@ def _by_artifact(run: Run, entries: Mapping[str, Any], keys: Sequence[str]) -> d
 
 def _rank(run: Run, artifact: str) -> tuple[int, str]:
     """The order of artifacts: the base, the adapter, the merged model, the exports."""
-    order = ("base", "adapter", MERGED, *run.recipe.export.formats)
+    order = (*BASELINES, *TRAINED, MERGED, *run.recipe.export.formats)
     return (order.index(artifact) if artifact in order else len(order)), artifact
 
 
@@ -136,14 +135,21 @@ def doubts(figures: Summary) -> list[str]:
 
 def verdict(figures: Summary) -> str:
     """Whether the score changed significantly, judged by the two intervals."""
-    base, adapter = figures["scores"].get("base"), figures["scores"].get("adapter")
+    base, adapter = (scored(figures, names) for names in (BASELINES, TRAINED))
     if not base or not adapter or base["low"] is None or adapter["low"] is None:
         return ""
+    what = "adapter" if "adapter" in figures["scores"] else "trained model"
+    than = "base model" if "base" in figures["scores"] else "most frequent label"
     if adapter["low"] > base["high"]:
-        return "The adapter is better than the base model: the intervals do not overlap."
+        return f"The {what} is better than the {than}: the intervals do not overlap."
     if adapter["high"] < base["low"]:
-        return "The adapter is worse than the base model: the intervals do not overlap."
-    return "The intervals of the base model and the adapter overlap: the difference may be chance."
+        return f"The {what} is worse than the {than}: the intervals do not overlap."
+    return f"The intervals of the {than} and the {what} overlap: the difference may be chance."
+
+
+def scored(figures: Summary, names: Sequence[str]) -> dict[str, Any] | None:
+    """The score of the first of these artifacts that has one."""
+    return next((figures["scores"][name] for name in names if name in figures["scores"]), None)
 
 
 def refused(figures: Summary) -> list[tuple[str, str]]:
@@ -172,7 +178,7 @@ def remarks(figures: Summary) -> list[tuple[str, str]]:
 
 def farthest(figures: Summary) -> str | None:
     """The artifact with the largest mean distance to the trained model. The adapter itself, whose distance is bf16 rounding, does not count."""
-    judged = {name: p for name, p in figures["parity"].items() if name != ADAPTER}
+    judged = {name: p for name, p in figures["parity"].items() if name not in TRAINED}
     distances = {name: p["kl_mean"] for name, p in judged.items() if p["kl_mean"] is not None}
     return max(distances, key=lambda name: distances[name], default=None)
 
@@ -182,10 +188,10 @@ def farthest(figures: Summary) -> str | None:
 
 def headline(figures: Summary) -> str:
     """The result in one line, such as `call match: 0 → 52 of 100 (95 % interval 42–62)`."""
-    after = figures["scores"].get("adapter")
+    after = scored(figures, TRAINED)
     if after is None:
         return "not evaluated yet"
-    before = figures["scores"].get("base")
+    before = scored(figures, BASELINES)
     change = f"{trimmed(before['score'])} → " if before else ""
     interval = f" ({interval_name(figures)} {interval_text(after)})" if after["low"] is not None else ""
     return f"{figures['metric'] or 'score'}: {change}{trimmed(after['score'])} of 100{interval}"

@@ -20,10 +20,12 @@ from qkit.core.errors import MissingArtifact, RunBusy
 from qkit.core.files import make_folder, read_json, sha256_of, write_text, writing
 from qkit.core.progress import Progress
 from qkit.recipe.load import load
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import Loss, Recipe
 
 MANIFEST_VERSION = 1
 OWN_FILES = {".lock", ".holder", ".work", "logs"}  # files that a run killed at its start leaves
+# Fields that earlier versions did not have, with the value that does what they did: a run of theirs stays up to date.
+ADDED = {"method": "lora", "loss": Loss().model_dump(mode="json"), "train.bf16": True}
 KEY = ".key"  # in a work folder: the stage key that the work belongs to
 DECIDED = "decided.json"  # in a stage's folder: its decisions where the recipe says `auto`, by recipe key
 LOCK_HELD = "QKIT_RUN_LOCK"  # set for a stage that `qkit run` starts: it uses its parent's lock
@@ -104,6 +106,15 @@ class Run:
         """The log file of a stage: the output of libraries."""
         make_folder(self.root / "logs")
         return self.root / "logs" / f"{stage}.log"
+
+    def trained(self) -> Path:
+        """The folder of what was trained: train/adapter, or train/model where all weights were.
+
+        Raises:
+            MissingArtifact: neither exists.
+        """
+        model = self.folder("train") / "model"
+        return model if model.is_dir() else self.need("train", "adapter")
 
     def need(self, stage: str, name: str) -> Path:
         """A file or folder made by an earlier stage.
@@ -276,7 +287,12 @@ class Run:
 def stage_key(stage: str, recipe: Recipe, sections: tuple[str, ...], inputs: Mapping[str, str]) -> str:
     """A hash of everything a stage depends on: its recipe sections and its inputs. If the key is unchanged, there is nothing to do."""
     dumped = recipe.model_dump(mode="json")
-    content = {"stage": stage, "recipe": {name: dumped[name] for name in sections}, "inputs": dict(inputs)}
+    for path, default in ADDED.items():
+        *above, name = path.split(".")
+        section = functools.reduce(lambda found, key: found[key], above, dumped)
+        if section[name] == default:
+            del section[name]
+    content = {"stage": stage, "recipe": {n: dumped[n] for n in sections if n in dumped}, "inputs": dict(inputs)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -26,7 +26,7 @@ class Stage:
 
 
 BEFORE_REPORT = ("data", "train", "evaluate", "merge", "export", "serve", "verify", "bench")
-TRAINING = ("seed", "model", "quantization", "lora", "data", "ledger", "train", "micro_batches")
+TRAINING = ("seed", "model", "quantization", "method", "lora", "loss", "data", "ledger", "train", "micro_batches")
 MERGING = ("task", "seed", "model", "quantization", "evaluate", "merge")
 VERIFYING = ("task", "evaluate", "export", "verify", "serve")
 

@@ -12,6 +12,8 @@ from qkit.core.errors import ModelError
 from qkit.core.memory_meter import PeakMeter
 from qkit.model.load import scaled
 from qkit.plugins.runtime import PREFILL_TOKENS, RowScores, Runtime, TokenRow
+from qkit.plugins.task import ModelHead, open_task
+from qkit.runtimes._encoder import TorchEncoder
 
 if TYPE_CHECKING:
     import torch
@@ -20,26 +22,32 @@ if TYPE_CHECKING:
     from qkit.recipe.schema import Recipe
 
 
+CAUSAL = ModelHead("AutoModelForCausalLM", "CAUSAL_LM", "text-generation")
 SCORE_TOKENS = 2048  # padded tokens per forward pass when scoring
 
 
-def open(artifact: Path, device: Device, **options: Any) -> Runtime:
+def open(artifact: Path, device: Device, **options: Any) -> Runtime | TorchEncoder:
     """Open a model folder; a folder with a .gguf file is dequantized to float32.
 
     Options:
         dtype: the dtype to load a folder in (default: that of its config.json).
         recipe, adapter: open the reference model, quantized as in training; without an adapter, the base model.
         exact: with `recipe`: compute in fp32 from the same 16-bit weights.
+        head: the `ModelHead` of a folder; default: that of a causal language model. With `recipe`, its task's.
 
     Raises:
         ModelError: the weights are damaged, or do not match config.json.
     """
     meter = PeakMeter(device)
     recipe: Recipe | None = options.get("recipe")
+    head: ModelHead = options.get("head", CAUSAL) if recipe is None else open_task(recipe.task).HEAD
     if recipe is None:
-        return TransformersRuntime(_model_folder(artifact, device, options), meter)
+        folder = _model_folder(artifact, device, head, options)
+        return TransformersRuntime(folder, meter) if head.generates else TorchEncoder(folder, meter)
     exact = bool(options.get("exact"))
     loaded = _reference(artifact, recipe, device, options.get("adapter"), exact)
+    if not head.generates:
+        return TorchEncoder(loaded, meter, autocast=recipe.train.bf16 and not exact)
     return TransformersRuntime(loaded, meter, SCORE_TOKENS // 2 if exact else SCORE_TOKENS)
 
 
@@ -55,26 +63,25 @@ def _reference(folder: Path, recipe: Recipe, device: Device, adapter: Path | Non
     return loaded
 
 
-def _model_folder(folder: Path, device: Device, options: Mapping[str, Any]) -> PreTrainedModel:
+def _model_folder(folder: Path, device: Device, head: ModelHead, options: Mapping[str, Any]) -> PreTrainedModel:
     """Load a folder without changes to its weights. transformers would initialize missing weights at random; here that is an error.
 
     Raises:
         ModelError: weights are damaged, missing, unexpected, or of another shape than config.json says.
     """
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, GenerationConfig
 
     from qkit.model.load import leave_as_quantized
 
+    arguments: dict[str, Any]
     gguf = next(folder.glob("*.gguf"), None)
     arguments = _gguf(folder, gguf.name) if gguf else {"dtype": options.get("dtype", "auto"), **_unpacked(folder)}
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            device_map=device.device_map,
-            output_loading_info=True,
-            generation_config=GenerationConfig(),
-            **arguments,
+        if head.generates:
+            arguments["generation_config"] = transformers.GenerationConfig()
+        loaded, report = getattr(transformers, head.auto_class).from_pretrained(
+            str(folder), device_map=device.device_map, output_loading_info=True, **arguments
         )
     except SafetensorError as error:
         raise ModelError(
@@ -94,7 +101,8 @@ def _model_folder(folder: Path, device: Device, options: Mapping[str, Any]) -> P
             message = f"{folder}: {problem}: {names[0]} and {len(names) - 1} more; create the folder again"
             raise ModelError(message, source=folder)
     leave_as_quantized(loaded, also_packable=False)
-    return loaded.eval()
+    model: PreTrainedModel = loaded.eval()
+    return model
 
 
 def _unpacked(folder: Path) -> dict[str, Any]:

@@ -133,11 +133,11 @@ def _source(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[
     if not is_exact(artifact.name):
         yield ()
         return
-    merged = run.need("merge", "config.json").parent
+    merged, task = run.need("merge", "config.json").parent, open_task(run.recipe.task)
     with tempfile.TemporaryDirectory(dir=run.root / ".work") as folder:
         file = Path(folder) / "merged"
-        with open_runtime("transformers", merged, detect(), dtype="float32") as runtime:
-            measure_reference.write(open_task(run.recipe.task).outputs(runtime, rows), file)
+        with open_runtime("transformers", merged, detect(), dtype="float32", head=task.HEAD) as runtime:
+            measure_reference.write(task.outputs(runtime, rows), file)
         yield tuple(measure_reference.read(file))
 
 

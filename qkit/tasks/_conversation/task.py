@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 class ConversationTask:
     """Everything of the contract but METRIC, `example` and `correct`."""
 
+    BASELINE = "base"
     HEAD = ModelHead("AutoModelForCausalLM", "CAUSAL_LM", "text-generation")
     TRAINER = "sft"
     # In excess of rounding and chance; benchmarks/results/gates.json lists what intact and broken artifacts measure.
@@ -40,8 +41,11 @@ class ConversationTask:
     }
     CHECKS = CONVERSATION_CHECKS
     LESSER_CHECKS = LESSER_CHECKS
-    DEFAULTS: Mapping[str, Mapping[str, Any]] = {}
     UNSCORED = frozenset({"text", "tokenized"})  # data formats without a question to answer
+
+    def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Those of the schema."""
+        return {}
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -146,6 +150,10 @@ class ConversationTask:
     def outputs(self, runtime: Runtime, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         """The distribution at each token of each answer."""
         return runtime.score(rows)
+
+    def baseline(self, data: Path) -> Any:
+        """Never asked for: the base model has a head."""
+        raise AssertionError(data)
 
     def predictor(self, recipe: Recipe, data: Path) -> Answerer:
         """Greedy answers by the recipe's settings."""

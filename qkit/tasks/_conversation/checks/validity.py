@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +11,9 @@ from qkit.core.errors import printable, short
 from qkit.plugins.example import Conversation, Example, Message, RowError, Text, Tokens
 from qkit.recipe.schema import Data
 from qkit.tasks._conversation.turns import loaded, shown
+from qkit.tasks._texts import check_characters
 
 SYSTEM = ("system", "developer")
-SURROGATE = re.compile("[\ud800-\udfff]")
-UNUSABLE = re.compile("[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\ufffd]")
-NAMES = {"\x00": "NUL", "\ufffd": "the replacement character"}
 KWARGS = "chat_template_kwargs"  # TRL's and vLLM's name for a template's variables
 
 
@@ -39,13 +36,7 @@ def check_text(value: Any, where: str, section: Data) -> None:
     Raises:
         RowError: a text contains one, or JSON cannot represent the value.
     """
-    keep = section.clean.unicode == "keep"
-    text = value if isinstance(value, str) else "\n".join(_strings(value, where))
-    match = (SURROGATE if keep else UNUSABLE).search(text)
-    if match:
-        sign = match.group()
-        name = NAMES.get(sign) or ("half a surrogate pair" if SURROGATE.match(sign) else "a control character")
-        raise RowError(f"{where} contains U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
+    check_characters(value if isinstance(value, str) else "\n".join(_strings(value, where)), where, section)
 
 
 def _strings(value: Any, where: str, key: str = "") -> Iterator[str]:

@@ -1,0 +1,37 @@
+"""The modules of a model whose weights are not in its checkpoint, because a task puts a new head on the base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qkit.plugins.task import ModelHead
+from qkit.tensors.shards import shards, tensor_specs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+POOLER = "pooler"  # of BERT and its kin, between the encoder and a head on whole texts: some checkpoints have it
+
+
+def of(model: PreTrainedModel, folder: Path) -> list[str]:
+    """Names of the new modules of a model that was loaded from `folder`: the head, and the pooler if the checkpoint has none."""
+    prefix = model.base_model_prefix
+    parts = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+    stored = {name for shard in shards(folder) for name in tensor_specs(shard)}
+    body = getattr(model, prefix, None)
+    if getattr(body, POOLER, None) is not None and not any(POOLER in name for name in stored):
+        parts.append(f"{prefix}.{POOLER}")
+    return parts
+
+
+def names_of(folder: Path, head: ModelHead) -> list[str]:
+    """The same before the weights are loaded; none for a head that the base model has."""
+    if head.generates:
+        return []
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(folder))
+    with torch.device("meta"):
+        return of(getattr(transformers, head.auto_class).from_config(config), folder)

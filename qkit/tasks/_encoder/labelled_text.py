@@ -1,0 +1,111 @@
+"""Reads a record as a text, or a pair of texts, with its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from qkit.core.errors import listed, nearest, short
+from qkit.plugins.example import LabelledText, RowError
+from qkit.recipe.schema import Data
+from qkit.tasks._texts import check_characters
+
+# Our names, and the columns that stand for them in public data sets; data.columns maps others
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "text": (
+        "text",
+        "sentence",
+        "sentence1",
+        "premise",
+        "question1",
+        "utterance",
+        "query",
+        "review",
+        "content",
+        "tweet",
+    ),
+    "pair": ("pair", "text_pair", "sentence2", "hypothesis", "question2"),
+    "label": ("label", "labels", "category", "intent", "class", "sentiment", "target"),
+}
+KNOWN = frozenset(name for names in COLUMNS.values() for name in names)
+
+
+def column_of(ours: str, record: Mapping[str, Any], section: Data) -> str | None:
+    """The record's column for `text`, `pair` or `label`, or None."""
+    if ours in section.columns:
+        return section.columns[ours] if section.columns[ours] in record else None
+    taken = {*section.columns.values()}
+    return next((name for name in COLUMNS[ours] if name in record and name not in taken), None)
+
+
+def labelled_text(record: Mapping[str, Any], section: Data) -> LabelledText:
+    """A record as an example, checked by the rules of `data.clean`.
+
+    Raises:
+        RowError: a column is missing, or a value is not a text or a label.
+    """
+    places = {ours: column_of(ours, record, section) for ours in COLUMNS}
+    for ours, place in places.items():
+        if place is None and (ours != "pair" or ours in section.columns):
+            raise RowError(_missing(ours, list(record), section))
+    text, pair = (_text(record, places[ours], section) for ours in ("text", "pair"))
+    assert text is not None
+    names = _labels(record[str(places["label"])], str(places["label"]))
+    rest = [name for name in record if name not in places.values() and record[name] not in (None, "")]
+    matched = {name: [p for p in section.ignore if fnmatchcase(name, p)] for name in rest}
+    unread = tuple(name for name, patterns in matched.items() if not patterns and not _is_used(name, section))
+    return LabelledText(text, pair, names, unread, tuple({p for found in matched.values() for p in found}))
+
+
+def _is_used(name: str, section: Data) -> bool:
+    """Whether splits go by this column."""
+    return name in {section.columns.get(ours, ours) for ours in (section.group, section.stratify) if ours}
+
+
+def _missing(ours: str, columns: Sequence[str], section: Data) -> str:
+    if ours in section.columns:
+        theirs = section.columns[ours]
+        close = nearest(theirs, columns)
+        return f"has no column {short(repr(theirs))} (data.columns maps {ours} to it){close}; it has the columns {listed(columns)}"
+    return (
+        f"has the columns {listed(columns)}; it must have a column for {ours}: {', '.join(COLUMNS[ours])}, or another that "
+        f"data.columns maps, such as {{{ours}: your_column}}"
+    )
+
+
+def _text(record: Mapping[str, Any], column: str | None, section: Data) -> str | None:
+    if column is None:
+        return None
+    value = record[column]
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise RowError(f"{column} is empty or contains only white space", "empty")
+    if not isinstance(value, str):
+        raise RowError(f"{column} is not a text: {short(repr(value))}")
+    check_characters(value, column, section)
+    return value
+
+
+def _labels(value: Any, column: str) -> tuple[str, ...]:
+    """The names of one label, or of a list of labels."""
+    if isinstance(value, list | tuple):
+        return tuple(dict.fromkeys(_label(item, column) for item in value))
+    return (_label(value, column),)
+
+
+def _label(value: Any, column: str) -> str:
+    if isinstance(value, bool) or (isinstance(value, str | int) and str(value).strip()):
+        return str(value).strip()
+    raise RowError(f"{column} is not a label: {short(repr(value))}")
+
+
+def unknown_column(section: Data) -> str:
+    """The error for the first name in data.columns that nothing reads; "" if all are read."""
+    known = sorted({*COLUMNS, *filter(None, (section.group, section.stratify))})
+    for ours, theirs in section.columns.items():
+        if ours not in known:
+            return (
+                f"data.columns maps {short(repr(ours))} to {short(repr(theirs))}, but {short(repr(ours))} is not a name that this task "
+                f"reads{nearest(ours, known)}; it reads {', '.join(known)}"
+            )
+    return ""

@@ -1,0 +1,68 @@
+"""Logits to labels: predictions with their probabilities, and the distributions by which models are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qkit.plugins.runtime import Encodes, RowScores, TextRow
+from qkit.plugins.task import Prediction
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def scores(row: TextRow, logits: NDArray[np.float32]) -> RowScores:
+    """The log-probabilities of a text's labels, [1, labels], from its logits [labels]."""
+    import numpy as np
+
+    full = log_softmax(logits)[None]
+    return RowScores(full[:, row.labels[0]], full.argmax(1).astype(np.int64), full)
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log-probabilities [labels] in float32."""
+    import numpy as np
+
+    shifted = logits.astype(np.float64) - logits.max()
+    result: NDArray[np.float32] = (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
+    return result
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """`names`: by label id."""
+
+    names: tuple[str, ...]
+
+    def predict(
+        self, runtime: Encodes, rows: Sequence[TextRow], advance: Callable[[int], None] = lambda _: None
+    ) -> list[Prediction]:
+        """The most likely label of each row; `confidence`: its probability."""
+        import numpy as np
+
+        predictions = []
+        for logits in runtime.logits(rows):
+            logp = log_softmax(logits)
+            best = int(logp.argmax())
+            predictions.append(Prediction(self.names[best], {"confidence": float(np.exp(logp[best]))}))
+            advance(1)
+        return predictions
+
+
+class Prior(Encodes):
+    """A model without an input: the logits are the logarithms of how many training rows have each label."""
+
+    def __init__(self, counts: Sequence[int]):
+        self.counts = counts
+
+    def logits(self, rows: Sequence[TextRow]) -> Iterator[NDArray[np.float32]]:
+        import numpy as np
+
+        prior = np.log(np.maximum(np.array(self.counts, np.float32), 1e-3))
+        return (prior for _ in rows)
+
+    def memory_bytes(self) -> int:
+        return 0

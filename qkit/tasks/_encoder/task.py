@@ -1,0 +1,198 @@
+"""What every task of an encoder decides alike: a new head on a base model reads a whole text, and is compared by its distributions.
+
+Light to import: `qkit plan` reads HEAD and `head_outputs`; the rest is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.plugins.checks import Check, Kind, SetRow
+from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
+from qkit.plugins.task import LABELS, ModelHead, read_labels
+from qkit.recipe.schema import Data, Gate, Recipe
+from qkit.tasks._encoder.kinds import LABELLED_CHECKS
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import torch
+    from numpy.typing import NDArray
+
+    from qkit.plugins.runtime import Encodes, RowScores, TextRow
+    from qkit.tasks._encoder.encoder import TextEncoder
+    from qkit.tasks._encoder.labeller import Labeller, Prior
+
+
+class EncoderTask:
+    """Everything of the contract but METRIC, HEAD and `correct`, for tasks that give a text one label."""
+
+    BASELINE = "majority"
+    HEAD: ModelHead
+    TRAINER = "labelled"
+    # Of fp32 artifacts, in excess of rounding and chance; the figures of "quantized" are looser, as for conversations.
+    GATES: Mapping[str, Gate] = {
+        "exact": Gate(top1=1.0, max_difference=1e-3),
+        "16-bit": Gate(kl_mean=1e-4, kl_row=0.05),
+        "quantized": Gate(kl_mean=0.1, kl_row=2.0, score=True),
+    }
+    CHECKS = LABELLED_CHECKS
+    LESSER_CHECKS: Mapping[str, tuple[str, Kind]] = {}
+    UNSCORED: frozenset[str] = frozenset()
+
+    def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """16-bit or finer weights, a stratified split of 80/10/10 where no held-out rows are given, and formats of encoders."""
+        data = raw.get("data") if isinstance(raw.get("data"), Mapping) else {}
+        is_split = bool(data) and not {"split", "validation", "test"} & {*data}  # type: ignore[misc]
+        split = {"split": {"train": 0.8, "validation": 0.1, "test": 0.1}} if is_split else {}
+        return {
+            "quantization": {"load_in_4bit": False},
+            "data": {"too_long": "truncate", "max_length": 256, **split},
+            "train": {"gradient_checkpointing": False, "num_train_epochs": 3, "weight_decay": 0.01},
+            "merge": {"dtype": "float32"},
+            "export": {"formats": ["onnx-fp32"]},
+            "bench": {"runtimes": []},
+        }
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def example(
+        self, record: Mapping[str, Any], accepted: Any, data_format: str, section: Data, reads: Reads = NO_MORE
+    ) -> Example:
+        """A text, or a pair of texts, with its label."""
+        from qkit.tasks._encoder.labelled_text import labelled_text
+
+        example = labelled_text(record, section)
+        if len(example.labels) != 1:
+            raise RowError(f"has {len(example.labels)} labels; task=classify gives a text exactly one")
+        return example
+
+    def data_format(self, record: Mapping[str, Any], section: Data) -> str | None:
+        """None: records have the task's own format."""
+        return None
+
+    def unknown_column(self, section: Data, reads: Reads) -> str:
+        """The error for a name in data.columns that nothing reads, or ""."""
+        from qkit.tasks._encoder.labelled_text import unknown_column
+
+        return unknown_column(section)
+
+    def known_names(self, name: str, data_format: str, reads: Reads) -> Iterable[str]:
+        """The names that are read in a record."""
+        from qkit.tasks._encoder.labelled_text import KNOWN
+
+        return KNOWN
+
+    def misplaced(self, name: str, data_format: str) -> str:
+        """Nothing: records are flat."""
+        return ""
+
+    def identity(self, example: Example) -> Identity:
+        """The texts; the texts with their labels; and the text that near-duplicates are compared by."""
+        assert isinstance(example, LabelledText)
+        question = json.dumps([example.text, example.pair]) if example.pair is not None else example.text
+        label = example.labels[0] if len(example.labels) == 1 else None
+        return Identity(question, json.dumps([question, sorted(example.labels)]), question, label)
+
+    def columns(self) -> Mapping[str, str]:
+        """The columns of a prepared row, with their Arrow types."""
+        from qkit.tasks._encoder.encoder import COLUMNS
+
+        return COLUMNS
+
+    def encoder(self, recipe: Recipe) -> TextEncoder:
+        """Open the tokenizer of the recipe's model."""
+        from qkit.tasks._encoder.encoder import open_encoder
+
+        return open_encoder(recipe)
+
+    def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]:
+        """The labels of the training rows: numbers in their order, names by the alphabet."""
+        names = {name for row in rows if row.split == "train" for name in row.names}
+        return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+    def with_label_ids(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch:
+        """The rows with their label ids. A label that no training row has gets -1; the check `labels` fails then."""
+        import pyarrow as pa
+
+        ids = {name: number for number, name in enumerate(names)}
+        column = [[ids.get(name, -1) for name in row] for row in batch.column("names").to_pylist()]
+        place = batch.schema.get_field_index("labels")
+        return batch.set_column(place, batch.schema.field(place), pa.array(column, pa.list_(pa.int32())))
+
+    def set_checks(self, rows: Sequence[SetRow], recipe: Recipe) -> Iterator[Check]:
+        """The checks of the labels of the whole set."""
+        from qkit.tasks._encoder.set_checks import checks
+
+        return checks(rows)
+
+    # --- train, plan --------------------------------------------------------------------------------------------------
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], pad: int, packed: bool = False) -> dict[str, torch.Tensor]:
+        """Rows as one padded batch with a mask."""
+        from qkit.tasks._encoder.collate import collate
+
+        return collate(rows, pad)
+
+    def head_config(self, labels: Sequence[str]) -> Mapping[str, Any]:
+        """The labels, by id and by name."""
+        names = dict(enumerate(labels))
+        return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+
+    def head_outputs(self, recipe: Recipe, vocabulary: int) -> int:
+        """One logit for a text and a label; how many labels there are is not known before the data stage."""
+        return 1
+
+    # --- evaluate, merge, verify ---------------------------------------------------------------------------------------
+
+    def row(self, record: Mapping[str, Any]) -> TextRow:
+        """The text as token ids, with its label."""
+        from qkit.plugins.runtime import TextRow
+
+        return TextRow(record["input_ids"], record["token_type_ids"], tuple(record["labels"]))
+
+    def reference(self, record: Mapping[str, Any]) -> str:
+        """The name of the label."""
+        return str(record["names"][0])
+
+    def outputs(self, runtime: Encodes, rows: Sequence[TextRow]) -> Iterator[RowScores]:
+        """The distribution over the labels: one position for a text."""
+        from qkit.tasks._encoder.labeller import scores
+
+        return (scores(row, logits) for row, logits in zip(rows, runtime.logits(rows), strict=True))
+
+    def baseline(self, data: Path) -> Prior:
+        """A model that knows how frequent each label is, and nothing else."""
+        from qkit.tasks._encoder.labeller import Prior
+
+        counts = json.loads((data / LABELS).read_text(encoding="utf-8"))["rows"]["train"]
+        return Prior(tuple(counts.values()))
+
+    def predictor(self, recipe: Recipe, data: Path) -> Labeller:
+        """The most likely label of each text, with its probability."""
+        from qkit.tasks._encoder.labeller import Labeller
+
+        return Labeller(read_labels(data))
+
+    def correct(self, prediction: str, reference: Any, section: Any) -> bool:
+        """Whether the label is the reference."""
+        return bool(prediction == reference)
+
+    def distance(self, reference: RowScores, other: RowScores) -> NDArray[np.float32]:
+        """KL(reference || other) in nats over the labels, [1]."""
+        from qkit.tasks._distributions import divergence
+
+        return divergence(reference, other)
+
+    # --- report -------------------------------------------------------------------------------------------------------
+
+    def question(self, record: Mapping[str, Any]) -> str:
+        """The text, and the second one of a pair."""
+        return "\n".join(text for text in (record["text"], record["pair"]) if text is not None)
+
+    def answer(self, record: Mapping[str, Any]) -> str:
+        """The names of the labels."""
+        return ", ".join(record["names"])
