@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from qkit.core.errors import DataError, DoesNotFit, UserError, short
 from qkit.core.files import put_in_place, sha256_of
@@ -139,3 +139,33 @@ def _cached_sha256(path: Path) -> str:
         with put_in_place(note) as partial:
             partial.write_text(sha256_of(path))
     return note.read_text()
+
+
+def unzipped(file: Path, kind: type[UserError]) -> Path:
+    """The model folder in a .zip file: unpacked once, then kept in the cache. Any other path is returned as it is.
+
+    Raises:
+        kind: the file is damaged, or holds no config.json.
+    """
+    if file.suffix != ".zip" or not file.is_file():
+        return file
+    try:
+        with zipfile.ZipFile(file) as archive:
+            configs = [name for name in archive.namelist() if PurePosixPath(name).name == "config.json"]
+            if not configs:
+                raise kind(f"{file}: not a model: it contains no config.json")
+            target = cache_dir() / "models" / f"{file.stem}-{_cached_sha256(file)[:12]}"
+            if not target.exists():
+                _extract(archive, target)
+    except zipfile.BadZipFile:
+        raise kind(f"{file}: not a zip file, or damaged; download it again") from None
+    return target / PurePosixPath(min(configs, key=len)).parent
+
+
+def _extract(archive: zipfile.ZipFile, target: Path) -> None:
+    """Unpack everything; a killed run leaves no incomplete folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as temporary:
+        archive.extractall(Path(temporary) / "model")
+        if not target.exists():  # another process may have been faster
+            (Path(temporary) / "model").rename(target)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import MissingExtra, ModelError
 from qkit.core.network import reaching_hub
-from qkit.core.sources import HubId, locate
+from qkit.core.sources import HubId, locate, unzipped
 from qkit.model.gguf.header import gguf_config
 from qkit.model.shape import NEEDED, Family, Shape
 from qkit.recipe import schema
@@ -93,7 +93,7 @@ def _bare_shape(model: schema.Model) -> Shape:
     location = locate(model.source, sha256=model.sha256, kind=ModelError)
     if isinstance(location, HubId):
         return from_config(_hub_config(location.name, model.revision), location.name)
-    file = _config_file(location)
+    file = _config_file(unzipped(location, ModelError))
     return _file_shape(file, file.stat().st_mtime_ns)
 
 
@@ -109,7 +109,7 @@ def config_of(model: schema.Model) -> Mapping[str, Any]:
     location = locate(model.source, sha256=model.sha256, kind=ModelError)
     if isinstance(location, HubId):
         return _hub_config(location.name, model.revision)
-    file = _config_file(location)
+    file = _config_file(unzipped(location, ModelError))
     return gguf_config(file) if file.suffix == ".gguf" else _read_config(file)
 
 

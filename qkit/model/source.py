@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qkit.core.errors import ModelError
 from qkit.core.files import sha256_of
 from qkit.core.network import reaching_hub
-from qkit.core.sources import HubId, cache_dir, locate
+from qkit.core.sources import HubId, cache_dir, locate, unzipped
 from qkit.model import added_tokens, older_forms, prequantized
 from qkit.model.gguf import rope as gguf_rope
 from qkit.model.gguf import tokenizer as gguf_tokenizer
@@ -64,8 +63,7 @@ def _resolved(model: schema.Model, patterns: Sequence[str]) -> Path:
         return _from_hub(location.name, model.revision, patterns)
     if location.suffix == ".gguf":
         return _from_gguf(location)
-    if location.suffix == ".zip":
-        return _from_zip(location)
+    location = unzipped(location, ModelError)
     if not (location / "config.json").is_file():
         raise ModelError(
             f"{location}: not a model folder (config.json is missing) and not a .gguf file", source=location
@@ -87,25 +85,6 @@ def _from_gguf(file: Path) -> Path:
     """The model of a .gguf file as a safetensors folder in bf16: converted once, then kept in the cache."""
     target = cache_dir() / "models" / f"{file.stem}-{sha256_of(file)[:12]}-{CONVERSION}"
     return _cached(target, lambda out: _convert_gguf(file, out))
-
-
-def _from_zip(file: Path) -> Path:
-    """The model folder in a .zip file: unpacked once, then kept in the cache.
-
-    Raises:
-        ModelError: it is not a zip file, or it holds no config.json, or more than one.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            configs = [name for name in archive.namelist() if PurePosixPath(name).name == "config.json"]
-            inside = min(configs, key=len, default=None)
-            if inside is None:
-                raise ModelError(f"{file}: not a model: it contains no config.json", source=file)
-            target = cache_dir() / "models" / f"{file.stem}-{sha256_of(file)[:12]}"
-            unpacked = _cached(target, archive.extractall)
-    except zipfile.BadZipFile:
-        raise ModelError(f"{file}: not a zip file, or damaged; download it again", source=file) from None
-    return unpacked / PurePosixPath(inside).parent
 
 
 def _cached(target: Path, make: Callable[[Path], None]) -> Path:

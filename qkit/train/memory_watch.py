@@ -197,7 +197,8 @@ def step_watcher(step: int = 1) -> Any:
         def on_step_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
             if state.global_step == step:
                 model, optimizer = parts["model"], parts["optimizer"]
-                vocabulary = model.get_output_embeddings().weight.shape[0]
+                head = model.get_output_embeddings()  # None for a head on whole texts, whose logits are few
+                vocabulary = None if head is None else head.weight.shape[0]
                 self._begin = time.perf_counter()
                 self.alive = self._open.enter_context(watching(model, optimizer, vocabulary))
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import TokenBudgetBatches
 from qkit.core.progress import Progress
-from qkit.train.fast.head import row_losses
 from qkit.train.trainer import lengths
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def mean_losses(trainer: Any, progress: Progress, name: str) -> list[float | Non
         for indices in progress.track(batches, name, len(batches)):
             batch = trainer.collator([rows[index] for index in indices], trainer.pad)
             inputs = {key: value.to(trainer.args.device) for key, value in batch.items()}
-            for index, total in zip(indices, row_losses(trainer.base_model, inputs).tolist(), strict=True):
+            for index, total in zip(indices, trainer.row_losses(inputs).tolist(), strict=True):
                 sums[index] = total
     return [total / count if count else None for total, count in zip(sums, trainer.labelled_tokens, strict=True)]
 

@@ -16,6 +16,7 @@ import contextlib
 import difflib
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -32,15 +33,17 @@ from qkit.model.config import shape_of
 from qkit.plan import deployable, fit, solve
 from qkit.plan import plan as plan_plan
 from qkit.plan import speed as plan_speed
+from qkit.plugins.task import LABELS, open_task
 from qkit.recipe import schedule
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
+from qkit.tensors.companions import copy_companions
 from qkit.train import checkpoints, memory_report, memory_watch, row_losses
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
     from trl import SFTTrainer
 
 
@@ -59,7 +62,8 @@ def run(run: Run, out: Path) -> Peak:
     device = detect()
     fit.check(run.recipe, device)
     deployable.check(run.recipe)
-    _check_targets(run.recipe)
+    if open_task(run.recipe.task).HEAD.generates:
+        _check_targets(run.recipe)
     _check_names(run.recipe)
     run = Run(run.root, _decided(run, device, out), run.progress)
     recipe = run.recipe
@@ -78,7 +82,7 @@ def run(run: Run, out: Path) -> Peak:
     watcher = _train(run, trainer, meter, out)
     if recipe.ledger.losses:
         row_losses.write_after(out / "losses.parquet", trainer, run.progress)
-    _save(trainer, folder, recipe, out / "adapter")
+    _save(trainer, folder, run, out)
     memory = memory_report.measured(recipe, device, meter, watcher, memory_report.most_labelled(trainer))
     write_json(out / "memory.json", memory.to_dict())
     return memory.peak()
@@ -333,11 +337,18 @@ def _checkpoint_bytes(trained: PreTrainedModel) -> int:
     return parameters * CHECKPOINT_BYTES_PER_PARAMETER
 
 
-def _save(trainer: SFTTrainer, folder: Path, recipe: Recipe, adapter: Path) -> None:
-    trained = trainer.model
-    trained.save_pretrained(str(adapter))
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise MissingArtifact(f"{adapter}: peft did not write adapter_model.safetensors")
-    quantized = source.quantized_names(trained.get_base_model()) if recipe.quantization.load_in_4bit else []
+def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
+    """Write the adapter, or the whole model; with the base that it belongs to, and the labels."""
+    recipe, trained = run.recipe, out / ("adapter" if run.recipe.method == "lora" else "model")
+    trainer.model.save_pretrained(str(trained))
+    weights = "adapter_model.safetensors" if recipe.method == "lora" else "model.safetensors*"
+    if not any(trained.glob(weights)):
+        raise MissingArtifact(f"{trained}: {weights} was not written")
+    quantized = source.quantized_names(trainer.base_model) if recipe.quantization.load_in_4bit else []
     names = [name.replace(".base_layer.weight", ".weight") for name in quantized]
-    provenance.write_adapter_note(adapter, folder, recipe, names)
+    provenance.write_adapter_note(trained, folder, recipe, names)
+    labels = run.folder("data") / LABELS
+    if labels.is_file():
+        shutil.copyfile(labels, trained / LABELS)
+    if recipe.method != "lora":
+        copy_companions(folder, trained, but=("config.json", "generation_config.json"))

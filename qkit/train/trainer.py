@@ -1,4 +1,4 @@
-"""SFTTrainer with qkit's batches or packs, its head if the device uses it, and counts of every label in the loss."""
+"""Trainers with qkit's batches or packs, and counts of every label in the loss: any Trainer, and TRL's SFTTrainer with qkit's head."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import IGNORED, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
 from qkit.train import checkpoints, pack_isolation
-from qkit.train.fast.head import labelled_loss
+from qkit.train.fast.head import labelled_loss, row_losses
 from qkit.train.label_sums import Sums
 
 if TYPE_CHECKING:
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from torch.utils.data import DataLoader
-    from trl import SFTTrainer as Base
+    from transformers import Trainer as Base
+    from trl import SFTTrainer as LanguageBase
 else:
-    Base = object
+    Base = LanguageBase = object
 
 
 class Counted(Base):
-    """What qkit changes in SFTTrainer. `train_dataset` has the columns input_ids and labels, and with `packing` pack and position."""
+    """What qkit changes in a Trainer. `train_dataset` has the columns input_ids and labels, and with `packing` pack and position."""
 
     def __init__(
         self,
@@ -30,7 +31,6 @@ class Counted(Base):
         pad: int,
         batch_tokens: int,
         collator: Callable[..., dict[str, torch.Tensor]],
-        labelled_head: bool,
         packing: bool = False,
         micro_batches: int = 1,
         checkpoints_kept: int = 1,
@@ -46,12 +46,11 @@ class Counted(Base):
         self.pad = pad
         self.batch_tokens = batch_tokens
         self.collator = collator
-        self._labelled_head = labelled_head
         super().__init__(*args, data_collator=self.collate, **kwargs)
         self.labelled_tokens, self._label_checksums = label_counts(self.train_dataset)
-        # Both losses divide by num_items_in_batch, whatever the model's own forward takes.
+        # The losses divide by num_items_in_batch, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
-        # TRL keeps the adapter in bf16, where small optimizer steps round to zero; autocast computes in bf16 anyway.
+        # In bf16, where TRL keeps the adapter, small optimizer steps round to zero; autocast computes in bf16 anyway.
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -112,6 +111,46 @@ class Counted(Base):
         self.grad_norm = super()._get_grad_norm(model, grad_norm)
         return self.grad_norm
 
+    @property
+    def base_model(self) -> Any:
+        """The model inside PEFT's wrapper, with the adapter in its layers."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _count(self, inputs: dict[str, torch.Tensor], items: torch.Tensor) -> None:
+        """Count a batch, once. `items` is counted when the optimizer steps on the accumulated gradients."""
+        rows = inputs.pop("rows").tolist()
+        labels = self.labels_in(inputs)
+        self.real_tokens += int(inputs.pop("lengths").sum())
+        self.sums.drawn += sum(self.labelled_tokens[row] for row in rows)
+        self.sums.drawn_checksum += sum(self._label_checksums[row] for row in rows)
+        self.sums.in_batches += labels.numel()
+        self.sums.in_batches_checksum += int(labels.sum())
+        if self.accelerator.sync_gradients:
+            self.sums.divided_by += int(items)
+
+    def labels_in(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The labels of a batch that carry loss, [labels]."""
+        labels = inputs["labels"]
+        return labels[labels != IGNORED]
+
+    def row_losses(self, inputs: Any) -> torch.Tensor:
+        """The sum of each row's losses in nats, [rows] fp64; without gradients."""
+        raise NotImplementedError
+
+
+class CountedLanguage(Counted, LanguageBase):
+    """What qkit changes in SFTTrainer. `labelled_head`: compute the head on labelled positions only."""
+
+    def __init__(self, *args: Any, labelled_head: bool, **kwargs: Any):
+        self._labelled_head = labelled_head
+        super().__init__(*args, **kwargs)
+
+    def labels_in(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The labels that are the token at their place: an ignored label is not a token id."""
+        ids = inputs["input_ids"]
+        return ids[inputs["labels"] == ids]
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
@@ -126,22 +165,9 @@ class Counted(Base):
         loss: torch.Tensor = super().compute_loss(model, inputs, num_items_in_batch=items)
         return loss
 
-    @property
-    def base_model(self) -> Any:
-        """The model inside PEFT's wrapper, with the adapter in its layers."""
-        return self.accelerator.unwrap_model(self.model).get_base_model()
-
-    def _count(self, inputs: dict[str, torch.Tensor], items: torch.Tensor) -> None:
-        """Count a batch, once. `items` is counted when the optimizer steps on the accumulated gradients."""
-        rows, ids = inputs.pop("rows").tolist(), inputs["input_ids"]
-        labelled = inputs["labels"] == ids  # an ignored label is not a token id
-        self.real_tokens += int(inputs.pop("lengths").sum())
-        self.sums.drawn += sum(self.labelled_tokens[row] for row in rows)
-        self.sums.drawn_checksum += sum(self._label_checksums[row] for row in rows)
-        self.sums.in_batches += int(labelled.sum())
-        self.sums.in_batches_checksum += int(ids[labelled].sum())
-        if self.accelerator.sync_gradients:
-            self.sums.divided_by += int(items)
+    def row_losses(self, inputs: Any) -> torch.Tensor:
+        """The sum of each row's losses in nats, [rows] fp64; without gradients."""
+        return row_losses(self.base_model, inputs)
 
     def isolation(self) -> pack_isolation.IsolationResult:
         """Check whether the loss of this trainer keeps the documents of a pack apart."""
@@ -158,7 +184,7 @@ def trainer_class() -> Any:
     """The trainer as a subclass of SFTTrainer. A function, to import TRL no sooner than needed."""
     from trl import SFTTrainer
 
-    return type("Trainer", (Counted, SFTTrainer), {})
+    return type("Trainer", (CountedLanguage, SFTTrainer), {})
 
 
 def add_trl_head(model: Any) -> None:

@@ -1,0 +1,54 @@
+"""What of a model is trained: an adapter, all weights, or the new head alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qkit.core.errors import RecipeError
+from qkit.model import new_heads
+from qkit.plugins.task import open_task
+from qkit.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def prepared(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PreTrainedModel | PeftModel:
+    """The model with what recipe.method trains, and nothing else, set to be trained. `folder`: of the base model.
+
+    Raises:
+        RecipeError: the method cannot train this model.
+    """
+    new = new_heads.of(base, folder)
+    if recipe.method == "lora":
+        return _with_lora(base, new, recipe)
+    if recipe.method == "full" and recipe.quantization.load_in_4bit:
+        raise RecipeError(
+            "method=full trains all weights, which 4-bit weights cannot be: set quantization.load_in_4bit=false"
+        )
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(recipe.method == "full" or name.startswith(tuple(f"{part}." for part in new)))
+    return base
+
+
+def _with_lora(base: PreTrainedModel, new: list[str], recipe: Recipe) -> PeftModel:
+    """A LoRA adapter on the base; the new modules are trained whole, and saved with it."""
+    from peft import LoraConfig, get_peft_model
+
+    fields = recipe.lora.model_dump(exclude={"target_modules", "target_parameters"})
+    modules = recipe.lora.target_modules
+    config = LoraConfig(
+        task_type=open_task(recipe.task).HEAD.peft_task_type,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        target_parameters=list(recipe.lora.target_parameters) or None,
+        exclude_modules="|".join(
+            rf"{re.escape(name)}(\..*)?" for name in new
+        ),  # all-linear would put LoRA on them, too
+        modules_to_save=new,
+        **fields,
+    )
+    adapted: PeftModel = get_peft_model(base, config)
+    return adapted
