@@ -15,6 +15,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
+cd "$work"  # it writes logs where it is run
 "$work/venv/bin/pip" install --quiet torch==2.13.0 transformers==5.19.0 gptqmodel==7.6.0
 cat > "$work/quantize.py" <<'PYTHON'
 import sys
