@@ -18,6 +18,9 @@ class MethodName(enum.StrEnum):
 
     BOTTLENECK = "BOTTLENECK"
 
+    def __str__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"  # as PEFT's own, whose status reports take what follows the dot
+
 
 @functools.cache
 def config_class() -> type[Any]:
@@ -45,7 +48,10 @@ def config_class() -> type[Any]:
             super().__post_init__()
             self.peft_type = MethodName.BOTTLENECK
             check(self)
-            for name in ("target_modules", "exclude_modules"):  # as PEFT's own configs, which sets make faster to search
+            for name in (
+                "target_modules",
+                "exclude_modules",
+            ):  # as PEFT's own configs, which sets make faster to search
                 if isinstance(value := getattr(self, name), list):
                     setattr(self, name, set(value))
 

@@ -2,6 +2,8 @@
 
 `houlsby`: after the attention's output projection, and after the MLP. `pfeiffer`: after the MLP only. `parallel`: beside the MLP; the adapter
 reads what the MLP reads. All three add to what the block computes, before the block adds its own input and, in a BERT, applies LayerNorm.
+The library `adapters` computes the same with its configs double_seq_bn, seq_bn with original_ln_before=False, and par_bn; its seq_bn alone
+applies a BERT's LayerNorm before the adapter as well.
 """
 
 from __future__ import annotations
@@ -65,7 +67,11 @@ def target_modules(model: PreTrainedModel, placement: str) -> list[str]:
     need_placement(placement)
     targets = []
     for name, layout in _layers(model).items():
-        kinds = {"houlsby": (layout.attention, layout.mlp_end), "pfeiffer": (layout.mlp_end,), "parallel": (layout.mlp,)}
+        kinds = {
+            "houlsby": (layout.attention, layout.mlp_end),
+            "pfeiffer": (layout.mlp_end,),
+            "parallel": (layout.mlp,),
+        }
         targets += [f"{name}.{kind}" for kind in kinds[placement]]
     return targets
 

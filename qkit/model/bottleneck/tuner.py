@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from qkit.core.errors import ModelError
+from qkit.core.errors import MissingExtra, ModelError
 from qkit.model.bottleneck import layer
 from qkit.model.bottleneck.config import MethodName, config_class
 
@@ -16,9 +16,18 @@ PREFIX = "bottleneck_"  # of the names of adapters' weights within a module
 
 
 def register() -> type[Any]:
-    """Make the method known to PEFT, and return its config class. Loading a saved adapter needs this call too; a second one does nothing."""
-    from peft import mapping
+    """Make the method known to PEFT, and return its config class. Loading a saved adapter needs this call too; a second one does nothing.
 
+    Raises:
+        MissingExtra: the installed PEFT saves its own methods only.
+    """
+    from peft import __version__, mapping
+
+    if not hasattr(tuner_class(), "_get_adapter_state_dict"):
+        raise MissingExtra(
+            f"bottleneck adapters need peft>=0.21, and {__version__} is installed: pip install 'peft>=0.21'",
+            package="peft",
+        )
     # Not by peft.utils.register_peft_method, which accepts only members of PEFT's enumeration.
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MethodName.BOTTLENECK] = config_class()
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[MethodName.BOTTLENECK] = tuner_class()
@@ -36,7 +45,9 @@ def tuner_class() -> type[Any]:
 
         prefix = PREFIX
         tuner_layer_cls = layer.layer_class()
-        target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012: places.py names the modules
+        target_module_mapping: ClassVar[
+            dict[str, list[str]]
+        ] = {}  # PEFT's defaults by architecture; places.py says more
 
     return BottleneckModel
 
@@ -75,7 +86,7 @@ def widths(module: nn.Module, model: nn.Module, name: str) -> tuple[int, int]:
     for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):  # torch's Linear; transformers' Conv1D
         if hasattr(module, outputs):
             return int(getattr(module, inputs)), int(getattr(module, outputs))
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden = getattr(text, "hidden_size", None)
     if hidden is None:
