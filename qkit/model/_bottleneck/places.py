@@ -2,8 +2,9 @@
 
 `houlsby`: after the attention's output projection, and after the MLP. `pfeiffer`: after the MLP only. `parallel`: beside the MLP; the adapter
 reads what the MLP reads. All three add to what the block computes, before the block adds its own input and, in a BERT, applies LayerNorm.
-The library `adapters` computes the same with its configs double_seq_bn, seq_bn with original_ln_before=False, and par_bn; its seq_bn alone
-applies a BERT's LayerNorm before the adapter as well.
+The library `adapters` computes the same with its configs double_seq_bn, seq_bn with original_ln_before=False, and par_bn, with two
+exceptions: its seq_bn alone applies a BERT's LayerNorm before the adapter too, and in a decoder its par_bn reads what the norm before the MLP
+reads, where this one reads the norm's output.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError, RecipeError, nearest
-from qkit.model.bottleneck.layer import bottleneck_width
+from qkit.model._bottleneck.layer import bottleneck_width
 
 if TYPE_CHECKING:
     from torch import nn
