@@ -218,7 +218,7 @@ def _choose(run: Run, reference_run: Run, make: Callable[[Candidate], Path]) -> 
     def measure(candidate: Candidate, folder: Path) -> CandidateResult:
         run.progress.notify(f"merge: measuring {candidate.name}")
         with open_runtime("transformers", folder, detect()) as runtime:
-            return CandidateResult.of(candidate, candidates.merged_parity(reference(), folder, runtime, rows))
+            return CandidateResult.of(candidate, candidates.merged_parity(reference(), folder, runtime.score(rows)))
 
     choice = candidates.choose_best(
         candidates.merge_candidates(run.recipe),

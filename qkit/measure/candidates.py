@@ -7,7 +7,7 @@ Which weights an adapter is best merged into depends on the adapter and on the t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from qkit.core.files import read_json
 from qkit.measure import gates
 from qkit.measure import parity as measure_parity
 from qkit.measure.parity import Parity, Reference
-from qkit.plugins.runtime import Runtime, TokenRow
+from qkit.plugins.runtime import RowScores
 from qkit.recipe.schema import Base, Dtype, Recipe
 from qkit.run.directory import Run
 
@@ -192,10 +192,10 @@ def finer_merge(run: Run) -> Callable[[Candidate, CandidateResult], Candidate | 
     return finer
 
 
-def merged_parity(reference: Reference, folder: Path, runtime: Runtime, rows: Sequence[TokenRow]) -> Parity:
-    """The parity of a merged model that `runtime` has opened, with the rounding of its own dtype."""
+def merged_parity(reference: Reference, folder: Path, scores: Iterable[RowScores]) -> Parity:
+    """The parity of a merged model from its scores, with the rounding of its own dtype."""
     dtype = str(read_json(folder / "config.json")["dtype"])
-    return measure_parity.measure(reference, runtime.score(rows), dtype, dtype)
+    return measure_parity.measure(reference, scores, dtype, dtype)
 
 
 def refuse_lost(result: CandidateResult, artifact: str, label: str, advice: str) -> None:

@@ -77,7 +77,8 @@ def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, ref
     run.progress.notify(f"merge: measuring {candidate.name}")
     with open_runtime("transformers", folder, detect(), head=open_task(run.recipe.task).HEAD) as runtime:
         answers = answered(run, runtime, held_out)
-        distance = candidates.merged_parity(reference, folder, runtime, held_out.rows)
+        scores_of_rows = open_task(run.recipe.task).outputs(runtime, held_out.rows)
+        distance = candidates.merged_parity(reference, folder, scores_of_rows)
     return replace(
         CandidateResult.of(candidate, distance),
         score=asdict(scores.score(answers.right, distance.heldout_loss, run.recipe.evaluate, run.recipe.seed)),

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from qkit.core.files import make_folder, read_json
+from qkit.merging import loaded
 from qkit.merging.weights import merge
 from qkit.model import older_forms, provenance, source
 from qkit.model import tokenizer as model_tokenizer
+from qkit.plugins.task import open_task
 from qkit.recipe.schema import Base, Dtype
 from qkit.run.directory import Run
 from qkit.tensors.companions import copy_companions
@@ -27,6 +29,8 @@ def write_folder(
         ModelError: the adapter does not belong to this base, is already merged into it, or is of a kind that cannot be merged; or the base's
             eos_token_id is not a token id.
     """
+    if not open_task(run.recipe.task).HEAD.generates:
+        return loaded.write_folder(run, out, base, dtype or run.recipe.merge.dtypes[0])
     folder, adapter = source.resolve(run.recipe.model), run.trained()
     note = provenance.check_adapter(adapter, folder)
     base_stop_tokens(folder)

@@ -21,8 +21,14 @@ NOTE = "qkit.json"  # in the folder of an adapter, a merged model or an export: 
 
 
 def adapter_sha256(adapter: Path) -> str:
-    """Hash of an adapter's tensors. Saving the same tensors again does not change it."""
-    digest, file = hashlib.sha256(), adapter / WEIGHTS
+    """Hash of the tensors of an adapter, or of a whole model. Saving the same tensors again does not change it."""
+    digest = hashlib.sha256()
+    for file in [adapter / WEIGHTS] if (adapter / WEIGHTS).is_file() else shards(adapter):
+        _add_tensors(digest, file)
+    return digest.hexdigest()
+
+
+def _add_tensors(digest: Any, file: Path) -> None:
     specs = tensor_specs(file)
     data_begin = file.stat().st_size - max(spec["data_offsets"][1] for spec in specs.values())
     with file.open("rb") as opened:
@@ -31,7 +37,6 @@ def adapter_sha256(adapter: Path) -> str:
             digest.update(json.dumps([name, specs[name]["dtype"], specs[name]["shape"]]).encode())
             opened.seek(data_begin + begin)
             digest.update(opened.read(end - begin))
-    return digest.hexdigest()
 
 
 def merged_into(folder: Path) -> list[dict[str, Any]]:
