@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from qkit.core.errors import ModelError  # noqa: E402
-from qkit.tasks._encoder.tagging.crf import Transitions, chain_crf, decode, log_partition, marginals  # noqa: E402
-from qkit.tasks._encoder.tagging.schemes import Scheme, constraint, violations  # noqa: E402
+from qkit.core.errors import ModelError
+from qkit.tasks._encoder.tagging.crf import Transitions, chain_crf, decode, log_partition, marginals
+from qkit.tasks._encoder.tagging.schemes import Scheme, constraint, violations
 
 LENGTHS = [5, 3, 1, 0, 4]
 
