@@ -91,6 +91,7 @@ def test_a_word_may_have_spaces_where_tabs_divide() -> None:
         ("EU\nrejects O\n\nPeter B-PER", 1, "'EU' has one column: its tag is missing"),
         ("EU\tO\nrejects\t\n\nPeter\tB-PER", 2, r"'rejects\t' has an empty column -1: its tag is missing"),
         ("EU\tO\n\tO\n\nPeter\tB-PER", 2, r"'\tO' has an empty column 0: its word is missing"),
+        ("EU O\n#tag\n\nPeter B-PER", 2, "'#tag' has one column: its tag is missing"),
         ("EU\tO\n#tag\n\nPeter\tB-PER", 2, "'#tag' has one column: its tag is missing"),
         ("EU\tO\nNew York\n\nPeter\tB-PER", 2, "'New York' has one column: its tag is missing"),
         (

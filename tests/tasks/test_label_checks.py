@@ -102,6 +102,8 @@ def test_no_choice_of_labels_beats_the_bound(pairs: list[tuple[str, str]]) -> No
         ("billing ", "Billing", 0),
         ("label_1", "label_2", None),
         ("label_1", "label_12", None),
+        ("label1", "label2", None),
+        ("topic 2023a", "topic 2023b", None),
         ("q1_results", "q2_results", None),
         ("version 1.12", "version 11.2", None),
         ("lable_1", "label_1", 1),

@@ -267,8 +267,11 @@ def test_a_pair_has_the_figures_that_both_have() -> None:
 
 
 def test_no_rows_have_no_interval() -> None:
+    for call in (figures, lambda sample: intervals(sample, 0.95, seed=0)):
+        with pytest.raises(ValueError, match="no rows"):
+            call(right_or_wrong([]))
     with pytest.raises(ValueError, match="no rows"):
-        intervals(right_or_wrong([]), 0.95, seed=0)
+        regression(np.array([]), np.array([]))
 
 
 def test_joined_samples_draw_the_same_rows() -> None:

@@ -26,25 +26,20 @@ def regression(reference: NDArray[Any], predicted: NDArray[Any]) -> Joined:
     are all equal is not defined: NaN.
 
     Raises:
-        ValueError: a number is NaN or infinite.
+        ValueError: there are no rows, or a number is NaN or infinite.
     """
     import numpy as np
 
     truth, guess = (numbers.astype(np.float64) for numbers in (reference, predicted))
+    if not len(truth):
+        raise ValueError("no rows")
     if len(odd := np.flatnonzero(~np.isfinite(truth + guess))):
         raise ValueError(f"row {odd[0]}: the reference is {truth[odd[0]]}, the prediction {guess[odd[0]]}")
     error = guess - truth
     # Sums of squares of large numbers would hide their differences: only distances from the mean are squared
-    x, y = _centred(truth), _centred(guess)
+    x, y = truth - truth.mean(), guess - guess.mean()
     values = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y, error**2, np.abs(error)], 1)
     return Joined([RowStatistics(values, _of_sums), Ranks(_groups(truth), _groups(guess))])
-
-
-def _centred(numbers: Floats) -> Floats:
-    """Distances from the mean; exactly 0 if all are equal, whatever the mean was rounded to."""
-    import numpy as np
-
-    return numbers - numbers.mean() if len(numbers) and np.ptp(numbers) else np.zeros_like(numbers)
 
 
 def _of_sums(sums: Floats) -> Mapping[str, Floats]:

@@ -68,9 +68,15 @@ class Joined:
 
 
 def figures(sample: Sample) -> dict[str, float]:
-    """Return the figures of all rows, each counted once."""
+    """Return the figures of all rows, each counted once.
+
+    Raises:
+        ValueError: there are no rows.
+    """
     import numpy as np
 
+    if not sample.rows:
+        raise ValueError("no rows")
     return {name: float(figure) for name, figure in sample.figures(np.ones(sample.rows)).items()}
 
 
@@ -108,7 +114,7 @@ def _draws(rows: int, draws: int, seed: int) -> Iterator[Floats]:
     import numpy as np
 
     if not rows:
-        raise ValueError("no rows to draw from")
+        raise ValueError("no rows")
     generator = np.random.default_rng(seed)
     step = max(ELEMENTS // rows, 1)
     for begin in range(0, draws, step):

@@ -202,10 +202,10 @@ def _module_class() -> type[Any]:
             self.end = torch.nn.Parameter(torch.zeros(tags))
 
         def _call(self, function: Any, emissions: Tensor, *rest: Any) -> Any:
+            # Autocast leaves it at that: it lowers products of matrices, and there are none
             dtype = torch.promote_types(emissions.dtype, torch.float32)
-            with torch.autocast(emissions.device.type, enabled=False):
-                transitions = Transitions(self.pairs.to(dtype), self.start.to(dtype), self.end.to(dtype))
-                return function(transitions, emissions.to(dtype), *rest)
+            transitions = Transitions(self.pairs.to(dtype), self.start.to(dtype), self.end.to(dtype))
+            return function(transitions, emissions.to(dtype), *rest)
 
         def log_likelihood(self, emissions: Tensor, tags: Tensor, lengths: Tensor) -> Any:
             return self._call(log_likelihood, emissions, tags, lengths)

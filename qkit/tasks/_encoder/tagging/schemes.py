@@ -19,7 +19,6 @@ NO_TYPE = "_"
 POSITIONED = re.compile(r"([BIESLU])(?:-(.+))?", re.DOTALL)
 PLACES = 5  # of tags that a message names
 BEGINS = frozenset("BSU")
-ENDS = frozenset("ELSU")
 
 
 class Scheme(StrEnum):
@@ -172,11 +171,11 @@ def to_iob2(tags: Sequence[str], scheme: Scheme) -> tuple[str, ...]:
 
 
 def _iob2(before: tuple[str, str], tag: tuple[str, str]) -> str:
-    """A tag of a valid sequence: an entity begins where its tag says so, where another one ends, and where the type changes."""
+    """A tag of a valid sequence: an entity begins where its tag says so, after an `O`, and where the type changes."""
     position, kind = tag
     if position == OUTSIDE:
         return OUTSIDE
-    begins = position in BEGINS or before[0] in {*ENDS, OUTSIDE} or before[1] != kind
+    begins = position in BEGINS or before[0] == OUTSIDE or before[1] != kind
     return ("B" if begins else "I") + ("" if kind == NO_TYPE else f"-{kind}")
 
 
