@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkit.tasks._encoder.label_checks import (
@@ -76,6 +76,7 @@ def test_texts_with_several_labels_bound_the_accuracy() -> None:
     assert conflicts([]).message == "no text has different labels"
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("pqr"), st.sampled_from("abc")), min_size=1, max_size=12))
 def test_no_choice_of_labels_beats_the_bound(pairs: list[tuple[str, str]]) -> None:
     best = max(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkit.plugins.example import RowError
@@ -63,6 +63,7 @@ def test_a_long_span_is_not_quoted_in_full() -> None:
     assert len(str(caught.value)) < 300
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from(["", "PER", "LOC"])), max_size=8), st.data())
 def test_entities_are_the_spans(chunks: list[tuple[int, str]], data: st.DataObject) -> None:
     """Chunks of words, each a span where it has a label."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkit.core.errors import DataError
@@ -140,6 +140,7 @@ def test_entities_are_strict(tags: str, expected: list[tuple[str, int, int]]) ->
     assert entities(tags.split()) == tuple(Entity(*entity) for entity in expected)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["O", "B-X", "I-X", "B-Y", "I-Y"])))
 def test_entities_do_not_overlap_and_each_begins_with_its_tag(tags: list[str]) -> None:
     named = entities(tags)
@@ -152,6 +153,7 @@ def test_entities_do_not_overlap_and_each_begins_with_its_tag(tags: list[str]) -
         ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("XYO"), st.integers(1, 4)), max_size=8), st.sampled_from(list(SAME)))
 def test_entities_survive_every_scheme(chunks: list[tuple[str, int]], scheme: Scheme) -> None:
     tags, wanted = written(chunks, scheme)
