@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.errors import MissingArtifact, ModelError
 from qkit.model import adapter_sum
 from qkit.tensors.lora_deltas import WEIGHTS
-from qkit.tensors.shards import fingerprint, tensor_specs
+from qkit.tensors.shards import fingerprint, shards, tensor_specs
 
 if TYPE_CHECKING:
     from qkit.recipe.schema import Recipe
