@@ -68,7 +68,7 @@ def _gain(run: Run, predictions: list[dict[str, object]]) -> dict[str, float]:
 
 def _evaluate(
     run: Run, name: str, runtime: Scores, held_out: measure_held_out.HeldOut
-) -> tuple[dict[str, float], list[dict[str, object]]]:
+) -> tuple[dict[str, Any], list[dict[str, object]]]:
     """One artifact's score, and its predictions as lines of predictions.jsonl."""
     task = open_task(run.recipe.task)
     answers = answered(run, runtime, held_out, f"generate with {name}")
@@ -88,6 +88,9 @@ def _evaluate(
             zip(held_out.records, answers.predictions, answers.right, strict=True)
         )
     ]
-    return asdict(
-        measure_scores.score(answers.right, measure_scores.mean_loss(losses), run.recipe.evaluate, run.recipe.seed)
-    ), lines
+    section, seed = run.recipe.evaluate, run.recipe.seed
+    score = asdict(measure_scores.score(answers.right, measure_scores.mean_loss(losses), section, seed))
+    data = run.need("data", "summary.json").parent
+    if metrics := task.metrics(answers.predictions, held_out.references, data, section, seed):
+        score["metrics"] = metrics
+    return score, lines

@@ -30,7 +30,8 @@ def write_folder(
             eos_token_id is not a token id.
     """
     if not open_task(run.recipe.task).HEAD.generates:
-        return loaded.write_folder(run, out, base, dtype or run.recipe.merge.dtypes[0])
+        loaded.write_folder(run, out, base, dtype or run.recipe.merge.dtypes[0])
+        return
     folder, adapter = source.resolve(run.recipe.model), run.trained()
     note = provenance.check_adapter(adapter, folder)
     base_stop_tokens(folder)

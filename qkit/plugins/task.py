@@ -57,10 +57,12 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of a row. `text`: for people, and what `Task.correct` reads; `details`: further columns of predictions.jsonl."""
+    """What a model says of a row. `text`: for people, and what `Task.correct` reads; `details`: further columns of predictions.jsonl;
+    `outputs`: what else `Task.metrics` needs, such as probabilities."""
 
     text: str
     details: Mapping[str, Any]
+    outputs: Any = None
 
 
 class Predictor(Protocol):
@@ -109,6 +111,9 @@ class Task(Protocol):
     def outputs(self, runtime: Any, rows: Sequence[Any]) -> Iterator[RowScores]: ...
     def baseline(self, data: Path) -> Any: ...  # what a runtime opens, where the head is new
     def predictor(self, recipe: Recipe, data: Path) -> Predictor: ...
+    def metrics(
+        self, predictions: Sequence[Prediction], references: Sequence[Any], data: Path, section: Evaluate, seed: int
+    ) -> Mapping[str, Any]: ...  # name -> {value, low, high}; beside the score
     def correct(self, prediction: str, reference: Any, section: Evaluate) -> bool: ...
     def distance(self, reference: RowScores, other: RowScores) -> NDArray[np.float32]: ...
 

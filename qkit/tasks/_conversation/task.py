@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
-from qkit.plugins.task import ModelHead
-from qkit.recipe.schema import Data, Gate, Recipe
+from qkit.plugins.task import ModelHead, Prediction
+from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 from qkit.tasks._conversation.checks.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
 
 if TYPE_CHECKING:
@@ -160,6 +160,12 @@ class ConversationTask:
         from qkit.tasks._conversation.answerer import open_answerer
 
         return open_answerer(recipe, data)
+
+    def metrics(
+        self, predictions: Sequence[Prediction], references: Sequence[Any], data: Path, section: Evaluate, seed: int
+    ) -> Mapping[str, Any]:
+        """None beside the score."""
+        return {}
 
     def distance(self, reference: RowScores, other: RowScores) -> NDArray[np.float32]:
         """KL(reference || other) in nats at each token of the answer, [T]."""

@@ -47,9 +47,34 @@ class Labeller:
         for logits in runtime.logits(rows):
             logp = log_softmax(logits)
             best = int(logp.argmax())
-            predictions.append(Prediction(self.names[best], {"confidence": float(np.exp(logp[best]))}))
+            probabilities = np.exp(logp)
+            details = {"confidence": float(probabilities[best])}
+            predictions.append(Prediction(self.names[best], details, probabilities))
             advance(1)
         return predictions
+
+
+def figures_of_labels(
+    predictions: Sequence[Prediction], references: Sequence[str], names: Sequence[str], confidence: float, seed: int
+) -> dict[str, dict[str, float]]:
+    """`value`, `low` and `high` of every figure of single labels and of their probabilities, by its name.
+
+    See metrics/counts.py and metrics/classes.py for the names.
+    """
+    import numpy as np
+
+    from qkit.tasks._encoder.metrics.classes import calibration, single_label
+    from qkit.tasks._encoder.metrics.resampling import Joined, figures, intervals
+
+    ids = {name: number for number, name in enumerate(names)}
+    right, said = (np.array([ids[name] for name in of]) for of in (references, [one.text for one in predictions]))
+    probabilities = np.stack([one.outputs for one in predictions])
+    sample = Joined([single_label(right, said, names), calibration(right, probabilities)])
+    bounds = intervals(sample, confidence, seed)
+    return {
+        name: {"value": value, "low": bounds[name].low, "high": bounds[name].high}
+        for name, value in figures(sample).items()
+    }
 
 
 class Prior(Encodes):

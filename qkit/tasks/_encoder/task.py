@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
-from qkit.plugins.task import LABELS, ModelHead, read_labels
-from qkit.recipe.schema import Data, Gate, Recipe
+from qkit.plugins.task import LABELS, ModelHead, Prediction, read_labels
+from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
 
 if TYPE_CHECKING:
@@ -180,6 +180,14 @@ class EncoderTask:
     def correct(self, prediction: str, reference: Any, section: Any) -> bool:
         """Whether the label is the reference."""
         return bool(prediction == reference)
+
+    def metrics(
+        self, predictions: Sequence[Prediction], references: Sequence[Any], data: Path, section: Evaluate, seed: int
+    ) -> Mapping[str, Any]:
+        """Precision, recall and F1, over all labels and of each, and the calibration of the probabilities; with their intervals."""
+        from qkit.tasks._encoder.labeller import figures_of_labels
+
+        return figures_of_labels(predictions, references, read_labels(data), section.confidence, seed)
 
     def distance(self, reference: RowScores, other: RowScores) -> NDArray[np.float32]:
         """KL(reference || other) in nats over the labels, [1]."""
