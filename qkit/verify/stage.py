@@ -9,7 +9,7 @@ an artifact fails its gate: the failure is recorded, and `gates.check` raises it
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from qkit.core.device import detect
 from qkit.core.errors import MissingArtifact, ModelError, ParityFailed, ServerError
 from qkit.core.files import read_json, write_json
-from qkit.measure import candidates, evidence, gates
+from qkit.measure import candidates, evidence, gates, label_contract
 from qkit.measure import contract as measure_contract
 from qkit.measure import held_out as measure_held_out
 from qkit.measure import parity as measure_parity
@@ -97,7 +97,7 @@ def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> A
     table = read_json(run.need("merge", candidates.FILE))
     chosen = next(row for row in table["candidates"] if row["name"] == table["chosen"])
     right = measure_scores.grade(table["texts"], held_out, open_task(run.recipe.task), run.recipe.evaluate)
-    contract = measure_contract.check_folder(run, artifact.path)
+    contract = _contract_of(run)(run, artifact.path)
     return ArtifactMeasurement(Parity(**chosen["parity"]), tuple(right), contract=contract.checks)
 
 
@@ -120,11 +120,17 @@ def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -
     return ArtifactMeasurement(parity, answers.right, exactness.result(), contract)
 
 
+def _contract_of(run: Run) -> Callable[[Run, Path], measure_contract.Contract]:
+    """The check of a folder that belongs to the task's kind of head."""
+    head = open_task(run.recipe.task).HEAD
+    return measure_contract.check_folder if head.generates else label_contract.check_folder
+
+
 def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_contract.ContractCheck, ...]:
     """What the server does with conversations; for a folder, what a server would do. A folder without a config.json is not checked."""
     if served := getattr(runtime, "server_description", None):
         return measure_contract.check(run, served["url"], served["model"]).checks
-    return measure_contract.check_folder(run, artifact.path).checks if (artifact.path / "config.json").is_file() else ()
+    return _contract_of(run)(run, artifact.path).checks if (artifact.path / "config.json").is_file() else ()
 
 
 @contextmanager

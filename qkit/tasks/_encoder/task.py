@@ -51,7 +51,7 @@ class EncoderTask:
         return {
             "quantization": {"load_in_4bit": False},
             "data": {"too_long": "truncate", "max_length": 256, **split},
-            "train": {"gradient_checkpointing": False, "num_train_epochs": 3, "weight_decay": 0.01},
+            "train": {"bf16": False, "gradient_checkpointing": False, "num_train_epochs": 3, "weight_decay": 0.01},
             "merge": {"dtype": "float32"},
             "export": {"formats": ["onnx-fp32"]},
             "bench": {"runtimes": []},
