@@ -76,7 +76,7 @@ def _rounding(run: Run) -> dict[str, Any]:
     """The entry of the reference model computed in bf16: a distance that rounding alone causes. It has no gate."""
     rows = candidates.read_table(run)["beside"]
     parity = next((row["parity"] for row in rows if row["name"] == candidates.ADAPTER), None)
-    return {candidates.ADAPTER: {"status": None, "failed": [], **parity}} if parity else {}
+    return {run.recipe.trained_as: {"status": None, "failed": [], **parity}} if parity else {}
 
 
 def _check_hashes(run: Run) -> None:
