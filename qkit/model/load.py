@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
 from qkit.model import adapter_sum, added_tokens, new_heads, provenance, targets
+from qkit.model._bottleneck import tuner
 from qkit.model.source import dequantize
 from qkit.plugins.task import open_task, read_labels
 from qkit.recipe import schema
@@ -138,19 +139,23 @@ def load_reference(folder: Path, recipe: schema.Recipe, device: Device, trained:
     if recipe.quantization.load_in_4bit:
         dequantize(base)
     if trained is not None:
-        base = _with_adapter(base, folder, trained)
+        base = _with_adapter(base, folder, trained, recipe.method)
     if open_task(recipe.task).HEAD.generates:
         base.config.use_cache = True
     return base.eval()
 
 
-def _with_adapter(base: PreTrainedModel, folder: Path, adapter: Path) -> PreTrainedModel | PeftModel:
+def _with_adapter(
+    base: PreTrainedModel, folder: Path, adapter: Path, method: schema.Method
+) -> PreTrainedModel | PeftModel:
     from peft import PeftModel
 
     provenance.check_adapter(adapter, folder)
     if adapter_sum.is_several(adapter):
         return adapter_sum.put_on(base, adapter)
     _resize(base, adapter)
+    if method in schema.BOTTLENECKS:
+        tuner.register()
     with targets.patterns_of_parameters():
         model = PeftModel.from_pretrained(base, str(adapter))
     added_tokens.settle(model)

@@ -9,6 +9,7 @@ from qkit.core.errors import NotDeployable
 from qkit.model import config as model_config
 from qkit.model import prequantized
 from qkit.plugins.exporter import exporter
+from qkit.plugins.task import open_task
 from qkit.recipe.registry import format_names, split
 from qkit.recipe.schema import ALL, Recipe
 
@@ -56,6 +57,10 @@ def _refused(recipe: Recipe, names: Iterable[str]) -> Iterator[Refusal]:
     config = model_config.config_of(recipe.model)
     prequantized.check(config, recipe.model.source)
     model_config.need_text_model(config, recipe.model.source)
+    labelled = not open_task(recipe.task).HEAD.generates
     for name in names:
-        if reason := exporter(name).unsupported(split(name)[1], recipe, config):
+        if labelled and split(name)[1] not in getattr(exporter(name), "LABELLED", ()):
+            formats = [known for known in format_names() if split(known)[1] in getattr(exporter(known), "LABELLED", ())]
+            yield Refusal(name, f"models for task={recipe.task} have no such format; they have {', '.join(formats)}")
+        elif reason := exporter(name).unsupported(split(name)[1], recipe, config):
             yield Refusal(name, reason)

@@ -95,7 +95,18 @@ class Lora(Section):
     use_rslora: bool = False
 
 
-Method = Literal["lora", "full", "head"]
+Method = Literal["lora", "full", "head", "houlsby", "pfeiffer", "parallel"]
+WHOLE: tuple[Method, ...] = ("full", "head")  # the methods that leave a whole model behind, and no adapter
+BOTTLENECKS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel")  # adapters that no weight can take up
+
+
+class Bottleneck(Section):
+    """Bottleneck adapters (method houlsby, pfeiffer or parallel): down, a non-linearity, and up again, beside what a block computes."""
+
+    reduction_factor: Positive = Field(16, description="the model's width / the adapter's")
+    non_linearity: Literal["relu", "gelu", "swish", "silu", "tanh"] = "relu"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    scaling: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Loss(Section):
@@ -371,7 +382,8 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 42
     method: Method = Field(
         "lora",
-        description="what is trained: lora (an adapter), full (all weights), head (the new head of a task with labels)",
+        description="what is trained: lora (an adapter); full (all weights); for tasks with labels also head (the new head) and "
+        "bottleneck adapters after attention and MLP (houlsby), after the MLP (pfeiffer) or beside it (parallel)",
     )
     micro_batches: Positive = Field(
         1, description="parts in which a batch passes through the model; gradients are those of the whole batch"
@@ -379,6 +391,7 @@ class Recipe(Section):
     model: Model
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
+    bottleneck: Bottleneck = Bottleneck()
     loss: Loss = Loss()
     data: Data
     ledger: Ledger = Ledger()
@@ -393,7 +406,7 @@ class Recipe(Section):
     @property
     def trained_as(self) -> str:
         """The name of what training makes, among the artifacts."""
-        return "adapter" if self.method == "lora" else "trained"
+        return "trained" if self.method in WHOLE else "adapter"
 
     def sha256(self) -> str:
         """Hash of the resolved recipe: equivalent files have the same hash."""

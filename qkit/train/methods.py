@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qkit.core.errors import RecipeError
 from qkit.model import new_heads
 from qkit.plugins.task import open_task
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import BOTTLENECKS, Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,6 +25,8 @@ def prepared(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PreTrainedM
     new = new_heads.of(base, folder)
     if recipe.method == "lora":
         return _with_lora(base, new, recipe)
+    if recipe.method in BOTTLENECKS:
+        return _with_bottlenecks(base, new, recipe)
     if recipe.method == "full" and recipe.quantization.load_in_4bit:
         raise RecipeError(
             "method=full trains all weights, which 4-bit weights cannot be: set quantization.load_in_4bit=false"
@@ -49,6 +51,22 @@ def _with_lora(base: PreTrainedModel, new: list[str], recipe: Recipe) -> PeftMod
         ),  # all-linear would put LoRA on them, too
         modules_to_save=new,
         **fields,
+    )
+    adapted: PeftModel = get_peft_model(base, config)
+    return adapted
+
+
+def _with_bottlenecks(base: PreTrainedModel, new: list[str], recipe: Recipe) -> PeftModel:
+    """Bottleneck adapters where recipe.method says; the new modules are trained whole, and saved with them."""
+    from peft import get_peft_model
+
+    from qkit.model._bottleneck import places, tuner
+
+    config = tuner.register()(
+        task_type=open_task(recipe.task).HEAD.peft_task_type,
+        modules_to_save=new,
+        **places.for_peft(base, recipe.method),
+        **recipe.bottleneck.model_dump(),
     )
     adapted: PeftModel = get_peft_model(base, config)
     return adapted

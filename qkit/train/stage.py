@@ -35,7 +35,7 @@ from qkit.plan import plan as plan_plan
 from qkit.plan import speed as plan_speed
 from qkit.plugins.task import LABELS, open_task
 from qkit.recipe import schedule
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
 from qkit.tensors.companions import copy_companions
 from qkit.train import checkpoints, memory_report, memory_watch, row_losses
@@ -339,9 +339,9 @@ def _checkpoint_bytes(trained: PreTrainedModel) -> int:
 
 def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
     """Write the adapter, or the whole model; with the base that it belongs to, and the labels."""
-    recipe, trained = run.recipe, out / ("adapter" if run.recipe.method == "lora" else "model")
+    recipe, trained = run.recipe, out / ("model" if run.recipe.method in WHOLE else "adapter")
     trainer.model.save_pretrained(str(trained))
-    weights = "adapter_model.safetensors" if recipe.method == "lora" else "model.safetensors*"
+    weights = "model*.safetensors" if recipe.method in WHOLE else "adapter_model.safetensors"
     if not any(trained.glob(weights)):
         raise MissingArtifact(f"{trained}: {weights} was not written")
     quantized = source.quantized_names(trainer.base_model) if recipe.quantization.load_in_4bit else []
@@ -350,5 +350,5 @@ def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
     labels = run.folder("data") / LABELS
     if labels.is_file():
         shutil.copyfile(labels, trained / LABELS)
-    if recipe.method != "lora":
+    if recipe.method in WHOLE:
         copy_companions(folder, trained, but=("config.json", "generation_config.json"))
