@@ -120,6 +120,7 @@ class Task(Protocol):
     # evaluate, report
     def question(self, record: Mapping[str, Any]) -> str: ...
     def answer(self, record: Mapping[str, Any]) -> str: ...
+    def usage(self, library: str, recipe: Recipe) -> str: ...  # Markdown for the model card; "": as a chat model
 
 
 LABELS = "labels.json"  # in a data folder or a trained one: the names by label id

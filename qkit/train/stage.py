@@ -37,7 +37,7 @@ from qkit.plugins.task import LABELS, open_task
 from qkit.recipe import schedule
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
-from qkit.tensors.companions import copy_companions
+from qkit.tensors.companions import copy_tokenizer
 from qkit.train import checkpoints, memory_report, memory_watch, row_losses
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
@@ -351,4 +351,4 @@ def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
     if labels.is_file():
         shutil.copyfile(labels, trained / LABELS)
     if recipe.method in WHOLE:
-        copy_companions(folder, trained, but=("config.json", "generation_config.json"))
+        copy_tokenizer(folder, trained)

@@ -14,7 +14,7 @@ from qkit.model.load import load_reference
 from qkit.plugins.exporter import Job
 from qkit.plugins.task import LABELS, open_task
 from qkit.recipe.schema import BOTTLENECKS
-from qkit.tensors.companions import copy_companions
+from qkit.tensors.companions import copy_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ def export(job: Job, out: Path, variant: str) -> None:
         if variant == "int8":
             quantize_int8(graph, folder, calibration_rows(job.rows))
         model.config.save_pretrained(str(folder))
-        copy_companions(job.merged, folder, but=("config.json", "generation_config.json", "qkit.json"))
+        copy_tokenizer(job.merged, folder)
         (folder / LABELS).write_bytes((job.adapter / LABELS).read_bytes())
         folder.rename(out)
 

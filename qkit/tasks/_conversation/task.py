@@ -181,6 +181,10 @@ class ConversationTask:
 
         return text_of(json.loads(record["messages"])[-1]["content"])
 
+    def usage(self, library: str, recipe: Recipe) -> str:
+        """Nothing: the model card shows how to use a chat model, by format."""
+        return ""
+
     def answer(self, record: Mapping[str, Any]) -> str:
         """The reference answer, as the template writes it."""
         return str(record["answer"])

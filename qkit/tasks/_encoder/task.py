@@ -204,3 +204,9 @@ class EncoderTask:
     def answer(self, record: Mapping[str, Any]) -> str:
         """The names of the labels."""
         return ", ".join(record["names"])
+
+    def usage(self, library: str, recipe: Recipe) -> str:
+        """How to label a text, for the model card."""
+        from qkit.tasks._encoder.usage import usage
+
+        return usage(library, self.HEAD, recipe)
