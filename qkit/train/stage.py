@@ -247,11 +247,10 @@ def _check_names(recipe: Recipe) -> None:
 def _warn_of_memory(run: Run, device: Device) -> None:
     """Warn, before the model is loaded, if the plan does not fit. Not an error: activations are an upper bound."""
     try:
-        shape_of(run.recipe.model)
+        planned = plan_plan.plan(run.recipe, device=device)
     except ModelError as error:  # it may still be trainable
         run.progress.notify(f"not planned: {error}")
         return
-    planned = plan_plan.plan(run.recipe, device=device)
     if not planned.fits:
         run.progress.notify(f"warning: {plan_plan.refusal(planned)}")
 
