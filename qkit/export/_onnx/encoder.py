@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError, NotDeployable
-from qkit.export._onnx.attention import traced_attention
+from qkit.export._onnx.attention import skip_masks, traced_attention
 from qkit.export._onnx.graph import EditedGraph
 from qkit.export._onnx.trace import reason
+from qkit.runtimes._onnx_encoder import SLOW_FUSIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +55,7 @@ def export_encoder(model: PreTrainedModel, out: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".onnx-") as folder:
         program = _program(model, Path(folder))
         graph = EditedGraph.read(_fused(program))
-    graph.join_projections()
+    skip_masks(graph)
     graph.describe({"pad": str(model.config.get_text_config().pad_token_id), **_positions(model)})
     return graph.save(out)
 
@@ -153,7 +154,11 @@ def _fused(file: Path) -> Path:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(fused)
-    options.log_severity_level = 3  # it warns that the file is for machines like this one, which holds for one level above this
+    options.log_severity_level = (
+        3  # it warns that the file is for machines like this one, which holds for one level above this
+    )
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{fused.name}.data")
-    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(SLOW_FUSIONS)
+    )
     return fused

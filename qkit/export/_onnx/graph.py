@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.export._onnx.matmul_nbits import DATA, GRAPH
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
-    Matrix = NDArray[np.float32]
 
 
-FILE_LIMIT = 2**31 - 2**20  # bytes of weights: a protobuf file holds less than 2 GiB
-RESHAPES = ("Reshape",)
+FILE_LIMIT = 2**31 - 2**24  # bytes of weights: a protobuf file holds less than 2 GiB, and the nodes need some of it
 MICROSOFT = "com.microsoft"
-
-
-@dataclass(frozen=True)
-class Projection:
-    """states @ weight + bias, as names of the graph."""
-
-    states: str
-    weight: str
-    bias: str
 
 
 class EditedGraph:
@@ -45,8 +32,15 @@ class EditedGraph:
 
         return cls(onnx.load(str(file)))
 
+    @property
+    def nodes(self) -> list[Any]:
+        return list(self.model.graph.node)
+
     def is_constant(self, name: str) -> bool:
         return name in self.tensors
+
+    def is_matrix(self, name: str) -> bool:
+        return name in self.tensors and len(self.tensors[name].dims) == 2
 
     def array(self, name: str) -> Array:
         """Return the values of an initializer."""
@@ -55,72 +49,33 @@ class EditedGraph:
         values: Array = onnx.numpy_helper.to_array(self.tensors[name])
         return values
 
-    def add(self, name: str, values: Array) -> str:
+    def add(self, name: str, values: Any) -> str:
         """Add an initializer, and return its name; one that exists stays as it is."""
         import numpy as np
         import onnx
 
         if name not in self.tensors:
-            self.model.graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(values), name))
+            # Not ascontiguousarray, which makes a list of one of a scalar
+            self.model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(values, order="C"), name))
             self.tensors[name] = self.model.graph.initializer[-1]
         return name
 
     def replace(self, change: Callable[[Any], Iterable[Any] | None]) -> None:
         """Put the nodes that `change` returns in the place of each node; None leaves it as it is."""
-        nodes = []
-        for node in list(self.model.graph.node):
+        nodes: list[Any] = []
+        for node in self.nodes:
             changed = change(node)
             nodes.extend([node] if changed is None else changed)
         del self.model.graph.node[:]
         self.model.graph.node.extend(nodes)
 
-    def join_projections(self) -> None:
-        """Compute query, key and value of a layer in one product where they are three of the same states."""
-        makers = {name: node for node in self.model.graph.node for name in node.output}
-
-        def joined(node: Any) -> Iterable[Any] | None:
-            parts = [self._projection(makers, name) for name in node.input[:3]] if _attends(node) else []
-            found = [part for part in parts if part is not None]
-            if len(found) < 3 or len({part.states for part in found}) > 1:
-                return None
-            return [self._joined(node, found)]
-
-        self.replace(joined)
-
-    def _projection(self, makers: Mapping[str, Any], name: str) -> Projection | None:
-        """Return the projection whose result `name` is, but for its shape."""
-        node = makers.get(name)
-        while node is not None and node.op_type in RESHAPES:
-            node = makers.get(node.input[0])
-        if node is None or node.op_type != "Add":
-            return None
-        for product, bias in (node.input, reversed(node.input)):
-            maker = makers.get(product)
-            if maker is not None and maker.op_type == "MatMul" and self.is_constant(bias):
-                weight = maker.input[1]
-                return Projection(maker.input[0], weight, bias) if self.is_constant(weight) else None
-        return None
-
-    def _joined(self, node: Any, parts: list[Projection]) -> Any:
-        """Return an Attention node, which computes the products itself."""
-        import numpy as np
-        import onnx
-
-        weights = [self.array(part.weight) for part in parts]
-        weight = self.add(f"{node.name}.weight", np.concatenate(weights, axis=1))
-        bias = self.add(f"{node.name}.bias", np.concatenate([self.array(part.bias) for part in parts]))
-        kept = {attribute.name: attribute for attribute in node.attribute}
-        padding, added = (*node.input[3:], "", "", "")[1:3]
-        return onnx.helper.make_node(
-            "Attention",
-            [parts[0].states, weight, bias, padding, "", added],
-            list(node.output),
-            node.name,
-            domain=MICROSOFT,
-            num_heads=kept["num_heads"].i,
-            scale=kept["scale"].f,
-            qkv_hidden_sizes=[part.shape[1] for part in weights],
-        )
+    def readers(self) -> Mapping[str, list[Any]]:
+        """Return the nodes that read each name; a graph's output counts as read by None."""
+        readers: dict[str, list[Any]] = {output.name: [None] for output in self.model.graph.output}
+        for node in self.nodes:
+            for name in _reads(node):
+                readers.setdefault(name, []).append(node)
+        return readers
 
     def describe(self, values: Mapping[str, str]) -> None:
         """Set the file's metadata."""
@@ -159,11 +114,7 @@ class EditedGraph:
 
 def _reads(node: Any) -> Iterator[str]:
     """Yield the names that a node reads, those of its branches included."""
-    yield from node.input
+    yield from filter(None, node.input)
     for attribute in node.attribute:
         for inner in attribute.g.node:
             yield from _reads(inner)
-
-
-def _attends(node: Any) -> bool:
-    return node.op_type == "MultiHeadAttention" and not any(node.input[3:4])
