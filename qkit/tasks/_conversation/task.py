@@ -107,6 +107,17 @@ class ConversationTask:
 
         return open_encoder(recipe)
 
+    def tokenizer(self, recipe: Recipe) -> Any:
+        """The tokenizer with the recipe's chat template and tokens."""
+        from qkit.model.tokenizer import tokenizer_of
+
+        return tokenizer_of(recipe.model)
+
+    def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]:
+        """The labels of a prepared row."""
+        labels: Sequence[int] = record["labels"]
+        return labels
+
     def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]:
         """None: what is learned is text."""
         return ()

@@ -109,6 +109,18 @@ class EncoderTask:
 
         return open_encoder(recipe)
 
+    def tokenizer(self, recipe: Recipe) -> Any:
+        """The tokenizer of the recipe's model; it needs no chat template."""
+        from qkit.tasks._encoder.encoder import open_tokenizer
+
+        return open_tokenizer(recipe)
+
+    def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]:
+        """None: a text has a label as a whole."""
+        from qkit.core.batching import IGNORED
+
+        return [IGNORED] * len(record["input_ids"])
+
     def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]:
         """The labels of the training rows: numbers in their order, names by the alphabet."""
         names = {name for row in rows if row.split == "train" for name in row.names}
