@@ -25,7 +25,8 @@ from qkit.plan import gpus, sheet
 from qkit.plan import plan as plan_plan
 from qkit.recipe import idle, schema
 from qkit.recipe.load import from_dict
-from qkit.recipe.schema import Recipe, Section
+from qkit.recipe.schema import Recipe
+from qkit.recipe.section import Section
 from qkit.run.directory import Run
 from qkit.runtimes import vllm
 from qkit.server import process
@@ -117,7 +118,7 @@ TABLE: dict[str, Line | Place] = {
     "Lora.lora_alpha": (adapter, {"lora.lora_alpha": 8}),
     "Lora.lora_dropout": (planned, {"lora.lora_dropout": 0.1}),
     "Lora.target_modules": (planned, {"lora.target_modules": ["q_proj"]}),
-    "Lora.target_parameters": ("model/targets.py", "target_parameters"),
+    "Lora.target_parameters": ("model/adapters/targets.py", "target_parameters"),
     "Lora.use_rslora": (adapter, {"lora.use_rslora": True}),
     "Source.source": (data, {"data.train": [{"source": "other.jsonl"}]}),
     "Source.name": ("data/read.py", "load_dataset(name, source.name"),

@@ -13,7 +13,8 @@ from qkit.core.sources import is_hub_id
 from qkit.recipe import schedule
 
 if TYPE_CHECKING:
-    from qkit.recipe.schema import Data, Export, Merge, Model, Quantization, Recipe, Section, Serve, Source, Train
+    from qkit.recipe.schema import Data, Export, Merge, Model, Quantization, Recipe, Serve, Source, Train
+    from qkit.recipe.section import Section
 
     Key = tuple[str | int, ...]
     Problems = Iterator[tuple[Key, str]]

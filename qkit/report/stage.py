@@ -15,7 +15,6 @@ from qkit.core import figures as core_figures
 from qkit.core import files
 from qkit.core.files import write_text
 from qkit.measure import candidates
-from qkit.plugins.task import open_task
 from qkit.recipe.registry import BASELINES, TRAINED
 from qkit.report import bench_charts, summary
 from qkit.report._templates import template
@@ -90,7 +89,7 @@ def page(run: Run) -> str:
         speed_charts=speed_charts(figures["bench"]),
         bench_charts=bench_charts.charts_of(run),
         method=method(figures["bench"]),
-        labels=not open_task(run.recipe.task).HEAD.generates,
+        labels=BASELINES[1] in figures["scores"],
         subject="adapter" if run.recipe.trained_as == "adapter" else "trained model",
         examples=choose(examples),
         kinds=_kinds(examples),

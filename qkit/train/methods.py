@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qkit.core.errors import RecipeError
-from qkit.model import new_heads
+from qkit.model.adapters import new_heads
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import BOTTLENECKS, Recipe
 
@@ -60,7 +60,7 @@ def _with_bottlenecks(base: PreTrainedModel, new: list[str], recipe: Recipe) -> 
     """Bottleneck adapters where recipe.method says; the new modules are trained whole, and saved with them."""
     from peft import get_peft_model
 
-    from qkit.model._bottleneck import places, tuner
+    from qkit.model.adapters.bottleneck import places, tuner
 
     config = tuner.register()(
         task_type=open_task(recipe.task).HEAD.peft_task_type,

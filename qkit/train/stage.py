@@ -28,7 +28,8 @@ from qkit.core.errors import MissingArtifact, ModelError, OutOfMemory, RecipeErr
 from qkit.core.files import need_disk, read_json, write_json
 from qkit.core.memory_meter import PeakMeter
 from qkit.core.progress import Bar
-from qkit.model import provenance, source, targets
+from qkit.model import provenance, source
+from qkit.model.adapters import targets
 from qkit.model.config import shape_of
 from qkit.plan import deployable, fit, solve
 from qkit.plan import plan as plan_plan

@@ -10,8 +10,9 @@ from qkit.core.device import Device
 from qkit.core.errors import RecipeError
 from qkit.core.files import need_disk, read_json
 from qkit.core.sources import cache_dir
-from qkit.model import added_tokens, load, targets
+from qkit.model import added_tokens, load
 from qkit.model import tokenizer as model_tokenizer
+from qkit.model.adapters import targets
 from qkit.plan import plan as plan_plan
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
@@ -81,6 +82,8 @@ def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
     """SFTConfig from the recipe's train section, with the settings that qkit's rows and the device need."""
     from trl import SFTConfig
 
+    if not recipe.train.bf16:
+        raise RecipeError("train.bf16=false: this task is trained in bf16 on 16-bit or 4-bit weights; remove it")
     recipe = plan_plan.decided(recipe, device)
     args = SFTConfig(
         output_dir=str(out / "checkpoints"),
@@ -94,7 +97,7 @@ def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
         save_strategy="steps",
         **device.trainer_arguments,
         **recipe.train.model_dump(
-            exclude={"save_total_limit"}
+            exclude={"save_total_limit", "bf16"}
         ),  # the trainer would delete the old checkpoint before the new one is complete
     )
     args._n_gpu = min(args.n_gpu, 1)  # with several visible GPUs, the trainer would split each batch over all of them
