@@ -83,6 +83,9 @@ class Task(Protocol):
     CHECKS: Mapping[str, Kind]  # over rows, in the order in which they are shown
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]]  # milder forms of one of them: name -> (check, its texts)
 
+    def clashes(
+        self, recipe: Recipe
+    ) -> Iterator[tuple[tuple[str | int, ...], str]]: ...  # values without a meaning here
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]: ...  # section -> values where a recipe has none
 
     # data: record -> example -> rows

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkit.core.errors import RecipeError
 from qkit.model.adapters import new_heads
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import BOTTLENECKS, Recipe
@@ -20,17 +19,13 @@ def prepared(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PreTrainedM
     """The model with what recipe.method trains, and nothing else, set to be trained. `folder`: of the base model.
 
     Raises:
-        RecipeError: the method cannot train this model.
+        ModelError: the method has no place in this architecture.
     """
     new = new_heads.of(base, folder)
     if recipe.method == "lora":
         return _with_lora(base, new, recipe)
     if recipe.method in BOTTLENECKS:
         return _with_bottlenecks(base, new, recipe)
-    if recipe.method == "full" and recipe.quantization.load_in_4bit:
-        raise RecipeError(
-            "method=full trains all weights, which 4-bit weights cannot be: set quantization.load_in_4bit=false"
-        )
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(recipe.method == "full" or name.startswith(tuple(f"{part}." for part in new)))
     return base

@@ -43,6 +43,25 @@ class ConversationTask:
     LESSER_CHECKS = LESSER_CHECKS
     UNSCORED = frozenset({"text", "tokenized"})  # data formats without a question to answer
 
+    def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """What only tasks with labels have."""
+        for_labels = f"is for tasks with labels, and task={recipe.task} has none: remove it"
+        if recipe.method != "lora":
+            yield ("method",), f"method={recipe.method} {for_labels}"
+        for section in ("bottleneck", "loss"):
+            if getattr(recipe, section) != type(getattr(recipe, section))():
+                yield (section,), f"{section} {for_labels}"
+        if recipe.data.too_long == "truncate":
+            yield (
+                ("data", "too_long"),
+                f"data.too_long=truncate {for_labels} (truncate_prompt keeps the end of a conversation)",
+            )
+        if not recipe.train.bf16:
+            yield (
+                ("train", "bf16"),
+                "train.bf16=false: conversations are trained in bf16 on 16-bit or 4-bit weights; remove it",
+            )
+
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """Those of the schema."""
         return {}
