@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
-from qkit.model import adapter_sum, added_tokens, new_heads, provenance, targets
+from qkit.model import adapter_sum, added_tokens, new_heads, provenance, targets, tokenizer
 from qkit.model._bottleneck import tuner
 from qkit.model.source import dequantize
 from qkit.plugins.task import open_task, read_labels
@@ -49,8 +49,9 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device, labels: Seque
         options |= {"dtype": torch.bfloat16, "generation_config": transformers.GenerationConfig()}
     else:
         transformers.set_seed(recipe.seed)
-        options |= {"dtype": torch.float32 if recipe.method == "full" else "auto"}
+        options |= {"dtype": "auto" if _stays_in_16_bit(recipe) else torch.float32}
         options |= open_task(recipe.task).head_config(labels)
+        options |= {"pad_token_id": tokenizer.padding_of(recipe.model)}
     if recipe.quantization.load_in_4bit:
         options["quantization_config"] = quantization_config(recipe.quantization, new_heads.names_of(folder, head))
     options |= {"device_map": device.device_map, "trust_remote_code": recipe.model.trust_remote_code}
@@ -71,6 +72,12 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device, labels: Seque
     if recipe.quantization.load_in_4bit and device.frees_through_malloc:
         _unmap_files(loaded)
     return loaded
+
+
+def _stays_in_16_bit(recipe: schema.Recipe) -> bool:
+    """Whether a base under a new head keeps the dtype of its checkpoint: frozen, and computed under autocast. The head is fp32, and would be
+    rounded as part of a whole 16-bit model."""
+    return recipe.train.bf16 and recipe.method not in schema.WHOLE
 
 
 def _need_all_weights(folder: Path, missing_keys: Collection[str], new: Sequence[str]) -> None:
@@ -132,12 +139,16 @@ def load_reference(folder: Path, recipe: schema.Recipe, device: Device, trained:
         MissingArtifact: `trained` was not made by qkit.
         ModelError: weights are missing, or the adapter was trained on another base.
     """
+    import torch
+
     if trained is not None and provenance.is_whole(trained):
         provenance.check_adapter(trained, folder)
         return load_base(trained, recipe, device, read_labels(trained)).eval()
     base = load_base(folder, recipe, device, read_labels(trained) if trained else ())
     if recipe.quantization.load_in_4bit:
         dequantize(base)
+        if not (open_task(recipe.task).HEAD.generates or recipe.train.bf16):
+            torch.nn.Module.float(base)  # 4-bit layers take fp32 activations; transformers refuses its own `float` after quantization
     if trained is not None:
         base = _with_adapter(base, folder, trained, recipe.method)
     if open_task(recipe.task).HEAD.generates:

@@ -39,6 +39,14 @@ def load_tokenizer(folder: Path, section: schema.Model) -> PreTrainedTokenizerBa
     return tokenizer
 
 
+def padding_of(section: schema.Model) -> int:
+    """`padding_token` of a recipe's model, whose tokenizer is loaded for it."""
+    folder = companions(section)
+    tokenizer = added_tokens.bare_tokenizer(folder, section.trust_remote_code)
+    added_tokens.add(tokenizer, section.add_tokens)
+    return padding_token(tokenizer, section, folder)
+
+
 def padding_token(tokenizer: PreTrainedTokenizerBase, section: schema.Model, folder: Path) -> int:
     """The id to pad batches of whole texts with: model.pad_token, the tokenizer's own, or another special token that ends no text.
 

@@ -27,9 +27,10 @@ def prepared(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PreTrainedM
         return _with_lora(base, new, recipe)
     if recipe.method in BOTTLENECKS:
         return _with_bottlenecks(base, new, recipe)
-    if recipe.method == "full" and recipe.quantization.load_in_4bit:
+    if recipe.quantization.load_in_4bit:
         raise RecipeError(
-            "method=full trains all weights, which 4-bit weights cannot be: set quantization.load_in_4bit=false"
+            f"method={recipe.method} saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
+            "quantization.load_in_4bit=false, or method=lora"
         )
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(recipe.method == "full" or name.startswith(tuple(f"{part}." for part in new)))
