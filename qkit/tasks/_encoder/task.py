@@ -112,7 +112,7 @@ class EncoderTask:
     def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]:
         """The labels of the training rows: numbers in their order, names by the alphabet."""
         names = {name for row in rows if row.split == "train" for name in row.names}
-        return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+        return sorted(sorted(names), key=int if all(name.isdecimal() for name in names) else None)  # "01" before "1"
 
     def with_label_ids(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch:
         """The rows with their label ids. A label that no training row has gets -1; the check `labels` fails then."""
