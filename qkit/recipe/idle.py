@@ -13,7 +13,7 @@ from qkit.core.sources import is_hub_id
 from qkit.recipe import schedule
 
 if TYPE_CHECKING:
-    from qkit.recipe.schema import Data, Export, Merge, Model, Quantization, Recipe, Section, Serve, Source, Train
+    from qkit.recipe.schema import Data, Export, Loss, Merge, Model, Quantization, Recipe, Section, Serve, Source, Train
 
     Key = tuple[str | int, ...]
     Problems = Iterator[tuple[Key, str]]
@@ -47,6 +47,7 @@ def mistakes(recipe: Recipe) -> Problems:
     yield from _steps(recipe.train)
     yield from _serving(recipe.serve)
     yield from _merging(recipe.merge)
+    yield from _loss(recipe.loss)
     if recipe.evaluate.answer_pattern is not None and recipe.task not in FREE_TEXT:
         yield (
             ("evaluate", "answer_pattern"),
@@ -137,6 +138,17 @@ def _merging(section: Merge) -> Problems:
             f"merge.choose={section.choose} has nothing to choose from with merge.base={section.base} and merge.dtype={section.dtype}: "
             "remove it",
         )
+
+
+def _loss(section: Loss) -> Problems:
+    read = {"cross_entropy": ("class_weights", "label_smoothing"), "focal": ("class_weights", "gamma")}
+    for name in _set(section, "class_weights", "label_smoothing", "gamma"):
+        if name not in read.get(section.kind, ()):
+            kinds = " and ".join(kind for kind, names in read.items() if name in names)
+            yield (
+                ("loss", name),
+                f"loss.{name}={getattr(section, name)} applies to loss.kind={kinds}, but loss.kind={section.kind}: remove it",
+            )
 
 
 def _exporting(section: Export) -> Problems:
