@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,21 +56,41 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device, labels: Seque
         options["quantization_config"] = quantization_config(recipe.quantization, new_heads.names_of(folder, head))
     options |= {"device_map": device.device_map, "trust_remote_code": recipe.model.trust_remote_code}
     options["output_loading_info"] = True
-    loaded: PreTrainedModel
-    try:
-        loaded, report = model_class.from_pretrained(str(folder), **options)
-    except ValueError as error:
-        if recipe.model.attn_implementation != "sdpa" or NO_SDPA not in str(error):
-            raise
-        log.warning("transformers supports only eager attention for this model: %s", error)
-        eager = {**options, "attn_implementation": "eager"}
-        loaded, report = model_class.from_pretrained(str(folder), **eager)
-    _need_all_weights(folder, report["missing_keys"], [] if head.generates else new_heads.of(loaded, folder))
+    loaded, report = _loaded(model_class, folder, options)
+    if head.generates:
+        _need_all_weights(folder, [name for name in report["missing_keys"] if name.endswith(".weight")])
+    else:
+        _need_all_weights(folder, report["missing_keys"], new_heads.of(loaded, folder))
     if head.generates:
         loaded.config.use_cache = False
     leave_as_quantized(loaded)
     if recipe.quantization.load_in_4bit and device.frees_through_malloc:
         _unmap_files(loaded)
+    return loaded
+
+
+def _loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model, and transformers' report on its weights; with eager attention where the model has no other.
+
+    Raises:
+        ModelError: the shapes of the weights do not match.
+    """
+    loaded: tuple[PreTrainedModel, Mapping[str, Any]]
+    try:
+        loaded = model_class.from_pretrained(str(folder), **options)
+    except ValueError as error:
+        if options["attn_implementation"] != "sdpa" or NO_SDPA not in str(error):
+            raise
+        log.warning("transformers supports only eager attention for this model: %s", error)
+        loaded = model_class.from_pretrained(str(folder), **{**options, "attn_implementation": "eager"})
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error) or "id2label" not in options:
+            raise
+        raise ModelError(
+            f"{folder}: its weights do not have the shapes that config.json and {len(options['id2label'])} labels need; if it has a head for "
+            "other labels, use the model that it was trained from",
+            source=folder,
+        ) from None
     return loaded
 
 
@@ -80,10 +100,10 @@ def _stays_in_16_bit(recipe: schema.Recipe) -> bool:
     return recipe.train.bf16 and recipe.method not in schema.WHOLE
 
 
-def _need_all_weights(folder: Path, missing_keys: Collection[str], new: Sequence[str]) -> None:
+def _need_all_weights(folder: Path, missing_keys: Collection[str], new: Sequence[str] = ()) -> None:
     """Raise ModelError if weights outside the modules `new` are missing: transformers would initialize them at random."""
     starts = tuple(f"{name}." for name in new)
-    if missing := sorted(name for name in missing_keys if name.endswith(".weight") and not name.startswith(starts)):
+    if missing := sorted(name for name in missing_keys if not name.startswith(starts)):
         raise ModelError(
             f"{folder}: the weights lack {missing[0]} and {len(missing) - 1} more, which would be initialized at random; create the folder "
             "again, or if the missing head is tied to the embedding, set tie_word_embeddings to true in config.json",
