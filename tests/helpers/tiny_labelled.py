@@ -85,14 +85,14 @@ def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     return file
 
 
-def settings(folder: Path, rows: Path, **sections: Any) -> dict[str, Any]:
-    """A whole recipe; `sections` change it."""
+def settings(folder: Path, rows: Path, held_out: int = 24, **sections: Any) -> dict[str, Any]:
+    """A whole recipe; `sections` change it. `held_out`: the first rows, which are not trained on."""
     whole: dict[str, Any] = {
         "task": "classify",
         "model": {"source": str(folder)},
         "data": {
-            "train": [{"source": str(rows), "rows": "24:"}],
-            "test": [{"source": str(rows), "rows": ":24"}],
+            "train": [{"source": str(rows), "rows": f"{held_out}:"}],
+            "test": [{"source": str(rows), "rows": f":{held_out}"}] if held_out else [],
             "max_length": 32,
             "batch_tokens": 128,
         },
