@@ -46,4 +46,7 @@ def _merged(run: Run, folder: Path, trained: Path, base: Base, dtype: Dtype) -> 
         recipe = recipe.model_copy(update={"quantization": section})
     model = load_reference(folder, recipe, detect(), trained)
     whole: PreTrainedModel = model.to(getattr(torch, dtype))
-    return whole.merge_and_unload() if hasattr(whole, "merge_and_unload") else whole
+    whole = whole.merge_and_unload() if hasattr(whole, "merge_and_unload") else whole
+    if recipe.quantization.load_in_4bit:  # its weights are dequantized, but config.json would still call them 4-bit
+        whole.hf_quantizer.remove_quantization_config(whole)
+    return whole

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
-from qkit.model import added_tokens, provenance
+from qkit.model import added_tokens, provenance, tokenizer
 from qkit.model.adapters import new_heads, targets
 from qkit.model.adapters import sums as adapter_sum
 from qkit.model.adapters.bottleneck import tuner
@@ -49,16 +49,11 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device, labels: Seque
         options["quantization_config"] = quantization_config(recipe.quantization, new_heads.names_of(folder, head))
     options |= {"device_map": device.device_map, "trust_remote_code": recipe.model.trust_remote_code}
     options["output_loading_info"] = True
-    loaded: PreTrainedModel
-    try:
-        loaded, report = model_class.from_pretrained(str(folder), **options)
-    except ValueError as error:
-        if recipe.model.attn_implementation != "sdpa" or NO_SDPA not in str(error):
-            raise
-        log.warning("transformers supports only eager attention for this model: %s", error)
-        eager = {**options, "attn_implementation": "eager"}
-        loaded, report = model_class.from_pretrained(str(folder), **eager)
-    _need_all_weights(folder, report["missing_keys"], [] if head.generates else new_heads.of(loaded, folder))
+    loaded, report = _loaded(model_class, folder, options)
+    if head.generates:
+        _need_all_weights(folder, [name for name in report["missing_keys"] if name.endswith(".weight")])
+    else:
+        _need_all_weights(folder, report["missing_keys"], new_heads.of(loaded, folder))
     if head.generates:
         loaded.config.use_cache = False
     leave_as_quantized(loaded)
@@ -77,13 +72,45 @@ def _of_head(recipe: schema.Recipe, labels: Sequence[str]) -> dict[str, Any]:
         # Not from its file, which transformers may reject; qkit sets decoding itself.
         return {"dtype": torch.bfloat16, "generation_config": transformers.GenerationConfig()}
     transformers.set_seed(recipe.seed)
-    return {"dtype": torch.float32 if recipe.method == "full" else "auto", **task.head_config(labels)}
+    dtype = "auto" if _stays_in_16_bit(recipe) else torch.float32
+    return {"dtype": dtype, "pad_token_id": tokenizer.padding_of(recipe.model), **task.head_config(labels)}
 
 
-def _need_all_weights(folder: Path, missing_keys: Collection[str], new: Sequence[str]) -> None:
+def _loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model, and transformers' report on its weights; with eager attention where the model has no other.
+
+    Raises:
+        ModelError: the shapes of the weights do not match.
+    """
+    loaded: tuple[PreTrainedModel, Mapping[str, Any]]
+    try:
+        loaded = model_class.from_pretrained(str(folder), **options)
+    except ValueError as error:
+        if options["attn_implementation"] != "sdpa" or NO_SDPA not in str(error):
+            raise
+        log.warning("transformers supports only eager attention for this model: %s", error)
+        loaded = model_class.from_pretrained(str(folder), **{**options, "attn_implementation": "eager"})
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error) or "id2label" not in options:
+            raise
+        raise ModelError(
+            f"{folder}: its weights do not have the shapes that config.json and {len(options['id2label'])} labels need; if it has a head for "
+            "other labels, use the model that it was trained from",
+            source=folder,
+        ) from None
+    return loaded
+
+
+def _stays_in_16_bit(recipe: schema.Recipe) -> bool:
+    """Whether a base under a new head keeps the dtype of its checkpoint: frozen, and computed under autocast. The head is fp32, and would be
+    rounded as part of a whole 16-bit model."""
+    return recipe.train.bf16 and recipe.method not in schema.WHOLE
+
+
+def _need_all_weights(folder: Path, missing_keys: Collection[str], new: Sequence[str] = ()) -> None:
     """Raise ModelError if weights outside the modules `new` are missing: transformers would initialize them at random."""
     starts = tuple(f"{name}." for name in new)
-    if missing := sorted(name for name in missing_keys if name.endswith(".weight") and not name.startswith(starts)):
+    if missing := sorted(name for name in missing_keys if not name.startswith(starts)):
         raise ModelError(
             f"{folder}: the weights lack {missing[0]} and {len(missing) - 1} more, which would be initialized at random; create the folder "
             "again, or if the missing head is tied to the embedding, set tie_word_embeddings to true in config.json",
@@ -139,12 +166,18 @@ def load_reference(folder: Path, recipe: schema.Recipe, device: Device, trained:
         MissingArtifact: `trained` was not made by qkit.
         ModelError: weights are missing, or the adapter was trained on another base.
     """
+    import torch
+
     if trained is not None and provenance.is_whole(trained):
         provenance.check_adapter(trained, folder)
         return load_base(trained, recipe, device, read_labels(trained)).eval()
     base = load_base(folder, recipe, device, read_labels(trained) if trained else ())
     if recipe.quantization.load_in_4bit:
         dequantize(base)
+        if not (open_task(recipe.task).HEAD.generates or recipe.train.bf16):
+            torch.nn.Module.float(
+                base
+            )  # 4-bit layers take fp32 activations; transformers refuses its own `float` after quantization
     if trained is not None:
         base = _with_adapter(base, folder, trained, recipe.method)
     if open_task(recipe.task).HEAD.generates:

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Models whose first token has the position after that of padding, which is the id of the padding token.
+AFTER_PADDING = (
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "mpnet",
+    "data2vec-text",
+)
+
+
 def tokenizer_of(model: schema.Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe's model."""
     return load_tokenizer(companions(model), model)
@@ -37,6 +49,14 @@ def load_tokenizer(folder: Path, section: schema.Model) -> PreTrainedTokenizerBa
     if section.chat_template is not None:
         added_tokens.check_markers(tokenizer, section.chat_template, base_markers)
     return tokenizer
+
+
+def padding_of(section: schema.Model) -> int:
+    """`padding_token` of a recipe's model, whose tokenizer is loaded for it."""
+    folder = companions(section)
+    tokenizer = added_tokens.bare_tokenizer(folder, section.trust_remote_code)
+    added_tokens.add(tokenizer, section.add_tokens)
+    return padding_token(tokenizer, section, folder)
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase, section: schema.Model, folder: Path) -> int:
@@ -96,7 +116,10 @@ def token_ids(config: Mapping[str, Any], key: str, file: Path) -> list[int]:
 
 def max_positions(section: schema.Model) -> int | None:
     """The largest number of tokens that the model's config allows."""
-    positions = _config(section).get("max_position_embeddings")
+    config = _config(section)
+    positions = config.get("max_position_embeddings")
+    if positions and config.get("model_type") in AFTER_PADDING:
+        positions -= 1 + int(config.get("pad_token_id") or 0)
     return int(positions) if positions else None
 
 

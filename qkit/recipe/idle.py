@@ -13,7 +13,7 @@ from qkit.core.sources import is_hub_id
 from qkit.recipe import schedule
 
 if TYPE_CHECKING:
-    from qkit.recipe.schema import Data, Export, Merge, Model, Quantization, Recipe, Serve, Source, Train
+    from qkit.recipe.schema import Data, Export, Loss, Merge, Model, Quantization, Recipe, Serve, Source, Train
     from qkit.recipe.section import Section
 
     Key = tuple[str | int, ...]
@@ -48,10 +48,11 @@ def mistakes(recipe: Recipe) -> Problems:
     yield from _steps(recipe.train)
     yield from _serving(recipe.serve)
     yield from _merging(recipe.merge)
+    yield from _loss(recipe.loss)
     if recipe.evaluate.answer_pattern is not None and recipe.task not in FREE_TEXT:
         yield (
             ("evaluate", "answer_pattern"),
-            f"evaluate.answer_pattern={recipe.evaluate.answer_pattern} applies to task={', '.join(FREE_TEXT)}, whose answers are free text: remove it for "
+            f"evaluate.answer_pattern={recipe.evaluate.answer_pattern} applies to free text (task={', '.join(FREE_TEXT)}): remove it for "
             f"task={recipe.task}",
         )
     yield from _base(recipe.model)
@@ -138,6 +139,17 @@ def _merging(section: Merge) -> Problems:
             f"merge.choose={section.choose} has nothing to choose from with merge.base={section.base} and merge.dtype={section.dtype}: "
             "remove it",
         )
+
+
+def _loss(section: Loss) -> Problems:
+    read = {"cross_entropy": ("class_weights", "label_smoothing"), "focal": ("class_weights", "gamma")}
+    for name in _set(section, "class_weights", "label_smoothing", "gamma"):
+        if name not in read.get(section.name, ()):
+            kinds = " and ".join(kind for kind, names in read.items() if name in names)
+            yield (
+                ("loss", name),
+                f"loss.{name}={getattr(section, name)} applies to loss.name={kinds}, but loss.name={section.name}: remove it",
+            )
 
 
 def _exporting(section: Export) -> Problems:

@@ -69,10 +69,12 @@ def _cross_entropy(weights: torch.Tensor | None, smoothing: float) -> Loss:
 
 def _focal(weights: torch.Tensor | None, gamma: float) -> Loss:
     """(1 - p)^gamma times the cross-entropy, where p is the probability of the label (Lin et al., 2017)."""
+    import torch
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logp = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-        losses = -((1 - logp.exp()) ** gamma) * logp
+        others = (-torch.expm1(logp)).clamp_min(torch.finfo(logp.dtype).tiny)  # at 0, a power below 1 has no gradient
+        losses = -(others**gamma) * logp
         return losses if weights is None else losses * weights.to(labels.device)[labels]
 
     return loss

@@ -51,7 +51,7 @@ def labelled_text(record: Mapping[str, Any], section: Data) -> LabelledText:
             raise RowError(_missing(ours, list(record), section))
     text, pair = (_text(record, places[ours], section) for ours in ("text", "pair"))
     assert text is not None
-    names = _labels(record[str(places["label"])], str(places["label"]))
+    names = _labels(record[str(places["label"])], str(places["label"]), section)
     rest = [name for name in record if name not in places.values() and record[name] not in (None, "")]
     matched = {name: [p for p in section.ignore if fnmatchcase(name, p)] for name in rest}
     unread = tuple(name for name, patterns in matched.items() if not patterns and not _is_used(name, section))
@@ -86,15 +86,16 @@ def _text(record: Mapping[str, Any], column: str | None, section: Data) -> str |
     return value
 
 
-def _labels(value: Any, column: str) -> tuple[str, ...]:
+def _labels(value: Any, column: str, section: Data) -> tuple[str, ...]:
     """The names of one label, or of a list of labels."""
     if isinstance(value, list | tuple):
-        return tuple(dict.fromkeys(_label(item, column) for item in value))
-    return (_label(value, column),)
+        return tuple(dict.fromkeys(_label(item, column, section) for item in value))
+    return (_label(value, column, section),)
 
 
-def _label(value: Any, column: str) -> str:
-    if isinstance(value, bool) or (isinstance(value, str | int) and str(value).strip()):
+def _label(value: Any, column: str, section: Data) -> str:
+    if isinstance(value, bool | str | int) and str(value).strip():
+        check_characters(str(value), column, section)
         return str(value).strip()
     raise RowError(f"{column} is not a label: {short(repr(value))}")
 

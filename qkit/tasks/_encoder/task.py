@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
 from qkit.plugins.task import LABELS, ModelHead, Prediction, read_labels
-from qkit.recipe.schema import BOTTLENECKS, Bottleneck, Data, Evaluate, Gate, Lora, Recipe
+from qkit.recipe.schema import BOTTLENECKS, WHOLE, Bottleneck, Data, Evaluate, Gate, Lora, Recipe
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
 
 if TYPE_CHECKING:
@@ -64,10 +64,11 @@ class EncoderTask:
         for section, field in (("data", "system"), ("model", "chat_template")):
             if getattr(getattr(recipe, section), field) is not None:
                 yield (section, field), f"{section}.{field} is for conversations, and {where} has none: remove it"
-        if recipe.method == "full" and recipe.quantization.load_in_4bit:
+        if recipe.method in WHOLE and recipe.quantization.load_in_4bit:
             yield (
                 ("method",),
-                "method=full trains all weights, which 4-bit weights cannot be: set quantization.load_in_4bit=false",
+                f"method={recipe.method} saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
+                "quantization.load_in_4bit=false, or method=lora",
             )
         if recipe.method != "lora" and recipe.lora != Lora():
             yield ("lora",), f"lora has no effect with method={recipe.method}: remove it"
@@ -155,7 +156,7 @@ class EncoderTask:
     def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]:
         """The labels of the training rows: numbers in their order, names by the alphabet."""
         names = {name for row in rows if row.split == "train" for name in row.names}
-        return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+        return sorted(sorted(names), key=int if all(name.isdecimal() for name in names) else None)  # "01" before "1"
 
     def with_label_ids(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch:
         """The rows with their label ids. A label that no training row has gets -1; the check `labels` fails then."""
