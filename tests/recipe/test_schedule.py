@@ -154,9 +154,10 @@ def test_lengths_tell_the_steps_of_a_training() -> None:
     draw = random.Random(0)
     for _ in range(200):
         lengths = [draw.randint(1, 300) for _ in range(draw.randint(1, 80))]
-        budget = draw.choice((16, 100, 304, 1000))
+        budget, step = draw.choice((16, 100, 304, 1000)), draw.choice((1, 16))
         rows = [(tokens, count) for tokens, count in Counter(lengths).items()]
-        assert count_batches(rows, budget) == len(TokenBudgetBatches(lengths, budget, seed=1)), (lengths, budget)
+        batches = TokenBudgetBatches(lengths, budget, seed=1, step=step)
+        assert count_batches(rows, budget, step) == len(batches), (lengths, budget, step)
 
 
 def test_rows_that_are_cut_leave_the_steps_unknown(tmp_path: Path) -> None:
