@@ -52,7 +52,13 @@ class EncoderTask:
         return {
             "quantization": {"load_in_4bit": False},
             "data": {"too_long": "truncate", "max_length": 256, **split},
-            "train": {"bf16": False, "gradient_checkpointing": False, "num_train_epochs": 3, "weight_decay": 0.01},
+            "train": {
+                "bf16": False,
+                "gradient_checkpointing": False,
+                "num_train_epochs": 3,
+                "weight_decay": 0.01,
+                "optim": "adamw_torch_fused",  # a fifth of the time of a step on all weights of a small model
+            },
             "merge": {"dtype": "float32"},
             "export": {"formats": ["onnx-fp32"]},
             "bench": {"runtimes": []},
