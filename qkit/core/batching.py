@@ -64,24 +64,27 @@ class SeededBatches:
 
 
 class TokenBudgetBatches(SeededBatches):
-    """Batches whose padded size stays within `budget` tokens. `step`: rows are padded to a multiple of this."""
+    """Batches of at most `most` rows whose padded size stays within `budget` tokens. `step`: rows are padded to a multiple of this."""
 
-    def __init__(self, lengths: Sequence[int], budget: int, seed: int, step: int = LENGTH_STEP):
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int, step: int = LENGTH_STEP, most: float = math.inf):
         super().__init__(seed)
         self.lengths = [padded_length(length, step) for length in lengths]
         self.budget = budget
+        self.most = most
 
     def batches(self, rng: random.Random) -> list[list[int]]:
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
         order.sort(key=lambda index: self.lengths[index])
         lengths = [self.lengths[index] for index in order]
-        batches = [[order[place] for place in batch] for batch in within_budget(lengths, self.budget)]
+        batches = [[order[place] for place in batch] for batch in within_budget(lengths, self.budget, self.most)]
         rng.shuffle(batches)
         return batches
 
 
-def count_batches(lengths: Sequence[tuple[int, int]], budget: int, step: int = LENGTH_STEP) -> int:
+def count_batches(
+    lengths: Sequence[tuple[int, int]], budget: int, step: int = LENGTH_STEP, most: float = math.inf
+) -> int:
     """Return how many batches TokenBudgetBatches makes. `lengths`: pairs of a length in tokens and the number of rows of that length."""
     rows_by_length: dict[int, int] = {}
     for tokens, rows in lengths:
@@ -89,11 +92,11 @@ def count_batches(lengths: Sequence[tuple[int, int]], budget: int, step: int = L
         rows_by_length[length] = rows_by_length.get(length, 0) + rows
     batches = filled = 0  # `filled`: rows of the last batch
     for length, left in sorted(rows_by_length.items()):
-        rows = left
+        rows, fitting = left, int(min(budget // length, most))
         while rows:
-            room = budget // length - filled
+            room = fitting - filled
             if batches == 0 or room < 1:  # a row longer than the budget is a batch of its own
-                batches, filled, room = batches + 1, 0, max(1, budget // length)
+                batches, filled, room = batches + 1, 0, max(1, fitting)
             taken = min(rows, room)
             rows, filled = rows - taken, filled + taken
     return batches

@@ -35,7 +35,7 @@ def planned_steps(recipe: Recipe, lengths: Sequence[Sequence[int]], length_step:
         each = [tokens for tokens, count in rows for _ in range(count)]
         batches = 1 + max((pack for pack, _ in packed(each, recipe.data.batch_tokens)), default=-1)
     else:
-        batches = count_batches(rows, recipe.data.batch_tokens, length_step)
+        batches = count_batches(rows, recipe.data.batch_tokens, length_step, recipe.data.batch_rows or math.inf)
     return steps(recipe.train, batches) if batches else None
 
 

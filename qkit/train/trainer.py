@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ class Counted(Base):
         collator: Callable[..., dict[str, torch.Tensor]],
         packing: bool = False,
         length_step: int = LENGTH_STEP,
+        batch_rows: int | None = None,
         micro_batches: int = 1,
         checkpoints_kept: int = 1,
         **kwargs: Any,
@@ -40,6 +42,7 @@ class Counted(Base):
         self.checkpoints_kept = checkpoints_kept
         self.packing = packing
         self.length_step = length_step
+        self.batch_rows = batch_rows or math.inf
         self.micro_batches = micro_batches
         self.sums = Sums()
         self.real_tokens = 0
@@ -68,7 +71,8 @@ class Counted(Base):
         """The batch sampler, at its first epoch: packs, or batches by token budget."""
         if self.packing:
             return PackBatches(self.train_dataset["pack"][:], self.train_dataset["position"][:], self.args.seed)
-        return TokenBudgetBatches(lengths(self.train_dataset), self.batch_tokens, self.args.seed, self.length_step)
+        rows, seed = lengths(self.train_dataset), self.args.seed
+        return TokenBudgetBatches(rows, self.batch_tokens, seed, self.length_step, self.batch_rows)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         from torch.utils.data import DataLoader

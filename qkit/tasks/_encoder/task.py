@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from qkit.tasks._encoder.labeller import Labeller, Prior
 
 
+# A batch's loss is the mean over its texts. With a budget of tokens alone, short texts would share a batch with over a hundred others
+# and long ones with a few: an epoch would have few steps, and long texts would count for more.
+BATCH_ROWS = 32
+
+
 class EncoderTask:
     """Everything of the contract but METRIC, HEAD and `correct`, for tasks that give a text one label."""
 
@@ -51,7 +56,7 @@ class EncoderTask:
         split = {"split": {"train": 0.8, "validation": 0.1, "test": 0.1}} if is_split else {}
         return {
             "quantization": {"load_in_4bit": False},
-            "data": {"too_long": "truncate", "max_length": 256, **split},
+            "data": {"too_long": "truncate", "max_length": 256, "batch_rows": BATCH_ROWS, **split},
             "train": {
                 "bf16": False,
                 "gradient_checkpointing": False,
