@@ -31,6 +31,7 @@ from qkit.plugins.exporter import Job, exporter
 from qkit.plugins.runtime import open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import split
+from qkit.recipe.schema import BOTTLENECKS
 from qkit.run.directory import Run
 
 # Server formats that transformers can open too: quant_method in config.json -> the package that this needs.
@@ -61,8 +62,7 @@ def run(run: Run, out: Path) -> None:
     """
     names = run.recipe.export.formats
     deployable.check(run.recipe)
-    merged = run.need("merge", "config.json").parent
-    size = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in job(run).merged.glob("*.safetensors"))
     need_disk(out, int(size * disk_share(names)), "export")
     tables: dict[str, Any] = {}
     for name in run.progress.track(names, "export", len(names)):
@@ -87,9 +87,11 @@ def disk_share(names: Sequence[str]) -> float:
 
 def job(run: Run) -> Job:
     """The inputs of the exporters for a run."""
+    base = source.resolve(run.recipe.model)
+    is_merged = run.recipe.method not in BOTTLENECKS
     return Job(
-        merged=run.need("merge", "config.json").parent,
-        base=source.resolve(run.recipe.model),
+        merged=run.need("merge", "config.json").parent if is_merged else base,
+        base=base,
         adapter=run.trained(),
         rows=run.need("data", "train.parquet"),
         recipe=run.recipe,
@@ -98,10 +100,13 @@ def job(run: Run) -> Job:
     )
 
 
-def _make(run: Run, out: Path, name: str) -> tuple[Candidate, dict[str, Any] | None]:
-    """Make one format. Returns the merge that it was made from, and the table of candidates if there was a choice."""
-    variant, kept = split(name)[1], candidates.chosen_merge(run)
+def _make(run: Run, out: Path, name: str) -> tuple[Candidate | None, dict[str, Any] | None]:
+    """Make one format. Returns the merge that it was made from, if any, and the table of candidates if there was a choice."""
+    variant = split(name)[1]
     exporter(name).export(job(run), out / name, variant)
+    if run.recipe.method in BOTTLENECKS:
+        return None, None
+    kept = candidates.chosen_merge(run)
     others = candidates.other_merges(run)
     if variant not in exporter(name).QUANTIZED or not others:
         return kept, None
@@ -168,7 +173,7 @@ def _measurable(runtime: str, folder: Path) -> str | None:
     return "transformers" if package and importlib.util.find_spec(package) else None
 
 
-def _write_provenance(run: Run, folder: Path, name: str, merge: Candidate) -> None:
+def _write_provenance(run: Run, folder: Path, name: str, merge: Candidate | None) -> None:
     """Complete qkit.json. Written last: the exporter's own entries (how it rounded, an adapter's base) stay."""
     (folder / candidates.FILE).unlink(missing_ok=True)
     file = folder / provenance.NOTE
@@ -177,7 +182,7 @@ def _write_provenance(run: Run, folder: Path, name: str, merge: Candidate) -> No
     history = provenance.merged_into(run.folder("merge"))
     if (folder / "adapter_config.json").is_file():  # an unmerged adapter: its base is the model that it belongs to
         note["merged"] = history[:-1]
-    else:
+    elif merge is not None:
         note["base"] = merge.name
         note["merged"] = [*history[:-1], {**history[-1], "onto": merge.base}]
     note["made_from"] = run.outputs("merge")

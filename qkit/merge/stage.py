@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from qkit.core.device import detect
+from qkit.core.errors import RecipeError
 from qkit.core.files import need_disk, read_json, write_json
 from qkit.measure import candidates, gates, parity, scores
 from qkit.measure import held_out as measure_held_out
@@ -25,6 +26,7 @@ from qkit.merging.folder import write_folder
 from qkit.model import provenance, source
 from qkit.plugins.runtime import open_runtime
 from qkit.plugins.task import open_task
+from qkit.recipe.schema import BOTTLENECKS
 from qkit.run.directory import Run
 from qkit.tensors.shards import shards
 
@@ -38,9 +40,15 @@ def run(run: Run, out: Path) -> None:
     """Make every candidate, measure each, and keep the best in `out`.
 
     Raises:
+        RecipeError: the recipe's method makes an adapter that cannot be merged.
         ModelError: the adapter does not belong to this base, is already merged into it, or is of a kind that cannot be merged.
         ParityFailed: even the best candidate has lost the fine-tune.
     """
+    if run.recipe.method in BOTTLENECKS:
+        raise RecipeError(
+            f"method={run.recipe.method}: no weight can take up a bottleneck adapter, so there is nothing to merge; `qkit export {run.root}` "
+            "makes the onnx formats of base and adapter together"
+        )
     folder, variants = source.resolve(run.recipe.model), candidates.merge_candidates(run.recipe)
     provenance.check_adapter(run.trained(), folder)
     size = sum(shard.stat().st_size for shard in shards(folder))

@@ -9,14 +9,13 @@ from qkit.core.device import detect
 from qkit.core.files import make_folder
 from qkit.model import provenance, source
 from qkit.plugins.task import LABELS
-from qkit.recipe.schema import Base, Dtype
+from qkit.recipe.schema import Base
+from qkit.recipe.section import Dtype
 from qkit.run.directory import Run
-from qkit.tensors.companions import copy_companions
+from qkit.tensors.companions import copy_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-OF_THE_BASE = ("config.json", "generation_config.json")  # written anew, or of no use without generation
 
 
 def write_folder(run: Run, out: Path, base: Base, dtype: Dtype) -> None:
@@ -30,7 +29,7 @@ def write_folder(run: Run, out: Path, base: Base, dtype: Dtype) -> None:
     folder, trained = source.resolve(run.recipe.model), run.trained()
     provenance.check_adapter(trained, folder)
     make_folder(out)
-    copy_companions(folder, out, but=OF_THE_BASE)
+    copy_tokenizer(folder, out)
     _merged(run, folder, trained, base, dtype).save_pretrained(str(out))
     (out / LABELS).write_bytes((trained / LABELS).read_bytes())
     provenance.write_merged(out, folder, run.recipe.model.source, base, {provenance.adapter_sha256(trained): 1.0})

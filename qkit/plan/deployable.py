@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from qkit.core.errors import NotDeployable
+from qkit.core.errors import NotDeployable, RecipeError
 from qkit.model import config as model_config
 from qkit.model import prequantized
 from qkit.plugins.exporter import exporter
+from qkit.plugins.task import open_task
 from qkit.recipe.registry import format_names, split
 from qkit.recipe.schema import ALL, Recipe
 
@@ -31,7 +32,16 @@ def refusals(recipe: Recipe) -> tuple[Refusal, ...]:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise NotDeployable, with all reasons, if a format that the recipe names is known not to work."""
+    """Check the formats of a recipe, and what is to be benched.
+
+    Raises:
+        NotDeployable: with all reasons, if a format that the recipe names is known not to work.
+        RecipeError: models with a new head are to be benched, which is not possible yet.
+    """
+    if recipe.bench.runtimes and not open_task(recipe.task).HEAD.generates:
+        raise RecipeError(
+            f"bench.runtimes: `qkit bench` measures text generation; set bench.runtimes=[] for task={recipe.task}"
+        )
     if refused := refusals(recipe):
         lines = "\n".join(f"{refusal.format}: {refusal.reason}" for refusal in refused)
         kept = [name for name in recipe.export.formats if name not in {refusal.format for refusal in refused}]
@@ -56,6 +66,10 @@ def _refused(recipe: Recipe, names: Iterable[str]) -> Iterator[Refusal]:
     config = model_config.config_of(recipe.model)
     prequantized.check(config, recipe.model.source)
     model_config.need_text_model(config, recipe.model.source)
+    labelled = not open_task(recipe.task).HEAD.generates
     for name in names:
-        if reason := exporter(name).unsupported(split(name)[1], recipe, config):
+        if labelled and split(name)[1] not in getattr(exporter(name), "LABELLED", ()):
+            formats = [known for known in format_names() if split(known)[1] in getattr(exporter(known), "LABELLED", ())]
+            yield Refusal(name, f"models for task={recipe.task} have no such format; they have {', '.join(formats)}")
+        elif reason := exporter(name).unsupported(split(name)[1], recipe, config):
             yield Refusal(name, reason)

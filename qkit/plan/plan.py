@@ -21,6 +21,7 @@ from qkit.plan import remedies as plan_remedies
 from qkit.plan._overhead import overhead_of
 from qkit.plan.items import MemoryItem
 from qkit.plan.remedies import Remedy
+from qkit.plugins.task import open_task
 from qkit.recipe.schema import ALL, Recipe
 
 HOST_STAGES = ("export",)  # always use the host's memory
@@ -102,8 +103,9 @@ def plan(
         labelled_tokens: the most tokens with loss in one batch; None: the rows are unknown, so all tokens count.
 
     Raises:
-        ModelError: the shape of the model cannot be determined.
+        ModelError: the shape of the model cannot be determined, or models with a new head are not planned for.
     """
+    _need_planned(recipe)
     device = device or detect()
     shape = shape_of(recipe.model)
     limit = gpus.usable_bytes(device) if device_bytes is None else device_bytes
@@ -121,6 +123,15 @@ def plan(
     host = stage in ALSO_ON_THE_HOST and device.offloads
     elsewhere = f"run this stage in the host's memory: `QKIT_DEVICE=cpu qkit {stage} RUN`." if host else ""
     return replace(without_remedies, remedies=changes, elsewhere=elsewhere)
+
+
+def _need_planned(recipe: Recipe) -> None:
+    """Raise ModelError for a head that the items do not describe: figures of another model would be worse than none."""
+    if not open_task(recipe.task).HEAD.generates:
+        raise ModelError(
+            f"the memory of models with a new head (task={recipe.task}) is measured in training, but not planned yet",
+            source=recipe.model.source,
+        )
 
 
 def stage_items(
@@ -163,6 +174,7 @@ def alternatives(
 def predicted_items(recipe: Recipe, device: Device, labelled_tokens: int | None = None) -> dict[str, int]:
     """Bytes by item that the device's meter should read at the peak of training; empty if the shape of the model is unknown."""
     try:
+        _need_planned(recipe)
         recipe = decided(recipe, device, labelled_tokens)
         items = stage_memory.train_items(recipe, shape_of(recipe.model), device, labelled_tokens)
     except ModelError:

@@ -16,7 +16,8 @@ from qkit.recipe.schema import Recipe
 class Job:
     """What an exporter works from.
 
-    `merged`: the merged model in 16 bits, with tokenizer, chat template and generation config. `base`, `adapter`: what it was merged from.
+    `merged`: the merged model in 16 bits, with tokenizer, chat template and generation config; the base's folder for an adapter that no
+    weight can take up, which formats of models with labels are made from together with it. `base`, `adapter`: what it was merged from.
     `rows`: data/train.parquet to calibrate with, columns input_ids and labels (-100: no loss). `log`: receives the output of programs that
     the exporter runs. `notify`: shows the user a message.
     """
@@ -37,7 +38,8 @@ class Exporter(Protocol):
     # Variants with weights of 8 bits or fewer: for each of them, every merge is exported and measured
     QUANTIZED: frozenset[str]
     RUNTIME: str  # the runtime that opens the export: a file in runtimes/
-    # Optional. EXACT: variants that keep every bit and compute in fp32 (frozenset); REMARKS: variant -> a remark on its measured distance;
+    # Optional. LABELLED: variants that models with a new head have, too (frozenset).
+    # EXACT: variants that keep every bit and compute in fp32 (frozenset); REMARKS: variant -> a remark on its measured distance;
     # BY_HAND: longer spellings that name how a variant is made.
 
     def export(self, job: Job, out: Path, variant: str) -> None:

@@ -13,7 +13,8 @@ from qkit.core.sources import is_hub_id
 from qkit.recipe import schedule
 
 if TYPE_CHECKING:
-    from qkit.recipe.schema import Data, Export, Merge, Model, Quantization, Recipe, Section, Serve, Source, Train
+    from qkit.recipe.schema import Data, Export, Merge, Model, Quantization, Recipe, Serve, Source, Train
+    from qkit.recipe.section import Section
 
     Key = tuple[str | int, ...]
     Problems = Iterator[tuple[Key, str]]
@@ -50,8 +51,8 @@ def mistakes(recipe: Recipe) -> Problems:
     if recipe.evaluate.answer_pattern is not None and recipe.task not in FREE_TEXT:
         yield (
             ("evaluate", "answer_pattern"),
-            f"evaluate.answer_pattern={recipe.evaluate.answer_pattern} applies to task={', '.join(FREE_TEXT)}, but task={recipe.task} "
-            "compares calls: remove it",
+            f"evaluate.answer_pattern={recipe.evaluate.answer_pattern} applies to task={', '.join(FREE_TEXT)}, whose answers are free text: remove it for "
+            f"task={recipe.task}",
         )
     yield from _base(recipe.model)
     yield from _division(recipe.data)

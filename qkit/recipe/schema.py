@@ -6,54 +6,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-Positive = Annotated[int, Field(gt=0)]
-Limit = Annotated[float, Field(ge=0)] | None
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Dtype = Literal["bfloat16", "float16", "float32"]
+from qkit.recipe.section import Dtype, Fraction, Limit, Pattern, Positive, Section, Sha256
+
 ALL = "all"  # in export.formats
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-def _compiled(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": str(error)}) from None
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(_compiled)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, and a loaded recipe does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Reject booleans for numbers: pydantic would read true as 1."""
-        kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
-        given = value if isinstance(value, list | tuple) else [value]
-        if kinds & {int, float} and bool not in kinds and any(isinstance(item, bool) for item in given):
-            raise PydanticCustomError("number", "must be a number, not true or false")
-        return value
-
-
-def _kinds(annotation: Any) -> Iterator[Any]:
-    """All types in an annotation."""
-    yield annotation
-    for inner in get_args(annotation):
-        yield from _kinds(inner)
 
 
 class Model(Section):
@@ -95,13 +56,24 @@ class Lora(Section):
     use_rslora: bool = False
 
 
-Method = Literal["lora", "full", "head"]
+Method = Literal["lora", "full", "head", "houlsby", "pfeiffer", "parallel"]
+WHOLE: tuple[Method, ...] = ("full", "head")  # the methods that leave a whole model behind, and no adapter
+BOTTLENECKS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel")  # adapters that no weight can take up
+
+
+class Bottleneck(Section):
+    """Bottleneck adapters (method houlsby, pfeiffer or parallel): down, a non-linearity, and up again, beside what a block computes."""
+
+    reduction_factor: Positive = Field(16, description="the model's width / the adapter's")
+    non_linearity: Literal["relu", "gelu", "swish", "silu", "tanh"] = "relu"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    scaling: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Loss(Section):
     """The loss of tasks with labels. With gradient accumulation, gradients are those of the whole batch, whatever the loss."""
 
-    kind: str = Field(
+    name: str = Field(
         "cross_entropy",
         description="cross_entropy, focal, or module:function of your own: (logits [rows, classes], labels [rows]) -> losses [rows]",
     )
@@ -372,7 +344,8 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 42
     method: Method = Field(
         "lora",
-        description="what is trained: lora (an adapter), full (all weights), head (the new head of a task with labels)",
+        description="what is trained: lora (an adapter); full (all weights); for tasks with labels also head (the new head) and "
+        "bottleneck adapters after attention and MLP (houlsby), after the MLP (pfeiffer) or beside it (parallel)",
     )
     micro_batches: Positive = Field(
         1, description="parts in which a batch passes through the model; gradients are those of the whole batch"
@@ -380,6 +353,7 @@ class Recipe(Section):
     model: Model
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
+    bottleneck: Bottleneck = Bottleneck()
     loss: Loss = Loss()
     data: Data
     ledger: Ledger = Ledger()
@@ -394,7 +368,7 @@ class Recipe(Section):
     @property
     def trained_as(self) -> str:
         """The name of what training makes, among the artifacts."""
-        return "adapter" if self.method == "lora" else "trained"
+        return "trained" if self.method in WHOLE else "adapter"
 
     def sha256(self) -> str:
         """Hash of the resolved recipe: equivalent files have the same hash."""

@@ -21,7 +21,7 @@ from qkit.merging.folder import dtype_of
 from qkit.model.provenance import NOTE, is_traced
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED, TRAINED
-from qkit.recipe.schema import Recipe, Serve
+from qkit.recipe.schema import BOTTLENECKS, Recipe, Serve
 from qkit.report import summary
 from qkit.report._templates import template
 from qkit.run.directory import Run
@@ -41,9 +41,10 @@ def write(run: Run) -> None:
         MissingArtifact: the merged model is missing, or a file of the run is damaged.
     """
     merged = run.folder("merge")
-    if not merged.is_dir():
+    if merged.is_dir():
+        write_text(merged / FILE, render(run))
+    elif run.recipe.method not in BOTTLENECKS:
         raise MissingArtifact(f"{merged} is missing: `qkit merge {run.root}` makes it")
-    write_text(merged / FILE, render(run))
     for folder in sorted(run.folder("export").glob("*/")):
         write_text(folder / FILE, render(run, folder.name))
 
@@ -67,6 +68,8 @@ def render(run: Run, export: str | None = None) -> str:
         run=run,
         recipe=run.recipe,
         dtype=dtype_of(run),
+        method=_method(run.recipe),
+        usage=open_task(run.recipe.task).usage(kind_of(export), run.recipe),
         onto=_onto(run, export),
         served=note.get("served_otherwise"),
         unstopped=note.get("unstopped"),
@@ -139,7 +142,7 @@ def _front_matter(run: Run, export: str | None, figures: Mapping[str, Any]) -> s
         library_name=LIBRARIES[kind],
         pipeline_tag=open_task(recipe.task).HEAD.pipeline_tag,
         datasets=[source.source for source in recipe.data.train if is_hub_id(source.source)] or None,
-        tags=["qkit", "lora", *(["qlora"] if recipe.quantization.load_in_4bit else []), recipe.task],
+        tags=["qkit", run.recipe.method, *(["qlora"] if recipe.quantization.load_in_4bit else []), recipe.task],
         **base,
         **scores,
     )
@@ -160,7 +163,7 @@ def _eval_results(run: Run, export: str | None, figures: Mapping[str, Any]) -> l
     metric = figures["metric"] or "score"
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=open_task(run.recipe.task).HEAD.pipeline_tag,
             dataset_type=source.source if source and is_hub_id(source.source) else name,
             dataset_name=f"{name}, held-out rows",
             metric_type=metric.replace(" ", "_"),
@@ -168,6 +171,20 @@ def _eval_results(run: Run, export: str | None, figures: Mapping[str, Any]) -> l
             metric_value=score["score"],
         )
     ]
+
+
+def _method(recipe: Recipe) -> str:
+    """What was trained, for people."""
+    if recipe.method == "full":
+        return "all weights"
+    if recipe.method == "head":
+        return "the new head alone"
+    if recipe.method in BOTTLENECKS:
+        adapter = recipe.bottleneck
+        return f"bottlenecks ({recipe.method}), reduction factor {adapter.reduction_factor}, {adapter.non_linearity}"
+    section, modules = recipe.lora, recipe.lora.target_modules
+    names = [modules] if isinstance(modules, str) else modules
+    return ", ".join([f"LoRA, rank {section.r}", f"alpha {section.lora_alpha}", *names, *section.target_parameters])
 
 
 def _messages(recipe: Recipe) -> list[dict[str, str]]:

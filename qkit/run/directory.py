@@ -20,12 +20,17 @@ from qkit.core.errors import MissingArtifact, RunBusy
 from qkit.core.files import make_folder, read_json, sha256_of, write_text, writing
 from qkit.core.progress import Progress
 from qkit.recipe.load import load
-from qkit.recipe.schema import Loss, Recipe
+from qkit.recipe.schema import Bottleneck, Loss, Recipe
 
 MANIFEST_VERSION = 1
 OWN_FILES = {".lock", ".holder", ".work", "logs"}  # files that a run killed at its start leaves
 # Fields that earlier versions did not have, with the value that does what they did: a run of theirs stays up to date.
-ADDED = {"method": "lora", "loss": Loss().model_dump(mode="json"), "train.bf16": True}
+ADDED = {
+    "method": "lora",
+    "bottleneck": Bottleneck().model_dump(mode="json"),
+    "loss": Loss().model_dump(mode="json"),
+    "train.bf16": True,
+}
 KEY = ".key"  # in a work folder: the stage key that the work belongs to
 DECIDED = "decided.json"  # in a stage's folder: its decisions where the recipe says `auto`, by recipe key
 LOCK_HELD = "QKIT_RUN_LOCK"  # set for a stage that `qkit run` starts: it uses its parent's lock

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import BOTTLENECKS, Recipe
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,19 @@ class Stage:
 
 
 BEFORE_REPORT = ("data", "train", "evaluate", "merge", "export", "serve", "verify", "bench")
-TRAINING = ("seed", "model", "quantization", "method", "lora", "loss", "data", "ledger", "train", "micro_batches")
+TRAINING = (
+    "seed",
+    "model",
+    "quantization",
+    "method",
+    "lora",
+    "bottleneck",
+    "loss",
+    "data",
+    "ledger",
+    "train",
+    "micro_batches",
+)
 MERGING = ("task", "seed", "model", "quantization", "evaluate", "merge")
 VERIFYING = ("task", "evaluate", "export", "verify", "serve")
 
@@ -53,5 +65,7 @@ STAGES: Mapping[str, Stage] = {
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
-    """The stages of a recipe, in order: without a vLLM export there is nothing to serve."""
-    return [stage for stage in STAGES.values() if not stage.is_server or "vllm" in recipe.export.formats]
+    """The stages of a recipe, in order: without a vLLM export there is nothing to serve, and no weight can take up a bottleneck adapter."""
+    left_out = {name for name, stage in STAGES.items() if stage.is_server and "vllm" not in recipe.export.formats}
+    left_out |= {"merge"} if recipe.method in BOTTLENECKS else set()
+    return [stage for name, stage in STAGES.items() if name not in left_out]

@@ -22,7 +22,8 @@ from qkit.core.device import Device
 from qkit.core.errors import MissingArtifact, MissingExtra, NotDeployable
 from qkit.core.files import read_json
 from qkit.core.memory_meter import PeakMeter
-from qkit.plugins.runtime import RowScores, Runtime, TokenRow
+from qkit.plugins.runtime import Encodes, RowScores, Runtime, TextRow, TokenRow
+from qkit.plugins.task import ModelHead
 from qkit.runtimes._onnx_graph import PICKED, batches, predicting_positions, scores_of
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ HEADS = ("MatMul", "MatMulNBits", "Gemm")
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 
-def open(artifact: Path, device: Device, **options: Any) -> Runtime:
-    """Open a folder with `model.onnx`. Options: `threads` (default: one per physical core).
+def open(artifact: Path, device: Device, **options: Any) -> Runtime | OnnxEncoder:
+    """Open a folder with `model.onnx`. Options: `threads` (default: one per physical core); `head`: its `ModelHead`.
 
     Raises:
         MissingArtifact: the folder was not made by qkit's ONNX export.
@@ -47,6 +48,10 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime:
     from qkit.model.provenance import is_traced
     from qkit.runtimes._onnx_traced import TracedRuntime
 
+    head: ModelHead | None = options.get("head")
+    if head is not None and not head.generates:
+        _need(artifact, ("model.onnx",))
+        return OnnxEncoder(artifact, device, PeakMeter(device))
     traced = is_traced(artifact)
     _need(artifact, ("model.onnx",) if traced else ("model.onnx", "genai_config.json"))
     meter = PeakMeter(device)
@@ -69,6 +74,28 @@ def _need(artifact: Path, files: Sequence[str]) -> None:
 def _head_size(artifact: Path) -> int:
     """Return the width of a key; the graph leaves that axis open, since a quantized cache would have another width."""
     return int(read_json(artifact / "genai_config.json")["model"]["decoder"]["head_size"])
+
+
+class OnnxEncoder(Encodes):
+    """The logits of a model with a head on whole texts."""
+
+    def __init__(self, folder: Path, device: Device, meter: PeakMeter):
+        from qkit.runtimes._onnx_encoder import EncoderSession
+
+        self.session = EncoderSession(folder, device)
+        self.meter = meter
+
+    def logits(self, rows: Sequence[TextRow]) -> Iterator[NDArray[np.float32]]:
+        inputs = [
+            {name: ids for name in ("input_ids", "token_type_ids") if (ids := getattr(row, name))} for row in rows
+        ]
+        return (outputs["logits"] for outputs in self.session.logits(inputs))
+
+    def memory_bytes(self) -> int:
+        return self.meter.peak_bytes()
+
+    def close(self) -> None:
+        self.session.close()
 
 
 class OnnxRuntime(Runtime):

@@ -64,6 +64,15 @@ def tokenizer_files(folder: Path) -> set[Path]:
     return set(_matching(folder, TOKENIZER_FILES))
 
 
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer of a model folder, and nothing else: other files may describe another use of the base model."""
+    for path in sorted(tokenizer_files(source)):
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
 def text_files(folder: Path) -> list[Path]:
     """Configuration, tokenizer and template files, without the index of the weights."""
     return [file for file in _matching(folder, [f"*{suffix}" for suffix in TEXT_SUFFIXES]) if not is_weights(file)]

@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkit.core.errors import RecipeError
-from qkit.model import new_heads
+from qkit.model.adapters import new_heads
 from qkit.plugins.task import open_task
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import BOTTLENECKS, Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -20,15 +19,13 @@ def prepared(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PreTrainedM
     """The model with what recipe.method trains, and nothing else, set to be trained. `folder`: of the base model.
 
     Raises:
-        RecipeError: the method cannot train this model.
+        ModelError: the method has no place in this architecture.
     """
     new = new_heads.of(base, folder)
     if recipe.method == "lora":
         return _with_lora(base, new, recipe)
-    if recipe.method == "full" and recipe.quantization.load_in_4bit:
-        raise RecipeError(
-            "method=full trains all weights, which 4-bit weights cannot be: set quantization.load_in_4bit=false"
-        )
+    if recipe.method in BOTTLENECKS:
+        return _with_bottlenecks(base, new, recipe)
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(recipe.method == "full" or name.startswith(tuple(f"{part}." for part in new)))
     return base
@@ -49,6 +46,22 @@ def _with_lora(base: PreTrainedModel, new: list[str], recipe: Recipe) -> PeftMod
         ),  # all-linear would put LoRA on them, too
         modules_to_save=new,
         **fields,
+    )
+    adapted: PeftModel = get_peft_model(base, config)
+    return adapted
+
+
+def _with_bottlenecks(base: PreTrainedModel, new: list[str], recipe: Recipe) -> PeftModel:
+    """Bottleneck adapters where recipe.method says; the new modules are trained whole, and saved with them."""
+    from peft import get_peft_model
+
+    from qkit.model.adapters.bottleneck import places, tuner
+
+    config = tuner.register()(
+        task_type=open_task(recipe.task).HEAD.peft_task_type,
+        modules_to_save=new,
+        **places.for_peft(base, recipe.method),
+        **recipe.bottleneck.model_dump(),
     )
     adapted: PeftModel = get_peft_model(base, config)
     return adapted

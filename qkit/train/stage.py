@@ -28,16 +28,17 @@ from qkit.core.errors import MissingArtifact, ModelError, OutOfMemory, RecipeErr
 from qkit.core.files import need_disk, read_json, write_json
 from qkit.core.memory_meter import PeakMeter
 from qkit.core.progress import Bar
-from qkit.model import provenance, source, targets
+from qkit.model import provenance, source
+from qkit.model.adapters import targets
 from qkit.model.config import shape_of
 from qkit.plan import deployable, fit, solve
 from qkit.plan import plan as plan_plan
 from qkit.plan import speed as plan_speed
 from qkit.plugins.task import LABELS, open_task
 from qkit.recipe import schedule
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
-from qkit.tensors.companions import copy_companions
+from qkit.tensors.companions import copy_tokenizer
 from qkit.train import checkpoints, memory_report, memory_watch, row_losses
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
@@ -247,11 +248,10 @@ def _check_names(recipe: Recipe) -> None:
 def _warn_of_memory(run: Run, device: Device) -> None:
     """Warn, before the model is loaded, if the plan does not fit. Not an error: activations are an upper bound."""
     try:
-        shape_of(run.recipe.model)
+        planned = plan_plan.plan(run.recipe, device=device)
     except ModelError as error:  # it may still be trainable
         run.progress.notify(f"not planned: {error}")
         return
-    planned = plan_plan.plan(run.recipe, device=device)
     if not planned.fits:
         run.progress.notify(f"warning: {plan_plan.refusal(planned)}")
 
@@ -339,9 +339,9 @@ def _checkpoint_bytes(trained: PreTrainedModel) -> int:
 
 def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
     """Write the adapter, or the whole model; with the base that it belongs to, and the labels."""
-    recipe, trained = run.recipe, out / ("adapter" if run.recipe.method == "lora" else "model")
+    recipe, trained = run.recipe, out / ("model" if run.recipe.method in WHOLE else "adapter")
     trainer.model.save_pretrained(str(trained))
-    weights = "adapter_model.safetensors" if recipe.method == "lora" else "model.safetensors*"
+    weights = "model*.safetensors" if recipe.method in WHOLE else "adapter_model.safetensors"
     if not any(trained.glob(weights)):
         raise MissingArtifact(f"{trained}: {weights} was not written")
     quantized = source.quantized_names(trainer.base_model) if recipe.quantization.load_in_4bit else []
@@ -350,5 +350,5 @@ def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
     labels = run.folder("data") / LABELS
     if labels.is_file():
         shutil.copyfile(labels, trained / LABELS)
-    if recipe.method != "lora":
-        copy_companions(folder, trained, but=("config.json", "generation_config.json"))
+    if recipe.method in WHOLE:
+        copy_tokenizer(folder, trained)

@@ -31,6 +31,7 @@ from qkit.plugins.exporter import is_exact
 from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED
+from qkit.recipe.schema import BOTTLENECKS
 from qkit.run.directory import Run
 
 EXACT_ROWS = 32  # a wrong graph shows in every row, and each row more is scored by a second model, in fp32
@@ -74,6 +75,8 @@ def run(run: Run, out: Path) -> None:
 
 def _rounding(run: Run) -> dict[str, Any]:
     """The entry of the reference model computed in bf16: a distance that rounding alone causes. It has no gate."""
+    if run.recipe.method in BOTTLENECKS:  # nothing was merged, and so nothing measured beside it
+        return {}
     rows = candidates.read_table(run)["beside"]
     parity = next((row["parity"] for row in rows if row["name"] == candidates.ADAPTER), None)
     return {run.recipe.trained_as: {"status": None, "failed": [], **parity}} if parity else {}
@@ -135,9 +138,17 @@ def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_c
 
 @contextmanager
 def _source(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[tuple[RowScores, ...]]:
-    """The merged model's scores of these rows in fp32, on disk while the context is open; none if the artifact need not equal it."""
+    """The scores of these rows, in fp32, of what an exact artifact was made from; none if the artifact is not exact.
+
+    The merged model's are on disk while the context is open.
+    """
     if not is_exact(artifact.name):
         yield ()
+        return
+    if (
+        run.recipe.method in BOTTLENECKS
+    ):  # the file is made from base and adapter, which the reference model computes in fp32
+        yield measure_reference.recorded(run, measure_held_out.held_out_of(run).rows).scores[: len(rows)]
         return
     merged, task = run.need("merge", "config.json").parent, open_task(run.recipe.task)
     with tempfile.TemporaryDirectory(dir=run.root / ".work") as folder:

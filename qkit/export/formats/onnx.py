@@ -19,12 +19,13 @@ from typing import Any
 
 from qkit.core.errors import NotDeployable
 from qkit.core.files import read_json
-from qkit.export._onnx import builder, genai_config
+from qkit.export._onnx import builder, genai_config, labelled
 from qkit.export._onnx.builder import BUILDER, LEAVE_OUT
 from qkit.export._onnx.trace import refusal
 from qkit.export.folder import note
 from qkit.model.provenance import MARK, TRACER
 from qkit.plugins.exporter import Job
+from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
 from qkit.tensors.companions import text_files
 
@@ -71,6 +72,7 @@ VARIANTS: Mapping[str, str] = {
 BY_HAND: Mapping[str, Build] = _int4_builds()
 QUANTIZED = frozenset({"int8", *BY_HAND})
 EXACT = frozenset({"fp32"})
+LABELLED = frozenset({"fp32", "int8"})
 
 
 ROUNDED_BY_QKIT = ("gptq", "nearest")
@@ -91,6 +93,9 @@ def export(job: Job, out: Path, variant: str) -> None:
         DoesNotFit: the disk is full.
         RuntimeError: the program failed otherwise; the message is the end of its log.
     """
+    if not open_task(job.recipe.task).HEAD.generates:
+        labelled.export(job, out, variant)
+        return
     build = build_of(variant)
     builder.need_builder()
     config = read_json(job.merged / "config.json")
@@ -113,6 +118,8 @@ def export(job: Job, out: Path, variant: str) -> None:
 
 def unsupported(variant: str, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
     """Return why no ONNX file can be made of a model with this config.json; None if it can, or if the builder is not installed."""
+    if not open_task(recipe.task).HEAD.generates:
+        return None
     architecture = builder.unknown_architecture(config)
     if config.get("model_type") in NO_PADDED_BATCHES:
         return f"ONNX Runtime's attention for {config['model_type']} does not support rows of different lengths in a batch. {LEAVE_OUT}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
 from qkit.plugins.task import LABELS, ModelHead, Prediction, read_labels
-from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
+from qkit.recipe.schema import BOTTLENECKS, Bottleneck, Data, Evaluate, Gate, Lora, Recipe
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
 
 if TYPE_CHECKING:
@@ -48,6 +48,37 @@ class EncoderTask:
     CHECKS = LABELLED_CHECKS
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]] = {}
     UNSCORED: frozenset[str] = frozenset()
+
+    def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """What only tasks on conversations have, and what the method has no use for."""
+        data, where = recipe.data, f"task={recipe.task}"
+        if data.too_long not in ("drop", "truncate"):
+            yield (
+                ("data", "too_long"),
+                f"data.too_long={data.too_long} is for conversations; use truncate or drop with {where}",
+            )
+        if data.packing:
+            yield (
+                ("data", "packing"),
+                f"data.packing=true is not possible with {where}: a head reads one text at a time; remove it",
+            )
+        if data.loss != "completion":
+            yield (
+                ("data", "loss"),
+                f"data.loss={data.loss} is for conversations: {where} has one label for a text; remove it",
+            )
+        for section, field in (("data", "system"), ("model", "chat_template")):
+            if getattr(getattr(recipe, section), field) is not None:
+                yield (section, field), f"{section}.{field} is for conversations, and {where} has none: remove it"
+        if recipe.method == "full" and recipe.quantization.load_in_4bit:
+            yield (
+                ("method",),
+                "method=full trains all weights, which 4-bit weights cannot be: set quantization.load_in_4bit=false",
+            )
+        if recipe.method != "lora" and recipe.lora != Lora():
+            yield ("lora",), f"lora has no effect with method={recipe.method}: remove it"
+        if recipe.method not in BOTTLENECKS and recipe.bottleneck != Bottleneck():
+            yield ("bottleneck",), f"bottleneck has no effect with method={recipe.method}: remove it"
 
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """16-bit or finer weights, a stratified split of 80/10/10 where no held-out rows are given, and formats of encoders."""
@@ -120,6 +151,18 @@ class EncoderTask:
         from qkit.tasks._encoder.encoder import open_encoder
 
         return open_encoder(recipe)
+
+    def tokenizer(self, recipe: Recipe) -> Any:
+        """The tokenizer of the recipe's model; it needs no chat template."""
+        from qkit.tasks._encoder.encoder import open_tokenizer
+
+        return open_tokenizer(recipe)
+
+    def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]:
+        """None: a text has a label as a whole."""
+        from qkit.core.batching import IGNORED
+
+        return [IGNORED] * len(record["input_ids"])
 
     def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]:
         """The labels of the training rows: numbers in their order, names by the alphabet."""
@@ -216,3 +259,9 @@ class EncoderTask:
     def answer(self, record: Mapping[str, Any]) -> str:
         """The names of the labels."""
         return ", ".join(record["names"])
+
+    def usage(self, library: str, recipe: Recipe) -> str:
+        """How to label a text, for the model card."""
+        from qkit.tasks._encoder.usage import usage
+
+        return usage(library, self.HEAD, recipe)

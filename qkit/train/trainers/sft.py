@@ -10,8 +10,9 @@ from qkit.core.device import Device
 from qkit.core.errors import RecipeError
 from qkit.core.files import need_disk, read_json
 from qkit.core.sources import cache_dir
-from qkit.model import added_tokens, load, targets
+from qkit.model import added_tokens, load
 from qkit.model import tokenizer as model_tokenizer
+from qkit.model.adapters import targets
 from qkit.plan import plan as plan_plan
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
@@ -95,7 +96,7 @@ def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
         save_strategy="steps",
         **device.trainer_arguments,
         **recipe.train.model_dump(
-            exclude={"save_total_limit"}
+            exclude={"save_total_limit", "bf16"}
         ),  # the trainer would delete the old checkpoint before the new one is complete
     )
     args._n_gpu = min(args.n_gpu, 1)  # with several visible GPUs, the trainer would split each batch over all of them

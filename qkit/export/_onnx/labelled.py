@@ -1,0 +1,75 @@
+"""The ONNX formats of models with a new head: fp32, and 8 bits calibrated on the run's own rows."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.core.device import detect
+from qkit.core.errors import NotDeployable
+from qkit.export._onnx import builder
+from qkit.model.load import load_reference
+from qkit.plugins.exporter import Job
+from qkit.plugins.task import LABELS, open_task
+from qkit.recipe.schema import BOTTLENECKS
+from qkit.tensors.companions import copy_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CALIBRATION_ROWS = 256
+
+
+def export(job: Job, out: Path, variant: str) -> None:
+    """Make the folder `out`: the graph, config.json with the labels, and the tokenizer.
+
+    Raises:
+        NotDeployable: there is no such variant, or the model cannot be traced.
+    """
+    from qkit.export._onnx.encoder import export_encoder
+    from qkit.export._onnx.int8 import quantize_int8
+
+    if variant not in ("fp32", "int8"):
+        raise NotDeployable(
+            f"onnx-{variant}: models with labels have onnx-fp32 and onnx-int8", export_format=f"onnx-{variant}"
+        )
+    with (
+        builder.reporting_full_disk(out.parent),
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch,
+    ):
+        folder = Path(scratch) / "complete"
+        model = loaded(job)
+        graph = export_encoder(model, folder if variant == "fp32" else Path(scratch) / "fp32")
+        if variant == "int8":
+            quantize_int8(graph.parent, folder, calibration_rows(job.rows))
+        model.config.save_pretrained(str(folder))
+        copy_tokenizer(job.merged, folder)
+        (folder / LABELS).write_bytes((job.adapter / LABELS).read_bytes())
+        folder.rename(out)
+
+
+def loaded(job: Job) -> PreTrainedModel:
+    """The model to export, in fp32: the merged one, or the base with the adapter that no weight can take up."""
+    import torch
+    import transformers
+
+    head = open_task(job.recipe.task).HEAD
+    if job.recipe.method in BOTTLENECKS:
+        model: Any = load_reference(job.base, job.recipe, detect(), job.adapter)
+        tokens = json.loads(job.rows.with_name("tokens.json").read_text(encoding="utf-8"))
+        model.config.pad_token_id = tokens["pad"]
+        return model.float().get_base_model()
+    model = getattr(transformers, head.auto_class).from_pretrained(str(job.merged), dtype=torch.float32)
+    return model.eval()
+
+
+def calibration_rows(file: Path) -> list[dict[str, list[int]]]:
+    """Training rows, evenly from all parts of the data, as the graph takes them."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(file, columns=["input_ids", "token_type_ids"])
+    step = max(len(table) // CALIBRATION_ROWS, 1)
+    rows = table.take(list(range(0, len(table), step))).to_pylist()
+    return [{name: ids for name, ids in row.items() if ids} for row in rows]
