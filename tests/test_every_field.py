@@ -207,6 +207,7 @@ TABLE: dict[str, Line | Place] = {
     ),
     "Data.packing": (planned, {"data.packing": True}),
     "Data.batch_tokens": (planned, {"data.batch_tokens": 8192}),
+    "Data.batch_rows": (planned, {"data.batch_rows": 1}, {"data.max_length": 512}),
     "Data.clean": (data, {"data.clean": {"duplicate": "keep"}}, {"data.train": [{"source": "twice.jsonl"}]}),
     "Ledger.losses": ("train/stage.py", "recipe.ledger.losses"),
     "Train.learning_rate": (trainer, {"train.learning_rate": 1e-5}),

@@ -78,6 +78,7 @@ class Task(Protocol):
     BASELINE: str  # what the trained model is compared with: one of recipe.registry.BASELINES
     HEAD: ModelHead
     TRAINER: str  # train/trainers/NAME.py
+    LENGTH_STEP: int  # rows are padded to a multiple of this many tokens
     GATES: Mapping[str, Gate]  # default limits by kind of artifact: "exact", "16-bit", "quantized"
     UNSCORED: Collection[str]  # data formats whose rows have no answer to score
     CHECKS: Mapping[str, Kind]  # over rows, in the order in which they are shown

@@ -198,6 +198,11 @@ def _division(data: Data) -> Problems:
             f"data.too_long=split divides plain text, but data.train is all {named}, whose long rows would be dropped: "
             "use drop or truncate_prompt",
         )
+    if data.packing and data.batch_rows is not None:
+        yield (
+            ("data", "batch_rows"),
+            f"data.batch_rows={data.batch_rows} has no effect with data.packing=true, where a batch is one pack: remove it",
+        )
 
 
 def _as_yaml(value: object) -> str:

@@ -169,6 +169,7 @@ class Data(Section):
     )
     packing: bool = Field(False, description="several rows in one sequence; each attends only to itself")
     batch_tokens: Positive = Field(2048, description="maximum number of tokens in a batch or a pack")
+    batch_rows: Positive | None = Field(None, description="maximum number of rows in a batch")
     clean: Clean = Clean()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.core.batching import LENGTH_STEP
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
 from qkit.plugins.task import ModelHead, Prediction
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
@@ -33,6 +34,7 @@ class ConversationTask:
     BASELINE = "base"
     HEAD = ModelHead("AutoModelForCausalLM", "CAUSAL_LM", "text-generation")
     TRAINER = "sft"
+    LENGTH_STEP = LENGTH_STEP
     # In excess of rounding and chance; benchmarks/results/gates.json lists what intact and broken artifacts measure.
     GATES: Mapping[str, Gate] = {
         "exact": Gate(top1=1.0, max_difference=1e-3),

@@ -54,6 +54,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         peft_config=lora_config(recipe, base, added_tokens.trained_rows(base, tokenizer, recipe.model.add_tokens)),
         pad=read_json(run.need("data", "tokens.json"))["pad"],
         batch_tokens=recipe.data.batch_tokens,
+        batch_rows=recipe.data.batch_rows,
         collator=task.collate,
         labelled_head=device.uses_labelled_head,
         packing=recipe.data.packing,
