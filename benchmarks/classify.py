@@ -202,7 +202,7 @@ def _of_run(run: Path, epochs: float) -> dict[str, Any]:
         "steps": last["step"],
         "rows_per_second": rows * epochs / last["seconds"],
         "trainable_parameters": memory["measured"]["adapter"] // 4,  # trained weights are fp32
-        "planned_peak_bytes": sum(memory["predicted"].values()),
+        "planned_peak_bytes": sum(memory["predicted"].values()) or None,  # None: not planned
         "peak_rss_bytes": memory["measured_peak_bytes"],
         "stage_seconds": {name: stage["seconds"] for name, stage in read_json(run / "run.json")["stages"].items()},
     }
@@ -220,7 +220,7 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
         groups.setdefault((rows, way), []).append(cell)
     for (rows, way), same in sorted(groups.items(), key=lambda group: (group[0][0] == ALL, int_or_0(group[0][0]))):
         middle = sorted(same, key=lambda cell: cell["accuracy"])[len(same) // 2]
-        planned = f"{middle['planned_peak_bytes'] / 1e6:.0f}" if "planned_peak_bytes" in middle else "–"
+        planned = f"{middle['planned_peak_bytes'] / 1e6:.0f}" if middle.get("planned_peak_bytes") else "–"
         fields = (
             rows,
             way,
