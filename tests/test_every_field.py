@@ -25,7 +25,8 @@ from qkit.plan import gpus, sheet
 from qkit.plan import plan as plan_plan
 from qkit.recipe import idle, schema
 from qkit.recipe.load import from_dict
-from qkit.recipe.schema import Recipe, Section
+from qkit.recipe.schema import Recipe
+from qkit.recipe.section import Section
 from qkit.run.directory import Run
 from qkit.runtimes import vllm
 from qkit.server import process
@@ -100,6 +101,7 @@ Place = tuple[str, str]
 TABLE: dict[str, Line | Place] = {
     "Recipe.task": ("evaluate/stage.py", "open_task(run.recipe.task)"),
     "Recipe.seed": (trainer, {"seed": 7}),
+    "Recipe.method": ("train/methods.py", "recipe.method"),
     "Recipe.micro_batches": (planned, {"micro_batches": 4}, {"data.batch_tokens": 8192}),
     "Model.source": (planned, {"model.source": "Qwen/Qwen2.5-3B"}),
     "Model.revision": ("model/source.py", "model.revision"),
@@ -117,8 +119,16 @@ TABLE: dict[str, Line | Place] = {
     "Lora.lora_alpha": (adapter, {"lora.lora_alpha": 8}),
     "Lora.lora_dropout": (planned, {"lora.lora_dropout": 0.1}),
     "Lora.target_modules": (planned, {"lora.target_modules": ["q_proj"]}),
-    "Lora.target_parameters": ("model/targets.py", "target_parameters"),
+    "Lora.target_parameters": ("model/adapters/targets.py", "target_parameters"),
     "Lora.use_rslora": (adapter, {"lora.use_rslora": True}),
+    **{
+        f"Bottleneck.{name}": ("train/methods.py", "**recipe.bottleneck.model_dump()")
+        for name in schema.Bottleneck.model_fields
+    },
+    "Loss.name": ("train/losses.py", "section.name"),
+    "Loss.class_weights": ("train/losses.py", "section.class_weights"),
+    "Loss.label_smoothing": ("train/losses.py", "section.label_smoothing"),
+    "Loss.gamma": ("train/losses.py", "section.gamma"),
     "Source.source": (data, {"data.train": [{"source": "other.jsonl"}]}),
     "Source.name": ("data/read.py", "load_dataset(name, source.name"),
     "Source.split": ("data/read.py", "source.split"),
@@ -197,6 +207,7 @@ TABLE: dict[str, Line | Place] = {
     ),
     "Data.packing": (planned, {"data.packing": True}),
     "Data.batch_tokens": (planned, {"data.batch_tokens": 8192}),
+    "Data.batch_rows": (planned, {"data.batch_rows": 1}, {"data.max_length": 512}),
     "Data.clean": (data, {"data.clean": {"duplicate": "keep"}}, {"data.train": [{"source": "twice.jsonl"}]}),
     "Ledger.losses": ("train/stage.py", "recipe.ledger.losses"),
     "Train.learning_rate": (trainer, {"train.learning_rate": 1e-5}),
@@ -214,6 +225,7 @@ TABLE: dict[str, Line | Place] = {
     "Train.weight_decay": (trainer, {"train.weight_decay": 0.1}),
     "Train.max_grad_norm": (trainer, {"train.max_grad_norm": 0.3}),
     "Train.optim": (planned, {"train.optim": "paged_adamw_8bit"}),
+    "Train.bf16": ("train/trainers/labelled.py", "recipe.train.bf16"),
     "Train.logging_steps": (trainer, {"train.logging_steps": 5}),
     "Train.save_steps": (trainer, {"train.save_steps": 5}),
     "Train.save_total_limit": ("train/trainers/sft.py", "checkpoints_kept=recipe.train.save_total_limit"),

@@ -30,6 +30,7 @@ from qkit.measure import held_out
 from qkit.measure.artifacts import Artifact, artifacts, open_artifact
 from qkit.measure.evidence import cost_of, read_evidence
 from qkit.model import tokenizer as model_tokenizer
+from qkit.plan import deployable
 from qkit.plugins.runtime import Runtime
 from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Bench
@@ -65,10 +66,14 @@ def run(run: Run, out: Path) -> None:
     """Bench every runtime of the recipe.
 
     Raises:
+        RecipeError: models with labels cannot be benched yet.
         DataError: there are no held-out rows to take prompts from.
         ServerError: every request to a server failed, or its token counts of the prompts differ from the rows'.
     """
     section = run.recipe.bench
+    if not section.runtimes:
+        return
+    deployable.check(run.recipe)
     rows = held_out_prompts(run)
     by_name = {artifact.name: artifact for artifact in artifacts(run)}
     for name in run.progress.track(section.runtimes, "bench", len(section.runtimes)):

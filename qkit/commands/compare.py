@@ -142,7 +142,7 @@ def side(text: str) -> Side:
         return Side(text, "vllm", url=root_url(text))
     path = Path(text)
     if (path / "recipe.yaml").is_file():
-        run = Run.open(path)
+        run = _generating(Run.open(path))
         run.need("train", "adapter")
         return Side(text, "transformers", path, run=run)
     note = read_json(path / provenance.NOTE) if (path / provenance.NOTE).is_file() else {}
@@ -161,8 +161,22 @@ def _maker(path: Path) -> Run | None:
     """The run that contains a stage's folder: RUN/merge or RUN/export/NAME. None if there is none."""
     for root in (path.resolve().parent, path.resolve().parent.parent):
         if (root / "recipe.yaml").is_file() and (root / "run.json").is_file():
-            return Run.open(root)
+            return _generating(Run.open(root))
     return None
+
+
+def _generating(run: Run) -> Run:
+    """The run, if its model generates text.
+
+    Raises:
+        DataError: it has labels.
+    """
+    if not open_task(run.recipe.task).HEAD.generates:
+        raise DataError(
+            f"{run.root}: `qkit verify A B` compares models that generate text, and not task={run.recipe.task}; `qkit verify {run.root}` "
+            "measures each of its artifacts"
+        )
+    return run
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 It builds what a run would hold in a temporary folder next to D (the adapter or adapters, the tokenized rows), so that merging and measuring are
 the same code as in the stage `merge`. However several adapters are combined, the result is measured against all of them active at once, each
-with its weight (model/adapter_sum.py), and never against what combining made of them.
+with its weight (model/adapters/sums.py), and never against what combining made of them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from qkit.measure import candidates, held_out
 from qkit.measure import reference as measure_reference
 from qkit.measure.candidates import Candidate, CandidateResult
 from qkit.merging.folder import add_stop_tokens, write_folder
-from qkit.model import adapter_sum, added_tokens, older_forms, provenance
+from qkit.model import added_tokens, older_forms, provenance
 from qkit.model import source as model_source
+from qkit.model.adapters import sums as adapter_sum
 from qkit.plugins.runtime import open_runtime
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe

@@ -12,7 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 IGNORED = -100  # the label of a token that carries no loss: torch's cross_entropy skips it
-LENGTH_STEP = 16  # rows are padded to a multiple of this, and shuffled among those of the same padded length
+LENGTH_STEP = (
+    16  # of long rows, which are padded to a multiple of this, and shuffled among those of the same padded length
+)
 
 
 def within_budget(lengths: Iterable[int], budget: float, most: float = math.inf) -> Iterator[range]:
@@ -62,43 +64,47 @@ class SeededBatches:
 
 
 class TokenBudgetBatches(SeededBatches):
-    """Batches whose padded size stays within `budget` tokens."""
+    """Batches of at most `most` rows whose padded size stays within `budget` tokens. `step`: rows are padded to a multiple of this."""
 
-    def __init__(self, lengths: Sequence[int], budget: int, seed: int):
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int, step: int = LENGTH_STEP, most: float = math.inf):
         super().__init__(seed)
-        self.lengths = lengths
+        self.lengths = [padded_length(length, step) for length in lengths]
         self.budget = budget
+        self.most = most
 
     def batches(self, rng: random.Random) -> list[list[int]]:
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
-        order.sort(key=lambda index: padded_length(self.lengths[index]))
-        lengths = [padded_length(self.lengths[index]) for index in order]
-        batches = [[order[place] for place in batch] for batch in within_budget(lengths, self.budget)]
+        order.sort(key=lambda index: self.lengths[index])
+        lengths = [self.lengths[index] for index in order]
+        batches = [[order[place] for place in batch] for batch in within_budget(lengths, self.budget, self.most)]
         rng.shuffle(batches)
         return batches
 
 
-def count_batches(lengths: Sequence[tuple[int, int]], budget: int) -> int:
+def count_batches(
+    lengths: Sequence[tuple[int, int]], budget: int, step: int = LENGTH_STEP, most: float = math.inf
+) -> int:
     """Return how many batches TokenBudgetBatches makes. `lengths`: pairs of a length in tokens and the number of rows of that length."""
     rows_by_length: dict[int, int] = {}
     for tokens, rows in lengths:
-        rows_by_length[padded_length(tokens)] = rows_by_length.get(padded_length(tokens), 0) + rows
+        length = padded_length(tokens, step)
+        rows_by_length[length] = rows_by_length.get(length, 0) + rows
     batches = filled = 0  # `filled`: rows of the last batch
     for length, left in sorted(rows_by_length.items()):
-        rows = left
+        rows, fitting = left, int(min(budget // length, most))
         while rows:
-            room = budget // length - filled
+            room = fitting - filled
             if batches == 0 or room < 1:  # a row longer than the budget is a batch of its own
-                batches, filled, room = batches + 1, 0, max(1, budget // length)
+                batches, filled, room = batches + 1, 0, max(1, fitting)
             taken = min(rows, room)
             rows, filled = rows - taken, filled + taken
     return batches
 
 
-def padded_length(length: int) -> int:
-    """Round a length up to LENGTH_STEP. Each distinct shape makes a CPU backend compile and keep kernels, and fragments the heap."""
-    return -(-length // LENGTH_STEP) * LENGTH_STEP
+def padded_length(length: int, step: int = LENGTH_STEP) -> int:
+    """Round a length up to `step`. Each distinct shape makes a CPU backend compile and keep kernels, and fragments the heap."""
+    return -(-length // step) * step
 
 
 def part_sizes(rows: int, parts: int) -> list[int]:

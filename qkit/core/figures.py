@@ -48,6 +48,8 @@ def percent(fraction: float | None) -> str:
 
 def kl_text(value: float | None) -> str:
     """A divergence in nats; a value too small for four decimals is shown as `< 0.0001`, not as 0."""
+    if value is not None and -0.00005 < value < 0:  # rounding of a sum that is zero
+        value = 0.0
     return "< 0.0001" if value is not None and 0 < value < 0.00005 else fixed(value, 4)
 
 

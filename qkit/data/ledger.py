@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from qkit.core.batching import TokenBudgetBatches, packed, padded_length
 from qkit.data.select import Decision
+from qkit.plugins.task import open_task
 from qkit.recipe.schema import SPLITS, Recipe
 
 
@@ -95,8 +97,10 @@ def batch_budget(ledger: Sequence[LedgerRow], recipe: Recipe) -> dict[str, int]:
             ends[row.pack] = max(ends.get(row.pack, 0), row.position + row.tokens)
         computed, count = sum(map(padded_length, ends.values())), len(ends)
     else:
-        batches = list(TokenBudgetBatches(lengths, recipe.data.batch_tokens, recipe.seed)) if lengths else []
-        computed = sum(len(batch) * padded_length(max(lengths[i] for i in batch)) for batch in batches)
+        step, most = open_task(recipe.task).LENGTH_STEP, recipe.data.batch_rows or math.inf
+        sampler = TokenBudgetBatches(lengths, recipe.data.batch_tokens, recipe.seed, step, most)
+        batches = list(sampler) if lengths else []
+        computed = sum(len(batch) * padded_length(max(lengths[i] for i in batch), step) for batch in batches)
         count = len(batches)
     return {
         "batches": count,

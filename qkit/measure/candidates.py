@@ -18,7 +18,8 @@ from qkit.measure import gates
 from qkit.measure import parity as measure_parity
 from qkit.measure.parity import Parity, Reference
 from qkit.plugins.runtime import RowScores
-from qkit.recipe.schema import Base, Dtype, Recipe
+from qkit.recipe.schema import Base, Recipe
+from qkit.recipe.section import Dtype
 from qkit.run.directory import Run
 
 FILE = "candidates.json"

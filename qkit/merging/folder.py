@@ -13,7 +13,8 @@ from qkit.merging.weights import merge
 from qkit.model import older_forms, provenance, source
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.task import open_task
-from qkit.recipe.schema import Base, Dtype
+from qkit.recipe.schema import Base
+from qkit.recipe.section import Dtype
 from qkit.run.directory import Run
 from qkit.tensors.companions import copy_companions
 

@@ -9,7 +9,8 @@ from qkit.core.device import detect
 from qkit.core.files import make_folder
 from qkit.model import provenance, source
 from qkit.plugins.task import LABELS
-from qkit.recipe.schema import Base, Dtype
+from qkit.recipe.schema import Base
+from qkit.recipe.section import Dtype
 from qkit.run.directory import Run
 from qkit.tensors.companions import copy_tokenizer
 

@@ -16,7 +16,7 @@ from qkit.core.errors import ModelError
 from qkit.core.progress import Bar, Progress
 from qkit.merging.layout import Group, Layout
 from qkit.merging.sizes import SAFETENSORS_NAMES, OutputShape, kept_dtype, untied_head, vocabulary_of, write_config
-from qkit.model import adapter_sum
+from qkit.model.adapters import sums as adapter_sum
 from qkit.recipe import schema
 from qkit.recipe.schema import Base
 from qkit.tensors.lora_deltas import Deltas, Experts, LowRank
@@ -46,7 +46,7 @@ def merge(
     """Write the weights of `folder` with the adapter added, and config.json, to `out`.
 
     It holds a few tensors at a time, whatever the size of the model. `base`: which weights to merge into. `adapter`: may be a folder of several
-    (model/adapter_sum.py). `note`: the adapter's, which lists the quantized weights. The first dtype that `section` lists is written.
+    (model/adapters/sums.py). `note`: the adapter's, which lists the quantized weights. The first dtype that `section` lists is written.
 
     Raises:
         ModelError: the adapter does not fit this base, is of a kind that cannot be merged, or the result holds NaN or infinity.

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
-from qkit.model import adapter_sum, added_tokens, new_heads, provenance, targets, tokenizer
-from qkit.model._bottleneck import tuner
+from qkit.model import added_tokens, provenance, tokenizer
+from qkit.model.adapters import new_heads, targets
+from qkit.model.adapters import sums as adapter_sum
+from qkit.model.adapters.bottleneck import tuner
 from qkit.model.source import dequantize
 from qkit.plugins.task import open_task, read_labels
 from qkit.recipe import schema
@@ -38,20 +40,11 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device, labels: Seque
     Raises:
         ModelError: some weights are missing from the folder.
     """
-    import torch
     import transformers
 
     head = open_task(recipe.task).HEAD
     model_class = getattr(transformers, head.auto_class)
-    options: dict[str, Any] = {"attn_implementation": recipe.model.attn_implementation}
-    if head.generates:
-        # Not from its file, which transformers may reject; qkit sets decoding itself.
-        options |= {"dtype": torch.bfloat16, "generation_config": transformers.GenerationConfig()}
-    else:
-        transformers.set_seed(recipe.seed)
-        options |= {"dtype": "auto" if _stays_in_16_bit(recipe) else torch.float32}
-        options |= open_task(recipe.task).head_config(labels)
-        options |= {"pad_token_id": tokenizer.padding_of(recipe.model)}
+    options: dict[str, Any] = {"attn_implementation": recipe.model.attn_implementation, **_of_head(recipe, labels)}
     if recipe.quantization.load_in_4bit:
         options["quantization_config"] = quantization_config(recipe.quantization, new_heads.names_of(folder, head))
     options |= {"device_map": device.device_map, "trust_remote_code": recipe.model.trust_remote_code}
@@ -67,6 +60,20 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device, labels: Seque
     if recipe.quantization.load_in_4bit and device.frees_through_malloc:
         _unmap_files(loaded)
     return loaded
+
+
+def _of_head(recipe: schema.Recipe, labels: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that depend on the task's head; the first weights of a new one depend on the recipe's seed."""
+    import torch
+    import transformers
+
+    task = open_task(recipe.task)
+    if task.HEAD.generates:
+        # Not from its file, which transformers may reject; qkit sets decoding itself.
+        return {"dtype": torch.bfloat16, "generation_config": transformers.GenerationConfig()}
+    transformers.set_seed(recipe.seed)
+    dtype = "auto" if _stays_in_16_bit(recipe) else torch.float32
+    return {"dtype": dtype, "pad_token_id": tokenizer.padding_of(recipe.model), **task.head_config(labels)}
 
 
 def _loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
@@ -168,7 +175,9 @@ def load_reference(folder: Path, recipe: schema.Recipe, device: Device, trained:
     if recipe.quantization.load_in_4bit:
         dequantize(base)
         if not (open_task(recipe.task).HEAD.generates or recipe.train.bf16):
-            torch.nn.Module.float(base)  # 4-bit layers take fp32 activations; transformers refuses its own `float` after quantization
+            torch.nn.Module.float(
+                base
+            )  # 4-bit layers take fp32 activations; transformers refuses its own `float` after quantization
     if trained is not None:
         base = _with_adapter(base, folder, trained, recipe.method)
     if open_task(recipe.task).HEAD.generates:

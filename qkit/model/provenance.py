@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import MissingArtifact, ModelError
-from qkit.model import adapter_sum
+from qkit.model.adapters import sums as adapter_sum
 from qkit.tensors.lora_deltas import WEIGHTS
 from qkit.tensors.shards import fingerprint, shards, tensor_specs
 

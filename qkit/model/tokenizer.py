@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 
 # Models whose first token has the position after that of padding, which is the id of the padding token.
-AFTER_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text")
+AFTER_PADDING = (
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "mpnet",
+    "data2vec-text",
+)
 
 
 def tokenizer_of(model: schema.Model) -> PreTrainedTokenizerBase:

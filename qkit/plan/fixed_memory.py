@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from qkit.core.figures import gib, mib
-from qkit.model import targets
+from qkit.model.adapters import targets
+from qkit.model.adapters.targets import Names, Target
 from qkit.model.shape import (
     LAYER,
     Linear,
@@ -19,7 +20,6 @@ from qkit.model.shape import (
     linears,
     vector_parameters,
 )
-from qkit.model.targets import Names, Target
 from qkit.plan.items import MemoryItem
 from qkit.recipe.schema import Recipe
 

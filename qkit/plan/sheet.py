@@ -24,6 +24,7 @@ from qkit.plan.published import Anchor
 from qkit.plan.remedies import Remedy
 from qkit.plan.solve import LengthTable, Question, Solved
 from qkit.plan.speed import Pace
+from qkit.plugins.task import open_task
 from qkit.recipe import idle, load, schedule, schema
 from qkit.recipe.schema import Recipe
 
@@ -76,7 +77,7 @@ def sheet(
     undecided, checkpointing = recipe, plan_plan.checkpointing(recipe, device, labelled)
     recipe = plan_plan.decided(recipe, device, labelled)
     stages = plan_plan.stages(recipe, device, labelled)
-    if (steps := schedule.planned_steps(recipe, lengths)) is not None:
+    if (steps := schedule.planned_steps(recipe, lengths, open_task(recipe.task).LENGTH_STEP)) is not None:
         schedule.check(recipe.train, steps)
     plan = max(stages[:2], key=lambda stage: stage.peak_bytes)
     rows = speed.kept(lengths, recipe.data.max_length) if lengths else None

@@ -7,6 +7,7 @@ plans for the same device use that instead.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,7 +137,11 @@ def _work(recipe: Recipe, rows: Rows | None) -> tuple[int | None, int | None]:
     if rows is None:
         return None, None
     tokens = round(rows.tokens * recipe.train.num_train_epochs)
-    return tokens, max(1, -(-tokens // step))
+    by_rows = 0.0
+    if recipe.data.batch_rows is not None and not recipe.data.packing:
+        each = recipe.data.batch_rows * recipe.train.gradient_accumulation_steps
+        by_rows = rows.rows * recipe.train.num_train_epochs / each
+    return tokens, max(1, -(-tokens // step), math.ceil(by_rows))
 
 
 # --- earlier runs ----------------------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ class TrainStep:
 def micro_tokens(recipe: Recipe) -> int:
     """Tokens of the largest micro-batch. A batch is divided between rows, never within one."""
     parts, row = recipe.micro_batches, min(recipe.data.max_length, recipe.data.batch_tokens)
-    return -(-(recipe.data.batch_tokens + (parts - 1) * row) // parts)
+    by_tokens = -(-(recipe.data.batch_tokens + (parts - 1) * row) // parts)
+    return by_tokens if recipe.data.batch_rows is None else min(by_tokens, row * -(-recipe.data.batch_rows // parts))
 
 
 def is_eager(recipe: Recipe, shape: Shape) -> bool:

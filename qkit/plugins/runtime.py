@@ -145,6 +145,7 @@ class RowScores:
     full: NDArray[np.float32] | None = None
     top_ids: NDArray[np.int64] | None = None
     top: NDArray[np.float32] | None = None
+    unit: str = "tokens"  # what the distributions are over
 
 
 @dataclass(frozen=True)

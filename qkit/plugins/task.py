@@ -78,11 +78,15 @@ class Task(Protocol):
     BASELINE: str  # what the trained model is compared with: one of recipe.registry.BASELINES
     HEAD: ModelHead
     TRAINER: str  # train/trainers/NAME.py
+    LENGTH_STEP: int  # rows are padded to a multiple of this many tokens
     GATES: Mapping[str, Gate]  # default limits by kind of artifact: "exact", "16-bit", "quantized"
     UNSCORED: Collection[str]  # data formats whose rows have no answer to score
     CHECKS: Mapping[str, Kind]  # over rows, in the order in which they are shown
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]]  # milder forms of one of them: name -> (check, its texts)
 
+    def clashes(
+        self, recipe: Recipe
+    ) -> Iterator[tuple[tuple[str | int, ...], str]]: ...  # values without a meaning here
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]: ...  # section -> values where a recipe has none
 
     # data: record -> example -> rows
@@ -96,6 +100,8 @@ class Task(Protocol):
     def identity(self, example: Example) -> Identity: ...
     def columns(self) -> Mapping[str, str]: ...  # column -> list<int32>, int32, float or string
     def encoder(self, recipe: Recipe) -> Encoder: ...
+    def tokenizer(self, recipe: Recipe) -> Any: ...  # that of the encoder, opened alone
+    def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]: ...  # by token; -100: no loss
     def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]: ...  # by label id; none for a task without labels
     def with_label_ids(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch: ...
     def set_checks(self, rows: Sequence[SetRow], recipe: Recipe) -> Iterator[Check]: ...

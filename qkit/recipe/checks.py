@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qkit.core.errors import nearest, short
 from qkit.recipe import idle
-from qkit.recipe.registry import MERGED, TASKS, accepts, format_names, names
+from qkit.recipe.registry import MERGED, TASKS, accepts, format_names, names, task_clashes
 from qkit.recipe.schema import ALL
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     yield from _split_clashes(recipe.data)
     yield from idle.mistakes(recipe)
     yield from _unknown_names(recipe)
+    yield from task_clashes(recipe)
 
 
 def _target_clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:

@@ -13,7 +13,8 @@ from qkit.core.sources import is_hub_id
 from qkit.recipe import schedule
 
 if TYPE_CHECKING:
-    from qkit.recipe.schema import Data, Export, Loss, Merge, Model, Quantization, Recipe, Section, Serve, Source, Train
+    from qkit.recipe.schema import Data, Export, Loss, Merge, Model, Quantization, Recipe, Serve, Source, Train
+    from qkit.recipe.section import Section
 
     Key = tuple[str | int, ...]
     Problems = Iterator[tuple[Key, str]]
@@ -51,8 +52,8 @@ def mistakes(recipe: Recipe) -> Problems:
     if recipe.evaluate.answer_pattern is not None and recipe.task not in FREE_TEXT:
         yield (
             ("evaluate", "answer_pattern"),
-            f"evaluate.answer_pattern={recipe.evaluate.answer_pattern} applies to task={', '.join(FREE_TEXT)}, but task={recipe.task} "
-            "compares calls: remove it",
+            f"evaluate.answer_pattern={recipe.evaluate.answer_pattern} applies to free text (task={', '.join(FREE_TEXT)}): remove it for "
+            f"task={recipe.task}",
         )
     yield from _base(recipe.model)
     yield from _division(recipe.data)
@@ -143,11 +144,11 @@ def _merging(section: Merge) -> Problems:
 def _loss(section: Loss) -> Problems:
     read = {"cross_entropy": ("class_weights", "label_smoothing"), "focal": ("class_weights", "gamma")}
     for name in _set(section, "class_weights", "label_smoothing", "gamma"):
-        if name not in read.get(section.kind, ()):
+        if name not in read.get(section.name, ()):
             kinds = " and ".join(kind for kind, names in read.items() if name in names)
             yield (
                 ("loss", name),
-                f"loss.{name}={getattr(section, name)} applies to loss.kind={kinds}, but loss.kind={section.kind}: remove it",
+                f"loss.{name}={getattr(section, name)} applies to loss.name={kinds}, but loss.name={section.name}: remove it",
             )
 
 
@@ -196,6 +197,11 @@ def _division(data: Data) -> Problems:
             ("data", "too_long"),
             f"data.too_long=split divides plain text, but data.train is all {named}, whose long rows would be dropped: "
             "use drop or truncate_prompt",
+        )
+    if data.packing and data.batch_rows is not None:
+        yield (
+            ("data", "batch_rows"),
+            f"data.batch_rows={data.batch_rows} has no effect with data.packing=true, where a batch is one pack: remove it",
         )
 
 

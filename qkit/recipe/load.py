@@ -14,7 +14,8 @@ from pydantic_core import ErrorDetails
 from qkit.core.errors import LINE, Problem, RecipeError, nearest, short
 from qkit.recipe.checks import clashes
 from qkit.recipe.registry import task_defaults
-from qkit.recipe.schema import Recipe, Section
+from qkit.recipe.schema import Recipe
+from qkit.recipe.section import Section
 
 if TYPE_CHECKING:
     from qkit.recipe.checks import Key

@@ -44,6 +44,13 @@ def task_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
     return filled
 
 
+def task_clashes(recipe: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Values of a valid recipe that its task does not have, as (key, message); none for an unknown task."""
+    if recipe.task in names(TASKS):
+        task: Any = importlib.import_module(f"qkit.{TASKS}.{recipe.task}").TASK
+        yield from task.clashes(recipe)
+
+
 def split(name: str) -> tuple[str, str]:
     """Split an export format into the exporter's name and the variant."""
     kind, _, variant = name.partition("-")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from qkit.core.batching import count_batches, packed
+from qkit.core.batching import LENGTH_STEP, count_batches, packed
 from qkit.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ def steps(train: Train, batches: int) -> int:
     return math.ceil(train.num_train_epochs * math.ceil(batches / train.gradient_accumulation_steps))
 
 
-def planned_steps(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> int | None:
+def planned_steps(recipe: Recipe, lengths: Sequence[Sequence[int]], length_step: int = LENGTH_STEP) -> int | None:
     """Optimizer steps, as far as recipe and lengths tell; None if unknown.
 
-    `lengths`: [tokens, rows, ...] for each length, before data.too_long is applied.
+    `lengths`: [tokens, rows, ...] for each length, before data.too_long is applied; `length_step`: the task's.
     """
     if recipe.train.max_steps > 0:
         return recipe.train.max_steps
@@ -35,7 +35,7 @@ def planned_steps(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> int | Non
         each = [tokens for tokens, count in rows for _ in range(count)]
         batches = 1 + max((pack for pack, _ in packed(each, recipe.data.batch_tokens)), default=-1)
     else:
-        batches = count_batches(rows, recipe.data.batch_tokens)
+        batches = count_batches(rows, recipe.data.batch_tokens, length_step, recipe.data.batch_rows or math.inf)
     return steps(recipe.train, batches) if batches else None
 
 

@@ -6,54 +6,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-Positive = Annotated[int, Field(gt=0)]
-Limit = Annotated[float, Field(ge=0)] | None
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Dtype = Literal["bfloat16", "float16", "float32"]
+from qkit.recipe.section import Dtype, Fraction, Limit, Pattern, Positive, Section, Sha256
+
 ALL = "all"  # in export.formats
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-def _compiled(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": str(error)}) from None
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(_compiled)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, and a loaded recipe does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Reject booleans for numbers: pydantic would read true as 1."""
-        kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
-        given = value if isinstance(value, list | tuple) else [value]
-        if kinds & {int, float} and bool not in kinds and any(isinstance(item, bool) for item in given):
-            raise PydanticCustomError("number", "must be a number, not true or false")
-        return value
-
-
-def _kinds(annotation: Any) -> Iterator[Any]:
-    """All types in an annotation."""
-    yield annotation
-    for inner in get_args(annotation):
-        yield from _kinds(inner)
 
 
 class Model(Section):
@@ -112,7 +73,7 @@ class Bottleneck(Section):
 class Loss(Section):
     """The loss of tasks with labels. With gradient accumulation, gradients are those of the whole batch, whatever the loss."""
 
-    kind: str = Field(
+    name: str = Field(
         "cross_entropy",
         description="cross_entropy, focal, or module:function of your own: (logits [rows, classes], labels [rows]) -> losses [rows]",
     )
@@ -208,6 +169,7 @@ class Data(Section):
     )
     packing: bool = Field(False, description="several rows in one sequence; each attends only to itself")
     batch_tokens: Positive = Field(2048, description="maximum number of tokens in a batch or a pack")
+    batch_rows: Positive | None = Field(None, description="maximum number of rows in a batch")
     clean: Clean = Clean()
 
 

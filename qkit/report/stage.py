@@ -89,6 +89,8 @@ def page(run: Run) -> str:
         speed_charts=speed_charts(figures["bench"]),
         bench_charts=bench_charts.charts_of(run),
         method=method(figures["bench"]),
+        labels=BASELINES[1] in figures["scores"],
+        subject="adapter" if run.recipe.trained_as == "adapter" else "trained model",
         examples=choose(examples),
         kinds=_kinds(examples),
         server=_server_command(run),
@@ -119,7 +121,10 @@ def lead(run: Run, figures: Summary, data: Mapping[str, Any]) -> str:
     rows = f" and {data['splits']['train']['rows']:,} rows of data" if data.get("splits") else ""
     device = figures["environment"]["device"].get("name")
     where = f", on {device}" if device else ""
-    how = f"trained for the task {recipe.task} with an adapter of rank {recipe.lora.r} on {weights} weights"
+    what = f"with {summary.trained_how(recipe)} on {weights} weights"
+    if recipe.trained_as == "trained":
+        what = f"training {summary.trained_how(recipe)}"
+    how = f"trained for the task {recipe.task} {what}"
     return f"{recipe.model.source}, {how}{rows}{where}."
 
 

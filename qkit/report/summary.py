@@ -13,6 +13,7 @@ from qkit.core.figures import ABSENT, trimmed
 from qkit.core.files import read
 from qkit.measure.evidence import STALE, cost_of, read_evidence
 from qkit.recipe.registry import BASELINES, MERGED, TRAINED
+from qkit.recipe.schema import BOTTLENECKS, Recipe
 from qkit.run.directory import Run
 from qkit.run.stages import STAGES
 
@@ -145,6 +146,15 @@ def verdict(figures: Summary) -> str:
     if adapter["high"] < base["low"]:
         return f"The {what} is worse than the {than}: the intervals do not overlap."
     return f"The intervals of the {than} and the {what} overlap: the difference may be chance."
+
+
+def trained_how(recipe: Recipe) -> str:
+    """What was trained, for people: `an adapter of rank 16`, `all weights`."""
+    if recipe.method in BOTTLENECKS:
+        return f"{recipe.method} bottleneck adapters (reduction factor {recipe.bottleneck.reduction_factor})"
+    return {"full": "all weights", "head": "its new head alone"}.get(
+        recipe.method, f"an adapter of rank {recipe.lora.r}"
+    )
 
 
 def scored(figures: Summary, names: Sequence[str]) -> dict[str, Any] | None:

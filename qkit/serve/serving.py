@@ -14,6 +14,7 @@ from qkit.measure.artifacts import Artifact
 from qkit.measure.evidence import FAILED, PASSED, Evidence, read_evidence
 from qkit.model import source as model_source
 from qkit.model.provenance import is_traced
+from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
@@ -42,9 +43,15 @@ def of_run(run: Run, options: ServeOptions) -> Serving:
 
     Raises:
         MissingArtifact: the run has no artifact for this runtime.
-        NotDeployable: the artifact, or an adapter, cannot be served.
+        NotDeployable: the artifact, or an adapter, cannot be served; or the model has labels.
         ParityFailed: every artifact for this runtime failed its gate.
     """
+    task = open_task(run.recipe.task)
+    if not task.HEAD.generates:
+        raise NotDeployable(
+            f"{run.root}: `qkit serve` serves models that generate text, and not task={run.recipe.task} yet; the README.md of {run.root}/merge "
+            "and of its exports shows how to load them"
+        )
     artifact, why = pick(run, options)
     name = options.name or run.root.resolve().name
     check_options(options, name)

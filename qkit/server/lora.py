@@ -12,7 +12,7 @@ from typing import Any
 
 from qkit.chat.template import OTHERS
 from qkit.core.errors import NotDeployable
-from qkit.model import targets
+from qkit.model.adapters import targets
 from qkit.model.config import from_config
 from qkit.model.provenance import check_adapter
 from qkit.recipe.schema import Recipe

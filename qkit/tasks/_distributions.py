@@ -38,7 +38,7 @@ def over(reference: RowScores, other: RowScores) -> str:
     tops = [scores.top.shape[1] for scores in (reference, other) if scores.full is None and scores.top is not None]
     widths = {scores.full.shape[1] for scores in (reference, other) if scores.full is not None}
     if not tops:
-        return "all tokens" if len(widths) == 1 else f"the {min(widths):,} tokens that both have"
+        return f"all {other.unit}" if len(widths) == 1 else f"the {min(widths):,} tokens that both have"
     both = "both servers'" if len(tops) > 1 else "the server's"
     return f"{both} top {min(tops)} and the rest as one: a lower bound"
 

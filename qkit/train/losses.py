@@ -32,11 +32,11 @@ def open_loss(section: schema.Loss, data: Path) -> Loss:
         RecipeError: it does not exist, or its settings do not fit the labels.
     """
     weights = class_weights(section, data)
-    if section.kind == "cross_entropy":
+    if section.name == "cross_entropy":
         return _cross_entropy(weights, section.label_smoothing)
-    if section.kind == "focal":
+    if section.name == "focal":
         return _focal(weights, section.gamma)
-    return _checked(section.kind, _imported(section.kind))
+    return _checked(section.name, _imported(section.name))
 
 
 def class_weights(section: schema.Loss, data: Path) -> torch.Tensor | None:
@@ -83,12 +83,12 @@ def _focal(weights: torch.Tensor | None, gamma: float) -> Loss:
 def _imported(name: str) -> Any:
     module, colon, function = name.partition(":")
     if not colon:
-        raise RecipeError(f"loss.kind={short(name)}: must be cross_entropy, focal, or module:function")
+        raise RecipeError(f"loss.name={short(name)}: must be cross_entropy, focal, or module:function")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise RecipeError(
-            f"loss.kind={short(name)}: {error}; the module must be importable, for example from PYTHONPATH"
+            f"loss.name={short(name)}: {error}; the module must be importable, for example from PYTHONPATH"
         ) from error
 
 
@@ -99,7 +99,7 @@ def _checked(name: str, function: Any) -> Loss:
         losses: torch.Tensor = function(logits, labels)
         if losses.shape != labels.shape:
             raise RecipeError(
-                f"loss.kind={short(name)}: returned a tensor of shape {tuple(losses.shape)} for {len(labels)} rows; it must return one loss "
+                f"loss.name={short(name)}: returned a tensor of shape {tuple(losses.shape)} for {len(labels)} rows; it must return one loss "
                 "for each row (reduction='none')"
             )
         return losses

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkit.core.errors import RecipeError
-from qkit.model import new_heads
+from qkit.model.adapters import new_heads
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import BOTTLENECKS, Recipe
 
@@ -20,18 +19,13 @@ def prepared(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PreTrainedM
     """The model with what recipe.method trains, and nothing else, set to be trained. `folder`: of the base model.
 
     Raises:
-        RecipeError: the method cannot train this model.
+        ModelError: the method has no place in this architecture.
     """
     new = new_heads.of(base, folder)
     if recipe.method == "lora":
         return _with_lora(base, new, recipe)
     if recipe.method in BOTTLENECKS:
         return _with_bottlenecks(base, new, recipe)
-    if recipe.quantization.load_in_4bit:
-        raise RecipeError(
-            f"method={recipe.method} saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
-            "quantization.load_in_4bit=false, or method=lora"
-        )
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(recipe.method == "full" or name.startswith(tuple(f"{part}." for part in new)))
     return base
@@ -61,7 +55,7 @@ def _with_bottlenecks(base: PreTrainedModel, new: list[str], recipe: Recipe) -> 
     """Bottleneck adapters where recipe.method says; the new modules are trained whole, and saved with them."""
     from peft import get_peft_model
 
-    from qkit.model._bottleneck import places, tuner
+    from qkit.model.adapters.bottleneck import places, tuner
 
     config = tuner.register()(
         task_type=open_task(recipe.task).HEAD.peft_task_type,

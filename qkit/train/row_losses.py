@@ -53,7 +53,7 @@ def mean_losses(trainer: Any, progress: Progress, name: str) -> list[float | Non
 
     rows = trainer.train_dataset
     sums = [0.0] * len(rows)
-    batches = list(TokenBudgetBatches(lengths(rows), trainer.batch_tokens, seed=0))
+    batches = list(TokenBudgetBatches(lengths(rows), trainer.batch_tokens, 0, trainer.length_step))
     with _inference(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         for indices in progress.track(batches, name, len(batches)):
             batch = trainer.collator([rows[index] for index in indices], trainer.pad)

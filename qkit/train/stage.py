@@ -28,7 +28,8 @@ from qkit.core.errors import MissingArtifact, ModelError, OutOfMemory, RecipeErr
 from qkit.core.files import need_disk, read_json, write_json
 from qkit.core.memory_meter import PeakMeter
 from qkit.core.progress import Bar
-from qkit.model import provenance, source, targets
+from qkit.model import provenance, source
+from qkit.model.adapters import targets
 from qkit.model.config import shape_of
 from qkit.plan import deployable, fit, solve
 from qkit.plan import plan as plan_plan
@@ -247,11 +248,10 @@ def _check_names(recipe: Recipe) -> None:
 def _warn_of_memory(run: Run, device: Device) -> None:
     """Warn, before the model is loaded, if the plan does not fit. Not an error: activations are an upper bound."""
     try:
-        shape_of(run.recipe.model)
+        planned = plan_plan.plan(run.recipe, device=device)
     except ModelError as error:  # it may still be trainable
         run.progress.notify(f"not planned: {error}")
         return
-    planned = plan_plan.plan(run.recipe, device=device)
     if not planned.fits:
         run.progress.notify(f"warning: {plan_plan.refusal(planned)}")
 

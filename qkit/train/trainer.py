@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.batching import IGNORED, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
+from qkit.core.batching import IGNORED, LENGTH_STEP, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
 from qkit.train import checkpoints, pack_isolation
 from qkit.train.fast.head import labelled_loss, row_losses
 from qkit.train.label_sums import Sums
@@ -32,12 +33,16 @@ class Counted(Base):
         batch_tokens: int,
         collator: Callable[..., dict[str, torch.Tensor]],
         packing: bool = False,
+        length_step: int = LENGTH_STEP,
+        batch_rows: int | None = None,
         micro_batches: int = 1,
         checkpoints_kept: int = 1,
         **kwargs: Any,
     ):
         self.checkpoints_kept = checkpoints_kept
         self.packing = packing
+        self.length_step = length_step
+        self.batch_rows = batch_rows or math.inf
         self.micro_batches = micro_batches
         self.sums = Sums()
         self.real_tokens = 0
@@ -63,8 +68,11 @@ class Counted(Base):
         return {**batch, "rows": torch.tensor([row["row"] for row in rows])}
 
     def batches(self) -> SeededBatches:
-        """The batch sampler, at its first epoch."""
-        return batches(self.train_dataset, self.batch_tokens, self.args.seed, self.packing)
+        """The batch sampler, at its first epoch: packs, or batches by token budget."""
+        if self.packing:
+            return PackBatches(self.train_dataset["pack"][:], self.train_dataset["position"][:], self.args.seed)
+        rows, seed = lengths(self.train_dataset), self.args.seed
+        return TokenBudgetBatches(rows, self.batch_tokens, seed, self.length_step, self.batch_rows)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         from torch.utils.data import DataLoader
@@ -192,13 +200,6 @@ def add_trl_head(model: Any) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-
-
-def batches(rows: Dataset, batch_tokens: int, seed: int, packing: bool) -> SeededBatches:
-    """The batch sampler for `rows`: its packs, or batches by token budget."""
-    if packing:
-        return PackBatches(rows["pack"][:], rows["position"][:], seed)
-    return TokenBudgetBatches(lengths(rows), batch_tokens, seed)
 
 
 def lengths(rows: Dataset) -> list[int]:

@@ -138,9 +138,17 @@ def _contract(run: Run, artifact: Artifact, runtime: Runtime) -> tuple[measure_c
 
 @contextmanager
 def _source(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[tuple[RowScores, ...]]:
-    """The merged model's scores of these rows in fp32, on disk while the context is open; none if the artifact need not equal it."""
+    """The scores of these rows, in fp32, of what an exact artifact was made from; none if the artifact is not exact.
+
+    The merged model's are on disk while the context is open.
+    """
     if not is_exact(artifact.name):
         yield ()
+        return
+    if (
+        run.recipe.method in BOTTLENECKS
+    ):  # the file is made from base and adapter, which the reference model computes in fp32
+        yield measure_reference.recorded(run, measure_held_out.held_out_of(run).rows).scores[: len(rows)]
         return
     merged, task = run.need("merge", "config.json").parent, open_task(run.recipe.task)
     with tempfile.TemporaryDirectory(dir=run.root / ".work") as folder:

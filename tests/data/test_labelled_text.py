@@ -18,7 +18,7 @@ from qkit.core.progress import Progress
 from qkit.data import stage as data_stage
 from qkit.plugins.example import LabelledText, RowError
 from qkit.recipe.load import from_dict
-from qkit.recipe.schema import Clean, Data
+from qkit.recipe.schema import Data
 from qkit.tasks import classify
 from qkit.tasks._encoder.labelled_text import COLUMNS
 
@@ -61,7 +61,8 @@ def test_other_columns_are_mapped_and_take_no_second_part() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "name"), [(3, "3"), (0, "0"), (-1, "-1"), (True, "True"), (False, "False"), (" a b ", "a b"), (["x"], "x")]
+    ("value", "name"),
+    [(3, "3"), (0, "0"), (-1, "-1"), (True, "True"), (False, "False"), (" a b ", "a b"), (["x"], "x")],
 )
 def test_values_that_are_labels(value: object, name: str) -> None:
     assert read({"text": "apple", "label": value}).labels == (name,)
@@ -142,7 +143,9 @@ def check(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "labels", [["fruit", "tree", "wood"], [0, 1, 2], [10, 9, 100], [True, False, True]], ids=["names", "numbers", "order", "bool"]
+    "labels",
+    [["fruit", "tree", "wood"], [0, 1, 2], [10, 9, 100], [True, False, True]],
+    ids=["names", "numbers", "order", "bool"],
 )
 def test_formats_of_files_give_the_same_rows(model: Path, tmp_path: Path, labels: list[Any]) -> None:
     rows = [{"text": f'{text(i)}, "quoted"\nand "ü"', "pair": text(i + 1), "label": labels[i % 3]} for i in range(30)]
@@ -173,7 +176,9 @@ def test_the_place_of_a_bad_record_is_named(model: Path, tmp_path: Path) -> None
 
 def test_a_name_that_nobody_reads(model: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", labelled_rows(12))
-    with pytest.raises(DataError, match="data.columns maps 'txt' to 'body', but 'txt' is not a name that this task reads"):
+    with pytest.raises(
+        DataError, match=r"data\.columns maps 'txt' to 'body', but 'txt' is not a name that this task reads"
+    ):
         prepared(model, file, tmp_path / "out", columns={"txt": "body"})
 
 

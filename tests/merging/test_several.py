@@ -20,7 +20,7 @@ from qkit.commands.combine import MergeRequest
 from qkit.core.errors import ModelError, RecipeError
 from qkit.core.progress import Progress
 from qkit.merging import distances
-from qkit.model import adapter_sum
+from qkit.model.adapters import sums as adapter_sum
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from helpers.tiny_encoders import classifier
 from helpers.tiny_models import config_of
 from qkit.core.errors import MissingExtra, ModelError, RecipeError
 from qkit.model import load
-from qkit.model._bottleneck import places, tuner
+from qkit.model.adapters.bottleneck import places, tuner
 
 IDS = torch.tensor([[1, 40, 41, 42, 2], [1, 50, 42, 44, 2]])
 LABELS = torch.tensor([0, 1])

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForCondit
 from helpers.tiny_encoders import ENCODERS, classifier
 from helpers.tiny_models import ARCHITECTURES, MORE, config_of, weightless
 from qkit.core.errors import ModelError, RecipeError
-from qkit.model._bottleneck import places, tuner
+from qkit.model.adapters.bottleneck import places, tuner
 
 IDS = torch.tensor([[1, 40, 41, 42, 2], [1, 50, 42, 44, 2]])
 UNPLACED = {"hrm_text", "granitemoe"}  # two stacks of layers; experts under a name of its own

@@ -13,7 +13,8 @@ from peft import get_peft_model
 from helpers.tiny_models import ARCHITECTURES, MORE, build, config_of, weightless
 from qkit.core.device import Device, detect
 from qkit.core.errors import ModelError, NotDeployable, RecipeError
-from qkit.model import load, targets
+from qkit.model import load
+from qkit.model.adapters import targets
 from qkit.model.config import from_config
 from qkit.model.shape import Shape, parameters
 from qkit.plan import deployable, fixed_memory, sheet, train_step

@@ -59,6 +59,7 @@ MISTAKES = [
         {"data": {"too_long": "split", "train": [{**ROWS, "format": "messages"}]}},
         "data.too_long=split divides plain text, but data.train is all messages",
     ),
+    ({"data": {"packing": True, "batch_rows": 8}}, "data.batch_rows=8 has no effect with data.packing=true"),
 ]
 
 

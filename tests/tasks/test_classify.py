@@ -147,7 +147,10 @@ def test_a_label_that_only_held_out_rows_have(model: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("labels", "said"),
-    [(["fruit"], "the training rows have 1 label (fruit): nothing can be learned"), ([], "the training rows have no label")],
+    [
+        (["fruit"], "the training rows have 1 label (fruit): nothing can be learned"),
+        ([], "the training rows have no label"),
+    ],
 )
 def test_nothing_to_tell_apart(model: Path, tmp_path: Path, labels: list[str], said: str) -> None:
     rows = [{"text": text(i), "label": name} for i in range(8) for name in labels]
@@ -187,7 +190,9 @@ def test_rows_are_split_by_label_and_equal_texts_stay_together(model: Path, tmp_
     texts = {name: {row["text"] for row in rows if row[column] == name} for name in LABELS}
     for name, of_label in texts.items():
         shares = Counter(next(iter(places[t])) for t in of_label)
-        assert [shares[split] for split in SPLITS] == pytest.approx([len(of_label) * s for s in (0.8, 0.1, 0.1)], abs=1), name
+        assert [shares[split] for split in SPLITS] == pytest.approx(
+            [len(of_label) * s for s in (0.8, 0.1, 0.1)], abs=1
+        ), name
 
 
 @pytest.mark.parametrize("section", [{"split": {"train": 0.5, "test": 0.5}}, {"test": [{"source": "t.jsonl"}]}])

@@ -23,6 +23,17 @@ def test_every_task_offers_what_a_task_must(name: str) -> None:
         task.example({"nonsense": 1}, None, "auto", Data())
 
 
+# Texts with labels
+
+
+def test_a_batch_of_texts_is_as_long_as_its_longest() -> None:
+    """Most are short: a multiple of 16 tokens would be padding to a third."""
+    rows = [{"input_ids": [5] * n, "token_type_ids": [], "labels": [n]} for n in (3, 2)]
+    batch = open_task("classify").collate(rows, 0)
+    assert batch["input_ids"].tolist() == [[5, 5, 5], [5, 5, 0]] and batch["attention_mask"].sum() == 5
+    assert batch["labels"].tolist() == batch["lengths"].tolist() == [3, 2]
+
+
 # Chat
 
 

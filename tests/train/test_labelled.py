@@ -73,7 +73,9 @@ def plain_trainer(trainer: Any, folder: Path, smoothing: float, loss: Any) -> An
 @pytest.mark.parametrize("name", ["cross_entropy", "smoothing", "weights"])
 def test_a_step_is_that_of_a_plain_trainer(model: Path, tmp_path: Path, name: str) -> None:
     """With class weights, torch divides by the weights of the batch, and qkit by its rows, with weights whose mean over all rows is 1."""
-    section = {"cross_entropy": {}, "smoothing": {"label_smoothing": 0.2}, "weights": {"class_weights": {"wood": 3.0}}}[name]
+    section = {"cross_entropy": {}, "smoothing": {"label_smoothing": 0.2}, "weights": {"class_weights": {"wood": 3.0}}}[
+        name
+    ]
     run = prepared(tmp_path, model, method="full", loss=section, train={"max_steps": 1, "weight_decay": 0.1})
     weights = losses.class_weights(run.recipe.loss, run.folder("data"))
 
@@ -107,9 +109,7 @@ def test_every_label_is_trained_on_once_an_epoch(model: Path, tmp_path: Path) ->
     }
 
 
-def test_labels_that_change_on_their_way_are_seen(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labels_that_change_on_their_way_are_seen(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qkit.tasks._encoder import collate as module
 
     own = module.collate

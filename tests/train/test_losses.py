@@ -83,12 +83,12 @@ def test_class_weights_average_one_over_the_training_rows(data: Path, given: Any
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_focal_loss(data: Path, gamma: float) -> None:
     logits, labels = sample()
-    own = losses.open_loss(Loss(kind="focal", gamma=gamma), data)(logits, labels)
+    own = losses.open_loss(Loss(name="focal", gamma=gamma), data)(logits, labels)
     p = logits.softmax(-1)[torch.arange(10), labels]
     assert torch.allclose(own, -((1 - p) ** gamma) * p.log(), atol=1e-6)
     if gamma == 0:
         assert torch.allclose(own, cross_entropy(logits, labels, reduction="none"), atol=1e-6)
-    weighted = losses.open_loss(Loss(kind="focal", gamma=gamma, class_weights={"wood": 3.0}), data)(logits, labels)
+    weighted = losses.open_loss(Loss(name="focal", gamma=gamma, class_weights={"wood": 3.0}), data)(logits, labels)
     weights = losses.class_weights(Loss(class_weights={"wood": 3.0}), data)
     assert weights is not None and torch.allclose(weighted, own * weights[labels])
 
@@ -96,7 +96,7 @@ def test_focal_loss(data: Path, gamma: float) -> None:
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 def test_the_gradient_of_a_row_that_is_certain_is_a_number(data: Path, gamma: float) -> None:
     logits = torch.tensor([[200.0, -200.0, 0.0], [-200.0, 200.0, 0.0]], requires_grad=True)
-    losses.open_loss(Loss(kind="focal", gamma=gamma), data)(logits, torch.tensor([0, 0])).sum().backward()
+    losses.open_loss(Loss(name="focal", gamma=gamma), data)(logits, torch.tensor([0, 0])).sum().backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
     assert logits.grad[0].abs().max() < 1e-3 and logits.grad[1].abs().max() > 0.5
 
@@ -109,34 +109,47 @@ def test_a_label_that_class_weights_name_wrongly(data: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("crossentropy", "loss.kind=crossentropy: must be cross_entropy, focal, or module:function"),
-        ("no_such_module:f", "No module named 'no_such_module'; the module must be importable, for example from PYTHONPATH"),
+        ("crossentropy", "loss.name=crossentropy: must be cross_entropy, focal, or module:function"),
+        (
+            "no_such_module:f",
+            "No module named 'no_such_module'; the module must be importable, for example from PYTHONPATH",
+        ),
         ("json:f", "module 'json' has no attribute 'f'"),
     ],
 )
 def test_losses_that_do_not_exist(data: Path, kind: str, said: str) -> None:
     with pytest.raises(RecipeError) as raised:
-        losses.open_loss(Loss(kind=kind), data)
+        losses.open_loss(Loss(name=kind), data)
     assert said in str(raised.value)
 
 
 @pytest.mark.parametrize("function", ["mean", "one"])
 def test_a_loss_that_returns_a_mean_is_refused(data: Path, own: str, function: str) -> None:
-    loss = losses.open_loss(Loss(kind=f"{own}:{function}"), data)
-    with pytest.raises(RecipeError, match=r"returned a tensor of shape \((1,)?\) for 10 rows; it must return one loss for each row"):
+    loss = losses.open_loss(Loss(name=f"{own}:{function}"), data)
+    with pytest.raises(
+        RecipeError, match=r"returned a tensor of shape \((1,)?\) for 10 rows; it must return one loss for each row"
+    ):
         loss(*sample())
 
 
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ({"kind": "focal", "label_smoothing": 0.1}, "loss.label_smoothing=0.1 applies to loss.kind=cross_entropy"),
-        ({"gamma": 1.0}, "loss.gamma=1.0 applies to loss.kind=focal, but loss.kind=cross_entropy"),
-        ({"kind": "a:b", "class_weights": "balanced"}, "loss.class_weights=balanced applies to loss.kind=cross_entropy and focal"),
+        ({"name": "focal", "label_smoothing": 0.1}, "loss.label_smoothing=0.1 applies to loss.name=cross_entropy"),
+        ({"gamma": 1.0}, "loss.gamma=1.0 applies to loss.name=focal, but loss.name=cross_entropy"),
+        (
+            {"name": "a:b", "class_weights": "balanced"},
+            "loss.class_weights=balanced applies to loss.name=cross_entropy and focal",
+        ),
     ],
 )
 def test_settings_that_a_loss_does_not_read(section: dict[str, Any], said: str) -> None:
-    raw = {"task": "classify", "model": {"source": "owner/x"}, "data": {"train": [{"source": "a.jsonl"}]}, "loss": section}
+    raw = {
+        "task": "classify",
+        "model": {"source": "owner/x"},
+        "data": {"train": [{"source": "a.jsonl"}]},
+        "loss": section,
+    }
     with pytest.raises(RecipeError) as raised:
         from_dict(raw, (), "the test")
     assert said in str(raised.value)
@@ -148,8 +161,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "cross_entropy": {},
     "balanced": {"class_weights": "balanced"},
     "smoothing": {"label_smoothing": 0.1, "class_weights": {"wood": 3.0}},
-    "focal": {"kind": "focal", "class_weights": "balanced"},
-    "own": {"kind": "OWN:squared"},
+    "focal": {"name": "focal", "class_weights": "balanced"},
+    "own": {"name": "OWN:squared"},
 }
 
 

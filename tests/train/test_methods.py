@@ -34,7 +34,13 @@ BASES: dict[str, tuple[str, str, list[str], int, int]] = {
         CLASSIFIER + SQUARE,
         2 * LORA_OF_A_LAYER,
     ),
-    "distilbert": ("distilbert", "AutoModel", ["pre_classifier", "classifier"], CLASSIFIER + SQUARE, 2 * LORA_OF_A_LAYER),
+    "distilbert": (
+        "distilbert",
+        "AutoModel",
+        ["pre_classifier", "classifier"],
+        CLASSIFIER + SQUARE,
+        2 * LORA_OF_A_LAYER,
+    ),
     "roberta": ("roberta", "AutoModel", ["classifier"], CLASSIFIER + SQUARE, 2 * LORA_OF_A_LAYER),
     "llama": ("llama", "AutoModelForCausalLM", ["score"], 64 * LABELS, 2 * LLAMA_LORA_OF_A_LAYER),
 }
@@ -108,7 +114,9 @@ def test_full_moves_every_weight_that_has_a_gradient(models: dict[str, Path], tm
     run = trained(tmp_path, models["bert"], method="full", train={"weight_decay": 0.0})
     before = load_file(models["bert"] / "model.safetensors")
     after = load_file(run.folder("train") / "model" / "model.safetensors")
-    still = [key for key in before if key != "embeddings.position_ids" and torch.equal(before[key], after[f"bert.{key}"])]
+    still = [
+        key for key in before if key != "embeddings.position_ids" and torch.equal(before[key], after[f"bert.{key}"])
+    ]
     assert not still
 
 
@@ -123,7 +131,10 @@ def test_an_adapter_holds_the_new_head_and_the_base_is_the_one_on_disk(models: d
     reference = load.load_reference(models["bert without pooler"], run.recipe, detect(), run.trained())
     state = reference.state_dict()
     for key, value in load_file(models["bert without pooler"] / "model.safetensors").items():
-        names = [f"{prefix}{key}", f"{prefix}{key}".replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")]
+        names = [
+            f"{prefix}{key}",
+            f"{prefix}{key}".replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias"),
+        ]
         if key.startswith("bert."):
             assert any(torch.equal(state[name], value) for name in names if name in state), key
 

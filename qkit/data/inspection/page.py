@@ -13,7 +13,7 @@ from qkit.core.batching import IGNORED
 from qkit.core.files import write_text
 from qkit.data.inspection.screen import histogram, suspects
 from qkit.data.inspection.view import Inspection, token_texts
-from qkit.model import tokenizer as model_tokenizer
+from qkit.plugins.task import open_task
 from qkit.recipe.schema import SPLITS
 
 ROWS = 2000  # of each split: about 3 MB of page for rows of 300 tokens
@@ -28,7 +28,7 @@ def write(inspection: Inspection, file: Path) -> None:
     """Write the page."""
     import jinja2
 
-    tokenizer = model_tokenizer.tokenizer_of(inspection.recipe.model)
+    tokenizer = open_task(inspection.recipe.task).tokenizer(inspection.recipe)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qkit.data.inspection", ""),
         autoescape=True,
@@ -59,12 +59,13 @@ def _json(value: Any) -> str:
 def _rows(inspection: Inspection, split: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    special = frozenset(template.special_ids(tokenizer).values())
+    task, special = open_task(inspection.recipe.task), frozenset(template.special_ids(tokenizer).values())
     with pq.ParquetFile(inspection.folder / f"{split}.parquet") as opened:
         batches = opened.iter_batches(READ, columns=["input_ids", "labels", "place"])
         rows = (row for batch in batches for row in batch.to_pylist())
         for row in islice(rows, ROWS):
-            segments = list(_segments(row, special, tokenizer))
+            labelled = {**row, "labels": task.token_labels(row)}
+            segments = list(_segments(labelled, special, tokenizer))
             yield {"place": row["place"], "tokens": len(row["input_ids"]), "segments": segments}
 
 

@@ -106,6 +106,8 @@ def _splits(splits: Mapping[str, Mapping[str, int]]) -> Table:
 
 def _template(inspection: Inspection) -> str:
     template = inspection.summary["template"]
+    if "end_of_turn" not in template:  # texts with labels
+        return f"\npadding: {template['pad']}; labels: {', '.join(inspection.labels)}"
     return (
         f"\ntemplate: {template['name']}; end of turn: {template['end_of_turn']}; padding: {template['pad']}; "
         f"loss: {inspection.recipe.data.loss}; packing: {'on' if inspection.recipe.data.packing else 'off'}"
@@ -194,9 +196,8 @@ def row_screen(view: RowView) -> RenderableType:
     """The row: what carries loss green and underlined, special tokens magenta, the rest dim."""
     from rich.text import Text
 
-    body = Text(
-        f"{view.split} row {view.row} ({view.place}): {len(view.input_ids)} tokens, {sum(view.loss_mask)} carry loss\n\n"
-    )
+    loss = f"label {', '.join(view.names)}" if view.names else f"{sum(view.loss_mask)} carry loss"
+    body = Text(f"{view.split} row {view.row} ({view.place}): {len(view.input_ids)} tokens, {loss}\n\n")
     for text, trained, special in zip(view.texts, view.loss_mask, view.special, strict=True):
         color = "magenta" if special else "green" if trained else "dim"
         body.append(plain(text), style=f"{color} underline" if trained else color)

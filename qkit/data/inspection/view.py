@@ -20,7 +20,7 @@ from qkit.core.progress import Progress
 from qkit.core.sources import HubId, cache_dir, locate
 from qkit.data import stage as data_stage
 from qkit.model import source as model_source
-from qkit.model import tokenizer as model_tokenizer
+from qkit.plugins.task import Task, open_task, read_labels
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import SPLITS, Recipe
 from qkit.run.directory import Run
@@ -40,12 +40,17 @@ class Inspection:
     folder: Path
     summary: Mapping[str, Any]
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the labels; () for a task without."""
+        return read_labels(self.folder)
+
 
 @dataclass(frozen=True)
 class RowView:
     """One row, token by token. `texts`: what each token reads as (a character split over several is with the first of them).
 
-    `loss_mask`: 1 where a token carries loss; `special`: 1 where it is a special token.
+    `loss_mask`: 1 where a token carries loss; `special`: 1 where it is a special token. `names`: the labels of the whole text.
     """
 
     split: str
@@ -55,6 +60,7 @@ class RowView:
     texts: tuple[str, ...]
     loss_mask: tuple[int, ...]
     special: tuple[int, ...]
+    names: tuple[str, ...] = ()
 
 
 def inspect(recipe: Recipe, progress: Progress) -> Inspection:
@@ -140,11 +146,12 @@ def row(inspection: Inspection, split: str, number: int) -> RowView:
     count = inspection.summary["splits"][split]["rows"]
     if not 0 <= number < count:
         raise DataError(f"--row {number}: the split {split} has {count} rows, numbered from 0")
-    tokenizer = model_tokenizer.tokenizer_of(inspection.recipe.model)
-    return view(tokenizer, _read_row(inspection.folder / f"{split}.parquet", number), split, number)
+    task = open_task(inspection.recipe.task)
+    stored = _read_row(inspection.folder / f"{split}.parquet", number)
+    return view(task, task.tokenizer(inspection.recipe), stored, split, number)
 
 
-def view(tokenizer: Any, stored: Mapping[str, Any], split: str, number: int) -> RowView:
+def view(task: Task, tokenizer: Any, stored: Mapping[str, Any], split: str, number: int) -> RowView:
     """A row of a split's parquet file with its tokens as text."""
     ids = stored["input_ids"]
     special = frozenset(template.special_ids(tokenizer).values())
@@ -154,16 +161,17 @@ def view(tokenizer: Any, stored: Mapping[str, Any], split: str, number: int) -> 
         place=stored["place"],
         input_ids=tuple(ids),
         texts=tuple(token_texts(tokenizer, ids)),
-        loss_mask=tuple(int(label != IGNORED) for label in stored["labels"]),
+        loss_mask=tuple(int(label != IGNORED) for label in task.token_labels(stored)),
         special=tuple(int(token in special) for token in ids),
+        names=tuple(stored.get("names") or ()),
     )
 
 
 def _read_row(file: Path, number: int) -> Mapping[str, Any]:
     import pyarrow.parquet as pq
 
-    columns = ["input_ids", "labels", "place"]
     with pq.ParquetFile(file) as opened:
+        columns = [name for name in ("input_ids", "labels", "place", "names") if name in opened.schema_arrow.names]
         for group in range(opened.num_row_groups):
             rows = opened.metadata.row_group(group).num_rows
             if number < rows:
@@ -175,6 +183,9 @@ def _read_row(file: Path, number: int) -> Mapping[str, Any]:
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
     """What each token reads as. Tokens that hold parts of one character are read together; the first of them gets the text."""
+    if type(tokenizer.backend_tokenizer.decoder).__name__ == "WordPiece":
+        yield from _word_pieces(tokenizer.convert_ids_to_tokens(list(ids)))
+        return
     held: list[int] = []
     for token in ids:
         held.append(token)
@@ -206,3 +217,9 @@ def losses(run: Run) -> dict[str, list[dict[str, Any]]] | None:
     unlearnt = sorted(rows, key=lambda loss: loss["loss_before"] - loss["loss_after"])
     low = sorted(rows, key=lambda loss: loss["loss_before"])
     return {"did_not_learn": unlearnt[:WORST], "suspiciously_low": low[:WORST]}
+
+
+def _word_pieces(pieces: Sequence[str]) -> Iterator[str]:
+    """Pieces of words as text: a piece that begins a word has a space before it."""
+    for place, piece in enumerate(pieces):
+        yield piece.removeprefix("##") if piece.startswith("##") else f" {piece}" if place else piece

@@ -43,7 +43,7 @@ def export(job: Job, out: Path, variant: str) -> None:
         model = loaded(job)
         graph = export_encoder(model, folder if variant == "fp32" else Path(scratch) / "fp32")
         if variant == "int8":
-            quantize_int8(graph, folder, calibration_rows(job.rows))
+            quantize_int8(graph.parent, folder, calibration_rows(job.rows))
         model.config.save_pretrained(str(folder))
         copy_tokenizer(job.merged, folder)
         (folder / LABELS).write_bytes((job.adapter / LABELS).read_bytes())

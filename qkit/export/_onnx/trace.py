@@ -83,13 +83,13 @@ def _program(model: PreTrainedModel) -> Any:
     except (MemoryError, OSError):
         raise
     except Exception as error:  # of any type: the tracer runs the model's own code
-        raise NotDeployable(f"{type(model).__name__} cannot be traced: {_reason(error)}.") from error
+        raise NotDeployable(f"{type(model).__name__} cannot be traced: {reason(error)}.") from error
     for value in (*program.model.graph.inputs, *program.model.graph.outputs):
         value.name = LAYER.sub(lambda match: f"{NAMES[match[1]]}.{match[2]}.{match[3]}", value.name)
     return program
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """Return the first line of the root cause."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.core.batching import LENGTH_STEP
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
 from qkit.plugins.task import ModelHead, Prediction
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
@@ -33,6 +34,7 @@ class ConversationTask:
     BASELINE = "base"
     HEAD = ModelHead("AutoModelForCausalLM", "CAUSAL_LM", "text-generation")
     TRAINER = "sft"
+    LENGTH_STEP = LENGTH_STEP
     # In excess of rounding and chance; benchmarks/results/gates.json lists what intact and broken artifacts measure.
     GATES: Mapping[str, Gate] = {
         "exact": Gate(top1=1.0, max_difference=1e-3),
@@ -42,6 +44,25 @@ class ConversationTask:
     CHECKS = CONVERSATION_CHECKS
     LESSER_CHECKS = LESSER_CHECKS
     UNSCORED = frozenset({"text", "tokenized"})  # data formats without a question to answer
+
+    def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """What only tasks with labels have."""
+        for_labels = f"is for tasks with labels, and task={recipe.task} has none: remove it"
+        if recipe.method != "lora":
+            yield ("method",), f"method={recipe.method} {for_labels}"
+        for section in ("bottleneck", "loss"):
+            if getattr(recipe, section) != type(getattr(recipe, section))():
+                yield (section,), f"{section} {for_labels}"
+        if recipe.data.too_long == "truncate":
+            yield (
+                ("data", "too_long"),
+                f"data.too_long=truncate {for_labels} (truncate_prompt keeps the end of a conversation)",
+            )
+        if not recipe.train.bf16:
+            yield (
+                ("train", "bf16"),
+                "train.bf16=false: conversations are trained in bf16 on 16-bit or 4-bit weights; remove it",
+            )
 
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """Those of the schema."""
@@ -106,6 +127,17 @@ class ConversationTask:
         from qkit.tasks._conversation.encoder import open_encoder
 
         return open_encoder(recipe)
+
+    def tokenizer(self, recipe: Recipe) -> Any:
+        """The tokenizer with the recipe's chat template and tokens."""
+        from qkit.model.tokenizer import tokenizer_of
+
+        return tokenizer_of(recipe.model)
+
+    def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]:
+        """The labels of a prepared row."""
+        labels: Sequence[int] = record["labels"]
+        return labels
 
     def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]:
         """None: what is learned is text."""

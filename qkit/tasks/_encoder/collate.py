@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.batching import padded_length
-
 if TYPE_CHECKING:
     import torch
 
 
-def padded(rows: Sequence[Mapping[str, Any]], pad: int, longest: int | None = None) -> dict[str, torch.Tensor]:
+def padded(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and, where rows have them, `token_type_ids`: [rows, longest], padded on the right."""
     import torch
 
-    width = longest or max(len(row["input_ids"]) for row in rows)
+    width = max(len(row["input_ids"]) for row in rows)
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     types = torch.zeros((len(rows), width), dtype=torch.long)
@@ -34,5 +32,4 @@ def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tens
     import torch
 
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    batch = padded(rows, pad, padded_length(int(lengths.max())))
-    return {**batch, "labels": torch.tensor([row["labels"][0] for row in rows]), "lengths": lengths}
+    return {**padded(rows, pad), "labels": torch.tensor([row["labels"][0] for row in rows]), "lengths": lengths}

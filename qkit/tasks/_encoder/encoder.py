@@ -161,14 +161,23 @@ def _row(example: LabelledText, encoded: Any, place: int, whole: int) -> Encoded
     return EncodedText(encoded["input_ids"][place], types[place] if types else [], example.labels, whole)
 
 
+def open_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer of a recipe's model, with the tokens of model.add_tokens.
+
+    Raises:
+        ModelError: there is none.
+    """
+    tokenizer = added_tokens.bare_tokenizer(companions(recipe.model), recipe.model.trust_remote_code)
+    added_tokens.add(tokenizer, recipe.model.add_tokens)
+    return tokenizer
+
+
 def open_encoder(recipe: Recipe) -> TextEncoder:
     """Load the tokenizer of a recipe's model; no chat template is needed.
 
     Raises:
         ModelError: there is no tokenizer, or no token to pad with.
     """
-    folder = companions(recipe.model)
-    tokenizer = added_tokens.bare_tokenizer(folder, recipe.model.trust_remote_code)
-    added_tokens.add(tokenizer, recipe.model.add_tokens)
-    pad = model_tokenizer.padding_token(tokenizer, recipe.model, folder)
+    tokenizer = open_tokenizer(recipe)
+    pad = model_tokenizer.padding_token(tokenizer, recipe.model, companions(recipe.model))
     return TextEncoder(recipe, tokenizer, pad, model_tokenizer.vocabulary(recipe.model, tokenizer))

@@ -19,7 +19,7 @@ def scores(row: TextRow, logits: NDArray[np.float32]) -> RowScores:
     import numpy as np
 
     full = log_softmax(logits)[None]
-    return RowScores(full[:, row.labels[0]], full.argmax(1).astype(np.int64), full)
+    return RowScores(full[:, row.labels[0]], full.argmax(1).astype(np.int64), full, unit="labels")
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
 from qkit.plugins.task import LABELS, ModelHead, Prediction, read_labels
-from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
+from qkit.recipe.schema import BOTTLENECKS, WHOLE, Bottleneck, Data, Evaluate, Gate, Lora, Recipe
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
 
 if TYPE_CHECKING:
@@ -27,12 +27,18 @@ if TYPE_CHECKING:
     from qkit.tasks._encoder.labeller import Labeller, Prior
 
 
+# A batch's loss is the mean over its texts. With a budget of tokens alone, short texts would share a batch with over a hundred others
+# and long ones with a few: an epoch would have few steps, and long texts would count for more.
+BATCH_ROWS = 32
+
+
 class EncoderTask:
     """Everything of the contract but METRIC, HEAD and `correct`, for tasks that give a text one label."""
 
     BASELINE = "majority"
     HEAD: ModelHead
     TRAINER = "labelled"
+    LENGTH_STEP = 1  # many texts have 10 to 20 tokens: padded to 16, a third of a batch would be padding
     # Of fp32 artifacts, in excess of rounding and chance; the figures of "quantized" are looser, as for conversations.
     GATES: Mapping[str, Gate] = {
         "exact": Gate(top1=1.0, max_difference=1e-3),
@@ -43,6 +49,38 @@ class EncoderTask:
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]] = {}
     UNSCORED: frozenset[str] = frozenset()
 
+    def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """What only tasks on conversations have, and what the method has no use for."""
+        data, where = recipe.data, f"task={recipe.task}"
+        if data.too_long not in ("drop", "truncate"):
+            yield (
+                ("data", "too_long"),
+                f"data.too_long={data.too_long} is for conversations; use truncate or drop with {where}",
+            )
+        if data.packing:
+            yield (
+                ("data", "packing"),
+                f"data.packing=true is not possible with {where}: a head reads one text at a time; remove it",
+            )
+        if data.loss != "completion":
+            yield (
+                ("data", "loss"),
+                f"data.loss={data.loss} is for conversations: {where} has one label for a text; remove it",
+            )
+        for section, field in (("data", "system"), ("model", "chat_template")):
+            if getattr(getattr(recipe, section), field) is not None:
+                yield (section, field), f"{section}.{field} is for conversations, and {where} has none: remove it"
+        if recipe.method in WHOLE and recipe.quantization.load_in_4bit:
+            yield (
+                ("method",),
+                f"method={recipe.method} saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
+                "quantization.load_in_4bit=false, or method=lora",
+            )
+        if recipe.method != "lora" and recipe.lora != Lora():
+            yield ("lora",), f"lora has no effect with method={recipe.method}: remove it"
+        if recipe.method not in BOTTLENECKS and recipe.bottleneck != Bottleneck():
+            yield ("bottleneck",), f"bottleneck has no effect with method={recipe.method}: remove it"
+
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """16-bit or finer weights, a stratified split of 80/10/10 where no held-out rows are given, and formats of encoders."""
         data = raw.get("data") if isinstance(raw.get("data"), Mapping) else {}
@@ -50,8 +88,14 @@ class EncoderTask:
         split = {"split": {"train": 0.8, "validation": 0.1, "test": 0.1}} if is_split else {}
         return {
             "quantization": {"load_in_4bit": False},
-            "data": {"too_long": "truncate", "max_length": 256, **split},
-            "train": {"bf16": False, "gradient_checkpointing": False, "num_train_epochs": 3, "weight_decay": 0.01},
+            "data": {"too_long": "truncate", "max_length": 256, "batch_rows": BATCH_ROWS, **split},
+            "train": {
+                "bf16": False,
+                "gradient_checkpointing": False,
+                "num_train_epochs": 3,
+                "weight_decay": 0.01,
+                "optim": "adamw_torch_fused",  # a fifth of the time of a step on all weights of a small model
+            },
             "merge": {"dtype": "float32"},
             "export": {"formats": ["onnx-fp32"]},
             "bench": {"runtimes": []},
@@ -108,6 +152,18 @@ class EncoderTask:
         from qkit.tasks._encoder.encoder import open_encoder
 
         return open_encoder(recipe)
+
+    def tokenizer(self, recipe: Recipe) -> Any:
+        """The tokenizer of the recipe's model; it needs no chat template."""
+        from qkit.tasks._encoder.encoder import open_tokenizer
+
+        return open_tokenizer(recipe)
+
+    def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]:
+        """None: a text has a label as a whole."""
+        from qkit.core.batching import IGNORED
+
+        return [IGNORED] * len(record["input_ids"])
 
     def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]:
         """The labels of the training rows: numbers in their order, names by the alphabet."""

@@ -66,6 +66,8 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
         loss=losses.open_loss(recipe.loss, data),
         pad=pad,
         batch_tokens=recipe.data.batch_tokens,
+        batch_rows=recipe.data.batch_rows,
+        length_step=task.LENGTH_STEP,
         collator=task.collate,
         micro_batches=recipe.micro_batches,
         checkpoints_kept=recipe.train.save_total_limit,

@@ -10,8 +10,9 @@ from qkit.core.device import Device
 from qkit.core.errors import RecipeError
 from qkit.core.files import need_disk, read_json
 from qkit.core.sources import cache_dir
-from qkit.model import added_tokens, load, targets
+from qkit.model import added_tokens, load
 from qkit.model import tokenizer as model_tokenizer
+from qkit.model.adapters import targets
 from qkit.plan import plan as plan_plan
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
@@ -53,6 +54,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         peft_config=lora_config(recipe, base, added_tokens.trained_rows(base, tokenizer, recipe.model.add_tokens)),
         pad=read_json(run.need("data", "tokens.json"))["pad"],
         batch_tokens=recipe.data.batch_tokens,
+        batch_rows=recipe.data.batch_rows,
         collator=task.collate,
         labelled_head=device.uses_labelled_head,
         packing=recipe.data.packing,
@@ -94,7 +96,7 @@ def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
         save_strategy="steps",
         **device.trainer_arguments,
         **recipe.train.model_dump(
-            exclude={"save_total_limit"}
+            exclude={"save_total_limit", "bf16"}
         ),  # the trainer would delete the old checkpoint before the new one is complete
     )
     args._n_gpu = min(args.n_gpu, 1)  # with several visible GPUs, the trainer would split each batch over all of them

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError, RecipeError, nearest
-from qkit.model._bottleneck.layer import bottleneck_width
+from qkit.model.adapters.bottleneck.layer import bottleneck_width
 
 if TYPE_CHECKING:
     from torch import nn

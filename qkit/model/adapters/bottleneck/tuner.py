@@ -6,8 +6,8 @@ import functools
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from qkit.core.errors import MissingExtra, ModelError
-from qkit.model._bottleneck import layer
-from qkit.model._bottleneck.config import MethodName, config_class
+from qkit.model.adapters.bottleneck import layer
+from qkit.model.adapters.bottleneck.config import MethodName, config_class
 
 if TYPE_CHECKING:
     from torch import nn

@@ -73,7 +73,7 @@ def _alone(base: PreTrainedModel, adapter: Path) -> Any:
     from peft import PeftModel
     from torch.nn import Parameter
 
-    from qkit.model import targets
+    from qkit.model.adapters import targets
 
     memo: dict[int, Any] = {id(held): held for held in (*base.parameters(), *base.buffers()) if held.ndim > 1}
     for held in base.parameters():

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qkit.core.errors import ModelError
-from qkit.model._bottleneck.config import ACTIVATIONS
+from qkit.model.adapters.bottleneck.config import ACTIVATIONS
 
 if TYPE_CHECKING:
     import torch
