@@ -83,7 +83,8 @@ def test_a_pipeline_answers_as_measured(
     run = runs(method, kind)
     label = transformers.pipeline("text-classification", model=str(run.folder("merge")), device="cpu")
     same_answers(run, label([asked(row) for row in held_out(run)], batch_size=batch_size))
-    assert len({round(line["confidence"], 4) for line in predictions(run)}) > 12  # it is not a constant that is compared
+    shown = {(line["prediction"], round(line["confidence"], 4)) for line in predictions(run)}
+    assert len(shown) > 5  # it is not a constant that is compared
 
 
 @pytest.mark.parametrize("kind", KINDS["lora"])
@@ -129,7 +130,9 @@ def test_intact_models_pass(runs: Callable[[str, str], Run], method: str, kind: 
     right = sum(line["correct"] for line in predictions(run))
     assert scores[run.recipe.trained_as]["score"] == pytest.approx(100 * right / 24)
     assert parity["scores"]["merged"]["score"] == pytest.approx(100 * right / 24)
-    assert right == sum(line["prediction"] == row["label"] for line, row in zip(predictions(run), held_out(run), strict=True))
+    assert right == sum(
+        line["prediction"] == row["label"] for line, row in zip(predictions(run), held_out(run), strict=True)
+    )
     assert scores["majority"]["score"] == pytest.approx(100 / 3)
 
 
@@ -154,7 +157,9 @@ def swap_names(folder: Path) -> None:
 
 def no_names(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("id2label", "label2id")}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("id2label", "label2id")})
+    )
 
 
 def other_words(folder: Path) -> None:
@@ -177,7 +182,11 @@ def no_types(folder: Path) -> None:
     [
         (swap_names, "labels", "label 1 is 'tree' in training, 'wood' in config.json"),
         (no_names, "labels", "label 0 is 'fruit' in training, no label in config.json"),
-        (lambda folder: change_json(folder / "config.json", pad_token_id=2), "padding", "pad_token_id=2, training padded with 0"),
+        (
+            lambda folder: change_json(folder / "config.json", pad_token_id=2),
+            "padding",
+            "pad_token_id=2, training padded with 0",
+        ),
         (lambda folder: change_json(folder / "config.json", pad_token_id=None), "padding", "pad_token_id=None"),
         (other_words, "tokens", "the ids differ from training"),
         (no_types, "tokens", "the token types differ from training"),

@@ -18,8 +18,9 @@ from qkit import pipeline
 from qkit.core.device import detect
 from qkit.core.errors import ModelError
 from qkit.core.memory_meter import PeakMeter
-from qkit.model import load, new_heads
+from qkit.model import load
 from qkit.model import tokenizer as model_tokenizer
+from qkit.model.adapters import new_heads
 from qkit.plugins.runtime import TextRow
 from qkit.plugins.task import open_task
 from qkit.recipe.load import from_dict
@@ -45,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def of(name: str) -> Path:
         if name not in built:
             folder = tmp_path_factory.mktemp("models") / name.replace(" ", "-")
-            built[name] = build_model(folder, name.split()[0], KINDS[name][0])
+            built[name] = build_model(folder, name.partition(" ")[0], KINDS[name][0])
         return built[name]
 
     return of
@@ -66,7 +67,9 @@ def test_new_modules(model: Callable[..., Path], name: str) -> None:
     folder, new = model(name), KINDS[name][1]
     own, report = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, output_loading_info=True)
     assert new_heads.of(own, folder) == new_heads.names_of(folder, open_task("classify").HEAD) == new
-    assert report["missing_keys"] and all(key.startswith(tuple(f"{part}." for part in new)) for key in report["missing_keys"])
+    assert report["missing_keys"] and all(
+        key.startswith(tuple(f"{part}." for part in new)) for key in report["missing_keys"]
+    )
     assert new_heads.names_of(folder, open_task("chat").HEAD) == []
 
 
@@ -104,7 +107,9 @@ def test_half_a_pooler_is_no_new_one(model: Callable[..., Path], tmp_path: Path)
 
 def test_a_head_for_other_labels(tmp_path: Path) -> None:
     folder = build_model(tmp_path / "five", "bert", "AutoModelForSequenceClassification", num_labels=5)
-    with pytest.raises(ModelError, match="do not have the shapes that config.json and 3 labels need; .* trained from"):
+    with pytest.raises(
+        ModelError, match=r"do not have the shapes that config\.json and 3 labels need; .* trained from"
+    ):
         loaded(folder)
 
 
