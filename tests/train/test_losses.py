@@ -107,7 +107,7 @@ def test_a_label_that_class_weights_name_wrongly(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("kind", "said"),
     [
         ("crossentropy", "loss.name=crossentropy: must be cross_entropy, focal, or module:function"),
         (
@@ -117,9 +117,9 @@ def test_a_label_that_class_weights_name_wrongly(data: Path) -> None:
         ("json:f", "module 'json' has no attribute 'f'"),
     ],
 )
-def test_losses_that_do_not_exist(data: Path, name: str, said: str) -> None:
+def test_losses_that_do_not_exist(data: Path, kind: str, said: str) -> None:
     with pytest.raises(RecipeError) as raised:
-        losses.open_loss(Loss(name=name), data)
+        losses.open_loss(Loss(name=kind), data)
     assert said in str(raised.value)
 
 
@@ -185,7 +185,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_divided(
 ) -> None:
     section = {key: str(v).replace("OWN", own) if key == "name" else v for key, v in LOSSES[name].items()}
     results = []
-    for number, (most, accumulation, parts) in enumerate(((8, 1, 1), (1, 8, 1), (8, 1, 3), (3, 3, 2))):
+    for number, (rows, accumulation, parts) in enumerate(((8, 1, 1), (1, 8, 1), (8, 1, 3), (3, 3, 2))):
         run = labelled_run(
             tmp_path / str(number),
             model,
@@ -194,7 +194,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_divided(
             loss=section,
             micro_batches=parts,
             held_out=0,
-            data={"max_length": 16, "batch_rows": most},
+            data={"batch_rows": rows},
             train={"max_steps": 1, "gradient_accumulation_steps": accumulation},
         )
         pipeline.execute(run, "data")
