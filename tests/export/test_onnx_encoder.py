@@ -132,6 +132,7 @@ def test_the_file_says_how_long_a_row_may_be(exported: Any) -> None:
     assert EncoderSession(exported("modernbert")[1]).positions == 0  # as long as memory lasts
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"takes a model in float32, and this one has weights in torch.bfloat16"):
         encoder.export_encoder(headed("bert").bfloat16(), tmp_path / "out")
@@ -151,7 +152,9 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
 def furthest(model: Any, folder: Path, rows: list[dict[str, list[int]]]) -> float:
     """The mean difference of a logit."""
     found = [outputs["logits"] for outputs in EncoderSession(folder).logits(rows)]
-    return float(np.mean([np.abs(outputs_of(model, row)["logits"] - one).mean() for row, one in zip(rows, found)]))
+    return float(
+        np.mean([np.abs(outputs_of(model, row)["logits"] - one).mean() for row, one in zip(rows, found, strict=True)])
+    )
 
 
 @pytest.mark.slow

@@ -112,6 +112,6 @@ def test_a_file_that_is_missing_or_damaged(folder: Path, tmp_path: Path) -> None
     whole = (folder / "model.onnx").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"not a graph", whole.replace(b"ReduceSum", b"ReduceSun")):
         (tmp_path / "model.onnx").write_bytes(damaged)
-        with pytest.raises(ModelError, match="damaged or incomplete .*; export it again") as caught:
+        with pytest.raises(ModelError, match=r"damaged or incomplete .*; export it again") as caught:
             EncoderSession(tmp_path)
         assert caught.value.source == tmp_path / "model.onnx"
