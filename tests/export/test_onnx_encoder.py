@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.heads import ARCHITECTURES, LABELS, headed, outputs_of, rows_of
+from helpers.heads import ARCHITECTURES, LABELS, headed, outputs_of, rows_of, uneven
 from qkit.core.errors import ModelError, NotDeployable
-
-pytest.importorskip("onnxruntime")
-
 from qkit.export._onnx import encoder, int8
 from qkit.runtimes._onnx_encoder import EncoderSession
+
+pytest.importorskip("onnxruntime")
+# DeBERTa's module scripts some of its functions when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 TYPED = {"bert", "electra"}
 OTHER_HEADS = [("bert", "TokenClassification"), ("modernbert", "TokenClassification"), ("bert", "QuestionAnswering")]
@@ -24,14 +26,12 @@ OTHER_HEADS = [("bert", "TokenClassification"), ("modernbert", "TokenClassificat
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Each model and its folder, exported once."""
-    folders: dict[tuple[str, str], tuple[Any, Path]] = {}
 
-    def export(architecture: str, task: str = "SequenceClassification") -> tuple[Any, Path]:
-        if (architecture, task) not in folders:
-            model, folder = headed(architecture, task), tmp_path_factory.mktemp(architecture) / "fp32"
-            encoder.export_encoder(model, folder)
-            folders[architecture, task] = model, folder
-        return folders[architecture, task]
+    @functools.cache
+    def export(architecture: str, task: str = "SequenceClassification", trained: bool = False) -> tuple[Any, Path]:
+        model, folder = headed(architecture, task), tmp_path_factory.mktemp(architecture) / "fp32"
+        encoder.export_encoder(uneven(model) if trained else model, folder)
+        return model, folder
 
     return export
 
@@ -150,7 +150,7 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
 
 
 def furthest(model: Any, folder: Path, rows: list[dict[str, list[int]]]) -> float:
-    """The mean difference of a logit."""
+    """The mean difference of a logit, in the median row: in a row or two, random attention is undecided and tips over."""
     found = [outputs["logits"] for outputs in EncoderSession(folder).logits(rows)]
     return float(
         np.mean([np.abs(outputs_of(model, row)["logits"] - one).mean() for row, one in zip(rows, found, strict=True)])
@@ -162,7 +162,7 @@ def furthest(model: Any, folder: Path, rows: list[dict[str, list[int]]]) -> floa
 def test_int8_is_close_and_closer_with_a_scale_for_each_column(
     exported: Any, architecture: str, tmp_path: Path
 ) -> None:
-    model, folder = exported(architecture)
+    model, folder = exported(architecture, trained=True)
     rows, others = rows_of(60, 40, seed=1), rows_of(40, 40, seed=2)
     int8.quantize_int8(folder, tmp_path / "calibrated", others)
     int8.quantize_int8(folder, tmp_path / "columns")
@@ -171,7 +171,7 @@ def test_int8_is_close_and_closer_with_a_scale_for_each_column(
     calibrated, columns, tensors = (
         furthest(model, tmp_path / name, rows) / spread for name in ("calibrated", "columns", "tensors")
     )
-    assert 0 < columns < tensors and 0 < calibrated < tensors and calibrated < 0.1
+    assert 0 < calibrated < columns < tensors and calibrated < 0.1
     kinds = {node.op_type for node in nodes_of(tmp_path / "calibrated")}
     assert "MatMulIntegerToFloat" in kinds and "DynamicQuantizeLinear" not in kinds
 

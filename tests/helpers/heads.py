@@ -45,6 +45,22 @@ def headed(architecture: str, task: str = "SequenceClassification", **changes: A
     return getattr(transformers, f"AutoModelFor{task}").from_config(config).eval()
 
 
+def uneven(model: Any) -> Any:
+    """The model with channels of unlike sizes, as trained ones have them, a few of them far larger than the others."""
+    import torch
+
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name.lower() and name.endswith("weight"):
+                weight.mul_(torch.exp(0.5 * torch.randn_like(weight)))
+                weight[3] *= 12
+            elif weight.ndim == 2 and "embed" not in name:
+                weight.mul_(torch.exp(0.5 * torch.randn(len(weight), 1)))
+                weight.mul_(0.5)
+    return model
+
+
 def rows_of(count: int, longest: int, seed: int = 0, types: bool = False) -> list[dict[str, list[int]]]:
     """Rows of random ids, each of a random length."""
     import random

@@ -11,11 +11,10 @@ import pytest
 
 from helpers.heads import rows_of
 from qkit.core.errors import DataError, ModelError
-
-pytest.importorskip("onnxruntime")
-
 from qkit.runtimes import _onnx_encoder
 from qkit.runtimes._onnx_encoder import EncoderSession, equal_batches
+
+pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
