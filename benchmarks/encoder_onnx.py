@@ -117,7 +117,6 @@ def exported(model: Any, tokenizer: Any, given: argparse.Namespace) -> Mapping[s
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     axes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in inputs}
     program = torch.onnx.export(model, (), kwargs=inputs, dynamic_shapes=axes, dynamo=True, verbose=False)
-    del program.model.graph.metadata_props
     program.save(plain, external_data=False)
     without_shapes(plain)
     quantize_dynamic(plain, folders["its int8"] / "model.onnx", per_channel=True, weight_type=QuantType.QInt8)
