@@ -129,8 +129,9 @@ def stacked(rows: Sequence[Row]) -> dict[str, NDArray[np.int64]]:
 def _open(folder: Path, device: Device, threads: int) -> Any:
     """Return an InferenceSession.
 
-    Idle threads sleep instead of spinning: equally fast on an idle machine, and faster next to another busy process. The products of int8
-    weights are exact on any CPU: without VNNI instructions, intermediate sums of 16 bits could overflow, and weights become unsigned instead.
+    Idle threads sleep instead of spinning: equally fast on an idle machine, and faster next to another busy process. Where sums of int8 products
+    could overflow, ONNX Runtime is told to make the weights unsigned. It would do so on any CPU, at half the speed: its test is whether signed
+    and unsigned weights have kernels of their own.
     """
     if find_spec("onnxruntime") is None:
         raise MissingExtra(
@@ -145,7 +146,8 @@ def _open(folder: Path, device: Device, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not device.sums_int8_exactly:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     available = onnxruntime.get_available_providers()
     providers = [name for name in device.onnx_providers if name in available]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from helpers.heads import ARCHITECTURES, LABELS, headed, outputs_of, rows_of, uneven
 from qkit.core import sources
+from qkit.core.device import detect
 from qkit.core.errors import ModelError, NotDeployable
 from qkit.export._onnx import encoder, int8
 from qkit.runtimes._onnx_encoder import EncoderSession
@@ -248,6 +250,12 @@ def test_channels_with_large_values_cost_the_others_less_with_calibration(tmp_pa
     smoothed = distance("smoothed", rows)
     assert 0 < smoothed < 0.5 * distance("plain", rows, strengths=[0.0])
     assert smoothed < 0.5 * distance("dynamic")
+    old = EncoderSession(tmp_path / "smoothed", replace(detect(), features=("avx2",)))
+    ends = [
+        np.array([outputs["logits"] for outputs in one.logits(rows)])
+        for one in (old, EncoderSession(tmp_path / "smoothed"))
+    ]
+    np.testing.assert_allclose(*ends, atol=1e-5)
     kinds = [node.op_type for node in nodes_of(tmp_path / "smoothed")]
     assert kinds.count("MatMulIntegerToFloat") == 1 and kinds.count("MatMul") == 1 and "Add" not in kinds
     assert (tmp_path / "smoothed" / "model.onnx").stat().st_size < 0.4 * (folder / "model.onnx").stat().st_size
