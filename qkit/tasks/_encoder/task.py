@@ -70,6 +70,11 @@ class EncoderTask:
         for section, field in (("data", "system"), ("model", "chat_template")):
             if getattr(getattr(recipe, section), field) is not None:
                 yield (section, field), f"{section}.{field} is for conversations, and {where} has none: remove it"
+        if recipe.model.add_tokens and recipe.method not in ("lora", "full"):
+            yield (
+                ("model", "add_tokens"),
+                f"model.add_tokens: method={recipe.method} does not train their embeddings; use method=lora or full, or remove it",
+            )
         if recipe.method in WHOLE and recipe.quantization.load_in_4bit:
             yield (
                 ("method",),
