@@ -92,6 +92,11 @@ class Device:
         return ("CUDAExecutionProvider", "CPUExecutionProvider") if self.has_gpu else ("CPUExecutionProvider",)
 
     @property
+    def sums_int8_exactly(self) -> bool:
+        """Whether a CPU adds products of unsigned and signed 8-bit integers in 32 bits (VNNI); others add pairs in 16, which overflow."""
+        return "avx512_vnni" in self.features
+
+    @property
     def server_environment(self) -> dict[str, str]:
         """Environment variables that vLLM needs on this device.
 

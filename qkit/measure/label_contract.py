@@ -40,10 +40,11 @@ def _tokens(folder: Path, records: Sequence[Mapping[str, Any]], limit: int) -> C
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     for number, record in enumerate(records):
-        ids = tokenizer(record["text"], record["pair"], truncation=True, max_length=limit)["input_ids"]
-        if (place := first_difference(record["input_ids"], ids)) is not None:
-            detail = f"held-out row {number}: from token {place} on, the ids differ from training: {short(repr(record['text']))}"
-            return ContractCheck("tokens", DIFFERS, detail)
+        encoded = tokenizer(record["text"], record["pair"], truncation=True, max_length=limit)
+        for name, words in (("input_ids", "ids"), ("token_type_ids", "token types")):
+            if (place := first_difference(record[name], encoded.get(name, []))) is not None:
+                detail = f"from token {place} on, the {words} differ from training: {short(repr(record['text']))}"
+                return ContractCheck("tokens", DIFFERS, f"held-out row {number}: {detail}")
     return ContractCheck("tokens", OK, f"{len(records)} held-out texts: same ids as in training")
 
 

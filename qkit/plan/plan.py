@@ -105,7 +105,7 @@ def plan(
     Raises:
         ModelError: the shape of the model cannot be determined, or models with a new head are not planned for.
     """
-    _need_planned(recipe)
+    need_planned(recipe)
     device = device or detect()
     shape = shape_of(recipe.model)
     limit = gpus.usable_bytes(device) if device_bytes is None else device_bytes
@@ -125,7 +125,7 @@ def plan(
     return replace(without_remedies, remedies=changes, elsewhere=elsewhere)
 
 
-def _need_planned(recipe: Recipe) -> None:
+def need_planned(recipe: Recipe) -> None:
     """Raise ModelError for a head that the items do not describe: figures of another model would be worse than none."""
     if not open_task(recipe.task).HEAD.generates:
         raise ModelError(
@@ -174,7 +174,7 @@ def alternatives(
 def predicted_items(recipe: Recipe, device: Device, labelled_tokens: int | None = None) -> dict[str, int]:
     """Bytes by item that the device's meter should read at the peak of training; empty if the shape of the model is unknown."""
     try:
-        _need_planned(recipe)
+        need_planned(recipe)
         recipe = decided(recipe, device, labelled_tokens)
         items = stage_memory.train_items(recipe, shape_of(recipe.model), device, labelled_tokens)
     except ModelError:

@@ -21,7 +21,7 @@ from qkit.merging.folder import dtype_of
 from qkit.model.provenance import NOTE, is_traced
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED, TRAINED
-from qkit.recipe.schema import BOTTLENECKS, Recipe, Serve
+from qkit.recipe.schema import BOTTLENECKS, WHOLE, Recipe, Serve
 from qkit.report import summary
 from qkit.report._templates import template
 from qkit.run.directory import Run
@@ -100,12 +100,15 @@ def _prompts_of(run: Run, export: str | None) -> list[str] | None:
 
 def _onto(run: Run, export: str | None) -> str | None:
     """A description of the base weights that the adapter was merged into; None for an adapter, or if unknown."""
-    if kind_of(export) == "adapter":
+    if kind_of(export) == "adapter" or run.recipe.method in WHOLE:
         return None
     folder = run.folder("export") / export if export else run.folder("merge")
     entry = files.read(folder / (NOTE if export else candidates.FILE)) or {}
     name = entry.get("base" if export else "chosen")
-    return ONTO[candidates.Candidate.from_name(name).base] if name else None
+    base = candidates.Candidate.from_name(name).base if name else None
+    if base == "16bit" and not open_task(run.recipe.task).HEAD.generates:
+        return "the base as it is published"
+    return ONTO[base] if base else None
 
 
 def kind_of(export: str | None) -> str:

@@ -186,11 +186,15 @@ def remarks(figures: Summary) -> list[tuple[str, str]]:
     ]
 
 
+NOTHING = 1e-7  # nats: what sums of rounded probabilities that are equal come to
+
+
 def farthest(figures: Summary) -> str | None:
     """The artifact with the largest mean distance to the trained model. The adapter itself, whose distance is bf16 rounding, does not count."""
     judged = {name: p for name, p in figures["parity"].items() if name not in TRAINED}
     distances = {name: p["kl_mean"] for name, p in judged.items() if p["kl_mean"] is not None}
-    return max(distances, key=lambda name: distances[name], default=None)
+    farthest = max(distances, key=lambda name: distances[name], default=None)
+    return farthest if farthest is not None and distances[farthest] > NOTHING else None
 
 
 # --- figures as text --------------------------------------------------------

@@ -30,6 +30,7 @@ ADDED = {
     "bottleneck": Bottleneck().model_dump(mode="json"),
     "loss": Loss().model_dump(mode="json"),
     "train.bf16": True,
+    "data.batch_rows": None,
 }
 KEY = ".key"  # in a work folder: the stage key that the work belongs to
 DECIDED = "decided.json"  # in a stage's folder: its decisions where the recipe says `auto`, by recipe key

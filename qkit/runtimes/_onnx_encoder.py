@@ -1,14 +1,18 @@
 """ONNX Runtime, in this process, on encoders that `qkit.export._onnx.encoder` exported, in fp32 or int8; its docstring says what they take.
 
-What makes it fast is to compute little padding: rows of similar length share a batch. And two of ONNX Runtime's fusions are switched off,
-whose kernels are slower than the nodes that they replace: SkipLayerNormalization takes about nine times as long as an addition and a
-LayerNormalization on a CPU, BiasGelu a quarter longer than an addition and a Gelu.
+Four things make it fast on a CPU. Only rows of the same length share a batch, so there is no padding, neither to compute nor to hide, and
+ONNX Runtime's quick attention, which takes no mask, can be used. Several batches run at once, one on each core, since these small products
+gain little from sharing one. And two of ONNX Runtime's fusions are switched off, whose kernels are slower than the nodes that they replace:
+SkipLayerNormalization takes about nine times as long as an addition and a LayerNormalization, BiasGelu a quarter longer than an addition and
+a Gelu. benchmarks/encoder_onnx.py measures what this brings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +25,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Row = Mapping[str, Sequence[int]]
-    Ids = NDArray[np.int64]
     Outputs = Mapping[str, NDArray[np.float32]]
 
 
 GRAPH = "model.onnx"
-BATCH_TOKENS = 512  # padded tokens of a forward pass
+BATCH_TOKENS = 512  # tokens of a forward pass; a longer row has one to itself
 WINDOW = 4096  # rows that are sorted together; their outputs are in memory at once
 SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
 
@@ -35,23 +38,28 @@ class EncoderSession:
     """An open model. Several threads may use it at once."""
 
     def __init__(
-        self, folder: Path, device: Device | None = None, *, threads: int = 0, batch_tokens: int = BATCH_TOKENS
+        self,
+        folder: Path,
+        device: Device | None = None,
+        *,
+        threads: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
     ):
-        """Open `folder/model.onnx`. `threads`: of one forward pass, by default as many as the device has cores.
+        """Open `folder/model.onnx`. `threads`: batches that run at once, and threads of one that runs alone; by default one for each core.
 
         Raises:
             ModelError: the file is missing or damaged.
             MissingExtra: onnxruntime is not installed.
         """
         device = device or detect()
-        self.session = _open(folder, device, threads or device.cores)
+        threads = threads or device.cores
+        self.session = _open(folder, device, threads)
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="onnx")
         self.batch_tokens = batch_tokens
         self.inputs = [node.name for node in self.session.get_inputs()]
-        shapes = {node.name: node.shape for node in self.session.get_outputs()}
-        self.outputs = list(shapes)
-        self.per_token = {name for name, shape in shapes.items() if not isinstance(shape[1], int)}
+        self.outputs = [node.name for node in self.session.get_outputs()]
         noted = self.session.get_modelmeta().custom_metadata_map
-        self.pad, self.positions = int(noted.get("pad", 0)), int(noted.get("positions", 0))
+        self.positions = int(noted.get("positions", 0))
 
     def logits(self, rows: Sequence[Row]) -> Iterator[Outputs]:
         """Yield the outputs of each row, in the order of the rows: `logits` [labels] or [tokens, labels], or two of [tokens].
@@ -67,7 +75,8 @@ class EncoderSession:
             yield from self._sorted(part)
 
     def close(self) -> None:
-        """Free the weights."""
+        """End the threads, and free the weights."""
+        self.pool.shutdown()
         del self.session
 
     def _check(self, rows: Sequence[Row], begin: int) -> None:
@@ -79,46 +88,50 @@ class EncoderSession:
 
     def _sorted(self, rows: Sequence[Row]) -> Iterator[Outputs]:
         """Yield the outputs of rows that are computed in the order of their lengths."""
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
         results: dict[int, Outputs] = {}
-        for batch in within_budget((len(rows[index]["input_ids"]) for index in order), self.batch_tokens):
-            places = order[batch.start : batch.stop]
-            results.update(zip(places, self._batch([rows[place] for place in places]), strict=True))
+        batches = list(equal_batches([len(row["input_ids"]) for row in rows], self.batch_tokens))
+        run = map if len(batches) == 1 else self.pool.map
+        computed = run(self._batch, [[rows[index] for index in places] for places in batches])
+        for places, outputs in zip(batches, computed, strict=True):
+            results.update(zip(places, outputs, strict=True))
         for index in range(len(rows)):
             yield results.pop(index)
 
-    def _batch(self, rows: Sequence[Row]) -> Iterator[Outputs]:
-        """Yield the outputs of rows that are computed at once."""
-        feed = padded(rows, self.pad)
+    def _batch(self, rows: Sequence[Row]) -> list[Outputs]:
+        """Return the outputs of rows of one length."""
+        feed = stacked(rows)
         arrays = self.session.run(self.outputs, {name: feed[name] for name in self.inputs})
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            yield {
-                name: array[index, :length] if name in self.per_token else array[index]
-                for name, array in zip(self.outputs, arrays, strict=True)
-            }
+        return [{name: array[i] for name, array in zip(self.outputs, arrays, strict=True)} for i in range(len(rows))]
 
 
-def padded(rows: Sequence[Row], pad: int) -> dict[str, Ids]:
-    """Return ids, mask and types of rows, [rows, longest], padded on the right."""
+def equal_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Yield the indices of each batch: rows of the same length, the longest first, and at most `budget` tokens.
+
+    The longest come first so that no core is left with a long batch at the end.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for length, run in groupby(order, key=lambda index: lengths[index]):
+        places = list(run)
+        for cut in within_budget([length] * len(places), budget):
+            yield places[cut.start : cut.stop]
+
+
+def stacked(rows: Sequence[Row]) -> dict[str, NDArray[np.int64]]:
+    """Return ids, mask and types of rows of one length, [rows, length]."""
     import numpy as np
 
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids = np.full((len(rows), longest), pad, np.int64)
-    mask, types = np.zeros_like(ids), np.zeros_like(ids)
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        ids[index, :length] = row["input_ids"]
-        mask[index, :length] = 1
-        types[index, :length] = row.get("token_type_ids", 0)
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    ids = np.array([row["input_ids"] for row in rows], np.int64)
+    zeros = [0] * ids.shape[1]
+    types = np.array([row.get("token_type_ids", zeros) for row in rows], np.int64)
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": types}
 
 
 def _open(folder: Path, device: Device, threads: int) -> Any:
     """Return an InferenceSession.
 
-    Idle threads sleep instead of spinning: equally fast on an idle machine, and faster next to another busy process. The products of int8
-    weights are exact on any CPU: without VNNI instructions, intermediate sums of 16 bits could overflow, and weights become unsigned instead.
+    Idle threads sleep instead of spinning: equally fast on an idle machine, and faster next to another busy process. Where sums of int8
+    products could overflow, ONNX Runtime is told to make the weights unsigned. It would do so on any CPU, at half the speed: its test is
+    whether signed and unsigned weights have kernels of their own.
     """
     if find_spec("onnxruntime") is None:
         raise MissingExtra(
@@ -133,7 +146,8 @@ def _open(folder: Path, device: Device, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not device.sums_int8_exactly:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     available = onnxruntime.get_available_providers()
     providers = [name for name in device.onnx_providers if name in available]
     try:

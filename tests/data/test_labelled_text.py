@@ -91,8 +91,8 @@ def test_values_that_are_no_label(value: object, said: str) -> None:
     [
         ({"label": "fruit"}, {}, "malformed", "it must have a column for text: text, sentence, "),
         ({"text": "apple"}, {}, "malformed", "it must have a column for label: label, labels, "),
-        (BOTH, {"columns": {"pair": "secnd"}}, "malformed", "no column 'secnd' (data.columns maps pair to it)"),
-        ({**BOTH, "second": "x"}, {"columns": {"pair": "secnd"}}, "malformed", "did you mean 'second'?"),
+        (BOTH, {"columns": {"pair": "sekond"}}, "malformed", "no column 'sekond' (data.columns maps pair to it)"),
+        ({**BOTH, "second": "x"}, {"columns": {"pair": "sekond"}}, "malformed", "did you mean 'second'?"),
         ({**BOTH, "text": " \n"}, {}, "empty", "text is empty or contains only white space"),
         ({**BOTH, "text": None}, {}, "empty", "text is empty or contains only white space"),
         ({**BOTH, "pair": ""}, {}, "empty", "pair is empty or contains only white space"),

@@ -96,10 +96,11 @@ def settings(folder: Path, rows: Path, held_out: int = 24, **sections: Any) -> d
             "max_length": 32,
             "batch_tokens": 128,
         },
-        "lora": {"r": 4, "lora_alpha": 8},
         "train": {"max_steps": 12, "learning_rate": 1e-2, "save_steps": 4},
         "export": {"formats": []},
     }
+    if sections.get("method", "lora") == "lora":
+        whole["lora"] = {"r": 4, "lora_alpha": 8}
     for name, section in sections.items():
         whole[name] = {**whole.get(name, {}), **section} if isinstance(section, dict) else section
     return whole

@@ -163,7 +163,7 @@ if "train" in sys.orig_argv:
 def test_a_killed_training_goes_on_to_the_same_bytes(with_dropout: Path, tmp_path: Path, method: str) -> None:
     sections: dict[str, Any] = {
         "method": method,
-        "lora": {"lora_dropout": 0.1},
+        **({"lora": {"lora_dropout": 0.1}} if method == "lora" else {}),
         "train": {"max_steps": 12, "save_steps": 3, "gradient_accumulation_steps": 2},
     }
     straight, cut = (prepared(tmp_path / name, with_dropout, **sections) for name in ("straight", "cut"))

@@ -183,9 +183,9 @@ def unequal_rows() -> list[dict[str, Any]]:
 def test_gradients_do_not_depend_on_how_a_batch_is_divided(
     model: Path, tmp_path: Path, own: str, name: str, method: str
 ) -> None:
-    section = {key: str(v).replace("OWN", own) if key == "kind" else v for key, v in LOSSES[name].items()}
+    section = {key: str(v).replace("OWN", own) if key == "name" else v for key, v in LOSSES[name].items()}
     results = []
-    for number, (tokens, accumulation, parts) in enumerate(((128, 1, 1), (16, 8, 1), (128, 1, 3), (48, 3, 2))):
+    for number, (rows, accumulation, parts) in enumerate(((8, 1, 1), (1, 8, 1), (8, 1, 3), (3, 3, 2))):
         run = labelled_run(
             tmp_path / str(number),
             model,
@@ -194,7 +194,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_divided(
             loss=section,
             micro_batches=parts,
             held_out=0,
-            data={"max_length": 16, "batch_tokens": tokens},
+            data={"batch_rows": rows},
             train={"max_steps": 1, "gradient_accumulation_steps": accumulation},
         )
         pipeline.execute(run, "data")
@@ -210,7 +210,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_divided(
 
 @pytest.mark.slow
 def test_the_stage_refuses_a_mean(model: Path, tmp_path: Path, own: str) -> None:
-    run = labelled_run(tmp_path / "r", model, loss={"kind": f"{own}:mean"})
+    run = labelled_run(tmp_path / "r", model, loss={"name": f"{own}:mean"})
     pipeline.execute(run, "data")
     with pytest.raises((RecipeError, StageFailed), match="it must return one loss for each row"):
         pipeline.execute(run, "train")

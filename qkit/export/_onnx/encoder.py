@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,8 @@ def _program(model: PreTrainedModel, folder: Path) -> Path:
     traced = _sample(model)
     axes = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in traced.inputs}
     try:
-        with traced_attention(model):
+        with warnings.catch_warnings(), traced_attention(model):
+            warnings.simplefilter("ignore")  # torch warns of what its own code does
             program = torch.onnx.export(
                 _head_only(model, traced.outputs), (), kwargs=traced.inputs, dynamic_shapes=axes,
                 output_names=traced.outputs, dynamo=True, optimize=False, verbose=False,

@@ -244,12 +244,11 @@ def _table(graph: EditedGraph, node: Any) -> Iterator[tuple[str, list[Any]]]:
     make, name, ids = onnx.helper.make_node, node.output[0], node.input[1]
     codes = encode(table.T)
     graph.add(f"{name}.table_codes", codes.codes.T), graph.add(f"{name}.table_scales", codes.scales[:, None])
-    yield (
-        name,
-        [
-            make("Gather", [f"{name}.table_codes", ids], [f"{name}.codes"]),
-            make("Gather", [f"{name}.table_scales", ids], [f"{name}.scales"]),
-            make("Cast", [f"{name}.codes"], [f"{name}.numbers"], to=onnx.TensorProto.FLOAT),
-            make("Mul", [f"{name}.numbers", f"{name}.scales"], [name]),
-        ],
-    )
+    row, scale, numbers = (f"{name}.table_{part}" for part in ("row", "scale", "numbers"))
+    changed = [
+        make("Gather", [f"{name}.table_codes", ids], [row]),
+        make("Gather", [f"{name}.table_scales", ids], [scale]),
+        make("Cast", [row], [numbers], to=onnx.TensorProto.FLOAT),
+        make("Mul", [numbers, scale], [name]),
+    ]
+    yield name, changed

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.export._onnx.matmul_nbits import GRAPH
+from qkit.runtimes._onnx_encoder import stacked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +41,8 @@ def observe(folder: Path, names: Sequence[str], rows: Sequence[Mapping[str, Sequ
     inputs = [node.name for node in session.get_inputs()]
     observed: dict[str, Observed] = {}
     for row in rows:
-        for name, values in zip(names, session.run(list(names), _feed(row, inputs)), strict=True):
+        feed = {name: values for name, values in stacked([row]).items() if name in inputs}
+        for name, values in zip(names, session.run(list(names), feed), strict=True):
             vectors = values.reshape(-1, values.shape[-1])
             before = observed.get(name) or Observed(vectors[0], vectors[0], vectors[:0])
             observed[name] = before.with_more(vectors)
@@ -58,11 +60,3 @@ def _session(folder: Path, names: Sequence[str]) -> Any:
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def _feed(row: Mapping[str, Sequence[int]], inputs: Sequence[str]) -> dict[str, Any]:
-    import numpy as np
-
-    length = len(row["input_ids"])
-    absent = {"attention_mask": np.ones(length, np.int64), "token_type_ids": np.zeros(length, np.int64)}
-    return {name: np.asarray(row.get(name, absent.get(name)), np.int64)[None] for name in inputs}
