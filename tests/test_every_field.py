@@ -280,6 +280,8 @@ def _fields() -> list[str]:
         "model",
         "quantization",
         "lora",
+        "bottleneck",
+        "loss",
         "data",
         "ledger",
         "train",

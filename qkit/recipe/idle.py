@@ -35,6 +35,7 @@ ONE_LINERS = (
 def remarks(recipe: Recipe) -> Problems:
     """Warnings, as (key, message): shown by the plan and by the stage that would have used the value."""
     yield from _epochs(recipe.train)
+    yield from _methods(recipe)
     yield from _quantization(recipe.quantization)
     yield from _exporting(recipe.export)
     yield from _unread(recipe.data)
@@ -71,6 +72,17 @@ def _set(section: Section, *names: str) -> list[str]:
     """The fields whose value is not the default."""
     fields: Any = type(section).model_fields
     return [name for name in names if getattr(section, name) != fields[name].default]
+
+
+def _methods(recipe: Recipe) -> Problems:
+    """The settings of another method than the recipe's."""
+    for section, used in (
+        ("lora", recipe.method == "lora"),
+        ("bottleneck", recipe.method in ("houlsby", "pfeiffer", "parallel")),
+    ):
+        fields = type(getattr(recipe, section)).model_fields
+        for name in [] if used else _set(getattr(recipe, section), *fields):
+            yield (section, name), f"{section}.{name} has no effect with method={recipe.method}"
 
 
 def _epochs(train: Train) -> Problems:

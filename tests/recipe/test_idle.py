@@ -41,7 +41,7 @@ MISTAKES = [
     ),
     (
         {"task": "function_calling", "evaluate": {"answer_pattern": "A"}},
-        "evaluate.answer_pattern=A applies to task=chat, but task=function_calling compares calls",
+        "evaluate.answer_pattern=A applies to free text .task=chat.: remove it for task=function_calling",
     ),
     ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout: Input should be less than 1, got 1.0"),
     ({"lora": {"lora_alpha": 0}}, "lora.lora_alpha: Input should be greater than 0, got 0"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
 from qkit.plugins.task import LABELS, ModelHead, Prediction, read_labels
-from qkit.recipe.schema import BOTTLENECKS, WHOLE, Bottleneck, Data, Evaluate, Gate, Lora, Recipe
+from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
 
 if TYPE_CHECKING:
@@ -76,10 +76,6 @@ class EncoderTask:
                 f"method={recipe.method} saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
                 "quantization.load_in_4bit=false, or method=lora",
             )
-        if recipe.method != "lora" and recipe.lora != Lora():
-            yield ("lora",), f"lora has no effect with method={recipe.method}: remove it"
-        if recipe.method not in BOTTLENECKS and recipe.bottleneck != Bottleneck():
-            yield ("bottleneck",), f"bottleneck has no effect with method={recipe.method}: remove it"
 
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """16-bit or finer weights, a stratified split of 80/10/10 where no held-out rows are given, and formats of encoders."""
