@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,9 @@ def _merged(run: Run, folder: Path, trained: Path, base: Base, dtype: Dtype) -> 
         recipe = recipe.model_copy(update={"quantization": section})
     model = load_reference(folder, recipe, detect(), trained)
     whole: PreTrainedModel = model.to(getattr(torch, dtype))
-    whole = whole.merge_and_unload() if hasattr(whole, "merge_and_unload") else whole
+    with warnings.catch_warnings():  # the rows of added tokens are merged as soon as they are loaded
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        whole = whole.merge_and_unload() if hasattr(whole, "merge_and_unload") else whole
     if recipe.quantization.load_in_4bit:  # its weights are dequantized, but config.json would still call them 4-bit
         whole.hf_quantizer.remove_quantization_config(whole)
     return whole

@@ -51,12 +51,16 @@ def load_tokenizer(folder: Path, section: schema.Model) -> PreTrainedTokenizerBa
     return tokenizer
 
 
+def with_added_tokens(section: schema.Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe's model with model.add_tokens; no chat template is needed."""
+    tokenizer = added_tokens.bare_tokenizer(companions(section), section.trust_remote_code)
+    added_tokens.add(tokenizer, section.add_tokens)
+    return tokenizer
+
+
 def padding_of(section: schema.Model) -> int:
     """`padding_token` of a recipe's model, whose tokenizer is loaded for it."""
-    folder = companions(section)
-    tokenizer = added_tokens.bare_tokenizer(folder, section.trust_remote_code)
-    added_tokens.add(tokenizer, section.add_tokens)
-    return padding_token(tokenizer, section, folder)
+    return padding_token(with_added_tokens(section), section, companions(section))
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase, section: schema.Model, folder: Path) -> int:

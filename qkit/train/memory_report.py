@@ -46,7 +46,9 @@ class TrainingMemory:
             name: {"predicted": self.predicted.get(name), "measured": self.measured.get(name)}
             for name in dict.fromkeys([*self.predicted, *self.measured])
         }
-        return Peak(self.measured_peak_bytes, self.meter, sum(self.predicted.values()), lines)
+        return Peak(
+            self.measured_peak_bytes, self.meter, sum(self.predicted.values()) if self.predicted else None, lines
+        )
 
 
 def measured(recipe: Recipe, device: Device, meter: PeakMeter, watcher: Any, labelled: int) -> TrainingMemory:

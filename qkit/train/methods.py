@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qkit.model import added_tokens, tokenizer
 from qkit.model.adapters import new_heads
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import BOTTLENECKS, Recipe
@@ -45,10 +46,20 @@ def _with_lora(base: PreTrainedModel, new: list[str], recipe: Recipe) -> PeftMod
             rf"{re.escape(name)}(\..*)?" for name in new
         ),  # all-linear would put LoRA on them, too
         modules_to_save=new,
+        trainable_token_indices=_added_rows(base, recipe),
         **fields,
     )
     adapted: PeftModel = get_peft_model(base, config)
     return adapted
+
+
+def _added_rows(base: PreTrainedModel, recipe: Recipe) -> dict[str, list[int]] | None:
+    """The rows of the embedding that are trained with the adapter: those of model.add_tokens."""
+    if not recipe.model.add_tokens:
+        return None
+    words = tokenizer.with_added_tokens(recipe.model)
+    ids = sorted({int(words.convert_tokens_to_ids(token)) for token in recipe.model.add_tokens})
+    return {added_tokens.names(base)[0]: ids}
 
 
 def _with_bottlenecks(base: PreTrainedModel, new: list[str], recipe: Recipe) -> PeftModel:

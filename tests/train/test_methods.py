@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.tiny_labelled import build_model, labelled_run
+from helpers.tiny_labelled import build_model, labelled_rows, labelled_run
 from qkit import pipeline
 from qkit.core.device import detect
 from qkit.core.errors import RecipeError
-from qkit.model import load
+from qkit.model import load, source
 from qkit.run.directory import Run
 from qkit.train.trainers import labelled
 
@@ -166,3 +166,25 @@ def test_a_4_bit_base_under_a_head_in_full_precision(models: dict[str, Path], tm
 def test_whole_models_are_not_saved_in_4_bit(models: dict[str, Path], tmp_path: Path, method: str) -> None:
     with pytest.raises(RecipeError, match=f"method={method} .* set quantization.load_in_4bit=false, or method=lora"):
         labelled_run(tmp_path, models["bert"], method=method, quantization={"load_in_4bit": True})
+
+
+# --- added tokens -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_embedding_of_an_added_token_is_trained_with_an_adapter(tmp_path: Path, kind: str) -> None:
+    """And no other row of it."""
+    head = "AutoModelForMaskedLM" if kind == "bert" else "AutoModelForCausalLM"
+    model = build_model(tmp_path / "model", kind, head, vocab_size=47)
+    rows = [{**row, "text": f"[E1] {row['text']}"} for row in labelled_rows(96)]
+    run = labelled_run(tmp_path, model, rows=rows, model={"add_tokens": ["[E1]"]})
+    for stage in ("data", "train", "evaluate", "merge", "export", "verify"):
+        pipeline.execute(run, stage)
+    prepared = source.resolve(run.recipe.model)
+    before, after = (load_file(folder / "model.safetensors") for folder in (prepared, run.folder("merge")))
+    (name,) = [key for key in after if "word_embeddings" in key or "embed_tokens" in key]
+    moved = (before[name] != after[name]).any(1)
+    assert moved.tolist() == [False] * 47 + [True]
+    parity = json.loads((run.folder("verify") / "parity.json").read_text())["parity"]["merged"]
+    assert parity["status"] == "passed", parity["failed"]
