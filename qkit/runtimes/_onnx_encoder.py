@@ -129,9 +129,9 @@ def stacked(rows: Sequence[Row]) -> dict[str, NDArray[np.int64]]:
 def _open(folder: Path, device: Device, threads: int) -> Any:
     """Return an InferenceSession.
 
-    Idle threads sleep instead of spinning: equally fast on an idle machine, and faster next to another busy process. Where sums of int8 products
-    could overflow, ONNX Runtime is told to make the weights unsigned. It would do so on any CPU, at half the speed: its test is whether signed
-    and unsigned weights have kernels of their own.
+    Idle threads sleep instead of spinning: equally fast on an idle machine, and faster next to another busy process. Where sums of int8
+    products could overflow, ONNX Runtime is told to make the weights unsigned. It would do so on any x86 CPU, at half the speed: its test is
+    only whether unsigned weights have a kernel of their own.
     """
     if find_spec("onnxruntime") is None:
         raise MissingExtra(
