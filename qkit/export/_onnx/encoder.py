@@ -6,9 +6,8 @@
 Rows are padded on the right with the model's padding token. What a reader of the file must know beside the graph is in its metadata: `pad`,
 the padding token, and `positions`, the longest row where positions are learnt.
 
-torch's exporter writes some 400 nodes for a small BERT, with attention as one of ONNX Runtime's own; ONNX Runtime then fuses what it can,
-once, so that the file holds the graph that runs: 130 nodes. On the quickest machine for it that is little: products of matrices are most of
-the time (benchmarks/encoder_onnx.py).
+torch's exporter traces the model, with attention as one node of ONNX Runtime's own (attention.py); ONNX Runtime then folds constants and fuses
+what it can, once, so that the file holds the graph that runs. Two of its fusions are left out, see runtimes/_onnx_encoder.py.
 """
 
 from __future__ import annotations
