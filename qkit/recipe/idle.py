@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.sources import is_hub_id
 from qkit.recipe import schedule
+from qkit.recipe.schema import BOTTLENECKS
 
 if TYPE_CHECKING:
     from qkit.recipe.schema import Data, Export, Loss, Merge, Model, Quantization, Recipe, Serve, Source, Train
@@ -78,7 +79,7 @@ def _methods(recipe: Recipe) -> Problems:
     """The settings of another method than the recipe's."""
     for section, used in (
         ("lora", recipe.method == "lora"),
-        ("bottleneck", recipe.method in ("houlsby", "pfeiffer", "parallel")),
+        ("bottleneck", recipe.method in BOTTLENECKS),
     ):
         fields = type(getattr(recipe, section)).model_fields
         for name in [] if used else _set(getattr(recipe, section), *fields):

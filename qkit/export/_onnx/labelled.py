@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +57,6 @@ def loaded(job: Job) -> PreTrainedModel:
     head = open_task(job.recipe.task).HEAD
     if job.recipe.method in BOTTLENECKS:
         model: Any = load_reference(job.base, job.recipe, detect(), job.adapter)
-        tokens = json.loads(job.rows.with_name("tokens.json").read_text(encoding="utf-8"))
-        model.config.pad_token_id = tokens["pad"]
         return model.float().get_base_model()
     model = getattr(transformers, head.auto_class).from_pretrained(str(job.merged), dtype=torch.float32)
     return model.eval()

@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.device import Device
-from qkit.core.files import need_disk, read_json
-from qkit.core.sources import cache_dir
+from qkit.core.files import read_json
 from qkit.model import load
 from qkit.plugins.task import open_task, read_labels
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.train import losses, methods
 from qkit.train.trainer import Counted
+from qkit.train.trainers import _shared
 
 if TYPE_CHECKING:
     import torch
-    from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
-UNPACKED = 8  # Arrow bytes per byte of Parquet
+COLUMNS = ("input_ids", "token_type_ids", "labels")
 
 
 class CountedLabels(Counted):
@@ -57,12 +56,11 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
     data = run.need("data", "labels.json").parent
     pad = read_json(data / "tokens.json")["pad"]
     base = load.load_base(folder, recipe, device, read_labels(data))
-    base.config.pad_token_id = pad
     trainer_class = type("Trainer", (CountedLabels, Trainer), {})
     trainer: Trainer = trainer_class(
         model=methods.prepared(base, folder, recipe),
         args=training_arguments(recipe, device, out),
-        train_dataset=_training_rows(data / "train.parquet"),
+        train_dataset=_shared.training_rows(data / "train.parquet", COLUMNS),
         loss=losses.open_loss(recipe.loss, data),
         pad=pad,
         batch_tokens=recipe.data.batch_tokens,
@@ -75,35 +73,10 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
     return trainer
 
 
-def _training_rows(file: Path) -> Dataset:
-    from datasets import Dataset
-
-    cache = cache_dir() / "datasets"
-    cache.mkdir(parents=True, exist_ok=True)
-    need_disk(cache, file.stat().st_size * UNPACKED, "the training rows, unpacked")
-    rows: Dataset = Dataset.from_parquet(
-        str(file), columns=["input_ids", "token_type_ids", "labels"], cache_dir=str(cache)
-    )
-    return rows
-
-
 def training_arguments(recipe: Recipe, device: Device, out: Path) -> TrainingArguments:
     """TrainingArguments from the recipe's train section, with the settings that qkit's rows and the device need."""
     from transformers import TrainingArguments
 
-    of_device = {**device.trainer_arguments, "bf16": recipe.train.bf16}
-    args = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        seed=recipe.seed,
-        per_device_train_batch_size=1,  # batches come from the token budget
-        report_to=[],
-        disable_tqdm=True,
-        logging_nan_inf_filter=False,  # it would log a NaN loss as 0
-        save_strategy="steps",
-        remove_unused_columns=False,
-        **of_device,
-        # The trainer would delete the old checkpoint before the new one is complete; offloading is TRL's.
-        **recipe.train.model_dump(exclude={"save_total_limit", "activation_offloading", "bf16"}),
-    )
-    args._n_gpu = min(args.n_gpu, 1)  # with several visible GPUs, the trainer would split each batch over all of them
+    given = {**_shared.arguments(recipe, device, out), "bf16": recipe.train.bf16}
+    args: TrainingArguments = _shared.on_one_device(TrainingArguments(remove_unused_columns=False, **given))
     return args

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from qkit.core.device import Device
 from qkit.core.errors import RecipeError
-from qkit.core.files import need_disk, read_json
-from qkit.core.sources import cache_dir
+from qkit.core.files import read_json
 from qkit.model import added_tokens, load
 from qkit.model import tokenizer as model_tokenizer
 from qkit.model.adapters import targets
@@ -18,15 +17,12 @@ from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.train.trainer import trainer_class
+from qkit.train.trainers import _shared
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import LoraConfig
     from transformers import PreTrainedModel
     from trl import SFTConfig, SFTTrainer
-
-
-UNPACKED = 8  # Arrow bytes per byte of Parquet: ids take four bytes instead of two, and labels compress to almost nothing in Parquet
 
 
 def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrainer:
@@ -39,7 +35,8 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
 
     recipe, task = run.recipe, open_task(run.recipe.task)
     args = sft_config(recipe, device, out)
-    rows = _training_rows(run)
+    columns = ["input_ids", "labels", *(("pack", "position") if recipe.data.packing else ())]
+    rows = _shared.training_rows(run.need("data", "train.parquet"), columns)
     base, tokenizer = load.load_base(folder, recipe, device), model_tokenizer.load_tokenizer(folder, recipe.model)
     if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
         raise RecipeError(
@@ -68,38 +65,19 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     return trainer
 
 
-def _training_rows(run: Run) -> Dataset:
-    from datasets import Dataset
-
-    columns = ["input_ids", "labels", *(("pack", "position") if run.recipe.data.packing else ())]
-    file, cache = run.need("data", "train.parquet"), cache_dir() / "datasets"
-    cache.mkdir(parents=True, exist_ok=True)
-    need_disk(cache, file.stat().st_size * UNPACKED, "the training rows, unpacked")
-    rows: Dataset = Dataset.from_parquet(str(file), columns=columns, cache_dir=str(cache))
-    return rows
-
-
 def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
     """SFTConfig from the recipe's train section, with the settings that qkit's rows and the device need."""
     from trl import SFTConfig
 
     recipe = plan_plan.decided(recipe, device)
-    args = SFTConfig(
-        output_dir=str(out / "checkpoints"),
-        seed=recipe.seed,
-        max_length=None,  # the data stage has applied data.too_long; TRL would truncate answers
-        dataset_kwargs={"skip_prepare_dataset": True},
-        per_device_train_batch_size=1,  # batches come from the token budget
-        report_to=[],
-        disable_tqdm=True,
-        logging_nan_inf_filter=False,  # it would log a NaN loss as 0
-        save_strategy="steps",
-        **device.trainer_arguments,
-        **recipe.train.model_dump(
-            exclude={"save_total_limit", "bf16"}
-        ),  # the trainer would delete the old checkpoint before the new one is complete
+    args: SFTConfig = _shared.on_one_device(
+        SFTConfig(
+            max_length=None,  # the data stage has applied data.too_long; TRL would truncate answers
+            dataset_kwargs={"skip_prepare_dataset": True},
+            activation_offloading=recipe.train.activation_offloading,
+            **_shared.arguments(recipe, device, out),
+        )
     )
-    args._n_gpu = min(args.n_gpu, 1)  # with several visible GPUs, the trainer would split each batch over all of them
     return args
 
 

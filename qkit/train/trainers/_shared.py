@@ -1,0 +1,55 @@
+"""What every trainer is given alike: the training rows, and arguments from the recipe's train section."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkit.core.device import Device
+from qkit.core.files import need_disk
+from qkit.core.sources import cache_dir
+from qkit.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+UNPACKED = 8  # Arrow bytes per byte of Parquet: ids take four bytes instead of two, and labels compress to almost nothing in Parquet
+
+
+def training_rows(file: Path, columns: Sequence[str]) -> Dataset:
+    """These columns of train.parquet.
+
+    Raises:
+        DoesNotFit: the disk has too little room for the rows, unpacked.
+    """
+    from datasets import Dataset
+
+    cache = cache_dir() / "datasets"
+    cache.mkdir(parents=True, exist_ok=True)
+    need_disk(cache, file.stat().st_size * UNPACKED, "the training rows, unpacked")
+    rows: Dataset = Dataset.from_parquet(str(file), columns=list(columns), cache_dir=str(cache))
+    return rows
+
+
+def arguments(recipe: Recipe, device: Device, out: Path) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments, with the settings that qkit's rows and the device need; what only TRL knows is left out."""
+    return {
+        "output_dir": str(out / "checkpoints"),
+        "seed": recipe.seed,
+        "per_device_train_batch_size": 1,  # batches come from the token budget
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it would log a NaN loss as 0
+        "save_strategy": "steps",
+        **device.trainer_arguments,
+        # The trainer would delete the old checkpoint before the new one is complete.
+        **recipe.train.model_dump(exclude={"save_total_limit", "activation_offloading", "bf16"}),
+    }
+
+
+def on_one_device(args: Any) -> Any:
+    """The arguments for one GPU at most: with several visible ones, the trainer would split each batch over all of them."""
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
