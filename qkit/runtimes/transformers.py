@@ -14,6 +14,7 @@ from qkit.model.load import scaled
 from qkit.plugins.runtime import PREFILL_TOKENS, RowScores, Runtime, TokenRow
 from qkit.plugins.task import ModelHead, open_task
 from qkit.runtimes._encoder import TorchEncoder
+from qkit.tasks._encoder.tagging import transitions
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,8 @@ def _model_folder(folder: Path, device: Device, head: ModelHead, options: Mappin
             message = f"{folder}: {problem}: {names[0]} and {len(names) - 1} more; create the folder again"
             raise ModelError(message, source=folder)
     leave_as_quantized(loaded, also_packable=False)
+    if not head.generates:
+        transitions.add_stored(loaded, folder)
     model: PreTrainedModel = loaded.eval()
     return model
 

@@ -13,6 +13,7 @@ from qkit.model.load import load_reference
 from qkit.plugins.exporter import Job
 from qkit.plugins.task import LABELS, open_task
 from qkit.recipe.schema import BOTTLENECKS
+from qkit.tasks._encoder.tagging import transitions
 from qkit.tensors.companions import copy_tokenizer
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ CALIBRATION_ROWS = 256
 
 
 def export(job: Job, out: Path, variant: str) -> None:
-    """Make the folder `out`: the graph, config.json with the labels, and the tokenizer.
+    """Make the folder `out`: the graph, config.json with the labels, the tokenizer, and what of the head is not in the graph.
 
     Raises:
         NotDeployable: there is no such variant, or the model cannot be traced.
@@ -46,6 +47,7 @@ def export(job: Job, out: Path, variant: str) -> None:
         model.config.save_pretrained(str(folder))
         copy_tokenizer(job.merged, folder)
         (folder / LABELS).write_bytes((job.adapter / LABELS).read_bytes())
+        transitions.write(model, folder)
         folder.rename(out)
 
 
@@ -59,6 +61,7 @@ def loaded(job: Job) -> PreTrainedModel:
         model: Any = load_reference(job.base, job.recipe, detect(), job.adapter)
         return model.float().get_base_model()
     model = getattr(transformers, head.auto_class).from_pretrained(str(job.merged), dtype=torch.float32)
+    transitions.add_stored(model, job.merged)
     return model.eval()
 
 
