@@ -10,8 +10,7 @@ from pathlib import Path
 
 from qkit.core.errors import DataError, short
 from qkit.core.sources import is_there
-from qkit.recipe import chat_templates
-from qkit.recipe import idle
+from qkit.recipe import chat_templates, idle
 from qkit.recipe.schema import SPLITS, Recipe
 
 

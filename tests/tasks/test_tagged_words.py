@@ -43,7 +43,9 @@ class Prepared:
         self.recipe = from_dict({**settings(model, folder, task="tag"), "data": section}, (), "the test")
         (folder / "out").mkdir(parents=True)
         self.summary = data_stage.prepare(self.recipe, folder / "out", Progress())
-        self.train, self.test = (pq.read_table(folder / "out" / f"{name}.parquet").to_pylist() for name in ("train", "test"))
+        self.train, self.test = (
+            pq.read_table(folder / "out" / f"{name}.parquet").to_pylist() for name in ("train", "test")
+        )
         labels = folder / "out" / "labels.json"
         self.labels: dict[str, Any] = json.loads(labels.read_text()) if labels.exists() else {}
 
@@ -80,7 +82,10 @@ def _ids_with_names(folder: Path) -> dict[str, Any]:
 
     folder.mkdir(parents=True)
     features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=list(TAGS)))})
-    columns = {"tokens": [list(w) for w, _ in SENTENCES], "ner_tags": [[TAGS.index(x) for x in t] for _, t in SENTENCES]}
+    columns = {
+        "tokens": [list(w) for w, _ in SENTENCES],
+        "ner_tags": [[TAGS.index(x) for x in t] for _, t in SENTENCES],
+    }
     Dataset.from_dict(columns, features=features).to_parquet(str(folder / "rows.parquet"))
     return {"source": str(folder / "rows.parquet")}
 
@@ -130,7 +135,9 @@ def test_a_file_and_line_for_each_message(model: Path, tmp_path: Path) -> None:
     found = done.check("malformed")
     assert found["found"] == 1 and found["rows"][0] == {"source": str(file), "line": 5}
     assert "'ben' has one column: its tag is missing" in found["message"]
-    rows = write_rows(tmp_path / "rows.jsonl", [{"tokens": ["apple"], "tags": ["O"]}, {"tokens": ["a", "b"], "tags": ["O"]}])
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"tokens": ["apple"], "tags": ["O"]}, {"tokens": ["a", "b"], "tags": ["O"]}]
+    )
     done = Prepared(tmp_path / "b", model, {"source": str(rows)})
     assert "malformed" in done.failed()
     assert f"{rows}:2" in done.check("malformed")["message"] or done.check("malformed")["rows"][0]["line"] == 2
@@ -160,7 +167,10 @@ def test_columns_of_other_files_are_refused(model: Path, tmp_path: Path) -> None
         ({"tokens": "[a", "tags": "O"}, "begins like a JSON list"),
         ({"tokens": [], "tags": []}, "tokens has no words"),
         ({"tokens": ["a\ufffd"], "tags": ["O"]}, "U+FFFD"),
-        ({"words": ["a"]}, "must have words and tags (words, tokens; tags, ner_tags, labels, ner), or a text and spans"),
+        (
+            {"words": ["a"]},
+            "must have words and tags (words, tokens; tags, ner_tags, labels, ner), or a text and spans",
+        ),
         ({"text": "apple ban", "spans": [{"start": 0, "end": 4, "label": "x"}]}, "ends inside the word 'apple'"),
         ({"text": "apple", "spans": [{"start": 0, "end": 9, "label": "x"}]}, "exceeds the text"),
         ({"text": "apple", "spans": [[0, 5, "x"], [0, 5, "y"]]}, "overlap"),
@@ -214,7 +224,9 @@ SCHEMES = {
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes_become_iob2(model: Path, tmp_path: Path, scheme: str) -> None:
-    given = [(words, tuple(SCHEMES[scheme].split()[: len(words)])) for words in (WORDS[n : n + 6] for n in range(0, 18, 6))]
+    given = [
+        (words, tuple(SCHEMES[scheme].split()[: len(words)])) for words in (WORDS[n : n + 6] for n in range(0, 18, 6))
+    ]
     done = Prepared(tmp_path, model, {"source": str(write_conll(tmp_path / "rows.conll", given))})
     assert [row["names"] for row in done.train] == [SCHEMES["IOB2"].split()] * 3
     assert done.labels["scheme"] == scheme and done.labels["names"] == ["O", "B-a", "I-a", "B-b", "I-b"]
@@ -224,7 +236,13 @@ def test_schemes_become_iob2(model: Path, tmp_path: Path, scheme: str) -> None:
 
 
 def test_tags_without_positions() -> None:
-    assert as_iob2(("E-mail", "E-mail", "O", "E-mail", "x"), plain=True) == ("B-E-mail", "I-E-mail", "O", "B-E-mail", "B-x")
+    assert as_iob2(("E-mail", "E-mail", "O", "E-mail", "x"), plain=True) == (
+        "B-E-mail",
+        "I-E-mail",
+        "O",
+        "B-E-mail",
+        "B-x",
+    )
     names = {*names_of(["E-mail", "x"])}
     assert in_names(("E-mail", "E-mail"), names) == ("B-E-mail", "I-E-mail")
     assert in_names(("B-x", "I-x", "E-x"), names) == ("B-x", "I-x", "I-x")
@@ -257,7 +275,9 @@ def test_the_first_token_carries_the_tag(model: Path, tmp_path: Path) -> None:
     tree = done.labels["names"].index("B-tree")
     assert row["labels"] == [-100, 0, -100, -100, tree, tree + 1, -100] and row["starts"] == [1, -1, 4, 5]
     found = done.check("no_tokens")
-    assert (found["status"], found["found"]) == ("warn", 1) and r"has 1 words without a token, such as '\xa0'" in found["message"]
+    assert (found["status"], found["found"]) == ("warn", 1) and r"has 1 words without a token, such as '\xa0'" in found[
+        "message"
+    ]
     words = sum(len(words) for words, _ in given) - 1
     assert done.summary["splits"]["train"]["labelled_tokens"] == words
 
@@ -322,7 +342,9 @@ def test_checks_of_the_set(
 
 
 def test_what_labels_json_counts(model: Path, tmp_path: Path) -> None:
-    done = Prepared(tmp_path, model, {"source": str(write_conll(tmp_path / "rows.conll", SENTENCES[8:]))}, SENTENCES[:8])
+    done = Prepared(
+        tmp_path, model, {"source": str(write_conll(tmp_path / "rows.conll", SENTENCES[8:]))}, SENTENCES[:8]
+    )
     tags = [tag for _, of_row in SENTENCES[8:] for tag in of_row]
     assert done.labels["rows"]["train"] == {name: tags.count(name) for name in TAGS}
     assert done.labels["rows"]["train"]["I-fruit"] == 0 and done.labels["names"] == list(TAGS)
