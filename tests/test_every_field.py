@@ -125,6 +125,14 @@ TABLE: dict[str, Line | Place] = {
         f"Bottleneck.{name}": ("train/methods.py", "**recipe.bottleneck.model_dump()")
         for name in schema.Bottleneck.model_fields
     },
+    "Recipe.peft": ("train/methods.py", "recipe.peft.items()"),
+    "Head.dropout": ("model/load.py", "recipe.head.dropout"),
+    "Head.pooling": ("model/load.py", "recipe.head.pooling"),
+    "Head.layers": ("model/pooled_head.py", 'settings["layers"]'),
+    "Head.activation": ("model/pooled_head.py", 'settings["activation"]'),
+    "Layers.frozen": ("train/methods.py", "recipe.layers.frozen"),
+    "Layers.unfreeze_steps": ("train/layers.py", "section.unfreeze_steps"),
+    "Layers.rate_decay": ("train/trainers/labelled.py", "recipe.layers.rate_decay"),
     "Loss.name": ("train/losses.py", "section.name"),
     "Loss.class_weights": ("train/losses.py", "section.class_weights"),
     "Loss.label_smoothing": ("train/losses.py", "section.label_smoothing"),
@@ -283,6 +291,8 @@ def _fields() -> list[str]:
         "quantization",
         "lora",
         "bottleneck",
+        "head",
+        "layers",
         "loss",
         "data",
         "ledger",

@@ -21,7 +21,7 @@ from qkit.merging.folder import dtype_of
 from qkit.model.provenance import NOTE, is_traced
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED, TRAINED
-from qkit.recipe.schema import BOTTLENECKS, WHOLE, Recipe, Serve
+from qkit.recipe.schema import UNMERGED, WHOLE, Recipe, Serve
 from qkit.report import summary
 from qkit.report._templates import template
 from qkit.run.directory import Run
@@ -43,7 +43,7 @@ def write(run: Run) -> None:
     merged = run.folder("merge")
     if merged.is_dir():
         write_text(merged / FILE, render(run))
-    elif run.recipe.method not in BOTTLENECKS:
+    elif run.recipe.method not in UNMERGED:
         raise MissingArtifact(f"{merged} is missing: `qkit merge {run.root}` makes it")
     for folder in sorted(run.folder("export").glob("*/")):
         write_text(folder / FILE, render(run, folder.name))
@@ -182,7 +182,9 @@ def _method(recipe: Recipe) -> str:
         return "all weights"
     if recipe.method == "head":
         return "the new head alone"
-    if recipe.method in BOTTLENECKS:
+    if recipe.method == "peft":
+        return ", ".join(f"{name} {value}" for name, value in recipe.peft.items())
+    if recipe.method in UNMERGED:
         adapter = recipe.bottleneck
         return f"bottlenecks ({recipe.method}), reduction factor {adapter.reduction_factor}, {adapter.non_linearity}"
     section, modules = recipe.lora, recipe.lora.target_modules

@@ -13,7 +13,7 @@ from qkit.core.figures import ABSENT, trimmed
 from qkit.core.files import read
 from qkit.measure.evidence import STALE, cost_of, read_evidence
 from qkit.recipe.registry import BASELINES, MERGED, TRAINED
-from qkit.recipe.schema import BOTTLENECKS, Recipe
+from qkit.recipe.schema import UNMERGED, Recipe
 from qkit.run.directory import Run
 from qkit.run.stages import STAGES
 
@@ -150,7 +150,9 @@ def verdict(figures: Summary) -> str:
 
 def trained_how(recipe: Recipe) -> str:
     """What was trained, for people: `an adapter of rank 16`, `all weights`."""
-    if recipe.method in BOTTLENECKS:
+    if recipe.method == "peft":
+        return f"an adapter of PEFT's kind {recipe.peft['peft_type']}"
+    if recipe.method in UNMERGED:
         return f"{recipe.method} bottleneck adapters (reduction factor {recipe.bottleneck.reduction_factor})"
     return {"full": "all weights", "head": "its new head alone"}.get(
         recipe.method, f"an adapter of rank {recipe.lora.r}"

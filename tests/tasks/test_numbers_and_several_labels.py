@@ -23,8 +23,9 @@ from qkit.core.errors import RecipeError
 from qkit.core.progress import Progress
 from qkit.data import stage as data_stage
 from qkit.plugins.task import open_task
+from qkit.recipe.labels import Loss
 from qkit.recipe.load import from_dict
-from qkit.recipe.schema import Data, Loss
+from qkit.recipe.schema import Data
 from qkit.run.directory import Run
 from qkit.tasks._encoder import numbers, several_labels
 from qkit.tasks._encoder.labelled_text import numbers_of, several_names

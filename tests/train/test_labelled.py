@@ -159,10 +159,11 @@ if "train" in sys.orig_argv:
 """
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "head"])
+@pytest.mark.parametrize("method", ["lora", "full", "head", "gradual"])
 def test_a_killed_training_goes_on_to_the_same_bytes(with_dropout: Path, tmp_path: Path, method: str) -> None:
     sections: dict[str, Any] = {
-        "method": method,
+        "method": "full" if method == "gradual" else method,
+        **({"layers": {"unfreeze_steps": 4, "rate_decay": 0.8}} if method == "gradual" else {}),
         **({"lora": {"lora_dropout": 0.1}} if method == "lora" else {}),
         "train": {"max_steps": 12, "save_steps": 3, "gradient_accumulation_steps": 2},
     }

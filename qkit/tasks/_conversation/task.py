@@ -52,7 +52,7 @@ class ConversationTask:
         for_labels = f"is for tasks with labels, and task={recipe.task} has none: remove it"
         if recipe.method != "lora":
             yield ("method",), f"method={recipe.method} {for_labels}"
-        for section in ("bottleneck", "loss"):
+        for section in ("bottleneck", "head", "layers", "loss"):
             if getattr(recipe, section) != type(getattr(recipe, section))():
                 yield (section,), f"{section} {for_labels}"
         if recipe.data.label_separator is not None:
