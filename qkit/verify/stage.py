@@ -9,7 +9,7 @@ an artifact fails its gate: the failure is recorded, and `gates.check` raises it
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from qkit.measure import held_out as measure_held_out
 from qkit.measure import parity as measure_parity
 from qkit.measure import reference as measure_reference
 from qkit.measure import scores as measure_scores
-from qkit.measure.answers import answered
+from qkit.measure.answers import answered, further_figures
 from qkit.measure.artifacts import Artifact, artifacts, open_artifact, rounding
 from qkit.measure.parity import Parity
 from qkit.plugins.exporter import is_exact
@@ -39,10 +39,11 @@ EXACT_ROWS = 32  # a wrong graph shows in every row, and each row more is scored
 
 @dataclass(frozen=True)
 class ArtifactMeasurement:
-    """What was measured of an artifact. `right`: which of its answers are right, by held-out row."""
+    """What was measured of an artifact. `right`: which of its answers are right, by held-out row; `further`: the task's other figures."""
 
     parity: Parity
     right: tuple[bool, ...]
+    further: Mapping[str, Any]
     exactness: gates.Exactness | None = None
     contract: tuple[measure_contract.ContractCheck, ...] = ()
 
@@ -68,7 +69,7 @@ def run(run: Run, out: Path) -> None:
             continue
         distances[artifact.name] = _judged(run, artifact.name, measured)
         score = measure_scores.score(measured.right, measured.parity.heldout_loss, run.recipe.evaluate, run.recipe.seed)
-        scores[artifact.name] = asdict(score)
+        scores[artifact.name] = asdict(score) | ({"metrics": measured.further} if measured.further else {})
     measure_reference.forget(run)
     write_json(out / "parity.json", {"parity": {**_rounding(run), **distances}, "scores": scores})
 
@@ -101,7 +102,8 @@ def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> A
     chosen = next(row for row in table["candidates"] if row["name"] == table["chosen"])
     right = measure_scores.grade(table["texts"], held_out, open_task(run.recipe.task), run.recipe.evaluate)
     contract = _contract_of(run)(run, artifact.path)
-    return ArtifactMeasurement(Parity(**chosen["parity"]), tuple(right), contract=contract.checks)
+    further = (chosen["score"] or {}).get("metrics", {})
+    return ArtifactMeasurement(Parity(**chosen["parity"]), tuple(right), further, contract=contract.checks)
 
 
 def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> ArtifactMeasurement:
@@ -120,7 +122,8 @@ def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -
                 distances.add(row)
                 exactness.add(row)
             parity = distances.parity(**rounding(run, artifact))
-    return ArtifactMeasurement(parity, answers.right, exactness.result(), contract)
+    further = further_figures(run, answers, held_out)
+    return ArtifactMeasurement(parity, answers.right, further, exactness.result(), contract)
 
 
 def _contract_of(run: Run) -> Callable[[Run, Path], measure_contract.Contract]:

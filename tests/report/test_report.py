@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qkit.report import stage as report_stage
 from qkit.report import summary
 from qkit.report.stage import Example
 from qkit.run.directory import Run
+from qkit.tasks import chat
 
 HOSTILE = """</pre><script>alert(1)</script>"><img src=x onerror='alert(2)'>{{ 7 * 7 }}"""
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -103,8 +105,9 @@ def test_links_within_the_page_lead_somewhere(tmp_path: Path) -> None:
     assert {name for _, a in tags for name in (a.get("aria-labelledby") or "").split()} <= set(ids)
 
 
-def test_what_models_and_people_write_stays_text(tmp_path: Path) -> None:
+def test_what_models_and_people_write_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_sample(tmp_path)
+    monkeypatch.setitem(sys.modules, f"qkit.tasks.{HOSTILE}", chat)
     keys = ("prompt", "prediction", "reference")
     lines = [
         {"artifact": name, "row": 0, "correct": False, **dict.fromkeys(keys, HOSTILE)} for name in ("base", "adapter")
