@@ -81,8 +81,8 @@ def plot(chart: Plot) -> Markup:
     """Points over two axes, with a legend above, and how many rows there are along the x axis below."""
     x_ticks, y_ticks = (_ticks(chart, axis) for axis in (0, 1))
     bottom = TOP + PLOT_HEIGHT
-    x_scale = (RIGHT - LEFT) / (x_ticks[-1] - x_ticks[0])
-    y_scale = PLOT_HEIGHT / (y_ticks[-1] - y_ticks[0])
+    x_scale = (RIGHT - LEFT) / ((x_ticks[-1] - x_ticks[0]) or 1)
+    y_scale = PLOT_HEIGHT / ((y_ticks[-1] - y_ticks[0]) or 1)
 
     def place(point: Point) -> Point:
         return LEFT + (point[0] - x_ticks[0]) * x_scale, bottom - (point[1] - y_ticks[0]) * y_scale

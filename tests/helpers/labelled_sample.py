@@ -39,12 +39,20 @@ class MadeUp(Encodes):
 
 
 def evaluated_run(
-    root: Path, names: Sequence[str] = ("fruit", "tree", "wood"), rows: int = 60, noise: float = 2.0, **sections: Any
+    root: Path,
+    names: Sequence[str] = ("fruit", "tree", "wood"),
+    rows: int = 60,
+    noise: float = 2.0,
+    present: int | None = None,
+    **sections: Any,
 ) -> Run:
-    """A run with the folders data, train and evaluate. `rows`: held-out ones, of the labels in turn; with `noise` 0 all are right."""
+    """A run with the folders data, train and evaluate.
+
+    `rows`: held-out ones, of the first `present` labels in turn, or of all; with `noise` 0 all of them are right.
+    """
     raw = settings(root / "model", root / "rows.jsonl", **sections)
     run = Run.create(root / "run", from_dict(raw, (), "the test"))
-    _write_data(run.folder("data"), names, rows)
+    _write_data(run.folder("data"), names, rows, present or len(names))
     run.folder("train").mkdir()
     steps = [
         {"step": n, "epoch": n / 4, "loss": 1 / n, "learning_rate": 0.01 / n, "grad_norm": 2.0 / n, "tokens": 100 * n}
@@ -61,9 +69,9 @@ def evaluated_run(
     return run
 
 
-def _write_data(folder: Path, names: Sequence[str], rows: int) -> None:
+def _write_data(folder: Path, names: Sequence[str], rows: int, present: int) -> None:
     folder.mkdir()
-    labels = [number % len(names) for number in range(rows)]
+    labels = [number % present for number in range(rows)]
     counts = {name: labels.count(number) for number, name in enumerate(names)}
     split = {"records": rows, "kept": rows, "dropped": 0, "rows": rows, "tokens": 9 * rows, "labelled_tokens": rows}
     empty = dict.fromkeys(split, 0)

@@ -58,10 +58,7 @@ def ranked_labels(metrics: Mapping[str, Any]) -> list[str]:
 def table_of_labels(evaluated: Evaluated, what: str = "Label") -> Table | None:
     """Support, precision, recall and F1 of each label with intervals; None without figures of labels. `what`: such as `Type`."""
     metrics = evaluated.metrics
-    rows = [
-        [name, Cell(support := _value(metrics, "support", name), fixed(support, 0)), *_of_label(metrics, name)]
-        for name in ranked_labels(metrics)
-    ]
+    rows = [_row_of_label(metrics, name) for name in ranked_labels(metrics)]
     if not rows:
         return None
     columns = [Column(what, "name"), Column("Support"), Column("Precision"), Column("Recall"), Column("F1")]
@@ -70,8 +67,9 @@ def table_of_labels(evaluated: Evaluated, what: str = "Label") -> Table | None:
     return Table(caption, columns, rows, sortable=True, on_card=True)
 
 
-def _of_label(metrics: Mapping[str, Any], name: str) -> list[Cell]:
-    return [figure_cell(metrics.get(f"{figure}:{name}")) for figure in OF_LABEL]
+def _row_of_label(metrics: Mapping[str, Any], name: str) -> list[Cell | str]:
+    support = _value(metrics, "support", name)
+    return [name, Cell(support, fixed(support, 0)), *(figure_cell(metrics.get(f"{f}:{name}")) for f in OF_LABEL)]
 
 
 def figure_cell(entry: Mapping[str, float | None] | None) -> Cell:
