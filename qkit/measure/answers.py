@@ -15,10 +15,10 @@ from qkit.run.directory import Run
 
 @dataclass(frozen=True)
 class Answers:
-    """For each held-out row: the prediction, and whether the task counts it as right."""
+    """For each held-out row: the prediction, and how the task grades it."""
 
     predictions: tuple[Prediction, ...]
-    right: tuple[bool, ...]
+    grades: scores.Grades
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -32,8 +32,8 @@ def answered(run: Run, runtime: Scores, held_out: HeldOut, what: str = "generate
     predictor = task.predictor(run.recipe, run.need("data", "summary.json").parent)
     with run.progress.bar(what, len(held_out.rows)) as bar:
         predictions = predictor.predict(runtime, held_out.rows, bar.advance)
-    right = scores.grade([one.text for one in predictions], held_out, task, run.recipe.evaluate)
-    return Answers(tuple(predictions), tuple(right))
+    grades = scores.grade([one.text for one in predictions], held_out, task, run.recipe.evaluate)
+    return Answers(tuple(predictions), grades)
 
 
 def further_figures(run: Run, answers: Answers, held_out: HeldOut) -> Mapping[str, Any]:
@@ -44,6 +44,6 @@ def further_figures(run: Run, answers: Answers, held_out: HeldOut) -> Mapping[st
 
 def scored(run: Run, answers: Answers, held_out: HeldOut, heldout_loss: float) -> dict[str, Any]:
     """An artifact's entry in a table of scores: its score, and as `metrics` the further figures that the task has."""
-    score = asdict(scores.score(answers.right, heldout_loss, run.recipe.evaluate, run.recipe.seed))
+    score = asdict(scores.score(answers.grades, heldout_loss, run.recipe.evaluate, run.recipe.seed))
     further = further_figures(run, answers, held_out)
     return {**score, "metrics": further} if further else score

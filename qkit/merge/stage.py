@@ -90,7 +90,7 @@ def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, ref
     return replace(
         CandidateResult.of(candidate, distance),
         score=scored(run, answers, held_out, distance.heldout_loss),
-        gain=gates.gain_over_reference(run, answers.right),
+        gain=gates.gain_over_reference(run, answers.grades, held_out),
         texts=answers.texts,
     )
 

@@ -28,7 +28,7 @@ def figures_of(run: Run, artifact: str, entry: Mapping[str, Any]) -> dict[str, A
     task = open_task(run.recipe.task)
     metrics = {figure.name: _shown(figure, measured[figure.name]) for figure in task.FIGURES if figure.name in measured}
     worst = [] if artifact in BASELINES else _worst(task, measured)
-    return {"metrics": metrics, **({"worst_labels": worst} if worst else {})}
+    return {**({"metrics": metrics} if metrics else {}), **({"worst_labels": worst} if worst else {})}
 
 
 def _shown(figure: Figure, values: Mapping[str, float | None]) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def page(run: Run) -> str:
     manifest = run.manifest()
     data = files.read(run.folder("data") / "summary.json") or {}
     metrics = files.read_lines(run.folder("train") / "metrics.jsonl")
-    examples = pair_up(files.read_lines(run.folder("evaluate") / "predictions.jsonl"))
+    predictions = files.read_lines(run.folder("evaluate") / "predictions.jsonl")
+    is_right_or_wrong = all(isinstance(line["correct"], bool) for line in predictions)  # and not more or less so
+    examples = pair_up(predictions) if is_right_or_wrong else []
     memory = _memory(run, figures)
     return _render(
         run=run,
@@ -99,6 +101,7 @@ def page(run: Run) -> str:
         subject="adapter" if run.recipe.trained_as == "adapter" else "trained model",
         examples=choose(examples),
         kinds=_kinds(examples),
+        is_right_or_wrong=is_right_or_wrong,
         server=_server_command(run),
         outputs=_outputs(manifest, figures["stages"]),
     )
@@ -213,11 +216,11 @@ def score_chart(figures: Summary) -> Markup | None:
     rows = [
         svg.Bar(
             label=name,
-            value=entry["score"],
+            value=max(entry["score"], 0.0),  # R2 can be below 0, where the axis begins
             text=core_figures.fixed(entry["score"]),
             note=summary.interval_text(entry),
-            low=entry["low"],
-            high=entry["high"],
+            low=_from_zero(entry["low"]),
+            high=_from_zero(entry["high"]),
             strong=name in TRAINED,
         )
         for name, entry in figures["scores"].items()
@@ -228,6 +231,10 @@ def score_chart(figures: Summary) -> Markup | None:
     description = "; ".join(f"{row.label} {row.text}, interval {row.note}" for row in rows)
     title = f"{figures['metric'] or 'Score'} of each artifact, 0 to 100"
     return svg.bars("score-chart", title, description, rows, top=100, width=WIDE, ticks=(0, 25, 50, 75, 100))
+
+
+def _from_zero(end: float | None) -> float | None:
+    return None if end is None else max(end, 0.0)
 
 
 def training_charts(metrics: Sequence[Mapping[str, Any]], gradients: bool = False) -> list[tuple[str, Markup]]:

@@ -147,7 +147,7 @@ def verdict(figures: Summary) -> str:
     if not base or not adapter or base["low"] is None or adapter["low"] is None:
         return ""
     what = "adapter" if "adapter" in figures["scores"] else "trained model"
-    than = "base model" if "base" in figures["scores"] else "most frequent label"
+    than = "base model" if "base" in figures["scores"] else "baseline"
     if adapter["low"] > base["high"]:
         return f"The {what} is better than the {than}: the intervals do not overlap."
     if adapter["high"] < base["low"]:

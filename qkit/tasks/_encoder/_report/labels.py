@@ -125,8 +125,8 @@ def confused_pairs(lines: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 def calibration(evaluated: Evaluated) -> Section:
     """How often texts are right, by the probability that the model gives its prediction."""
+    from qkit.plugins.resampling import figures
     from qkit.tasks._encoder.metrics.classes import reliability
-    from qkit.tasks._encoder.metrics.resampling import figures
 
     sample = _confidences(evaluated.lines)
     bins = reliability(sample)
@@ -176,22 +176,27 @@ def errors(lines: Sequence[Mapping[str, Any]]) -> Section:
         f"Wrong, the surest first: {min(len(wrong), ERRORS)} of {len(wrong)}",
         [*said, Column("Confidence"), Column("Probability of the label")],
         [
-            [*_text(line), line["prediction"], _share(line["confidence"]), _of_reference(line)]
+            [*_labelled(line), line["prediction"], _share(line["confidence"]), _of_reference(line)]
             for line in wrong[:ERRORS]
         ],
     )
     unsure = Table(
         f"Right, the least sure first: {min(len(right), DOUBTFUL)} of {len(right)}",
         [*said[:3], Column("Confidence"), Column("Next label", "name"), Column("Its probability")],
-        [[*_text(line), _share(line["confidence"]), *_second(line)] for line in right[:DOUBTFUL]],
+        [[*_labelled(line), _share(line["confidence"]), *_second(line)] for line in right[:DOUBTFUL]],
     )
     note = "A wrong text that the model is sure of is often one with a wrong label, or one that fits two labels."
     return Section("errors", "Errors", (note,), [table for table in (sure, unsure) if table.rows])
 
 
-def _text(line: Mapping[str, Any]) -> list[Cell | str]:
+def row_and_text(line: Mapping[str, Any]) -> list[Cell | str]:
+    """The number of the held-out row, and its text, cut if it is long."""
     text = line["prompt"] if len(line["prompt"]) <= LETTERS else f"{line['prompt'][:LETTERS]}…"
-    return [Cell(line["row"], str(line["row"])), text, line["reference"]]
+    return [Cell(line["row"], str(line["row"])), text]
+
+
+def _labelled(line: Mapping[str, Any]) -> list[Cell | str]:
+    return [*row_and_text(line), line["reference"]]
 
 
 def _share(value: float | None) -> Cell:
