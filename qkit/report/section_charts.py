@@ -17,6 +17,7 @@ LEAST, MOST = 0.1, 0.55  # opacity of a cell; at most so much that the text on i
 PLOT_HEIGHT, BINS_HEIGHT = 260.0, 44.0
 LEFT, RIGHT, TOP = 56.0, WIDTH - 16.0, 34.0
 DASH = "6 4"
+CROWD = 100  # points; more of them are drawn smaller
 
 
 def drawn(chart: Matrix | Plot) -> Markup:
@@ -108,7 +109,8 @@ def _series(series: Series, place: Callable[[Point], Point]) -> Markup:
     points = [place(point) for point in series.points]
     if series.joined:
         return polyline(points, "smooth" if series.strong else "plain", None if series.strong else DASH)
-    return Markup().join(tag("circle", class_=_dot(series), cx=x, cy=y, r=4) for x, y in points)
+    radius = 4 if len(points) <= CROWD else 2.5
+    return Markup().join(tag("circle", class_=_dot(series), cx=x, cy=y, r=radius) for x, y in points)
 
 
 def _dot(series: Series) -> str:
