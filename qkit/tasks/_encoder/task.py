@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.errors import short
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
+from qkit.plugins.sections import Evaluated, Figure, Section
 from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, read_labels
 from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
+from qkit.tasks._encoder._report.labels import OF_ONE_LABEL, SINGLE_LABEL
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ class EncoderTask:
     CHECKS = LABELLED_CHECKS
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]] = {}
     UNSCORED: frozenset[str] = frozenset()
+    FIGURES: Sequence[Figure] = SINGLE_LABEL
+    LABEL_FIGURE: Figure | None = OF_ONE_LABEL
 
     LOSSES: tuple[str, ...] = ("cross_entropy", "focal")
     SEVERAL = False  # any number of labels for a text
@@ -280,6 +284,12 @@ class EncoderTask:
     def answer(self, record: Mapping[str, Any]) -> str:
         """The names of the labels."""
         return ", ".join(record["names"])
+
+    def sections(self, evaluated: Evaluated) -> Sequence[Section]:
+        """The figures of each label, the confusions, the calibration and the worst errors."""
+        from qkit.tasks._encoder._report.labels import sections_of_single_labels
+
+        return sections_of_single_labels(evaluated, read_labels(evaluated.data))
 
     def usage(self, library: str, recipe: Recipe) -> str:
         """How to label a text, for the model card."""
