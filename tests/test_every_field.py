@@ -242,6 +242,7 @@ TABLE: dict[str, Line | Place] = {
     "Evaluate.max_new_tokens": (planned, {"evaluate.max_new_tokens": 512}, {"data.max_length": 64}),
     "Evaluate.batch_size": (planned, {"evaluate.batch_size": 4}, {"data.max_length": 64}),
     "Evaluate.answer_pattern": ("tasks/chat.py", "section.answer_pattern"),
+    "Evaluate.metrics": ("measure/answers.py", "section.metrics"),
     "Evaluate.confidence": (scored, {"evaluate.confidence": 0.5}),
     "Merge.base": ("measure/candidates.py", "recipe.merge.base"),
     "Merge.choose": ("merge/stage.py", "run.recipe.merge.choose"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qkit.measure import scores
+from qkit.measure import own_metrics, scores
 from qkit.measure.held_out import HeldOut
 from qkit.plugins.runtime import Scores
 from qkit.plugins.task import Prediction, open_task
@@ -37,9 +37,11 @@ def answered(run: Run, runtime: Scores, held_out: HeldOut, what: str = "generate
 
 
 def further_figures(run: Run, answers: Answers, held_out: HeldOut) -> Mapping[str, Any]:
-    """The task's figures beside the score, with their intervals: name -> {value, low, high}. Empty if it has none."""
-    section, data = run.recipe.evaluate, run.need("data", "summary.json").parent
-    return open_task(run.recipe.task).metrics(answers.predictions, held_out.references, data, section, run.recipe.seed)
+    """The task's figures beside the score, and those of evaluate.metrics, with their intervals: name -> {value, low, high}."""
+    section, data, seed = run.recipe.evaluate, run.need("data", "summary.json").parent, run.recipe.seed
+    own = own_metrics.figures(section.metrics, answers.texts, held_out.references, section.confidence, seed)
+    figures = open_task(run.recipe.task).metrics(answers.predictions, held_out.references, data, section, seed)
+    return {**figures, **own}
 
 
 def scored(run: Run, answers: Answers, held_out: HeldOut, heldout_loss: float) -> dict[str, Any]:

@@ -210,6 +210,10 @@ class Evaluate(Section):
         None, description="regular expression; the first group of its last match, or the whole match, is compared"
     )
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    metrics: tuple[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")], ...] = Field(
+        (),
+        description="metrics of your own, module:function: (predictions, references) -> one number, or one for each row",
+    )
 
 
 class Merge(Section):

@@ -26,7 +26,12 @@ def figures_of(run: Run, artifact: str, entry: Mapping[str, Any]) -> dict[str, A
     if not measured:
         return {}
     task = open_task(run.recipe.task)
-    metrics = {figure.name: _shown(figure, measured[figure.name]) for figure in task.FIGURES if figure.name in measured}
+    own = (Figure(name, name.partition(":")[2], name, share=False) for name in run.recipe.evaluate.metrics)
+    metrics = {
+        figure.name: _shown(figure, measured[figure.name])
+        for figure in (*task.FIGURES, *own)
+        if figure.name in measured
+    }
     worst = [] if artifact in BASELINES else _worst(task, measured)
     return {**({"metrics": metrics} if metrics else {}), **({"worst_labels": worst} if worst else {})}
 

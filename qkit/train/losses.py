@@ -12,7 +12,6 @@ logits [rows, classes] float32, labels the same      `multi_label`, 0 or 1; `reg
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import RecipeError, nearest, short
+from qkit.plugins.own_code import imported
 from qkit.plugins.task import LABELS
 from qkit.recipe import labels as sections
 
@@ -36,9 +36,11 @@ def open_loss(section: sections.Loss, data: Path) -> Loss:
         RecipeError: it does not exist, or its settings do not fit the labels.
     """
     weights = positive_weights(section, data) if section.name == "bce" else class_weights(section, data)
+    if ":" not in section.name and section.name not in OWN:
+        raise RecipeError(f"loss.name={short(section.name)}: must be {', '.join(OWN)}, or module:function")
     if section.name in OWN:
         return OWN[section.name](weights, section)
-    return _checked(section.name, _imported(section.name))
+    return _checked(section.name, imported(section.name, "loss.name"))
 
 
 def class_weights(section: sections.Loss, data: Path) -> torch.Tensor | None:
@@ -134,18 +136,6 @@ OWN: Mapping[str, Callable[[torch.Tensor | None, sections.Loss], Loss]] = {
     "mse": _mse,
     "huber": _huber,
 }
-
-
-def _imported(name: str) -> Any:
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise RecipeError(f"loss.name={short(name)}: must be {', '.join(OWN)}, or module:function")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(
-            f"loss.name={short(name)}: {error}; the module must be importable, for example from PYTHONPATH"
-        ) from error
 
 
 def _checked(name: str, function: Any) -> Loss:
