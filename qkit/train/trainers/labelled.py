@@ -5,14 +5,16 @@ Labels that are ids count one by one; a row whose labels are numbers counts as o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qkit.core.device import Device
+from qkit.core.errors import listed
 from qkit.core.files import read_json
 from qkit.model import load
+from qkit.model.adapters import new_heads
 from qkit.plugins.task import Losses, open_task, read_labels
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
@@ -91,6 +93,8 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
     data = run.need("data", "labels.json").parent
     pad = read_json(data / "tokens.json")["pad"]
     base = load.load_base(folder, recipe, device, read_labels(data))
+    if kept := new_heads.stored(base, folder):
+        run.progress.notify(f"train: {_of_kept_head(folder, kept, read_labels(data))}")
     trainer_class = type("Trainer", (CountedLabels, Trainer), {})
     trainer: Trainer = trainer_class(
         model=methods.prepared(base, folder, recipe),
@@ -109,6 +113,17 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
     if recipe.layers.unfreeze_steps:
         trainer.add_callback(layers.unfreezing(trainer.model, recipe.layers))
     return trainer
+
+
+def _of_kept_head(folder: Path, kept: Sequence[str], labels: Sequence[str]) -> str:
+    """What to know of a base model that has a head for as many labels already, which training goes on from."""
+    named = read_json(folder / "config.json").get("id2label") or {}
+    theirs = [name for _, name in sorted((int(number), name) for number, name in named.items())]
+    said = f"for the labels {listed(theirs)}" if theirs else "for labels without names"
+    return (
+        f"the base model has a head already ({', '.join(kept)}), {said}; training goes on from its weights, with the labels "
+        f"{listed(labels)} in this order"
+    )
 
 
 def training_arguments(recipe: Recipe, device: Device, out: Path) -> TrainingArguments:
