@@ -16,7 +16,7 @@ from qkit.core.errors import DataError, short
 from qkit.core.network import reaching_hub
 from qkit.core.sources import HubId, locate
 from qkit.core.strict_json import Rounded, Struct, decode
-from qkit.data.read_conll import from_conll
+from qkit.data._read_conll import from_conll
 from qkit.data.read_json import from_json, not_utf8, open_text
 from qkit.plugins.example import ANSWER_KEYS
 from qkit.recipe import idle

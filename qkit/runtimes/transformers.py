@@ -44,7 +44,10 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime | TorchEncod
     head: ModelHead = options.get("head", CAUSAL) if recipe is None else open_task(recipe.task).HEAD
     if recipe is None:
         folder = _model_folder(artifact, device, head, options)
-        return TransformersRuntime(folder, meter) if head.generates else TorchEncoder(folder, meter)
+        if head.generates:
+            return TransformersRuntime(folder, meter)
+        transitions.add_stored(folder, artifact)
+        return TorchEncoder(folder, meter)
     exact = bool(options.get("exact"))
     loaded = _reference(artifact, recipe, device, options.get("adapter"), exact)
     if not head.generates:
@@ -73,7 +76,7 @@ def _model_folder(folder: Path, device: Device, head: ModelHead, options: Mappin
     import transformers
     from safetensors import SafetensorError
 
-    from qkit.model.load import leave_as_quantized
+    from qkit.model.load import class_of, leave_as_quantized
 
     arguments: dict[str, Any]
     gguf = next(folder.glob("*.gguf"), None)
@@ -81,7 +84,7 @@ def _model_folder(folder: Path, device: Device, head: ModelHead, options: Mappin
     try:
         if head.generates:
             arguments["generation_config"] = transformers.GenerationConfig()
-        loaded, report = getattr(transformers, head.auto_class).from_pretrained(
+        loaded, report = class_of(folder, head).from_pretrained(
             str(folder), device_map=device.device_map, output_loading_info=True, **arguments
         )
     except SafetensorError as error:
@@ -102,8 +105,6 @@ def _model_folder(folder: Path, device: Device, head: ModelHead, options: Mappin
             message = f"{folder}: {problem}: {names[0]} and {len(names) - 1} more; create the folder again"
             raise ModelError(message, source=folder)
     leave_as_quantized(loaded, also_packable=False)
-    if not head.generates:
-        transitions.add_stored(loaded, folder)
     model: PreTrainedModel = loaded.eval()
     return model
 

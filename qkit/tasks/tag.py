@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, Reads, TaggedWords
+from qkit.plugins.sections import Evaluated, Section
 from qkit.plugins.task import ModelHead, Prediction, read_labels
 from qkit.recipe.schema import Data, Evaluate, Recipe
+from qkit.tasks._encoder._report.tags import ENTITIES
 from qkit.tasks._encoder.tagging.checks import ROW_CHECKS
 from qkit.tasks._encoder.task import EncoderTask
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from qkit.tasks._encoder.tagging.tagger import MostFrequent, Tagger
 
 CRF = "crf"  # the loss with scores of neighbouring tags
+ADDS_TOKENS = ("PROMPT_TUNING", "P_TUNING")
 
 
 class Tag(EncoderTask):
@@ -35,6 +38,18 @@ class Tag(EncoderTask):
     HEAD = ModelHead("AutoModelForTokenClassification", "TOKEN_CLS", "token-classification", generates=False)
     LOSSES = ("cross_entropy", "focal", CRF)
     CHECKS = ROW_CHECKS
+    FIGURES = ENTITIES
+
+    def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """Also adapters that add tokens of their own."""
+        yield from super().clashes(recipe)
+        kind = recipe.peft.get("peft_type")
+        if recipe.method == "peft" and kind in ADDS_TOKENS:
+            yield (
+                ("peft", "peft_type"),
+                f"peft.peft_type={kind} puts tokens before a text, and task=tag reads its tokens by their places: use PREFIX_TUNING, IA3 "
+                "or method=lora",
+            )
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -183,10 +198,16 @@ class Tag(EncoderTask):
         return " ".join(record["words"])
 
     def answer(self, record: Mapping[str, Any]) -> str:
-        """The entities."""
+        """The JSON list of the entities, such as ["person: Ada Lovelace"]; `entities` of a prediction is the same."""
         from qkit.tasks._encoder.tagging.tagger import named
 
-        return "; ".join(named(record["words"], record["names"])) or "no entity"
+        return json.dumps(named(record["words"], record["names"]), ensure_ascii=False)
+
+    def sections(self, evaluated: Evaluated) -> Sequence[Section]:
+        """The figures of each type, and what is missed and wrongly found."""
+        from qkit.tasks._encoder._report.tags import sections_of_tags
+
+        return sections_of_tags(evaluated)
 
     def usage(self, library: str, recipe: Recipe) -> str:
         """How to tag a sentence, for the model card."""

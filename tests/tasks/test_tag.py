@@ -431,8 +431,8 @@ def test_a_task_says_what_is_right() -> None:
     task: Any = open_task("tag")
     assert task.correct("O B-x", ("O", "B-x"), None) is True and task.correct("O B-x", ("O", "O"), None) is False
     record = {"words": ["ban", *WORDS[:2]], "names": ["O", "B-x", "I-x"]}
-    assert task.question(record) == "ban apple pear" and task.answer(record) == "x: apple pear"
-    assert task.answer({"words": ["ban"], "names": ["O"]}) == "no entity"
+    assert task.question(record) == "ban apple pear" and task.answer(record) == '["x: apple pear"]'
+    assert task.answer({"words": ["ban"], "names": ["O"]}) == "[]"
 
 
 def test_stored_scores_of_other_labels_are_refused(tmp_path: Path) -> None:
