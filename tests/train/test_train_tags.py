@@ -169,12 +169,12 @@ def test_words_are_counted_everywhere_alike(model: Path, tmp_path: Path, loss: s
 
     def spoilt(self: Any, rows: Any) -> Any:
         batch = collate(self, rows)
-        batch["labels"] = batch["labels"].roll(1, 1).where(batch["labels"] == -100, batch["labels"] + 1)
+        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == 0, 1)
         return batch
 
     monkeypatch.setattr(labelled.CountedLabels, "collate", spoilt)
     other = prepared(tmp_path / "b", model, train=train)
-    with pytest.raises(StageFailed, match=r"label (counts|ids) disagree"):
+    with pytest.raises(StageFailed, match="label ids disagree"):
         pipeline.execute(other, "train")
 
 
