@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from qkit.plugins.runtime import RowScores
+    from qkit.plugins.runtime import RowScores, TextRow
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,38 @@ class Predictor(Protocol):
     """Predicts rows with an open model, by the settings of one recipe and one data folder."""
 
     def predict(self, runtime: Any, rows: Sequence[Any], advance: Callable[[int], None]) -> list[Prediction]: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request as what a runtime scores. `rows`: one or more, such as the windows of a long text; `kept`: what else its answer needs,
+    such as its options, or the place in the text of each token."""
+
+    rows: Sequence[TextRow]
+    kept: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(row.input_ids) for row in self.rows)
+
+
+class Service(Protocol):
+    """How a finished artifact answers requests: text in, JSON out. Opened from the artifact's folder alone, once per process.
+
+    A request is a mapping: the texts under the names in FIELDS, and options under those in OPTIONS. One thread at a time may prepare;
+    any may answer.
+    """
+
+    ENDPOINT: str  # its path on a server, such as "/classify"
+    FIELDS: Sequence[str]  # of a request; a plain text stands for the first
+    OPTIONS: Collection[str]  # further keys that a request may have
+    WHOLE: Mapping[str, Any]  # the options of an answer that leaves nothing out
+    max_length: int  # tokens of a row at most
+
+    def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]: ...
+    def prepare(self, requests: Sequence[Mapping[str, Any]]) -> list[Prepared | RowError]: ...
+    def answer(self, prepared: Prepared, logits: Sequence[NDArray[np.float32]]) -> dict[str, Any]: ...
 
 
 class Task(Protocol):
@@ -127,6 +159,9 @@ class Task(Protocol):
     def question(self, record: Mapping[str, Any]) -> str: ...
     def answer(self, record: Mapping[str, Any]) -> str: ...
     def usage(self, library: str, recipe: Recipe) -> str: ...  # Markdown for the model card; "": as a chat model
+
+    # serve, predict. `folder`: an artifact with its tokenizer and config.json; None: a task that generates text
+    def service(self, folder: Path, max_length: int) -> Service | None: ...
 
 
 LABELS = "labels.json"  # in a data folder or a trained one: the names by label id

@@ -220,3 +220,8 @@ class ConversationTask:
     def answer(self, record: Mapping[str, Any]) -> str:
         """The reference answer, as the template writes it."""
         return str(record["answer"])
+
+    # --- serve --------------------------------------------------------------------------------------------------------
+
+    def service(self, folder: Path, max_length: int) -> None:
+        """None: servers of the OpenAI API answer conversations."""

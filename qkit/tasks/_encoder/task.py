@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
-from qkit.plugins.task import LABELS, ModelHead, Prediction, read_labels
+from qkit.plugins.task import LABELS, ModelHead, Prediction, Service, read_labels
 from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
 
@@ -267,3 +267,11 @@ class EncoderTask:
         from qkit.tasks._encoder.usage import usage
 
         return usage(library, self.HEAD, recipe)
+
+    # --- serve, predict -----------------------------------------------------------------------------------------------
+
+    def service(self, folder: Path, max_length: int) -> Service:
+        """Texts to labels, with the tokenizer and the label names in the folder."""
+        from qkit.tasks._encoder.service import open_labels
+
+        return open_labels(folder, max_length)
