@@ -92,7 +92,6 @@ class Service(Protocol):
     any may answer.
     """
 
-    ENDPOINT: str  # its path on a server, such as "/classify"
     FIELDS: Sequence[str]  # of a request; a plain text stands for the first
     OPTIONS: Collection[str]  # further keys that a request may have
     WHOLE: Mapping[str, Any]  # the options of an answer that leaves nothing out
@@ -101,6 +100,9 @@ class Service(Protocol):
     def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]: ...
     def prepare(self, requests: Sequence[Mapping[str, Any]]) -> list[Prepared | RowError]: ...
     def answer(self, prepared: Prepared, logits: Sequence[NDArray[np.float32]]) -> dict[str, Any]: ...
+    def difference(
+        self, expected: Mapping[str, Any], given: Mapping[str, Any], tolerance: float
+    ) -> str: ...  # "": the same
 
 
 class Task(Protocol):
@@ -160,7 +162,10 @@ class Task(Protocol):
     def answer(self, record: Mapping[str, Any]) -> str: ...
     def usage(self, library: str, recipe: Recipe) -> str: ...  # Markdown for the model card; "": as a chat model
 
-    # serve, predict. `folder`: an artifact with its tokenizer and config.json; None: a task that generates text
+    # serve, predict. `folder`: an artifact with its tokenizer and config.json; None, and no endpoint: a task that generates text
+    ENDPOINT: str  # the path of its requests on a server, such as "/classify"
+    EXAMPLE: Mapping[str, Any]  # a request, by the fields of its Service
+
     def service(self, folder: Path, max_length: int) -> Service | None: ...
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qkit.core.errors import MissingExtra, ServerError
 from qkit.core.files import make_folder
-from qkit.measure import contract
+from qkit.measure import label_contract
 from qkit.runtimes import vllm
 from qkit.serve.fits import ONNX_SEQS
 from qkit.server import process
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from qkit.serve.request import Serving
 
 
-ONNX_NEEDS = ("onnxruntime_genai", "fastapi", "uvicorn", "prometheus_client", "transformers")
+LABELLED_NEEDS = ("onnxruntime", "onnx", "fastapi", "uvicorn", "prometheus_client", "transformers")
+ONNX_NEEDS = ("onnxruntime_genai", *LABELLED_NEEDS[2:])
 BACK_OFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # before the first, second ... restart
 STEADY_SECONDS = 600.0  # after a server has run this long, the waits start again with the shortest
 WATCH_SECONDS = 0.2
@@ -51,10 +52,12 @@ def start(serving: Serving) -> Server:
     section = serving.section
     if serving.runtime == "vllm":
         return vllm.start(serving.model, serving.name, section, serving.device, serving.log, serving.extras)
-    if missing := [name for name in ONNX_NEEDS if find_spec(name) is None]:
+    needs = ONNX_NEEDS if serving.purpose is None else LABELLED_NEEDS
+    if missing := [name for name in needs if find_spec(name) is None]:
         raise MissingExtra(f"--runtime onnxruntime needs {', '.join(missing)}: pip install 'qkit[onnx]'")
     port = process.free_port(section)
-    program = process.Program("the ONNX server", tuple(onnx_argv(serving, port)), {process.KEY: serving.extras.key})
+    command, key = tuple(onnx_argv(serving, port)), {process.KEY: serving.extras.key}
+    program = process.Program("the ONNX server", command, key, generates=serving.purpose is None)
     return Server(program, serving.name, section, port, serving.log)
 
 
@@ -66,10 +69,13 @@ def onnx_argv(serving: Serving, port: int) -> list[str]:
         ("served-model-name", serving.name),
         ("host", section.host),
         ("port", str(port)),
-        ("max-model-len", str(section.max_model_len)),
-        ("max-num-seqs", str(section.max_num_seqs or ONNX_SEQS)),
     ]
-    return [sys.executable, "-m", "qkit.server.onnx_app", *process.command(options), *serving.extras.rest]
+    if purpose := serving.purpose:
+        module, options = "labels.app", [*options, ("task", purpose.task), ("max-length", str(purpose.max_length))]
+    else:
+        sizes = {"max-model-len": section.max_model_len, "max-num-seqs": section.max_num_seqs or ONNX_SEQS}
+        module, options = "onnx_app", [*options, *((name, str(size)) for name, size in sizes.items())]
+    return [sys.executable, "-m", f"qkit.server.{module}", *process.command(options), *serving.extras.rest]
 
 
 def argv(serving: Serving, port: int) -> list[str]:
@@ -128,14 +134,14 @@ def serve(
 
 
 def keep_contract(serving: Serving, running: Server) -> None:
-    """Check on a few held-out rows that a run's server makes the prompt tokens of training, stops at the same tokens, and so on.
+    """Check on held-out rows that a run's server makes the tokens of training, stops at the same ones or gives the same labels, and so on.
 
     Raises:
         ParityFailed: it differs.
     """
     if serving.run is None or not serving.contract:
         return
-    contract.check(serving.run, running.url, running.name, headers=running.headers).enforce()
+    label_contract.check_server(serving.run, running.url, running.name, running.headers).enforce()
 
 
 def _with_port(serving: Serving) -> Serving:

@@ -80,6 +80,23 @@ def test_probabilities_by_label_id_or_the_likeliest_by_name(service: Service) ->
     assert json.loads(json.dumps(plain)) == plain
 
 
+def test_answers_are_compared_by_name_and_ties_are_no_difference(service: Service) -> None:
+    expected, tie = answer(service, top_k=-1), np.log(np.array([0.45, 0.4501, 0.0999]))
+    assert service.difference(expected, answer(service), 1e-6) == ""
+    assert service.difference(expected, answer(service, LOGITS + 1e-3), 1e-3) == ""
+    moved = answer(service, np.log(np.array([0.3, 0.6, 0.1])))
+    assert "'fruit' has the probability 0.3000, not 0.2000" in service.difference(expected, moved, 1e-3)
+    swapped = {**expected, "label": "wood"}
+    assert service.difference(expected, swapped, 1e-3) == "the label is 'wood', not 'tree'"
+    near = answer(service, tie, top_k=-1)
+    assert service.difference(near, {**near, "label": "fruit"}, 1e-3) == ""
+    assert "names the labels a, not fruit, tree, wood" in service.difference(
+        near, {**near, "probabilities": {"a": 1}}, 1
+    )
+    broken = {**near, "probabilities": dict.fromkeys(near["probabilities"], float("nan"))}
+    assert "probability nan" in service.difference(near, broken, 1e-3)
+
+
 @pytest.mark.parametrize(
     ("request_", "said"),
     [

@@ -223,5 +223,8 @@ class ConversationTask:
 
     # --- serve --------------------------------------------------------------------------------------------------------
 
+    ENDPOINT = ""
+    EXAMPLE: Mapping[str, Any] = {}
+
     def service(self, folder: Path, max_length: int) -> None:
         """None: servers of the OpenAI API answer conversations."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError, listed, short
 from qkit.model import added_tokens
@@ -39,10 +39,9 @@ class Options:
 class LabelService:
     """One label for a text. `names`: the labels by id."""
 
-    ENDPOINT = "/classify"
-    FIELDS = ("text", "pair")
-    OPTIONS = ("top_k", "use_activation", "add_special_tokens", "truncate_prompt_tokens")
-    WHOLE: ClassVar[Mapping[str, Any]] = {"top_k": -1}
+    FIELDS: Sequence[str] = ("text", "pair")
+    OPTIONS: Collection[str] = ("top_k", "use_activation", "add_special_tokens", "truncate_prompt_tokens")
+    WHOLE: Mapping[str, Any] = {"top_k": -1}
 
     def __init__(self, tokenizer: Any, names: Sequence[str], max_length: int):
         self.tokenizer = tokenizer
@@ -115,6 +114,27 @@ class LabelService:
             return {**answer, "probs": [float(value) for value in values]}
         order = np.argsort(-values, kind="stable")[: None if options.top_k < 0 else options.top_k]
         return {**answer, "probabilities": {self.names[number]: float(values[number]) for number in order}}
+
+    def difference(self, expected: Mapping[str, Any], given: Mapping[str, Any], tolerance: float) -> str:
+        """What differs between the answers to one request, "" if nothing does. `tolerance`: of each probability.
+
+        Both name all probabilities. Of two labels that are equally likely within the tolerance, either is right.
+        """
+        ours, theirs = (self._by_name(answer) for answer in (expected, given))
+        if ours.keys() != theirs.keys():
+            return f"it names the labels {listed(theirs)}, not {listed(ours)}"
+        name = max(ours, key=lambda each: abs(ours[each] - theirs[each]))
+        if not abs(ours[name] - theirs[name]) <= tolerance:
+            return f"{short(repr(name))} has the probability {theirs[name]:.4f}, not {ours[name]:.4f}"
+        label = given["label"]
+        if ours.get(label, -1.0) < ours[expected["label"]] - tolerance:
+            return f"the label is {short(repr(label))}, not {short(repr(expected['label']))}"
+        return ""
+
+    def _by_name(self, answer: Mapping[str, Any]) -> dict[str, float]:
+        if "probabilities" in answer:
+            return dict(answer["probabilities"])
+        return dict(zip(self.names, answer["probs"], strict=False))
 
 
 def _column(ours: str, record: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:

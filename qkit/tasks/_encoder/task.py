@@ -270,6 +270,9 @@ class EncoderTask:
 
     # --- serve, predict -----------------------------------------------------------------------------------------------
 
+    ENDPOINT = "/classify"
+    EXAMPLE: Mapping[str, Any] = {"text": "A text as in the training data."}
+
     def service(self, folder: Path, max_length: int) -> Service:
         """Texts to labels, with the tokenizer and the label names in the folder."""
         from qkit.tasks._encoder.service import open_labels
