@@ -260,3 +260,30 @@ def test_on_sigterm_current_requests_are_answered_and_new_ones_refused(run: Run,
             assert refused.status_code == 503 and "shutting down" in refused.json()["error"]["message"]
         assert [len(answer.result()["data"]) for answer in answers] == [4000] * 4
         assert running.process.wait(timeout=30) == 0
+
+
+PROTOCOL = """
+import json, sys
+from vllm.entrypoints.pooling.classify.protocol import ClassificationCompletionRequest, ClassificationResponse
+given = json.load(sys.stdin)
+for body in given["requests"]:
+    ClassificationCompletionRequest.model_validate(body)
+answer = ClassificationResponse.model_validate(given["answer"])
+print(json.dumps([answer.model_dump(), ClassificationCompletionRequest(**given["requests"][0]).model_dump()]))
+"""
+
+
+def test_requests_and_answers_are_those_of_vllm(served: Served) -> None:
+    """vLLM's own classes read the answer, and the server takes every field that its request class writes."""
+    pytest.importorskip("vllm")
+    requests = [{"model": "fruits", "input": one} for one in (["ban", "bon"], "ban", [1, 5, 2], [[1, 5, 2], [1, 6, 2]])]
+    answer = ask(served, **requests[0])
+    given = json.dumps({"requests": requests, "answer": answer})
+    done = subprocess.run([sys.executable, "-c", PROTOCOL], input=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    read, request = json.loads(done.stdout.splitlines()[-1])
+    assert read["data"] == [
+        {name: v for name, v in item.items() if name != "score"} | {"score": item["score"]} for item in answer["data"]
+    ]
+    assert ask(served, **request)["data"] == answer["data"]
+    assert [len(ask(served, **one)["data"]) for one in requests] == [2, 1, 1, 2]
