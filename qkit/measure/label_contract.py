@@ -71,12 +71,12 @@ def _server_checks(run: Run, client: Client, entry: Mapping[str, Any]) -> Iterat
     service = task.service(folder, run.recipe.data.max_length)
     assert service is not None, run.recipe.task
     held_out = measure_held_out.held_out_of(run)
-    asked = [service.request(record, {}) for record in held_out.records[:ROWS]]
+    asked = [task.request(record, {}) for record in held_out.records[:ROWS]]
     yield _served_tokens(client, entry, asked, held_out.rows)
     if is_here:
         yield _labels(read_json(folder / "config.json"), read_labels(run.need("data", "summary.json").parent))
     tolerance = (task.GATES["exact"].max_difference or 0.0) if is_here else FAR_TOLERANCE
-    given = _asked(client, task.ENDPOINT, entry, [{**request, **service.WHOLE} for request in asked], service)
+    given = _asked(client, task, entry, asked)
     expected = _expected(task, service, folder, asked, held_out.rows)
     yield _served_answers(service, expected, given, folder.name, tolerance)
 
@@ -98,21 +98,18 @@ def _served_tokens(
 
 
 def _asked(
-    client: Client, endpoint: str, entry: Mapping[str, Any], asked: Sequence[Mapping[str, Any]], service: Service
+    client: Client, task: Task, entry: Mapping[str, Any], asked: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """The server's answers to all requests, sent at once, so that it batches them."""
-    inputs = [{name: one[name] for name in service.FIELDS if name in one} for one in asked]
-    body = {"model": entry["id"], "input": inputs, **service.WHOLE}
-    return list(client.read(client.request("POST", endpoint, body), lambda document: document["data"]))
+    body = {"model": entry["id"], "input": list(asked), **task.WHOLE}
+    return list(client.read(client.request("POST", task.ENDPOINT, body), lambda document: document["data"]))
 
 
 def _expected(
     task: Task, service: Service, folder: Path, asked: Sequence[Mapping[str, Any]], rows: Sequence[TextRow]
 ) -> list[dict[str, Any]]:
     """The answers of the artifact itself. Where a request has one row, that is the row of training."""
-    prepared = [
-        one for one in service.prepare([{**one, **service.WHOLE} for one in asked]) if isinstance(one, Prepared)
-    ]
+    prepared = [one for one in service.prepare([{**one, **task.WHOLE} for one in asked]) if isinstance(one, Prepared)]
     trained = [
         replace(one, rows=[row]) if len(one.rows) == 1 else one for one, row in zip(prepared, rows, strict=False)
     ]

@@ -94,10 +94,8 @@ class Service(Protocol):
 
     FIELDS: Sequence[str]  # of a request; a plain text stands for the first
     OPTIONS: Collection[str]  # further keys that a request may have
-    WHOLE: Mapping[str, Any]  # the options of an answer that leaves nothing out
     max_length: int  # tokens of a row at most
 
-    def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]: ...
     def prepare(self, requests: Sequence[Mapping[str, Any]]) -> list[Prepared | RowError]: ...
     def answer(self, prepared: Prepared, logits: Sequence[NDArray[np.float32]]) -> dict[str, Any]: ...
     def difference(
@@ -165,7 +163,9 @@ class Task(Protocol):
     # serve, predict. `folder`: an artifact with its tokenizer and config.json; None, and no endpoint: a task that generates text
     ENDPOINT: str  # the path of its requests on a server, such as "/classify"
     EXAMPLE: Mapping[str, Any]  # a request, by the fields of its Service
+    WHOLE: Mapping[str, Any]  # the options of a request whose answer leaves nothing out
 
+    def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]: ...
     def service(self, folder: Path, max_length: int) -> Service | None: ...
 
 

@@ -84,8 +84,8 @@ def test_answers_are_compared_by_name_and_ties_are_no_difference(service: Servic
     expected, tie = answer(service, top_k=-1), np.log(np.array([0.45, 0.4501, 0.0999]))
     assert service.difference(expected, answer(service), 1e-6) == ""
     assert service.difference(expected, answer(service, LOGITS + 1e-3), 1e-3) == ""
-    moved = answer(service, np.log(np.array([0.3, 0.6, 0.1])))
-    assert "'fruit' has the probability 0.3000, not 0.2000" in service.difference(expected, moved, 1e-3)
+    moved = answer(service, np.log(np.array([0.35, 0.6, 0.05])))
+    assert "'fruit' has the probability 0.3500, not 0.2000" in service.difference(expected, moved, 1e-3)
     swapped = {**expected, "label": "wood"}
     assert service.difference(expected, swapped, 1e-3) == "the label is 'wood', not 'tree'"
     near = answer(service, tie, top_k=-1)
@@ -119,13 +119,50 @@ def test_a_wrong_request_is_an_error_beside_the_others_answers(service: Service,
     assert isinstance(first, Prepared) and isinstance(last, Prepared) and first.tokens == 3
 
 
-def test_the_texts_of_a_record(service: Service) -> None:
-    assert service.request({"premise": "a", "hypothesis": "b", "label": 1}, {}) == {"text": "a", "pair": "b"}
-    assert service.request({"text": "a", "pair": None, "input_ids": [1]}, {}) == {"text": "a"}
-    assert service.request({"title": "a", "text": "b"}, {"text": "title"}) == {"text": "a"}
+def test_the_texts_of_a_record() -> None:
+    request = open_task("classify").request
+    assert request({"premise": "a", "hypothesis": "b", "label": 1}, {}) == {"text": "a", "pair": "b"}
+    assert request({"text": "a", "pair": None, "input_ids": [1]}, {}) == {"text": "a"}
+    assert request({"title": "a", "text": "b"}, {"text": "title"}) == {"text": "a"}
     for record, columns in (({"titel": "a"}, {}), ({"text": "a"}, {"text": "title"}), ({"text": "a"}, {"pair": "b"})):
-        with pytest.raises(RowError, match="it must have a column for"):
-            service.request(record, columns)
+        with pytest.raises(RowError, match=r"must have a column for|data\.columns maps"):
+            request(record, columns)
+
+
+QUESTION = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("record", "request_"),
+    [
+        ({"messages": [QUESTION]}, {"messages": [QUESTION]}),
+        ({"messages": [QUESTION, ANSWER], "label": 1}, {"messages": [QUESTION]}),
+        ({"messages": json.dumps([QUESTION, ANSWER]), "tools": "[]"}, {"messages": [QUESTION], "tools": []}),
+        ({"prompt": "q"}, {"messages": [QUESTION]}),
+        ({"prompt": [QUESTION], "completion": "a", "tools": None}, {"messages": [QUESTION]}),
+        ({"text": "q"}, {"messages": [QUESTION]}),
+        ({"system": "s", "prompt": "q"}, {"messages": [{"role": "system", "content": "s"}, QUESTION]}),
+    ],
+)
+def test_the_turns_of_a_record(record: Any, request_: Any) -> None:
+    assert open_task("chat").request(record, {}) == request_
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"a": 1}, "has the columns a; it must have a column messages, prompt, question or text"),
+        ({"messages": []}, "messages is not a list of turns that begins with a question"),
+        ({"messages": [ANSWER]}, "messages is not a list of turns that begins with a question"),
+        ({"messages": "[{"}, "messages is text, but not JSON"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": 3}, "prompt is not a text"),
+    ],
+)
+def test_records_without_a_question(record: Any, said: str) -> None:
+    with pytest.raises(RowError, match=said):
+        open_task("chat").request(record, {})
 
 
 def test_a_folder_without_label_names(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from qkit.model import added_tokens
 from qkit.plugins.example import RowError
 from qkit.plugins.runtime import TextRow
 from qkit.plugins.task import Prepared, read_labels
-from qkit.tasks._encoder.labelled_text import COLUMNS
 from qkit.tasks._encoder.labeller import log_softmax
 from qkit.tasks._texts import SURROGATE
 
@@ -41,28 +40,12 @@ class LabelService:
 
     FIELDS: Sequence[str] = ("text", "pair")
     OPTIONS: Collection[str] = ("top_k", "use_activation", "add_special_tokens", "truncate_prompt_tokens")
-    WHOLE: Mapping[str, Any] = {"top_k": -1}
 
     def __init__(self, tokenizer: Any, names: Sequence[str], max_length: int):
         self.tokenizer = tokenizer
         self.names = names
         self.max_length = max_length
         self.has_types = "token_type_ids" in tokenizer.model_input_names
-
-    def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-        """The texts of a record. `columns`: which of its columns are `text` and `pair`, where they have other names than in data sets.
-
-        Raises:
-            RowError: there is no text.
-        """
-        found = {ours: _column(ours, record, columns) for ours in self.FIELDS}
-        if found["text"] is None or ("pair" in columns and found["pair"] is None):
-            ours = "text" if found["text"] is None else "pair"
-            wanted = columns.get(ours, ", ".join(COLUMNS[ours]))
-            raise RowError(f"has the columns {listed(record)}; it must have a column for {ours}: {wanted}")
-        return {
-            ours: record[theirs] for ours, theirs in found.items() if theirs is not None and record[theirs] is not None
-        }
 
     def prepare(self, requests: Sequence[Mapping[str, Any]]) -> list[Prepared | RowError]:
         """The row of each request, or what is wrong with it. Requests of one form are tokenized in one call."""
@@ -135,12 +118,6 @@ class LabelService:
         if "probabilities" in answer:
             return dict(answer["probabilities"])
         return dict(zip(self.names, answer["probs"], strict=False))
-
-
-def _column(ours: str, record: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    if ours in columns:
-        return columns[ours] if columns[ours] in record else None
-    return next((name for name in COLUMNS[ours] if name in record and name not in columns.values()), None)
 
 
 def _checked(request: Mapping[str, Any], max_length: int) -> Options | RowError:

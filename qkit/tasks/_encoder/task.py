@@ -272,6 +272,13 @@ class EncoderTask:
 
     ENDPOINT = "/classify"
     EXAMPLE: Mapping[str, Any] = {"text": "A text as in the training data."}
+    WHOLE: Mapping[str, Any] = {"top_k": -1}
+
+    def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+        """The texts of a record of any data set, or of a prepared row."""
+        from qkit.tasks._encoder.labelled_text import texts_of
+
+        return texts_of(record, columns)
 
     def service(self, folder: Path, max_length: int) -> Service:
         """Texts to labels, with the tokenizer and the label names in the folder."""
