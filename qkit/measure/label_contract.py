@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.core.device import detect
-from qkit.core.errors import ServerError, short
+from qkit.core.errors import short
 from qkit.core.files import read_json
 from qkit.core.sequences import first_difference
 from qkit.measure import contract
@@ -47,18 +47,8 @@ def check_server(run: Run, url: str, model: str | None = None, headers: Mapping[
     if open_task(run.recipe.task).HEAD.generates:
         return contract.check(run, url, model, headers=headers)
     with Client(url, headers, remedy=START_SERVER) as client:
-        entry = _entry(client, model)
+        entry = client.entry(model)
         return Contract(url, str(entry["id"]), tuple(_server_checks(run, client, entry)))
-
-
-def _entry(client: Client, model: str | None) -> dict[str, Any]:
-    """The server's entry of the model, or its first one."""
-    entries = client.models()
-    entry = next((one for one in entries if model in (None, one["id"])), None)
-    if entry is None:
-        names = ", ".join(one["id"] for one in entries) or "nothing"
-        raise ServerError(f"{client.url} does not serve {model}, but {names}", url=client.url)
-    return entry
 
 
 # --- the checks of a server -------------------------------------------------------------------------------------------

@@ -219,6 +219,14 @@ def pick(run: Run, options: ServeOptions) -> tuple[Artifact, str]:
     )
 
 
+def best_artifact(run: Run) -> Artifact | None:
+    """The export of a run that ONNX Runtime opens in this process, the best that passed its gate; None if there is none."""
+    evidence = read_evidence(run.root)
+    exports = [artifact for artifact in _exports(run) if artifact.runtime == "onnxruntime"]
+    good = [artifact for artifact in exports if evidence.status(artifact.name) != FAILED]
+    return max(good, key=lambda artifact: _merit(evidence, artifact, run.recipe.merge.choose), default=None)
+
+
 def _candidates(run: Run, options: ServeOptions) -> list[Artifact]:
     """The exports for the runtime. A separate adapter is slower than a merged model, so it is only served on request, or if it is the only one.
 

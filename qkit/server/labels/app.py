@@ -46,6 +46,7 @@ class LabelServer:
 
     def __init__(self, folder: Path, name: str, task: str, max_length: int, runtime: str, threads: int):
         self.folder, self.name = folder, name
+        self.task_name = task
         self.task, device = open_task(task), replace(detect(), cores=threads)
         service = self.task.service(folder, max_length)
         assert service is not None, task
@@ -162,7 +163,8 @@ async def _body(request: Request) -> Any:
 
 
 def _model_entry(server: LabelServer) -> dict[str, Any]:
-    return {"id": server.name, "root": str(server.folder), "max_model_len": server.service.max_length}
+    entry = {"id": server.name, "root": str(server.folder), "max_model_len": server.service.max_length}
+    return {**entry, "task": server.task_name}
 
 
 def _document(server: LabelServer, prepared: Sequence[Prepared], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
