@@ -16,14 +16,14 @@ from qkit.measure import label_contract
 from qkit.runtimes import vllm
 from qkit.serve.fits import ONNX_SEQS
 from qkit.server import process
+from qkit.server.labels import program as labels_program
 from qkit.server.process import Server
 
 if TYPE_CHECKING:
     from qkit.serve.request import Serving
 
 
-LABELLED_NEEDS = ("onnxruntime", "onnx", "fastapi", "uvicorn", "prometheus_client", "transformers")
-ONNX_NEEDS = ("onnxruntime_genai", *LABELLED_NEEDS[2:])
+ONNX_NEEDS = ("onnxruntime_genai", "fastapi", "uvicorn", "prometheus_client", "transformers")
 BACK_OFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # before the first, second ... restart
 STEADY_SECONDS = 600.0  # after a server has run this long, the waits start again with the shortest
 WATCH_SECONDS = 0.2
@@ -52,12 +52,15 @@ def start(serving: Serving) -> Server:
     section = serving.section
     if serving.runtime == "vllm":
         return vllm.start(serving.model, serving.name, section, serving.device, serving.log, serving.extras)
-    needs = ONNX_NEEDS if serving.purpose is None else LABELLED_NEEDS
-    if missing := [name for name in needs if find_spec(name) is None]:
+    extras = serving.extras
+    if serving.purpose is not None:
+        return labels_program.start(
+            serving.model, serving.name, serving.purpose, section, serving.log, extras.key, extras.rest
+        )
+    if missing := [name for name in ONNX_NEEDS if find_spec(name) is None]:
         raise MissingExtra(f"--runtime onnxruntime needs {', '.join(missing)}: pip install 'qkit[onnx]'")
     port = process.free_port(section)
-    command, key = tuple(onnx_argv(serving, port)), {process.KEY: serving.extras.key}
-    program = process.Program("the ONNX server", command, key, generates=serving.purpose is None)
+    program = process.Program("the ONNX server", tuple(onnx_argv(serving, port)), {process.KEY: extras.key})
     return Server(program, serving.name, section, port, serving.log)
 
 
@@ -69,17 +72,16 @@ def onnx_argv(serving: Serving, port: int) -> list[str]:
         ("served-model-name", serving.name),
         ("host", section.host),
         ("port", str(port)),
+        ("max-model-len", str(section.max_model_len)),
+        ("max-num-seqs", str(section.max_num_seqs or ONNX_SEQS)),
     ]
-    if purpose := serving.purpose:
-        module, options = "labels.app", [*options, ("task", purpose.task), ("max-length", str(purpose.max_length))]
-    else:
-        sizes = {"max-model-len": section.max_model_len, "max-num-seqs": section.max_num_seqs or ONNX_SEQS}
-        module, options = "onnx_app", [*options, *((name, str(size)) for name, size in sizes.items())]
-    return [sys.executable, "-m", f"qkit.server.{module}", *process.command(options), *serving.extras.rest]
+    return [sys.executable, "-m", "qkit.server.onnx_app", *process.command(options), *serving.extras.rest]
 
 
 def argv(serving: Serving, port: int) -> list[str]:
     """The command line that `start` runs."""
+    if purpose := serving.purpose:
+        return labels_program.argv(serving.model, serving.name, purpose, serving.section, port, serving.extras.rest)
     if serving.runtime != "vllm":
         return onnx_argv(serving, port)
     return vllm.argv(serving.model, serving.name, serving.section, port, serving.device, serving.extras)

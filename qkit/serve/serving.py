@@ -14,12 +14,11 @@ from qkit.core.device import detect
 from qkit.core.errors import MissingArtifact, ModelError, NotDeployable, ParityFailed, ServerError
 from qkit.core.files import read_json
 from qkit.core.sources import cache_dir, is_hub_id
-from qkit.measure.artifacts import Artifact
-from qkit.measure.evidence import FAILED, PASSED, Evidence, read_evidence
+from qkit.measure.artifacts import Artifact, existing_exports
+from qkit.measure.evidence import FAILED, merit, read_evidence
 from qkit.model import source as model_source
 from qkit.model.provenance import Purpose, is_traced, purpose_of
 from qkit.plugins.task import open_task
-from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.runtimes import vllm
@@ -210,21 +209,13 @@ def pick(run: Run, options: ServeOptions) -> tuple[Artifact, str]:
             f"`qkit show {run.root}` says by how much, --force serves it anyway"
         )
     runtime = options.runtime or DEFAULT_RUNTIME
-    best = max(good, key=lambda artifact: _merit(evidence, artifact, run.recipe.merge.choose))
+    best = max(good, key=lambda artifact: merit(evidence, artifact.name, run.recipe.merge.choose))
     if runtime == "onnxruntime" and open_task(run.recipe.task).HEAD.generates:
         _need_genai(best.path)
     return (
         best,
         f"{best.name} ({evidence.status(best.name) or UNVERIFIED}, of {', '.join(artifact.name for artifact in candidates)})",
     )
-
-
-def best_artifact(run: Run) -> Artifact | None:
-    """The export of a run that ONNX Runtime opens in this process, the best that passed its gate; None if there is none."""
-    evidence = read_evidence(run.root)
-    exports = [artifact for artifact in _exports(run) if artifact.runtime == "onnxruntime"]
-    good = [artifact for artifact in exports if evidence.status(artifact.name) != FAILED]
-    return max(good, key=lambda artifact: _merit(evidence, artifact, run.recipe.merge.choose), default=None)
 
 
 def _candidates(run: Run, options: ServeOptions) -> list[Artifact]:
@@ -234,7 +225,7 @@ def _candidates(run: Run, options: ServeOptions) -> list[Artifact]:
         MissingArtifact: there are none.
     """
     runtime = options.runtime or DEFAULT_RUNTIME
-    artifacts = [artifact for artifact in _exports(run) if artifact.runtime == runtime]
+    artifacts = [artifact for artifact in existing_exports(run) if artifact.runtime == runtime]
     if options.artifact:
         artifacts = [artifact for artifact in artifacts if artifact.name == options.artifact]
     else:
@@ -268,21 +259,3 @@ def _need_genai(folder: Path) -> None:
             "builder does not know the architecture. ONNX Runtime itself opens it, as README.md in the folder shows; "
             "to serve the model, add vllm to export.formats"
         )
-
-
-def _exports(run: Run) -> list[Artifact]:
-    """The exports of a run that exist."""
-    named = [Artifact(name, run.folder("export") / name) for name in run.recipe.export.formats if name != MERGED]
-    configs = ("config.json", "genai_config.json", "adapter_config.json")
-    return [a for a in named if any((a.path / file).is_file() for file in configs)]
-
-
-def _merit(evidence: Evidence, artifact: Artifact, rule: str) -> tuple[bool, float, float]:
-    """For sorting: passed comes first; then the distance to the reference model, or the score if `rule` says so.
-
-    By default the distance decides, since a few points of a score are chance.
-    """
-    score = evidence.scores.get(artifact.name, {}).get("score", float("-inf"))
-    nearness = -evidence.parity.get(artifact.name, {}).get("kl_mean", float("inf"))
-    passed = evidence.status(artifact.name) == PASSED
-    return (passed, score, nearness) if rule == "score" else (passed, nearness, score)

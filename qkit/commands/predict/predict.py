@@ -19,7 +19,7 @@ from qkit.core.errors import MissingArtifact, UserError, short
 from qkit.core.files import read_json
 from qkit.core.progress import Progress
 from qkit.data.read import Broken, Record
-from qkit.measure.artifacts import Artifact, artifacts, open_artifact
+from qkit.measure.artifacts import Artifact, artifacts, best_export, open_artifact
 from qkit.model import tokenizer as model_tokenizer
 from qkit.model.provenance import purpose_of
 from qkit.plugins.example import RowError
@@ -28,7 +28,6 @@ from qkit.plugins.task import Task, open_task
 from qkit.recipe.registry import MERGED, TASKS, names
 from qkit.recipe.schema import Evaluate, Model
 from qkit.run.directory import Run
-from qkit.serve.serving import best_artifact
 from qkit.server.client import Client, bearer
 
 REQUEST_SECONDS = 600.0
@@ -213,7 +212,7 @@ def _artifact(job: Job, run: Run) -> Artifact:
     """The artifact that the job names; else the best export that opens in this process, or the merged model."""
     made = {artifact.name: artifact for artifact in artifacts(run)}
     if job.artifact is None:
-        return best_artifact(run) or made[MERGED]
+        return best_export(run, "onnxruntime") or made[MERGED]
     if job.artifact not in made:
         raise MissingArtifact(f"{run.root}: has no artifact {short(job.artifact)}; it has {', '.join(made)}")
     return made[job.artifact]

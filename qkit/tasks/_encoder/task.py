@@ -99,7 +99,8 @@ class EncoderTask:
             },
             "merge": {"dtype": "float32"},
             "export": {"formats": ["onnx-fp32"]},
-            "bench": {"runtimes": []},
+            # Not part of `qkit run`; `qkit bench RUN` measures every format. An answer is one text, and takes milliseconds.
+            "bench": {"runtimes": [], "concurrency": [1, 8, 32], "output_tokens": 1, "rounds": 32},
         }
 
     # --- data ---------------------------------------------------------------------------------------------------------
