@@ -288,6 +288,15 @@ def test_answers_of_a_chat_run(trained_run: Run, tmp_path: Path) -> None:
     assert done.returncode == 2 and "says what it is for" in done.stderr
 
 
+def test_options_of_another_kind_of_model_are_refused(trained_run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(ROWS)
+    done = qkit_here("predict", trained_run.root, file, "--out", tmp_path / "o.jsonl", "--top-k", 2)
+    assert done.returncode == 2 and "--top-k: no effect with a model that generates text" in done.stderr
+    with pytest.raises(UserError, match="--max-new-tokens: no effect with labels"):
+        predicting._check_options(predicting.Job("t", "f", "o", {}, max_new_tokens=3), labelled=True)
+
+
 def test_one_bad_text_does_not_fail_those_that_are_sent_with_it() -> None:
     import httpx
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qkit.cli import console
-from qkit.cli.options import Json, KeyFile, Quiet, verb_app
+from qkit.cli.options import Json, KeyFile, Quiet, need_effect, verb_app
 from qkit.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew where t
     epilog="Example: qkit predict runs/intents questions.csv --column text=question --keep id --out labels.jsonl"
 )
 def predict(
+    context: typer.Context,
     target: Target,
     file: File,
     out: Out,
@@ -72,6 +73,10 @@ def predict(
     from qkit.commands.predict import predict as predicting
     from qkit.server.process import api_key
 
+    is_server = target.startswith(("http://", "https://"))
+    more = {"model", "api_key_file"} if is_server else {"artifact"}
+    used = USED | more | ({"input_format"} if file == "-" else set())
+    need_effect(context, f"with {'a server' if is_server else 'a run or a folder'} and this file", used)
     if as_json and out == "-":
         raise UserError("--json: the predictions are on standard output already; write them to a file")
     job = predicting.Job(

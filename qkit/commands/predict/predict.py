@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -151,18 +150,29 @@ def _kept(record: Record | Broken, job: Job) -> dict[str, Any]:
 @contextmanager
 def _opened(job: Job, progress: Progress) -> Iterator[tuple[str, Task, Predictor]]:
     """The model that a job names: its name, its task, and what predicts."""
-    with tempfile.TemporaryDirectory(prefix="qkit-predict-") as scratch:
-        if job.target.startswith(("http://", "https://")):
-            name, task, predictor = _of_server(job)
-        elif (Path(job.target) / "recipe.yaml").is_file():
-            name, task, predictor = _of_run(job, Run.open(Path(job.target)))
-        else:
-            name, task, predictor = _of_folder(job, Path(job.target), Path(scratch))
-        progress.notify(f"predicting with {name}")
-        try:
-            yield name, task, predictor
-        finally:
-            predictor.close()
+    if job.target.startswith(("http://", "https://")):
+        name, task, predictor = _of_server(job)
+    elif (Path(job.target) / "recipe.yaml").is_file():
+        name, task, predictor = _of_run(job, Run.open(Path(job.target)))
+    else:
+        name, task, predictor = _of_folder(job, Path(job.target))
+    progress.notify(f"predicting with {name}")
+    try:
+        yield name, task, predictor
+    finally:
+        predictor.close()
+
+
+def _check_options(job: Job, labelled: bool) -> None:
+    """Refuse an option that this kind of model does not have.
+
+    Raises:
+        UserError: it would have no effect.
+    """
+    if labelled and job.max_new_tokens is not None:
+        raise UserError("--max-new-tokens: no effect with labels; it is for models that generate text")
+    if not labelled and job.top_k != -1:
+        raise UserError("--top-k: no effect with a model that generates text; it is for labels")
 
 
 def _of_server(job: Job) -> tuple[str, Task, Predictor]:
@@ -173,6 +183,7 @@ def _of_server(job: Job) -> tuple[str, Task, Predictor]:
         labelled = {name: task for name, task in every.items() if task.ENDPOINT}
         name = next(servers.endpoints(client, entry, labelled), None)
         model = str(entry["id"])
+        _check_options(job, name is not None)
         if name is None:
             limit = job.max_new_tokens or Evaluate().max_new_tokens
             return f"{model} at {client.url}", every["chat"], servers.ChatServerPredictor(client, model, limit)
@@ -194,6 +205,7 @@ def _options(job: Job, task: Task) -> dict[str, Any]:
 
 def _of_run(job: Job, run: Run) -> tuple[str, Task, Predictor]:
     task, name = open_task(run.recipe.task), run.root.name
+    _check_options(job, not task.HEAD.generates)
     artifact = _artifact(job, run)
     runtime = open_artifact(run, artifact, "predict")
     title = f"{artifact.name} of {name}"
@@ -218,14 +230,17 @@ def _artifact(job: Job, run: Run) -> Artifact:
     return made[job.artifact]
 
 
-def _of_folder(job: Job, folder: Path, scratch: Path) -> tuple[str, Task, Predictor]:
+def _of_folder(job: Job, folder: Path) -> tuple[str, Task, Predictor]:
     """An artifact without its run: what it is for is in its qkit.json."""
     purpose = purpose_of(folder)
     if purpose is None:
         raise MissingArtifact(
             f"{folder}: not a run, and not an artifact that says what it is for (in qkit.json); give the run, or export it again"
         )
+    if job.artifact is not None:
+        raise UserError(f"--artifact {job.artifact}: no effect with {folder}, which is an artifact; give its run")
     task = open_task(purpose.task)
+    _check_options(job, not task.HEAD.generates)
     runtime = open_runtime(
         "onnxruntime" if any(folder.glob("*.onnx")) else "transformers", folder, detect(), head=task.HEAD
     )

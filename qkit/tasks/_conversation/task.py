@@ -229,7 +229,7 @@ class ConversationTask:
 
     def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
         """The turns to answer, `messages` with `tools`: those of a record without its last answer, or its prompt as a question."""
-        from qkit.tasks._conversation.asked import asked
+        from qkit.tasks._conversation.prepared import asked
 
         return asked(record, columns)
 
