@@ -70,7 +70,7 @@ def served(how: Recipe) -> Any:
 
 
 def scored(how: Recipe) -> Any:
-    return scores.score([True, False, True, True], 0.5, how.evaluate, how.seed)
+    return scores.score(scores.Grades((True, False, True, True)), 0.5, how.evaluate, how.seed)
 
 
 def data(how: Recipe) -> Any:
@@ -125,9 +125,18 @@ TABLE: dict[str, Line | Place] = {
         f"Bottleneck.{name}": ("train/methods.py", "**recipe.bottleneck.model_dump()")
         for name in schema.Bottleneck.model_fields
     },
+    "Recipe.peft": ("train/methods.py", "recipe.peft.items()"),
+    "Head.dropout": ("model/load.py", "recipe.head.dropout"),
+    "Head.pooling": ("model/load.py", "recipe.head.pooling"),
+    "Head.layers": ("model/pooled_head.py", 'settings["layers"]'),
+    "Head.activation": ("model/pooled_head.py", 'settings["activation"]'),
+    "Layers.frozen": ("train/methods.py", "recipe.layers.frozen"),
+    "Layers.unfreeze_steps": ("train/layers.py", "section.unfreeze_steps"),
+    "Layers.rate_decay": ("train/trainers/labelled.py", "recipe.layers.rate_decay"),
     "Loss.name": ("train/losses.py", "section.name"),
     "Loss.class_weights": ("train/losses.py", "section.class_weights"),
     "Loss.label_smoothing": ("train/losses.py", "section.label_smoothing"),
+    "Loss.delta": ("train/losses.py", "section.delta"),
     "Loss.gamma": ("train/losses.py", "section.gamma"),
     "Source.source": (data, {"data.train": [{"source": "other.jsonl"}]}),
     "Source.name": ("data/read.py", "load_dataset(name, source.name"),
@@ -183,6 +192,7 @@ TABLE: dict[str, Line | Place] = {
     "Data.validation": (data, {"data.validation": [{"source": "other.jsonl"}]}),
     "Data.test": (data, {"data.test": [{"source": "other.jsonl"}]}),
     "Data.split": (data, {"data.split": {"train": 0.5, "test": 0.5}}),
+    "Data.label_separator": ("tasks/_encoder/labelled_text.py", "section.label_separator"),
     "Data.group": (data, {"data.group": "user"}, {"data.split": {"train": 0.5, "test": 0.5}}),
     "Data.stratify": (data, {"data.stratify": "topic"}, {"data.split": {"train": 0.5, "test": 0.5}}),
     "Data.max_overlap": (data, {"data.max_overlap": 1.0}, {"data.test": [{"source": "rows.jsonl", "rows": ":3"}]}),
@@ -232,6 +242,7 @@ TABLE: dict[str, Line | Place] = {
     "Evaluate.max_new_tokens": (planned, {"evaluate.max_new_tokens": 512}, {"data.max_length": 64}),
     "Evaluate.batch_size": (planned, {"evaluate.batch_size": 4}, {"data.max_length": 64}),
     "Evaluate.answer_pattern": ("tasks/chat.py", "section.answer_pattern"),
+    "Evaluate.metrics": ("measure/answers.py", "section.metrics"),
     "Evaluate.confidence": (scored, {"evaluate.confidence": 0.5}),
     "Merge.base": ("measure/candidates.py", "recipe.merge.base"),
     "Merge.choose": ("merge/stage.py", "run.recipe.merge.choose"),
@@ -281,6 +292,8 @@ def _fields() -> list[str]:
         "quantization",
         "lora",
         "bottleneck",
+        "head",
+        "layers",
         "loss",
         "data",
         "ledger",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, Reads, RowError
+from qkit.plugins.sections import Evaluated, Figure, Section
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 
 if TYPE_CHECKING:
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from qkit.plugins.resampling import Sample
     from qkit.plugins.runtime import RowScores, TextRow
+
+    # (outputs of the head [n, ...], labels [n] or [n, ...]) -> losses, of the shape of the labels
+    Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,14 @@ class Prediction:
     text: str
     details: Mapping[str, Any]
     outputs: Any = None
+
+
+class Losses(Protocol):
+    """What a task has beside the rest if its TRAINER is `labelled`."""
+
+    def losses(self, outputs: Any, batch: Mapping[str, torch.Tensor], loss: Loss) -> torch.Tensor:
+        """The loss of each row [rows], summed over its labels. `outputs`: of the model; `batch`: what `collate` made."""
+        ...
 
 
 class Predictor(Protocol):
@@ -106,15 +119,18 @@ class Service(Protocol):
 class Task(Protocol):
     """A kind of task. The methods are documented where a family of tasks implements them: tasks/_conversation/task.py."""
 
-    METRIC: str  # what the score counts, for people
+    METRIC: str  # what the score is, for people
     BASELINE: str  # what the trained model is compared with: one of recipe.registry.BASELINES
     HEAD: ModelHead
+    LOSSES: tuple[str, ...]  # that its recipes can name, the default first: train/losses.py
     TRAINER: str  # train/trainers/NAME.py
     LENGTH_STEP: int  # rows are padded to a multiple of this many tokens
     GATES: Mapping[str, Gate]  # default limits by kind of artifact: "exact", "16-bit", "quantized"
     UNSCORED: Collection[str]  # data formats whose rows have no answer to score
     CHECKS: Mapping[str, Kind]  # over rows, in the order in which they are shown
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]]  # milder forms of one of them: name -> (check, its texts)
+    FIGURES: Sequence[Figure]  # of `metrics`: those that are shown beside the score, in their order
+    LABEL_FIGURE: Figure | None  # `metrics` has it for each label, as NAME:LABEL; by it the worst labels are named
 
     def clashes(
         self, recipe: Recipe
@@ -134,7 +150,9 @@ class Task(Protocol):
     def encoder(self, recipe: Recipe) -> Encoder: ...
     def tokenizer(self, recipe: Recipe) -> Any: ...  # that of the encoder, opened alone
     def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]: ...  # by token; -100: no loss
-    def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]: ...  # by label id; none for a task without labels
+    def labels(
+        self, rows: Sequence[SetRow]
+    ) -> Mapping[str, Any]: ...  # of labels.json: names by label id ...; or nothing
     def with_label_ids(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch: ...
     def set_checks(self, rows: Sequence[SetRow], recipe: Recipe) -> Iterator[Check]: ...
 
@@ -151,13 +169,19 @@ class Task(Protocol):
     def predictor(self, recipe: Recipe, data: Path) -> Predictor: ...
     def metrics(
         self, predictions: Sequence[Prediction], references: Sequence[Any], data: Path, section: Evaluate, seed: int
-    ) -> Mapping[str, Any]: ...  # name -> {value, low, high}; beside the score
-    def correct(self, prediction: str, reference: Any, section: Evaluate) -> bool: ...
+    ) -> Mapping[str, Any]: ...  # name -> {value, low, high}; beside the score. support:LABEL: how many rows it has
+    def correct(
+        self, prediction: str, reference: Any, section: Evaluate
+    ) -> float: ...  # True, False, or more is better
+    def sample(
+        self, predictions: Sequence[str], references: Sequence[Any]
+    ) -> Sample | None: ...  # with the figure SCORE
     def distance(self, reference: RowScores, other: RowScores) -> NDArray[np.float32]: ...
 
     # evaluate, report
     def question(self, record: Mapping[str, Any]) -> str: ...
     def answer(self, record: Mapping[str, Any]) -> str: ...
+    def sections(self, evaluated: Evaluated) -> Sequence[Section]: ...  # of the report, beyond those of every run
     def usage(self, library: str, recipe: Recipe) -> str: ...  # Markdown for the model card; "": as a chat model
 
     # serve, predict. `folder`: an artifact with its tokenizer and config.json; None, and no endpoint: a task that generates text
@@ -169,6 +193,7 @@ class Task(Protocol):
     def service(self, folder: Path, max_length: int) -> Service | None: ...
 
 
+SCORE = "score"  # the figure of Task.sample, where the score is not the share of right rows: 1 is 100
 LABELS = "labels.json"  # in a data folder or a trained one: the names by label id
 
 

@@ -49,6 +49,9 @@ ModelName = Annotated[str | None, typer.Option("--model", metavar="NAME", help="
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew where the output exists.")]
 
 
+USED = frozenset({"out", "column", "keep", "top_k", "max_new_tokens", "overwrite"})
+
+
 @app.command(
     epilog="Example: qkit predict runs/intents questions.csv --column text=question --keep id --out labels.jsonl"
 )

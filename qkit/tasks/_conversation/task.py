@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import LENGTH_STEP
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
+from qkit.plugins.sections import Evaluated, Figure, Section
 from qkit.plugins.task import ModelHead, Prediction
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 from qkit.tasks._conversation.checks.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qkit.plugins.checks import Check, SetRow
+    from qkit.plugins.resampling import Sample
     from qkit.plugins.runtime import RowScores, Runtime, TokenRow
     from qkit.tasks._conversation.answerer import Answerer
     from qkit.tasks._conversation.encoder import ConversationEncoder
@@ -33,6 +35,7 @@ class ConversationTask:
 
     BASELINE = "base"
     HEAD = ModelHead("AutoModelForCausalLM", "CAUSAL_LM", "text-generation")
+    LOSSES: tuple[str, ...] = ()  # cross-entropy over tokens, always
     TRAINER = "sft"
     LENGTH_STEP = LENGTH_STEP
     # In excess of rounding and chance; benchmarks/results/gates.json lists what intact and broken artifacts measure.
@@ -44,15 +47,19 @@ class ConversationTask:
     CHECKS = CONVERSATION_CHECKS
     LESSER_CHECKS = LESSER_CHECKS
     UNSCORED = frozenset({"text", "tokenized"})  # data formats without a question to answer
+    FIGURES: Sequence[Figure] = ()
+    LABEL_FIGURE: Figure | None = None
 
     def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """What only tasks with labels have."""
         for_labels = f"is for tasks with labels, and task={recipe.task} has none: remove it"
         if recipe.method != "lora":
             yield ("method",), f"method={recipe.method} {for_labels}"
-        for section in ("bottleneck", "loss"):
+        for section in ("bottleneck", "head", "layers", "loss"):
             if getattr(recipe, section) != type(getattr(recipe, section))():
                 yield (section,), f"{section} {for_labels}"
+        if recipe.data.label_separator is not None:
+            yield ("data", "label_separator"), f"data.label_separator {for_labels}"
         if recipe.data.too_long == "truncate":
             yield (
                 ("data", "too_long"),
@@ -139,9 +146,9 @@ class ConversationTask:
         labels: Sequence[int] = record["labels"]
         return labels
 
-    def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]:
+    def labels(self, rows: Sequence[SetRow]) -> Mapping[str, Any]:
         """None: what is learned is text."""
-        return ()
+        return {}
 
     def with_label_ids(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch:
         """The rows as they are."""
@@ -193,6 +200,10 @@ class ConversationTask:
 
         return open_answerer(recipe, data)
 
+    def sample(self, predictions: Sequence[str], references: Sequence[Any]) -> Sample | None:
+        """None: the score is the share of right answers."""
+        return None
+
     def metrics(
         self, predictions: Sequence[Prediction], references: Sequence[Any], data: Path, section: Evaluate, seed: int
     ) -> Mapping[str, Any]:
@@ -220,6 +231,10 @@ class ConversationTask:
     def answer(self, record: Mapping[str, Any]) -> str:
         """The reference answer, as the template writes it."""
         return str(record["answer"])
+
+    def sections(self, evaluated: Evaluated) -> Sequence[Section]:
+        """None: the sections of every run have it all."""
+        return ()
 
     # --- serve --------------------------------------------------------------------------------------------------------
 
