@@ -124,7 +124,7 @@ def test_the_texts_of_a_record() -> None:
     assert request({"premise": "a", "hypothesis": "b", "label": 1}, {}) == {"text": "a", "pair": "b"}
     assert request({"text": "a", "pair": None, "input_ids": [1]}, {}) == {"text": "a"}
     assert request({"title": "a", "text": "b"}, {"text": "title"}) == {"text": "a"}
-    for record, columns in (({"titel": "a"}, {}), ({"text": "a"}, {"text": "title"}), ({"text": "a"}, {"pair": "b"})):
+    for record, columns in (({"headline": "a"}, {}), ({"text": "a"}, {"text": "title"}), ({"text": "a"}, {"pair": "b"})):
         with pytest.raises(RowError, match=r"must have a column for|data\.columns maps"):
             request(record, columns)
 
@@ -163,6 +163,43 @@ def test_the_turns_of_a_record(record: Any, request_: Any) -> None:
 def test_records_without_a_question(record: Any, said: str) -> None:
     with pytest.raises(RowError, match=said):
         open_task("chat").request(record, {})
+
+
+def opened(tmp_path: Path, task: str, names: Any = LABELS) -> Service:
+    build_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "labels.json").write_text(json.dumps({"names": names}))
+    made = open_task(task).service(tmp_path, 6)
+    assert made is not None
+    return made
+
+
+def test_several_labels(tmp_path: Path) -> None:
+    service = opened(tmp_path, "multi_label")
+    logits = np.array([2.0, -1.0, 0.5], np.float32)
+    sigmoid = 1 / (1 + np.exp(-logits))
+    plain, named = answer(service, logits), answer(service, logits, top_k=-1)
+    assert plain["probs"] == pytest.approx(sigmoid.tolist()) and plain["label"] == "fruit"
+    assert plain["labels"] == named["labels"] == ["fruit", "wood"] and list(named["probabilities"]) == [
+        "fruit",
+        "wood",
+        "tree",
+    ]
+    assert answer(service, np.array([-1.0, -2.0, -3.0], np.float32))["labels"] == []
+    assert service.difference(named, plain, 1e-6) == ""
+    assert "the labels are fruit, not fruit, wood" in service.difference(named, {**named, "labels": ["fruit"]}, 1e-3)
+    near = answer(service, np.array([2.0, -1.0, 1e-4], np.float32), top_k=-1)
+    assert service.difference(near, {**near, "labels": ["fruit"]}, 1e-3) == ""
+
+
+def test_numbers(tmp_path: Path) -> None:
+    service = opened(tmp_path, "regress", ["value_0", "value_1"])
+    logits = np.array([2.5, -1.0], np.float32)
+    plain, named = answer(service, logits), answer(service, logits, top_k=-1)
+    assert plain["probs"] == [2.5, -1.0] and "score" not in plain
+    assert named["numbers"] == {"value_0": 2.5, "value_1": -1.0}
+    assert service.difference(named, plain, 1e-6) == ""
+    other = answer(service, np.array([2.5, 3.0], np.float32))
+    assert service.difference(named, other, 1e-3) == "'value_1' has the value 3.0000, not -1.0000"
 
 
 def test_a_folder_without_label_names(tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ class EncoderTask:
 
     def usage(self, library: str, recipe: Recipe) -> str:
         """How to label a text, for the model card."""
-        from qkit.tasks._encoder.usage import usage
+        from qkit.tasks._encoder.use.usage import usage
 
         return usage(library, self.HEAD, recipe)
 
@@ -312,9 +312,9 @@ class EncoderTask:
 
     def service(self, folder: Path, max_length: int) -> Service:
         """Texts to labels, with the tokenizer and the label names in the folder."""
-        from qkit.tasks._encoder.service import open_labels
+        from qkit.tasks._encoder.use.service import LabelService, open_service
 
-        return open_labels(folder, max_length)
+        return open_service(LabelService, folder, max_length)
 
 
 def _of_method(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

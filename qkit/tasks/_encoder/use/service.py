@@ -1,4 +1,4 @@
-"""How a model with labels answers requests: a text or a pair of texts to its label, with the probabilities."""
+"""How a model with labels answers requests: a text or a pair of texts to its label, its labels, or its numbers."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ class LabelService:
     """One label for a text. `names`: the labels by id."""
 
     FIELDS: Sequence[str] = ("text", "pair")
+    NAMED = "probabilities"  # the key of the values by name
+    VALUE = "probability"
     OPTIONS: Collection[str] = ("top_k", "use_activation", "add_special_tokens", "truncate_prompt_tokens")
 
     def __init__(self, tokenizer: Any, names: Sequence[str], max_length: int):
@@ -83,41 +85,102 @@ class LabelService:
                 yield TextRow(ids[:limit], [0] * len(ids[:limit]) if self.has_types else [])
 
     def answer(self, prepared: Prepared, logits: Sequence[NDArray[np.float32]]) -> dict[str, Any]:
-        """The most likely label, and the probabilities: by label id as `probs`, or with `top_k` by name as `probabilities`.
+        """The most likely label, and the probabilities: by label id as `probs`, or with `top_k` by name, the largest first.
 
         `logits`: [labels], of the request's one row. Without the activation, logits stand in place of probabilities.
         """
         import numpy as np
 
         options: Options = prepared.kept
-        values = np.exp(log_softmax(logits[0])) if options.use_activation else logits[0]
+        values = self.activated(logits[0]) if options.use_activation else logits[0]
         best = int(values.argmax())
-        answer = {"label": self.names[best], "score": float(values[best]), "num_classes": len(self.names)}
+        answer = {"label": self.names[best], **self.said(logits[0], values), "num_classes": len(self.names)}
         if options.top_k is None:
             return {**answer, "probs": [float(value) for value in values]}
         order = np.argsort(-values, kind="stable")[: None if options.top_k < 0 else options.top_k]
-        return {**answer, "probabilities": {self.names[number]: float(values[number]) for number in order}}
+        return {**answer, self.NAMED: {self.names[number]: float(values[number]) for number in order}}
+
+    def activated(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What stands for each label in an answer, [labels]: here its probability, of which one label has the largest."""
+        import numpy as np
+
+        return np.exp(log_softmax(logits))
+
+    def said(self, logits: NDArray[np.float32], values: NDArray[np.float32]) -> dict[str, Any]:
+        """What the answer says beside the values and the most likely label."""
+        return {"score": float(values.max())}
 
     def difference(self, expected: Mapping[str, Any], given: Mapping[str, Any], tolerance: float) -> str:
-        """What differs between the answers to one request, "" if nothing does. `tolerance`: of each probability.
+        """What differs between the answers to one request, "" if nothing does. `tolerance`: of each value.
 
-        Both name all probabilities. Of two labels that are equally likely within the tolerance, either is right.
+        Both name all values. Where two labels are equally likely within the tolerance, either is right.
         """
         ours, theirs = (self._by_name(answer) for answer in (expected, given))
         if ours.keys() != theirs.keys():
             return f"it names the labels {listed(theirs)}, not {listed(ours)}"
         name = max(ours, key=lambda each: abs(ours[each] - theirs[each]))
         if not abs(ours[name] - theirs[name]) <= tolerance:
-            return f"{short(repr(name))} has the probability {theirs[name]:.4f}, not {ours[name]:.4f}"
-        label = given["label"]
-        if ours.get(label, -1.0) < ours[expected["label"]] - tolerance:
-            return f"the label is {short(repr(label))}, not {short(repr(expected['label']))}"
+            return f"{short(repr(name))} has the {self.VALUE} {theirs[name]:.4f}, not {ours[name]:.4f}"
+        return self.other_labels(expected, given, ours, tolerance)
+
+    def other_labels(
+        self, expected: Mapping[str, Any], given: Mapping[str, Any], values: Mapping[str, float], tolerance: float
+    ) -> str:
+        """What differs between the labels of two answers whose values agree within the tolerance."""
+        if values.get(given["label"], -1.0) < values[expected["label"]] - tolerance:
+            return f"the label is {short(repr(given['label']))}, not {short(repr(expected['label']))}"
         return ""
 
     def _by_name(self, answer: Mapping[str, Any]) -> dict[str, float]:
-        if "probabilities" in answer:
-            return dict(answer["probabilities"])
+        if self.NAMED in answer:
+            return dict(answer[self.NAMED])
         return dict(zip(self.names, answer["probs"], strict=False))
+
+
+class SeveralLabelsService(LabelService):
+    """Any number of labels for a text: those whose probability exceeds one half."""
+
+    def activated(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The probability of each label, [labels]; each has its own."""
+        import numpy as np
+
+        from qkit.tasks._encoder.several_labels import log_probabilities
+
+        return np.exp(log_probabilities(logits)[:, 1])
+
+    def said(self, logits: NDArray[np.float32], values: NDArray[np.float32]) -> dict[str, Any]:
+        """`labels`: the names of all that apply."""
+        return {"labels": [name for name, logit in zip(self.names, logits, strict=True) if logit > 0]}
+
+    def other_labels(
+        self, expected: Mapping[str, Any], given: Mapping[str, Any], values: Mapping[str, float], tolerance: float
+    ) -> str:
+        """A label that only one answer has, although its probability is not one half within the tolerance."""
+        for name in sorted({*expected["labels"]} ^ {*given.get("labels", expected["labels"])}):
+            if abs(values.get(name, 1.0) - 0.5) > tolerance:
+                return f"the labels are {listed(given['labels'])}, not {listed(expected['labels'])}"
+        return ""
+
+
+class NumberService(LabelService):
+    """A number, or several, for a text: the head's outputs as they are."""
+
+    NAMED = "numbers"
+    VALUE = "value"
+
+    def activated(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The numbers."""
+        return logits
+
+    def said(self, logits: NDArray[np.float32], values: NDArray[np.float32]) -> dict[str, Any]:
+        """Nothing: numbers are all there is."""
+        return {}
+
+    def other_labels(
+        self, expected: Mapping[str, Any], given: Mapping[str, Any], values: Mapping[str, float], tolerance: float
+    ) -> str:
+        """Nothing: the name of the largest number means nothing."""
+        return ""
 
 
 def _checked(request: Mapping[str, Any], max_length: int) -> Options | RowError:
@@ -156,8 +219,8 @@ def _switch(name: str, value: Any) -> bool:
     return value is not False
 
 
-def open_labels(folder: Path, max_length: int) -> LabelService:
-    """Open the tokenizer and the label names of an artifact.
+def open_service(kind: type[LabelService], folder: Path, max_length: int) -> LabelService:
+    """Open the tokenizer and the label names of an artifact. `kind`: what the head's outputs mean.
 
     Raises:
         ModelError: the folder has no tokenizer, or no labels.json.
@@ -167,4 +230,4 @@ def open_labels(folder: Path, max_length: int) -> LabelService:
         raise ModelError(
             f"{folder}: labels.json is missing, so the labels have no names; export it again", source=folder
         )
-    return LabelService(added_tokens.bare_tokenizer(folder, False), names, max_length)
+    return kind(added_tokens.bare_tokenizer(folder, False), names, max_length)
