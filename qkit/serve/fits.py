@@ -53,6 +53,8 @@ def planned(serving: Serving) -> plan_plan.Plan | None:
 
 def _plan(serving: Serving) -> plan_plan.Plan:
     if serving.purpose is not None:
+        if serving.runtime == "vllm":
+            raise ModelError(f"{serving.model}: what vLLM needs for a model with labels is not known")
         return _labelled_plan(serving)
     return _onnx_plan(serving) if serving.runtime == "onnxruntime" else _vllm_plan(serving)
 

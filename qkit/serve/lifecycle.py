@@ -53,7 +53,7 @@ def start(serving: Serving) -> Server:
     if serving.runtime == "vllm":
         return vllm.start(serving.model, serving.name, section, serving.device, serving.log, serving.extras)
     extras = serving.extras
-    if serving.purpose is not None:
+    if serving.purpose is not None and serving.runtime != "vllm":
         return labels_program.start(
             serving.model, serving.name, serving.purpose, section, serving.log, extras.key, extras.rest
         )
@@ -80,7 +80,8 @@ def onnx_argv(serving: Serving, port: int) -> list[str]:
 
 def argv(serving: Serving, port: int) -> list[str]:
     """The command line that `start` runs."""
-    if purpose := serving.purpose:
+    purpose = serving.purpose
+    if purpose is not None and serving.runtime != "vllm":
         return labels_program.argv(serving.model, serving.name, purpose, serving.section, port, serving.extras.rest)
     if serving.runtime != "vllm":
         return onnx_argv(serving, port)

@@ -19,6 +19,7 @@ from qkit.measure.evidence import FAILED, merit, read_evidence
 from qkit.model import source as model_source
 from qkit.model.provenance import Purpose, is_traced, purpose_of
 from qkit.plugins.task import open_task
+from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.runtimes import vllm
@@ -29,6 +30,12 @@ from qkit.server.lora import is_adapter
 
 RUNTIMES = DEFAULT_RUNTIME, LABELLED_RUNTIME = ("vllm", "onnxruntime")
 GRAPH = "model.onnx"  # of a model with labels
+POOLING = (
+    "--runner",
+    "pooling",
+    "--dtype",
+    "float32",
+)  # in vLLM's own choice, a model trained in fp32 would be served in 16 bits
 UNVERIFIED = "unverified"  # verify has not judged the files that are there now
 CONFIGS = {"vllm": "config.json", "onnxruntime": "genai_config.json"}  # what a folder for the runtime must contain
 # Options of the runtime that qkit sets itself, and how the user sets them through qkit.
@@ -59,7 +66,7 @@ def of_run(run: Run, options: ServeOptions) -> Serving:
     return Serving(
         model=str(artifact.path),
         name=name,
-        recipe=run.recipe,
+        recipe=_with_length(run.recipe, purpose),
         device=detect(),
         logs=run.root / "logs" if writable else cache_dir() / "logs",
         runtime=str(options.runtime),
@@ -89,7 +96,7 @@ def of_model(source: str, recipe: Recipe, options: ServeOptions) -> Serving:
     return Serving(
         model=str(folder.resolve()) if is_folder else source,
         name=name,
-        recipe=recipe,
+        recipe=_with_length(recipe, purpose),
         device=detect(),
         logs=cache_dir() / "logs",
         runtime=str(options.runtime),
@@ -105,22 +112,29 @@ def _purpose_of_run(run: Run) -> Purpose | None:
 
 
 def _with_runtime(options: ServeOptions, purpose: Purpose | None) -> ServeOptions:
-    """The options with a runtime.
+    """The options with a runtime, and with what vLLM has to be told of a model with labels.
 
     Raises:
-        NotDeployable: the runtime that they name does not serve models with labels.
+        NotDeployable: adapters are to be served of a model with labels.
     """
+    if purpose is not None and (options.adapters or options.runtime_adapters):
+        raise NotDeployable(f"a server for task={purpose.task} does not serve adapters; serve the run itself")
     runtime = options.runtime or (DEFAULT_RUNTIME if purpose is None else LABELLED_RUNTIME)
-    if purpose is not None and runtime != LABELLED_RUNTIME:
-        raise NotDeployable(
-            f"--runtime {runtime}: models for task={purpose.task} are served by --runtime {LABELLED_RUNTIME}, from their ONNX exports"
-        )
-    return replace(options, runtime=runtime)
+    rest = (*POOLING, *options.rest) if purpose is not None and runtime == "vllm" else options.rest
+    return replace(options, runtime=runtime, rest=rest)
+
+
+def _with_length(recipe: Recipe, purpose: Purpose | None) -> Recipe:
+    """The recipe with the length of training as the server's, for a model with labels: the default may exceed its positions."""
+    if purpose is None:
+        return recipe
+    section = recipe.serve.model_copy(update={"max_model_len": purpose.max_length})
+    return recipe.model_copy(update={"serve": section})
 
 
 def _check_model(folder: Path, source: str, runtime: str, purpose: Purpose | None) -> None:
     """Raise ModelError or NotDeployable if the runtime cannot serve this source."""
-    if purpose is not None:
+    if purpose is not None and runtime != "vllm":
         if not (folder / GRAPH).is_file():
             raise ModelError(f"{source}: {GRAPH} is missing: serve the run, or its export onnx-fp32 or onnx-int8")
         return
@@ -225,13 +239,18 @@ def _candidates(run: Run, options: ServeOptions) -> list[Artifact]:
         MissingArtifact: there are none.
     """
     runtime = options.runtime or DEFAULT_RUNTIME
+    has_labels = not open_task(run.recipe.task).HEAD.generates
+    if (
+        has_labels and runtime == "vllm" and options.artifact in (None, MERGED)
+    ):  # it has no export of its own: the merged model is one
+        return [Artifact(MERGED, run.need("merge", "config.json").parent)]
     artifacts = [artifact for artifact in existing_exports(run) if artifact.runtime == runtime]
     if options.artifact:
         artifacts = [artifact for artifact in artifacts if artifact.name == options.artifact]
     else:
         artifacts = [artifact for artifact in artifacts if not is_adapter(artifact.path)] or artifacts
     if not artifacts:
-        low = "int4" if open_task(run.recipe.task).HEAD.generates else "int8"
+        low = "int8" if has_labels else "int4"
         wanted = options.artifact or {"vllm": "vllm", "onnxruntime": f"onnx-fp32 or onnx-{low}"}[runtime]
         raise MissingArtifact(
             f"{run.root}: has no export {wanted} for --runtime {runtime}; "

@@ -19,7 +19,7 @@ def curl(running: Server, purpose: Purpose | None = None) -> str:
     path, body = "/v1/chat/completions", json.dumps({"model": running.name, "messages": [HELLO], "max_tokens": 64})
     if purpose:
         task = open_task(purpose.task)
-        path, body = task.ENDPOINT, json.dumps({"model": running.name, **task.EXAMPLE})
+        path, body = task.ENDPOINT, json.dumps({"model": running.name, "input": _input(task)})
     key = '-H "Authorization: Bearer $VLLM_API_KEY" ' if running.headers else ""
     return f"curl {running.url}{path} {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
@@ -37,8 +37,13 @@ def python(running: Server, purpose: Purpose | None = None) -> str:
 
 def _post(running: Server, task: Task) -> str:
     headers = ', headers={"Authorization": "Bearer " + os.environ["VLLM_API_KEY"]}' if running.headers else ""
-    modules = "os, httpx" if running.headers else "httpx"
-    return f'import {modules}; print(httpx.post("{running.url}{task.ENDPOINT}", json={dict(task.EXAMPLE)}{headers}).json()["data"])'
+    modules, body = "os, httpx" if running.headers else "httpx", {"input": _input(task)}
+    return f'import {modules}; print(httpx.post("{running.url}{task.ENDPOINT}", json={body}{headers}).json()["data"])'
+
+
+def _input(task: Task) -> Any:
+    """The task's example as the input of a request: one text as itself, as vLLM takes it."""
+    return next(iter(task.EXAMPLE.values())) if len(task.EXAMPLE) == 1 else dict(task.EXAMPLE)
 
 
 def describe(running: Server, names: Sequence[str], purpose: Purpose | None = None) -> dict[str, Any]:

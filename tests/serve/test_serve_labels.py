@@ -219,11 +219,6 @@ def test_a_folder_says_what_it_is_for(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        (
-            ServeOptions("vllm"),
-            NotDeployable,
-            "--runtime vllm: models for task=classify are served by --runtime onnxruntime",
-        ),
         (ServeOptions(artifact="onnx-int4"), MissingArtifact, "onnx-int4"),
         (ServeOptions(adapters=("a=b",)), NotDeployable, "does not serve adapters"),
     ],
@@ -233,6 +228,32 @@ def test_what_cannot_be_served(run: Run, options: ServeOptions, error: type[Exce
         serve_serving.of_run(run, options)
     with pytest.raises(ModelError, match=r"model\.onnx is missing: serve the run"):
         serve_serving.of_model(str(run.folder("merge")), recipe_for(Options("x"), ()), ServeOptions())
+
+
+def test_vllm_serves_the_merged_model(run: Run) -> None:
+    made = serve_serving.of_run(run, ServeOptions("vllm", rest=("--max-num-seqs", "4")))
+    assert (
+        made.model == str(run.folder("merge")) and made.section.max_model_len == 32 and "merged (passed" in made.chosen
+    )
+    words = " ".join(lifecycle.argv(made, 1))
+    assert " --runner pooling --dtype float32 --max-num-seqs 4" in words and "--max-model-len 32" in words
+    assert fits.planned(made) is None
+    with pytest.raises(NotDeployable, match="task=classify does not serve adapters"):
+        serve_serving.of_run(run, ServeOptions("vllm", adapters=("a=b",)))
+
+
+def test_vllm_keeps_the_contract(tmp_path: Path) -> None:
+    """On a CPU, vLLM's attention needs heads of 32 or more."""
+    pytest.importorskip("vllm")
+    run = exported_run(tmp_path, model_sizes={"hidden_size": 64})
+    with serving(tmp_path, run.root, "--runtime", "vllm", "--set", "serve.enforce_eager=true") as running:
+        contract = label_contract.check_server(run, running.url, headers=HEADERS)
+        answer = ask(running, model=running.model, input=[text(number) for number in range(9)])
+    assert {check.name: check.status for check in contract.checks} == dict.fromkeys(
+        ("tokens", "labels", "answers"), "ok"
+    )
+    for item, row in zip(answer["data"], expected(run, [text(number) for number in range(9)]), strict=True):
+        assert item["probs"] == pytest.approx(list(row), abs=1e-3)
 
 
 def test_the_command_can_be_printed(run: Run) -> None:

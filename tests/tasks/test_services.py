@@ -124,7 +124,11 @@ def test_the_texts_of_a_record() -> None:
     assert request({"premise": "a", "hypothesis": "b", "label": 1}, {}) == {"text": "a", "pair": "b"}
     assert request({"text": "a", "pair": None, "input_ids": [1]}, {}) == {"text": "a"}
     assert request({"title": "a", "text": "b"}, {"text": "title"}) == {"text": "a"}
-    for record, columns in (({"headline": "a"}, {}), ({"text": "a"}, {"text": "title"}), ({"text": "a"}, {"pair": "b"})):
+    for record, columns in (
+        ({"headline": "a"}, {}),
+        ({"text": "a"}, {"text": "title"}),
+        ({"text": "a"}, {"pair": "b"}),
+    ):
         with pytest.raises(RowError, match=r"must have a column for|data\.columns maps"):
             request(record, columns)
 
