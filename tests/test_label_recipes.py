@@ -73,5 +73,13 @@ def test_sentiment(tmp_path: Path) -> None:
     model = build_model(tmp_path / "model", "bert", initializer_range=0.1)
     rows = [{"sentence": text(i), "label": LABELS[i % 3], "idx": str(i)} for i in range(96)]
     train, test = written(tmp_path / "train.csv", rows[24:]), written(tmp_path / "test.csv", rows[:24])
-    run = finished(tmp_path, "sentiment", train, test, f"model.source={model}", "train.num_train_epochs=20", "train.learning_rate=3e-3")
+    run = finished(
+        tmp_path,
+        "sentiment",
+        train,
+        test,
+        f"model.source={model}",
+        "train.num_train_epochs=20",
+        "train.learning_rate=3e-3",
+    )
     check(run, 80)

@@ -17,7 +17,7 @@ import pytest
 from helpers.command import qkit
 from helpers.labels_served import exported_run
 from helpers.schemas import BENCH_SCHEMA, closed
-from helpers.tiny_labelled import build_model, labelled_run, settings, text
+from helpers.tiny_labelled import build_model, labelled_run, settings
 from qkit.bench import labelled
 from qkit.bench.load import Load
 from qkit.core.errors import MissingArtifact, RecipeError, ServerError
@@ -195,4 +195,8 @@ def test_every_format_and_the_server(tmp_path: Path) -> None:
     lines = [line.split() for line in done.stderr.splitlines() + done.stdout.splitlines()]
     assert ["runtime", "artifact", "at", "once", "p50", "ms", "p99", "ms", "texts/s", "GiB", "start", "s"] in lines
     assert Run.open(run.root).recipe.bench.runtimes == ("transformers", "onnx-fp32", "onnx-int8", "server")
-    assert text(0)
+    assert qkit("report", run.root).returncode == 0
+    page = (run.folder("report") / "index.html").read_text()
+    assert "Texts<br>per second" in page and "Time to the answer, ms" in page and "TPOT" not in page
+    card = (run.folder("export") / "onnx-int8" / "README.md").read_text()
+    assert "| Texts per second |" in card and "TPOT" not in card
