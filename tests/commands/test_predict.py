@@ -82,6 +82,11 @@ def test_every_record_has_its_line(tmp_path: Path) -> None:
     assert (result.rows, result.errors, result.skipped) == (13, 3, 0) and predictor.asked == [4, 4, 2, 1]
 
 
+def test_windows_grow_until_they_take_seconds() -> None:
+    assert [predicting.next_window(128, seconds, 300) for seconds in (0.1, 5.0, 11.0)] == [256, 128, 64]
+    assert predicting.next_window(256, 0.1, 300) == 300 and predicting.next_window(1, 99.0, 300) == 1
+
+
 @pytest.mark.parametrize("out", ["out.jsonl", "out.csv", "out.tsv"])
 @pytest.mark.parametrize("windows", [0, 1, 2])
 @pytest.mark.parametrize("cut", [0, 1, 7])

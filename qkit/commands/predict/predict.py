@@ -30,6 +30,8 @@ from qkit.run.directory import Run
 from qkit.server.client import Client, bearer
 
 REQUEST_SECONDS = 600.0
+FIRST_WINDOW = 128  # rows
+SHORT_SECONDS, LONG_SECONDS = 2.0, 10.0  # of a window
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,10 @@ def _predicted(
     """Predict window by window. Returns how many records there were, and how many of them have no answer."""
     rows = errors = 0
     begin = time.perf_counter()
+    size = min(FIRST_WINDOW, predictor.window)
     with progress.bar("predict", None, written.done) as bar:
-        while window := list(islice(records, predictor.window)):
+        while window := list(islice(records, size)):
+            start = time.perf_counter()
             requests = [_request(record, job, task) for record in window]
             answers = iter(predictor.predict([one for one in requests if not isinstance(one, RowError)]))
             for record, request in zip(window, requests, strict=True):
@@ -126,8 +130,19 @@ def _predicted(
                 written.write(record.line, _kept(record, job), line)
             written.flush()
             rows += len(window)
-            bar.advance(len(window), rows_per_second=rows / (time.perf_counter() - begin))
+            now = time.perf_counter()
+            bar.advance(len(window), rows_per_second=rows / (now - begin))
+            size = next_window(size, now - start, predictor.window)
     return rows, errors
+
+
+def next_window(size: int, seconds: float, most: int) -> int:
+    """The rows of the next window, after one of `size` rows took so long. Larger ones fill batches of one length better; what is lost when the
+    command is stopped, and what is not shown, is one window.
+    """
+    if seconds < SHORT_SECONDS:
+        return min(2 * size, most)
+    return max(size // 2, 1) if seconds > LONG_SECONDS else size
 
 
 def _request(record: Record | Broken, job: Job, task: Task) -> dict[str, Any] | RowError:

@@ -16,7 +16,7 @@ Answer = Mapping[str, Any]
 
 
 class Predictor(ABC):
-    """Answers requests. `window`: how many at once; within it they are sorted by length."""
+    """Answers requests. `window`: how many at once at most; within it they are sorted by length."""
 
     window: int
 

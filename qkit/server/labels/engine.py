@@ -118,7 +118,8 @@ class Engine:
 
     def sizes(self) -> list[int]:
         """The rows of each batch that was computed since the last call."""
-        sizes, self.batch_sizes = self.batch_sizes, []
+        with self.changed:
+            sizes, self.batch_sizes = self.batch_sizes, []
         return sizes
 
     def _work(self) -> None:
