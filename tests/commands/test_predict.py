@@ -235,6 +235,9 @@ def test_a_run_its_folders_and_its_server_predict_alike(labels: Run, questions: 
         key = tmp_path / "key.txt"
         key.write_text(KEY)
         others["server"] = predicted(running.url, questions, tmp_path / "s.jsonl", "--api-key-file", key)
+        options = ("--out", tmp_path / "n.jsonl", "--api-key-file", key, "--model", "nobody")
+        done = qkit_here("predict", running.url, questions, *options)
+        assert done.returncode == 2 and f"does not serve nobody, but {running.model}" in done.stderr
     for name, made in others.items():
         assert made[-1]["error"] == of_run[-1]["error"].replace("`input[0]`: ", "") or name == "server"
         for line, wanted in zip(made[:-1], of_run[:-1], strict=True):
