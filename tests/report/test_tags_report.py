@@ -12,7 +12,13 @@ from qkit.tasks._encoder._report.tags import sections_of_tags
 
 def line(row: int, reference: list[str], said: list[str]) -> dict[str, Any]:
     text = f"sentence {row}"
-    return {"row": row, "prompt": text, "reference": json.dumps(reference), "entities": said, "correct": reference == said}
+    return {
+        "row": row,
+        "prompt": text,
+        "reference": json.dumps(reference),
+        "entities": said,
+        "correct": reference == said,
+    }
 
 
 LINES = [

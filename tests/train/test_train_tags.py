@@ -213,6 +213,11 @@ def test_class_weights_of_tags_that_training_lacks(tmp_path: Path) -> None:
         ({"loss": {"name": "crf", "label_smoothing": 0.1}}, "loss.label_smoothing=0.1 applies to"),
         ({"loss": {"name": "crf", "class_weights": "balanced"}}, "loss.class_weights=balanced applies to"),
         ({"loss": {"name": "bce"}}, "the losses of task=tag are cross_entropy, focal, crf"),
+        (
+            {"method": "peft", "peft": {"peft_type": "PROMPT_TUNING"}},
+            "peft.peft_type=PROMPT_TUNING puts tokens before a text",
+        ),
+        ({"head": {"pooling": "mean"}}, "task=tag needs one for each token"),
         ({"loss": {"name": "crf"}, "task": "classify"}, "the losses of task=classify are cross_entropy, focal"),
     ],
 )
