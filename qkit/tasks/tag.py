@@ -215,5 +215,23 @@ class Tag(EncoderTask):
 
         return usage(library, recipe)
 
+    # --- serve, predict -----------------------------------------------------------------------------------------------
+
+    ENDPOINT = "/tag"
+    EXAMPLE: Mapping[str, Any] = {"text": "A sentence as in the training data ."}
+    WHOLE: Mapping[str, Any] = {}
+
+    def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+        """The words of a record of any data set, or of a prepared row, as a text."""
+        from qkit.tasks._encoder.tagging.records import text_of
+
+        return {"text": text_of(record, columns)}
+
+    def service(self, folder: Path, max_length: int) -> Any:
+        """A TagService: sentences to entities, with the tokenizer and the names of the tags in the folder."""
+        from qkit.tasks._encoder.tagging.service import open_service
+
+        return open_service(folder, max_length)
+
 
 TASK = Tag()

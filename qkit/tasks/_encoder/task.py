@@ -14,7 +14,7 @@ from qkit.core.errors import short
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
 from qkit.plugins.sections import Evaluated, Figure, Section
-from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, Service, read_labels
+from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, read_labels
 from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
 from qkit.tasks._encoder._report.labels import OF_ONE_LABEL, SINGLE_LABEL
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
@@ -319,8 +319,8 @@ class EncoderTask:
 
         return texts_of(record, columns)
 
-    def service(self, folder: Path, max_length: int) -> Service:
-        """Texts to labels, with the tokenizer and the label names in the folder."""
+    def service(self, folder: Path, max_length: int) -> Any:
+        """A Service: texts to labels, with the tokenizer and the label names in the folder."""
         from qkit.tasks._encoder.use.service import LabelService, open_service
 
         return open_service(LabelService, folder, max_length)

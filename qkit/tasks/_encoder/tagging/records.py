@@ -142,6 +142,16 @@ def _span(span: Any, column: str) -> Span:
     )
 
 
+def text_of(record: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
+    """The sentence of a record without its tags: its words with spaces between them, or its text."""
+    for ours in ("words", "text"):
+        for name in (columns[ours],) if ours in columns else COLUMNS[ours]:
+            if name in record:
+                value = record[name]
+                return " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+    return None
+
+
 def unknown_column(section: Data) -> str:
     """The error for the first name in data.columns that nothing reads; "" if all are read."""
     known = sorted({*COLUMNS, *filter(None, (section.group, section.stratify))})

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.batching import IGNORED
 from qkit.core.errors import ModelError
 from qkit.tasks._encoder.tagging.crf import Transitions, chain_crf
+from qkit.tensors.shards import SHARDS, shards, tensor_specs
 from qkit.tensors.shards import read as read_tensors
-from qkit.tensors.shards import shards, tensor_specs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,6 +85,13 @@ def read(folder: Path) -> Mapping[str, NDArray[np.float32]] | None:
         return None
     content = json.loads(file.read_text(encoding="utf-8"))
     return {name: np.array(content[name], np.float32) for name in NAMES}
+
+
+def in_folder(folder: Path) -> Mapping[str, NDArray[np.float32]] | None:
+    """The scores that an artifact holds, in a file of their own or among its weights."""
+    if (folder / FILE).is_file() or not any(folder.glob(SHARDS)):
+        return read(folder)
+    return {name: tensor.numpy() for name, tensor in _stored(folder).items()} or None
 
 
 @dataclass(frozen=True)
