@@ -81,13 +81,13 @@ def _server_checks(run: Run, client: Client, entry: Mapping[str, Any]) -> Iterat
 
 
 def _askable(run: Run, task: Task, entry: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[TextRow]]:
-    """Requests of held-out rows, and the rows. vLLM takes no pairs, and refuses texts that training cut."""
+    """Requests of held-out rows, and the rows, of each its first window. vLLM takes no pairs, and refuses texts that training cut."""
     held_out = measure_held_out.held_out_of(run)
     requests = [task.request(record, {}) for record in held_out.records[:ROWS]]
     is_ours, limit = "task" in entry, run.recipe.data.max_length
     pairs = [
         (request, row)
-        for request, row in zip(requests, held_out.rows, strict=False)
+        for request, row in zip(requests, (row.windows[0] for row in held_out.rows), strict=False)
         if is_ours or (len(request) == 1 and len(row.input_ids) < limit)
     ]
     return [request for request, _ in pairs], [row for _, row in pairs]

@@ -135,6 +135,11 @@ class TextRow:
     token_type_ids: Sequence[int]
     labels: tuple[int, ...] = ()
 
+    @property
+    def windows(self) -> tuple[TextRow, ...]:
+        """What a runtime reads: the text is in one piece, where rows of other tasks may be in several."""
+        return (self,)
+
 
 @dataclass(frozen=True)
 class RowScores:

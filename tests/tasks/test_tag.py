@@ -262,6 +262,20 @@ def test_cards_say_what_plain_libraries_ignore(runs: Callable[[str, str], Run]) 
         assert ("crf.pairs" in usage("transformers", run.recipe)) == (loss == "crf")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["export/onnx-fp32", "merge"])
+def test_requests_give_the_predictions(runs: Callable[[str, str], Run], name: str) -> None:
+    """With the scores of a CRF from the artifact's folder, and long sentences in windows."""
+    run, task = runs("full", "crf"), open_task("tag")
+    folder = run.root / name
+    service: Any = task.service(folder, run.recipe.data.max_length)
+    prepared = service.prepare([task.request(record, {}) for record in held_out_of(run).records])
+    assert len(prepared[0].rows) > 1
+    with open_runtime("onnxruntime" if "onnx" in name else "transformers", folder, detect(), head=task.HEAD) as runtime:
+        answers = [service.answer(one, list(runtime.logits(one.rows))) for one in prepared]
+    assert [answer["tags"] for answer in answers] == [line["prediction"].split() for line in lines_of(run)]
+
+
 # --- the contract -----------------------------------------------------------------------------------------------------
 
 
