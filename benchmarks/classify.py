@@ -83,7 +83,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("test", type=Path)
     parser.add_argument("--columns", nargs=2, metavar=("TEXT", "LABEL"), default=["text", "category"])
     parser.add_argument("--model", default=SOURCE, help="as model.source of a recipe")
-    parser.add_argument("--methods", nargs="*", default=["full", "lora", "head"], help=f"of qkit, as recipe.method, or of {[*WAYS]}")
+    parser.add_argument(
+        "--methods", nargs="*", default=["full", "lora", "head"], help=f"of qkit, as recipe.method, or of {[*WAYS]}"
+    )
     parser.add_argument("--no-plain", dest="plain", action="store_false", help="leave out the plain Trainer")
     parser.add_argument("--rows", nargs="+", default=["5", "10", ALL], help="of each label")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
@@ -108,7 +110,11 @@ def _data(given: argparse.Namespace) -> dict[str, Any]:
 
 def _cells(given: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     """Seeds last, so that an interrupted run has some of every kind."""
-    ways = [*(["tfidf"] if given.scikit_learn else []), *(["plain"] if given.plain else []), *(f"qkit-{method}" for method in given.methods)]
+    ways = [
+        *(["tfidf"] if given.scikit_learn else []),
+        *(["plain"] if given.plain else []),
+        *(f"qkit-{method}" for method in given.methods),
+    ]
     return ((way, rows, seed) for seed in given.seeds for rows in given.rows for way in ways)
 
 
