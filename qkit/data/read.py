@@ -6,7 +6,7 @@ import csv
 import glob
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -291,19 +291,28 @@ def _typed(value: Any, feature: Any, unknown: bool) -> Any:
     """A value by its type in the table. `unknown`: the type is not known, so any object may come from a struct."""
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
-        if names := getattr(inner, "names", None):  # ids of a ClassLabel; -1 stands for no label
-            return [names[item] if type(item) is int and 0 <= item < len(names) else item for item in value]
+        if names := getattr(inner, "names", None):
+            return [_named(item, names) for item in value]
         if not getattr(inner, "dtype", "float").startswith("float"):
             return value  # token ids and their like: nothing in them can be of another kind
         return [_typed(item, inner, unknown) for item in value] if inner is not None or unknown else value
     if isinstance(value, dict) and (unknown or isinstance(feature, dict)):
         inside = feature if isinstance(feature, dict) else {}
         return Struct({key: _typed(item, inside.get(key), unknown) for key, item in value.items()})
+    if names := getattr(feature, "names", None):
+        return _named(value, names)
     if getattr(feature, "decode", True) is False and isinstance(value, str):
         return decode(value)
     if isinstance(value, float) and abs(value) >= 2**63 and value.is_integer():
         return Rounded(value)
     return value
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """The name of an id of a ClassLabel; None for -1, which stands for a label that is kept secret."""
+    if type(value) is not int or value >= len(names):
+        return value
+    return names[value] if value >= 0 else None
 
 
 def _one_line(error: BaseException) -> str:
