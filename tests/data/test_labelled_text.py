@@ -15,8 +15,8 @@ import pytest
 from helpers.tiny_labelled import build_model, labelled_rows, settings, text
 from qkit.core.errors import DataError
 from qkit.core.progress import Progress
+from qkit.data import read as data_read
 from qkit.data import stage as data_stage
-from qkit.data.read import Record, read
 from qkit.plugins.example import LabelledText, RowError
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Data, Source
@@ -199,7 +199,11 @@ def test_ids_of_a_class_label_are_read_as_names(tmp_path: Path) -> None:
     rows.to_parquet(str(tmp_path / "rows.parquet"))
     rows.save_to_disk(str(tmp_path / "saved"))
     for source in ("rows.parquet", "saved"):
-        read_rows = [one.value for one in read(Source(source=str(tmp_path / source))) if isinstance(one, Record)]
+        read_rows = [
+            one.value
+            for one in data_read.read(Source(source=str(tmp_path / source)))
+            if isinstance(one, data_read.Record)
+        ]
         assert [row["label"] for row in read_rows] == ["positive", "negative", None], source
     with pytest.raises(RowError, match="label is not a label: None"):
         labelled_text(read_rows[2], Data())
