@@ -14,7 +14,8 @@ from qkit.core.files import read_json
 from qkit.core.sequences import first_difference
 from qkit.measure import held_out as measure_held_out
 from qkit.measure.contract import DIFFERS, OK, Contract, ContractCheck
-from qkit.plugins.task import read_labels
+from qkit.plugins.task import open_task, read_labels
+from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 
 ROWS = 64
@@ -30,17 +31,17 @@ def check_folder(run: Run, folder: Path, rows: int = ROWS) -> Contract:
 def _checks(
     run: Run, folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> Iterator[ContractCheck]:
-    yield _tokens(folder, records, run.recipe.data.max_length)
+    yield _tokens(folder, records, run.recipe)
     yield _labels(config, read_labels(run.need("data", "summary.json").parent))
     yield _padding(config, int(read_json(run.need("data", "tokens.json"))["pad"]))
 
 
-def _tokens(folder: Path, records: Sequence[Mapping[str, Any]], limit: int) -> ContractCheck:
+def _tokens(folder: Path, records: Sequence[Mapping[str, Any]], recipe: Recipe) -> ContractCheck:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer, task = AutoTokenizer.from_pretrained(str(folder)), open_task(recipe.task)
     for number, record in enumerate(records):
-        encoded = tokenizer(record["text"], record["pair"], truncation=True, max_length=limit)
+        encoded = task.encoded(tokenizer, record, recipe.data)
         for name, words in (("input_ids", "ids"), ("token_type_ids", "token types")):
             if (place := first_difference(record[name], encoded.get(name, []))) is not None:
                 detail = f"from token {place} on, the {words} differ from training: {short(repr(record['text']))}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qkit.core.device import Device
 
 
+SPAN = ("start_logits", "end_logits")  # the outputs of a head on answers
 PREFILL_TOKENS = 8192  # of prompts, padding included, that a model in this process reads at once
 
 
@@ -56,7 +57,10 @@ class Encodes(Opened):
 
     @abstractmethod
     def logits(self, rows: Sequence[TextRow]) -> Iterator[NDArray[np.float32]]:
-        """Yield the logits of each row, in order: [labels] of a text, or [tokens, labels] from a head on tokens."""
+        """Yield the logits of each row, in order: [labels] of a text, or [tokens, labels] from a head on tokens.
+
+        A head on answers gives [tokens, 2]: whether the answer begins there, and whether it ends there.
+        """
 
 
 class Generates(ABC):
@@ -130,6 +134,11 @@ class TextRow:
     input_ids: Sequence[int]
     token_type_ids: Sequence[int]
     labels: tuple[int, ...] = ()
+
+
+def joined(outputs: Mapping[str, Any], stack: Callable[[list[Any], int], Any]) -> Any:
+    """A head's `logits`; those of a head on answers, which gives two of [..., tokens], as [..., tokens, 2]. `stack`: torch's, or numpy's."""
+    return outputs["logits"] if "logits" in outputs else stack([outputs[name] for name in SPAN], -1)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,11 @@ def task_clashes(recipe: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
         yield from task.clashes(recipe)
 
 
+def reads_validation(name: str) -> bool:
+    """Whether a task of that name chooses settings on validation rows."""
+    return name in names(TASKS) and bool(importlib.import_module(f"qkit.{TASKS}.{name}").TASK.READS_VALIDATION)
+
+
 def split(name: str) -> tuple[str, str]:
     """Split an export format into the exporter's name and the variant."""
     kind, _, variant = name.partition("-")

@@ -33,6 +33,8 @@ ADDED = {
     "train.bf16": True,
     "data.batch_rows": None,
     "data.label_separator": None,
+    "data.stride": None,
+    "evaluate.max_answer_tokens": 30,
 }
 KEY = ".key"  # in a work folder: the stage key that the work belongs to
 DECIDED = "decided.json"  # in a stage's folder: its decisions where the recipe says `auto`, by recipe key

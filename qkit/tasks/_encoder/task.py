@@ -16,6 +16,7 @@ from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads
 from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, read_labels
 from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
+from qkit.tasks._texts import windows_clashes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,22 +51,28 @@ class EncoderTask:
     CHECKS = LABELLED_CHECKS
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]] = {}
     UNSCORED: frozenset[str] = frozenset()
+    SCORED_IN_PARTS: frozenset[str] = frozenset()
+    READS_VALIDATION = False
 
     LOSSES: tuple[str, ...] = ("cross_entropy", "focal")
     SEVERAL = False  # any number of labels for a text
+    WINDOWS = False  # a long text becomes several rows
 
     def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """What only tasks on conversations have, and what the method has no use for."""
         data, where = recipe.data, f"task={recipe.task}"
+        if not self.WINDOWS:
+            yield from windows_clashes(recipe)
         if ":" not in recipe.loss.name and recipe.loss.name not in self.LOSSES:
             yield (
                 ("loss", "name"),
                 f"loss.name={short(recipe.loss.name)}: the losses of {where} are {', '.join(self.LOSSES)}, and module:function of your own",
             )
-        if data.too_long not in ("drop", "truncate"):
+        shortened = "split" if self.WINDOWS else "truncate"
+        if data.too_long not in ("drop", shortened):
             yield (
                 ("data", "too_long"),
-                f"data.too_long={data.too_long} is for conversations; use truncate or drop with {where}",
+                f"data.too_long={data.too_long} is not for {where}: use {shortened} or drop",
             )
         if data.label_separator is not None and not self.SEVERAL:
             yield (
@@ -85,17 +92,7 @@ class EncoderTask:
         for section, field in (("data", "system"), ("model", "chat_template")):
             if getattr(getattr(recipe, section), field) is not None:
                 yield (section, field), f"{section}.{field} is for conversations, and {where} has none: remove it"
-        if recipe.model.add_tokens and recipe.method not in ("lora", "full"):
-            yield (
-                ("model", "add_tokens"),
-                f"model.add_tokens: method={recipe.method} does not train their embeddings; use method=lora or full, or remove it",
-            )
-        if recipe.method in WHOLE and recipe.quantization.load_in_4bit:
-            yield (
-                ("method",),
-                f"method={recipe.method} saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
-                "quantization.load_in_4bit=false, or method=lora",
-            )
+        yield from _method_clashes(recipe)
 
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """16-bit or finer weights, a stratified split of 80/10/10 where no held-out rows are given, and formats of encoders."""
@@ -239,6 +236,21 @@ class EncoderTask:
         """The name of the label."""
         return str(record["names"][0])
 
+    def continues(self, record: Mapping[str, Any]) -> bool:
+        """No: each row is a text of its own."""
+        return False
+
+    def encoded(self, tokenizer: Any, record: Mapping[str, Any], section: Data) -> Mapping[str, Sequence[int]]:
+        """The text, or the pair of texts, cut as in training."""
+        ids: Mapping[str, Sequence[int]] = tokenizer(
+            record["text"], record["pair"], truncation=True, max_length=section.max_length
+        )
+        return ids
+
+    def tune(self, runtime: Encodes, recipe: Recipe, data: Path) -> Mapping[str, float]:
+        """Nothing: labels are predicted by their probabilities as they are."""
+        return {}
+
     def outputs(self, runtime: Encodes, rows: Sequence[TextRow]) -> Iterator[RowScores]:
         """The distribution over the labels: one position for a text."""
         from qkit.tasks._encoder.labeller import scores
@@ -252,7 +264,7 @@ class EncoderTask:
         counts = json.loads((data / LABELS).read_text(encoding="utf-8"))["rows"]["train"]
         return Prior(tuple(counts.values()))
 
-    def predictor(self, recipe: Recipe, data: Path) -> Predictor:
+    def predictor(self, recipe: Recipe, data: Path, tuned: Mapping[str, float]) -> Predictor:
         """The most likely label of each text, with its probability."""
         from qkit.tasks._encoder.labeller import Labeller
 
@@ -295,3 +307,18 @@ class EncoderTask:
         from qkit.tasks._encoder.usage import usage
 
         return usage(library, self.HEAD, recipe)
+
+
+def _method_clashes(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What the method has no use for."""
+    if recipe.model.add_tokens and recipe.method not in ("lora", "full"):
+        yield (
+            ("model", "add_tokens"),
+            f"model.add_tokens: method={recipe.method} does not train their embeddings; use method=lora or full, or remove it",
+        )
+    if recipe.method in WHOLE and recipe.quantization.load_in_4bit:
+        yield (
+            ("method",),
+            f"method={recipe.method} saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
+            "quantization.load_in_4bit=false, or method=lora",
+        )
