@@ -170,8 +170,8 @@ class Data(Section):
     too_long: Literal["drop", "truncate", "truncate_prompt", "truncate_completion", "split"] = Field(
         "drop",
         description="rows longer than max_length. drop: drop the row; truncate: cut the end of a labelled text; "
-        "truncate_prompt: drop the oldest turns first; truncate_completion: cut the end of the answer; split: cut plain text into pieces, or the context of a "
-        "question into windows",
+        "truncate_prompt: drop the oldest turns first; truncate_completion: cut the end of the answer; "
+        "split: cut plain text into pieces, or the context of a question into windows",
     )
     stride: Positive | None = Field(
         None,

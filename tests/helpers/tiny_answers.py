@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from helpers.tiny_labelled import FILLING, TELLING, settings
+import yaml
+
+from helpers.tiny_labelled import FILLING, TELLING, settings, write_rows
+from qkit.recipe.load import load
+from qkit.run.directory import Run
 
 NONE = "gor"  # in place of the answer, where there is none
-ASKED = {"apple": "ban", "pear": "den", "plum": "fin"}  # the word of a question, and the word of the context that answers it
+ASKED = {
+    "apple": "ban",
+    "pear": "den",
+    "plum": "fin",
+}  # the word of a question, and the word of the context that answers it
 
 
 def question(number: int, words: int = 12, answered: bool = True) -> dict[str, Any]:
@@ -21,7 +30,9 @@ def question(number: int, words: int = 12, answered: bool = True) -> dict[str, A
     there = [ASKED[asked] if answered else NONE]
     context = " ".join([*filling[:place], *there, *filling[place:]])
     text = " ".join([*there, *filling[place : place + (asked == TELLING[2])]])
-    answers = {"text": [text], "answer_start": [context.index(there[0])]} if answered else {"text": [], "answer_start": []}
+    answers = (
+        {"text": [text], "answer_start": [context.index(there[0])]} if answered else {"text": [], "answer_start": []}
+    )
     return {"id": f"q{number}", "title": "t", "context": context, "question": f"{asked} bar", "answers": answers}
 
 
@@ -56,3 +67,12 @@ def answer_settings(folder: Any, rows: Any, held_out: int = 24, **sections: Any)
     """A whole recipe; see `tiny_labelled.settings`."""
     data = {"max_length": 20, "stride": 4, **sections.pop("data", {})}
     return settings(folder, rows, held_out, **{"task": "answer", **sections, "data": data})
+
+
+def answer_run(root: Path, folder: Path, rows: Any, held_out: int = 24, **sections: Any) -> Run:
+    """A run directory for a recipe on the model in `folder`; nothing has been run."""
+    file = write_rows(root / "rows.jsonl", rows)
+    (root / "recipe.yaml").write_text(
+        yaml.safe_dump(answer_settings(folder, file, held_out, **sections)), encoding="utf-8"
+    )
+    return Run.create(root / "run", load(root / "recipe.yaml"))
