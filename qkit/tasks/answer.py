@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.errors import short
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, Question, Reads
+from qkit.plugins.sections import Evaluated, Section
 from qkit.plugins.task import ModelHead, Prediction
 from qkit.recipe.schema import Data, Evaluate, Recipe
+from qkit.tasks._answering.report import ANSWERS, BETWEEN
 from qkit.tasks._answering.set_checks import QUESTION_CHECKS
 from qkit.tasks._encoder.task import EncoderTask
 
@@ -31,6 +33,8 @@ class Answer(EncoderTask):
     METRIC = "exact match"
     HEAD = ModelHead("AutoModelForQuestionAnswering", "QUESTION_ANS", "question-answering", generates=False)
     CHECKS = QUESTION_CHECKS
+    FIGURES = ANSWERS
+    LABEL_FIGURE = None
     SCORED_IN_PARTS = frozenset({"answer"})
     READS_VALIDATION = True
     WINDOWS = True
@@ -223,7 +227,13 @@ class Answer(EncoderTask):
 
     def answer(self, record: Mapping[str, Any]) -> str:
         """The accepted answers."""
-        return " | ".join(record["names"])
+        return BETWEEN.join(record["names"])
+
+    def sections(self, evaluated: Evaluated) -> Sequence[Section]:
+        """The wrong answers."""
+        from qkit.tasks._answering.report import sections_of_answers
+
+        return sections_of_answers(evaluated)
 
     def usage(self, library: str, recipe: Recipe) -> str:
         """How to ask, for the model card."""
