@@ -99,7 +99,7 @@ def test_columns_of_other_names() -> None:
     assert (example.question, example.unread, example.ignored) == ("Where?", ("other",), ("n*",))
     with pytest.raises(RowError, match=r"no column 'q' \(data.columns maps question to it\)"):
         question_of(record(), Data(columns={"question": "q"}))
-    assert "did you mean 'question'" in TASK.unknown_column(Data(columns={"qestion": "q"}), None)  # type: ignore[arg-type]
+    assert "did you mean 'question'" in TASK.unknown_column(Data(columns={"questions": "q"}), None)  # type: ignore[arg-type]
 
 
 # --- the stage data ---------------------------------------------------------------------------------------------------
