@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from qkit.tasks._answering.windows import ContextRow, QuestionEncoder
 
 
+SHIFTING = ("PROMPT_TUNING", "P_TUNING")  # adapters that are tokens before the text
+
+
 class Answer(EncoderTask):
     """Records with a question, a context and the answer's place in it; a long context becomes several rows, which get one prediction."""
 
@@ -52,6 +55,12 @@ class Answer(EncoderTask):
             yield (
                 ("loss", "label_smoothing"),
                 f"loss.label_smoothing={loss.label_smoothing:g}: with task=answer it would favour padding and the question: remove it",
+            )
+        if recipe.method == "peft" and recipe.peft.get("peft_type") in SHIFTING:
+            yield (
+                ("peft", "peft_type"),
+                f"peft.peft_type={recipe.peft['peft_type']} puts tokens before the text, and task=answer counts its places: use PREFIX_TUNING, "
+                "or method=lora",
             )
         if stride is not None and stride >= limit:
             yield (

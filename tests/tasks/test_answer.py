@@ -189,7 +189,7 @@ def test_files_in_the_layout_of_squad(model: Path, tmp_path: Path, whole: bool) 
     rows = questions(30, unanswered=5)
     content = nested(rows)
     if whole:
-        content["data"][0]["paragraphs"][10]["qas"][0]["answers"][0]["answer_start"] += 1
+        content["data"][0]["paragraphs"][11]["qas"][0]["answers"][0]["answer_start"] += 1
         content["data"].append({"title": "u", "paragraphs": [{"context": "x"}]})
     file = tmp_path / "dev-v2.0.json"
     file.write_text(json.dumps(content, indent=None if whole else 1), encoding="utf-8")
@@ -199,7 +199,7 @@ def test_files_in_the_layout_of_squad(model: Path, tmp_path: Path, whole: bool) 
     if whole:
         message = done.check("malformed")["message"]
         assert done.check("malformed")["found"] == 2
-        assert f"{file}:11 the answer" in message and "off by 1" in message
+        assert f"{file}:12 the answer" in message and "off by 1" in message
         assert "article 2, paragraph 1 has no list of questions (qas)" in {row["reason"] for row in done.ledger}
     else:
         kept = [{name: value for name, value in row.items() if name != "place"} for row in done.rows["train"]]
@@ -271,6 +271,7 @@ def test_unknown_columns_are_named(model: Path, tmp_path: Path) -> None:
     ("task", "section", "said"),
     [
         ("answer", {"data": {"stride": 20}}, "data.stride=20: windows of data.max_length=20 tokens cannot share as many; set it to 5"),
+        ("answer", {"method": "peft", "peft": {"peft_type": "P_TUNING"}}, "peft.peft_type=P_TUNING puts tokens before the text"),
         ("answer", {"data": {"too_long": "truncate"}}, "data.too_long=truncate is not for task=answer: use split or drop"),
         ("answer", {"loss": {"class_weights": "balanced"}}, "task=answer has places in a text, and no classes"),
         ("answer", {"loss": {"label_smoothing": 0.1}}, "it would favour padding"),
