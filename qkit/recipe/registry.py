@@ -56,6 +56,14 @@ def reads_validation(name: str) -> bool:
     return name in names(TASKS) and bool(importlib.import_module(f"qkit.{TASKS}.{name}").TASK.READS_VALIDATION)
 
 
+def task_has_labels(name: str) -> bool:
+    """Whether a task's model has a head for labels; False for an unknown task."""
+    if name not in names(TASKS):
+        return False
+    task: Any = importlib.import_module(f"qkit.{TASKS}.{name}").TASK
+    return not task.HEAD.generates
+
+
 def split(name: str) -> tuple[str, str]:
     """Split an export format into the exporter's name and the variant."""
     kind, _, variant = name.partition("-")

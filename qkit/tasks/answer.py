@@ -11,7 +11,7 @@ from qkit.core.errors import short
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, Question, Reads
 from qkit.plugins.sections import Evaluated, Section
-from qkit.plugins.task import ModelHead, Prediction
+from qkit.plugins.task import ModelHead, Prediction, Service
 from qkit.recipe.schema import Data, Evaluate, Recipe
 from qkit.tasks._answering.report import ANSWERS, BETWEEN
 from qkit.tasks._answering.set_checks import QUESTION_CHECKS
@@ -249,6 +249,24 @@ class Answer(EncoderTask):
         from qkit.tasks._answering.usage import usage
 
         return usage(library, recipe)
+
+    # --- serve, predict -----------------------------------------------------------------------------------------------
+
+    ENDPOINT = "/answer"
+    EXAMPLE: Mapping[str, Any] = {"question": "Where is the tower?", "context": "The tower is in the old town."}
+    WHOLE: Mapping[str, Any] = {}
+
+    def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+        """The question and the context of a record of any data set, or of a prepared row."""
+        from qkit.tasks._answering.reading import asked
+
+        return asked(record, columns)
+
+    def service(self, folder: Path, max_length: int) -> Service:
+        """Questions to answers, with the tokenizer in the folder."""
+        from qkit.tasks._answering.service import open_service
+
+        return open_service(folder, max_length)
 
 
 TASK = Answer()

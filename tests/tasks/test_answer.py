@@ -511,3 +511,63 @@ def test_identity_keeps_the_questions_on_a_text_together() -> None:
     one, other = (Question(q, CONTEXT, (("Graz", 20),)) for q in ("Where?", "Which town?"))
     assert TASK.identity(one).group == TASK.identity(other).group == CONTEXT
     assert TASK.identity(one).question != TASK.identity(other).question
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+def test_requests_are_answered(tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "labels.json").write_text(json.dumps({"rows": {"train": {"answer": 2, "no answer": 1}}}))
+    (tmp_path / "qkit.json").write_text(json.dumps({"stride": 3, "max_answer_tokens": 1}))
+    service = TASK.service(tmp_path, 12)
+    long = " ".join(WORDS[3:15])
+    bad = [
+        {"question": "ban"},
+        {"question": " ", "context": long},
+        {"question": "ban", "context": long, "threshold": "x"},
+    ]
+    asked = [{"question": "ban", "context": long}, *bad, {"question": "ban", "context": "den fin", "threshold": 99}]
+    made = service.prepare([*asked, {"question": "ban " * 9, "context": long}])
+    assert [str(one) for one in made if isinstance(one, RowError)] == [
+        "has no context", "question is empty or contains only white space", "threshold must be a number, not 'x'",
+        "has a question that leaves 0 of data.max_length=12 tokens for the context; windows share 3 (data.stride)",
+    ]  # fmt: skip
+    first, second = made[0], made[4]
+    assert not isinstance(first, RowError) and not isinstance(second, RowError)
+    assert [row.context[row.begins[3] : row.ends[-2]] for row in first.rows] == [
+        " ".join(WORDS[3:11]),
+        " ".join(WORDS[8:15]),
+    ]  # type: ignore[attr-defined]
+    logits = [np.zeros((len(row.input_ids), 2), np.float32) for row in first.rows]
+    logits[1][4] = 5  # WORDS[9], in the second window
+    found = service.answer(first, logits)
+    begin = long.index(WORDS[9])
+    assert (found["answer"], found["start"], found["end"], found["no_answer"]) == (
+        WORDS[9],
+        begin,
+        begin + len(WORDS[9]),
+        -10.0,
+    )
+    nothing = [
+        np.where(np.arange(len(ids)) == 0, 3.0, 0.0)[:, None].repeat(2, 1)
+        for ids in [row.input_ids for row in first.rows]
+    ]
+    assert service.answer(first, nothing) == {"answer": "", "start": None, "end": None, "score": None, "no_answer": 6.0}
+    kept = [np.zeros((len(second.rows[0].input_ids), 2), np.float32)]
+    kept[0][0] = 40  # 80 better, which the request's threshold of 99 allows
+    assert service.answer(second, kept)["answer"] == "den"
+    assert not service.difference(found, {**found, "score": found["score"] + 1e-4}, 1e-3)
+    assert "not 'fin'" not in service.difference(found, {**found, "score": found["score"] - 0.1}, 1e-3) != ""
+    assert "the answer is ''" in service.difference(found, {**found, "answer": "", "score": None}, 1e-3)
+    (tmp_path / "labels.json").unlink()
+    with pytest.raises(ModelError, match=r"labels.json is missing"):
+        TASK.service(tmp_path, 12)
+
+
+def test_requests_of_records_and_of_prepared_rows() -> None:
+    assert TASK.request(record(), {}) == {"question": "Where?", "context": CONTEXT}
+    assert TASK.request({"text": "q", "pair": "c", "begins": []}, {}) == {"question": "q", "context": "c"}
+    assert TASK.request({"q": "?", "text": "c"}, {"question": "q"}) == {"question": "?", "context": "c"}
+    with pytest.raises(RowError, match="a column for question"):
+        TASK.request({"context": "c"}, {})

@@ -55,6 +55,22 @@ def question_of(record: Mapping[str, Any], section: Data) -> Question:
     )
 
 
+def asked(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The `question` and the `context` of a record that needs no answer, or of a prepared row; nothing of them is checked.
+
+    Raises:
+        RowError: there is no such column.
+    """
+    if "begins" in record:  # of a prepared row, text and pair
+        return {"question": record["text"], "context": record["pair"]}
+    section = Data.model_construct(columns=dict(columns))
+    places = {ours: _column(ours, record, section) for ours in ("question", "context")}
+    for ours, place in places.items():
+        if place is None:
+            raise RowError(_missing(ours, list(record), section))
+    return {ours: record[str(place)] for ours, place in places.items()}
+
+
 def _column(ours: str, record: Mapping[str, Any], section: Data) -> str | None:
     """The record's column for one of COLUMNS, or None."""
     if ours in section.columns:

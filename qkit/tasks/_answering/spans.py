@@ -93,9 +93,19 @@ def best_span(row: ContextRow, logits: NDArray[np.float32], longest: int) -> Spa
 def answered(
     runtime: Encodes, rows: Sequence[ContextRow], longest: int, advance: Callable[[int], None] = lambda _: None
 ) -> list[Answered]:
-    """What a model makes of each question, from all its windows: the best part of any, and the least logits of no answer."""
+    """What a model makes of each question, from all its windows. `advance`: called after each."""
+    return joined_windows(rows, runtime.logits(rows), longest, advance)
+
+
+def joined_windows(
+    rows: Sequence[ContextRow],
+    logits_of: Iterator[NDArray[np.float32]],
+    longest: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Answered]:
+    """Of each question the best part in any of its windows, and the least logits of no answer. `logits_of`: each window's, [tokens, 2]."""
     questions: list[Answered] = []
-    for row, logits in zip(rows, runtime.logits(rows), strict=True):
+    for row, logits in zip(rows, logits_of, strict=True):
         found, nothing = best_span(row, logits, longest), float(logits[0].astype("float64").sum())
         if row.window == 0 or not questions:
             questions.append(Answered(found, nothing))

@@ -87,6 +87,11 @@ class Window:
         return self if cut_before or cut_after else replace(self, labels=(first, final))
 
 
+def context_of(row: Window, context: str) -> ContextRow:
+    """A window as a runtime and the predictor read it."""
+    return ContextRow(row.input_ids, row.token_type_ids, row.labels, row.begins, row.ends, context, row.number)
+
+
 def stride_of(section: Data) -> int:
     """Tokens that two windows share."""
     return section.stride if section.stride is not None else min(STRIDE, section.max_length // 4)
