@@ -62,6 +62,10 @@ class Encodes(Opened):
         A head on answers gives [tokens, 2]: whether the answer begins there, and whether it ends there.
         """
 
+    def transitions(self) -> Mapping[str, NDArray[np.float32]] | None:
+        """Return the scores of a CRF: `pairs` [labels, labels] from a label to the next, `start` and `end` [labels]; None without one."""
+        return None
+
 
 class Generates(ABC):
     """An opened model that generates text, greedily, from token ids."""
@@ -134,6 +138,11 @@ class TextRow:
     input_ids: Sequence[int]
     token_type_ids: Sequence[int]
     labels: tuple[int, ...] = ()
+
+    @property
+    def windows(self) -> tuple[TextRow, ...]:
+        """What a runtime reads: the text is in one piece, where rows of other tasks may be in several."""
+        return (self,)
 
 
 def joined(outputs: Mapping[str, Any], stack: Callable[[list[Any], int], Any]) -> Any:

@@ -182,7 +182,7 @@ class Answer(EncoderTask):
         """Whether it is a further window of the same question."""
         return bool(record["window"])
 
-    def encoded(self, tokenizer: Any, record: Mapping[str, Any], section: Data) -> Mapping[str, Sequence[int]]:
+    def encoded(self, tokenizer: Any, record: Mapping[str, Any], section: Data) -> Iterator[tuple[str, Sequence[int]]]:
         """The same window of the question."""
         from qkit.tasks._answering.windows import encoded
 

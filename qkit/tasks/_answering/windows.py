@@ -238,9 +238,9 @@ def open_encoder(recipe: Recipe) -> QuestionEncoder:
     return QuestionEncoder(recipe, tokenizer, pad, model_tokenizer.vocabulary(recipe.model, tokenizer))
 
 
-def encoded(tokenizer: Any, record: Mapping[str, Any], section: Data) -> Mapping[str, Sequence[int]]:
+def encoded(tokenizer: Any, record: Mapping[str, Any], section: Data) -> Iterator[tuple[str, Sequence[int]]]:
     """The ids and token types of a prepared row, as another tokenizer makes them; none where it makes other windows."""
     made = windows(tokenizer, [record["text"]], [record["pair"]], section)[0]
-    if isinstance(made, TooLong) or record["window"] >= len(made):
-        return {"input_ids": []}
-    return {name: getattr(made[record["window"]], name) for name in ("input_ids", "token_type_ids")}
+    number = record["window"]
+    row = None if isinstance(made, TooLong) or number >= len(made) else made[number]
+    return ((name, getattr(row, name) if row else []) for name in ("input_ids", "token_type_ids"))

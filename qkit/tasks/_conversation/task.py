@@ -194,10 +194,6 @@ class ConversationTask:
         """No: each row has an answer of its own."""
         return False
 
-    def encoded(self, tokenizer: Any, record: Mapping[str, Any], section: Data) -> Mapping[str, Sequence[int]]:
-        """Never asked for: measure/contract.py checks the serve contract of conversations."""
-        raise AssertionError(section)
-
     def tune(self, runtime: Runtime, recipe: Recipe, data: Path) -> Mapping[str, float]:
         """Nothing: decoding is greedy."""
         return {}
