@@ -118,7 +118,10 @@ def _entry(sourced: Sourced, example: Example | RowError, recipe: Recipe, task: 
     entry.sha256 = near_duplicates.digest(identity.content)
     entry.key = near_duplicates.digest(near_duplicates.normalized(identity.question))
     group = value_of(value, recipe.data.group, recipe)
-    entry.group = entry.key if group is None else near_duplicates.digest(str(group))
+    together = (
+        entry.key if identity.group is None else near_duplicates.digest(near_duplicates.normalized(identity.group))
+    )
+    entry.group = together if group is None else near_duplicates.digest(str(group))
     entry.label = _label(value, recipe) or (identity.label if recipe.data.stratify == LABEL else None)
     entry.near = near_duplicates.signature(identity.distinctive)
     return entry

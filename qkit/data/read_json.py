@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -135,11 +135,29 @@ def _document(text: str, name: str, begins: int) -> Numbered:
 
 
 def _rows_in(value: dict[str, Any]) -> list[Any]:
-    """The single list of objects in {"data": [...], "version": 1}. An object without one, or with a list of turns, is itself a row."""
+    """The single list of objects in {"data": [...], "version": 1}, or the questions in it, which are counted from 1 over the whole file.
+
+    An object without such a list, or with a list of turns, is itself a row.
+    """
     lists = [item for item in value.values() if isinstance(item, list)]
     if len(lists) != 1 or not lists[0] or not all(isinstance(item, dict) for item in lists[0]):
         return [value]
+    if "paragraphs" in lists[0][0]:
+        return list(_questions_in(lists[0]))
     return [value] if {"role", "from"} & lists[0][0].keys() else lists[0]
+
+
+def _questions_in(articles: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any] | str]:
+    """The questions of a file in SQuAD's layout (articles, paragraphs, questions), each with its paragraph and the title of its article."""
+    for number, article in enumerate(articles, start=1):
+        paragraphs = article.get("paragraphs")
+        for place, paragraph in enumerate(paragraphs if isinstance(paragraphs, list) else [None], start=1):
+            questions = paragraph.get("qas") if isinstance(paragraph, dict) else None
+            if not isinstance(questions, list) or not all(isinstance(one, dict) for one in questions):
+                yield f"article {number}, paragraph {place} has no list of questions (qas)"
+                continue
+            shared = {"title": article.get("title"), "context": paragraph.get("context")}
+            yield from ({**shared, **question} for question in questions)
 
 
 # A scanner of our own: ijson reports a byte offset at best, not the line and the element of the fault, accepts duplicate keys, and takes its

@@ -12,6 +12,7 @@ from qkit.data import near_duplicates, splits
 from qkit.data.checks import Findings
 from qkit.data.entry import Entry
 from qkit.plugins.checks import NAMED_ROWS, Check, Place
+from qkit.plugins.task import open_task
 from qkit.recipe.schema import SPLITS, Recipe
 
 HELD_OUT = SPLITS[1:]
@@ -90,9 +91,10 @@ def _splits(entries: Sequence[Entry], recipe: Recipe) -> list[str]:
 
 def _drop_earlier_turns(selection: Selection) -> None:
     """Held-out conversations are scored on their last turn alone."""
+    whole = open_task(selection.recipe.task).SCORED_IN_PARTS
     for decision in selection.decisions:
         entry = decision.entry
-        if entry.part and decision.split in HELD_OUT and entry.format != "text" and decision.used:
+        if entry.part and decision.split in HELD_OUT and entry.format not in whole and decision.used:
             decision.drop(
                 "earlier_turn", "is an earlier turn: held-out conversations are scored on their last turn only"
             )

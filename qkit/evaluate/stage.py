@@ -1,6 +1,6 @@
 """The stage `evaluate`: the task's score and the held-out loss of the base model and of the adapter, on the same rows with the same prompts.
 
-evaluate/scores.json         metric, and per artifact: score, interval, rows, held-out loss, and the task's further figures
+evaluate/scores.json         metric, and per artifact: score, interval, rows, held-out loss, the task's further figures; and what was tuned
 evaluate/predictions.jsonl   every prediction, right or wrong, with its token ids, or the probabilities of the most likely labels
 """
 
@@ -30,10 +30,12 @@ def run(run: Run, out: Path) -> None:
         raise DataError("data.test has no rows, so the result cannot be evaluated: give it a source")
     task = open_task(run.recipe.task)
     scores, predictions, grades = {}, [], {}
+    tuned: Mapping[str, float] = {}
     for name in (task.BASELINE, run.recipe.trained_as):
         run.progress.notify(f"evaluate: {name}")
         with _opened(run, name) as runtime:
-            scores[name], lines, grades[name] = _evaluate(run, name, runtime, held_out)
+            tuned = task.tune(runtime, run.recipe, run.need("data", "summary.json").parent)
+            scores[name], lines, grades[name] = _evaluate(run, name, runtime, held_out, tuned)
         predictions += lines
     section = run.recipe.evaluate
     write_json(
@@ -44,6 +46,7 @@ def run(run: Run, out: Path) -> None:
             "interval": f"percentile bootstrap over rows, {measure_scores.RESAMPLES} resamples; exact binomial where all rows agree",
             "scores": scores,
             "gain": _gain(run, grades),
+            **({"tuned": tuned} if tuned else {}),  # with the trained model, which comes last
         },
     )
     write_text(out / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
@@ -66,11 +69,11 @@ def _gain(run: Run, grades: Mapping[str, measure_scores.Grades]) -> dict[str, fl
 
 
 def _evaluate(
-    run: Run, name: str, runtime: Scores, held_out: measure_held_out.HeldOut
+    run: Run, name: str, runtime: Scores, held_out: measure_held_out.HeldOut, tuned: Mapping[str, float]
 ) -> tuple[dict[str, Any], list[dict[str, object]], measure_scores.Grades]:
     """One artifact's score, its predictions as lines of predictions.jsonl, and their grades."""
     task = open_task(run.recipe.task)
-    answers = answered(run, runtime, held_out, f"generate with {name}")
+    answers = answered(run, runtime, held_out, f"generate with {name}", tuned)
     with run.progress.bar(f"held-out loss of {name}", len(held_out.rows)) as bar:
         losses = measure_held_out.heldout_targets(task, runtime, held_out, bar.advance)
     lines: list[dict[str, object]] = [
@@ -84,7 +87,7 @@ def _evaluate(
             "correct": right,
         }
         for index, (record, prediction, right) in enumerate(
-            zip(held_out.records, answers.predictions, answers.grades.right, strict=True)
+            zip(held_out.asked, answers.predictions, answers.grades.right, strict=True)
         )
     ]
     return scored(run, answers, held_out, measure_scores.mean_loss(losses)), lines, answers.grades

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qkit.measure import scores
+from qkit.measure.evidence import recorded_settings
 from qkit.measure.held_out import HeldOut
 from qkit.plugins import own_metrics
 from qkit.plugins.runtime import Scores
@@ -16,7 +17,7 @@ from qkit.run.directory import Run
 
 @dataclass(frozen=True)
 class Answers:
-    """For each held-out row: the prediction, and how the task grades it."""
+    """For each held-out row, or those that belong together: the prediction, and how the task grades it."""
 
     predictions: tuple[Prediction, ...]
     grades: scores.Grades
@@ -27,10 +28,20 @@ class Answers:
         return tuple(prediction.text for prediction in self.predictions)
 
 
-def answered(run: Run, runtime: Scores, held_out: HeldOut, what: str = "generate") -> Answers:
-    """Predict the held-out rows with an open model and grade the predictions, by the recipe's settings. `what`: progress bar label."""
+def answered(
+    run: Run,
+    runtime: Scores,
+    held_out: HeldOut,
+    what: str = "generate",
+    tuned: Mapping[str, float] | None = None,
+) -> Answers:
+    """Predict the held-out rows with an open model and grade the predictions, by the recipe's settings.
+
+    `what`: progress bar label. `tuned`: settings from `Task.tune`; by default those that `evaluate` recorded of the trained model.
+    """
     task = open_task(run.recipe.task)
-    predictor = task.predictor(run.recipe, run.need("data", "summary.json").parent)
+    settings = recorded_settings(run) if tuned is None else tuned
+    predictor = task.predictor(run.recipe, run.need("data", "summary.json").parent, settings)
     with run.progress.bar(what, len(held_out.rows)) as bar:
         predictions = predictor.predict(runtime, held_out.rows, bar.advance)
     grades = scores.grade([one.text for one in predictions], held_out, task, run.recipe.evaluate)

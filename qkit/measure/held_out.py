@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 class HeldOut:
     """The held-out rows as written by the stage `data`.
 
-    `rows`: what a runtime scores; `references`: what predictions are compared with; `records`: all columns, which the task knows.
+    `rows`: what a runtime scores; `records`: all columns of each, which the task knows. A prediction is made for each row, or for a row with
+    those that continue it: `asked` are the records of the first rows, and `references` what their predictions are compared with.
     """
 
     rows: tuple[Any, ...]
-    references: tuple[Any, ...]
     records: tuple[Mapping[str, Any], ...]
+    asked: tuple[Mapping[str, Any], ...]
+    references: tuple[Any, ...]
 
 
 def held_out_of(run: Run) -> HeldOut:
@@ -38,10 +40,12 @@ def read_held_out(file: Path, task: Task) -> HeldOut:
     import pyarrow.parquet
 
     records = pyarrow.parquet.read_table(file).to_pylist()
+    asked = tuple(record for record in records if not task.continues(record))
     return HeldOut(
         rows=tuple(task.row(record) for record in records),
-        references=tuple(task.reference(record) for record in records),
         records=tuple(records),
+        asked=asked,
+        references=tuple(task.reference(record) for record in asked),
     )
 
 

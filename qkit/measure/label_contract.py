@@ -165,7 +165,7 @@ def _tokens(folder: Path, records: Sequence[Mapping[str, Any]], recipe: Recipe) 
     tokenizer, task = AutoTokenizer.from_pretrained(str(folder)), open_task(recipe.task)
     of_labels: Losses = cast(Losses, task)
     for number, record in enumerate(records):
-        for name, values in of_labels.encoded(tokenizer, record, recipe.data.max_length):
+        for name, values in of_labels.encoded(tokenizer, record, recipe.data):
             if (place := first_difference(record[name], values)) is not None:
                 what = WHAT[name].format(place)
                 detail = f"{what} differ from training: {short(repr(task.question(record)))}"

@@ -262,7 +262,7 @@ def _with_adapter(
     if method in schema.BOTTLENECKS:
         tuner.register()
     with targets.patterns_of_parameters():
-        model = PeftModel.from_pretrained(base, str(adapter))
+        model = new_heads.with_token_types(PeftModel.from_pretrained(base, str(adapter)))
     added_tokens.settle(model)
     return model
 

@@ -84,6 +84,10 @@ def write_purpose(folder: Path, recipe: Recipe) -> None:
     file = folder / NOTE
     note = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     note |= {"task": recipe.task, "max_length": recipe.data.max_length}
+    if recipe.data.stride is not None:
+        note["stride"] = recipe.data.stride
+    if "max_answer_tokens" in recipe.evaluate.model_fields_set:
+        note["max_answer_tokens"] = recipe.evaluate.max_answer_tokens
     file.write_text(json.dumps(note, indent=1), encoding="utf-8")
 
 

@@ -84,6 +84,23 @@ class LabelledText:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question whose answer is a part of a context. `answers`: the texts that are accepted, and where each begins in it (characters); ()
+    for a question that the context does not answer. `key`: its id in the data set, or "".
+
+    `placed`: False where the record did not say where the answer begins, and it occurs several times.
+    """
+
+    question: str
+    context: str
+    answers: tuple[tuple[str, int], ...]
+    key: str = ""
+    placed: bool = True
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
 class TaggedWords:
     """The words of a sentence, and a tag for each, as its source has them: in any scheme."""
 
@@ -93,19 +110,21 @@ class TaggedWords:
     ignored: tuple[str, ...] = field(default=(), compare=False)
 
 
-Example = Conversation | Text | Tokens | LabelledText | TaggedWords
+Example = Conversation | Text | Tokens | LabelledText | TaggedWords | Question
 
 
 @dataclass(frozen=True)
 class Identity:
     """What splits and duplicates go by. `question`: rows with the same one share a split; `content`: exact duplicates have the same one;
-    `distinctive`: the part of the content that near-duplicates are compared by; `label`: what splits are stratified by.
+    `distinctive`: the part of the content that near-duplicates are compared by; `label`: what splits are stratified by; `group`: what shares
+    a split where that is more than the question, such as all questions on a text.
     """
 
     question: str
     content: str
     distinctive: str
     label: str | None = None
+    group: str | None = None
 
 
 def without_thinking(text: str) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qkit.core.device import Device
 
 
+SPAN = ("start_logits", "end_logits")  # the outputs of a head on answers
 PREFILL_TOKENS = 8192  # of prompts, padding included, that a model in this process reads at once
 
 
@@ -56,7 +57,10 @@ class Encodes(Opened):
 
     @abstractmethod
     def logits(self, rows: Sequence[TextRow]) -> Iterator[NDArray[np.float32]]:
-        """Yield the logits of each row, in order: [labels] of a text, or [tokens, labels] from a head on tokens."""
+        """Yield the logits of each row, in order: [labels] of a text, or [tokens, labels] from a head on tokens.
+
+        A head on answers gives [tokens, 2]: whether the answer begins there, and whether it ends there.
+        """
 
     def transitions(self) -> Mapping[str, NDArray[np.float32]] | None:
         """Return the scores of a CRF: `pairs` [labels, labels] from a label to the next, `start` and `end` [labels]; None without one."""
@@ -139,6 +143,11 @@ class TextRow:
     def windows(self) -> tuple[TextRow, ...]:
         """What a runtime reads: the text is in one piece, where rows of other tasks may be in several."""
         return (self,)
+
+
+def joined(outputs: Mapping[str, Any], stack: Callable[[list[Any], int], Any]) -> Any:
+    """A head's `logits`; those of a head on answers, which gives two of [..., tokens], as [..., tokens, 2]. `stack`: torch's, or numpy's."""
+    return outputs["logits"] if "logits" in outputs else stack([outputs[name] for name in SPAN], -1)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Losses(Protocol):
         """Add the modules that the head has beside those of transformers, with the weights that `folder` holds of them, if any."""
         ...
 
-    def encoded(self, tokenizer: Any, record: Mapping[str, Any], limit: int) -> Iterator[tuple[str, Sequence[int]]]:
+    def encoded(self, tokenizer: Any, record: Mapping[str, Any], section: Data) -> Iterator[tuple[str, Sequence[int]]]:
         """What a tokenizer makes of a prepared row's text: (column, values), equal to the row's if it is the tokenizer of training."""
         ...
 
@@ -88,7 +88,8 @@ class Losses(Protocol):
 
 
 class Predictor(Protocol):
-    """Predicts rows with an open model, by the settings of one recipe and one data folder."""
+    """Predicts rows with an open model, by the settings of one recipe and one data folder: one prediction for each row, or for each row with
+    those that continue it."""
 
     def predict(self, runtime: Any, rows: Sequence[Any], advance: Callable[[int], None]) -> list[Prediction]: ...
 
@@ -136,6 +137,10 @@ class Task(Protocol):
     LENGTH_STEP: int  # rows are padded to a multiple of this many tokens
     GATES: Mapping[str, Gate]  # default limits by kind of artifact: "exact", "16-bit", "quantized"
     UNSCORED: Collection[str]  # data formats whose rows have no answer to score
+    SCORED_IN_PARTS: Collection[
+        str
+    ]  # data formats of which all rows of a held-out record are scored, not only its first
+    READS_VALIDATION: bool  # whether `tune` chooses anything on validation rows
     CHECKS: Mapping[str, Kind]  # over rows, in the order in which they are shown
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]]  # milder forms of one of them: name -> (check, its texts)
     FIGURES: Sequence[Figure]  # of `metrics`: those that are shown beside the score, in their order
@@ -173,9 +178,13 @@ class Task(Protocol):
     # evaluate, merge, verify. `record`: a prepared row with all columns; what `row` returns is what runtimes score.
     def row(self, record: Mapping[str, Any]) -> Any: ...
     def reference(self, record: Mapping[str, Any]) -> Any: ...
+    def continues(self, record: Mapping[str, Any]) -> bool: ...  # the prediction of the row before it
     def outputs(self, runtime: Any, rows: Sequence[Any]) -> Iterator[RowScores]: ...
     def baseline(self, data: Path) -> Any: ...  # what a runtime opens, where the head is new
-    def predictor(self, recipe: Recipe, data: Path) -> Predictor: ...
+    def tune(
+        self, runtime: Any, recipe: Recipe, data: Path
+    ) -> Mapping[str, float]: ...  # settings of its predictions, chosen on the validation rows
+    def predictor(self, recipe: Recipe, data: Path, tuned: Mapping[str, float]) -> Predictor: ...
     def metrics(
         self, predictions: Sequence[Prediction], references: Sequence[Any], data: Path, section: Evaluate, seed: int
     ) -> Mapping[str, Any]: ...  # name -> {value, low, high}; beside the score. support:LABEL: how many rows it has

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.sources import is_hub_id
-from qkit.recipe import schedule
+from qkit.recipe import registry, schedule
 from qkit.recipe.schema import BOTTLENECKS
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def remarks(recipe: Recipe) -> Problems:
     yield from _methods(recipe)
     yield from _quantization(recipe.quantization)
     yield from _exporting(recipe.export)
-    yield from _unread(recipe.data)
+    if not registry.reads_validation(recipe.task):
+        yield from _unread(recipe.data)
     if recipe.bench.sweep and _set(recipe.bench, "concurrency"):
         limit = ", ".join(map(str, recipe.bench.concurrency))
         yield ("bench", "concurrency"), f"bench.concurrency=[{limit}] has no effect with bench.sweep=true"

@@ -51,6 +51,11 @@ def task_clashes(recipe: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
         yield from task.clashes(recipe)
 
 
+def reads_validation(name: str) -> bool:
+    """Whether a task of that name chooses settings on validation rows."""
+    return name in names(TASKS) and bool(importlib.import_module(f"qkit.{TASKS}.{name}").TASK.READS_VALIDATION)
+
+
 def task_has_labels(name: str) -> bool:
     """Whether a task's model has a head for labels; False for an unknown task."""
     if name not in names(TASKS):

@@ -154,7 +154,12 @@ class Data(Section):
     too_long: Literal["drop", "truncate", "truncate_prompt", "truncate_completion", "split"] = Field(
         "drop",
         description="rows longer than max_length. drop: drop the row; truncate: cut the end of a labelled text; "
-        "truncate_prompt: drop the oldest turns first; truncate_completion: cut the end of the answer; split: cut plain text into pieces",
+        "truncate_prompt: drop the oldest turns first; truncate_completion: cut the end of the answer; "
+        "split: cut plain text into pieces, or the context of a question into windows",
+    )
+    stride: Positive | None = Field(
+        None,
+        description="tokens that two windows of a long context share (answer); default: 128, or a quarter of data.max_length if that is less",
     )
     packing: bool = Field(False, description="several rows in one sequence; each attends only to itself")
     batch_tokens: Positive = Field(2048, description="maximum number of tokens in a batch or a pack")
@@ -216,6 +221,7 @@ class Evaluate(Section):
     answer_pattern: Pattern | None = Field(
         None, description="regular expression; the first group of its last match, or the whole match, is compared"
     )
+    max_answer_tokens: Positive = Field(30, description="of a predicted part of a context (answer)")
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     metrics: tuple[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")], ...] = Field(
         (),

@@ -37,6 +37,8 @@ ADDED = {
     "train.bf16": True,
     "data.batch_rows": None,
     "data.label_separator": None,
+    "data.stride": None,
+    "evaluate.max_answer_tokens": 30,
     "evaluate.metrics": [],
 }
 ADDED_TO_SOURCES = {"word_column": 0, "tag_column": -1}  # the same of each data set

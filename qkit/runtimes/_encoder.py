@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.batching import within_budget
 from qkit.core.device import released
 from qkit.core.memory_meter import PeakMeter
-from qkit.plugins.runtime import Encodes, TextRow
+from qkit.plugins.runtime import Encodes, TextRow, joined
 from qkit.tasks._encoder.collate import padded
 from qkit.tasks._encoder.tagging import transitions
 
@@ -48,9 +48,8 @@ class TorchEncoder(Encodes):
         batch = padded([vars(row) for row in rows], self.model.config.pad_token_id or 0)
         casting: Any = torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext()
         with torch.inference_mode(), casting:
-            logits = (
-                self.model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float().cpu().numpy()
-            )
+            outputs = self.model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            logits = joined(outputs, torch.stack).float().cpu().numpy()
         for row, values in zip(rows, logits, strict=True):
             yield values[: len(row.input_ids)] if values.ndim > 1 else values
 

@@ -22,7 +22,7 @@ from qkit.core.device import Device
 from qkit.core.errors import MissingArtifact, MissingExtra, NotDeployable
 from qkit.core.files import read_json
 from qkit.core.memory_meter import PeakMeter
-from qkit.plugins.runtime import Encodes, RowScores, Runtime, TextRow, TokenRow
+from qkit.plugins.runtime import Encodes, RowScores, Runtime, TextRow, TokenRow, joined
 from qkit.plugins.task import ModelHead
 from qkit.runtimes._onnx_graph import PICKED, batches, predicting_positions, scores_of
 from qkit.tasks._encoder.tagging import transitions
@@ -88,10 +88,12 @@ class OnnxEncoder(Encodes):
         self.meter = meter
 
     def logits(self, rows: Sequence[TextRow]) -> Iterator[NDArray[np.float32]]:
+        import numpy as np
+
         inputs = [
             {name: ids for name in ("input_ids", "token_type_ids") if (ids := getattr(row, name))} for row in rows
         ]
-        return (outputs["logits"] for outputs in self.session.logits(inputs))
+        return (joined(outputs, np.stack) for outputs in self.session.logits(inputs))
 
     def transitions(self) -> Mapping[str, NDArray[np.float32]] | None:
         return transitions.read(self.folder)

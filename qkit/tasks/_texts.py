@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from qkit.plugins.example import RowError
-from qkit.recipe.schema import Data
+from qkit.recipe.schema import Data, Evaluate, Recipe
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 UNUSABLE = re.compile("[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\ufffd]")
@@ -24,3 +25,13 @@ def check_characters(text: str, where: str, section: Data) -> None:
         sign = match.group()
         name = NAMES.get(sign) or ("half a surrogate pair" if SURROGATE.match(sign) else "a control character")
         raise RowError(f"{where} contains U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
+
+
+def windows_clashes(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """The settings of answers in a context, for a task that has none."""
+    only = f"is for task=answer, and not for task={recipe.task}: remove it"
+    if recipe.data.stride is not None:
+        yield ("data", "stride"), f"data.stride={recipe.data.stride} {only}"
+    if recipe.evaluate.max_answer_tokens != Evaluate().max_answer_tokens:
+        longest = f"evaluate.max_answer_tokens={recipe.evaluate.max_answer_tokens}"
+        yield ("evaluate", "max_answer_tokens"), f"{longest} {only}"

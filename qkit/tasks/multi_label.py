@@ -92,7 +92,7 @@ class MultiLabel(EncoderTask):
 
         return open_rates(data)
 
-    def predictor(self, recipe: Recipe, data: Path) -> MultiLabeller:
+    def predictor(self, recipe: Recipe, data: Path, tuned: Mapping[str, float]) -> MultiLabeller:
         """The labels of each text, with their probabilities."""
         from qkit.tasks._encoder.several_labels import MultiLabeller
 

@@ -100,7 +100,7 @@ class Regress(EncoderTask):
 
         return open_mean(data)
 
-    def predictor(self, recipe: Recipe, data: Path) -> Regressor:
+    def predictor(self, recipe: Recipe, data: Path, tuned: Mapping[str, float]) -> Regressor:
         """The numbers of each text."""
         from qkit.tasks._encoder.numbers import Regressor
 

@@ -91,11 +91,11 @@ class Tag(EncoderTask):
 
         return open_encoder(recipe)
 
-    def encoded(self, tokenizer: Any, record: Mapping[str, Any], limit: int) -> Iterator[tuple[str, Sequence[int]]]:
+    def encoded(self, tokenizer: Any, record: Mapping[str, Any], section: Data) -> Iterator[tuple[str, Sequence[int]]]:
         """The token ids that a tokenizer makes of a row's words, in all windows, and where words begin."""
         from qkit.tasks._encoder.tagging.encoder import encoded
 
-        return encoded(tokenizer, record["words"], limit)
+        return encoded(tokenizer, record["words"], section.max_length)
 
     def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]:
         """The tag of a word at its first token."""
@@ -165,7 +165,7 @@ class Tag(EncoderTask):
 
         return open_most_frequent(data)
 
-    def predictor(self, recipe: Recipe, data: Path) -> Tagger:
+    def predictor(self, recipe: Recipe, data: Path, tuned: Mapping[str, float]) -> Tagger:
         """The tags of each sentence."""
         from qkit.tasks._encoder.tagging.tagger import Tagger
 

@@ -38,11 +38,11 @@ def prepared(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PreTrainedM
     """
     new = new_heads.of(base, folder)
     if recipe.method == "lora":
-        return _with_lora(base, new, recipe)
+        return new_heads.with_token_types(_with_lora(base, new, recipe))
     if recipe.method in BOTTLENECKS:
-        return _with_bottlenecks(base, new, recipe)
+        return new_heads.with_token_types(_with_bottlenecks(base, new, recipe))
     if recipe.method == "peft":
-        return _with_any(base, new, recipe)
+        return new_heads.with_token_types(_with_any(base, new, recipe))
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(recipe.method == "full" or name.startswith(tuple(f"{part}." for part in new)))
     layers.freeze(base, recipe.layers.frozen)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.task import ModelHead
 from qkit.tensors.shards import shards, tensor_specs
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 POOLER = "pooler"  # of BERT and its kin, between the encoder and a head on whole texts: some checkpoints have it
@@ -42,3 +44,20 @@ def names_of(folder: Path, head: ModelHead) -> list[str]:
     config = transformers.AutoConfig.from_pretrained(str(folder))
     with torch.device("meta"):
         return of(getattr(transformers, head.auto_class).from_config(config), folder)
+
+
+def with_token_types(model: PeftModel) -> PeftModel:
+    """The same model, which now reads token types whatever its head.
+
+    PEFT 0.21 takes `token_type_ids` of a model that answers questions and drops them (PeftModelForQuestionAnswering.forward): the adapter
+    would be trained without, and the merged model would read what it was never trained on.
+    """
+    from peft import PeftModelForQuestionAnswering
+
+    if isinstance(model, PeftModelForQuestionAnswering) and not model.active_peft_config.is_prompt_learning:
+        model.forward = MethodType(_forward, model)
+    return model
+
+
+def _forward(self: Any, *args: Any, **inputs: Any) -> Any:
+    return self.base_model(*args, **inputs)

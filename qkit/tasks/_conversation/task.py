@@ -16,6 +16,7 @@ from qkit.plugins.sections import Evaluated, Figure, Section
 from qkit.plugins.task import ModelHead, Prediction
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 from qkit.tasks._conversation.checks.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
+from qkit.tasks._texts import windows_clashes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +48,8 @@ class ConversationTask:
     CHECKS = CONVERSATION_CHECKS
     LESSER_CHECKS = LESSER_CHECKS
     UNSCORED = frozenset({"text", "tokenized"})  # data formats without a question to answer
+    SCORED_IN_PARTS = frozenset({"text"})
+    READS_VALIDATION = False
     FIGURES: Sequence[Figure] = ()
     LABEL_FIGURE: Figure | None = None
 
@@ -60,6 +63,7 @@ class ConversationTask:
                 yield (section,), f"{section} {for_labels}"
         if recipe.data.label_separator is not None:
             yield ("data", "label_separator"), f"data.label_separator {for_labels}"
+        yield from windows_clashes(recipe)
         if recipe.data.too_long == "truncate":
             yield (
                 ("data", "too_long"),
@@ -186,6 +190,14 @@ class ConversationTask:
         """How a right prediction reads, or a list of such texts or calls."""
         return json.loads(record["reference"])
 
+    def continues(self, record: Mapping[str, Any]) -> bool:
+        """No: each row has an answer of its own."""
+        return False
+
+    def tune(self, runtime: Runtime, recipe: Recipe, data: Path) -> Mapping[str, float]:
+        """Nothing: decoding is greedy."""
+        return {}
+
     def outputs(self, runtime: Runtime, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         """The distribution at each token of each answer."""
         return runtime.score(rows)
@@ -194,7 +206,7 @@ class ConversationTask:
         """Never asked for: the base model has a head."""
         raise AssertionError(data)
 
-    def predictor(self, recipe: Recipe, data: Path) -> Answerer:
+    def predictor(self, recipe: Recipe, data: Path, tuned: Mapping[str, float]) -> Answerer:
         """Greedy answers by the recipe's settings."""
         from qkit.tasks._conversation.answerer import open_answerer
 

@@ -45,22 +45,23 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one example: its row, or the error that says why it makes none."""
+    """What became of one example: its row, or several, or the error that says why it makes none."""
 
-    rows: Sequence[EncodedText] = ()
+    rows: Sequence[Any] = ()
     error: RowError | None = None
 
 
 class TooLong(RowError):
     """A text that is longer than data.max_length, where such rows are dropped; `row`: the whole row."""
 
-    def __init__(self, message: str, row: EncodedText):
+    def __init__(self, message: str, row: Any):
         super().__init__(message, "length")
         self.row = row
 
     @property
     def labelled(self) -> int:
-        return self.row.labelled
+        labelled: int = self.row.labelled
+        return labelled
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class TextEncoder:
         texts = [example for example in examples if isinstance(example, LabelledText)]
         rows = iter(self._rows(texts))
         return [
-            self._result(next(rows)) if isinstance(e, LabelledText) else Result(error=_as_error(e)) for e in examples
+            self._result(next(rows)) if isinstance(e, LabelledText) else Result(error=as_error(e)) for e in examples
         ]
 
     def _rows(self, examples: Sequence[LabelledText]) -> Iterator[EncodedText]:
@@ -151,7 +152,8 @@ class TextEncoder:
         return iter(())
 
 
-def _as_error(example: Example | RowError) -> RowError:
+def as_error(example: Example | RowError) -> RowError:
+    """The error that an example is."""
     assert isinstance(example, RowError)
     return example
 

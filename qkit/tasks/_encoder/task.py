@@ -18,6 +18,7 @@ from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, read_lab
 from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
 from qkit.tasks._encoder._report.labels import OF_ONE_LABEL, SINGLE_LABEL
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
+from qkit.tasks._texts import windows_clashes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,24 +54,30 @@ class EncoderTask:
     CHECKS = LABELLED_CHECKS
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]] = {}
     UNSCORED: frozenset[str] = frozenset()
+    SCORED_IN_PARTS: frozenset[str] = frozenset()
+    READS_VALIDATION = False
     FIGURES: Sequence[Figure] = SINGLE_LABEL
     LABEL_FIGURE: Figure | None = OF_ONE_LABEL
 
     LOSSES: tuple[str, ...] = ("cross_entropy", "focal")
     SEVERAL = False  # any number of labels for a text
+    WINDOWS = False  # a long text becomes several rows
 
     def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """What only tasks on conversations have, and what the method has no use for."""
         data, where = recipe.data, f"task={recipe.task}"
+        if not self.WINDOWS:
+            yield from windows_clashes(recipe)
         if ":" not in recipe.loss.name and recipe.loss.name not in self.LOSSES:
             yield (
                 ("loss", "name"),
                 f"loss.name={short(recipe.loss.name)}: the losses of {where} are {', '.join(self.LOSSES)}, and module:function of your own",
             )
-        if data.too_long not in ("drop", "truncate"):
+        shortened = "split" if self.WINDOWS else "truncate"
+        if data.too_long not in ("drop", shortened):
             yield (
                 ("data", "too_long"),
-                f"data.too_long={data.too_long} is for conversations; use truncate or drop with {where}",
+                f"data.too_long={data.too_long} is not for {where}: use {shortened} or drop",
             )
         if data.label_separator is not None and not self.SEVERAL:
             yield (
@@ -175,9 +182,9 @@ class EncoderTask:
 
         return open_tokenizer(recipe)
 
-    def encoded(self, tokenizer: Any, record: Mapping[str, Any], limit: int) -> Iterator[tuple[str, Sequence[int]]]:
+    def encoded(self, tokenizer: Any, record: Mapping[str, Any], section: Data) -> Iterator[tuple[str, Sequence[int]]]:
         """The token ids that a tokenizer makes of a row's text or pair of texts, and their types."""
-        made = tokenizer(record["text"], record["pair"], truncation=True, max_length=limit)
+        made = tokenizer(record["text"], record["pair"], truncation=True, max_length=section.max_length)
         return ((name, made.get(name, [])) for name in ("input_ids", "token_type_ids"))
 
     def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]:
@@ -244,6 +251,14 @@ class EncoderTask:
         """The name of the label."""
         return str(record["names"][0])
 
+    def continues(self, record: Mapping[str, Any]) -> bool:
+        """No: each row is a text of its own."""
+        return False
+
+    def tune(self, runtime: Encodes, recipe: Recipe, data: Path) -> Mapping[str, float]:
+        """Nothing: labels are predicted by their probabilities as they are."""
+        return {}
+
     def outputs(self, runtime: Encodes, rows: Sequence[TextRow]) -> Iterator[RowScores]:
         """The distribution over the labels: one position for a text."""
         from qkit.tasks._encoder.labeller import scores
@@ -257,7 +272,7 @@ class EncoderTask:
         counts = json.loads((data / LABELS).read_text(encoding="utf-8"))["rows"]["train"]
         return Prior(tuple(counts.values()))
 
-    def predictor(self, recipe: Recipe, data: Path) -> Predictor:
+    def predictor(self, recipe: Recipe, data: Path, tuned: Mapping[str, float]) -> Predictor:
         """The most likely label of each text, with its probability."""
         from qkit.tasks._encoder.labeller import Labeller
 
