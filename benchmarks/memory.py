@@ -119,7 +119,7 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
     import random_model
 
     from qkit.plugins.task import open_task
-    from qkit.train import memory_watch
+    from qkit.core import memory_watch
     from qkit.train.fast.heap import trim_between_layers
     from qkit.train.trainer import trainer_class
     from qkit.train.trainers import sft

@@ -1,6 +1,6 @@
 """The measured memory of training next to its plan, by item where possible: train/memory.json.
 
-memory_watch.py tracks every tensor of one step, which gives bytes by item at the peak of that step. The meter reads the whole run, including
+core/memory_watch.py tracks every tensor of one step, which gives bytes by item at the peak of that step. The meter reads the whole run, including
 memory of libraries and allocators, which belongs to no item.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qkit.core import memory_watch
 from qkit.core.batching import part_sizes
 from qkit.core.device import Device
 from qkit.core.memory_meter import PeakMeter
@@ -18,7 +19,6 @@ from qkit.plan import fit
 from qkit.plan import plan as plan_plan
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Peak
-from qkit.train import memory_watch
 
 REST = "the rest (activations, logits, working space, the process)"
 

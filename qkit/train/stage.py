@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.core import memory_watch
 from qkit.core.device import Device, detect, limit_kernel_cache, out_of_memory
 from qkit.core.errors import MissingArtifact, ModelError, OutOfMemory, RecipeError, StageFailed, short
 from qkit.core.files import need_disk, read_json, write_json
@@ -39,7 +40,7 @@ from qkit.recipe import schedule
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
 from qkit.tensors.companions import copy_tokenizer
-from qkit.train import checkpoints, memory_report, memory_watch, row_losses
+from qkit.train import checkpoints, memory_report, row_losses
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
 

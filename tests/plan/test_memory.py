@@ -14,7 +14,7 @@ from qkit.model.shape import Shape
 from qkit.plan import _overhead, fixed_memory, gpus, stage_memory, train_step
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
-from qkit.train import memory_watch
+from qkit.core import memory_watch
 
 CPU = Device("cpu", "Some CPU", 2**34, 2)
 GPU = Device("cuda", "Some GPU", 2**34, 2)

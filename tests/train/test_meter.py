@@ -14,9 +14,9 @@ import torch
 from qkit.core import device, memory_meter
 from qkit.plugins.task import open_task
 from qkit.recipe.load import load
-from qkit.train import memory_watch
+from qkit.core import memory_watch
 from qkit.train.fast import heap
-from qkit.train.memory_watch import LINES, TensorsAlive, watching
+from qkit.core.memory_watch import LINES, TensorsAlive, watching
 from qkit.train.trainers import sft
 
 pytestmark = pytest.mark.slow
@@ -196,17 +196,17 @@ def _once(model: Any) -> list[torch.Tensor]:
 def test_every_gradient_is_found(watched: Any) -> None:
     trainer, alive = watched
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    made = [size for size, line in zip(alive._sizes, alive._lines, strict=True) if line == "gradients"]
+    made = [size for size, line in zip(alive.log.sizes, alive.log.lines, strict=True) if line == "gradients"]
     assert sum(made) == FP32 * count
 
 
 def test_the_hooks_are_gone_afterwards(watched: Any) -> None:
     trainer, alive = watched
-    seen = len(alive._events)
+    seen = len(alive.log.events)
     loss = sum(p.square().sum() for p in trainer.model.parameters() if p.requires_grad)
     loss.backward()
     torch.zeros(100)
-    assert len([event for event in alive._events[seen:] if event >= 0]) == 0
+    assert len([event for event in alive.log.events[seen:] if event >= 0]) == 0
 
 
 def test_readings_name_their_meter() -> None:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.device import Device
 from qkit.core.files import read_json
 from qkit.model import load
+from qkit.model.adapters import methods
 from qkit.plugins.task import open_task, read_labels
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
-from qkit.train import losses, methods
+from qkit.train import losses
 from qkit.train.trainer import Counted
 from qkit.train.trainers import _shared
 
