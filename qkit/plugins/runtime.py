@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qkit.core.device import Device
 
 
+ENCODER_TOKENS = 4096  # padding included, of a forward pass of a model that reads whole texts
 PREFILL_TOKENS = 8192  # of prompts, padding included, that a model in this process reads at once
 
 

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from qkit.core import device, memory_meter
+from qkit.core import device, memory_meter, memory_watch
+from qkit.core.memory_watch import LINES, TensorsAlive, watching
 from qkit.plugins.task import open_task
 from qkit.recipe.load import load
-from qkit.core import memory_watch
 from qkit.train.fast import heap
-from qkit.core.memory_watch import LINES, TensorsAlive, watching
 from qkit.train.trainers import sft
 
 pytestmark = pytest.mark.slow

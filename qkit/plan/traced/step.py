@@ -19,8 +19,18 @@ from qkit.plan.traced.head import NewHead
 from qkit.plan.traced.model import built, with_fakes
 from qkit.recipe.schema import Recipe
 
-FEW, MORE = 2, 3  # rows of the two traces; one row is traced as it is, because torch treats dimensions of 1 in ways of their own
-SECTIONS = ("task", "method", "lora", "bottleneck", "model", "quantization")  # what a trace depends on, beside Setting's own fields
+FEW, MORE = (
+    2,
+    3,
+)  # rows of the two traces; one row is traced as it is, because torch treats dimensions of 1 in ways of their own
+SECTIONS = (
+    "task",
+    "method",
+    "lora",
+    "bottleneck",
+    "model",
+    "quantization",
+)  # what a trace depends on, beside Setting's own fields
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,12 @@ class Traced:
     flops: int
     trained: tuple[int, ...]
     frozen: int
-    largest: int  # bytes of the largest weight
+    held: tuple[int, ...]  # bytes of each tensor that is not trained
+
+    @property
+    def largest_bytes(self) -> int:
+        """Bytes of the largest tensor of the model, in fp32 if it is trained."""
+        return max((*self.held, *(4 * count for count in self.trained)))
 
     def line(self, name: str) -> int:
         """Bytes of a standing line, such as `weights`."""
@@ -85,7 +100,7 @@ def traced(setting: Setting, rows: int, length: int) -> Traced:
     if few.log.events != more.log.events or few.log.lines != more.log.lines:
         return _traced(setting, rows, length)
     flops = few.flops + (rows - FEW) * (more.flops - few.flops)
-    return Traced(few.log.extended(more.log, rows - FEW), flops, few.trained, few.frozen, few.largest)
+    return Traced(few.log.extended(more.log, rows - FEW), flops, few.trained, few.frozen, few.held)
 
 
 def _traced(setting: Setting, rows: int, length: int) -> Traced:
@@ -104,7 +119,9 @@ def _traced(setting: Setting, rows: int, length: int) -> Traced:
         with FakeTensorMode():
             log = _log(setting, with_fakes(model), _batch(setting, rows, length), counter)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
-        message = f"{setting.head.source}: its memory depends on the values of a batch ({error}), so it cannot be planned"
+        message = (
+            f"{setting.head.source}: its memory depends on the values of a batch ({error}), so it cannot be planned"
+        )
         raise ModelError(message, source=setting.head.source) from error
     parameters = list(model.parameters())
     return Traced(
@@ -112,7 +129,7 @@ def _traced(setting: Setting, rows: int, length: int) -> Traced:
         counter.flops,
         tuple(p.numel() for p in parameters if p.requires_grad),
         sum(p.numel() for p in parameters if not p.requires_grad),
-        max(p.numel() * p.element_size() for p in parameters),
+        tuple(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
     )
 
 
