@@ -154,12 +154,14 @@ def _log(setting: Setting, model: Any, batch: dict[str, Any], counter: Any) -> L
                 parameter.grad = torch.empty_like(parameter)
     device = kernels.of_a_gpu(setting.bf16) if setting.gpu else contextlib.nullcontext()
     with device, memory_watch.watching(model) as alive, counter, torch.set_grad_enabled(setting.trains):
+        numbers, count = torch.ones(len(batch["input_ids"]), dtype=torch.long), torch.ones((), dtype=torch.long)
         with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
             outputs = list(_heads(model(**batch)))
         loss = sum(_loss(output.float()) for output in outputs)
         del outputs
         if setting.trains:
-            loss.backward()
+            (loss / count).backward()
+        del numbers  # of the rows, which the trainer keeps beside the batch
     return alive.log
 
 
