@@ -70,7 +70,7 @@ def served(how: Recipe) -> Any:
 
 
 def scored(how: Recipe) -> Any:
-    return scores.score([True, False, True, True], 0.5, how.evaluate, how.seed)
+    return scores.score(scores.Grades((True, False, True, True)), 0.5, how.evaluate, how.seed)
 
 
 def data(how: Recipe) -> Any:
@@ -128,6 +128,7 @@ TABLE: dict[str, Line | Place] = {
     "Loss.name": ("train/losses.py", "section.name"),
     "Loss.class_weights": ("train/losses.py", "section.class_weights"),
     "Loss.label_smoothing": ("train/losses.py", "section.label_smoothing"),
+    "Loss.delta": ("train/losses.py", "section.delta"),
     "Loss.gamma": ("train/losses.py", "section.gamma"),
     "Source.source": (data, {"data.train": [{"source": "other.jsonl"}]}),
     "Source.name": ("data/read.py", "load_dataset(name, source.name"),
@@ -183,6 +184,7 @@ TABLE: dict[str, Line | Place] = {
     "Data.validation": (data, {"data.validation": [{"source": "other.jsonl"}]}),
     "Data.test": (data, {"data.test": [{"source": "other.jsonl"}]}),
     "Data.split": (data, {"data.split": {"train": 0.5, "test": 0.5}}),
+    "Data.label_separator": ("tasks/_encoder/labelled_text.py", "section.label_separator"),
     "Data.group": (data, {"data.group": "user"}, {"data.split": {"train": 0.5, "test": 0.5}}),
     "Data.stratify": (data, {"data.stratify": "topic"}, {"data.split": {"train": 0.5, "test": 0.5}}),
     "Data.max_overlap": (data, {"data.max_overlap": 1.0}, {"data.test": [{"source": "rows.jsonl", "rows": ":3"}]}),

@@ -339,17 +339,16 @@ def _scores(
     if tokenizer is None:
         return {}
     task = open_task(chosen.task)
-    right = [
+    grades = [
         measure_scores.grade(
             tokenizer.batch_decode(answers, skip_special_tokens=True), chosen.held_out, task, chosen.section
         )
         for answers in (answers_a, answers_b)
     ]
-    score_a, score_b = (100.0 * sum(one) / len(one) for one in right)
     return {
-        "a": score_a,
-        "b": score_b,
-        **measure_scores.paired_gain(right[0], right[1], chosen.section.confidence, chosen.seed),
+        "a": measure_scores.percent(grades[0]),
+        "b": measure_scores.percent(grades[1]),
+        **measure_scores.paired_gain(grades[0], grades[1], chosen.section.confidence, chosen.seed),
     }
 
 

@@ -70,8 +70,8 @@ def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     decisions, overlap = select(entries, recipe, findings := Findings())
     ledger = make_ledger(decisions, recipe)
     labelled = _set_rows(decisions)
-    names = worker.task.label_names(labelled)
-    _write_splits(ledger, entries, worker.task, names, out)
+    labels = worker.task.labels(labelled)
+    _write_splits(ledger, entries, worker.task, labels.get("names", ()), out)
     write_ledger(ledger, out / "ledger.parquet")
     counts = data_summary.split_counts(decisions)
     checks: list[Check] = [
@@ -92,9 +92,9 @@ def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     }
     check_sums(summary, ledger)
     check_packs(ledger, recipe.data.batch_tokens)
-    write_json(out / "summary.json", summary)
-    write_json(out / "tokens.json", tokens)
-    _write_labels(names, labelled, out)
+    for name, content in (("summary.json", summary), ("tokens.json", tokens), (LABELS, labels)):
+        if content:
+            write_json(out / name, content)
     return summary
 
 
@@ -178,11 +178,6 @@ def _write_splits(
                 if (chosen := _chosen(batch, batch_rows, split, schema)).num_rows:
                     writer.write_batch(chosen)
     (out / CANDIDATES).unlink()
-
-
-def _write_labels(names: Sequence[str], rows: Sequence[SetRow], out: Path) -> None:
-    if names:
-        write_json(out / LABELS, {"names": list(names), "rows": data_summary.label_counts(rows, names)})
 
 
 def _chosen(batch: pa.RecordBatch, rows: Sequence[LedgerRow], split: str, schema: pa.Schema) -> pa.RecordBatch:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qkit.data.select import Decision
-from qkit.plugins.checks import SetRow
 from qkit.recipe.schema import SPLITS
 
 
@@ -59,15 +58,6 @@ def lengths(decisions: Sequence[Decision]) -> list[list[int]]:
             counts[0] += 1
             counts[1] += entry.labelled_tokens
     return [[tokens, *counts] for tokens, counts in sorted(by_length.items())]
-
-
-def label_counts(rows: Sequence[SetRow], names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """By split: rows with each label."""
-    by_split: dict[str, dict[str, int]] = {split: dict.fromkeys(names, 0) for split in SPLITS}
-    for row in rows:
-        for name in row.names:
-            by_split[row.split][name] = by_split[row.split].get(name, 0) + 1
-    return by_split
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------

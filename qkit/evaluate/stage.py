@@ -7,6 +7,7 @@ evaluate/predictions.jsonl   every prediction, right or wrong, with its token id
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ def run(run: Run, out: Path) -> None:
     if not held_out.rows:
         raise DataError("data.test has no rows, so the result cannot be evaluated: give it a source")
     task = open_task(run.recipe.task)
-    scores, predictions = {}, []
+    scores, predictions, grades = {}, [], {}
     for name in (task.BASELINE, run.recipe.trained_as):
         run.progress.notify(f"evaluate: {name}")
         with _opened(run, name) as runtime:
-            scores[name], lines = _evaluate(run, name, runtime, held_out)
+            scores[name], lines, grades[name] = _evaluate(run, name, runtime, held_out)
         predictions += lines
     section = run.recipe.evaluate
     write_json(
@@ -43,7 +44,7 @@ def run(run: Run, out: Path) -> None:
             "confidence": section.confidence,
             "interval": f"percentile bootstrap over rows, {measure_scores.RESAMPLES} resamples; exact binomial where all rows agree",
             "scores": scores,
-            "gain": _gain(run, predictions),
+            "gain": _gain(run, grades),
         },
     )
     write_text(out / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
@@ -59,17 +60,16 @@ def _opened(run: Run, name: str) -> Any:
     return open_runtime("transformers", folder, detect(), recipe=run.recipe, adapter=trained)
 
 
-def _gain(run: Run, predictions: list[dict[str, object]]) -> dict[str, float]:
+def _gain(run: Run, grades: Mapping[str, measure_scores.Grades]) -> dict[str, float]:
     """Points that the trained model gains over the baseline on the same rows, with their interval."""
-    names = (open_task(run.recipe.task).BASELINE, run.recipe.trained_as)
-    before, after = ([bool(p["correct"]) for p in predictions if p["artifact"] == name] for name in names)
+    before, after = grades[open_task(run.recipe.task).BASELINE], grades[run.recipe.trained_as]
     return measure_scores.paired_gain(before, after, run.recipe.evaluate.confidence, run.recipe.seed)
 
 
 def _evaluate(
     run: Run, name: str, runtime: Scores, held_out: measure_held_out.HeldOut
-) -> tuple[dict[str, Any], list[dict[str, object]]]:
-    """One artifact's score, and its predictions as lines of predictions.jsonl."""
+) -> tuple[dict[str, Any], list[dict[str, object]], measure_scores.Grades]:
+    """One artifact's score, its predictions as lines of predictions.jsonl, and their grades."""
     task = open_task(run.recipe.task)
     answers = answered(run, runtime, held_out, f"generate with {name}")
     with run.progress.bar(f"held-out loss of {name}", len(held_out.rows)) as bar:
@@ -85,12 +85,12 @@ def _evaluate(
             "correct": right,
         }
         for index, (record, prediction, right) in enumerate(
-            zip(held_out.records, answers.predictions, answers.right, strict=True)
+            zip(held_out.records, answers.predictions, answers.grades.right, strict=True)
         )
     ]
     section, seed = run.recipe.evaluate, run.recipe.seed
-    score = asdict(measure_scores.score(answers.right, measure_scores.mean_loss(losses), section, seed))
+    score = asdict(measure_scores.score(answers.grades, measure_scores.mean_loss(losses), section, seed))
     data = run.need("data", "summary.json").parent
     if metrics := task.metrics(answers.predictions, held_out.references, data, section, seed):
         score["metrics"] = metrics
-    return score, lines
+    return score, lines, answers.grades

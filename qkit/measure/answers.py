@@ -13,10 +13,10 @@ from qkit.run.directory import Run
 
 @dataclass(frozen=True)
 class Answers:
-    """For each held-out row: the prediction, and whether the task counts it as right."""
+    """For each held-out row: the prediction, and how the task grades it."""
 
     predictions: tuple[Prediction, ...]
-    right: tuple[bool, ...]
+    grades: scores.Grades
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -30,5 +30,5 @@ def answered(run: Run, runtime: Scores, held_out: HeldOut, what: str = "generate
     predictor = task.predictor(run.recipe, run.need("data", "summary.json").parent)
     with run.progress.bar(what, len(held_out.rows)) as bar:
         predictions = predictor.predict(runtime, held_out.rows, bar.advance)
-    right = scores.grade([one.text for one in predictions], held_out, task, run.recipe.evaluate)
-    return Answers(tuple(predictions), tuple(right))
+    grades = scores.grade([one.text for one in predictions], held_out, task, run.recipe.evaluate)
+    return Answers(tuple(predictions), grades)

@@ -8,15 +8,16 @@ The figures of the limits are `GATES` of the task (tasks/_conversation/task.py),
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qkit.core.errors import ParityFailed
 from qkit.measure import scores
 from qkit.measure.evidence import Breach, read_evidence, reference_answers
+from qkit.measure.held_out import HeldOut
 from qkit.measure.parity import Parity
 from qkit.measure.remedies import remedy
-from qkit.measure.scores import SignTest
+from qkit.measure.scores import Grades, SignTest
 from qkit.plugins.exporter import is_exact, is_quantized
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Gate, Recipe
@@ -123,18 +124,22 @@ def _composition(measured: Parity) -> str:
     return f"measured {measured.kl_mean:.4g}{interval}; the reference model computed in bf16 measures {measured.rounding:.4g}"
 
 
-def change_from_reference(run: Run, right: Sequence[bool]) -> SignTest:
+def change_from_reference(run: Run, grades: Grades, held_out: HeldOut) -> SignTest:
     """Compare an artifact's right answers with the reference model's, on the same held-out rows."""
-    return scores.sign_test(_reference_right(run), right)
+    return scores.sign_test(_reference_grades(run, held_out).right, grades.right)
 
 
-def gain_over_reference(run: Run, right: Sequence[bool]) -> dict[str, float]:
+def gain_over_reference(run: Run, grades: Grades, held_out: HeldOut) -> dict[str, float]:
     """Points that an artifact's answers gain over the reference model's on the same held-out rows, with their paired interval."""
-    return scores.paired_gain(_reference_right(run), right, run.recipe.evaluate.confidence, run.recipe.seed)
+    reference = _reference_grades(run, held_out)
+    return scores.paired_gain(reference, grades, run.recipe.evaluate.confidence, run.recipe.seed)
 
 
-def _reference_right(run: Run) -> list[bool]:
-    return [bool(line["correct"]) for line in reference_answers(run)]
+def _reference_grades(run: Run, held_out: HeldOut) -> Grades:
+    """As `evaluate` recorded them."""
+    lines = reference_answers(run)
+    sample = open_task(run.recipe.task).sample([line["prediction"] for line in lines], held_out.references)
+    return Grades(tuple(line["correct"] for line in lines), sample)
 
 
 def check(run: Run, *names: str) -> None:

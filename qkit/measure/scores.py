@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qkit.plugins.task import Task
+from qkit.plugins.resampling import Sample, figures, intervals, paired_intervals
+from qkit.plugins.task import SCORE, Task
 from qkit.recipe.schema import Evaluate
 
 if TYPE_CHECKING:
@@ -22,8 +23,19 @@ RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
+class Grades:
+    """A model's predictions of some rows, graded. `right`: of each row True or False, or a number of which more is better.
+
+    `sample`: what the score is computed from, where it is not the share of right rows.
+    """
+
+    right: tuple[float, ...]
+    sample: Sample | None = None
+
+
+@dataclass(frozen=True)
 class Score:
-    """Percent right with its bootstrap interval. `heldout_loss`: mean nats per completion token of the reference answers."""
+    """The score, of 100, with its bootstrap interval. `heldout_loss`: mean nats per completion token of the reference answers."""
 
     score: float
     low: float
@@ -34,7 +46,7 @@ class Score:
 
 @dataclass(frozen=True)
 class SignTest:
-    """An exact paired sign test of answers that are right or wrong, on the same rows.
+    """An exact paired sign test of answers that are right or wrong, or better or worse, on the same rows.
 
     `lost`: rows that only the first had right; `gained`: rows that only the second has right; `rows`: all of them.
     """
@@ -75,27 +87,39 @@ class SignTest:
         return {"lost": self.lost, "gained": self.gained, "p_value": self.p_value}
 
 
-def sign_test(before: Sequence[bool], after: Sequence[bool]) -> SignTest:
+def sign_test(before: Sequence[float], after: Sequence[float]) -> SignTest:
     """Compare two models' answers to the same rows, row by row."""
     pairs = list(zip(before, after, strict=True))
-    lost, gained = (sum(pair == change for pair in pairs) for change in ((True, False), (False, True)))
+    lost, gained = sum(one > other for one, other in pairs), sum(other > one for one, other in pairs)
     return SignTest(lost, gained, len(pairs))
 
 
-def grade(texts: Sequence[str], held_out: HeldOut, task: Task, section: Evaluate) -> list[bool]:
-    """Which predictions are right."""
+def grade(texts: Sequence[str], held_out: HeldOut, task: Task, section: Evaluate) -> Grades:
+    """The grades of predictions of the held-out rows."""
     pairs = zip(texts, held_out.references, strict=True)
-    return [task.correct(text, reference, section) for text, reference in pairs]
+    right = tuple(task.correct(text, reference, section) for text, reference in pairs)
+    return Grades(right, task.sample(texts, held_out.references))
 
 
-def score(right: Sequence[bool], heldout_loss: float, section: Evaluate, seed: int) -> Score:
-    """Percent right, with its percentile bootstrap interval over rows and the held-out loss."""
-    percent = 100.0 * sum(right) / len(right)
-    low, high = bootstrap(right, section.confidence, seed)
-    return Score(percent, low, high, len(right), heldout_loss)
+def score(grades: Grades, heldout_loss: float, section: Evaluate, seed: int) -> Score:
+    """The score, with its percentile bootstrap interval over rows, and the held-out loss."""
+    value = percent(grades)
+    if grades.sample is None:
+        low, high = bootstrap(grades.right, section.confidence, seed)
+    else:
+        interval = intervals(grades.sample, section.confidence, seed)[SCORE]
+        low, high = 100.0 * interval.low, 100.0 * interval.high
+    return Score(value, low, high, len(grades.right), heldout_loss)
 
 
-def bootstrap(right: Sequence[bool], confidence: float, seed: int) -> tuple[float, float]:
+def percent(grades: Grades) -> float:
+    """The score, of 100."""
+    if grades.sample is not None:
+        return 100.0 * figures(grades.sample)[SCORE]
+    return 100.0 * sum(grades.right) / len(grades.right)
+
+
+def bootstrap(right: Sequence[float], confidence: float, seed: int) -> tuple[float, float]:
     """The percentile bootstrap interval of the percentage right; rows are sampled with replacement.
 
     If all rows are right, or all wrong, every resample is the same. The open end is then the exact binomial (Clopper-Pearson) bound.
@@ -110,10 +134,14 @@ def bootstrap(right: Sequence[bool], confidence: float, seed: int) -> tuple[floa
     return means[int(tail * RESAMPLES)], means[min(int((1 - tail) * RESAMPLES), RESAMPLES - 1)]
 
 
-def paired_gain(before: Sequence[bool], after: Sequence[bool], confidence: float, seed: int) -> dict[str, float]:
+def paired_gain(before: Grades, after: Grades, confidence: float, seed: int) -> dict[str, float]:
     """Points gained on the same rows, with their percentile bootstrap interval: rows are resampled as pairs."""
+    if before.sample is not None and after.sample is not None:
+        interval = paired_intervals(before.sample, after.sample, confidence, seed)[SCORE]
+        points = percent(after) - percent(before)
+        return {"points": points, "low": 100.0 * interval.low, "high": 100.0 * interval.high}
     rng = random.Random(seed)
-    gains = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
+    gains = [int(b) - int(a) for a, b in zip(before.right, after.right, strict=True)]
     means = sorted(100.0 * sum(rng.choices(gains, k=len(gains))) / len(gains) for _ in range(RESAMPLES))
     tail = int((1 - confidence) / 2 * RESAMPLES)
     return {"points": 100.0 * sum(gains) / len(gains), "low": means[tail], "high": means[RESAMPLES - 1 - tail]}

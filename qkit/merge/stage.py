@@ -89,8 +89,8 @@ def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, ref
         distance = candidates.merged_parity(reference, folder, scores_of_rows)
     return replace(
         CandidateResult.of(candidate, distance),
-        score=asdict(scores.score(answers.right, distance.heldout_loss, run.recipe.evaluate, run.recipe.seed)),
-        gain=gates.gain_over_reference(run, answers.right),
+        score=asdict(scores.score(answers.grades, distance.heldout_loss, run.recipe.evaluate, run.recipe.seed)),
+        gain=gates.gain_over_reference(run, answers.grades, held_out),
         texts=answers.texts,
     )
 

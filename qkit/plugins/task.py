@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from qkit.plugins.resampling import Sample
     from qkit.plugins.runtime import RowScores
+
+    # (outputs of the head [n, ...], labels [n] or [n, ...]) -> losses, of the shape of the labels
+    Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,14 @@ class Prediction:
     outputs: Any = None
 
 
+class Losses(Protocol):
+    """What a task has beside the rest if its TRAINER is `labelled`."""
+
+    def losses(self, outputs: Any, batch: Mapping[str, torch.Tensor], loss: Loss) -> torch.Tensor:
+        """The loss of each row [rows], summed over its labels. `outputs`: of the model; `batch`: what `collate` made."""
+        ...
+
+
 class Predictor(Protocol):
     """Predicts rows with an open model, by the settings of one recipe and one data folder."""
 
@@ -74,9 +86,10 @@ class Predictor(Protocol):
 class Task(Protocol):
     """A kind of task. The methods are documented where a family of tasks implements them: tasks/_conversation/task.py."""
 
-    METRIC: str  # what the score counts, for people
+    METRIC: str  # what the score is, for people
     BASELINE: str  # what the trained model is compared with: one of recipe.registry.BASELINES
     HEAD: ModelHead
+    LOSSES: tuple[str, ...]  # that its recipes can name, the default first: train/losses.py
     TRAINER: str  # train/trainers/NAME.py
     LENGTH_STEP: int  # rows are padded to a multiple of this many tokens
     GATES: Mapping[str, Gate]  # default limits by kind of artifact: "exact", "16-bit", "quantized"
@@ -102,7 +115,9 @@ class Task(Protocol):
     def encoder(self, recipe: Recipe) -> Encoder: ...
     def tokenizer(self, recipe: Recipe) -> Any: ...  # that of the encoder, opened alone
     def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]: ...  # by token; -100: no loss
-    def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]: ...  # by label id; none for a task without labels
+    def labels(
+        self, rows: Sequence[SetRow]
+    ) -> Mapping[str, Any]: ...  # of labels.json: names by label id ...; or nothing
     def with_label_ids(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch: ...
     def set_checks(self, rows: Sequence[SetRow], recipe: Recipe) -> Iterator[Check]: ...
 
@@ -120,7 +135,12 @@ class Task(Protocol):
     def metrics(
         self, predictions: Sequence[Prediction], references: Sequence[Any], data: Path, section: Evaluate, seed: int
     ) -> Mapping[str, Any]: ...  # name -> {value, low, high}; beside the score
-    def correct(self, prediction: str, reference: Any, section: Evaluate) -> bool: ...
+    def correct(
+        self, prediction: str, reference: Any, section: Evaluate
+    ) -> float: ...  # True, False, or more is better
+    def sample(
+        self, predictions: Sequence[str], references: Sequence[Any]
+    ) -> Sample | None: ...  # with the figure SCORE
     def distance(self, reference: RowScores, other: RowScores) -> NDArray[np.float32]: ...
 
     # evaluate, report
@@ -129,6 +149,7 @@ class Task(Protocol):
     def usage(self, library: str, recipe: Recipe) -> str: ...  # Markdown for the model card; "": as a chat model
 
 
+SCORE = "score"  # the figure of Task.sample, where the score is not the share of right rows: 1 is 100
 LABELS = "labels.json"  # in a data folder or a trained one: the names by label id
 
 

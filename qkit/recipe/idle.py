@@ -155,8 +155,13 @@ def _merging(section: Merge) -> Problems:
 
 
 def _loss(section: Loss) -> Problems:
-    read = {"cross_entropy": ("class_weights", "label_smoothing"), "focal": ("class_weights", "gamma")}
-    for name in _set(section, "class_weights", "label_smoothing", "gamma"):
+    read = {
+        "cross_entropy": ("class_weights", "label_smoothing"),
+        "focal": ("class_weights", "gamma"),
+        "bce": ("class_weights", "label_smoothing"),
+        "huber": ("delta",),
+    }
+    for name in _set(section, "class_weights", "label_smoothing", "gamma", "delta"):
         if name not in read.get(section.name, ()):
             kinds = " and ".join(kind for kind, names in read.items() if name in names)
             yield (

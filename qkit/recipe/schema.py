@@ -75,13 +75,15 @@ class Loss(Section):
 
     name: str = Field(
         "cross_entropy",
-        description="cross_entropy, focal, or module:function of your own: (logits [rows, classes], labels [rows]) -> losses [rows]",
+        description="cross_entropy, focal; for multi_label bce; for regress mse, huber; or module:function of your own: (logits, labels) -> "
+        "losses, of the shape of the labels",
     )
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="by label; balanced: in inverse proportion to its training rows"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     gamma: Annotated[float, Field(ge=0)] = Field(2.0, description="of the focal loss: how little easy rows count")
+    delta: Annotated[float, Field(gt=0)] = Field(1.0, description="of huber: the error from which on it is linear")
 
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"]
@@ -156,6 +158,9 @@ class Data(Section):
     )
     ignore: tuple[str, ...] = Field(
         (), description="columns, and keys such as messages.id, that are deliberately not read; * matches any text"
+    )
+    label_separator: str | None = Field(
+        None, description="what parts the labels in a text such as spam|urgent (multi_label); a list needs none"
     )
     system: str | None = Field(None, description="a system message for conversations that have none")
     loss: Literal["completion", "assistant", "all"] = Field(

@@ -28,9 +28,11 @@ OWN_FILES = {".lock", ".holder", ".work", "logs"}  # files that a run killed at 
 ADDED = {
     "method": "lora",
     "bottleneck": Bottleneck().model_dump(mode="json"),
-    "loss": Loss().model_dump(mode="json"),
+    "loss.delta": 1.0,
+    "loss": Loss().model_dump(mode="json", exclude={"delta"}),
     "train.bf16": True,
     "data.batch_rows": None,
+    "data.label_separator": None,
 }
 KEY = ".key"  # in a work folder: the stage key that the work belongs to
 DECIDED = "decided.json"  # in a stage's folder: its decisions where the recipe says `auto`, by recipe key

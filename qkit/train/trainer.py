@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
     from datasets import Dataset
+    from numpy.typing import NDArray
     from torch.utils.data import DataLoader
     from transformers import Trainer as Base
     from trl import SFTTrainer as LanguageBase
@@ -132,15 +133,15 @@ class Counted(Base):
         self.real_tokens += int(inputs.pop("lengths").sum())
         self.sums.drawn += sum(self.labelled_tokens[row] for row in rows)
         self.sums.drawn_checksum += sum(self._label_checksums[row] for row in rows)
-        self.sums.in_batches += labels.numel()
+        self.sums.in_batches += len(labels)
         self.sums.in_batches_checksum += int(labels.sum())
         if self.accelerator.sync_gradients:
             self.sums.divided_by += int(items)
 
     def labels_in(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The labels of a batch that carry loss, [labels]."""
+        """The labels of a batch that carry loss, [labels]: ids; or the sum of the bits of each row's numbers, [rows]."""
         labels = inputs["labels"]
-        return labels[labels != IGNORED]
+        return _bits(labels) if labels.is_floating_point() else labels[labels != IGNORED]
 
     def row_losses(self, inputs: Any) -> torch.Tensor:
         """The sum of each row's losses in nats, [rows] fp64; without gradients."""
@@ -211,18 +212,37 @@ def lengths(rows: Dataset) -> list[int]:
 
 
 def label_counts(rows: Dataset) -> tuple[list[int], list[int]]:
-    """For each row: the number of tokens with loss, and the sum of their ids."""
+    """For each row: the number of labels with loss, and the sum of their ids; of numbers, one, and the sum of their bits."""
     import numpy as np
 
     counts: list[int] = []
     checksums: list[int] = []
     for chunk in _column(rows, "labels").chunks:
         labels, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+        if labels.dtype == np.float32:
+            counts.extend([1] * len(chunk))
+            checksums.extend(_sums(labels.view(np.int32), offsets))
+            continue
         labelled = labels != IGNORED
-        for sums, values in ((counts, labelled), (checksums, np.where(labelled, labels, 0))):
-            before = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-            sums.extend((before[offsets[1:]] - before[offsets[:-1]]).tolist())
+        counts.extend(_sums(labelled, offsets))
+        checksums.extend(_sums(np.where(labelled, labels, 0), offsets))
     return counts, checksums
+
+
+def _sums(values: NDArray[Any], offsets: NDArray[Any]) -> list[int]:
+    """The sum of each row's values, which `offsets` part."""
+    import numpy as np
+
+    before = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    sums: list[int] = (before[offsets[1:]] - before[offsets[:-1]]).tolist()
+    return sums
+
+
+def _bits(numbers: torch.Tensor) -> torch.Tensor:
+    """The sum of each row's bits, read as whole numbers, [rows]. `numbers`: [rows, n] fp32."""
+    import torch
+
+    return numbers.contiguous().view(torch.int32).long().sum(-1)
 
 
 def _column(rows: Dataset, name: str) -> pa.ChunkedArray:

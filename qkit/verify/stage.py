@@ -27,6 +27,7 @@ from qkit.measure import scores as measure_scores
 from qkit.measure.answers import answered
 from qkit.measure.artifacts import Artifact, artifacts, open_artifact, rounding
 from qkit.measure.parity import Parity
+from qkit.measure.scores import Grades
 from qkit.plugins.exporter import is_exact
 from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
@@ -39,10 +40,10 @@ EXACT_ROWS = 32  # a wrong graph shows in every row, and each row more is scored
 
 @dataclass(frozen=True)
 class ArtifactMeasurement:
-    """What was measured of an artifact. `right`: which of its answers are right, by held-out row."""
+    """What was measured of an artifact. `grades`: of its answers, by held-out row."""
 
     parity: Parity
-    right: tuple[bool, ...]
+    grades: Grades
     exactness: gates.Exactness | None = None
     contract: tuple[measure_contract.ContractCheck, ...] = ()
 
@@ -66,8 +67,10 @@ def run(run: Run, out: Path) -> None:
         except (ModelError, ServerError) as error:  # go on with the other artifacts
             distances[artifact.name] = _entry(evidence.FAILED, [evidence.Breach("opens", detail=str(error))])
             continue
-        distances[artifact.name] = _judged(run, artifact.name, measured)
-        score = measure_scores.score(measured.right, measured.parity.heldout_loss, run.recipe.evaluate, run.recipe.seed)
+        distances[artifact.name] = _judged(run, artifact.name, measured, held_out)
+        score = measure_scores.score(
+            measured.grades, measured.parity.heldout_loss, run.recipe.evaluate, run.recipe.seed
+        )
         scores[artifact.name] = asdict(score)
     measure_reference.forget(run)
     write_json(out / "parity.json", {"parity": {**_rounding(run), **distances}, "scores": scores})
@@ -99,9 +102,9 @@ def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> A
         return None
     table = read_json(run.need("merge", candidates.FILE))
     chosen = next(row for row in table["candidates"] if row["name"] == table["chosen"])
-    right = measure_scores.grade(table["texts"], held_out, open_task(run.recipe.task), run.recipe.evaluate)
+    grades = measure_scores.grade(table["texts"], held_out, open_task(run.recipe.task), run.recipe.evaluate)
     contract = _contract_of(run)(run, artifact.path)
-    return ArtifactMeasurement(Parity(**chosen["parity"]), tuple(right), contract=contract.checks)
+    return ArtifactMeasurement(Parity(**chosen["parity"]), grades, contract=contract.checks)
 
 
 def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> ArtifactMeasurement:
@@ -120,7 +123,7 @@ def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -
                 distances.add(row)
                 exactness.add(row)
             parity = distances.parity(**rounding(run, artifact))
-    return ArtifactMeasurement(parity, answers.right, exactness.result(), contract)
+    return ArtifactMeasurement(parity, answers.grades, exactness.result(), contract)
 
 
 def _contract_of(run: Run) -> Callable[[Run, Path], measure_contract.Contract]:
@@ -193,9 +196,9 @@ def _same_top(wanted: RowScores, row: RowScores, tie: float) -> list[bool]:
     return same
 
 
-def _judged(run: Run, name: str, measured: ArtifactMeasurement) -> dict[str, Any]:
+def _judged(run: Run, name: str, measured: ArtifactMeasurement, held_out: measure_held_out.HeldOut) -> dict[str, Any]:
     """The artifact's entry in parity.json."""
-    gate, change = gates.gate_of(name, run.recipe), gates.change_from_reference(run, measured.right)
+    gate, change = gates.gate_of(name, run.recipe), gates.change_from_reference(run, measured.grades, held_out)
     failed = gates.judge(gate, measured.parity, change, measured.exactness, run.recipe.evaluate.confidence)
     broken = [check for check in measured.contract if check.status == measure_contract.DIFFERS]
     failed += [evidence.Breach("contract", detail=f"{check.name}: {check.detail}") for check in broken]
@@ -203,7 +206,7 @@ def _judged(run: Run, name: str, measured: ArtifactMeasurement) -> dict[str, Any
         **_entry(evidence.FAILED if failed else evidence.PASSED, failed),
         **measured.parity.to_dict(),
         "gate": gate.model_dump(exclude_none=True),
-        "gain": {**gates.gain_over_reference(run, measured.right), **change.to_dict()},
+        "gain": {**gates.gain_over_reference(run, measured.grades, held_out), **change.to_dict()},
         "made_from": measured.exactness and asdict(measured.exactness),
         "contract": [asdict(check) for check in measured.contract],
     }

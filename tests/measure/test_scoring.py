@@ -56,7 +56,7 @@ def test_bootstrap_intervals() -> None:
 def test_a_paired_gain_is_narrower_than_two_intervals() -> None:
     before = [index % 2 == 0 for index in range(100)]
     after = [right or index % 10 == 1 for index, right in enumerate(before)]
-    gain = scores.paired_gain(before, after, 0.95, seed=0)
+    gain = scores.paired_gain(scores.Grades(tuple(before)), scores.Grades(tuple(after)), 0.95, seed=0)
     assert gain["points"] == 10 and 4 <= gain["low"] < 10 < gain["high"] <= 17
 
 

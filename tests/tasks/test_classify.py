@@ -121,7 +121,7 @@ def test_label_ids(given: list[str], names: list[str]) -> None:
     rows = [SetRow("train", str(number), (name,), Place("f", number)) for number, name in enumerate(given)]
     held_out = SetRow("test", "q", ("unseen",), Place("f", 9))
     for order in (rows, rows[::-1], rows[1:] + rows[:1]):
-        assert classify.TASK.label_names([held_out, *order]) == names
+        assert classify.TASK.labels([held_out, *order])["names"] == names
 
 
 def test_what_labels_json_says(model: Path, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qkit.plugins.resampling import Interval, Joined, Sample, figures, intervals, paired_intervals
 from qkit.tasks._encoder.metrics.classes import Bin, calibration, confusion, multi_label, reliability, single_label
 from qkit.tasks._encoder.metrics.entities import tagging
 from qkit.tasks._encoder.metrics.regression import regression
-from qkit.tasks._encoder.metrics.resampling import Interval, Joined, Sample, figures, intervals, paired_intervals
 
 CLASSES = ["a", "b", "c", "d", "e"]  # of which d is in neither, and e is never predicted
 REFERENCE, PREDICTED = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 4]), np.array([0, 0, 1, 0, 1, 1, 2, 2, 0, 1])
@@ -229,7 +229,7 @@ def test_an_interval_depends_on_the_seed_only(monkeypatch: pytest.MonkeyPatch) -
     assert intervals(sample, 0.95, seed=2, draws=200)["f1_macro"] != first["f1_macro"]
     wider = intervals(sample, 0.99, seed=1, draws=200)["f1_macro"]
     assert wider.low <= first["f1_macro"].low < FROM_SKLEARN["f1_macro"] < first["f1_macro"].high <= wider.high
-    monkeypatch.setattr("qkit.tasks._encoder.metrics.resampling.ELEMENTS", 70)  # 7 draws at once
+    monkeypatch.setattr("qkit.plugins.resampling.ELEMENTS", 70)  # 7 draws at once
     assert intervals(sample, 0.95, seed=1, draws=200) == first
 
 

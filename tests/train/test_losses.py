@@ -109,7 +109,7 @@ def test_a_label_that_class_weights_name_wrongly(data: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("crossentropy", "loss.name=crossentropy: must be cross_entropy, focal, or module:function"),
+        ("crossentropy", "loss.name=crossentropy: must be cross_entropy, focal, bce, mse, huber, or module:function"),
         (
             "no_such_module:f",
             "No module named 'no_such_module'; the module must be importable, for example from PYTHONPATH",
@@ -127,7 +127,8 @@ def test_losses_that_do_not_exist(data: Path, kind: str, said: str) -> None:
 def test_a_loss_that_returns_a_mean_is_refused(data: Path, own: str, function: str) -> None:
     loss = losses.open_loss(Loss(name=f"{own}:{function}"), data)
     with pytest.raises(
-        RecipeError, match=r"returned a tensor of shape \((1,)?\) for 10 rows; it must return one loss for each row"
+        RecipeError,
+        match=r"returned a tensor of shape \((1,)?\) for labels of shape \(10,\); it must return one loss for each",
     ):
         loss(*sample())
 
@@ -212,6 +213,6 @@ def test_gradients_do_not_depend_on_how_a_batch_is_divided(
 def test_the_stage_refuses_a_mean(model: Path, tmp_path: Path, own: str) -> None:
     run = labelled_run(tmp_path / "r", model, loss={"name": f"{own}:mean"})
     pipeline.execute(run, "data")
-    with pytest.raises((RecipeError, StageFailed), match="it must return one loss for each row"):
+    with pytest.raises((RecipeError, StageFailed), match="it must return one loss for each"):
         pipeline.execute(run, "train")
     assert not run.folder("train").exists()

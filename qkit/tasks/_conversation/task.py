@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qkit.plugins.checks import Check, SetRow
+    from qkit.plugins.resampling import Sample
     from qkit.plugins.runtime import RowScores, Runtime, TokenRow
     from qkit.tasks._conversation.answerer import Answerer
     from qkit.tasks._conversation.encoder import ConversationEncoder
@@ -33,6 +34,7 @@ class ConversationTask:
 
     BASELINE = "base"
     HEAD = ModelHead("AutoModelForCausalLM", "CAUSAL_LM", "text-generation")
+    LOSSES: tuple[str, ...] = ()  # cross-entropy over tokens, always
     TRAINER = "sft"
     LENGTH_STEP = LENGTH_STEP
     # In excess of rounding and chance; benchmarks/results/gates.json lists what intact and broken artifacts measure.
@@ -53,6 +55,8 @@ class ConversationTask:
         for section in ("bottleneck", "loss"):
             if getattr(recipe, section) != type(getattr(recipe, section))():
                 yield (section,), f"{section} {for_labels}"
+        if recipe.data.label_separator is not None:
+            yield ("data", "label_separator"), f"data.label_separator {for_labels}"
         if recipe.data.too_long == "truncate":
             yield (
                 ("data", "too_long"),
@@ -139,9 +143,9 @@ class ConversationTask:
         labels: Sequence[int] = record["labels"]
         return labels
 
-    def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]:
+    def labels(self, rows: Sequence[SetRow]) -> Mapping[str, Any]:
         """None: what is learned is text."""
-        return ()
+        return {}
 
     def with_label_ids(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch:
         """The rows as they are."""
@@ -192,6 +196,10 @@ class ConversationTask:
         from qkit.tasks._conversation.answerer import open_answerer
 
         return open_answerer(recipe, data)
+
+    def sample(self, predictions: Sequence[str], references: Sequence[Any]) -> Sample | None:
+        """None: the score is the share of right answers."""
+        return None
 
     def metrics(
         self, predictions: Sequence[Prediction], references: Sequence[Any], data: Path, section: Evaluate, seed: int

@@ -27,6 +27,15 @@ def padded(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tenso
     return {**batch, "token_type_ids": types} if rows[0]["token_type_ids"] else batch
 
 
+def with_numbers(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tensor]:
+    """Padded rows with `labels` [rows, n] fp32, as many numbers as each row has, and `lengths` [rows]."""
+    import torch
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    numbers = torch.tensor([row["labels"] for row in rows], dtype=torch.float32)
+    return {**padded(rows, pad), "labels": numbers, "lengths": lengths}
+
+
 def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tensor]:
     """Padded rows with `labels` [rows], the id of each row's label, and `lengths` [rows]."""
     import torch

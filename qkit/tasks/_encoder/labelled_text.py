@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,7 +28,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         "tweet",
     ),
     "pair": ("pair", "text_pair", "sentence2", "hypothesis", "question2"),
-    "label": ("label", "labels", "category", "intent", "class", "sentiment", "target"),
+    "label": ("label", "labels", "category", "intent", "class", "sentiment", "target", "score"),
 }
 KNOWN = frozenset(name for names in COLUMNS.values() for name in names)
 
@@ -39,8 +41,10 @@ def column_of(ours: str, record: Mapping[str, Any], section: Data) -> str | None
     return next((name for name in COLUMNS[ours] if name in record and name not in taken), None)
 
 
-def labelled_text(record: Mapping[str, Any], section: Data) -> LabelledText:
-    """A record as an example, checked by the rules of `data.clean`.
+def labelled_text(
+    record: Mapping[str, Any], section: Data, read: Callable[[Any, str, Data], tuple[str, ...]] | None = None
+) -> LabelledText:
+    """A record as an example, checked by the rules of `data.clean`. `read`: the labels, from the value and the name of their column.
 
     Raises:
         RowError: a column is missing, or a value is not a text or a label.
@@ -51,7 +55,7 @@ def labelled_text(record: Mapping[str, Any], section: Data) -> LabelledText:
             raise RowError(_missing(ours, list(record), section))
     text, pair = (_text(record, places[ours], section) for ours in ("text", "pair"))
     assert text is not None
-    names = _labels(record[str(places["label"])], str(places["label"]), section)
+    names = (read or names_of)(record[str(places["label"])], str(places["label"]), section)
     rest = [name for name in record if name not in places.values() and record[name] not in (None, "")]
     matched = {name: [p for p in section.ignore if fnmatchcase(name, p)] for name in rest}
     unread = tuple(name for name, patterns in matched.items() if not patterns and not _is_used(name, section))
@@ -86,11 +90,47 @@ def _text(record: Mapping[str, Any], column: str | None, section: Data) -> str |
     return value
 
 
-def _labels(value: Any, column: str, section: Data) -> tuple[str, ...]:
+def names_of(value: Any, column: str, section: Data) -> tuple[str, ...]:
     """The names of one label, or of a list of labels."""
     if isinstance(value, list | tuple):
         return tuple(dict.fromkeys(_label(item, column, section) for item in value))
     return (_label(value, column, section),)
+
+
+def several_names(value: Any, column: str, section: Data) -> tuple[str, ...]:
+    """The names of any number of labels: of a list, of a JSON list in a text, or of a text that data.label_separator parts."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ()
+    if isinstance(value, str) and section.label_separator is not None:
+        value = [part for part in value.split(section.label_separator) if part.strip()]
+    elif isinstance(value, str) and value.lstrip().startswith("["):
+        value = _listed(value, column)
+    return names_of(value, column, section)
+
+
+def _listed(text: str, column: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise RowError(f"{column} begins like a JSON list, but is none: {short(repr(text))}") from None
+
+
+def numbers_of(value: Any, column: str, section: Data) -> tuple[str, ...]:
+    """One number, or a list of them, in the notation that reads back to the same float."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values:
+        raise RowError(f"{column} has no number")
+    return tuple(_number(item, column) for item in values)
+
+
+def _number(value: Any, column: str) -> str:
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowError(f"{column} is not a number: {short(repr(value))}")
+    return repr(number)
 
 
 def _label(value: Any, column: str, section: Data) -> str:

@@ -63,18 +63,14 @@ def figures_of_labels(
     """
     import numpy as np
 
+    from qkit.plugins.resampling import Joined, with_intervals
     from qkit.tasks._encoder.metrics.classes import calibration, single_label
-    from qkit.tasks._encoder.metrics.resampling import Joined, figures, intervals
 
     ids = {name: number for number, name in enumerate(names)}
     right, said = (np.array([ids[name] for name in of]) for of in (references, [one.text for one in predictions]))
     probabilities = np.stack([one.outputs for one in predictions])
     sample = Joined([single_label(right, said, names), calibration(right, probabilities)])
-    bounds = intervals(sample, confidence, seed)
-    return {
-        name: {"value": value, "low": bounds[name].low, "high": bounds[name].high}
-        for name, value in figures(sample).items()
-    }
+    return with_intervals(sample, confidence, seed)
 
 
 class Prior(Encodes):

@@ -12,11 +12,14 @@ from qkit.tasks._encoder.label_checks import LabelledRow, conflicts, near_names,
 FEWEST = 5  # rows of a label from which something can be learned and measured
 
 
-def checks(rows: Sequence[SetRow]) -> Iterator[Check]:
-    """Whether labels can be told apart, are in training, are frequent enough, are spelled alike, and are the same for the same text."""
+def checks(rows: Sequence[SetRow], several: bool = False) -> Iterator[Check]:
+    """Whether labels can be told apart, are in training, are frequent enough, are spelled alike, and are the same for the same text.
+
+    `several`: rows have any number of labels; even one label is then told from none.
+    """
     counts = Counter(name for row in rows if row.split == "train" for name in row.names)
-    if len(counts) < 2:
-        remedy = "give rows of at least two labels, or check which column data.columns maps to label"
+    if len(counts) < (1 if several else 2):
+        remedy = f"give rows of at least {'one label' if several else 'two labels'}, or check which column data.columns maps to label"
         number = "1 label" if counts else "no label"
         yield Check(
             "labels",
@@ -29,7 +32,11 @@ def checks(rows: Sequence[SetRow]) -> Iterator[Check]:
     labelled = [LabelledRow(row.question, name, row.split, str(row.place)) for row in rows for name in row.names]
     yield _rare(labelled)
     yield _near(counts)
-    yield _conflicts(labelled)
+    yield _conflicts(
+        [LabelledRow(row.question, ", ".join(sorted(row.names)), row.split, str(row.place)) for row in rows]
+        if several
+        else labelled
+    )
 
 
 def _unseen(rows: Sequence[SetRow], counts: Counter[str]) -> Check:

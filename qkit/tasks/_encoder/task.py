@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.core.errors import short
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
-from qkit.plugins.task import LABELS, ModelHead, Prediction, read_labels
+from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, read_labels
 from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from qkit.plugins.resampling import Sample
     from qkit.plugins.runtime import Encodes, RowScores, TextRow
+    from qkit.plugins.task import Loss
     from qkit.tasks._encoder.encoder import TextEncoder
-    from qkit.tasks._encoder.labeller import Labeller, Prior
 
 
 # A batch's loss is the mean over its texts. With a budget of tokens alone, short texts would share a batch with over a hundred others
@@ -49,13 +51,26 @@ class EncoderTask:
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]] = {}
     UNSCORED: frozenset[str] = frozenset()
 
+    LOSSES: tuple[str, ...] = ("cross_entropy", "focal")
+    SEVERAL = False  # any number of labels for a text
+
     def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """What only tasks on conversations have, and what the method has no use for."""
         data, where = recipe.data, f"task={recipe.task}"
+        if ":" not in recipe.loss.name and recipe.loss.name not in self.LOSSES:
+            yield (
+                ("loss", "name"),
+                f"loss.name={short(recipe.loss.name)}: the losses of {where} are {', '.join(self.LOSSES)}, and module:function of your own",
+            )
         if data.too_long not in ("drop", "truncate"):
             yield (
                 ("data", "too_long"),
                 f"data.too_long={data.too_long} is for conversations; use truncate or drop with {where}",
+            )
+        if data.label_separator is not None and not self.SEVERAL:
+            yield (
+                ("data", "label_separator"),
+                f"data.label_separator is for task=multi_label, and not for {where}: remove it",
             )
         if data.packing:
             yield (
@@ -97,6 +112,7 @@ class EncoderTask:
                 "weight_decay": 0.01,
                 "optim": "adamw_torch_fused",  # a fifth of the time of a step on all weights of a small model
             },
+            "loss": {"name": self.LOSSES[0]},
             "merge": {"dtype": "float32"},
             "export": {"formats": ["onnx-fp32"]},
             "bench": {"runtimes": []},
@@ -112,7 +128,9 @@ class EncoderTask:
 
         example = labelled_text(record, section)
         if len(example.labels) != 1:
-            raise RowError(f"has {len(example.labels)} labels; task=classify gives a text exactly one")
+            raise RowError(
+                f"has {len(example.labels)} labels; task=classify gives a text exactly one, task=multi_label any number"
+            )
         return example
 
     def data_format(self, record: Mapping[str, Any], section: Data) -> str | None:
@@ -166,10 +184,12 @@ class EncoderTask:
 
         return [IGNORED] * len(record["input_ids"])
 
-    def label_names(self, rows: Sequence[SetRow]) -> Sequence[str]:
-        """The labels of the training rows: numbers in their order, names by the alphabet."""
-        names = {name for row in rows if row.split == "train" for name in row.names}
-        return sorted(sorted(names), key=int if all(name.isdecimal() for name in names) else None)  # "01" before "1"
+    def labels(self, rows: Sequence[SetRow]) -> Mapping[str, Any]:
+        """The labels of the training rows, numbers in their order and names by the alphabet, and how many rows of a split have each."""
+        from qkit.tasks._encoder.labels import counts, names_in
+
+        names = names_in(rows)
+        return {"names": names, "rows": counts(rows, names)} if names else {}
 
     def with_label_ids(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch:
         """The rows with their label ids. A label that no training row has gets -1; the check `labels` fails then."""
@@ -193,6 +213,10 @@ class EncoderTask:
         from qkit.tasks._encoder.collate import collate
 
         return collate(rows, pad)
+
+    def losses(self, outputs: Any, batch: Mapping[str, torch.Tensor], loss: Loss) -> torch.Tensor:
+        """The loss of each row, [rows]. `loss`: that of the recipe."""
+        return loss(outputs.logits.float(), batch["labels"])
 
     def head_config(self, labels: Sequence[str]) -> Mapping[str, Any]:
         """The labels, by id and by name."""
@@ -221,22 +245,26 @@ class EncoderTask:
 
         return (scores(row, logits) for row, logits in zip(rows, runtime.logits(rows), strict=True))
 
-    def baseline(self, data: Path) -> Prior:
+    def baseline(self, data: Path) -> Encodes:
         """A model that knows how frequent each label is, and nothing else."""
         from qkit.tasks._encoder.labeller import Prior
 
         counts = json.loads((data / LABELS).read_text(encoding="utf-8"))["rows"]["train"]
         return Prior(tuple(counts.values()))
 
-    def predictor(self, recipe: Recipe, data: Path) -> Labeller:
+    def predictor(self, recipe: Recipe, data: Path) -> Predictor:
         """The most likely label of each text, with its probability."""
         from qkit.tasks._encoder.labeller import Labeller
 
         return Labeller(read_labels(data))
 
-    def correct(self, prediction: str, reference: Any, section: Any) -> bool:
+    def correct(self, prediction: str, reference: Any, section: Any) -> float:
         """Whether the label is the reference."""
         return bool(prediction == reference)
+
+    def sample(self, predictions: Sequence[str], references: Sequence[Any]) -> Sample | None:
+        """None: the score is the share of right rows."""
+        return None
 
     def metrics(
         self, predictions: Sequence[Prediction], references: Sequence[Any], data: Path, section: Evaluate, seed: int

@@ -1,18 +1,24 @@
-"""The Trainer of transformers for tasks with labels: a new head, a loss of the recipe, and what recipe.method trains."""
+"""The Trainer of transformers for tasks with labels: a new head, a loss of the recipe, and what recipe.method trains.
+
+Labels that are ids count one by one; a row whose labels are numbers counts as one (see Counted.labels_in).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qkit.core.device import Device
 from qkit.core.files import read_json
 from qkit.model import load
 from qkit.model.adapters import methods
-from qkit.plugins.task import open_task, read_labels
+from qkit.plugins.task import Losses, open_task, read_labels
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.train import losses
+from qkit.train.fast.heap import trim_before_layers
 from qkit.train.trainer import Counted
 from qkit.train.trainers import _shared
 
@@ -20,29 +26,40 @@ if TYPE_CHECKING:
     import torch
     from transformers import Trainer, TrainingArguments
 
+
 COLUMNS = ("input_ids", "token_type_ids", "labels")
 
 
 class CountedLabels(Counted):
-    """What qkit changes in a Trainer whose rows have labels. `loss`: (logits, labels) -> losses [labels], summed here."""
+    """What qkit changes in a Trainer whose rows have labels. `losses`: (outputs of the model, batch) -> losses [rows]."""
 
-    def __init__(self, *args: Any, loss: losses.Loss, **kwargs: Any):
-        self._loss = loss
+    def __init__(self, *args: Any, losses: Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor], **kwargs: Any):
+        self._losses = losses
         super().__init__(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The sum of the losses, divided by the labels of the whole accumulated batch: the same gradient whatever the accumulation."""
-        labels = inputs["labels"]
-        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
-        total = self._loss(logits.float(), labels).sum()
-        return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+        total = self._losses(model(**_of_model(inputs)), inputs).sum()
+        return total / (len(self.labels_in(inputs)) if num_items_in_batch is None else num_items_in_batch)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """transformers counts every number of a row, where the row counts as one."""
+        import torch
+
+        if not batch_samples or not batch_samples[0]["labels"].is_floating_point():
+            return super()._get_num_items_in_batch(batch_samples, device)
+        return torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
 
     def row_losses(self, inputs: Any) -> torch.Tensor:
-        """The loss of each row in nats, [rows] fp64; without gradients."""
-        kept = {name: value for name, value in inputs.items() if name not in ("labels", "lengths")}
-        return self._loss(self.model(**kept).logits.float(), inputs["labels"]).double()
+        """The sum of each row's losses in nats, [rows] fp64; without gradients."""
+        return self._losses(self.model(**_of_model(inputs)), inputs).double()
+
+
+def _of_model(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a batch the model reads."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
 
 def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
@@ -54,6 +71,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
     from transformers import Trainer
 
     recipe, task = run.recipe, open_task(run.recipe.task)
+    of_rows: Losses = cast(Losses, task)
     data = run.need("data", "labels.json").parent
     pad = read_json(data / "tokens.json")["pad"]
     base = load.load_base(folder, recipe, device, read_labels(data))
@@ -62,7 +80,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
         model=methods.prepared(base, folder, recipe),
         args=training_arguments(recipe, device, out),
         train_dataset=_shared.training_rows(data / "train.parquet", COLUMNS),
-        loss=losses.open_loss(recipe.loss, data),
+        losses=partial(of_rows.losses, loss=losses.open_loss(recipe.loss, data)),
         pad=pad,
         batch_tokens=recipe.data.batch_tokens,
         batch_rows=recipe.data.batch_rows,
@@ -71,6 +89,8 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
         micro_batches=recipe.micro_batches,
         checkpoints_kept=recipe.train.save_total_limit,
     )
+    if device.frees_through_malloc:
+        trim_before_layers(trainer.model)
     return trainer
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from qkit.plugins.resampling import RowStatistics
 from qkit.tasks._encoder.metrics.counts import Counts, ratio, scores
-from qkit.tasks._encoder.metrics.resampling import RowStatistics
 
 if TYPE_CHECKING:
     import numpy as np

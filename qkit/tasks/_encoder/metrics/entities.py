@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from qkit.plugins.resampling import RowStatistics
 from qkit.tasks._encoder.metrics.counts import Counts, ratio, scores
-from qkit.tasks._encoder.metrics.resampling import RowStatistics
 from qkit.tasks._encoder.tagging.schemes import entities
 
 if TYPE_CHECKING:

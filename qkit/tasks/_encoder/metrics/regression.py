@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qkit.plugins.resampling import Joined, RowStatistics
 from qkit.tasks._encoder.metrics.counts import ratio
-from qkit.tasks._encoder.metrics.resampling import Joined, RowStatistics
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,14 +47,21 @@ def _of_sums(sums: Floats) -> Mapping[str, Floats]:
 
     rows, x, y, xx, yy, xy, squares, distances = np.moveaxis(sums, -1, 0)
     mse, spread = ratio(squares, rows), _variation(rows, x, xx)
-    constant = np.where(squares == 0, 1.0, 0.0)
     return {
         "mse": mse,
         "rmse": np.sqrt(mse),
         "mae": ratio(distances, rows),
-        "r2": np.where(spread > 0, 1 - ratio(squares, spread), constant),
+        "r2": r2(rows, x, xx, squares),
         "pearson": _correlation(xy - ratio(x * y, rows), spread, _variation(rows, y, yy)),
     }
+
+
+def r2(rows: Floats, x: Floats, xx: Floats, squares: Floats) -> Floats:
+    """R2 from sums over rows: of 1, of the references' distances from their mean in the sample, of these squared, and of the squared errors."""
+    import numpy as np
+
+    spread = _variation(rows, x, xx)
+    return np.where(spread > 0, 1 - ratio(squares, spread), np.where(squares == 0, 1.0, 0.0))
 
 
 def _variation(rows: Floats, total: Floats, squares: Floats) -> Floats:

@@ -67,6 +67,21 @@ class Joined:
         return {name: figure for sample in self.samples for name, figure in sample.figures(weights).items()}
 
 
+@dataclass(frozen=True)
+class Renamed:
+    """A sample whose figures have other names. `pattern`: with {} for the old one."""
+
+    sample: Sample
+    pattern: str
+
+    @property
+    def rows(self) -> int:
+        return self.sample.rows
+
+    def figures(self, weights: Floats) -> Mapping[str, Floats]:
+        return {self.pattern.format(name): figure for name, figure in self.sample.figures(weights).items()}
+
+
 def figures(sample: Sample) -> dict[str, float]:
     """Return the figures of all rows, each counted once.
 
@@ -87,6 +102,15 @@ def intervals(sample: Sample, confidence: float, seed: int, draws: int = DRAWS) 
     interval without width, which says less than an exact bound of that share would.
     """
     return _intervals([sample.figures(weights) for weights in _draws(sample.rows, draws, seed)], confidence)
+
+
+def with_intervals(sample: Sample, confidence: float, seed: int) -> dict[str, dict[str, float]]:
+    """`value`, `low` and `high` of each figure, by its name."""
+    bounds = intervals(sample, confidence, seed)
+    return {
+        name: {"value": value, "low": bounds[name].low, "high": bounds[name].high}
+        for name, value in figures(sample).items()
+    }
 
 
 def paired_intervals(
