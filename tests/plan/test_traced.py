@@ -1,4 +1,4 @@
-"""The plan of models with a new head: the tensors of a traced step against those of a real one, the batches that it takes, and what is shown."""
+"""The plan of models with a new head: the tensors of a traced step against those of a real one, the batches that it takes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ from qkit.recipe.schema import Recipe
 from qkit.train import memory_report
 from qkit.train.trainers import labelled
 
+COUNTED = Known(labels=3)
 CPU = Device("cpu", "Some CPU", 2**34, 2)
 ROWS = 12
 ENCODERS = ("roberta", "electra", "deberta", "deberta-v2", "mpnet", "distilbert", "modernbert", "llama")
+UNTYPED = ("roberta", "electra")  # their tiny tokenizer gives no token types, although their tiny config has them
+LONGEST = 11  # tokens
 METHODS = ("full", "lora", "head", "houlsby", "pfeiffer", "parallel")
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def recipe(folder: Path, *overrides: str, **sections: Any) -> Recipe:
     return from_dict(settings(folder, folder / "rows.jsonl", **sections), overrides, "the test")
 
 
-def items_of(how: Recipe, device: Device = CPU, stage: str = "train", known: Known = Known(labels=3)) -> dict[str, int]:
+def items_of(how: Recipe, device: Device = CPU, stage: str = "train", known: Known = COUNTED) -> dict[str, int]:
     return {item.name: item.bytes for item in plan_plan.plan(how, device=device, stage=stage, known=known).items}
 
 
@@ -84,11 +90,194 @@ def test_tensors_of_a_step_by_method(models: Any, tmp_path: Path, method: str, b
     planned, measured = both(tmp_path, models("bert"), method=method, train={"bf16": bf16})
     assert planned["weights"] == measured["weights"]
     assert planned["optimizer"] == measured["optimizer"]
-    assert tensors(planned) == pytest.approx(tensors(measured), abs=0)
+    assert tensors(planned) == tensors(measured)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_tensors_of_a_step_by_architecture(models: Any, tmp_path: Path, kind: str) -> None:
     planned, measured = both(tmp_path, models(kind))
-    assert tensors(planned) == pytest.approx(tensors(measured), abs=0)
+    types = 8 * ROWS * LONGEST if kind in UNTYPED else 0  # planned, since the config knows two types
+    assert tensors(planned) - types == tensors(measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"micro_batches": 3},
+        {"method": "full", "train": {"gradient_accumulation_steps": 2}},
+        {"train": {"gradient_checkpointing": True}},
+        {"method": "full", "train": {"gradient_checkpointing": True, "bf16": True}},
+        {"model": {"attn_implementation": "eager"}},
+        {"loss": {"label_smoothing": 0.1}},
+    ],
+    ids=["micro_batches", "accumulation", "checkpointing", "checkpointing in bf16", "eager", "smoothing"],
+)
+def test_tensors_of_a_step_by_setting(models: Any, tmp_path: Path, sections: dict[str, Any]) -> None:
+    planned, measured = both(tmp_path, models("bert"), **sections)
+    assert tensors(planned) == pytest.approx(tensors(measured), rel=0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "houlsby"])
+def test_tensors_of_a_step_on_a_16_bit_base(models: Any, tmp_path: Path, method: str) -> None:
+    planned, measured = both(tmp_path, models("bert", "bfloat16"), method=method, train={"bf16": True})
+    assert planned["weights"] == measured["weights"]
+    assert tensors(planned) == tensors(measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("double", [False, True])
+def test_tensors_of_a_step_on_a_4_bit_base(models: Any, tmp_path: Path, double: bool) -> None:
+    quantization = {"load_in_4bit": True, "bnb_4bit_use_double_quant": double}
+    planned, measured = both(tmp_path, models("bert"), quantization=quantization, train={"bf16": True})
+    assert planned["weights"] == pytest.approx(measured["weights"], rel=0.02)
+    assert tensors(planned) == pytest.approx(tensors(measured), rel=0.03)
+
+
+# --- traces ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_sizes_are_linear_in_rows(models: Any, kind: str) -> None:
+    how = recipe(models(kind))
+    setting = step.setting_of(how, new_head(how, COUNTED), gpu=False)
+    direct, extended = step._traced(setting, 7, 20), step.traced(setting, 7, 20)
+    assert extended == dataclasses.replace(direct, log=extended.log)
+    assert (extended.log.sizes, extended.log.lines) == (direct.log.sizes, direct.log.lines)
+
+
+def test_a_head_for_two_positions_and_one_for_tokens(models: Any) -> None:
+    """Heads that other tasks have: the trace reads whatever logits there are."""
+    logits = {"start_logits": 0, "logits": 1, "hidden_states": 2}
+    assert list(step._heads(logits)) == [0, 1]
+
+
+def test_a_gpu_keeps_no_scores_and_smaller_masks(models: Any) -> None:
+    how, gpu = recipe(models("bert")), gpus.device("rtx-4090")
+    eager = recipe(models("bert"), model={"attn_implementation": "eager"})
+    on_cpu, on_gpu = (items_of(how, device)["activations"] for device in (CPU, gpu))
+    assert on_gpu < 0.9 * on_cpu
+    assert items_of(eager, gpu)["activations"] > on_gpu
+
+
+def test_what_depends_on_values_is_refused(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import BertForSequenceClassification
+
+    def forward(self: Any, input_ids: Any, **_: Any) -> Any:
+        return {"logits": torch.nonzero(input_ids).float()}
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", forward)
+    with pytest.raises(ModelError, match="depends on the values of a batch"):
+        items_of(recipe(models("bert"), data={"max_length": 21}))
+
+
+# --- batches --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_batch_of_unknown_rows(models: Any) -> None:
+    how = recipe(models("bert"), data={"max_length": 32, "batch_tokens": 128, "batch_rows": 32})
+    assert shapes.largest(how, Known()) == ((4, 32),)
+    uneven = recipe(models("bert"), data={"max_length": 30, "batch_tokens": 100, "batch_rows": 32})
+    assert shapes.largest(uneven, Known()) == ((4, 25), (3, 30))
+    few = recipe(models("bert"), data={"max_length": 32, "batch_tokens": 128, "batch_rows": 2})
+    assert shapes.largest(few, Known()) == ((2, 32),)
+
+
+def test_the_largest_batch_of_known_rows(models: Any) -> None:
+    known = Known(lengths=((4, 40), (10, 3), (50, 1)))
+    how = recipe(models("bert"), data={"max_length": 32, "batch_tokens": 128, "batch_rows": 32})
+    assert shapes.largest(how, known) == ((32, 4), (11, 10))  # 8 more of 4 tokens share a batch with those of 10
+    dropped = recipe(models("bert"), data={"max_length": 32, "batch_tokens": 128, "batch_rows": 32, "too_long": "drop"})
+    long = Known(lengths=((4, 2), (50, 3)))  # cut to 32 tokens, or dropped
+    assert [shapes.largest(made, long) for made in (how, dropped)] == [((3, 32),), ((2, 4),)]
+    parts = recipe(models("bert"), micro_batches=3, data={"max_length": 32, "batch_tokens": 128, "batch_rows": 32})
+    assert shapes.largest(parts, known) == ((11, 4), (4, 10))
+
+
+def test_counted_labels_replace_the_assumption(models: Any) -> None:
+    how = recipe(models("bert"), method="head")
+    few, many, assumed = (items_of(how, known=Known(labels=labels))["trained"] for labels in (3, 100, None))
+    assert (few, many, assumed) == (4 * 3 * 33, 4 * 100 * 33, 4 * 10 * 33)
+    assert "10 labels assumed" in str(plan_plan.plan(how, device=CPU).items)
+
+
+def test_a_checkpoint_that_is_not_here_has_no_pooler(models: Any) -> None:
+    how = recipe(models("bert"))
+    here = new_head(how, COUNTED)
+    absent = dataclasses.replace(here, folder=None)
+    assert here.exact and not absent.exact
+    difference = items.step_of(how, absent, CPU).trained_bytes - items.step_of(how, here, CPU).trained_bytes
+    assert difference == 4 * (32 * 32 + 32 - 4 * (32 + 32))  # the pooler is trained whole, not through LoRA
+
+
+# --- what is shown, and what to change --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sheet_of_labels(models: Any) -> None:
+    shown = sheet.sheet(recipe(models("bert")), CPU, [[8, 40, 40], [12, 20, 20]], labels=3)
+    assert [stage.stage for stage in shown.stages] == ["load", "train", "evaluate", "merge", "export"]
+    assert shown.exact and shown.conversations == () and shown.anchors == ()
+    assert shown.parameters == 23_587  # by hand: embeddings 5,280, two layers of 8,544 ... and a head of 99
+    assert shown.lengths is not None and shown.lengths.choices[0].peak_bytes > 0
+    json.dumps(sheet.to_dict(shown))
+
+
+def test_no_weight_takes_up_a_bottleneck_so_there_is_no_merge(models: Any) -> None:
+    assert "merge" not in plan_plan.stages_with_a_plan(recipe(models("bert"), method="houlsby"))
+
+
+@pytest.mark.slow
+def test_remedies_of_all_weights_end_in_an_adapter(models: Any) -> None:
+    how = recipe(models("bert"), method="full", data={"max_length": 64, "batch_tokens": 4096, "batch_rows": 64})
+    peak = sum(items_of(how).values())
+    changes = remedies._changes(how, "train", CPU)
+    sets = [level for change in changes for level in change.levels]
+    assert ("micro_batches=2",) in sets and ("train.bf16=true",) in sets and ("method=lora",) in sets
+    assert ("quantization.load_in_4bit=true",) not in sets  # all weights cannot be trained in 4 bit
+    made = plan_plan.plan(how, device=CPU, device_bytes=peak - 8 * 2**20)
+    assert not made.fits and made.remedies[0].set == ("micro_batches=2",)
+    smaller = remedies.apply(how, made.remedies)
+    assert sum(items_of(smaller, known=Known()).values()) == peak - sum(r.saves_bytes for r in made.remedies)
+
+
+@pytest.mark.slow
+def test_a_16_bit_base_in_fp32_is_named(models: Any) -> None:
+    folder = models("bert", "bfloat16")
+    for sections, said in (
+        ({"train": {"bf16": False}}, "stored in bfloat16, and train.bf16=false computes them in fp32, which doubles"),
+        ({"method": "full"}, "stored in bfloat16, and method=full trains them in fp32"),
+        ({"train": {"bf16": True}}, ""),
+    ):
+        how = recipe(folder, **sections)
+        assert said in "".join(items.remarks(how, new_head(how, COUNTED)))
+    wide, narrow = (items_of(recipe(folder, train={"bf16": on}))["weights"] for on in (False, True))
+    assert wide == pytest.approx(2 * narrow, rel=0.05)
+
+
+def test_solved_batches_and_lengths(models: Any) -> None:
+    how = recipe(models("bert"), data={"max_length": 32, "batch_tokens": 128, "batch_rows": 32})
+    room = sum(items_of(how, known=Known()).values()) + 2**20
+    solved = solve.solve(how, "batch", room, CPU)
+    assert solved.plan is not None and solved.plan.peak_bytes <= room and int(solved.value or 0) > 4
+    assert solved.set == (f"data.batch_tokens={32 * int(solved.value or 0)}", f"data.batch_rows={solved.value}")
+    with pytest.raises(RecipeError, match="method=full has no rank"):
+        solve.solve(recipe(models("bert"), method="full"), "rank", room, CPU)
+
+
+def test_time_counts_the_products_of_a_step(models: Any) -> None:
+    """Two FLOPs for each weight of a linear module and token forward, and twice as many backward when all are trained."""
+    how = recipe(models("bert"), method="full", data={"max_length": 32, "batch_tokens": 128})
+    flops = speed.flops_per_token(how, new_head(how, COUNTED))
+    linear = 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert 6 * linear < flops < 1.5 * 6 * linear
+
+
+def test_labels_and_lengths_come_from_the_data_folder(tmp_path: Path) -> None:
+    assert sheet.labels_of(tmp_path) is None and sheet.labels_of(None) is None
+    write_rows(tmp_path / "data" / "labels.json", [{"names": ["a", "b"]}])
+    assert sheet.labels_of(tmp_path) == 2

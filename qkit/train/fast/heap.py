@@ -30,7 +30,8 @@ def trim_between_layers(model: PreTrainedModel) -> None:
     model.get_output_embeddings().register_forward_pre_hook(lambda *_: trim_heap())
 
 
-LARGE_INPUT = MIB  # bytes of hidden states; of smaller batches, the gaps are small, and trimming takes a tenth of the step
+# Bytes of hidden states; of smaller batches, the gaps are small, and trimming takes a tenth of the step.
+LARGE_INPUT = MIB
 
 
 def trim_before_layers(model: nn.Module) -> None:
