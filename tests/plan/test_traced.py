@@ -106,13 +106,20 @@ def test_tensors_of_a_step_by_architecture(models: Any, tmp_path: Path, kind: st
     "sections",
     [
         {"micro_batches": 3},
-        {"method": "full", "train": {"gradient_accumulation_steps": 2}},
+        {"method": "full", "micro_batches": 3},
         {"train": {"gradient_checkpointing": True}},
         {"method": "full", "train": {"gradient_checkpointing": True, "bf16": True}},
         {"model": {"attn_implementation": "eager"}},
         {"loss": {"label_smoothing": 0.1}},
     ],
-    ids=["micro_batches", "accumulation", "checkpointing", "checkpointing in bf16", "eager", "smoothing"],
+    ids=[
+        "micro_batches",
+        "micro_batches of all weights",
+        "checkpointing",
+        "checkpointing in bf16",
+        "eager",
+        "smoothing",
+    ],
 )
 def test_tensors_of_a_step_by_setting(models: Any, tmp_path: Path, sections: dict[str, Any]) -> None:
     planned, measured = both(tmp_path, models("bert"), **sections)
@@ -132,8 +139,10 @@ def test_tensors_of_a_step_on_a_16_bit_base(models: Any, tmp_path: Path, method:
 def test_tensors_of_a_step_on_a_4_bit_base(models: Any, tmp_path: Path, double: bool) -> None:
     quantization = {"load_in_4bit": True, "bnb_4bit_use_double_quant": double}
     planned, measured = both(tmp_path, models("bert"), quantization=quantization, train={"bf16": True})
-    assert planned["weights"] == pytest.approx(measured["weights"], rel=0.02)
-    assert tensors(planned) == pytest.approx(tensors(measured), rel=0.03)
+    tables = 13 * (64 + 1024)  # of 13 matrices, each of which may have its own or share them
+    assert planned["weights"] == pytest.approx(measured["weights"], abs=tables)
+    rest = [tensors(lines) - lines["weights"] for lines in (planned, measured)]
+    assert rest[0] == pytest.approx(rest[1], rel=0.02)
 
 
 # --- traces ---------------------------------------------------------------------------------------------------------------
@@ -161,6 +170,15 @@ def test_a_gpu_keeps_no_scores_and_smaller_masks(models: Any) -> None:
     on_cpu, on_gpu = (items_of(how, device)["activations"] for device in (CPU, gpu))
     assert on_gpu < 0.9 * on_cpu
     assert items_of(eager, gpu)["activations"] > on_gpu
+
+
+def test_a_gpu_computes_layers_again(models: Any) -> None:
+    how = recipe(
+        models("bert"), train={"gradient_checkpointing": True, "bf16": True}, quantization={"load_in_4bit": True}
+    )
+    kept = recipe(models("bert"), train={"bf16": True}, quantization={"load_in_4bit": True})
+    again, once = (items_of(each, gpus.device("rtx-4090"))["activations"] for each in (how, kept))
+    assert again < 0.8 * once
 
 
 def test_what_depends_on_values_is_refused(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,10 +257,10 @@ def test_remedies_of_all_weights_end_in_an_adapter(models: Any) -> None:
     sets = [level for change in changes for level in change.levels]
     assert ("micro_batches=2",) in sets and ("train.bf16=true",) in sets and ("method=lora",) in sets
     assert ("quantization.load_in_4bit=true",) not in sets  # all weights cannot be trained in 4 bit
-    made = plan_plan.plan(how, device=CPU, device_bytes=peak - 8 * 2**20)
+    made = plan_plan.plan(how, device=CPU, device_bytes=peak - 8 * 2**20, known=COUNTED)
     assert not made.fits and made.remedies[0].set == ("micro_batches=2",)
     smaller = remedies.apply(how, made.remedies)
-    assert sum(items_of(smaller, known=Known()).values()) == peak - sum(r.saves_bytes for r in made.remedies)
+    assert sum(items_of(smaller).values()) == peak - sum(r.saves_bytes for r in made.remedies)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qkit.core.device import Device
+from qkit.core.errors import ModelError
 from qkit.plan._overhead import LABELLED_PROCESS, fixed_item, heap_items, overhead_of, segments
 from qkit.plan.fixed_memory import optimizer_bytes, optimizer_formula
 from qkit.plan.items import MemoryItem
@@ -13,14 +14,14 @@ from qkit.plan.traced import shapes
 from qkit.plan.traced.head import ASSUMED_LABELS, NewHead
 from qkit.plan.traced.model import weights_dtype
 from qkit.plan.traced.shapes import BatchShape
-from qkit.plan.traced.step import Setting, Traced, setting_of, traced
+from qkit.plan.traced.step import Setting, Traced, inputs_of, setting_of, traced
 from qkit.plugins.runtime import ENCODER_TOKENS
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.stages import stages_of
 
 A_CPU = Device("cpu", "", 0, 1)  # for what does not depend on the device
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
-FP32 = 4
+FP32, INT64 = 4, 8
 PASSING = ("activations", "logits", "workspace", "batch")  # lines of a trace that do not persist between steps
 UPDATE_COPIES = 2  # torch's own Adam on a CPU, tensor by tensor: the root of the second moment, and that divided
 # The peak resident size of the exporters, as a multiple of the fp32 weights, without a bare process.
@@ -36,6 +37,13 @@ class Step:
     shape: BatchShape
     trace: Traced
     optimizer: int
+    inputs: int  # tensors of ids, masks and types that the model reads
+
+    @property
+    def waiting_bytes(self) -> int:
+        """The other micro-batches of the batch: the parts are views of it. A row has a label and a length beside its inputs."""
+        rows = (self.recipe.micro_batches - 1) * self.shape.rows
+        return rows * INT64 * (self.shape.length * self.inputs + 2)
 
     @property
     def trained_bytes(self) -> int:
@@ -62,7 +70,7 @@ class Step:
 
     @property
     def peak_bytes(self) -> int:
-        tensors = sum(self.trace.log.items().values())
+        tensors = sum(self.trace.log.items().values()) + self.waiting_bytes
         return max(tensors, self.standing + self.trained_bytes + self.update_bytes) + self.optimizer
 
 
@@ -76,7 +84,9 @@ def step_of(recipe: Recipe, head: NewHead, device: Device) -> Step:
 
     def step(shape: BatchShape) -> Step:
         trace = traced(setting, *shape)
-        return Step(recipe, device, shape, trace, optimizer_bytes(recipe.train.optim, trace.trained))
+        return Step(
+            recipe, device, shape, trace, optimizer_bytes(recipe.train.optim, trace.trained), len(inputs_of(head))
+        )
 
     return max((step(shape) for shape in shapes.largest(recipe, head.known)), key=lambda step: step.peak_bytes)
 
@@ -85,11 +95,14 @@ def step_of(recipe: Recipe, head: NewHead, device: Device) -> Step:
 
 
 def stage_items(recipe: Recipe, head: NewHead, device: Device, stage: str) -> tuple[MemoryItem, ...]:
-    """The items of a stage at its peak; those of `STAGES`.
+    """The items of a stage at its peak.
 
     Raises:
-        ModelError: the model cannot be traced.
+        ModelError: the model cannot be traced, or the stage has no plan.
     """
+    if stage not in ITEMS:
+        message = f"the memory of the stage {stage} is not planned for a model with a new head (task={recipe.task})"
+        raise ModelError(message, source=head.source)
     return ITEMS[stage](recipe, head, device)
 
 
@@ -154,7 +167,7 @@ def _passing(step: Step) -> Iterator[MemoryItem]:
     activations = lines["activations"] + lines["logits"]
     yield MemoryItem("activations", activations, False, f"traced: every tensor at the peak of {what}{_mode(step)}")
     yield MemoryItem("workspace", lines["workspace"], False, "traced: copies of weights in another dtype")
-    yield MemoryItem("batch", lines["batch"], False, f"traced: ids and masks of {what}")
+    yield MemoryItem("batch", lines["batch"] + step.waiting_bytes, False, f"traced: ids and masks of {what}")
 
 
 def _mode(step: Step) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from qkit.plan.fixed_memory import BLOCK, NESTED_BLOCK
@@ -21,38 +21,30 @@ LOG_SUM_STEP = 32  # the memory-efficient kernel pads its log-sums to a multiple
 
 @contextlib.contextmanager
 def of_a_gpu(autocast: bool) -> Iterator[None]:
-    """Replace, inside, what CUDA computes otherwise than the CPU."""
-    import torch
-
-    # PEFT asks CUDA's autocast whether to cast the inputs of adapters.
-    before = torch.is_autocast_enabled("cuda")
-    torch.set_autocast_enabled("cuda", autocast)
-    try:
-        with _mode(autocast):
-            yield
-    finally:
-        torch.set_autocast_enabled("cuda", before)
-
-
-def _mode(autocast: bool) -> Any:
+    """Replace, inside, what CUDA computes otherwise than the CPU. As attributes of the module: a mode would not reach layers that the
+    backward pass computes again."""
     import torch
     from torch.nn import functional
-    from torch.overrides import TorchFunctionMode
 
-    in_fp32 = (functional.layer_norm, functional.softmax, torch.softmax, torch.Tensor.softmax)
+    replacements: dict[str, Any] = {
+        "scaled_dot_product_attention": functools.partial(_attention, autocast),
+        "dropout": _dropout,
+    }
+    if autocast:  # CUDA's autocast computes these in fp32
+        replacements |= {name: _in_fp32(getattr(functional, name)) for name in ("layer_norm", "softmax")}
+    before = {name: getattr(functional, name) for name in replacements}
+    casts = torch.is_autocast_enabled("cuda")  # PEFT asks this whether to cast the inputs of adapters
+    torch.set_autocast_enabled("cuda", autocast)
+    try:
+        vars(functional).update(replacements)
+        yield
+    finally:
+        vars(functional).update(before)
+        torch.set_autocast_enabled("cuda", casts)
 
-    class Mode(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if func is functional.scaled_dot_product_attention:
-                return _attention(autocast, *args, **kwargs)
-            if func is functional.dropout:
-                return _dropout(*args, **kwargs)
-            if autocast and func in in_fp32:
-                args = (args[0].float(), *args[1:])
-            return func(*args, **kwargs)
 
-    return Mode()
+def _in_fp32(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda read, *given, **named: function(read.float(), *given, **named)
 
 
 def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

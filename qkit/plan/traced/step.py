@@ -133,14 +133,16 @@ def _traced(setting: Setting, rows: int, length: int) -> Traced:
     )
 
 
-def _batch(setting: Setting, rows: int, length: int) -> dict[str, Any]:
+def inputs_of(head: NewHead) -> tuple[str, ...]:
     """Ids and mask, and token types if the model tells them apart."""
+    types = ("token_type_ids",) if head.settings.get("type_vocab_size", 0) > 1 else ()
+    return "input_ids", "attention_mask", *types
+
+
+def _batch(setting: Setting, rows: int, length: int) -> dict[str, Any]:
     import torch
 
-    names = ["input_ids", "attention_mask"]
-    if setting.head.settings.get("type_vocab_size", 0) > 1:
-        names.append("token_type_ids")
-    return {name: torch.ones(rows, length, dtype=torch.long) for name in names}
+    return {name: torch.ones(rows, length, dtype=torch.long) for name in inputs_of(setting.head)}
 
 
 def _log(setting: Setting, model: Any, batch: dict[str, Any], counter: Any) -> Log:
@@ -160,7 +162,7 @@ def _log(setting: Setting, model: Any, batch: dict[str, Any], counter: Any) -> L
         loss = sum(_loss(output.float()) for output in outputs)
         del outputs
         if setting.trains:
-            (loss / count).backward()
+            torch.autograd.backward(loss / count)  # not the method, inside which no mode is active
         del numbers  # of the rows, which the trainer keeps beside the batch
     return alive.log
 
