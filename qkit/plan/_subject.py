@@ -5,7 +5,7 @@ from __future__ import annotations
 from qkit.model.config import shape_of
 from qkit.model.shape import Shape
 from qkit.plan._known import NOTHING, Known
-from qkit.plan.traced.head import NewHead, new_head
+from qkit.plan._traced.head import NewHead, new_head
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
 

@@ -1,5 +1,5 @@
 """The memory plan: the memory that each stage needs, and whether it fits, before anything is loaded. Arithmetic only, without torch.
-Except for models with a new head, whose step is traced (traced/).
+Except for models with a new head, whose step is traced (_traced/).
 
 This module is what the rest of qkit calls. stage_memory.py computes the items of a stage, remedies.py the changes that make it fit, speed.py
 the time; sheet.py gathers all that `qkit plan` shows, and screen.py prints it.
@@ -21,10 +21,10 @@ from qkit.plan import remedies as plan_remedies
 from qkit.plan._known import NOTHING, Known
 from qkit.plan._overhead import overhead_of
 from qkit.plan._subject import Subject, subject_of
+from qkit.plan._traced import items as traced_items
+from qkit.plan._traced.head import NewHead
 from qkit.plan.items import MemoryItem
 from qkit.plan.remedies import Remedy
-from qkit.plan.traced import items as traced_items
-from qkit.plan.traced.head import NewHead
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import ALL, Recipe
 

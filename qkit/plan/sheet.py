@@ -17,6 +17,8 @@ from qkit.model.shape import Shape, parameters
 from qkit.plan import deployable, published, solve, speed, stage_memory
 from qkit.plan import plan as plan_plan
 from qkit.plan._subject import Subject, subject_of
+from qkit.plan._traced import items as traced_items
+from qkit.plan._traced.head import NewHead
 from qkit.plan.deployable import Refusal
 from qkit.plan.fixed_memory import remarks
 from qkit.plan.items import MemoryItem
@@ -25,8 +27,6 @@ from qkit.plan.published import Anchor
 from qkit.plan.remedies import Remedy
 from qkit.plan.solve import LengthTable, Question, Solved
 from qkit.plan.speed import Pace
-from qkit.plan.traced import items as traced_items
-from qkit.plan.traced.head import NewHead
 from qkit.plugins.task import open_task, read_labels
 from qkit.recipe import idle, load, schedule, schema
 from qkit.recipe.schema import Recipe

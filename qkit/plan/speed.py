@@ -20,9 +20,9 @@ from qkit.core.sources import cache_dir
 from qkit.model.shape import linear_parameters
 from qkit.plan import gpus
 from qkit.plan._subject import Subject
+from qkit.plan._traced import items as traced_items
+from qkit.plan._traced.head import NewHead
 from qkit.plan.fixed_memory import adapter_sizes, weight_bytes
-from qkit.plan.traced import items as traced_items
-from qkit.plan.traced.head import NewHead
 from qkit.recipe.schema import Recipe
 
 REMEMBERED = 8  # runs per device; their median is used

@@ -18,8 +18,8 @@ from qkit.core.errors import ModelError, RecipeError
 from qkit.plan import gpus, remedies, sheet, solve, speed
 from qkit.plan import plan as plan_plan
 from qkit.plan._known import Known
-from qkit.plan.traced import items, shapes, step
-from qkit.plan.traced.head import new_head
+from qkit.plan._traced import items, shapes, step
+from qkit.plan._traced.head import new_head
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
 from qkit.train import memory_report

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
 from qkit.model.adapters import methods, new_heads
-from qkit.plan.traced import kernels
-from qkit.plan.traced.head import NewHead
+from qkit.plan._traced import kernels
+from qkit.plan._traced.head import NewHead
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import WHOLE, Recipe
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from qkit.core.device import Device
 from qkit.core.errors import ModelError
 from qkit.plan._overhead import LABELLED_PROCESS, fixed_item, heap_items, overhead_of, segments
+from qkit.plan._traced import shapes
+from qkit.plan._traced.head import ASSUMED_LABELS, NewHead
+from qkit.plan._traced.model import weights_dtype
+from qkit.plan._traced.shapes import BatchShape
+from qkit.plan._traced.step import Setting, Traced, inputs_of, setting_of, traced
 from qkit.plan.fixed_memory import optimizer_bytes, optimizer_formula
 from qkit.plan.items import MemoryItem
-from qkit.plan.traced import shapes
-from qkit.plan.traced.head import ASSUMED_LABELS, NewHead
-from qkit.plan.traced.model import weights_dtype
-from qkit.plan.traced.shapes import BatchShape
-from qkit.plan.traced.step import Setting, Traced, inputs_of, setting_of, traced
 from qkit.plugins.runtime import ENCODER_TOKENS
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.stages import stages_of

@@ -14,9 +14,9 @@ from typing import Any
 from qkit.core import memory_watch
 from qkit.core.errors import ModelError
 from qkit.core.memory_watch import STANDING, Log
-from qkit.plan.traced import kernels
-from qkit.plan.traced.head import NewHead
-from qkit.plan.traced.model import built, with_fakes
+from qkit.plan._traced import kernels
+from qkit.plan._traced.head import NewHead
+from qkit.plan._traced.model import built, with_fakes
 from qkit.recipe.schema import Recipe
 
 FEW, MORE = (
