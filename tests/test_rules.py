@@ -45,11 +45,15 @@ def test_nothing_heavy_on_the_way_to_help(arguments: list[str]) -> None:
     assert "HEAVY []" in done.stdout
 
 
+STANDALONE = PACKAGE / "model" / "pooled_head.py"  # a copy of it lies beside models, for plain transformers
+
+
 def test_heavy_imports_are_inside_functions() -> None:
     heavy = {
         str(file): found
         for file in MODULES
-        if (found := {name for name in _imports(file, top_level_only=True) if name.split(".")[0] in HEAVY})
+        if file != STANDALONE
+        and (found := {name for name in _imports(file, top_level_only=True) if name.split(".")[0] in HEAVY})
     }
     assert not heavy
 

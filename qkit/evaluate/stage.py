@@ -1,14 +1,13 @@
 """The stage `evaluate`: the task's score and the held-out loss of the base model and of the adapter, on the same rows with the same prompts.
 
-evaluate/scores.json         metric, and per artifact: score, interval, rows, held-out loss
-evaluate/predictions.jsonl   every prediction, right or wrong, with its token ids
+evaluate/scores.json         metric, and per artifact: score, interval, rows, held-out loss, and the task's further figures
+evaluate/predictions.jsonl   every prediction, right or wrong, with its token ids, or the probabilities of the most likely labels
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from qkit.core.errors import DataError
 from qkit.core.files import write_json, write_text
 from qkit.measure import held_out as measure_held_out
 from qkit.measure import scores as measure_scores
-from qkit.measure.answers import answered
+from qkit.measure.answers import answered, scored
 from qkit.model import source
 from qkit.plugins.runtime import Scores, open_runtime
 from qkit.plugins.task import open_task
@@ -88,9 +87,4 @@ def _evaluate(
             zip(held_out.records, answers.predictions, answers.grades.right, strict=True)
         )
     ]
-    section, seed = run.recipe.evaluate, run.recipe.seed
-    score = asdict(measure_scores.score(answers.grades, measure_scores.mean_loss(losses), section, seed))
-    data = run.need("data", "summary.json").parent
-    if metrics := task.metrics(answers.predictions, held_out.references, data, section, seed):
-        score["metrics"] = metrics
-    return score, lines, answers.grades
+    return scored(run, answers, held_out, measure_scores.mean_loss(losses)), lines, answers.grades

@@ -31,7 +31,7 @@ from qkit.plugins.exporter import Job, exporter
 from qkit.plugins.runtime import open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import split
-from qkit.recipe.schema import BOTTLENECKS
+from qkit.recipe.schema import UNMERGED
 from qkit.run.directory import Run
 
 # Server formats that transformers can open too: quant_method in config.json -> the package that this needs.
@@ -88,7 +88,7 @@ def disk_share(names: Sequence[str]) -> float:
 def job(run: Run) -> Job:
     """The inputs of the exporters for a run."""
     base = source.resolve(run.recipe.model)
-    is_merged = run.recipe.method not in BOTTLENECKS
+    is_merged = run.recipe.method not in UNMERGED
     return Job(
         merged=run.need("merge", "config.json").parent if is_merged else base,
         base=base,
@@ -104,7 +104,7 @@ def _make(run: Run, out: Path, name: str) -> tuple[Candidate | None, dict[str, A
     """Make one format. Returns the merge that it was made from, if any, and the table of candidates if there was a choice."""
     variant = split(name)[1]
     exporter(name).export(job(run), out / name, variant)
-    if run.recipe.method in BOTTLENECKS:
+    if run.recipe.method in UNMERGED:
         return None, None
     kept = candidates.chosen_merge(run)
     others = candidates.other_merges(run)

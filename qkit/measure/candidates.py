@@ -63,14 +63,14 @@ class Candidate:
 class CandidateResult:
     """What was measured of one candidate, or of a reference row such as the base model; `parity` is None if it was not measured.
 
-    `score`: percent correct with its interval. `gain`: points above the reference model on the same rows, with their interval.
-    `texts`: its answers.
+    `score`: percent correct with its interval, and the task's further figures. `gain`: points above the reference model on the same rows, with
+    their interval. `texts`: its answers.
     """
 
     name: str
     description: str
     parity: Parity | None = None
-    score: Mapping[str, float] | None = None
+    score: Mapping[str, Any] | None = None
     gain: Mapping[str, float] | None = None
     note: str | None = None
     texts: tuple[str, ...] = ()
@@ -163,7 +163,7 @@ def choose(results: Sequence[CandidateResult], rule: str) -> CandidateResult:
 
     def rank(result: CandidateResult) -> tuple[bool, float, float]:
         assert result.parity is not None
-        score = result.score["score"] if rule == "score" and result.score else 0.0
+        score = float(result.score["score"]) if rule == "score" and result.score else 0.0
         return not result.parity.lost, score, -result.parity.kl_mean
 
     return max((result for result in results if result.parity), key=rank)
@@ -254,7 +254,7 @@ def base_row(reference: Reference) -> CandidateResult:
     return CandidateResult("base", "the base model without the adapter", parity)
 
 
-def adapter_row(reference: Reference, score: Mapping[str, float] | None) -> CandidateResult:
+def adapter_row(reference: Reference, score: Mapping[str, Any] | None) -> CandidateResult:
     """The unmerged adapter computed in bf16, as it was trained; all others are measured against the same in fp32."""
     return CandidateResult(ADAPTER, "the unmerged adapter on the base as trained, in bf16", reference.bf16, score)
 

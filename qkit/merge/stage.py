@@ -9,16 +9,16 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from qkit.core.device import detect
 from qkit.core.errors import RecipeError
 from qkit.core.files import need_disk, read_json, write_json
-from qkit.measure import candidates, gates, parity, scores
+from qkit.measure import candidates, gates, parity
 from qkit.measure import held_out as measure_held_out
 from qkit.measure import reference as measure_reference
-from qkit.measure.answers import answered
+from qkit.measure.answers import answered, scored
 from qkit.measure.candidates import Candidate, CandidateResult
 from qkit.measure.held_out import HeldOut
 from qkit.measure.parity import Reference
@@ -26,7 +26,7 @@ from qkit.merging.folder import write_folder
 from qkit.model import provenance, source
 from qkit.plugins.runtime import open_runtime
 from qkit.plugins.task import open_task
-from qkit.recipe.schema import BOTTLENECKS
+from qkit.recipe.schema import UNMERGED
 from qkit.run.directory import Run
 from qkit.tensors.shards import shards
 
@@ -44,7 +44,7 @@ def run(run: Run, out: Path) -> None:
         ModelError: the adapter does not belong to this base, is already merged into it, or is of a kind that cannot be merged.
         ParityFailed: even the best candidate has lost the fine-tune.
     """
-    if run.recipe.method in BOTTLENECKS:
+    if run.recipe.method in UNMERGED:
         raise RecipeError(
             f"method={run.recipe.method}: no weight can take up a bottleneck adapter, so there is nothing to merge; `qkit export {run.root}` "
             "makes the onnx formats of base and adapter together"
@@ -89,7 +89,7 @@ def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, ref
         distance = candidates.merged_parity(reference, folder, scores_of_rows)
     return replace(
         CandidateResult.of(candidate, distance),
-        score=asdict(scores.score(answers.grades, distance.heldout_loss, run.recipe.evaluate, run.recipe.seed)),
+        score=scored(run, answers, held_out, distance.heldout_loss),
         gain=gates.gain_over_reference(run, answers.grades, held_out),
         texts=answers.texts,
     )

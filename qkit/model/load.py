@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
+from qkit.core.files import read_json
 from qkit.model import added_tokens, provenance, tokenizer
 from qkit.model.adapters import new_heads, targets
 from qkit.model.adapters import sums as adapter_sum
 from qkit.model.adapters.bottleneck import tuner
 from qkit.model.source import dequantize
-from qkit.plugins.task import open_task, read_labels
+from qkit.plugins.task import ModelHead, open_task, read_labels
 from qkit.recipe import schema
 from qkit.tensors import lora_deltas
 from qkit.tensors.nf4_roundtrip import FourBit
@@ -26,9 +28,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qkit.core.device import Device
+    from qkit.recipe.labels import Head
 
 
 log = logging.getLogger(__name__)
+HEAD_KEY = "pooled_head"  # in the config.json of a model with a head that pools (pooled_head.py)
+# What the configurations of transformers call the dropout of a head
+HEAD_DROPOUTS = ("classifier_dropout", "seq_classif_dropout", "cls_dropout", "qa_dropout", "classifier_dropout_prob")
 NO_SDPA = "scaled_dot_product_attention"  # in transformers' error for a model without this attention
 
 
@@ -40,16 +46,13 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device, labels: Seque
     Raises:
         ModelError: some weights are missing from the folder.
     """
-    import transformers
-
     head = open_task(recipe.task).HEAD
-    model_class = getattr(transformers, head.auto_class)
     options: dict[str, Any] = {"attn_implementation": recipe.model.attn_implementation, **_of_head(recipe, labels)}
     if recipe.quantization.load_in_4bit:
         options["quantization_config"] = quantization_config(recipe.quantization, new_heads.names_of(folder, head))
     options |= {"device_map": device.device_map, "trust_remote_code": recipe.model.trust_remote_code}
     options["output_loading_info"] = True
-    loaded, report = _loaded(model_class, folder, options)
+    loaded, report = _loaded(_opener(folder, recipe), folder, options)
     if head.generates:
         _need_all_weights(folder, [name for name in report["missing_keys"] if name.endswith(".weight")])
     else:
@@ -76,7 +79,67 @@ def _of_head(recipe: schema.Recipe, labels: Sequence[str]) -> dict[str, Any]:
     return {"dtype": dtype, "pad_token_id": tokenizer.padding_of(recipe.model), **task.head_config(labels)}
 
 
-def _loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+def class_of(folder: Path, head: ModelHead) -> Any:
+    """The class that opens a model folder with this head: one of transformers, or that of a head that pools."""
+    import transformers
+
+    if head.generates or HEAD_KEY not in read_json(folder / "config.json"):
+        return getattr(transformers, head.auto_class)
+    from qkit.model.pooled_head import PooledForSequenceClassification
+
+    return PooledForSequenceClassification
+
+
+def _opener(folder: Path, recipe: schema.Recipe) -> Callable[..., Any]:
+    """What opens the base model, or a trained one, with the head that the recipe wants."""
+    model_class = class_of(folder, open_task(recipe.task).HEAD)
+    if recipe.head.pooling is None or HEAD_KEY in read_json(folder / "config.json"):
+        return partial(_with_dropout, model_class.from_pretrained, recipe.head.dropout)
+    return partial(_pooled, recipe.head)
+
+
+def _with_dropout(open_folder: Callable[..., Any], dropout: float | None, folder: str, **options: Any) -> Any:
+    """A model whose own head has this dropout.
+
+    Raises:
+        ModelError: it has no dropout in its head.
+    """
+    if dropout is None:
+        return open_folder(folder, **options)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=options.get("trust_remote_code", False))
+    keys = [key for key in HEAD_DROPOUTS if hasattr(config, key)]
+    if not keys and not hasattr(config, HEAD_KEY):
+        raise ModelError(
+            f"{folder}: the head of a {config.model_type} has no dropout of its own; remove head.dropout, or set head.pooling, which gives it "
+            "a head that has",
+            source=folder,
+        )
+    return open_folder(folder, **options, **dict.fromkeys(keys, dropout))
+
+
+def _pooled(section: Head, folder: str, **options: Any) -> Any:
+    """The body of a model under a new head that pools; and the report on its weights."""
+    from transformers import AutoConfig, AutoModel
+
+    from qkit.model.pooled_head import PooledForSequenceClassification, without_pooler
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=options.get("trust_remote_code", False))
+    body, report = AutoModel.from_pretrained(folder, **options, **without_pooler(config))
+    default = getattr(config, "hidden_dropout_prob", 0.0)
+    dropout = default if section.dropout is None else section.dropout
+    setattr(body.config, HEAD_KEY, {**section.model_dump(), "dropout": dropout})
+    model = PooledForSequenceClassification(body.config, body)
+    for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "quantization_method"):
+        if hasattr(body, name):
+            setattr(model, name, getattr(body, name))
+    return model, report
+
+
+def _loaded(
+    open_folder: Callable[..., Any], folder: Path, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """The model, and transformers' report on its weights; with eager attention where the model has no other.
 
     Raises:
@@ -84,12 +147,12 @@ def _loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> tuple
     """
     loaded: tuple[PreTrainedModel, Mapping[str, Any]]
     try:
-        loaded = model_class.from_pretrained(str(folder), **options)
+        loaded = open_folder(str(folder), **options)
     except ValueError as error:
         if options["attn_implementation"] != "sdpa" or NO_SDPA not in str(error):
             raise
         log.warning("transformers supports only eager attention for this model: %s", error)
-        loaded = model_class.from_pretrained(str(folder), **{**options, "attn_implementation": "eager"})
+        loaded = open_folder(str(folder), **{**options, "attn_implementation": "eager"})
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error) or "id2label" not in options:
             raise

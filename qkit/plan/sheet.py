@@ -79,15 +79,17 @@ def sheet(
     """
     device = device or detect()
     known = solve.known_of(lengths, recipe, labels)
-    subject, undecided = subject_of(recipe, known), recipe
-    checkpointing = plan_plan.checkpointing(recipe, device, known)
+    subject, undecided, checkpointing = (
+        subject_of(recipe, known),
+        recipe,
+        plan_plan.checkpointing(recipe, device, known),
+    )
     recipe = plan_plan.decided(recipe, device, known)
     stages = plan_plan.stages(recipe, device, known)
     if (steps := schedule.planned_steps(recipe, lengths, open_task(recipe.task).LENGTH_STEP)) is not None:
         schedule.check(recipe.train, steps)
     plan = max(stages[:2], key=lambda stage: stage.peak_bytes)
-    rows = speed.kept(lengths, recipe.data.max_length) if lengths else None
-    pace = speed.pace(recipe, subject, device, rows)
+    pace = speed.pace(recipe, subject, device, speed.kept(lengths, recipe.data.max_length) if lengths else None)
     return Sheet(
         plan=plan,
         checkpointing=checkpointing,

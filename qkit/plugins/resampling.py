@@ -147,6 +147,14 @@ def _draws(rows: int, draws: int, seed: int) -> Iterator[Floats]:
         yield np.bincount(drawn.ravel(), minlength=count * rows).reshape(count, rows).astype(np.float64)
 
 
+def draws_of(rows: int, draws: int, seed: int) -> Iterator[list[int]]:
+    """The rows of each resample, for figures that are no function of how often each row counts."""
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    return (generator.integers(rows, size=rows).tolist() for _ in range(draws))
+
+
 def _intervals(parts: Sequence[Mapping[str, Floats]], confidence: float) -> dict[str, Interval]:
     import numpy as np
 

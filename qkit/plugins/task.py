@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, Reads, RowError
+from qkit.plugins.sections import Evaluated, Figure, Section
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class Task(Protocol):
     UNSCORED: Collection[str]  # data formats whose rows have no answer to score
     CHECKS: Mapping[str, Kind]  # over rows, in the order in which they are shown
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]]  # milder forms of one of them: name -> (check, its texts)
+    FIGURES: Sequence[Figure]  # of `metrics`: those that are shown beside the score, in their order
+    LABEL_FIGURE: Figure | None  # `metrics` has it for each label, as NAME:LABEL; by it the worst labels are named
 
     def clashes(
         self, recipe: Recipe
@@ -134,7 +137,7 @@ class Task(Protocol):
     def predictor(self, recipe: Recipe, data: Path) -> Predictor: ...
     def metrics(
         self, predictions: Sequence[Prediction], references: Sequence[Any], data: Path, section: Evaluate, seed: int
-    ) -> Mapping[str, Any]: ...  # name -> {value, low, high}; beside the score
+    ) -> Mapping[str, Any]: ...  # name -> {value, low, high}; beside the score. support:LABEL: how many rows it has
     def correct(
         self, prediction: str, reference: Any, section: Evaluate
     ) -> float: ...  # True, False, or more is better
@@ -146,6 +149,7 @@ class Task(Protocol):
     # evaluate, report
     def question(self, record: Mapping[str, Any]) -> str: ...
     def answer(self, record: Mapping[str, Any]) -> str: ...
+    def sections(self, evaluated: Evaluated) -> Sequence[Section]: ...  # of the report, beyond those of every run
     def usage(self, library: str, recipe: Recipe) -> str: ...  # Markdown for the model card; "": as a chat model
 
 

@@ -14,7 +14,8 @@ from qkit.recipe import schedule
 from qkit.recipe.schema import BOTTLENECKS
 
 if TYPE_CHECKING:
-    from qkit.recipe.schema import Data, Export, Loss, Merge, Model, Quantization, Recipe, Serve, Source, Train
+    from qkit.recipe.labels import Loss
+    from qkit.recipe.schema import Data, Export, Merge, Model, Quantization, Recipe, Serve, Source, Train
     from qkit.recipe.section import Section
 
     Key = tuple[str | int, ...]
@@ -80,10 +81,13 @@ def _methods(recipe: Recipe) -> Problems:
     for section, used in (
         ("lora", recipe.method == "lora"),
         ("bottleneck", recipe.method in BOTTLENECKS),
+        ("layers", recipe.method == "full"),
     ):
         fields = type(getattr(recipe, section)).model_fields
         for name in [] if used else _set(getattr(recipe, section), *fields):
             yield (section, name), f"{section}.{name} has no effect with method={recipe.method}"
+    if recipe.peft and recipe.method != "peft":
+        yield ("peft",), f"peft has no effect with method={recipe.method}"
 
 
 def _epochs(train: Train) -> Problems:

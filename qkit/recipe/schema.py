@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
 from qkit.recipe.section import Dtype, Fraction, Limit, Pattern, Positive, Section, Sha256
 
 ALL = "all"  # in export.formats
@@ -56,34 +57,10 @@ class Lora(Section):
     use_rslora: bool = False
 
 
-Method = Literal["lora", "full", "head", "houlsby", "pfeiffer", "parallel"]
+Method = Literal["lora", "full", "head", "houlsby", "pfeiffer", "parallel", "peft"]
 WHOLE: tuple[Method, ...] = ("full", "head")  # the methods that leave a whole model behind, and no adapter
-BOTTLENECKS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel")  # adapters that no weight can take up
-
-
-class Bottleneck(Section):
-    """Bottleneck adapters (method houlsby, pfeiffer or parallel): down, a non-linearity, and up again, beside what a block computes."""
-
-    reduction_factor: Positive = Field(16, description="the model's width / the adapter's")
-    non_linearity: Literal["relu", "gelu", "swish", "silu", "tanh"] = "relu"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    scaling: Annotated[float, Field(gt=0)] = 1.0
-
-
-class Loss(Section):
-    """The loss of tasks with labels. With gradient accumulation, gradients are those of the whole batch, whatever the loss."""
-
-    name: str = Field(
-        "cross_entropy",
-        description="cross_entropy, focal; for multi_label bce; for regress mse, huber; or module:function of your own: (logits, labels) -> "
-        "losses, of the shape of the labels",
-    )
-    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
-        None, description="by label; balanced: in inverse proportion to its training rows"
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    gamma: Annotated[float, Field(ge=0)] = Field(2.0, description="of the focal loss: how little easy rows count")
-    delta: Annotated[float, Field(gt=0)] = Field(1.0, description="of huber: the error from which on it is linear")
+BOTTLENECKS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel")
+UNMERGED: tuple[Method, ...] = (*BOTTLENECKS, "peft")  # adapters that no weight can take up, or not always
 
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"]
@@ -233,6 +210,10 @@ class Evaluate(Section):
         None, description="regular expression; the first group of its last match, or the whole match, is compared"
     )
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    metrics: tuple[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")], ...] = Field(
+        (),
+        description="metrics of your own, module:function: (predictions, references) -> one number, or one for each row",
+    )
 
 
 class Merge(Section):
@@ -350,7 +331,7 @@ class Recipe(Section):
     method: Method = Field(
         "lora",
         description="what is trained: lora (an adapter); full (all weights); for tasks with labels also head (the new head) and "
-        "bottleneck adapters after attention and MLP (houlsby), after the MLP (pfeiffer) or beside it (parallel)",
+        "bottleneck adapters after attention and MLP (houlsby), after the MLP (pfeiffer) or beside it (parallel), or any other kind of PEFT",
     )
     micro_batches: Positive = Field(
         1, description="parts in which a batch passes through the model; gradients are those of the whole batch"
@@ -359,6 +340,12 @@ class Recipe(Section):
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
     bottleneck: Bottleneck = Bottleneck()
+    peft: dict[str, Any] = Field(
+        default_factory=dict,
+        description="of method=peft: peft_type, such as IA3, and fields of that configuration of PEFT",
+    )
+    head: Head = Head()
+    layers: Layers = Layers()
     loss: Loss = Loss()
     data: Data
     ledger: Ledger = Ledger()

@@ -19,10 +19,11 @@ from qkit.measure import candidates
 from qkit.measure.evidence import differences, is_current, read_evidence
 from qkit.merging.folder import dtype_of
 from qkit.model.provenance import NOTE, is_traced
+from qkit.plugins.sections import Table
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED, TRAINED
-from qkit.recipe.schema import BOTTLENECKS, WHOLE, Recipe, Serve
-from qkit.report import summary
+from qkit.recipe.schema import UNMERGED, WHOLE, Recipe, Serve
+from qkit.report import further, summary
 from qkit.report._templates import template
 from qkit.run.directory import Run
 
@@ -43,7 +44,7 @@ def write(run: Run) -> None:
     merged = run.folder("merge")
     if merged.is_dir():
         write_text(merged / FILE, render(run))
-    elif run.recipe.method not in BOTTLENECKS:
+    elif run.recipe.method not in UNMERGED:
         raise MissingArtifact(f"{merged} is missing: `qkit merge {run.root}` makes it")
     for folder in sorted(run.folder("export").glob("*/")):
         write_text(folder / FILE, render(run, folder.name))
@@ -75,11 +76,20 @@ def render(run: Run, export: str | None = None) -> str:
         unstopped=note.get("unstopped"),
         figures=figures,
         show=summary,
+        further=further,
+        trained=figures["scores"].get(run.recipe.trained_as, {}),
+        tables=_tables(run),
         data=files.read(run.folder("data") / "summary.json") or {},
         messages=json.dumps(_messages(run.recipe), ensure_ascii=False),
         curl=_curl(run),
         outputs=list(_outputs(run.manifest())),
     )
+
+
+def _tables(run: Run) -> list[Table]:
+    """The tables that the task has for the card."""
+    parts = (part for section in further.sections(run) for part in section.parts)
+    return [part for part in parts if isinstance(part, Table) and part.on_card]
 
 
 def _current(run: Run, figures: summary.Summary) -> dict[str, Any]:
@@ -153,27 +163,51 @@ def _front_matter(run: Run, export: str | None, figures: Mapping[str, Any]) -> s
 
 
 def _eval_results(run: Run, export: str | None, figures: Mapping[str, Any]) -> list[Any]:
-    """The score for the hub's model-index: the artifact's own, or nothing if it was not measured."""
+    """The score and the task's further figures for the hub's model-index, one result each: the artifact's own, or nothing if not measured.
+
+    Shares are of 100, as the score is.
+    """
     from huggingface_hub import EvalResult
 
     trained = next((name for name in TRAINED if name in figures["scores"]), "")
     score = figures["scores"].get(trained if export == "vllm-adapter" else export or MERGED)
     if score is None or score["score"] is None:
         return []
-    section = run.recipe.data
-    source = next(iter(section.test or section.validation or section.train), None)
-    name = Path(source.source).name if source else "held-out rows"
-    metric = figures["metric"] or "score"
-    return [
-        EvalResult(
-            task_type=open_task(run.recipe.task).HEAD.pipeline_tag,
-            dataset_type=source.source if source and is_hub_id(source.source) else name,
-            dataset_name=f"{name}, held-out rows",
-            metric_type=metric.replace(" ", "_"),
-            metric_name=metric,
-            metric_value=score["score"],
-        )
+    task, metric = open_task(run.recipe.task), figures["metric"] or "score"
+    where = {"task_type": task.HEAD.pipeline_tag, **_data_set(run.recipe)}
+    results = [
+        EvalResult(**where, metric_type=metric.replace(" ", "_"), metric_name=metric, metric_value=score["score"])
     ]
+    for figure in task.FIGURES:
+        values = score.get("metrics", {}).get(figure.name, {"value": None})
+        if values["value"] is not None:
+            results.append(
+                EvalResult(
+                    **where,
+                    metric_type=figure.metric,
+                    metric_name=figure.title,
+                    metric_value=values["value"] * (100 if figure.share else 1),
+                    metric_args={"average": figure.average} if figure.average else None,
+                )
+            )
+    return results
+
+
+def _data_set(recipe: Recipe) -> dict[str, str | None]:
+    """The held-out rows, as the hub names data sets."""
+    section = recipe.data
+    source = next(iter(section.test or section.validation or section.train), None)
+    if source is None:
+        return {"dataset_type": "held-out rows", "dataset_name": "held-out rows", "dataset_split": "test"}
+    name, on_hub = Path(source.source).name, is_hub_id(source.source)
+    is_own_split = bool(section.test) and on_hub  # else the rows were split by us
+    return {
+        "dataset_type": source.source if on_hub else name,
+        "dataset_name": f"{name}, held-out rows",
+        "dataset_config": source.name if on_hub else None,
+        "dataset_split": (source.split if is_own_split else None) or "test",
+        "dataset_revision": source.revision if on_hub else None,
+    }
 
 
 def _method(recipe: Recipe) -> str:
@@ -182,7 +216,9 @@ def _method(recipe: Recipe) -> str:
         return "all weights"
     if recipe.method == "head":
         return "the new head alone"
-    if recipe.method in BOTTLENECKS:
+    if recipe.method == "peft":
+        return ", ".join(f"{name} {value}" for name, value in recipe.peft.items())
+    if recipe.method in UNMERGED:
         adapter = recipe.bottleneck
         return f"bottlenecks ({recipe.method}), reduction factor {adapter.reduction_factor}, {adapter.non_linearity}"
     section, modules = recipe.lora, recipe.lora.target_modules

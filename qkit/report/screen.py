@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from qkit.core.figures import ABSENT, fixed, gib_text, kl_text, ms_text, speed_text
+from qkit.recipe.registry import TRAINED
+from qkit.report.further import interval_of, text_of
 from qkit.report.summary import (
     LATENCY_KEYS,
     doubts,
@@ -15,6 +17,7 @@ from qkit.report.summary import (
     quality,
     refused,
     remarks,
+    scored,
 )
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 
 OUTDATED = "has changed since it was measured: run `qkit verify` again"
+NAMES = ("", "stage", "artifact", "runtime", "figure", "worst labels")  # columns on the left
+LONGEST = 20  # letters of a label
 STYLES = {"done": "green", "missing": "dim", "stale": "yellow", "failed": "bold red"}
 
 
@@ -38,6 +43,8 @@ def screen(figures: Summary) -> RenderableType:
     columns = Table.grid(padding=(0, 3, 0, 0))
     columns.add_row(_stages_table(figures), *([_quality_table(figures)] if quality(figures) else []))
     parts: list[RenderableType] = [Text(headline(figures), style="bold"), Text(), columns]
+    if (further := scored(figures, TRAINED)) and "metrics" in further:
+        parts += [Text(), _further_tables(further)]
     parts += [Text(f"{name} failed its gate: {why}", style=STYLES["failed"]) for name, why in refused(figures)]
     parts += [Text(f"{name} {OUTDATED}", style=STYLES["stale"]) for name in outdated(figures)]
     parts += [Text(f"{name}: {text}", style="dim") for name, text in remarks(figures)]
@@ -69,6 +76,27 @@ def _quality_table(figures: Summary) -> Table:
     return table
 
 
+def _further_tables(score: Mapping[str, Any]) -> Table:
+    """The task's further figures, and beside them its worst labels."""
+    from rich.table import Table
+
+    figures = _table("figure", "value", "interval")
+    for values in score["metrics"].values():
+        figures.add_row(*_cells(values["title"], text_of(values), interval_of(values)))
+    worst = score.get("worst_labels", [])
+    columns = Table.grid(padding=(0, 3, 0, 0))
+    columns.add_row(figures, *([_worst_table(worst)] if worst else []))
+    return columns
+
+
+def _worst_table(worst: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("worst labels", "rows", worst[0]["title"], "interval")
+    table.columns[0].overflow, table.columns[0].max_width = "ellipsis", LONGEST
+    for row in worst:
+        table.add_row(*_cells(row["label"], str(row["support"]), text_of(row), interval_of(row)))
+    return table
+
+
 def _bench_table(figures: Summary) -> Table:
     table = _table("runtime", "artifact", "at once", "TTFT ms", "TPOT ms", "E2E ms", "tokens/s", "GiB", "start s")
     for record in figures["bench"]:
@@ -86,7 +114,7 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for column in columns:
-        named = column in ("", "stage", "artifact", "runtime")
+        named = column in NAMES
         table.add_column(column, justify="left" if named else "right", no_wrap=True)
     return table
 

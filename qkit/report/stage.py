@@ -1,6 +1,7 @@
 """The stage `report`: one self-contained HTML page for a run.
 
-The page uses no network, script or font file, so that it still opens years from now. A section without data says so in one line.
+The page uses no network, script or font file, so that it still opens years from now; a table that can be sorted brings its few lines of script
+along. A section without data says so in one line.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from qkit.core import figures as core_figures
 from qkit.core import files
 from qkit.core.files import write_text
 from qkit.measure import candidates
+from qkit.plugins.task import open_task
 from qkit.recipe.registry import BASELINES, TRAINED
-from qkit.report import bench_charts, summary
+from qkit.report import bench_charts, further, script, summary
 from qkit.report._templates import template
 from qkit.report.bench_charts import SERVER
 from qkit.report.summary import Summary
@@ -66,10 +68,13 @@ def run(run: Run, out: Path) -> None:
 def page(run: Run) -> str:
     """The HTML of the page. The same run gives the same page: all times on it are those that the run recorded."""
     figures = summary.summary(run)
+    sections = further.sections(run)
     manifest = run.manifest()
     data = files.read(run.folder("data") / "summary.json") or {}
     metrics = files.read_lines(run.folder("train") / "metrics.jsonl")
-    examples = pair_up(files.read_lines(run.folder("evaluate") / "predictions.jsonl"))
+    predictions = files.read_lines(run.folder("evaluate") / "predictions.jsonl")
+    is_right_or_wrong = all(isinstance(line["correct"], bool) for line in predictions)  # and not more or less so
+    examples = pair_up(predictions) if is_right_or_wrong else []
     memory = _memory(run, figures)
     return _render(
         run=run,
@@ -84,15 +89,19 @@ def page(run: Run) -> str:
         verdict=summary.verdict(figures),
         score_chart=score_chart(figures),
         merges=merges(run),
-        training_charts=training_charts(metrics),
+        training_charts=training_charts(metrics, gradients=not open_task(run.recipe.task).HEAD.generates),
         memory_chart=memory_chart(memory),
         speed_charts=speed_charts(figures["bench"]),
         bench_charts=bench_charts.charts_of(run),
         method=method(figures["bench"]),
+        sections=sections,
+        script=script.text() if script.is_needed(sections) else None,
+        script_hash=script.content_hash(),
         labels=BASELINES[1] in figures["scores"],
         subject="adapter" if run.recipe.trained_as == "adapter" else "trained model",
         examples=choose(examples),
         kinds=_kinds(examples),
+        is_right_or_wrong=is_right_or_wrong,
         server=_server_command(run),
         outputs=_outputs(manifest, figures["stages"]),
     )
@@ -106,9 +115,9 @@ def merges(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _render(**values: Any) -> str:
-    from qkit.report import svg
+    from qkit.report import section_charts, svg
 
-    return template("report.html.j2").render(**values, show=summary, share=svg.share)
+    return template("report.html.j2").render(**values, show=summary, share=svg.share, draw=section_charts.drawn)
 
 
 # --- text ------------------------------------------------------------------------------------------
@@ -207,11 +216,11 @@ def score_chart(figures: Summary) -> Markup | None:
     rows = [
         svg.Bar(
             label=name,
-            value=entry["score"],
+            value=max(entry["score"], 0.0),  # R2 can be below 0, where the axis begins
             text=core_figures.fixed(entry["score"]),
             note=summary.interval_text(entry),
-            low=entry["low"],
-            high=entry["high"],
+            low=_from_zero(entry["low"]),
+            high=_from_zero(entry["high"]),
             strong=name in TRAINED,
         )
         for name, entry in figures["scores"].items()
@@ -224,8 +233,15 @@ def score_chart(figures: Summary) -> Markup | None:
     return svg.bars("score-chart", title, description, rows, top=100, width=WIDE, ticks=(0, 25, 50, 75, 100))
 
 
-def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
-    """Loss and learning rate over the steps, each with its caption. Steps without a finite loss are counted."""
+def _from_zero(end: float | None) -> float | None:
+    return None if end is None else max(end, 0.0)
+
+
+def training_charts(metrics: Sequence[Mapping[str, Any]], gradients: bool = False) -> list[tuple[str, Markup]]:
+    """Loss and learning rate over the steps, each with its caption. Steps without a finite loss are counted.
+
+    `gradients`: their norm, too: a new head begins with large ones.
+    """
     from qkit.report import svg
 
     loss = _points(metrics, "loss")
@@ -235,17 +251,21 @@ def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mar
     if lost := len(metrics) - len(loss):
         caption += f" {lost} logged steps without a finite loss are left out."
     rate = _points(metrics, "learning_rate")
-    drawn = []
+    charts = []
     if loss:
         description = f"from {loss[0][1]:.3g} at step {loss[0][0]:g} to {loss[-1][1]:.3g} at step {loss[-1][0]:g}"
-        drawn.append(
+        charts.append(
             (caption, svg.curve("loss-chart", "Training loss", description, loss, smooth, width=WIDE, height=260))
         )
     if rate:
         description = f"highest {max(y for _, y in rate):g}, last {rate[-1][1]:g}"
         chart = svg.curve("rate-chart", "Learning rate", description, rate, [], width=WIDE, height=110)
-        drawn.append(("Learning rate by step.", chart))
-    return drawn
+        charts.append(("Learning rate by step.", chart))
+    if gradients and (norm := _points(metrics, "grad_norm")):
+        description = f"highest {max(y for _, y in norm):.3g}, last {norm[-1][1]:.3g}"
+        chart = svg.curve("gradient-chart", "Gradient norm", description, norm, [], width=WIDE, height=110)
+        charts.append(("Norm of the gradient by step, before it is clipped.", chart))
+    return charts
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

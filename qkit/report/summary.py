@@ -13,7 +13,8 @@ from qkit.core.figures import ABSENT, trimmed
 from qkit.core.files import read
 from qkit.measure.evidence import STALE, cost_of, read_evidence
 from qkit.recipe.registry import BASELINES, MERGED, TRAINED
-from qkit.recipe.schema import BOTTLENECKS, Recipe
+from qkit.recipe.schema import UNMERGED, Recipe
+from qkit.report.further import figures_of
 from qkit.run.directory import Run
 from qkit.run.stages import STAGES
 
@@ -55,7 +56,7 @@ def summary(run: Run, statuses: Mapping[str, str] | None = None) -> Summary:
         "metric": evidence.metric,
         "confidence": evidence.confidence,
         "interval": evidence.interval,
-        "scores": _by_artifact(run, evidence.scores, SCORE_KEYS),
+        "scores": _scores(run, evidence.scores),
         "parity": _by_artifact(run, {**evidence.parity, **stale}, PARITY_KEYS),
         "bench": _bench(run),
         "bench_open": _bench_open(run),
@@ -66,6 +67,12 @@ def summary(run: Run, statuses: Mapping[str, str] | None = None) -> Summary:
 def _stage(name: str, entry: Mapping[str, Any] | None, statuses: Mapping[str, str]) -> dict[str, Any]:
     recorded = (entry or {}).get("status", "missing")
     return {"status": statuses.get(name, recorded), **cost_of(entry)}
+
+
+def _scores(run: Run, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores by artifact, with the task's further figures where it has any."""
+    scores = _by_artifact(run, entries, SCORE_KEYS)
+    return {name: {**score, **figures_of(run, name, entries[name])} for name, score in scores.items()}
 
 
 def _by_artifact(run: Run, entries: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
@@ -140,7 +147,7 @@ def verdict(figures: Summary) -> str:
     if not base or not adapter or base["low"] is None or adapter["low"] is None:
         return ""
     what = "adapter" if "adapter" in figures["scores"] else "trained model"
-    than = "base model" if "base" in figures["scores"] else "most frequent label"
+    than = "base model" if "base" in figures["scores"] else "baseline"
     if adapter["low"] > base["high"]:
         return f"The {what} is better than the {than}: the intervals do not overlap."
     if adapter["high"] < base["low"]:
@@ -150,7 +157,9 @@ def verdict(figures: Summary) -> str:
 
 def trained_how(recipe: Recipe) -> str:
     """What was trained, for people: `an adapter of rank 16`, `all weights`."""
-    if recipe.method in BOTTLENECKS:
+    if recipe.method == "peft":
+        return f"an adapter of PEFT's kind {recipe.peft['peft_type']}"
+    if recipe.method in UNMERGED:
         return f"{recipe.method} bottleneck adapters (reduction factor {recipe.bottleneck.reduction_factor})"
     return {"full": "all weights", "head": "its new head alone"}.get(
         recipe.method, f"an adapter of rank {recipe.lora.r}"

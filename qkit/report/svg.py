@@ -5,18 +5,15 @@ Every chart has a title and a description for screen readers, and writes its fig
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-LETTER = 7.0  # width of an average letter at the page's 13 px; wide enough for labels never to be cut
+from qkit.report._marks import LETTER, TEXT, Point, frame, level, nice_ticks, polyline, short, tag, vertical, words
+
 ROW = 30
 BAR = 14
-
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,6 @@ class Line:
     strong: bool = False
 
 
-def tag(name: str, *content: str, **attributes: str | float | None) -> Markup:
-    """One element; content and attributes are escaped unless they are markup already. `class_` is written `class`."""
-    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
-    written = "".join(f' {key}="{escape(_short(value))}"' for key, value in pairs)
-    return Markup(f"<{name}{written}>{''.join(map(escape, content))}</{name}>")
-
-
 def bars(
     name: str,
     title: str,
@@ -78,12 +68,12 @@ def bars(
     figures = width - notes - (8 if notes else 0)
     scale = (figures - LETTER * max(len(row.text) for row in rows) - 14 - left) / (top or 1)
     height = ROW * len(rows)
-    grid = [_vertical(left + tick * scale, 0, height, f"{tick:g}") for tick in ticks]
+    grid = [vertical(left + tick * scale, 0, height, f"{tick:g}") for tick in ticks]
     middles = [ROW * index + ROW / 2 for index in range(len(rows))]
     drawn = [_bar(row, left, scale, figures, middle) for row, middle in zip(rows, middles, strict=True)]
     noted = ((row.note, middle) for row, middle in zip(rows, middles, strict=True) if row.note)
-    drawn += [_text(note, width, middle + 4.5, "tick", anchor="end") for note, middle in noted]
-    return _figure(name, title, description, width, height + (22 if ticks else 0), [*grid, *drawn])
+    drawn += [words(note, width, middle + 4.5, "tick", anchor="end") for note, middle in noted]
+    return frame(name, title, description, width, height + (22 if ticks else 0), [*grid, *drawn])
 
 
 def _bar(row: Bar, left: float, scale: float, right: float, middle: float) -> Markup:
@@ -93,13 +83,13 @@ def _bar(row: Bar, left: float, scale: float, right: float, middle: float) -> Ma
     if row.high is not None:
         low = row.value if row.low is None else row.low
         whisker = _whisker(left + low * scale, left + row.high * scale, middle, capped=row.low is not None)
-    label = _text(row.label, left - 10, middle + 4.5, "label", anchor="end")
-    return label + body + whisker + _text(row.text, right, middle + 4.5, "value", anchor="end")
+    label = words(row.label, left - 10, middle + 4.5, "label", anchor="end")
+    return label + body + whisker + words(row.text, right, middle + 4.5, "value", anchor="end")
 
 
 def _whisker(start: float, end: float, middle: float, *, capped: bool) -> Markup:
-    caps = "".join(f"M{_short(x)} {_short(middle - 5)}v10" for x in ((start, end) if capped else (end,)))
-    path = f"M{_short(start)} {_short(middle)}H{_short(end)}{caps}"
+    caps = "".join(f"M{short(x)} {short(middle - 5)}v10" for x in ((start, end) if capped else (end,)))
+    path = f"M{short(start)} {short(middle)}H{short(end)}{caps}"
     return tag("path", class_="halo", d=path) + tag("path", class_="whisker", d=path)  # the halo parts it from the bar
 
 
@@ -109,10 +99,10 @@ def waterfall(name: str, title: str, description: str, rows: Sequence[WaterfallS
     right = LETTER * max(len(row.text) for row in rows) + 14
     starts = _starts(rows)
     scale = (width - left - right) / (max(s + row.value for s, row in zip(starts, rows, strict=True)) or 1)
-    drawn: list[Markup] = [_vertical(left + row.value * scale, 0, ROW * len(rows), "") for row in rows if row.total]
+    drawn: list[Markup] = [vertical(left + row.value * scale, 0, ROW * len(rows), "") for row in rows if row.total]
     for index, (start, row) in enumerate(zip(starts, rows, strict=True)):
         drawn.append(_step(row, left, start * scale, row.value * scale, width, ROW * index + ROW / 2))
-    return _figure(name, title, description, width, ROW * len(rows), drawn)
+    return frame(name, title, description, width, ROW * len(rows), drawn)
 
 
 def _starts(rows: Sequence[WaterfallStep]) -> list[float]:
@@ -123,8 +113,8 @@ def _starts(rows: Sequence[WaterfallStep]) -> list[float]:
 def _step(row: WaterfallStep, left: float, start: float, length: float, width: float, middle: float) -> Markup:
     kind = "bar strong" if row.total else "bar"
     body = tag("rect", class_=kind, x=left + start, y=middle - BAR / 2, width=max(length, 1), height=BAR, rx=2)
-    label = _text(row.label, left - 10, middle + 4.5, "label", anchor="end")
-    return label + body + _text(row.text, width, middle + 4.5, "value", anchor="end")
+    label = words(row.label, left - 10, middle + 4.5, "label", anchor="end")
+    return label + body + words(row.text, width, middle + 4.5, "value", anchor="end")
 
 
 def curve(
@@ -142,17 +132,16 @@ def curve(
     def place(point: Point) -> Point:
         return left + (point[0] - min(xs)) * x_scale, over + (high - point[1]) * y_scale
 
-    grid = [_level(left, width - right, place((min(xs), tick))[1], f"{tick:g}") for tick in y_ticks]
+    grid = [level(left, width - right, place((min(xs), tick))[1], f"{tick:g}") for tick in y_ticks]
     steps = [tick for tick in nice_ticks(min(xs), max(xs), 6) if tick.is_integer() and min(xs) <= tick <= max(xs)]
-    feet = [_text(f"{tick:g}", place((tick, low))[0], height - 4, "tick", anchor="middle") for tick in steps]
-    lines = [_line(map(place, raw), "raw" if smooth else "smooth"), _line(map(place, smooth), "smooth")]
+    feet = [words(f"{tick:g}", place((tick, low))[0], height - 4, "tick", anchor="middle") for tick in steps]
+    lines = [polyline(map(place, raw), "raw" if smooth else "smooth"), polyline(map(place, smooth), "smooth")]
     end_x, end_y = place((smooth or raw)[-1])
-    end = [tag("circle", class_="end", cx=end_x, cy=end_y, r=3), _text(last, end_x + 9, end_y + 4.5, "value")]
-    return _figure(name, title, description, width, height, [*grid, *feet, *lines, *end])
+    end = [tag("circle", class_="end", cx=end_x, cy=end_y, r=3), words(last, end_x + 9, end_y + 4.5, "value")]
+    return frame(name, title, description, width, height, [*grid, *feet, *lines, *end])
 
 
 DASHES = (None, "6 3", "2 3", "9 3 2 3")  # colour says nothing alone
-TEXT = 13.0  # height of a line of text
 
 
 def plane(
@@ -179,25 +168,25 @@ def plane(
     def place(point: Point) -> Point:
         return left + (point[0] - x_ticks[0]) * x_scale, bottom - (point[1] - y_ticks[0]) * y_scale
 
-    grid = [_level(left, right, place((0, tick))[1], f"{tick:g}") for tick in y_ticks]
-    feet = [_text(f"{tick:g}", place((tick, 0))[0], bottom + 18, "tick", anchor="middle") for tick in x_ticks]
-    named = [_text(axes[0], right, bottom + 36, "tick", anchor="end"), _text(axes[1], 0, TEXT, "tick")]
+    grid = [level(left, right, place((0, tick))[1], f"{tick:g}") for tick in y_ticks]
+    feet = [words(f"{tick:g}", place((tick, 0))[0], bottom + 18, "tick", anchor="middle") for tick in x_ticks]
+    named = [words(axes[0], right, bottom + 36, "tick", anchor="end"), words(axes[1], 0, TEXT, "tick")]
     placed = [[place(point) for point in line.points] for line in lines]
     drawn = [
         _series(line, points, DASHES[i % len(DASHES)], joined)
         for i, (line, points) in enumerate(zip(lines, placed, strict=True))
     ]
-    return _figure(name, title, description, width, height, [*grid, *feet, *named, *drawn, *_labels(lines, placed)])
+    return frame(name, title, description, width, height, [*grid, *feet, *named, *drawn, *_labels(lines, placed)])
 
 
 def _series(line: Line, points: Sequence[Point], dash: str | None, joined: bool) -> Markup:
     kind = "smooth" if line.strong else "plain"
-    path = "L".join(f"{_short(x)} {_short(y)}" for x, y in points)
+    path = "L".join(f"{short(x)} {short(y)}" for x, y in points)
     drawn = tag("path", class_=kind, d=f"M{path}", stroke_dasharray=dash) if joined and len(points) > 1 else Markup()
     if joined and not line.texts:
         return drawn
     dots = [tag("circle", class_="end" if line.strong else "dot", cx=x, cy=y, r=3) for x, y in points]
-    texts = [_text(text, x, y - 7, "tick", anchor="middle") for text, (x, y) in zip(line.texts, points, strict=False)]
+    texts = [words(text, x, y - 7, "tick", anchor="middle") for text, (x, y) in zip(line.texts, points, strict=False)]
     return drawn + Markup().join([*dots, *texts])
 
 
@@ -211,7 +200,7 @@ def _labels(lines: Sequence[Line], placed: Sequence[Sequence[Point]]) -> list[Ma
         while any(a < start + length and start < b and abs(y - other) < TEXT for a, b, other in taken):
             y -= TEXT / 2
         taken.append((start, start + length, y))
-        drawn.append(_text(line.label, start, y + 4.5, "value" if line.strong else "label"))
+        drawn.append(words(line.label, start, y + 4.5, "value" if line.strong else "label"))
     return drawn
 
 
@@ -226,45 +215,3 @@ def smoothed(points: Sequence[Point], window: int) -> list[Point]:
     half = window // 2
     near = [points[max(0, i - half) : i + half + 1] for i in range(len(points))]
     return [(point[0], sum(y for _, y in some) / len(some)) for point, some in zip(points, near, strict=True)]
-
-
-def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers, 1, 2 or 5 times a power of ten apart, that enclose `low` and `high`."""
-    size = max(abs(low), abs(high))
-    span = high - low if high - low > 1e-6 * size else size
-    span = span if span > 1e-12 else 1.0  # figures that are all the same, or all nought
-    power = 10.0 ** math.floor(math.log10(span / count))
-    gap = next(power * factor for factor in (1, 2, 5, 10) if power * factor * count >= span * 0.999)
-    first, last = math.floor(low / gap), math.ceil(high / gap)
-    return [float(f"{i * gap:.12g}") for i in range(first, last + 1)]
-
-
-def _line(points: Iterable[Point], kind: str) -> Markup:
-    path = "L".join(f"{_short(x)} {_short(y)}" for x, y in points)
-    return tag("path", class_=kind, d=f"M{path}") if path else Markup()
-
-
-def _vertical(x: float, top: float, bottom: float, label: str) -> Markup:
-    line = tag("path", class_="grid", d=f"M{_short(x)} {_short(top)}V{_short(bottom)}")
-    return line + (_text(label, x, bottom + 18, "tick", anchor="middle") if label else Markup())
-
-
-def _level(start: float, end: float, y: float, label: str) -> Markup:
-    line = tag("path", class_="grid", d=f"M{_short(start)} {_short(y)}H{_short(end)}")
-    return line + _text(label, start - 10, y + 4.5, "tick", anchor="end")
-
-
-def _text(content: str, x: float, y: float, kind: str, anchor: str | None = None) -> Markup:
-    return tag("text", content, class_=kind, x=x, y=y, text_anchor=anchor)
-
-
-def _figure(name: str, title: str, description: str, width: float, height: float, content: Iterable[Markup]) -> Markup:
-    heading = tag("title", title, id=f"{name}-title") + tag("desc", description, id=f"{name}-desc")
-    labelled = f"{name}-title {name}-desc"
-    view = f"0 0 {_short(width)} {_short(height)}"
-    return tag("svg", heading, *content, viewBox=view, role="img", aria_labelledby=labelled)
-
-
-def _short(value: str | float) -> str:
-    """A coordinate with no more digits than can be seen."""
-    return value if isinstance(value, str) else f"{round(value, 1):g}"

@@ -19,8 +19,9 @@ from typing import Any
 from qkit.core.errors import MissingArtifact, RunBusy
 from qkit.core.files import make_folder, read_json, sha256_of, write_text, writing
 from qkit.core.progress import Progress
+from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
 from qkit.recipe.load import load
-from qkit.recipe.schema import Bottleneck, Loss, Recipe
+from qkit.recipe.schema import Recipe
 
 MANIFEST_VERSION = 1
 OWN_FILES = {".lock", ".holder", ".work", "logs"}  # files that a run killed at its start leaves
@@ -28,11 +29,15 @@ OWN_FILES = {".lock", ".holder", ".work", "logs"}  # files that a run killed at 
 ADDED = {
     "method": "lora",
     "bottleneck": Bottleneck().model_dump(mode="json"),
+    "peft": {},
+    "head": Head().model_dump(mode="json"),
+    "layers": Layers().model_dump(mode="json"),
     "loss.delta": 1.0,
     "loss": Loss().model_dump(mode="json", exclude={"delta"}),
     "train.bf16": True,
     "data.batch_rows": None,
     "data.label_separator": None,
+    "evaluate.metrics": [],
 }
 KEY = ".key"  # in a work folder: the stage key that the work belongs to
 DECIDED = "decided.json"  # in a stage's folder: its decisions where the recipe says `auto`, by recipe key

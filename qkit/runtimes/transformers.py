@@ -72,7 +72,7 @@ def _model_folder(folder: Path, device: Device, head: ModelHead, options: Mappin
     import transformers
     from safetensors import SafetensorError
 
-    from qkit.model.load import leave_as_quantized
+    from qkit.model.load import class_of, leave_as_quantized
 
     arguments: dict[str, Any]
     gguf = next(folder.glob("*.gguf"), None)
@@ -80,7 +80,7 @@ def _model_folder(folder: Path, device: Device, head: ModelHead, options: Mappin
     try:
         if head.generates:
             arguments["generation_config"] = transformers.GenerationConfig()
-        loaded, report = getattr(transformers, head.auto_class).from_pretrained(
+        loaded, report = class_of(folder, head).from_pretrained(
             str(folder), device_map=device.device_map, output_loading_info=True, **arguments
         )
     except SafetensorError as error:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, Example, Reads
+from qkit.plugins.sections import Evaluated, Section
 from qkit.plugins.task import ModelHead, Prediction, read_labels
 from qkit.recipe.schema import Data, Evaluate, Recipe
+from qkit.tasks._encoder._report.several import SEVERAL_LABELS
 from qkit.tasks._encoder.task import EncoderTask
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class MultiLabel(EncoderTask):
     HEAD = ModelHead("AutoModelForSequenceClassification", "SEQ_CLS", "text-classification", generates=False)
     LOSSES = ("bce",)
     SEVERAL = True
+    FIGURES = SEVERAL_LABELS
 
     def example(
         self, record: Mapping[str, Any], accepted: Any, data_format: str, section: Data, reads: Reads = NO_MORE
@@ -114,6 +117,16 @@ class MultiLabel(EncoderTask):
 
         sample = figures_of_labels(predictions, references, read_labels(data))
         return with_intervals(sample, section.confidence, seed)
+
+    def answer(self, record: Mapping[str, Any]) -> str:
+        """The JSON list of the labels, as predictions are."""
+        return json.dumps(record["names"], ensure_ascii=False)
+
+    def sections(self, evaluated: Evaluated) -> Sequence[Section]:
+        """The figures of each label, and what is missed and wrongly added."""
+        from qkit.tasks._encoder._report.several import sections_of_several_labels
+
+        return sections_of_several_labels(evaluated)
 
 
 TASK = MultiLabel()

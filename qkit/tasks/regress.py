@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, Reads
+from qkit.plugins.sections import Evaluated, Section
 from qkit.plugins.task import ModelHead, Prediction, read_labels
 from qkit.recipe.schema import Data, Evaluate, Recipe
+from qkit.tasks._encoder._report.numbers import NUMBERS
 from qkit.tasks._encoder.task import EncoderTask
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class Regress(EncoderTask):
     METRIC = "R2"
     HEAD = ModelHead("AutoModelForSequenceClassification", "SEQ_CLS", "text-classification", generates=False)
     LOSSES = ("mse", "huber")
+    FIGURES = NUMBERS
+    LABEL_FIGURE = None
 
     def example(
         self, record: Mapping[str, Any], accepted: Any, data_format: str, section: Data, reads: Reads = NO_MORE
@@ -133,6 +137,12 @@ class Regress(EncoderTask):
     def answer(self, record: Mapping[str, Any]) -> str:
         """The numbers."""
         return " ".join(f"{number:.6g}" for number in record["labels"])
+
+    def sections(self, evaluated: Evaluated) -> Sequence[Section]:
+        """Predicted against true numbers, and the largest errors."""
+        from qkit.tasks._encoder._report.numbers import sections_of_numbers
+
+        return sections_of_numbers(evaluated, read_labels(evaluated.data))
 
 
 TASK = Regress()

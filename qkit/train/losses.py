@@ -12,7 +12,6 @@ logits [rows, classes] float32, labels the same      `multi_label`, 0 or 1; `reg
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import RecipeError, nearest, short
+from qkit.plugins.own_code import imported
 from qkit.plugins.task import LABELS
-from qkit.recipe import schema
+from qkit.recipe import labels as sections
 
 if TYPE_CHECKING:
     import torch
@@ -29,19 +29,21 @@ if TYPE_CHECKING:
     from qkit.plugins.task import Loss
 
 
-def open_loss(section: schema.Loss, data: Path) -> Loss:
+def open_loss(section: sections.Loss, data: Path) -> Loss:
     """The loss of a recipe. `data`: the folder that holds labels.json.
 
     Raises:
         RecipeError: it does not exist, or its settings do not fit the labels.
     """
     weights = positive_weights(section, data) if section.name == "bce" else class_weights(section, data)
+    if ":" not in section.name and section.name not in OWN:
+        raise RecipeError(f"loss.name={short(section.name)}: must be {', '.join(OWN)}, or module:function")
     if section.name in OWN:
         return OWN[section.name](weights, section)
-    return _checked(section.name, _imported(section.name))
+    return _checked(section.name, imported(section.name, "loss.name"))
 
 
-def class_weights(section: schema.Loss, data: Path) -> torch.Tensor | None:
+def class_weights(section: sections.Loss, data: Path) -> torch.Tensor | None:
     """A weight for each label, or None. Their mean over the training rows is 1, so that weights do not change the learning rate."""
     import torch
 
@@ -64,7 +66,7 @@ def _need_labels(weighted: Mapping[str, float], names: Sequence[str]) -> None:
         )
 
 
-def _cross_entropy(weights: torch.Tensor | None, section: schema.Loss) -> Loss:
+def _cross_entropy(weights: torch.Tensor | None, section: sections.Loss) -> Loss:
     from torch.nn.functional import cross_entropy
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -74,7 +76,7 @@ def _cross_entropy(weights: torch.Tensor | None, section: schema.Loss) -> Loss:
     return loss
 
 
-def _focal(weights: torch.Tensor | None, section: schema.Loss) -> Loss:
+def _focal(weights: torch.Tensor | None, section: sections.Loss) -> Loss:
     """(1 - p)^gamma times the cross-entropy, where p is the probability of the label (Lin et al., 2017)."""
     import torch
 
@@ -87,7 +89,7 @@ def _focal(weights: torch.Tensor | None, section: schema.Loss) -> Loss:
     return loss
 
 
-def positive_weights(section: schema.Loss, data: Path) -> torch.Tensor | None:
+def positive_weights(section: sections.Loss, data: Path) -> torch.Tensor | None:
     """How much a row that has the label counts, against one that does not, by label. `balanced`: rows without it / rows with it."""
     import torch
 
@@ -101,7 +103,7 @@ def positive_weights(section: schema.Loss, data: Path) -> torch.Tensor | None:
     return torch.tensor([section.class_weights.get(name, 1.0) for name in labels["names"]])
 
 
-def _bce(weights: torch.Tensor | None, section: schema.Loss) -> Loss:
+def _bce(weights: torch.Tensor | None, section: sections.Loss) -> Loss:
     """The binary cross-entropy of each label; label smoothing moves 0 and 1 towards 1/2."""
     from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -113,39 +115,27 @@ def _bce(weights: torch.Tensor | None, section: schema.Loss) -> Loss:
     return loss
 
 
-def _mse(weights: torch.Tensor | None, section: schema.Loss) -> Loss:
+def _mse(weights: torch.Tensor | None, section: sections.Loss) -> Loss:
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return (logits - labels) ** 2
 
     return loss
 
 
-def _huber(weights: torch.Tensor | None, section: schema.Loss) -> Loss:
+def _huber(weights: torch.Tensor | None, section: sections.Loss) -> Loss:
     """Half the squared error up to loss.delta, and linear beyond (Huber, 1964)."""
     from torch.nn.functional import huber_loss
 
     return partial(huber_loss, reduction="none", delta=section.delta)
 
 
-OWN: Mapping[str, Callable[[torch.Tensor | None, schema.Loss], Loss]] = {
+OWN: Mapping[str, Callable[[torch.Tensor | None, sections.Loss], Loss]] = {
     "cross_entropy": _cross_entropy,
     "focal": _focal,
     "bce": _bce,
     "mse": _mse,
     "huber": _huber,
 }
-
-
-def _imported(name: str) -> Any:
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise RecipeError(f"loss.name={short(name)}: must be {', '.join(OWN)}, or module:function")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(
-            f"loss.name={short(name)}: {error}; the module must be importable, for example from PYTHONPATH"
-        ) from error
 
 
 def _checked(name: str, function: Any) -> Loss:

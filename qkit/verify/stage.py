@@ -9,7 +9,7 @@ an artifact fails its gate: the failure is recorded, and `gates.check` raises it
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from qkit.measure import held_out as measure_held_out
 from qkit.measure import parity as measure_parity
 from qkit.measure import reference as measure_reference
 from qkit.measure import scores as measure_scores
-from qkit.measure.answers import answered
+from qkit.measure.answers import answered, further_figures
 from qkit.measure.artifacts import Artifact, artifacts, open_artifact, rounding
 from qkit.measure.parity import Parity
 from qkit.measure.scores import Grades
@@ -32,7 +32,7 @@ from qkit.plugins.exporter import is_exact
 from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED
-from qkit.recipe.schema import BOTTLENECKS
+from qkit.recipe.schema import UNMERGED
 from qkit.run.directory import Run
 
 EXACT_ROWS = 32  # a wrong graph shows in every row, and each row more is scored by a second model, in fp32
@@ -40,10 +40,11 @@ EXACT_ROWS = 32  # a wrong graph shows in every row, and each row more is scored
 
 @dataclass(frozen=True)
 class ArtifactMeasurement:
-    """What was measured of an artifact. `grades`: of its answers, by held-out row."""
+    """What was measured of an artifact. `grades`: of its answers, by held-out row; `further`: the task's other figures."""
 
     parity: Parity
     grades: Grades
+    further: Mapping[str, Any]
     exactness: gates.Exactness | None = None
     contract: tuple[measure_contract.ContractCheck, ...] = ()
 
@@ -71,14 +72,14 @@ def run(run: Run, out: Path) -> None:
         score = measure_scores.score(
             measured.grades, measured.parity.heldout_loss, run.recipe.evaluate, run.recipe.seed
         )
-        scores[artifact.name] = asdict(score)
+        scores[artifact.name] = asdict(score) | ({"metrics": measured.further} if measured.further else {})
     measure_reference.forget(run)
     write_json(out / "parity.json", {"parity": {**_rounding(run), **distances}, "scores": scores})
 
 
 def _rounding(run: Run) -> dict[str, Any]:
     """The entry of the reference model computed in bf16: a distance that rounding alone causes. It has no gate."""
-    if run.recipe.method in BOTTLENECKS:  # nothing was merged, and so nothing measured beside it
+    if run.recipe.method in UNMERGED:  # nothing was merged, and so nothing measured beside it
         return {}
     rows = candidates.read_table(run)["beside"]
     parity = next((row["parity"] for row in rows if row["name"] == candidates.ADAPTER), None)
@@ -104,7 +105,8 @@ def known(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> A
     chosen = next(row for row in table["candidates"] if row["name"] == table["chosen"])
     grades = measure_scores.grade(table["texts"], held_out, open_task(run.recipe.task), run.recipe.evaluate)
     contract = _contract_of(run)(run, artifact.path)
-    return ArtifactMeasurement(Parity(**chosen["parity"]), grades, contract=contract.checks)
+    further = (chosen["score"] or {}).get("metrics", {})
+    return ArtifactMeasurement(Parity(**chosen["parity"]), grades, further, contract=contract.checks)
 
 
 def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -> ArtifactMeasurement:
@@ -123,7 +125,8 @@ def _measure(run: Run, artifact: Artifact, held_out: measure_held_out.HeldOut) -
                 distances.add(row)
                 exactness.add(row)
             parity = distances.parity(**rounding(run, artifact))
-    return ArtifactMeasurement(parity, answers.grades, exactness.result(), contract)
+    further = further_figures(run, answers, held_out)
+    return ArtifactMeasurement(parity, answers.grades, further, exactness.result(), contract)
 
 
 def _contract_of(run: Run) -> Callable[[Run, Path], measure_contract.Contract]:
@@ -149,7 +152,7 @@ def _source(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[
         yield ()
         return
     if (
-        run.recipe.method in BOTTLENECKS
+        run.recipe.method in UNMERGED
     ):  # the file is made from base and adapter, which the reference model computes in fp32
         yield measure_reference.recorded(run, measure_held_out.held_out_of(run).rows).scores[: len(rows)]
         return

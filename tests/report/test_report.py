@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,55 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.pages import HOSTILE, Page
 from helpers.sample import FILES, SAMPLE, edit, open_sample
 from qkit.core import figures
 from qkit.report import stage as report_stage
 from qkit.report import summary
 from qkit.report.stage import Example
 from qkit.run.directory import Run
-
-HOSTILE = """</pre><script>alert(1)</script>"><img src=x onerror='alert(2)'>{{ 7 * 7 }}"""
-VOID = {"meta", "br", "img", "link", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """What the tests look at: tags with their attributes, tables by section, the text; and tags are balanced."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self.section = ""
-        self.text = ""
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "section":
-            self.section = dict(attrs)["id"] or ""
-        if tag == "tr":
-            self.tables.setdefault(self.section, []).append([])
-        if tag in ("td", "th"):
-            self.tables[self.section][-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.text += data
-        if self.tables.get(self.section) and ("td" in self.open or "th" in self.open):
-            self.tables[self.section][-1][-1] += data
-
-    def row(self, section: str, *starts: str) -> list[str]:
-        """The first row of a section's tables that begins with these cells."""
-        rows = [[cell.strip() for cell in row] for row in self.tables[section]]
-        return next(row for row in rows if row[: len(starts)] == list(starts))
+from qkit.tasks import chat
 
 
 def page(run: Run) -> Page:
@@ -103,8 +62,9 @@ def test_links_within_the_page_lead_somewhere(tmp_path: Path) -> None:
     assert {name for _, a in tags for name in (a.get("aria-labelledby") or "").split()} <= set(ids)
 
 
-def test_what_models_and_people_write_stays_text(tmp_path: Path) -> None:
+def test_what_models_and_people_write_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_sample(tmp_path)
+    monkeypatch.setitem(sys.modules, f"qkit.tasks.{HOSTILE}", chat)
     keys = ("prompt", "prediction", "reference")
     lines = [
         {"artifact": name, "row": 0, "correct": False, **dict.fromkeys(keys, HOSTILE)} for name in ("base", "adapter")

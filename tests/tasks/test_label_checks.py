@@ -11,14 +11,10 @@ from hypothesis import strategies as st
 from qkit.tasks._encoder.label_checks import (
     LabelledRow,
     NearNames,
-    OneLabel,
     RareLabel,
-    UnseenLabel,
     conflicts,
     near_names,
-    one_label,
     rare_labels,
-    unseen_labels,
 )
 
 
@@ -35,24 +31,6 @@ def test_rare_labels_are_counted_in_training() -> None:
     assert rare == [RareLabel("b", 1, 3), RareLabel("c", 2, 3)]
     assert rare[0].message == "label 'b' has 1 row, fewer than 3"
     assert rare_labels(known, 1) == []
-
-
-def test_labels_that_training_lacks() -> None:
-    known = [*rows("a"), *rows("a", "b", split="test"), *rows("c", "b", "b", split="validation")]
-    unseen = unseen_labels(known)
-    assert unseen == [
-        UnseenLabel("b", (("test", 1), ("validation", 2)), "test.csv:3"),
-        UnseenLabel("c", (("validation", 1),), "validation.csv:2"),
-    ]
-    assert unseen[0].message == (
-        "label 'b' is in 1 row of test, 2 rows of validation, but not in train: no model can learn it (test.csv:3)"
-    )
-
-
-def test_one_label_only() -> None:
-    assert one_label([*rows("a", "a"), *rows("b", split="test")]) == OneLabel("a", 2)
-    assert one_label(rows("a", "b")) is None and one_label(rows("b", split="test")) is None
-    assert OneLabel("a", 2).message == "all 2 rows of train have the label 'a': there is nothing to tell apart"
 
 
 def test_texts_with_several_labels_bound_the_accuracy() -> None:

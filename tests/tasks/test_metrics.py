@@ -31,6 +31,7 @@ FROM_SKLEARN = {
     **dict(zip([f"precision:{name}" for name in CLASSES], [0.75, 0.5, 0.5, 0, 0], strict=True)),
     **dict(zip([f"recall:{name}" for name in CLASSES], [0.75, 0.6666666666666666, 0.5, 0, 0], strict=True)),
     **dict(zip([f"f1:{name}" for name in CLASSES], [0.75, 0.5714285714285714, 0.5, 0, 0], strict=True)),
+    **dict(zip([f"support:{name}" for name in CLASSES], [4, 3, 2, 0, 1], strict=True)),
 }
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import jsonschema
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +18,8 @@ import transformers
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from helpers.first_step import first_step
+from helpers.pages import Page
+from helpers.schemas import SHOW_SCHEMA, closed
 from helpers.tiny_labelled import TELLING, build_model, labelled_run, settings, text, write_rows
 from qkit import pipeline
 from qkit.core.device import detect
@@ -23,8 +27,11 @@ from qkit.core.errors import RecipeError
 from qkit.core.progress import Progress
 from qkit.data import stage as data_stage
 from qkit.plugins.task import open_task
+from qkit.recipe.labels import Loss
 from qkit.recipe.load import from_dict
-from qkit.recipe.schema import Data, Loss
+from qkit.recipe.schema import Data
+from qkit.report import model_card
+from qkit.report import summary as report_summary
 from qkit.run.directory import Run
 from qkit.tasks._encoder import numbers, several_labels
 from qkit.tasks._encoder.labelled_text import numbers_of, several_names
@@ -153,6 +160,28 @@ def test_artifacts_pass_their_gates(finished: Mapping[str, Run], task: str) -> N
     assert parity["scores"]["onnx-fp32"]["score"] == pytest.approx(
         scores_of(run)["scores"]["trained"]["score"], abs=1e-3
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "sections", "figure"),
+    [("multi_label", {"labels"}, "macro F1"), ("regress", {"numbers", "errors"}, "mean absolute error")],
+)
+def test_reports_and_cards_have_what_the_task_shows(
+    finished: Mapping[str, Run], task: str, sections: set[str], figure: str
+) -> None:
+    run = finished[task]
+    seen = Page((run.folder("report") / "index.html").read_text(encoding="utf-8"))
+    ids = {attributes["id"] for tag, attributes in seen.tags if tag == "section"}
+    assert sections <= ids and ("answers" in ids) is (task == "multi_label")
+    document = report_summary.summary(run)
+    jsonschema.Draft202012Validator(closed(SHOW_SCHEMA)).validate(document)
+    metrics = document["scores"]["merged"]["metrics"].values()
+    shown = next(entry for entry in metrics if entry["title"] == figure)
+    card = huggingface_hub.ModelCard(model_card.render(run)).data.eval_results or ()
+    by_name = {result.metric_name: result.metric_value for result in card}
+    assert by_name[figure] == pytest.approx(shown["value"] * (100 if shown["share"] else 1))
+    assert ("worst_labels" in document["scores"]["trained"]) is (task == "multi_label")
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from helpers.first_step import first_step
-from helpers.tiny_labelled import build_model, labelled_run
+from helpers.tiny_labelled import build_model, labelled_rows, labelled_run
 from helpers.training import Heard, _json
 from qkit import pipeline
 from qkit.core.device import detect
@@ -159,10 +159,11 @@ if "train" in sys.orig_argv:
 """
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "head"])
+@pytest.mark.parametrize("method", ["lora", "full", "head", "gradual"])
 def test_a_killed_training_goes_on_to_the_same_bytes(with_dropout: Path, tmp_path: Path, method: str) -> None:
     sections: dict[str, Any] = {
-        "method": method,
+        "method": "full" if method == "gradual" else method,
+        **({"layers": {"unfreeze_steps": 4, "rate_decay": 0.8}} if method == "gradual" else {}),
         **({"lora": {"lora_dropout": 0.1}} if method == "lora" else {}),
         "train": {"max_steps": 12, "save_steps": 3, "gradient_accumulation_steps": 2},
     }
@@ -196,3 +197,17 @@ def test_the_same_recipe_gives_the_same_bytes_and_another_seed_others(
         pipeline.execute(run, "train")
         contents.append((run.folder("train") / weights).read_bytes())
     assert contents[0] == contents[1] != contents[2]
+
+
+def test_a_head_that_the_base_has_already_is_named(model: Path, tmp_path: Path) -> None:
+    first = prepared(tmp_path / "first", model, method="full", train={"max_steps": 2})
+    pipeline.execute(first, "train")
+    rows = [{"text": row["text"], "label": row["label"].upper()} for row in labelled_rows(96)]
+    heard = Heard()
+    second = prepared(tmp_path / "second", first.trained(), heard, method="full", rows=rows, train={"max_steps": 2})
+    pipeline.execute(second, "train")
+    said = "(classifier), for the labels fruit, tree, wood; training goes on from its weights, with the labels FRUIT, TREE, WOOD"
+    assert any(said in line for line in heard.lines)
+    again = Heard()
+    pipeline.execute(prepared(tmp_path / "third", model, again, method="full", train={"max_steps": 2}), "train")
+    assert not any("has a head already" in line for line in again.lines)

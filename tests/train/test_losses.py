@@ -15,8 +15,8 @@ from helpers.tiny_labelled import LABELS, build_model, labelled_run, text
 from qkit import pipeline
 from qkit.core.device import detect
 from qkit.core.errors import RecipeError, StageFailed
+from qkit.recipe.labels import Loss
 from qkit.recipe.load import from_dict
-from qkit.recipe.schema import Loss
 from qkit.train import losses
 from qkit.train.trainers import labelled
 

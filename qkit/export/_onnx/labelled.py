@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qkit.core.device import detect
 from qkit.core.errors import NotDeployable
 from qkit.export._onnx import builder
-from qkit.model.load import load_reference
+from qkit.model.load import class_of, load_reference
 from qkit.plugins.exporter import Job
 from qkit.plugins.task import LABELS, open_task
-from qkit.recipe.schema import BOTTLENECKS
+from qkit.recipe.schema import UNMERGED, Recipe
 from qkit.tensors.companions import copy_tokenizer
 
 if TYPE_CHECKING:
@@ -52,14 +52,33 @@ def export(job: Job, out: Path, variant: str) -> None:
 def loaded(job: Job) -> PreTrainedModel:
     """The model to export, in fp32: the merged one, or the base with the adapter that no weight can take up."""
     import torch
-    import transformers
 
     head = open_task(job.recipe.task).HEAD
-    if job.recipe.method in BOTTLENECKS:
-        model: Any = load_reference(job.base, job.recipe, detect(), job.adapter)
-        return model.float().get_base_model()
-    model = getattr(transformers, head.auto_class).from_pretrained(str(job.merged), dtype=torch.float32)
+    if job.recipe.method in UNMERGED:
+        return _as_one(load_reference(job.base, job.recipe, detect(), job.adapter).float(), job.recipe)
+    model = class_of(job.merged, head).from_pretrained(str(job.merged), dtype=torch.float32)
     return model.eval()
+
+
+def _as_one(model: Any, recipe: Recipe) -> PreTrainedModel:
+    """A model with an adapter, as one graph. PEFT adds most kinds of adapter to the weights; the gates measure whether that is the same.
+
+    Raises:
+        NotDeployable: what was learned is not in the model's layers.
+    """
+    if recipe.method != "peft":
+        whole: PreTrainedModel = model.get_base_model()
+        return whole
+    if model.active_peft_config.is_prompt_learning:
+        raise NotDeployable(
+            f"method=peft, peft_type={recipe.peft['peft_type']}: a prompt that was learned is no part of the model's graph; use a kind of "
+            "adapter that changes layers, such as IA3"
+        )
+    try:
+        merged: PreTrainedModel = model.merge_and_unload()
+    except (NotImplementedError, AttributeError, ValueError):  # of a kind that PEFT cannot add to weights
+        return cast("PreTrainedModel", model.get_base_model())
+    return merged
 
 
 def calibration_rows(file: Path) -> list[dict[str, list[int]]]:

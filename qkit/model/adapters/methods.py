@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qkit.core.errors import RecipeError, nearest, short
 from qkit.model import added_tokens, tokenizer
-from qkit.model.adapters import new_heads
+from qkit.model.adapters import layers, new_heads
 from qkit.plugins.task import open_task
 from qkit.recipe import schema
 from qkit.recipe.schema import BOTTLENECKS, Recipe
@@ -16,6 +18,17 @@ from qkit.recipe.schema import BOTTLENECKS, Recipe
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+UNTRAINABLE = {
+    "ADALORA": "it needs a call after each step that the trainer does not make; use LORA",
+    "ADAPTION_PROMPT": "it is for causal language models only; use IA3, or method=lora",
+    "CPT": "it is for causal language models only; use PROMPT_TUNING, or method=lora",
+    "CARTRIDGE": "it is for causal language models only; use PREFIX_TUNING, or method=lora",
+    "POLY": "it needs the number of each row's task, which rows do not have; use LORA",
+    "XLORA": "it mixes adapters that were trained before; use LORA",
+    "MULTITASK_PROMPT_TUNING": "it needs the number of each row's task, which rows do not have; use PROMPT_TUNING",
+}
 
 
 def prepared(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PreTrainedModel | PeftModel:
@@ -39,8 +52,11 @@ def with_method(
         return _with_lora(base, new, recipe, added)
     if recipe.method in BOTTLENECKS:
         return _with_bottlenecks(base, new, recipe)
+    if recipe.method == "peft":
+        return _with_any(base, new, recipe)
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(recipe.method == "full" or name.startswith(tuple(f"{part}." for part in new)))
+    layers.freeze(base, recipe.layers.frozen)
     return base
 
 
@@ -63,6 +79,51 @@ def _with_lora(base: PreTrainedModel, new: Sequence[str], recipe: Recipe, added:
     )
     adapted: PeftModel = get_peft_model(base, config)
     return adapted
+
+
+def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> PeftModel:
+    """An adapter of the kind that the section `peft` names, by PEFT's own configuration of it.
+
+    Raises:
+        RecipeError: PEFT does not know the kind or a field, or cannot put it on this model.
+    """
+    from peft import get_peft_model
+
+    config_class = peft_config_class(recipe.peft["peft_type"])
+    fields = {name: value for name, value in recipe.peft.items() if name != "peft_type"}
+    known = {field.name for field in dataclasses.fields(config_class)}
+    if unknown := sorted(fields.keys() - known):
+        raise RecipeError(
+            f"peft.{short(unknown[0])}: {config_class.__name__} has no such field{nearest(unknown[0], sorted(known))}"
+        )
+    of_head = {
+        "modules_to_save": [*new],
+        "exclude_modules": "|".join(rf"{re.escape(name)}(\..*)?" for name in new),
+        "task_type": open_task(recipe.task).HEAD.peft_task_type,
+    }
+    try:
+        config = config_class(**{**{name: value for name, value in of_head.items() if name in known}, **fields})
+        adapted: PeftModel = get_peft_model(base, config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RecipeError(f"peft: {config_class.__name__} refuses its settings for this model: {error}") from error
+    return adapted
+
+
+def peft_config_class(kind: str) -> Any:
+    """PEFT's configuration of a kind of adapter, such as IA3.
+
+    Raises:
+        RecipeError: there is none, or qkit cannot train it.
+    """
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    names = [one.name for one in PeftType if one.name not in UNTRAINABLE]
+    if kind in UNTRAINABLE:
+        raise RecipeError(f"peft.peft_type={kind}: {UNTRAINABLE[kind]}")
+    if kind not in names:
+        raise RecipeError(f"peft.peft_type={short(str(kind))} is none of {', '.join(names)}{nearest(str(kind), names)}")
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
 
 
 def _added_rows(section: schema.Model) -> list[int]:

@@ -28,6 +28,13 @@ def of(model: PreTrainedModel, folder: Path | None) -> list[str]:
     return parts
 
 
+def stored(model: PreTrainedModel, folder: Path) -> list[str]:
+    """Names of the modules of the head whose weights are in the checkpoint after all: it was trained for labels already."""
+    parts = [name for name in of(model, folder) if name != f"{model.base_model_prefix}.{POOLER}"]
+    names = {name for shard in shards(folder) for name in tensor_specs(shard)}
+    return [part for part in parts if any(name.startswith(f"{part}.") for name in names)]
+
+
 def names_of(folder: Path, head: ModelHead) -> list[str]:
     """The same before the weights are loaded; none for a head that the base model has."""
     if head.generates:

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
 from qkit.model.adapters import methods, new_heads
+from qkit.model.load import HEAD_DROPOUTS, HEAD_KEY
 from qkit.plan._traced import kernels
 from qkit.plan._traced.head import NewHead
 from qkit.plugins.task import open_task
+from qkit.recipe.labels import Head
 from qkit.recipe.schema import WHOLE, Recipe
 
 if TYPE_CHECKING:
@@ -68,20 +70,23 @@ def _bare(recipe: Recipe, head: NewHead) -> Any:
     import torch
     import transformers
 
-    model_class = getattr(transformers, open_task(recipe.task).HEAD.auto_class)
+    config, section = _config(recipe, head), recipe.head
+    pools = section.pooling is not None or hasattr(config, HEAD_KEY)
+    model_class = _pooled_class() if pools else getattr(transformers, open_task(recipe.task).HEAD.auto_class)
+    build = model_class._from_config if pools else model_class.from_config
     options = {
         "dtype": getattr(torch, weights_dtype(recipe, head)),
-        "trust_remote_code": recipe.model.trust_remote_code,
+        **({} if pools else {"trust_remote_code": recipe.model.trust_remote_code}),
         "attn_implementation": recipe.model.attn_implementation,
     }
     try:
         with torch.device("meta"):
             try:
-                return model_class.from_config(_config(recipe, head), **options)
+                return build(config, **options)
             except ValueError as error:
                 if recipe.model.attn_implementation != "sdpa" or NO_SDPA not in str(error):
                     raise
-                return model_class.from_config(_config(recipe, head), **{**options, "attn_implementation": "eager"})
+                return build(config, **{**options, "attn_implementation": "eager"})
     except (ValueError, ImportError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         message = f"{head.source}: transformers cannot build {model_class.__name__} of this model: {reason}"
@@ -102,7 +107,26 @@ def _config(recipe: Recipe, head: NewHead) -> Any:
     names = [f"label {number}" for number in range(head.labels)]
     for key, value in open_task(recipe.task).head_config(names).items():
         setattr(config, key, value)
+    _set_head(config, recipe.head)
     text = config.get_text_config()
     config.pad_token_id = text.pad_token_id = text.pad_token_id or 0
     text.vocab_size += len(set(recipe.model.add_tokens))
     return config
+
+
+def _set_head(config: Any, section: Head) -> None:
+    """Put what the recipe says of the head into the config: a head that pools, or the dropout of the model's own."""
+    if section.pooling is not None and not hasattr(config, HEAD_KEY):
+        default = getattr(config, "hidden_dropout_prob", 0.0)
+        dropout = default if section.dropout is None else section.dropout
+        setattr(config, HEAD_KEY, {**section.model_dump(), "dropout": dropout})
+    elif section.dropout is not None:
+        for key in HEAD_DROPOUTS:
+            if hasattr(config, key):
+                setattr(config, key, section.dropout)
+
+
+def _pooled_class() -> Any:
+    from qkit.model.pooled_head import PooledForSequenceClassification
+
+    return PooledForSequenceClassification

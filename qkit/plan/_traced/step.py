@@ -28,6 +28,9 @@ SECTIONS = (
     "method",
     "lora",
     "bottleneck",
+    "peft",
+    "layers",
+    "head",
     "model",
     "quantization",
 )  # what a trace depends on, beside Setting's own fields

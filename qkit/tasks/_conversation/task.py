@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import LENGTH_STEP
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
+from qkit.plugins.sections import Evaluated, Figure, Section
 from qkit.plugins.task import ModelHead, Prediction
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 from qkit.tasks._conversation.checks.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
@@ -46,13 +47,15 @@ class ConversationTask:
     CHECKS = CONVERSATION_CHECKS
     LESSER_CHECKS = LESSER_CHECKS
     UNSCORED = frozenset({"text", "tokenized"})  # data formats without a question to answer
+    FIGURES: Sequence[Figure] = ()
+    LABEL_FIGURE: Figure | None = None
 
     def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """What only tasks with labels have."""
         for_labels = f"is for tasks with labels, and task={recipe.task} has none: remove it"
         if recipe.method != "lora":
             yield ("method",), f"method={recipe.method} {for_labels}"
-        for section in ("bottleneck", "loss"):
+        for section in ("bottleneck", "head", "layers", "loss"):
             if getattr(recipe, section) != type(getattr(recipe, section))():
                 yield (section,), f"{section} {for_labels}"
         if recipe.data.label_separator is not None:
@@ -228,3 +231,7 @@ class ConversationTask:
     def answer(self, record: Mapping[str, Any]) -> str:
         """The reference answer, as the template writes it."""
         return str(record["answer"])
+
+    def sections(self, evaluated: Evaluated) -> Sequence[Section]:
+        """None: the sections of every run have it all."""
+        return ()

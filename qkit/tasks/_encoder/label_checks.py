@@ -1,4 +1,4 @@
-"""What is odd about the labels of a data set: rare ones, names that look like typos, texts with several labels, labels that training lacks.
+"""What is odd about the labels of a data set: rare ones, names that look like typos, texts with several labels.
 
 Each function returns dataclasses with a message for people; nothing is dropped or changed here.
 """
@@ -120,55 +120,11 @@ class Conflicts:
         return f"{texts} different labels: no classifier can get more than {share}; {self.texts[0].message}"
 
 
-@dataclass(frozen=True)
-class UnseenLabel:
-    """A label that held-out rows have and training rows lack. `splits`: its rows by split; `place`: of the first."""
-
-    label: str
-    splits: tuple[tuple[str, int], ...]
-    place: str
-
-    @property
-    def message(self) -> str:
-        splits = ", ".join(f"{_rows(rows)} of {split}" for split, rows in self.splits)
-        return f"label {_quoted(self.label)} is in {splits}, but not in {TRAIN}: no model can learn it ({self.place})"
-
-
-@dataclass(frozen=True)
-class OneLabel:
-    """The only label of all training rows."""
-
-    label: str
-    rows: int
-
-    @property
-    def message(self) -> str:
-        return f"all {_rows(self.rows)} of {TRAIN} have the label {_quoted(self.label)}: there is nothing to tell apart"
-
-
 def rare_labels(rows: Iterable[LabelledRow], fewest: int) -> list[RareLabel]:
     """Return the labels with fewer than `fewest` training rows, the rarest first. Those without any are `unseen_labels`."""
     counts = Counter(row.label for row in rows if row.split == TRAIN)
     rare = [RareLabel(label, count, fewest) for label, count in counts.items() if count < fewest]
     return sorted(rare, key=lambda label: (label.rows, label.label))
-
-
-def unseen_labels(rows: Iterable[LabelledRow]) -> list[UnseenLabel]:
-    """Return the labels that only held-out rows have, by name."""
-    by_label: defaultdict[str, list[LabelledRow]] = defaultdict(list)
-    for row in rows:
-        by_label[row.label].append(row)
-    return [
-        UnseenLabel(label, tuple(sorted(Counter(row.split for row in known).items())), known[0].place)
-        for label, known in sorted(by_label.items())
-        if all(row.split != TRAIN for row in known)
-    ]
-
-
-def one_label(rows: Iterable[LabelledRow]) -> OneLabel | None:
-    """Return the label of all training rows, if they have the same."""
-    counts = Counter(row.label for row in rows if row.split == TRAIN)
-    return OneLabel(*next(iter(counts.items()))) if len(counts) == 1 else None
 
 
 def conflicts(rows: Iterable[LabelledRow]) -> Conflicts:

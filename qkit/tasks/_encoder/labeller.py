@@ -31,6 +31,9 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return result
 
 
+TOP = 5  # labels whose probabilities predictions.jsonl has
+
+
 @dataclass(frozen=True)
 class Labeller:
     """`names`: by label id."""
@@ -40,7 +43,7 @@ class Labeller:
     def predict(
         self, runtime: Encodes, rows: Sequence[TextRow], advance: Callable[[int], None] = lambda _: None
     ) -> list[Prediction]:
-        """The most likely label of each row; `confidence`: its probability."""
+        """The most likely label of each row. `confidence`: its probability; `top`: those of the most likely labels, by name."""
         import numpy as np
 
         predictions = []
@@ -48,7 +51,9 @@ class Labeller:
             logp = log_softmax(logits)
             best = int(logp.argmax())
             probabilities = np.exp(logp)
-            details = {"confidence": float(probabilities[best])}
+            order = np.argsort(-probabilities, kind="stable")[:TOP]
+            top = {self.names[number]: round(float(probabilities[number]), 6) for number in order}
+            details = {"confidence": float(probabilities[best]), "top": top}
             predictions.append(Prediction(self.names[best], details, probabilities))
             advance(1)
         return predictions

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.errors import short
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
+from qkit.plugins.sections import Evaluated, Figure, Section
 from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, read_labels
 from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
+from qkit.tasks._encoder._report.labels import OF_ONE_LABEL, SINGLE_LABEL
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ class EncoderTask:
     CHECKS = LABELLED_CHECKS
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]] = {}
     UNSCORED: frozenset[str] = frozenset()
+    FIGURES: Sequence[Figure] = SINGLE_LABEL
+    LABEL_FIGURE: Figure | None = OF_ONE_LABEL
 
     LOSSES: tuple[str, ...] = ("cross_entropy", "focal")
     SEVERAL = False  # any number of labels for a text
@@ -85,17 +89,8 @@ class EncoderTask:
         for section, field in (("data", "system"), ("model", "chat_template")):
             if getattr(getattr(recipe, section), field) is not None:
                 yield (section, field), f"{section}.{field} is for conversations, and {where} has none: remove it"
-        if recipe.model.add_tokens and recipe.method not in ("lora", "full"):
-            yield (
-                ("model", "add_tokens"),
-                f"model.add_tokens: method={recipe.method} does not train their embeddings; use method=lora or full, or remove it",
-            )
-        if recipe.method in WHOLE and recipe.quantization.load_in_4bit:
-            yield (
-                ("method",),
-                f"method={recipe.method} saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
-                "quantization.load_in_4bit=false, or method=lora",
-            )
+        yield from _of_method(recipe)
+        yield from _of_head(recipe, self.HEAD)
 
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """16-bit or finer weights, a stratified split of 80/10/10 where no held-out rows are given, and formats of encoders."""
@@ -290,8 +285,47 @@ class EncoderTask:
         """The names of the labels."""
         return ", ".join(record["names"])
 
+    def sections(self, evaluated: Evaluated) -> Sequence[Section]:
+        """The figures of each label, the confusions, the calibration and the worst errors."""
+        from qkit.tasks._encoder._report.labels import sections_of_single_labels
+
+        return sections_of_single_labels(evaluated, read_labels(evaluated.data))
+
     def usage(self, library: str, recipe: Recipe) -> str:
         """How to label a text, for the model card."""
         from qkit.tasks._encoder.usage import usage
 
         return usage(library, self.HEAD, recipe)
+
+
+def _of_method(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What the method needs, or cannot have."""
+    if recipe.method == "peft" and not isinstance(recipe.peft.get("peft_type"), str):
+        yield ("peft",), "method=peft needs peft.peft_type, the kind of adapter, such as IA3 or VERA"
+    if recipe.model.add_tokens and recipe.method not in ("lora", "full"):
+        yield (
+            ("model", "add_tokens"),
+            f"model.add_tokens: method={recipe.method} does not train their embeddings; use method=lora or full, or remove it",
+        )
+    if recipe.method in WHOLE and recipe.quantization.load_in_4bit:
+        yield (
+            ("method",),
+            f"method={recipe.method} saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
+            "quantization.load_in_4bit=false, or method=lora",
+        )
+
+
+def _of_head(recipe: Recipe, head: ModelHead) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Settings of the head that nothing reads, or that this head cannot have."""
+    section = recipe.head
+    if section.pooling is not None and head.peft_task_type != "SEQ_CLS":
+        yield (
+            ("head", "pooling"),
+            f"head.pooling={section.pooling} makes one state of a text, and task={recipe.task} needs one for each token: remove it",
+        )
+    for name in ("layers", "activation"):
+        if section.pooling is None and getattr(section, name) != type(section).model_fields[name].default:
+            yield (
+                ("head", name),
+                f"head.{name}={getattr(section, name)} belongs to qkit's own head: set head.pooling, or remove it",
+            )

@@ -5,15 +5,16 @@ Labels that are ids count one by one; a row whose labels are numbers counts as o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qkit.core.device import Device
+from qkit.core.errors import listed
 from qkit.core.files import read_json
 from qkit.model import load
-from qkit.model.adapters import methods
+from qkit.model.adapters import layers, methods, new_heads
 from qkit.plugins.task import Losses, open_task, read_labels
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
@@ -31,10 +32,20 @@ COLUMNS = ("input_ids", "token_type_ids", "labels")
 
 
 class CountedLabels(Counted):
-    """What qkit changes in a Trainer whose rows have labels. `losses`: (outputs of the model, batch) -> losses [rows]."""
+    """What qkit changes in a Trainer whose rows have labels. `losses`: (outputs of the model, batch) -> losses [rows].
 
-    def __init__(self, *args: Any, losses: Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor], **kwargs: Any):
+    `rate_decay`: a layer's rate / that of the layer above it.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        losses: Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor],
+        rate_decay: float = 1.0,
+        **kwargs: Any,
+    ):
         self._losses = losses
+        self._rate_decay = rate_decay
         super().__init__(*args, **kwargs)
 
     def compute_loss(
@@ -43,6 +54,14 @@ class CountedLabels(Counted):
         """The sum of the losses, divided by the labels of the whole accumulated batch: the same gradient whatever the accumulation."""
         total = self._losses(model(**_of_model(inputs)), inputs).sum()
         return total / (len(self.labels_in(inputs)) if num_items_in_batch is None else num_items_in_batch)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """transformers' own, with a rate for each layer if these differ."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self._rate_decay < 1:
+            layers.set_rates(optimizer, self.model, self._rate_decay)
+        return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """transformers counts every number of a row, where the row counts as one."""
@@ -75,6 +94,8 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
     data = run.need("data", "labels.json").parent
     pad = read_json(data / "tokens.json")["pad"]
     base = load.load_base(folder, recipe, device, read_labels(data))
+    if kept := new_heads.stored(base, folder):
+        run.progress.notify(f"train: {_of_kept_head(folder, kept, read_labels(data))}")
     trainer_class = type("Trainer", (CountedLabels, Trainer), {})
     trainer: Trainer = trainer_class(
         model=methods.prepared(base, folder, recipe),
@@ -88,10 +109,24 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
         collator=task.collate,
         micro_batches=recipe.micro_batches,
         checkpoints_kept=recipe.train.save_total_limit,
+        rate_decay=recipe.layers.rate_decay,
     )
     if device.frees_through_malloc:
         trim_before_layers(trainer.model)
+    if recipe.layers.unfreeze_steps:
+        trainer.add_callback(layers.unfreezing(trainer.model, recipe.layers))
     return trainer
+
+
+def _of_kept_head(folder: Path, kept: Sequence[str], labels: Sequence[str]) -> str:
+    """What to know of a base model that has a head for as many labels already, which training goes on from."""
+    named = read_json(folder / "config.json").get("id2label") or {}
+    theirs = [name for _, name in sorted((int(number), name) for number, name in named.items())]
+    said = f"for the labels {listed(theirs)}" if theirs else "for labels without names"
+    return (
+        f"the base model has a head already ({', '.join(kept)}), {said}; training goes on from its weights, with the labels "
+        f"{listed(labels)} in this order"
+    )
 
 
 def training_arguments(recipe: Recipe, device: Device, out: Path) -> TrainingArguments:

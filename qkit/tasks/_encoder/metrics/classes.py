@@ -114,25 +114,45 @@ def calibration(reference: NDArray[Any], probabilities: NDArray[Any], bins: int 
     known = probabilities.astype(np.float64)
     if len(known) and not (off := float(np.abs(known.sum(1) - 1).max())) <= UNNORMALIZED:
         raise ValueError(f"the probabilities of a row add up to 1 only within {off:.3g}: are they logits?")
-    right = (known.argmax(1) == reference).astype(np.float64)
-    confidence = known.max(1)
+    binned = _binned(known.max(1), (known.argmax(1) == reference).astype(np.float64), bins)
+    brier = ((known - (reference[:, None] == np.arange(known.shape[1]))) ** 2).sum(1)
+    return RowStatistics(np.concatenate([binned, brier[:, None]], 1), partial(_calibration, bins))
+
+
+def confidences(confidence: NDArray[Any], right: NDArray[Any], bins: int = BINS) -> RowStatistics:
+    """Return a sample with the figure ece, where only the probabilities of the predicted classes are known.
+
+    Args:
+        confidence: [rows], the probability of the predicted class.
+        right: [rows], 1 where it is the right one, else 0.
+        bins: of equal width.
+    """
+    return RowStatistics(_binned(confidence, right, bins), lambda sums: {"ece": _ece(sums, bins)})
+
+
+def _binned(confidence: NDArray[Any], right: NDArray[Any], bins: int) -> Floats:
+    """Whether a row is in a bin, its confidence there, and whether it is right there, [rows, 3 * bins]."""
+    import numpy as np
+
     # (low, high]: a confidence on the border belongs to the bin below
     places = np.searchsorted(np.arange(1, bins) / bins, confidence) == np.arange(bins)[:, None]
-    brier = ((known - (reference[:, None] == np.arange(known.shape[1]))) ** 2).sum(1)
-    values = np.stack([*places, *(places * confidence), *(places * right), brier], 1).astype(np.float64)
-    return RowStatistics(values, partial(_calibration, bins))
+    values: Floats = np.stack([*places, *(places * confidence), *(places * right)], 1).astype(np.float64)
+    return values
 
 
-def _calibration(bins: int, sums: Floats) -> Mapping[str, Floats]:
+def _ece(sums: Floats, bins: int) -> Floats:
     import numpy as np
 
     rows, confidence, right = (sums[..., begin : begin + bins] for begin in range(0, 3 * bins, bins))
-    total = rows.sum(-1)
-    return {"ece": ratio(np.abs(right - confidence).sum(-1), total), "brier": ratio(sums[..., -1], total)}
+    return ratio(np.abs(right - confidence).sum(-1), rows.sum(-1))
+
+
+def _calibration(bins: int, sums: Floats) -> Mapping[str, Floats]:
+    return {"ece": _ece(sums, bins), "brier": ratio(sums[..., -1], sums[..., :bins].sum(-1))}
 
 
 def reliability(statistics: RowStatistics) -> list[Bin]:
-    """Return the bins of `calibration` that have rows, in order."""
+    """Return the bins of `calibration` or `confidences` that have rows, in order."""
     bins = statistics.values.shape[1] // 3
     sums = statistics.values.sum(0)
     rows, confidence, right = (sums[begin : begin + bins] for begin in range(0, 3 * bins, bins))

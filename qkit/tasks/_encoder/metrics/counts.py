@@ -43,6 +43,7 @@ def scores(counts: Counts, names: Sequence[str]) -> dict[str, Floats]:
 
     Returns:
         [...] by name: precision_micro, precision_macro, precision_weighted (by rows in the references) and precision:CLASS, and so on.
+        support:CLASS is how often a class is in the references.
     """
     whole = Counts(*(part.sum(-1, keepdims=True) for part in (counts.right, counts.reference, counts.predicted)))
     present = (counts.reference + counts.predicted > 0).astype("f8")
@@ -52,7 +53,8 @@ def scores(counts: Counts, names: Sequence[str]) -> dict[str, Floats]:
         figures[f"{name}_macro"] = ratio((of_classes * present).sum(-1), present.sum(-1))
         figures[f"{name}_weighted"] = ratio((of_classes * counts.reference).sum(-1), counts.reference.sum(-1))
         figures |= {f"{name}:{label}": of_classes[..., index] for index, label in enumerate(names)}
-    return figures
+    support = {f"support:{label}": counts.reference[..., index] for index, label in enumerate(names)}
+    return {**figures, **support}
 
 
 def _by_class(counts: Counts) -> dict[str, Floats]:
