@@ -19,21 +19,10 @@ from qkit.plan._traced.head import NewHead
 from qkit.plan._traced.model import built, with_fakes
 from qkit.recipe.schema import Recipe
 
-FEW, MORE = (
-    2,
-    3,
-)  # rows of the two traces; one row is traced as it is, because torch treats dimensions of 1 in ways of their own
-SECTIONS = (
-    "task",
-    "method",
-    "lora",
-    "bottleneck",
-    "peft",
-    "layers",
-    "head",
-    "model",
-    "quantization",
-)  # what a trace depends on, beside Setting's own fields
+# Rows of the two traces; one row is traced as it is, because torch treats dimensions of 1 in ways of their own.
+FEW, MORE = 2, 3
+# Of a recipe, what a trace depends on beside Setting's own fields.
+SECTIONS = ("task", "method", "lora", "bottleneck", "peft", "layers", "head", "model", "quantization")
 
 
 @dataclass(frozen=True)
