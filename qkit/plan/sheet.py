@@ -79,20 +79,15 @@ def sheet(
     """
     device = device or detect()
     known = solve.known_of(lengths, recipe, labels)
-    subject, undecided, checkpointing = (
-        subject_of(recipe, known),
-        recipe,
-        plan_plan.checkpointing(recipe, device, known),
-    )
+    subject, undecided = subject_of(recipe, known), recipe
     recipe = plan_plan.decided(recipe, device, known)
     stages = plan_plan.stages(recipe, device, known)
-    if (steps := schedule.planned_steps(recipe, lengths, open_task(recipe.task).LENGTH_STEP)) is not None:
-        schedule.check(recipe.train, steps)
+    steps = _checked_steps(recipe, lengths)
     plan = max(stages[:2], key=lambda stage: stage.peak_bytes)
     pace = speed.pace(recipe, subject, device, speed.kept(lengths, recipe.data.max_length) if lengths else None)
     return Sheet(
         plan=plan,
-        checkpointing=checkpointing,
+        checkpointing=plan_plan.checkpointing(undecided, device, known),
         exact=subject.exact,
         parameters=_parameters(recipe, subject),
         stages=stages,
@@ -107,6 +102,18 @@ def sheet(
         comes_quantized=prequantized.method(config_of(recipe.model)),
         vocabulary=model_vocabulary.without_a_row(recipe.model),
     )
+
+
+def _checked_steps(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> int | None:
+    """The steps of training; None if they are not known yet.
+
+    Raises:
+        RecipeError: they are too few for the schedule.
+    """
+    steps = schedule.planned_steps(recipe, lengths, open_task(recipe.task).LENGTH_STEP)
+    if steps is not None:
+        schedule.check(recipe.train, steps)
+    return steps
 
 
 def _parameters(recipe: Recipe, subject: Subject) -> int:
