@@ -111,15 +111,11 @@ def test_tensors_of_a_step_by_architecture(models: Any, tmp_path: Path, kind: st
         {"method": "full", "train": {"gradient_checkpointing": True, "bf16": True}},
         {"model": {"attn_implementation": "eager"}},
         {"loss": {"label_smoothing": 0.1}},
+        {"method": "full", "layers": {"frozen": 1}},
+        {"head": {"pooling": "mean", "layers": 1}},
+        {"method": "peft", "peft": {"peft_type": "IA3", "target_modules": ["query"], "feedforward_modules": []}},
     ],
-    ids=[
-        "micro_batches",
-        "micro_batches of all weights",
-        "checkpointing",
-        "checkpointing in bf16",
-        "eager",
-        "smoothing",
-    ],
+    ids=lambda sections: json.dumps(sections)[1:-1].replace('"', ""),
 )
 def test_tensors_of_a_step_by_setting(models: Any, tmp_path: Path, sections: dict[str, Any]) -> None:
     planned, measured = both(tmp_path, models("bert"), **sections)

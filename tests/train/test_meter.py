@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.tiny_encoders import classifier
 from qkit.core import device, memory_meter, memory_watch
 from qkit.core.memory_watch import LINES, TensorsAlive, watching
 from qkit.plugins.task import open_task
@@ -282,3 +283,16 @@ def test_training_hands_back_between_layers(tiny_model: Path, monkeypatch: pytes
     calls.clear()
     loss.backward()
     assert len(calls) == 2  # when they are computed again
+
+
+def test_large_batches_of_texts_hand_back_before_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(heap, "trim_heap", lambda: calls.append(1))
+    for kind in ("bert", "distilbert", "modernbert"):
+        model = classifier(kind)
+        heap.trim_before_layers(model)
+        for limit, expected in ((4 * 32 * 2 * 5, 2), (4 * 32 * 2 * 5 + 1, 0)):  # two rows of five tokens in two layers
+            monkeypatch.setattr(heap, "LARGE_INPUT", limit)
+            calls.clear()
+            model(torch.ones(2, 5, dtype=torch.int64))
+            assert len(calls) == expected, kind
