@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from helpers import paths
 from helpers.tiny_labelled import build_model, labelled_rows, labelled_run, settings, write_rows
 from qkit import pipeline
 from qkit.core import memory_watch
@@ -25,6 +30,7 @@ from qkit.recipe.schema import Recipe
 from qkit.train import memory_report
 from qkit.train.trainers import labelled
 
+PATHS = {"PYTHONPATH": str(paths.ROOT)}
 COUNTED = Known(labels=3)
 CPU = Device("cpu", "Some CPU", 2**34, 2)
 ROWS = 12
@@ -295,3 +301,23 @@ def test_labels_and_lengths_come_from_the_data_folder(tmp_path: Path) -> None:
     assert sheet.labels_of(tmp_path) is None and sheet.labels_of(None) is None
     write_rows(tmp_path / "data" / "labels.json", [{"names": ["a", "b"]}])
     assert sheet.labels_of(tmp_path) == 2
+
+
+@pytest.mark.slow
+def test_plan_and_inspect_as_programs(models: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", labelled_rows(48))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings(models("bert"), tmp_path / "rows.jsonl")))
+
+    def printed(*arguments: str) -> str:
+        command = [sys.executable, "-m", "qkit", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | PATHS)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    before = json.loads(printed("plan", "recipe.yaml", "--json"))
+    assert "max_length" in printed("inspect", "recipe.yaml")  # the table of its choices
+    printed("data", "recipe.yaml")
+    after = json.loads(printed("plan", "recipe.yaml", "--json"))
+    assert (before["exact"], after["exact"]) == (False, True)
+    assert after["peak_bytes"] < before["peak_bytes"]  # no row has 32 tokens
+    assert "train fits" in printed("plan", "recipe.yaml")
