@@ -42,6 +42,13 @@ ALL = "all"
 EPOCHS = {ALL: 3.0}
 FEW = 20.0  # epochs over some rows of each label, unless told otherwise
 RATES = {"plain": 5e-4, "full": 5e-4, "lora": 2e-3, "head": 1e-2, "houlsby": 2e-3, "pfeiffer": 2e-3}
+# Ways that are more than a method: sections of the recipe. Others are recipe.method itself.
+WAYS: dict[str, dict[str, Any]] = {
+    "qlora": {"method": "lora", "quantization": {"load_in_4bit": True}},
+    "full-mean": {"method": "full", "head": {"pooling": "mean"}},
+    "head-mean": {"method": "head", "head": {"pooling": "mean"}},
+    "lora-mean": {"method": "lora", "head": {"pooling": "mean"}},
+}
 CONFIDENCE = 0.95
 
 
@@ -76,7 +83,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("test", type=Path)
     parser.add_argument("--columns", nargs=2, metavar=("TEXT", "LABEL"), default=["text", "category"])
     parser.add_argument("--model", default=SOURCE, help="as model.source of a recipe")
-    parser.add_argument("--methods", nargs="*", default=["full", "lora", "head"], help="of qkit, as recipe.method")
+    parser.add_argument(
+        "--methods", nargs="*", default=["full", "lora", "head"], help=f"of qkit, as recipe.method, or of {[*WAYS]}"
+    )
+    parser.add_argument("--no-plain", dest="plain", action="store_false", help="leave out the plain Trainer")
     parser.add_argument("--rows", nargs="+", default=["5", "10", ALL], help="of each label")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--epochs", nargs="*", default=[], metavar="ROWS=EPOCHS", help="all=3, and 20 over fewer rows")
@@ -100,7 +110,11 @@ def _data(given: argparse.Namespace) -> dict[str, Any]:
 
 def _cells(given: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     """Seeds last, so that an interrupted run has some of every kind."""
-    ways = [*(["tfidf"] if given.scikit_learn else []), "plain", *(f"qkit-{method}" for method in given.methods)]
+    ways = [
+        *(["tfidf"] if given.scikit_learn else []),
+        *(["plain"] if given.plain else []),
+        *(f"qkit-{method}" for method in given.methods),
+    ]
     return ((way, rows, seed) for seed in given.seeds for rows in given.rows for way in ways)
 
 
@@ -108,9 +122,11 @@ def _measured(way: str, rows: str, seed: int, given: argparse.Namespace, folder:
     """The figures of a cell. `right`, by row of the test file, becomes an interval."""
     train = _drawn(given, None if rows == ALL else int(rows), seed, folder / "train.csv")
     epochs = given.epochs.get(rows, FEW)
-    settings = {"epochs": epochs, "learning_rate": given.learning_rates.get(way.removeprefix("qkit-"))}
+    name = way.removeprefix("qkit-")
+    method = WAYS.get(name, {}).get("method", name)
+    settings = {"epochs": epochs, "learning_rate": given.learning_rates.get(name, given.learning_rates.get(method))}
     if way.startswith("qkit-"):
-        return settings | _qkit(way.removeprefix("qkit-"), train, seed, settings, given, folder)
+        return settings | _qkit(name, train, seed, settings, given, folder)
     columns = ["--columns", *given.columns]
     if way == "tfidf":
         figures = _printed([given.scikit_learn, HERE / "tfidf.py", train, given.test, *columns], folder)
@@ -158,12 +174,12 @@ def _run(command: Sequence[Any], folder: Path) -> str:
 
 
 def _qkit(
-    method: str, train: Path, seed: int, settings: dict[str, Any], given: argparse.Namespace, folder: Path
+    name: str, train: Path, seed: int, settings: dict[str, Any], given: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
     """The figures that the stages data, train and evaluate leave in the run directory."""
     recipe = {
         "task": "classify",
-        "method": method,
+        **WAYS.get(name, {"method": name}),
         "seed": seed,
         "model": {"source": given.model},
         "data": {

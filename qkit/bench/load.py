@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from qkit.bench.record import Repeat, Request
+from qkit.measure.artifacts import Artifact
 from qkit.plugins.runtime import Runtime
 
 HELD_OUT = "held-out rows"
@@ -109,6 +110,24 @@ class LoadSource(Protocol):
 
     def measure(self, load: Load, number: int) -> Repeat:
         """Run a load once. `number`: 0 for the warm-up, then 1, 2, ... for the repeats, each with other prompts."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is benched: an artifact, and what loads it. `name`: in the record and in the file's name.
+
+    `pid`: the process whose memory is sampled, with its children. `argv`: of a server; None for a runtime in this process. `peak`: reads the
+    peak memory in bytes, which `meter` describes.
+    """
+
+    name: str
+    artifact: Artifact
+    source: LoadSource
+    pid: int
+    startup_seconds: float
+    argv: Sequence[str] | None
+    peak: Callable[[], int]
+    meter: str
 
 
 class DirectLoad:

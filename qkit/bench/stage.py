@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from qkit.bench import labelled
 from qkit.bench import meter as bench_meter
 from qkit.bench import record as bench_record
-from qkit.bench.load import DirectLoad, HeldOutPrompts, Load, LoadSource, Prompt
+from qkit.bench.load import DirectLoad, HeldOutPrompts, Load, LoadSource, Prompt, Subject
 from qkit.bench.record import Repeat, Slo
 from qkit.bench.tool import LoadTool
 from qkit.core.device import detect
@@ -31,7 +33,7 @@ from qkit.measure.artifacts import Artifact, artifacts, open_artifact
 from qkit.measure.evidence import cost_of, read_evidence
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plan import deployable
-from qkit.plugins.runtime import Runtime
+from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Bench
 from qkit.run.directory import Run
@@ -66,19 +68,27 @@ def run(run: Run, out: Path) -> None:
     """Bench every runtime of the recipe.
 
     Raises:
-        RecipeError: models with labels cannot be benched yet.
-        DataError: there are no held-out rows to take prompts from.
+        DataError: there are no held-out rows to take prompts or texts from.
         ServerError: every request to a server failed, or its token counts of the prompts differ from the rows'.
     """
     section = run.recipe.bench
     if not section.runtimes:
         return
     deployable.check(run.recipe)
-    rows = held_out_prompts(run)
-    by_name = {artifact.name: artifact for artifact in artifacts(run)}
+    open_subject, unit = _opener(run)
     for name in run.progress.track(section.runtimes, "bench", len(section.runtimes)):
         run.progress.notify(f"bench: {name}")
-        bench_artifact(run, by_name[MERGED if name == "transformers" else name], rows, out)
+        with open_subject(name) as subject:
+            bench_subject(run, subject, unit, out)
+
+
+def _opener(run: Run) -> tuple[Callable[[str], AbstractContextManager[Subject]], str]:
+    """What opens an entry of bench.runtimes, and the unit of an answer: tokens, or texts."""
+    if not open_task(run.recipe.task).HEAD.generates:
+        return partial(labelled.opened, run), labelled.TEXTS
+    rows = held_out_prompts(run)
+    by_name = {artifact.name: artifact for artifact in artifacts(run)}
+    return lambda name: _generating(run, by_name[MERGED if name == "transformers" else name], rows), "tokens"
 
 
 def held_out_prompts(run: Run) -> list[Sequence[int]]:
@@ -89,19 +99,33 @@ def held_out_prompts(run: Run) -> list[Sequence[int]]:
     return [row.prompt for row in rows]
 
 
-def bench_artifact(run: Run, artifact: Artifact, rows: Sequence[Sequence[int]], out: Path) -> None:
-    """Bench one artifact under every load of the recipe; write one record per load to `out`."""
+@contextmanager
+def _generating(run: Run, artifact: Artifact, rows: Sequence[Sequence[int]]) -> Iterator[Subject]:
+    """An artifact that generates text, opened by its runtime, with the load for it."""
     begin = time.perf_counter()
     with ExitStack() as stack:
         runtime = stack.enter_context(open_artifact(run, artifact, "bench"))
         startup = getattr(runtime, "startup_seconds", time.perf_counter() - begin)
         server: Mapping[str, Any] | None = getattr(runtime, "server_description", None)
         source = stack.enter_context(_tool(run, server, rows)) if server else DirectLoad(runtime, rows)
-        metadata = {**_metadata(run, artifact), "startup_seconds": startup, "argv": server["argv"] if server else None}
-        for measurement in measure(source, run.recipe.bench, server["pid"] if server else os.getpid()):
-            known = {**metadata, **_peak(runtime, artifact)}
-            written = record(measurement, source, run.recipe.bench, run.recipe.seed, known)
-            write_json(out / f"{artifact.name}-{measurement.name}.json", written)
+        pid, argv = (server["pid"], server["argv"]) if server else (os.getpid(), None)
+        meter = "rss_tree" if artifact.runtime == "vllm" else detect().meter
+        yield Subject(artifact.name, artifact, source, pid, startup, argv, runtime.memory_bytes, meter)
+
+
+def bench_subject(run: Run, subject: Subject, unit: str, out: Path) -> None:
+    """Bench one subject under every load of the recipe; write one record per load to `out`."""
+    metadata = {
+        **_metadata(run, subject.artifact),
+        "artifact": subject.name,
+        "startup_seconds": subject.startup_seconds,
+        "argv": subject.argv,
+        "unit": unit,
+    }
+    for measurement in measure(subject.source, run.recipe.bench, subject.pid):
+        known = {**metadata, "peak_bytes": subject.peak(), "meter": subject.meter}
+        written = record(measurement, subject.source, run.recipe.bench, run.recipe.seed, known)
+        write_json(out / f"{subject.name}-{measurement.name}.json", written)
 
 
 def _tool(run: Run, server: Mapping[str, Any], rows: Sequence[Sequence[int]]) -> LoadTool:
@@ -228,11 +252,6 @@ def record(
 
 def _slo(section: Bench) -> Slo:
     return Slo(section.slo_ttft_seconds, section.slo_tpot_seconds, section.slo_e2e_seconds)
-
-
-def _peak(runtime: Runtime, artifact: Artifact) -> dict[str, Any]:
-    meter = "rss_tree" if artifact.runtime == "vllm" else detect().meter
-    return {"peak_bytes": runtime.memory_bytes(), "meter": meter}
 
 
 def _metadata(run: Run, artifact: Artifact) -> dict[str, Any]:

@@ -47,6 +47,7 @@ VERBS = {
     "verify": Verb("verify", "Stage: compare artifacts, or a server, with the adapter."),
     "bench": Verb("bench", "Stage: measure latency, throughput, memory and cost of each runtime."),
     "report": Verb("stages", "Stage: write the run's HTML page and its model card."),
+    "predict": Verb("predict", "Predict every record of a file with a run, an artifact or a server."),
     "push": Verb("push", "Upload a model folder to the Hugging Face hub."),
     "adapters": Verb("adapters", "List, load and unload the adapters of a running server."),
 }

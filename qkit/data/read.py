@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qkit.core.errors import DataError, short
 from qkit.core.network import reaching_hub
 from qkit.core.sources import HubId, locate
 from qkit.core.strict_json import Rounded, Struct, decode
-from qkit.data.read_json import from_json, not_utf8, open_text
+from qkit.data.read_json import from_json, json_lines, not_utf8, open_text, text_lines
 from qkit.plugins.example import ANSWER_KEYS
 from qkit.recipe.schema import Source
 from qkit.run.source_files import DELIMITERS, JSON_SUFFIXES, LOADERS, SUFFIXES, data_files, saved_kind, suffix_of
@@ -81,6 +81,22 @@ def read(source: Source) -> Iterator[Record | Broken]:
         raise DataError(
             f"{source.answers}: contains no answer to any record: {missed}, the answers have ids such as {short(next(iter(answers)))}"
         )
+
+
+def read_stream(stream: BinaryIO, name: str, suffix: str) -> Iterator[Record | Broken]:
+    """The records of a stream as they come. `suffix`: what the name of a file with this content would end in.
+
+    Raises:
+        DataError: it cannot be read at all.
+    """
+    if suffix in DELIMITERS:
+        numbered = csv_rows(stream, name, DELIMITERS[suffix])
+    elif suffix == ".txt":
+        numbered = text_lines(stream)
+    else:
+        numbered = json_lines(stream, name)
+    for line, value in numbered:
+        yield Broken(name, line, value) if isinstance(value, str) else Record(name, line, value)
 
 
 def _answers(source: Source) -> dict[str, tuple[Any, tuple[str, ...]]]:
@@ -282,19 +298,24 @@ def _one_line(error: BaseException) -> str:
 
 def _from_csv(file: Path, name: str, delimiter: str) -> Numbered:
     """Records after the header; fields stay text."""
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
     with open_text(file) as raw:
-        lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(raw))
-        rows = csv.reader(lines, delimiter=delimiter, strict=True)
-        try:
-            header = next(rows, [])
-            if len(set(header)) < len(header):
-                raise DataError(f"{name}:1: the header has a column twice: {short(', '.join(header))}")
-            yield from enumerate(_records(rows, header), start=1)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{name}:{rows.line_num + 1}: {not_utf8(error)}; save the file as UTF-8") from None
-        except csv.Error as error:
-            raise DataError(f"{name}: {error} at line {rows.line_num}: a quote is not closed") from None
+        yield from csv_rows(raw, name, delimiter)
+
+
+def csv_rows(raw: BinaryIO, name: str, delimiter: str) -> Numbered:
+    """Records of an open table after its header, as they come; fields stay text."""
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
+    lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(raw))
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        header = next(rows, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{name}:1: the header has a column twice: {short(', '.join(header))}")
+        yield from enumerate(_records(rows, header), start=1)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}:{rows.line_num + 1}: {not_utf8(error)}; save the file as UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{name}: {error} at line {rows.line_num}: a quote is not closed") from None
 
 
 def _records(rows: Iterator[list[str]], header: list[str]) -> Iterator[Mapping[str, Any] | str]:

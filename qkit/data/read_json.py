@@ -39,6 +39,22 @@ def from_json(file: Path, name: str, whole: bool) -> Numbered:
             yield from _lines(_and_then(first, lines), begins)
 
 
+def json_lines(stream: BinaryIO, name: str) -> Numbered:
+    """JSON lines of an open stream, as they come."""
+    first, begins = _first_line(stream, name)
+    if first:
+        yield from _lines(_and_then(first, stream), begins)
+
+
+def text_lines(stream: BinaryIO) -> Numbered:
+    """The lines of an open stream as records with a `text`, as they come."""
+    for number, raw in enumerate(stream, start=1):
+        try:
+            yield number, {"text": raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")}
+        except UnicodeDecodeError as error:
+            yield number, not_utf8(error)
+
+
 def _first_line(lines: BinaryIO, name: str) -> tuple[bytes, int]:
     """The first line that is not blank, without its byte order mark, and its number."""
     number, line = 1, lines.readline()

@@ -8,6 +8,7 @@ from typing import Any
 
 from qkit.core.device import detect
 from qkit.core.files import read_json
+from qkit.measure.evidence import FAILED, merit, read_evidence
 from qkit.merging.folder import dtype_of
 from qkit.plugins.exporter import exporter
 from qkit.plugins.runtime import open_runtime
@@ -65,6 +66,21 @@ def artifacts(run: Run) -> list[Artifact]:
     if run.recipe.method in UNMERGED:
         return exports
     return [Artifact(MERGED, run.need("merge", "config.json").parent), *exports]
+
+
+def existing_exports(run: Run) -> list[Artifact]:
+    """The exports of a run that exist."""
+    named = [Artifact(name, run.folder("export") / name) for name in run.recipe.export.formats if name != MERGED]
+    configs = ("config.json", "genai_config.json", "adapter_config.json")
+    return [a for a in named if any((a.path / file).is_file() for file in configs)]
+
+
+def best_export(run: Run, runtime: str) -> Artifact | None:
+    """The export of a run for a runtime that passed its gate and is closest to the trained model; None if there is none."""
+    evidence = read_evidence(run.root)
+    exports = [artifact for artifact in existing_exports(run) if artifact.runtime == runtime]
+    good = [artifact for artifact in exports if evidence.status(artifact.name) != FAILED]
+    return max(good, key=lambda artifact: merit(evidence, artifact.name, run.recipe.merge.choose), default=None)
 
 
 def open_artifact(run: Run, artifact: Artifact, stage: str) -> Any:

@@ -67,7 +67,7 @@ class Contract:
         """Raise ParityFailed (gate `contract`) if anything differs."""
         if self.broken:
             details = "\n".join(f"{check.name}: {check.detail}" for check in self.broken)
-            message = f"{self.url} does not handle conversations with {self.model} as training did\n{details}"
+            message = f"{self.url} does not handle requests for {self.model} as training did\n{details}"
             raise ParityFailed(message, artifact=self.model, gate="contract")
 
 

@@ -99,6 +99,17 @@ def read_evidence(root: Path) -> Evidence:
     )
 
 
+def merit(evidence: Evidence, artifact: str, rule: str) -> tuple[bool, float, float]:
+    """For sorting: passed comes first; then the distance to the reference model, or the score if `rule` says so.
+
+    By default the distance decides, since a few points of a score are chance.
+    """
+    score = evidence.scores.get(artifact, {}).get("score", float("-inf"))
+    nearness = -evidence.parity.get(artifact, {}).get("kl_mean", float("inf"))
+    passed = evidence.status(artifact) == PASSED
+    return (passed, score, nearness) if rule == "score" else (passed, nearness, score)
+
+
 def _without(entries: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
     return {name: entry for name, entry in entries.items() if name not in names}
 

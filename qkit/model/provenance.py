@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,35 @@ def write_merged(out: Path, folder: Path, base: str, onto: str, adapters: Mappin
     entry = {"base": base, "base_fingerprint": fingerprint(folder), "onto": onto, "adapters": dict(adapters)}
     note = {"merged": [*merged_into(folder), entry]}
     (out / NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+
+
+# --- what an artifact is for ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a model with labels was trained for. `max_length`: tokens of a row in training; `format`: of an export, or "merged"."""
+
+    task: str
+    max_length: int
+    format: str = "merged"
+
+
+def write_purpose(folder: Path, recipe: Recipe) -> None:
+    """Record in the folder of an artifact what `purpose_of` reads."""
+    file = folder / NOTE
+    note = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    note |= {"task": recipe.task, "max_length": recipe.data.max_length}
+    file.write_text(json.dumps(note, indent=1), encoding="utf-8")
+
+
+def purpose_of(folder: Path) -> Purpose | None:
+    """What a folder records of its purpose; None if qkit did not make it, or before it recorded that."""
+    file = folder / NOTE
+    note = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "task" not in note:
+        return None
+    return Purpose(note["task"], note["max_length"], note.get("format", "merged"))
 
 
 # --- which base an adapter belongs to -------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from qkit.core.errors import NotDeployable, RecipeError
+from qkit.core.errors import NotDeployable
 from qkit.model import config as model_config
 from qkit.model import prequantized
 from qkit.plugins.exporter import exporter
@@ -32,16 +32,11 @@ def refusals(recipe: Recipe) -> tuple[Refusal, ...]:
 
 
 def check(recipe: Recipe) -> None:
-    """Check the formats of a recipe, and what is to be benched.
+    """Check the formats of a recipe.
 
     Raises:
         NotDeployable: with all reasons, if a format that the recipe names is known not to work.
-        RecipeError: models with a new head are to be benched, which is not possible yet.
     """
-    if recipe.bench.runtimes and not open_task(recipe.task).HEAD.generates:
-        raise RecipeError(
-            f"bench.runtimes: `qkit bench` measures text generation; set bench.runtimes=[] for task={recipe.task}"
-        )
     if refused := refusals(recipe):
         lines = "\n".join(f"{refusal.format}: {refusal.reason}" for refusal in refused)
         kept = [name for name in recipe.export.formats if name not in {refusal.format for refusal in refused}]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qkit.plugins.resampling import Sample
-    from qkit.plugins.runtime import RowScores
+    from qkit.plugins.runtime import RowScores, TextRow
 
     # (outputs of the head [n, ...], labels [n] or [n, ...]) -> losses, of the shape of the labels
     Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -82,6 +82,38 @@ class Predictor(Protocol):
     """Predicts rows with an open model, by the settings of one recipe and one data folder."""
 
     def predict(self, runtime: Any, rows: Sequence[Any], advance: Callable[[int], None]) -> list[Prediction]: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request as what a runtime scores. `rows`: one or more, such as the windows of a long text; `kept`: what else its answer needs,
+    such as its options, or the place in the text of each token."""
+
+    rows: Sequence[TextRow]
+    kept: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(row.input_ids) for row in self.rows)
+
+
+class Service(Protocol):
+    """How a finished artifact answers requests: text in, JSON out. Opened from the artifact's folder alone, once per process.
+
+    A request is a mapping: the texts under the names in FIELDS, and options under those in OPTIONS. One thread at a time may prepare;
+    any may answer.
+    """
+
+    FIELDS: Sequence[str]  # of a request; a plain text stands for the first
+    OPTIONS: Collection[str]  # further keys that a request may have
+    max_length: int  # tokens of a row at most
+
+    def prepare(self, requests: Sequence[Mapping[str, Any]]) -> list[Prepared | RowError]: ...
+    def answer(self, prepared: Prepared, logits: Sequence[NDArray[np.float32]]) -> dict[str, Any]: ...
+    def difference(
+        self, expected: Mapping[str, Any], given: Mapping[str, Any], tolerance: float
+    ) -> str: ...  # "": the same
 
 
 class Task(Protocol):
@@ -151,6 +183,14 @@ class Task(Protocol):
     def answer(self, record: Mapping[str, Any]) -> str: ...
     def sections(self, evaluated: Evaluated) -> Sequence[Section]: ...  # of the report, beyond those of every run
     def usage(self, library: str, recipe: Recipe) -> str: ...  # Markdown for the model card; "": as a chat model
+
+    # serve, predict. `folder`: an artifact with its tokenizer and config.json; None, and no endpoint: a task that generates text
+    ENDPOINT: str  # the path of its requests on a server, such as "/classify"
+    EXAMPLE: Mapping[str, Any]  # a request, by the fields of its Service
+    WHOLE: Mapping[str, Any]  # the options of a request whose answer leaves nothing out
+
+    def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]: ...
+    def service(self, folder: Path, max_length: int) -> Service | None: ...
 
 
 SCORE = "score"  # the figure of Task.sample, where the score is not the share of right rows: 1 is 100

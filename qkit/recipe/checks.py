@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from qkit.core.errors import nearest, short
 from qkit.recipe import idle
-from qkit.recipe.registry import MERGED, TASKS, accepts, format_names, names, task_clashes
-from qkit.recipe.schema import ALL
+from qkit.recipe.registry import MERGED, TASKS, accepts, format_names, names, task_clashes, task_has_labels
+from qkit.recipe.schema import ALL, LABEL_SERVER
 
 if TYPE_CHECKING:
     from qkit.recipe.schema import Data, Recipe
@@ -44,7 +44,7 @@ def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             "lower data.batch_tokens and raise train.gradient_accumulation_steps instead",
         )
     for runtime in recipe.bench.runtimes:
-        if runtime != "transformers" and not {runtime, ALL} & {*recipe.export.formats}:
+        if runtime not in _always_benched(recipe) and not {runtime, ALL} & {*recipe.export.formats}:
             yield (
                 ("bench", "runtimes"),
                 f"bench.runtimes contains {short(repr(runtime))}, but export.formats does not",
@@ -54,6 +54,11 @@ def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     yield from idle.mistakes(recipe)
     yield from _unknown_names(recipe)
     yield from task_clashes(recipe)
+
+
+def _always_benched(recipe: Recipe) -> tuple[str, ...]:
+    """What a bench can measure that is no export: the merged model, and with labels the server."""
+    return ("transformers", *([LABEL_SERVER] if task_has_labels(recipe.task) else []))
 
 
 def _target_clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:

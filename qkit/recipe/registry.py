@@ -51,6 +51,14 @@ def task_clashes(recipe: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
         yield from task.clashes(recipe)
 
 
+def task_has_labels(name: str) -> bool:
+    """Whether a task's model has a head for labels; False for an unknown task."""
+    if name not in names(TASKS):
+        return False
+    task: Any = importlib.import_module(f"qkit.{TASKS}.{name}").TASK
+    return not task.HEAD.generates
+
+
 def split(name: str) -> tuple[str, str]:
     """Split an export format into the exporter's name and the variant."""
     kind, _, variant = name.partition("-")

@@ -297,6 +297,9 @@ class Serve(Section):
     startup_seconds: Positive = Field(600, description="time for the server to become healthy")
 
 
+LABEL_SERVER = "server"  # in bench.runtimes of a task with labels: the server of the best export
+
+
 class Bench(Section):
     """Latency, throughput and memory of each runtime on the same prompts."""
 

@@ -65,15 +65,16 @@ def latency_chart(records: Sequence[Record]) -> tuple[str, Markup] | None:
         lines.append(report_svg.Line(artifact, points, texts, ordered[0]["runtime"] == SERVER))
     if not lines:
         return None
+    unit = records[0].get("unit") or "tokens"
     description = "; ".join(
         f"{line.label}: "
         + ", ".join(
-            f"{t} at once {x:.4g} tokens/s, {y:.3g} s" for t, (x, y) in zip(line.texts, line.points, strict=True)
+            f"{t} at once {x:.4g} {unit}/s, {y:.3g} s" for t, (x, y) in zip(line.texts, line.points, strict=True)
         )
         for line in lines
     )
     title = "Latency against throughput"
-    axes = ("output tokens per second", "end to end, seconds (median)")
+    axes = ("texts per second" if unit == "texts" else "output tokens per second", "end to end, seconds (median)")
     caption = "Latency against throughput; the number at a point is the number of concurrent requests."
     return caption, report_svg.plane("latency-chart", title, description, lines, axes=axes, width=WIDTH, height=HEIGHT)
 

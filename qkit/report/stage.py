@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,9 @@ def tiles(
         entries.append(("Farthest from the trained model", name, note))
     speeds = [(r["output_tokens_per_second"] or 0, load) for r, load in zip(bench, loads(bench), strict=True)]
     if speeds and max(speeds)[0]:
-        entries.append(("Highest throughput", f"{core_figures.fixed(max(speeds)[0])} tokens/s", max(speeds)[1]))
+        entries.append(
+            ("Highest throughput", f"{core_figures.fixed(max(speeds)[0])} {bench[0]['unit']}/s", max(speeds)[1])
+        )
     return entries
 
 
@@ -291,21 +294,22 @@ def memory_chart(memory: Mapping[str, Any]) -> Markup | None:
 
 
 def speed_charts(bench: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
-    """Latency, throughput and memory of each runtime under each load: (heading, chart)."""
+    """Latency, throughput and memory of each runtime under each load: (heading, chart). The answer to a text has no tokens."""
+    texts = bool(bench) and bench[0]["unit"] == "texts"
+    tokens = {"ttft": "Time to first token, ms", "tpot": "Time per output token, ms"}
+    titles = {"e2e": "Time to the answer, ms"} if texts else tokens
+    speed = "Texts per second" if texts else "Output tokens per second"
+    ms = core_figures.ms_text
     drawn = (
-        _speed_chart(
-            "ttft", "Time to first token, ms", bench, core_figures.ms_text, lambda r: _latency(r["ttft_seconds"])
-        ),
-        _speed_chart(
-            "tpot", "Time per output token, ms", bench, core_figures.ms_text, lambda r: _latency(r["tpot_seconds"])
-        ),
-        _speed_chart("throughput", "Output tokens per second", bench, core_figures.fixed, _throughput),
+        *(_speed_chart(name, title, bench, ms, partial(_latency, name)) for name, title in titles.items()),
+        _speed_chart("throughput", speed, bench, core_figures.fixed, _throughput),
         _speed_chart("peak", "Peak memory", bench, core_figures.bytes_text, lambda r: (r["peak_bytes"], None, None)),
     )
     return [chart for chart in drawn if chart is not None]
 
 
-def _latency(percentiles: Mapping[str, float | None]) -> Extent:
+def _latency(name: str, record: Mapping[str, Any]) -> Extent:
+    percentiles = record[f"{name}_seconds"]
     return percentiles["p50"], None, percentiles["p99"]
 
 

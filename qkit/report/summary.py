@@ -122,6 +122,7 @@ def _bench_record(raw: Mapping[str, Any]) -> dict[str, Any]:
         **_latencies(raw),
         **{key: raw.get(key) for key in (*THROUGHPUT_KEYS, *COST_KEYS, *METHOD_KEYS)},
         "tool": (raw.get("load") or {}).get("tool"),
+        "unit": raw.get("unit") or "tokens",
         "doubts": raw.get("doubts") or [],
     }
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ONNX_SEQS = 4  # the default of onnxruntime-genai
 ONNX_CACHE_BYTES = 4  # per number in the cache
+
 ONNX_BYTES = 460 << 20  # measured: the interpreter with transformers and ONNX Runtime
 
 
@@ -42,12 +43,33 @@ def planned(serving: Serving) -> plan_plan.Plan | None:
         DoesNotFit: the server needs more memory than the device has. The message says what to change.
     """
     try:
-        plan = _onnx_plan(serving) if serving.runtime == "onnxruntime" else _vllm_plan(serving)
+        plan = _plan(serving)
     except (ModelError, MissingExtra):
         return None
     if not plan.fits:
         raise DoesNotFit(f"{serving.name}: {plan_plan.refusal(plan)}")
     return plan
+
+
+def _plan(serving: Serving) -> plan_plan.Plan:
+    if serving.purpose is not None:
+        if serving.runtime == "vllm":
+            raise ModelError(f"{serving.model}: what vLLM needs for a model with labels is not known")
+        return _labelled_plan(serving)
+    return _onnx_plan(serving) if serving.runtime == "onnxruntime" else _vllm_plan(serving)
+
+
+def _labelled_plan(serving: Serving) -> plan_plan.Plan:
+    """The weights, and what the process needs without them; the states of a batch of 512 tokens are small beside either."""
+    weights = sum(file.stat().st_size for file in Path(serving.model).glob("*.onnx*"))
+    items = [
+        plan_items.MemoryItem("weights", weights, True, f"{weights:,} bytes of {Path(serving.model).name} on disk"),
+        plan_items.MemoryItem(
+            "runtime", ONNX_BYTES, False, "measured: the interpreter with transformers and ONNX Runtime"
+        ),
+    ]
+    limit = serving.device.memory_bytes
+    return _with_items(plan_plan.Plan(True, gpus.title(serving.device), limit, 0, "serve", (), ()), items)
 
 
 def _vllm_plan(serving: Serving) -> plan_plan.Plan:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from qkit.core.errors import MissingExtra, ServerError
 from qkit.core.files import make_folder
-from qkit.measure import contract
+from qkit.measure import label_contract
 from qkit.runtimes import vllm
 from qkit.serve.fits import ONNX_SEQS
 from qkit.server import process
+from qkit.server.labels import program as labels_program
 from qkit.server.process import Server
 
 if TYPE_CHECKING:
@@ -51,10 +52,15 @@ def start(serving: Serving) -> Server:
     section = serving.section
     if serving.runtime == "vllm":
         return vllm.start(serving.model, serving.name, section, serving.device, serving.log, serving.extras)
+    extras = serving.extras
+    if serving.purpose is not None and serving.runtime != "vllm":
+        return labels_program.start(
+            serving.model, serving.name, serving.purpose, section, serving.log, extras.key, extras.rest
+        )
     if missing := [name for name in ONNX_NEEDS if find_spec(name) is None]:
         raise MissingExtra(f"--runtime onnxruntime needs {', '.join(missing)}: pip install 'qkit[onnx]'")
     port = process.free_port(section)
-    program = process.Program("the ONNX server", tuple(onnx_argv(serving, port)), {process.KEY: serving.extras.key})
+    program = process.Program("the ONNX server", tuple(onnx_argv(serving, port)), {process.KEY: extras.key})
     return Server(program, serving.name, section, port, serving.log)
 
 
@@ -74,6 +80,9 @@ def onnx_argv(serving: Serving, port: int) -> list[str]:
 
 def argv(serving: Serving, port: int) -> list[str]:
     """The command line that `start` runs."""
+    purpose = serving.purpose
+    if purpose is not None and serving.runtime != "vllm":
+        return labels_program.argv(serving.model, serving.name, purpose, serving.section, port, serving.extras.rest)
     if serving.runtime != "vllm":
         return onnx_argv(serving, port)
     return vllm.argv(serving.model, serving.name, serving.section, port, serving.device, serving.extras)
@@ -128,14 +137,14 @@ def serve(
 
 
 def keep_contract(serving: Serving, running: Server) -> None:
-    """Check on a few held-out rows that a run's server makes the prompt tokens of training, stops at the same tokens, and so on.
+    """Check on held-out rows that a run's server makes the tokens of training, stops at the same ones or gives the same labels, and so on.
 
     Raises:
         ParityFailed: it differs.
     """
     if serving.run is None or not serving.contract:
         return
-    contract.check(serving.run, running.url, running.name, headers=running.headers).enforce()
+    label_contract.check_server(serving.run, running.url, running.name, running.headers).enforce()
 
 
 def _with_port(serving: Serving) -> Serving:

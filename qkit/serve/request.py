@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qkit.core.device import Device
+from qkit.model.provenance import Purpose
 from qkit.recipe.schema import Recipe, Serve
 from qkit.run.directory import Run
 from qkit.runtimes import vllm
@@ -17,10 +18,10 @@ class ServeOptions:
 
     `name`: the model name in requests; None: the folder's name. `adapters`: each as NAME=RUN. `rest`: options for the runtime, none of them
     one that qkit sets itself. `force`: serve an artifact even if it failed its gate. `contract`: check, once the server answers, that it
-    handles conversations as training did.
+    handles conversations, or texts with labels, as training did. `runtime`: None chooses by the model.
     """
 
-    runtime: str = "vllm"
+    runtime: str | None = None
     artifact: str | None = None
     name: str | None = None
     adapters: tuple[str, ...] = ()
@@ -35,7 +36,8 @@ class ServeOptions:
 class Serving:
     """A server that can be started. `model`: a folder or a hub id. `chosen`: which artifact of the run, and why; empty without a run.
 
-    `logs`: the folder for its log. Servers on one run, or on folders of the same name, may run at once, so the port is in the log's name.
+    `purpose`: of a model with labels; None for one that generates text. `logs`: the folder for its log. Servers on one run, or on folders of
+    the same name, may run at once, so the port is in the log's name.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Serving:
     chosen: str = ""
     run: Run | None = None
     contract: bool = True
+    purpose: Purpose | None = None
 
     @property
     def section(self) -> Serve:

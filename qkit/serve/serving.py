@@ -1,19 +1,23 @@
-"""What `qkit serve` serves: an artifact of a run, any model folder, or a model of the hub; with adapters, or not at all."""
+"""What `qkit serve` serves: an artifact of a run, any model folder, or a model of the hub; with adapters, or not at all.
+
+A model that generates text goes to vLLM unless another runtime is named; a model with labels goes to ONNX Runtime.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qkit.core.device import detect
 from qkit.core.errors import MissingArtifact, ModelError, NotDeployable, ParityFailed, ServerError
 from qkit.core.files import read_json
 from qkit.core.sources import cache_dir, is_hub_id
-from qkit.measure.artifacts import Artifact
-from qkit.measure.evidence import FAILED, PASSED, Evidence, read_evidence
+from qkit.measure.artifacts import Artifact, existing_exports
+from qkit.measure.evidence import FAILED, merit, read_evidence
 from qkit.model import source as model_source
-from qkit.model.provenance import is_traced
+from qkit.model.provenance import Purpose, is_traced, purpose_of
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Recipe
@@ -24,7 +28,14 @@ from qkit.serve.request import ServeOptions, Serving
 from qkit.server import adapters
 from qkit.server.lora import is_adapter
 
-RUNTIMES = ("vllm", "onnxruntime")
+RUNTIMES = DEFAULT_RUNTIME, LABELLED_RUNTIME = ("vllm", "onnxruntime")
+GRAPH = "model.onnx"  # of a model with labels
+POOLING = (
+    "--runner",
+    "pooling",
+    "--dtype",
+    "float32",
+)  # in vLLM's own choice, a model trained in fp32 would be served in 16 bits
 UNVERIFIED = "unverified"  # verify has not judged the files that are there now
 CONFIGS = {"vllm": "config.json", "onnxruntime": "genai_config.json"}  # what a folder for the runtime must contain
 # Options of the runtime that qkit sets itself, and how the user sets them through qkit.
@@ -43,15 +54,11 @@ def of_run(run: Run, options: ServeOptions) -> Serving:
 
     Raises:
         MissingArtifact: the run has no artifact for this runtime.
-        NotDeployable: the artifact, or an adapter, cannot be served; or the model has labels.
+        NotDeployable: the artifact, or an adapter, cannot be served.
         ParityFailed: every artifact for this runtime failed its gate.
     """
-    task = open_task(run.recipe.task)
-    if not task.HEAD.generates:
-        raise NotDeployable(
-            f"{run.root}: `qkit serve` serves models that generate text, and not task={run.recipe.task} yet; the README.md of {run.root}/merge "
-            "and of its exports shows how to load them"
-        )
+    purpose = _purpose_of_run(run)
+    options = _with_runtime(options, purpose)
     artifact, why = pick(run, options)
     name = options.name or run.root.resolve().name
     check_options(options, name)
@@ -59,14 +66,15 @@ def of_run(run: Run, options: ServeOptions) -> Serving:
     return Serving(
         model=str(artifact.path),
         name=name,
-        recipe=run.recipe,
+        recipe=_with_length(run.recipe, purpose),
         device=detect(),
         logs=run.root / "logs" if writable else cache_dir() / "logs",
-        runtime=options.runtime,
-        extras=_extras(options, artifact.path, run.recipe, name, run),
+        runtime=str(options.runtime),
+        extras=_extras(options, artifact.path, run.recipe, name, run, purpose),
         chosen=why,
         run=run,
         contract=options.contract,
+        purpose=purpose,
     )
 
 
@@ -78,23 +86,58 @@ def of_model(source: str, recipe: Recipe, options: ServeOptions) -> Serving:
         NotDeployable: the runtime cannot load it, or an adapter cannot be served.
     """
     folder = Path(source)
-    _check_model(folder, source, options.runtime)
+    purpose = purpose_of(folder)
+    purpose = purpose if purpose and not open_task(purpose.task).HEAD.generates else None
+    options = _with_runtime(options, purpose)
+    _check_model(folder, source, str(options.runtime), purpose)
     is_folder = folder.is_dir()
     name = options.name or (folder.resolve().name if is_folder else source)
     check_options(options, name)
     return Serving(
         model=str(folder.resolve()) if is_folder else source,
         name=name,
-        recipe=recipe,
+        recipe=_with_length(recipe, purpose),
         device=detect(),
         logs=cache_dir() / "logs",
-        runtime=options.runtime,
-        extras=_extras(options, folder.resolve() if is_folder else None, recipe, name),
+        runtime=str(options.runtime),
+        extras=_extras(options, folder.resolve() if is_folder else None, recipe, name, None, purpose),
+        purpose=purpose,
     )
 
 
-def _check_model(folder: Path, source: str, runtime: str) -> None:
+def _purpose_of_run(run: Run) -> Purpose | None:
+    """What a run's model is for, if it has labels."""
+    recipe = run.recipe
+    return None if open_task(recipe.task).HEAD.generates else Purpose(recipe.task, recipe.data.max_length)
+
+
+def _with_runtime(options: ServeOptions, purpose: Purpose | None) -> ServeOptions:
+    """The options with a runtime, and with what vLLM has to be told of a model with labels.
+
+    Raises:
+        NotDeployable: adapters are to be served of a model with labels.
+    """
+    if purpose is not None and (options.adapters or options.runtime_adapters):
+        raise NotDeployable(f"a server for task={purpose.task} does not serve adapters; serve the run itself")
+    runtime = options.runtime or (DEFAULT_RUNTIME if purpose is None else LABELLED_RUNTIME)
+    rest = (*POOLING, *options.rest) if purpose is not None and runtime == "vllm" else options.rest
+    return replace(options, runtime=runtime, rest=rest)
+
+
+def _with_length(recipe: Recipe, purpose: Purpose | None) -> Recipe:
+    """The recipe with the length of training as the server's, for a model with labels: the default may exceed its positions."""
+    if purpose is None:
+        return recipe
+    section = recipe.serve.model_copy(update={"max_model_len": purpose.max_length})
+    return recipe.model_copy(update={"serve": section})
+
+
+def _check_model(folder: Path, source: str, runtime: str, purpose: Purpose | None) -> None:
     """Raise ModelError or NotDeployable if the runtime cannot serve this source."""
+    if purpose is not None and runtime != "vllm":
+        if not (folder / GRAPH).is_file():
+            raise ModelError(f"{source}: {GRAPH} is missing: serve the run, or its export onnx-fp32 or onnx-int8")
+        return
     if runtime == "onnxruntime":
         _need_genai(folder)
     if not folder.is_dir() and (runtime != "vllm" or not is_hub_id(source)):
@@ -118,7 +161,7 @@ def check_options(options: ServeOptions, name: str) -> None:
         NotDeployable: the runtime does not serve adapters.
     """
     refuse_reserved(options.rest)
-    if options.runtime != "vllm" and (options.adapters or options.runtime_adapters):
+    if options.runtime not in (None, "vllm") and (options.adapters or options.runtime_adapters):
         raise NotDeployable(f"--runtime {options.runtime} does not serve adapters; serve the run itself")
     names = [name, *(adapter for adapter, _ in map(adapters.parse, options.adapters))]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -139,7 +182,9 @@ def refuse_reserved(rest: Sequence[str]) -> None:
             raise ServerError(f"`-- {option}`: qkit sets this option itself; {RESERVED_OPTIONS[reserved]}")
 
 
-def _extras(options: ServeOptions, base: Path | None, recipe: Recipe, name: str, run: Run | None = None) -> vllm.Extras:
+def _extras(
+    options: ServeOptions, base: Path | None, recipe: Recipe, name: str, run: Run | None, purpose: Purpose | None
+) -> vllm.Extras:
     """`base`: the folder of the model, where it is on this disk: adapters are checked against it."""
     chosen = [adapters.parse(text) for text in options.adapters]
     try:
@@ -148,7 +193,9 @@ def _extras(options: ServeOptions, base: Path | None, recipe: Recipe, name: str,
         if run is None:
             raise
         raise ModelError(f"{error}\n{_serve_the_base(run, name, options.adapters)}") from None
-    return vllm.Extras(checked, options.runtime_adapters, options.key, cache_bytes(recipe), options.rest)
+    return vllm.Extras(
+        checked, options.runtime_adapters, options.key, 0 if purpose else cache_bytes(recipe), options.rest
+    )
 
 
 def _serve_the_base(run: Run, name: str, adapter_options: Sequence[str]) -> str:
@@ -175,8 +222,9 @@ def pick(run: Run, options: ServeOptions) -> tuple[Artifact, str]:
             f"{run.root}: {', '.join(artifact.name for artifact in candidates)} failed the gate and will not be served; "
             f"`qkit show {run.root}` says by how much, --force serves it anyway"
         )
-    best = max(good, key=lambda artifact: _merit(evidence, artifact, run.recipe.merge.choose))
-    if options.runtime == "onnxruntime":
+    runtime = options.runtime or DEFAULT_RUNTIME
+    best = max(good, key=lambda artifact: merit(evidence, artifact.name, run.recipe.merge.choose))
+    if runtime == "onnxruntime" and open_task(run.recipe.task).HEAD.generates:
         _need_genai(best.path)
     return (
         best,
@@ -190,15 +238,22 @@ def _candidates(run: Run, options: ServeOptions) -> list[Artifact]:
     Raises:
         MissingArtifact: there are none.
     """
-    artifacts = [artifact for artifact in _exports(run) if artifact.runtime == options.runtime]
+    runtime = options.runtime or DEFAULT_RUNTIME
+    has_labels = not open_task(run.recipe.task).HEAD.generates
+    if (
+        has_labels and runtime == "vllm" and options.artifact in (None, MERGED)
+    ):  # it has no export of its own: the merged model is one
+        return [Artifact(MERGED, run.need("merge", "config.json").parent)]
+    artifacts = [artifact for artifact in existing_exports(run) if artifact.runtime == runtime]
     if options.artifact:
         artifacts = [artifact for artifact in artifacts if artifact.name == options.artifact]
     else:
         artifacts = [artifact for artifact in artifacts if not is_adapter(artifact.path)] or artifacts
     if not artifacts:
-        wanted = options.artifact or {"vllm": "vllm", "onnxruntime": "onnx-fp32 or onnx-int4"}[options.runtime]
+        low = "int8" if has_labels else "int4"
+        wanted = options.artifact or {"vllm": "vllm", "onnxruntime": f"onnx-fp32 or onnx-{low}"}[runtime]
         raise MissingArtifact(
-            f"{run.root}: has no export {wanted} for --runtime {options.runtime}; "
+            f"{run.root}: has no export {wanted} for --runtime {runtime}; "
             f"add it to export.formats, then `qkit run {run.root}` makes it"
         )
     return artifacts
@@ -223,21 +278,3 @@ def _need_genai(folder: Path) -> None:
             "builder does not know the architecture. ONNX Runtime itself opens it, as README.md in the folder shows; "
             "to serve the model, add vllm to export.formats"
         )
-
-
-def _exports(run: Run) -> list[Artifact]:
-    """The exports of a run that exist."""
-    named = [Artifact(name, run.folder("export") / name) for name in run.recipe.export.formats if name != MERGED]
-    configs = ("config.json", "genai_config.json", "adapter_config.json")
-    return [a for a in named if any((a.path / file).is_file() for file in configs)]
-
-
-def _merit(evidence: Evidence, artifact: Artifact, rule: str) -> tuple[bool, float, float]:
-    """For sorting: passed comes first; then the distance to the reference model, or the score if `rule` says so.
-
-    By default the distance decides, since a few points of a score are chance.
-    """
-    score = evidence.scores.get(artifact.name, {}).get("score", float("-inf"))
-    nearness = -evidence.parity.get(artifact.name, {}).get("kl_mean", float("inf"))
-    passed = evidence.status(artifact.name) == PASSED
-    return (passed, score, nearness) if rule == "score" else (passed, nearness, score)

@@ -93,6 +93,15 @@ class Client:
         """The entries of /v1/models."""
         return self.read(self.request("GET", "/v1/models"), model_entries)
 
+    def entry(self, model: str | None) -> dict[str, Any]:
+        """The entry of a model in /v1/models; None: of the first. A server that does not have it is an error."""
+        entries = self.models()
+        found = next((one for one in entries if model in (None, one["id"])), None)
+        if found is None:
+            names = ", ".join(one["id"] for one in entries) or "nothing"
+            raise ServerError(f"{self.url} does not serve {model or 'a model'}, but {names}", url=self.url)
+        return found
+
     def is_healthy(self) -> bool:
         """Whether /health answers 200. A server that cannot be reached is not healthy, which is not an error."""
         try:

@@ -8,7 +8,6 @@ token ids. Requests are batched statically: see `qkit.server.onnx_engine`.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -20,25 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic import ValidationError
 
-from qkit.server.admission import KEEP_ALIVE_SECONDS, Admission
+from qkit.server import http_app
 from qkit.server.onnx_engine import Ended, Engine, Sampling
 from qkit.server.onnx_requests import (
     DEFAULT_MAX_TOKENS,
     Chat,
     Completion,
-    Refused,
     model_defaults,
     prompt_ids,
     tokenize_request,
 )
 from qkit.server.onnx_text import Piece, Text
+from qkit.server.refusal import Refused
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -125,7 +123,7 @@ class Metrics:
     def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()
         common: dict[str, Any] = {"registry": self.registry, "namespace": "qkit"}
-        self.requests = Counter("requests", "Requests by status", ["status"], **common)
+        self.requests = http_app.request_counter(self.registry)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens read", **common)
         self.tokens = Counter("generation_tokens", "Tokens written", **common)
         self.ttft = Histogram(
@@ -138,27 +136,17 @@ class Metrics:
 
 def build(service: Service) -> FastAPI:
     """The application, without the admission control that `main` wraps around it."""
-    app = FastAPI(title="qkit", docs_url=None, redoc_url=None, openapi_url=None)
-    _add_status_routes(app, service)
+    app = http_app.new_app()
+    http_app.add_status_routes(
+        app, service.metrics.registry, lambda: not service.engine.failure, lambda: _model_entry(service)
+    )
     _add_request_routes(app, service)
-    _handle_errors(app, service.metrics)
+    http_app.handle_errors(app, service.metrics.requests)
     return app
 
 
-def _add_status_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
-    async def health() -> Response:
-        return Response(status_code=503 if service.engine.failure else 200)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(service.metrics.registry), media_type="text/plain; version=0.0.4")
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        entry = {"id": service.name, "object": "model", "created": 0, "owned_by": "qkit", "root": str(service.folder)}
-        entry["max_model_len"] = service.max_model_len
-        return {"object": "list", "data": [entry]}
+def _model_entry(service: Service) -> dict[str, Any]:
+    return {"id": service.name, "root": str(service.folder), "max_model_len": service.max_model_len}
 
 
 def _add_request_routes(app: FastAPI, service: Service) -> None:
@@ -180,30 +168,6 @@ def _add_request_routes(app: FastAPI, service: Service) -> None:
         request.check(service.name)
         ids = prompt_ids(service.tokenizer, request)
         return {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
-
-
-def _handle_errors(app: FastAPI, metrics: Metrics) -> None:
-    """Errors in the form of the OpenAI API."""
-
-    async def refused(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, Refused)
-        metrics.requests.labels(error.status).inc()
-        return JSONResponse(_error(str(error), error.param, error.status), error.status)
-
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        param = str(first["loc"][1]) if first["type"] != "json_invalid" and len(first["loc"]) > 1 else None
-        metrics.requests.labels(400).inc()
-        return JSONResponse(_error(f"`{param}`: {first['msg']}" if param else str(first["msg"]), param, 400), 400)
-
-    app.add_exception_handler(Refused, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
-
-
-def _error(message: str, param: str | None, status: int) -> dict[str, Any]:
-    kind = {404: "not_found_error", 500: "internal_error"}.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 # --- answers ------------------------------------------------------------------------------------------------------------
@@ -288,7 +252,7 @@ async def _events(generation: Generation, head: Mapping[str, Any]) -> AsyncItera
         if (request.stream_options or {}).get("include_usage"):
             yield _event({**head, "choices": [], "usage": generation.usage(total)})
     except Refused as error:
-        yield _event(_error(str(error), None, 500))
+        yield _event(http_app.error_body(str(error), None, 500))
     yield "data: [DONE]\n\n"
 
 
@@ -298,27 +262,12 @@ def _event(body: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the server. The options have the names that vLLM gives them."""
-    parser = argparse.ArgumentParser(prog="qkit.server.onnx_app", description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--served-model-name", required=True)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    parser = http_app.parser("qkit.server.onnx_app", __doc__)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=4)
     options = parser.parse_args(arguments)
     service = Service(options.model, options.served_model_name, options.max_model_len, options.max_num_seqs)
-    try:
-        app = Admission(build(service))
-        uvicorn.run(
-            app,
-            host=options.host,
-            port=options.port,
-            access_log=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=5,
-        )
-    finally:
-        service.engine.close()
+    http_app.run(build(service), options.host, options.port, [service.engine.close])
 
 
 if __name__ == "__main__":

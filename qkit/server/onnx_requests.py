@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qkit.chat import template
 from qkit.chat.conversation import NOTHING, call_of, content_of, tools_sent
 from qkit.server.onnx_engine import Sampling
+from qkit.server.refusal import Refused
 from qkit.tasks._conversation.formats import RESERVED
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
@@ -49,15 +50,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
 }
 LOG = logging.getLogger("qkit")
-
-
-class Refused(Exception):
-    """A request that gets an error instead of an answer. `param`: the parameter that is at fault."""
-
-    def __init__(self, message: str, param: str | None = None, status: int = 400):
-        super().__init__(message)
-        self.param = param
-        self.status = status
 
 
 # --- requests -----------------------------------------------------------------------------------------------------------

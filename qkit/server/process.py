@@ -38,11 +38,15 @@ LOG_FLUSH_SECONDS = 0.6  # the cause may be logged shortly after the exit
 
 @dataclass(frozen=True)
 class Program:
-    """What is started. `title`: its name in messages. `env` may contain the API key, so `repr` omits it."""
+    """What is started. `title`: its name in messages. `env` may contain the API key, so `repr` omits it.
+
+    `generates`: it needs a first request for text; a server of labels computes one itself before it listens.
+    """
 
     title: str
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    generates: bool = True
 
 
 def limits(section: Serve, drain_file: Path | str, key: str = "") -> dict[str, str]:
@@ -109,7 +113,8 @@ class Server:
             while not client.is_healthy():
                 self._still_starting()
                 time.sleep(0.1)
-        self._warm_up()
+        if self.program.generates:
+            self._warm_up()
         self.startup_seconds = time.perf_counter() - self.begin
         self.processes, self.engine = _processes(self.child.pid)
         self.log_offset = self.child.log.stat().st_size

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, Example, Reads
 from qkit.plugins.sections import Evaluated, Section
-from qkit.plugins.task import ModelHead, Prediction, read_labels
+from qkit.plugins.task import ModelHead, Prediction, Service, read_labels
 from qkit.recipe.schema import Data, Evaluate, Recipe
 from qkit.tasks._encoder._report.several import SEVERAL_LABELS
 from qkit.tasks._encoder.task import EncoderTask
@@ -127,6 +127,12 @@ class MultiLabel(EncoderTask):
         from qkit.tasks._encoder._report.several import sections_of_several_labels
 
         return sections_of_several_labels(evaluated)
+
+    def service(self, folder: Path, max_length: int) -> Service:
+        """Texts to their labels, with the tokenizer and the label names in the folder."""
+        from qkit.tasks._encoder.use.service import SeveralLabelsService, open_service
+
+        return open_service(SeveralLabelsService, folder, max_length)
 
 
 TASK = MultiLabel()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, Reads
 from qkit.plugins.sections import Evaluated, Section
-from qkit.plugins.task import ModelHead, Prediction, read_labels
+from qkit.plugins.task import ModelHead, Prediction, Service, read_labels
 from qkit.recipe.schema import Data, Evaluate, Recipe
 from qkit.tasks._encoder._report.numbers import NUMBERS
 from qkit.tasks._encoder.task import EncoderTask
@@ -143,6 +143,12 @@ class Regress(EncoderTask):
         from qkit.tasks._encoder._report.numbers import sections_of_numbers
 
         return sections_of_numbers(evaluated, read_labels(evaluated.data))
+
+    def service(self, folder: Path, max_length: int) -> Service:
+        """Texts to numbers, with the tokenizer in the folder."""
+        from qkit.tasks._encoder.use.service import NumberService, open_service
+
+        return open_service(NumberService, folder, max_length)
 
 
 TASK = Regress()

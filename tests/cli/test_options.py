@@ -25,6 +25,7 @@ RECIPE = "recipes/quickstart.yaml"
 PLANNED = {"overrides", "memory", "card", "solve", "explain"}
 STAGE = {"overrides", "out"}
 SERVED = {"overrides", "out", "runtime", "artifact", "name", "adapter", "runtime_adapters", "api_key_file", "force"}
+PREDICTED = {"out", "column", "keep", "top_k", "max_new_tokens", "overwrite"}
 # A way of using a verb -> the options that it reads. `child` and the like, which every way has, are left out.
 WAYS: dict[str, tuple[list[str], set[str]]] = {
     "doctor": (["doctor"], {"make"}),
@@ -71,6 +72,12 @@ WAYS: dict[str, tuple[list[str], set[str]]] = {
         STAGE | {"sweep", "price", "model", "tokenizer", "prompt_tokens", "chat", "charts", "png"},
     ),
     "bench compare": (["bench", "compare", "a", "b"], {"threshold", "anyway"}),
+    "predict": (["predict", "r", "f", "--out", "o.jsonl"], PREDICTED | {"artifact"}),
+    "predict standard input": (["predict", "r", "-", "--out", "o.jsonl"], PREDICTED | {"artifact", "input_format"}),
+    "predict with a server": (
+        ["predict", "http://127.0.0.1:9", "f", "--out", "o.jsonl"],
+        PREDICTED | {"model", "api_key_file"},
+    ),
     "push": (["push", "f", "me/m"], {"private", "dry_run", "force"}),
     "serve": (["serve", RECIPE], SERVED | {"no_contract", "restart", "form"}),
     "print": (["serve", RECIPE, "--print", "shell"], SERVED | {"form"}),

@@ -120,11 +120,9 @@ def at_once(count: int, ask: Callable[[], Any]) -> list[Any]:
 
 
 @contextmanager
-def holding(served: Served, count: int) -> Iterator[None]:
+def holding(served: Served, count: int, path: str = "/v1/completions") -> Iterator[None]:
     """So many requests that are let in and come to no end: the server waits for the rest of their bodies."""
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
     address = urllib.parse.urlsplit(served.url)
     with ExitStack() as stack:
         for _ in range(count):

@@ -271,9 +271,7 @@ def calls_written_otherwise(served: Served, folder: Path) -> Run:
 def test_a_server_that_differs(how: Any, name: str, said: str, served: Served, tmp_path: Path) -> None:
     found = contract.check(how(served, tmp_path), served.url, "tiny")
     assert [check.name for check in found.broken] == [name]
-    with pytest.raises(
-        ParityFailed, match=rf"does not handle conversations with tiny as training did\n{name}: .*{said}"
-    ):
+    with pytest.raises(ParityFailed, match=rf"does not handle requests for tiny as training did\n{name}: .*{said}"):
         found.enforce()
     assert f"{name}" in contract.screen(found) and "differs" in contract.screen(found)
 

@@ -24,11 +24,11 @@ from qkit.server.onnx_requests import (
     Chat,
     Completion,
     ModelDefaults,
-    Refused,
     chat_prompt,
     model_defaults,
     text_prompt,
 )
+from qkit.server.refusal import Refused
 
 GOLDEN = json.loads(FILE.read_text(encoding="utf-8"))
 TALK = {"messages": [user("a")]}

@@ -149,7 +149,9 @@ def bench_run(
     child: Child = False,
 ) -> None:
     """Stage: measure latency, throughput, memory and cost of every runtime of a run."""
-    run_stage("bench", StageOptions(target, _settings(overrides, sweep, price), out, as_json, quiet, child))
+    settings = _settings(overrides, sweep, price)
+    settings += _default_runtimes(target, settings) if not child else []
+    run_stage("bench", StageOptions(target, settings, out, as_json, quiet, child))
 
 
 @bench.command("url", epilog="Example: qkit bench url http://127.0.0.1:8000 --model NAME --tokenizer DIR")
@@ -250,6 +252,20 @@ def bench_charts(
 
     written = [str(path) for path in charts.write(Run.open(run), out, png)]
     console.show(as_json, written, lambda: "\n".join(written))
+
+
+def _default_runtimes(target: Path, settings: Sequence[str]) -> list[str]:
+    """The runtimes of a model with labels whose recipe names none: its runs are benched only where somebody asks for it."""
+    from qkit.recipe.load import load
+    from qkit.recipe.registry import task_has_labels
+
+    read = load(target / "recipe.yaml" if target.is_dir() else target, settings)
+    if read.bench.runtimes or not task_has_labels(read.task):
+        return []
+    from qkit.bench.labelled import default_runtimes
+
+    recipe = open_recipe(target, settings)
+    return [f"bench.runtimes=[{','.join(default_runtimes(recipe))}]"]
 
 
 def _settings(overrides: Sequence[str] | None, sweep: bool, price: float | None) -> list[str]:

@@ -29,7 +29,12 @@ ServeTarget = Annotated[
 EngineArgs = Annotated[
     list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Passed to the runtime unchanged.")
 ]
-RuntimeName = Annotated[str, typer.Option("--runtime", help="vllm or onnxruntime.")]
+RuntimeName = Annotated[
+    str | None,
+    typer.Option(
+        "--runtime", help="vllm or onnxruntime. Default: vllm for models that generate text, onnxruntime for labels."
+    ),
+]
 ArtifactName = Annotated[
     str | None,
     typer.Option("--artifact", metavar="NAME", help="The export to serve. Default: the best one that passed its gate."),
@@ -69,7 +74,7 @@ def serve(
     rest: EngineArgs = None,
     overrides: Set = None,
     out: Out = None,
-    runtime: RuntimeName = "vllm",
+    runtime: RuntimeName = None,
     artifact: ArtifactName = None,
     name: ServedName = None,
     adapter: AdapterOption = None,
@@ -83,7 +88,7 @@ def serve(
     quiet: Quiet = False,
     child: Child = False,
 ) -> None:
-    """Serve a model with vLLM's OpenAI-compatible server, or with ONNX Runtime, until Ctrl-C."""
+    """Serve a model with vLLM's OpenAI-compatible server, or with ONNX Runtime, until Ctrl-C; a model with labels at /classify or the like."""
     from qkit.serve.request import ServeOptions
     from qkit.server.process import api_key
 
@@ -123,7 +128,7 @@ def _serving(target: str, overrides: list[str] | None, out: Path | None, options
     from qkit.plan.sheet import Options, recipe_for
     from qkit.serve import serving
 
-    if options.runtime not in serving.RUNTIMES:
+    if options.runtime not in (None, *serving.RUNTIMES):
         raise UserError(f"--runtime {options.runtime}: must be one of {', '.join(serving.RUNTIMES)}")
     path = Path(target)
     if (path / "recipe.yaml").is_file() or path.suffix in (".yaml", ".yml"):
@@ -172,8 +177,12 @@ def _print_start(terminal: Console, serving: Serving, planned: Any) -> None:
 
 
 def _print_ready(serving: Serving, server: Server, as_json: bool) -> None:
+    from qkit.plugins.task import open_task
     from qkit.serve import snippets
 
-    lines = [f"serving {', '.join(serving.names)} at {server.url}/v1", snippets.curl(server), snippets.python(server)]
-    console.show(as_json, snippets.describe(server, serving.names), lambda: "\n\n".join(lines) + "\n")
+    purpose = serving.purpose
+    place = server.url + (open_task(purpose.task).ENDPOINT if purpose else "/v1")
+    snippet = [snippets.curl(server, purpose), snippets.python(server, purpose)]
+    lines = [f"serving {', '.join(serving.names)} at {place}", *snippet]
+    console.show(as_json, snippets.describe(server, serving.names, purpose), lambda: "\n\n".join(lines) + "\n")
     sys.stdout.flush()

@@ -72,10 +72,10 @@ def _check_server(run: Path, url: str, as_json: bool) -> None:
     """Check a server against a run; exits with 2 if it differs."""
     from dataclasses import asdict
 
-    from qkit.measure import contract
+    from qkit.measure import contract, label_contract
     from qkit.run.directory import Run
 
-    result = contract.check(Run.open(run), url)
+    result = label_contract.check_server(Run.open(run), url)
     console.show(as_json, asdict(result), lambda: contract.screen(result))
     if result.broken:
         raise typer.Exit(2)

@@ -235,3 +235,18 @@ class ConversationTask:
     def sections(self, evaluated: Evaluated) -> Sequence[Section]:
         """None: the sections of every run have it all."""
         return ()
+
+    # --- serve --------------------------------------------------------------------------------------------------------
+
+    ENDPOINT = ""
+    EXAMPLE: Mapping[str, Any] = {}
+    WHOLE: Mapping[str, Any] = {}
+
+    def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+        """The turns to answer, `messages` with `tools`: those of a record without its last answer, or its prompt as a question."""
+        from qkit.tasks._conversation.prepared import asked
+
+        return asked(record, columns)
+
+    def service(self, folder: Path, max_length: int) -> None:
+        """None: servers of the OpenAI API answer conversations."""

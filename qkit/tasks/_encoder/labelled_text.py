@@ -62,6 +62,22 @@ def labelled_text(
     return LabelledText(text, pair, names, unread, tuple({p for found in matched.values() for p in found}))
 
 
+def texts_of(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The `text`, and the `pair` if there is one, of a record that needs no label; nothing of them is checked.
+
+    `columns`: which of its columns these are, where they have other names than in data sets.
+
+    Raises:
+        RowError: there is no such column.
+    """
+    section = Data.model_construct(columns=dict(columns))
+    places = {ours: column_of(ours, record, section) for ours in ("text", "pair")}
+    for ours, place in places.items():
+        if place is None and (ours == "text" or ours in columns):
+            raise RowError(_missing(ours, list(record), section))
+    return {ours: record[place] for ours, place in places.items() if place is not None and record[place] is not None}
+
+
 def _is_used(name: str, section: Data) -> bool:
     """Whether splits go by this column."""
     return name in {section.columns.get(ours, ours) for ours in (section.group, section.stratify) if ours}

@@ -14,7 +14,7 @@ from qkit.core.errors import short
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
 from qkit.plugins.sections import Evaluated, Figure, Section
-from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, read_labels
+from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, Service, read_labels
 from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
 from qkit.tasks._encoder._report.labels import OF_ONE_LABEL, SINGLE_LABEL
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
@@ -110,7 +110,8 @@ class EncoderTask:
             "loss": {"name": self.LOSSES[0]},
             "merge": {"dtype": "float32"},
             "export": {"formats": ["onnx-fp32"]},
-            "bench": {"runtimes": []},
+            # Not part of `qkit run`; `qkit bench RUN` measures every format. An answer is one text, and takes milliseconds.
+            "bench": {"runtimes": [], "concurrency": [1, 8, 32], "output_tokens": 1, "rounds": 32},
         }
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -293,9 +294,27 @@ class EncoderTask:
 
     def usage(self, library: str, recipe: Recipe) -> str:
         """How to label a text, for the model card."""
-        from qkit.tasks._encoder.usage import usage
+        from qkit.tasks._encoder.use.usage import usage
 
         return usage(library, self.HEAD, recipe)
+
+    # --- serve, predict -----------------------------------------------------------------------------------------------
+
+    ENDPOINT = "/classify"
+    EXAMPLE: Mapping[str, Any] = {"text": "A text as in the training data."}
+    WHOLE: Mapping[str, Any] = {"top_k": -1}
+
+    def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+        """The texts of a record of any data set, or of a prepared row."""
+        from qkit.tasks._encoder.labelled_text import texts_of
+
+        return texts_of(record, columns)
+
+    def service(self, folder: Path, max_length: int) -> Service:
+        """Texts to labels, with the tokenizer and the label names in the folder."""
+        from qkit.tasks._encoder.use.service import LabelService, open_service
+
+        return open_service(LabelService, folder, max_length)
 
 
 def _of_method(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
