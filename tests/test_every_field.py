@@ -151,6 +151,8 @@ TABLE: dict[str, Line | Place] = {
     ),
     "Source.rows": (data, {"data.train": [{"source": "rows.jsonl", "rows": "4:12"}]}),
     "Source.format": (data, {"data.train": [{"source": "rows.jsonl", "format": "text"}]}),
+    "Source.word_column": ("data/_read_conll.py", "source.word_column"),
+    "Source.tag_column": ("data/_read_conll.py", "source.tag_column"),
     "Source.sample_by": (
         data,
         {"data.train": [{"source": "text.txt", "sample_by": "line"}]},

@@ -6,7 +6,7 @@ import csv
 import glob
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,10 +16,20 @@ from qkit.core.errors import DataError, short
 from qkit.core.network import reaching_hub
 from qkit.core.sources import HubId, locate
 from qkit.core.strict_json import Rounded, Struct, decode
+from qkit.data._read_conll import from_conll
 from qkit.data.read_json import from_json, json_lines, not_utf8, open_text, text_lines
 from qkit.plugins.example import ANSWER_KEYS
+from qkit.recipe import idle
 from qkit.recipe.schema import Source
-from qkit.run.source_files import DELIMITERS, JSON_SUFFIXES, LOADERS, SUFFIXES, data_files, saved_kind, suffix_of
+from qkit.run.source_files import (
+    DELIMITERS,
+    JSON_SUFFIXES,
+    LOADERS,
+    SUFFIXES,
+    data_files,
+    saved_kind,
+    suffix_of,
+)
 
 if TYPE_CHECKING:
     from qkit.data.read_json import Numbered
@@ -172,7 +182,9 @@ def _files(path: Path) -> list[Path]:
 def _from_file(file: Path, name: str, source: Source) -> Numbered:
     suffix = suffix_of(file)
     try:
-        if suffix in LOADERS:
+        if source.format == "conll" or suffix in idle.CONLL_SUFFIXES:
+            yield from from_conll(file, name, source)
+        elif suffix in LOADERS:
             yield from _from_datasets(LOADERS[suffix], file, source)
         elif suffix in DELIMITERS:
             yield from _from_csv(file, name, DELIMITERS[suffix])
@@ -279,17 +291,28 @@ def _typed(value: Any, feature: Any, unknown: bool) -> Any:
     """A value by its type in the table. `unknown`: the type is not known, so any object may come from a struct."""
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+        if names := getattr(inner, "names", None):
+            return [_named(item, names) for item in value]
         if not getattr(inner, "dtype", "float").startswith("float"):
             return value  # token ids and their like: nothing in them can be of another kind
         return [_typed(item, inner, unknown) for item in value] if inner is not None or unknown else value
     if isinstance(value, dict) and (unknown or isinstance(feature, dict)):
         inside = feature if isinstance(feature, dict) else {}
         return Struct({key: _typed(item, inside.get(key), unknown) for key, item in value.items()})
+    if names := getattr(feature, "names", None):
+        return _named(value, names)
     if getattr(feature, "decode", True) is False and isinstance(value, str):
         return decode(value)
     if isinstance(value, float) and abs(value) >= 2**63 and value.is_integer():
         return Rounded(value)
     return value
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """The name of an id of a ClassLabel; None for -1, which stands for a label that is kept secret."""
+    if type(value) is not int or value >= len(names):
+        return value
+    return names[value] if value >= 0 else None
 
 
 def _one_line(error: BaseException) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qkit.measure import own_metrics, scores
+from qkit.measure import scores
 from qkit.measure.held_out import HeldOut
+from qkit.plugins import own_metrics
 from qkit.plugins.runtime import Scores
 from qkit.plugins.task import Prediction, open_task
 from qkit.run.directory import Run

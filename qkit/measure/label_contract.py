@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qkit.core.device import detect
 from qkit.core.errors import short
@@ -21,11 +21,18 @@ from qkit.measure.artifacts import artifacts
 from qkit.measure.contract import DIFFERS, NOT_CHECKED, OK, Contract, ContractCheck
 from qkit.measure.endpoint import START_SERVER
 from qkit.plugins.runtime import TextRow, open_runtime
-from qkit.plugins.task import Prepared, Service, Task, open_task, read_labels
+from qkit.plugins.task import Losses, Prepared, Service, Task, open_task, read_labels
+from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.server.client import Client
 
 ROWS = 64
+WHAT = {  # by column of a prepared row
+    "input_ids": "from token {} on, the ids",
+    "token_type_ids": "from token {} on, the token types",
+    "further": "beyond data.max_length, from token {} on, the ids",
+    "starts": "from word {} on, the tokens at which words begin",
+}
 FAR_TOLERANCE = 0.1  # of a probability, where the server's artifact is not on this machine and may be a quantized one
 
 
@@ -74,13 +81,13 @@ def _server_checks(run: Run, client: Client, entry: Mapping[str, Any]) -> Iterat
 
 
 def _askable(run: Run, task: Task, entry: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[TextRow]]:
-    """Requests of held-out rows, and the rows. vLLM takes no pairs, and refuses texts that training cut."""
+    """Requests of held-out rows, and the rows, of each its first window. vLLM takes no pairs, and refuses texts that training cut."""
     held_out = measure_held_out.held_out_of(run)
     requests = [task.request(record, {}) for record in held_out.records[:ROWS]]
     is_ours, limit = "task" in entry, run.recipe.data.max_length
     pairs = [
         (request, row)
-        for request, row in zip(requests, held_out.rows, strict=False)
+        for request, row in zip(requests, (row.windows[0] for row in held_out.rows), strict=False)
         if is_ours or (len(request) == 1 and len(row.input_ids) < limit)
     ]
     return [request for request, _ in pairs], [row for _, row in pairs]
@@ -147,20 +154,21 @@ def _served_answers(
 def _checks(
     run: Run, folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> Iterator[ContractCheck]:
-    yield _tokens(folder, records, run.recipe.data.max_length)
+    yield _tokens(folder, records, run.recipe)
     yield _labels(config, read_labels(run.need("data", "summary.json").parent))
     yield _padding(config, int(read_json(run.need("data", "tokens.json"))["pad"]))
 
 
-def _tokens(folder: Path, records: Sequence[Mapping[str, Any]], limit: int) -> ContractCheck:
+def _tokens(folder: Path, records: Sequence[Mapping[str, Any]], recipe: Recipe) -> ContractCheck:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer, task = AutoTokenizer.from_pretrained(str(folder)), open_task(recipe.task)
+    of_labels: Losses = cast(Losses, task)
     for number, record in enumerate(records):
-        encoded = tokenizer(record["text"], record["pair"], truncation=True, max_length=limit)
-        for name, words in (("input_ids", "ids"), ("token_type_ids", "token types")):
-            if (place := first_difference(record[name], encoded.get(name, []))) is not None:
-                detail = f"from token {place} on, the {words} differ from training: {short(repr(record['text']))}"
+        for name, values in of_labels.encoded(tokenizer, record, recipe.data.max_length):
+            if (place := first_difference(record[name], values)) is not None:
+                what = WHAT[name].format(place)
+                detail = f"{what} differ from training: {short(repr(task.question(record)))}"
                 return ContractCheck("tokens", DIFFERS, f"held-out row {number}: {detail}")
     return ContractCheck("tokens", OK, f"{len(records)} held-out texts: same ids as in training")
 

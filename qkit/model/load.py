@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qkit.core.errors import ModelError
 from qkit.core.files import read_json
@@ -15,7 +15,7 @@ from qkit.model.adapters import new_heads, targets
 from qkit.model.adapters import sums as adapter_sum
 from qkit.model.adapters.bottleneck import tuner
 from qkit.model.source import dequantize
-from qkit.plugins.task import ModelHead, open_task, read_labels
+from qkit.plugins.task import Losses, ModelHead, open_task, read_labels
 from qkit.recipe import schema
 from qkit.tensors import lora_deltas
 from qkit.tensors.nf4_roundtrip import FourBit
@@ -57,6 +57,8 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device, labels: Seque
         _need_all_weights(folder, [name for name in report["missing_keys"] if name.endswith(".weight")])
     else:
         _need_all_weights(folder, report["missing_keys"], new_heads.of(loaded, folder))
+        of_labels: Losses = cast(Losses, open_task(recipe.task))
+        of_labels.add_to_head(loaded, folder, recipe)
     if head.generates:
         loaded.config.use_cache = False
     leave_as_quantized(loaded)

@@ -83,7 +83,17 @@ class LabelledText:
     ignored: tuple[str, ...] = field(default=(), compare=False)
 
 
-Example = Conversation | Text | Tokens | LabelledText
+@dataclass(frozen=True)
+class TaggedWords:
+    """The words of a sentence, and a tag for each, as its source has them: in any scheme."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+
+
+Example = Conversation | Text | Tokens | LabelledText | TaggedWords
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -58,6 +58,10 @@ class Encodes(Opened):
     @abstractmethod
     def logits(self, rows: Sequence[TextRow]) -> Iterator[NDArray[np.float32]]:
         """Yield the logits of each row, in order: [labels] of a text, or [tokens, labels] from a head on tokens."""
+
+    def transitions(self) -> Mapping[str, NDArray[np.float32]] | None:
+        """Return the scores of a CRF: `pairs` [labels, labels] from a label to the next, `start` and `end` [labels]; None without one."""
+        return None
 
 
 class Generates(ABC):
@@ -131,6 +135,11 @@ class TextRow:
     input_ids: Sequence[int]
     token_type_ids: Sequence[int]
     labels: tuple[int, ...] = ()
+
+    @property
+    def windows(self) -> tuple[TextRow, ...]:
+        """What a runtime reads: the text is in one piece, where rows of other tasks may be in several."""
+        return (self,)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
     from numpy.typing import NDArray
+    from transformers import PreTrainedModel
 
     from qkit.plugins.resampling import Sample
     from qkit.plugins.runtime import RowScores, TextRow
 
-    # (outputs of the head [n, ...], labels [n] or [n, ...]) -> losses, of the shape of the labels
+    # (outputs of the head [n, ...], labels [n] or [n, ...]) -> losses, of the shape of the labels; crf: of the rows
     Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -71,7 +72,15 @@ class Prediction:
 
 
 class Losses(Protocol):
-    """What a task has beside the rest if its TRAINER is `labelled`."""
+    """What a task has beside the rest if its TRAINER is `labelled`, and its head is new."""
+
+    def add_to_head(self, model: PreTrainedModel, folder: Path, recipe: Recipe) -> None:
+        """Add the modules that the head has beside those of transformers, with the weights that `folder` holds of them, if any."""
+        ...
+
+    def encoded(self, tokenizer: Any, record: Mapping[str, Any], limit: int) -> Iterator[tuple[str, Sequence[int]]]:
+        """What a tokenizer makes of a prepared row's text: (column, values), equal to the row's if it is the tokenizer of training."""
+        ...
 
     def losses(self, outputs: Any, batch: Mapping[str, torch.Tensor], loss: Loss) -> torch.Tensor:
         """The loss of each row [rows], summed over its labels. `outputs`: of the model; `batch`: what `collate` made."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FITTED = ("vllm-w4a16", "vllm-w8a8")  # the export formats that use export.method and its calibration rows
 FREE_TEXT = ("chat",)  # the tasks whose answers are free text, which a pattern can cut
+CONLL_SUFFIXES = (".conll", ".iob", ".iob2", ".bio", ".bioes")  # of files with columns of words and tags
 TEXT = (".txt", ".md")  # the files that sample_by divides
 ONE_LINERS = (
     "messages",
@@ -197,6 +198,13 @@ def _source(source: Source, where: Sequence[str | int]) -> Problems:
     if source.streaming and not is_hub_id(source.source):
         yield (*where, "streaming"), _only(f"{dotted}.streaming", "true", "a data set of the hub", source.source)
     path = Path(source.source.removesuffix(".gz"))
+    columns = _set(source, "word_column", "tag_column")
+    if columns and source.format != "conll" and path.suffix.lower() not in CONLL_SUFFIXES:
+        name = columns[0]
+        yield (
+            (*where, name),
+            _only(f"{dotted}.{name}", str(getattr(source, name)), "CoNLL files (format: conll)", source.source),
+        )
     if _set(source, "sample_by") and path.suffix and path.suffix.lower() not in TEXT and not is_hub_id(source.source):
         message = _only(f"{dotted}.sample_by", source.sample_by, f"text files ({', '.join(TEXT)})", source.source)
         yield (*where, "sample_by"), message

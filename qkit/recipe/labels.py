@@ -23,8 +23,8 @@ class Loss(Section):
 
     name: str = Field(
         "cross_entropy",
-        description="cross_entropy, focal; for multi_label bce; for regress mse, huber; or module:function of your own: (logits, labels) -> "
-        "losses, of the shape of the labels",
+        description="cross_entropy, focal; for tag also crf; for multi_label bce; for regress mse, huber; or module:function of your own: "
+        "(logits, labels) -> losses, of the shape of the labels",
     )
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="by label; balanced: in inverse proportion to its training rows"

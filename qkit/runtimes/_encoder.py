@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from qkit.core.device import released
 from qkit.core.memory_meter import PeakMeter
 from qkit.plugins.runtime import ENCODER_TOKENS, Encodes, TextRow
 from qkit.tasks._encoder.collate import padded
+from qkit.tasks._encoder.tagging import transitions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +52,9 @@ class TorchEncoder(Encodes):
             )
         for row, values in zip(rows, logits, strict=True):
             yield values[: len(row.input_ids)] if values.ndim > 1 else values
+
+    def transitions(self) -> Mapping[str, NDArray[np.float32]] | None:
+        return transitions.of(self.model)
 
     def memory_bytes(self) -> int:
         return self.meter.peak_bytes()

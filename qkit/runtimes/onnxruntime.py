@@ -13,7 +13,7 @@ The int4 kernels round activations to 8 bits, which magnifies differences in the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from qkit.core.memory_meter import PeakMeter
 from qkit.plugins.runtime import Encodes, RowScores, Runtime, TextRow, TokenRow
 from qkit.plugins.task import ModelHead
 from qkit.runtimes._onnx_graph import PICKED, batches, predicting_positions, scores_of
+from qkit.tasks._encoder.tagging import transitions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,6 +84,7 @@ class OnnxEncoder(Encodes):
         from qkit.runtimes._onnx_encoder import EncoderSession
 
         self.session = EncoderSession(folder, device)
+        self.folder = folder
         self.meter = meter
 
     def logits(self, rows: Sequence[TextRow]) -> Iterator[NDArray[np.float32]]:
@@ -90,6 +92,9 @@ class OnnxEncoder(Encodes):
             {name: ids for name in ("input_ids", "token_type_ids") if (ids := getattr(row, name))} for row in rows
         ]
         return (outputs["logits"] for outputs in self.session.logits(inputs))
+
+    def transitions(self) -> Mapping[str, NDArray[np.float32]] | None:
+        return transitions.read(self.folder)
 
     def memory_bytes(self) -> int:
         return self.meter.peak_bytes()

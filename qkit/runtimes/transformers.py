@@ -14,6 +14,7 @@ from qkit.model.load import scaled
 from qkit.plugins.runtime import PREFILL_TOKENS, RowScores, Runtime, TokenRow
 from qkit.plugins.task import ModelHead, open_task
 from qkit.runtimes._encoder import TorchEncoder
+from qkit.tasks._encoder.tagging import transitions
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,10 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime | TorchEncod
     head: ModelHead = options.get("head", CAUSAL) if recipe is None else open_task(recipe.task).HEAD
     if recipe is None:
         folder = _model_folder(artifact, device, head, options)
-        return TransformersRuntime(folder, meter) if head.generates else TorchEncoder(folder, meter)
+        if head.generates:
+            return TransformersRuntime(folder, meter)
+        transitions.add_stored(folder, artifact)
+        return TorchEncoder(folder, meter)
     exact = bool(options.get("exact"))
     loaded = _reference(artifact, recipe, device, options.get("adapter"), exact)
     if not head.generates:

@@ -8,6 +8,8 @@ whole accumulated batch, so that a loss of one's own needs to know nothing of ac
 
 logits [n, classes] float32, labels [n]              one label each: n rows of `classify`, words of `tag`, begins and ends of `answer`
 logits [rows, classes] float32, labels the same      `multi_label`, 0 or 1; `regress`, numbers. A row's loss is the mean over its labels.
+
+The loss `crf` of `tag` is of whole sentences: its scores of neighbouring tags are weights of the model.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from qkit.core.errors import RecipeError, nearest, short
 from qkit.plugins.own_code import imported
 from qkit.plugins.task import LABELS
 from qkit.recipe import labels as sections
+from qkit.tasks._encoder.tagging.transitions import SentenceLoss
 
 if TYPE_CHECKING:
     import torch
@@ -29,15 +32,17 @@ if TYPE_CHECKING:
     from qkit.plugins.task import Loss
 
 
-def open_loss(section: sections.Loss, data: Path) -> Loss:
-    """The loss of a recipe. `data`: the folder that holds labels.json.
+def open_loss(section: sections.Loss, data: Path, model: Any = None) -> Loss:
+    """The loss of a recipe. `data`: the folder that holds labels.json; `model`: that is trained, which holds the weights of `crf`.
 
     Raises:
         RecipeError: it does not exist, or its settings do not fit the labels.
     """
+    if section.name == "crf":
+        return SentenceLoss(model)
     weights = positive_weights(section, data) if section.name == "bce" else class_weights(section, data)
     if ":" not in section.name and section.name not in OWN:
-        raise RecipeError(f"loss.name={short(section.name)}: must be {', '.join(OWN)}, or module:function")
+        raise RecipeError(f"loss.name={short(section.name)}: must be {', '.join((*OWN, 'crf'))}, or module:function")
     if section.name in OWN:
         return OWN[section.name](weights, section)
     return _checked(section.name, imported(section.name, "loss.name"))
@@ -52,7 +57,7 @@ def class_weights(section: sections.Loss, data: Path) -> torch.Tensor | None:
     labels = json.loads((data / LABELS).read_text(encoding="utf-8"))
     counts = torch.tensor([labels["rows"]["train"][name] for name in labels["names"]], dtype=torch.float32)
     if section.class_weights == "balanced":
-        weights = 1 / counts
+        weights = 1 / counts.clamp_min(1)  # the inside of entities may have no word in training
     else:
         _need_labels(section.class_weights, labels["names"])
         weights = torch.tensor([section.class_weights.get(name, 1.0) for name in labels["names"]])

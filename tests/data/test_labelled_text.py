@@ -15,12 +15,13 @@ import pytest
 from helpers.tiny_labelled import build_model, labelled_rows, settings, text
 from qkit.core.errors import DataError
 from qkit.core.progress import Progress
+from qkit.data import read as data_read
 from qkit.data import stage as data_stage
 from qkit.plugins.example import LabelledText, RowError
 from qkit.recipe.load import from_dict
-from qkit.recipe.schema import Data
+from qkit.recipe.schema import Data, Source
 from qkit.tasks import classify
-from qkit.tasks._encoder.labelled_text import COLUMNS
+from qkit.tasks._encoder.labelled_text import COLUMNS, labelled_text
 
 BOTH = {"text": "apple ban", "label": "fruit"}
 
@@ -75,8 +76,8 @@ def test_values_that_are_labels(value: object, name: str) -> None:
         (1.0, "label is not a label: 1.0"),
         ("  ", "label is not a label: '  '"),
         ({"a": 1}, "label is not a label: {'a': 1}"),
-        ([], "has 0 labels; task=classify gives a text exactly one"),
-        (["a", "b"], "has 2 labels; task=classify gives a text exactly one"),
+        ([], "has 0 labels; task=classify gives a text exactly one, task=multi_label any number"),
+        (["a", "b"], "has 2 labels; task=classify gives a text exactly one, task=multi_label any number"),
         ([0.5], "label is not a label: 0.5"),
     ],
 )
@@ -187,3 +188,22 @@ def test_unread_columns_are_counted(model: Path, tmp_path: Path) -> None:
     summary = prepared(model, write(tmp_path / "rows.jsonl", rows), tmp_path / "out", ignore=["id"])
     found = check(summary, "unused")
     assert found["status"] == "warn" and "note in 12" in found["message"] and "id in" not in found["message"]
+
+
+def test_ids_of_a_class_label_are_read_as_names(tmp_path: Path) -> None:
+    """As data sets on the hub have them; -1 is a label that is kept secret."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
+    rows = Dataset.from_dict({"text": ["good", "bad", "secret"], "label": [1, 0, -1]}, features=features)
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    for source in ("rows.parquet", "saved"):
+        read_rows = [
+            one.value
+            for one in data_read.read(Source(source=str(tmp_path / source)))
+            if isinstance(one, data_read.Record)
+        ]
+        assert [row["label"] for row in read_rows] == ["positive", "negative", None], source
+    with pytest.raises(RowError, match="label is not a label: None"):
+        labelled_text(read_rows[2], Data())

@@ -155,7 +155,7 @@ def test_an_element_that_is_no_object_is_named(write: Write) -> None:
         ("a.csv", b"a,b\n1,\xff\n", r"a\.csv:2: invalid UTF-8: byte 0xff"),
         ("a.txt", b"\xff", r"a\.txt: cannot be read as text: .*can't decode byte 0xff"),
         ("a.parquet", b"no parquet", r"a\.parquet: cannot be read as parquet"),
-        ("a.conll", "x", r"a\.conll: unsupported file type '\.conll'; supported: \.jsonl"),
+        ("a.xml", "x", r"a\.xml: unsupported file type '\.xml'; supported: \.jsonl"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(write: Write, name: str, content: str | bytes, message: str) -> None:

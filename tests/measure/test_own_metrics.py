@@ -12,7 +12,7 @@ import pytest
 from helpers.tiny_labelled import build_model, labelled_run
 from qkit import pipeline
 from qkit.core.errors import RecipeError
-from qkit.measure import own_metrics
+from qkit.plugins import own_metrics
 from qkit.report import summary
 
 SOURCE = """

@@ -109,7 +109,10 @@ def test_a_label_that_class_weights_name_wrongly(data: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("crossentropy", "loss.name=crossentropy: must be cross_entropy, focal, bce, mse, huber, or module:function"),
+        (
+            "crossentropy",
+            "loss.name=crossentropy: must be cross_entropy, focal, bce, mse, huber, crf, or module:function",
+        ),
         (
             "no_such_module:f",
             "No module named 'no_such_module'; the module must be importable, for example from PYTHONPATH",

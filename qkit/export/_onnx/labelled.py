@@ -13,6 +13,7 @@ from qkit.model.load import class_of, load_reference
 from qkit.plugins.exporter import Job
 from qkit.plugins.task import LABELS, open_task
 from qkit.recipe.schema import UNMERGED, Recipe
+from qkit.tasks._encoder.tagging import transitions
 from qkit.tensors.companions import copy_tokenizer
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ CALIBRATION_ROWS = 256
 
 
 def export(job: Job, out: Path, variant: str) -> None:
-    """Make the folder `out`: the graph, config.json with the labels, and the tokenizer.
+    """Make the folder `out`: the graph, config.json with the labels, the tokenizer, and what of the head is not in the graph.
 
     Raises:
         NotDeployable: there is no such variant, or the model cannot be traced.
@@ -46,6 +47,7 @@ def export(job: Job, out: Path, variant: str) -> None:
         model.config.save_pretrained(str(folder))
         copy_tokenizer(job.merged, folder)
         (folder / LABELS).write_bytes((job.adapter / LABELS).read_bytes())
+        transitions.write(model, folder)
         folder.rename(out)
 
 
@@ -57,6 +59,7 @@ def loaded(job: Job) -> PreTrainedModel:
     if job.recipe.method in UNMERGED:
         return _as_one(load_reference(job.base, job.recipe, detect(), job.adapter).float(), job.recipe)
     model = class_of(job.merged, head).from_pretrained(str(job.merged), dtype=torch.float32)
+    transitions.add_stored(model, job.merged)
     return model.eval()
 
 

@@ -94,7 +94,7 @@ def example(
     Raises:
         RowError: it cannot be used, or violates a rule of data.clean that is not "keep".
     """
-    name = recognised(record, section) if format == "auto" else format
+    name = format if format in FORMS else recognised(record, section)
     notes = Notes(section, reads)
     try:
         example = FORMS[name].build(_view(record, name, section), notes)

@@ -14,7 +14,7 @@ from qkit.core.errors import short
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
 from qkit.plugins.sections import Evaluated, Figure, Section
-from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, Service, read_labels
+from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, read_labels
 from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
 from qkit.tasks._encoder._report.labels import OF_ONE_LABEL, SINGLE_LABEL
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
     from numpy.typing import NDArray
+    from transformers import PreTrainedModel
 
     from qkit.plugins.resampling import Sample
     from qkit.plugins.runtime import Encodes, RowScores, TextRow
@@ -174,6 +175,11 @@ class EncoderTask:
 
         return open_tokenizer(recipe)
 
+    def encoded(self, tokenizer: Any, record: Mapping[str, Any], limit: int) -> Iterator[tuple[str, Sequence[int]]]:
+        """The token ids that a tokenizer makes of a row's text or pair of texts, and their types."""
+        made = tokenizer(record["text"], record["pair"], truncation=True, max_length=limit)
+        return ((name, made.get(name, [])) for name in ("input_ids", "token_type_ids"))
+
     def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]:
         """None: a text has a label as a whole."""
         from qkit.core.batching import IGNORED
@@ -204,6 +210,9 @@ class EncoderTask:
 
     # --- train, plan --------------------------------------------------------------------------------------------------
 
+    def add_to_head(self, model: PreTrainedModel, folder: Path, recipe: Recipe) -> None:
+        """Nothing: the head is that of transformers."""
+
     def collate(self, rows: Sequence[Mapping[str, Any]], pad: int, packed: bool = False) -> dict[str, torch.Tensor]:
         """Rows as one padded batch with a mask."""
         from qkit.tasks._encoder.collate import collate
@@ -225,8 +234,8 @@ class EncoderTask:
 
     # --- evaluate, merge, verify ---------------------------------------------------------------------------------------
 
-    def row(self, record: Mapping[str, Any]) -> TextRow:
-        """The text as token ids, with its label."""
+    def row(self, record: Mapping[str, Any]) -> Any:
+        """A TextRow: the text as token ids, with its label."""
         from qkit.plugins.runtime import TextRow
 
         return TextRow(record["input_ids"], record["token_type_ids"], tuple(record["labels"]))
@@ -310,8 +319,8 @@ class EncoderTask:
 
         return texts_of(record, columns)
 
-    def service(self, folder: Path, max_length: int) -> Service:
-        """Texts to labels, with the tokenizer and the label names in the folder."""
+    def service(self, folder: Path, max_length: int) -> Any:
+        """A Service: texts to labels, with the tokenizer and the label names in the folder."""
         from qkit.tasks._encoder.use.service import LabelService, open_service
 
         return open_service(LabelService, folder, max_length)

@@ -101,7 +101,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
         model=methods.prepared(base, folder, recipe),
         args=training_arguments(recipe, device, out),
         train_dataset=_shared.training_rows(data / "train.parquet", COLUMNS),
-        losses=partial(of_rows.losses, loss=losses.open_loss(recipe.loss, data)),
+        losses=partial(of_rows.losses, loss=losses.open_loss(recipe.loss, data, base)),
         pad=pad,
         batch_tokens=recipe.data.batch_tokens,
         batch_rows=recipe.data.batch_rows,

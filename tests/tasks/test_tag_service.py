@@ -1,0 +1,58 @@
+"""Requests to a model that tags words: sentences to entities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.tiny_labelled import build_tokenizer
+from qkit.plugins.example import RowError
+from qkit.plugins.task import Prepared, open_task
+from qkit.tasks._encoder.tagging.service import TagService
+
+NAMES = ("O", "B-x", "I-x")
+
+
+def answered(service: TagService, text: str, best: dict[int, int]) -> dict[str, Any]:
+    """The answer if the token `id` has the tag `best[id]`, and all others O."""
+    (prepared,) = service.prepare([{"text": text}])
+    assert isinstance(prepared, Prepared)
+    logits = [np.eye(3, dtype=np.float32)[[best.get(token, 0) for token in row.input_ids]] for row in prepared.rows]
+    return service.answer(prepared, logits)
+
+
+@pytest.mark.parametrize("limit", [4, 32])
+def test_entities_of_a_sentence(limit: int) -> None:
+    """In one window or several."""
+    service = TagService(build_tokenizer(), NAMES, limit)
+    ids = service.tokenizer.convert_tokens_to_ids(["plum", "pear"])
+    answer = answered(service, "ban  plum pear\nben", {ids[0]: 1, ids[1]: 2})
+    assert answer["words"] == ["ban", "plum", "pear", "ben"] and answer["tags"] == ["O", "B-x", "I-x", "O"]
+    assert answer["entities"] == [{"type": "x", "begin": 1, "end": 3, "text": "plum pear"}]
+    assert service.difference(answer, answer, 0.0) == ""
+    other = answered(service, "ban  plum pear\nben", {ids[0]: 1})
+    assert service.difference(answer, other, 0.0) == "the word 'pear' has the tag O, not I-x"
+
+
+def test_what_is_refused() -> None:
+    service = TagService(build_tokenizer(), NAMES, 32)
+    results = service.prepare([{"text": 5}, {}, {"text": " "}, {"text": "\ud800"}, {"text": "ban"}])
+    assert [type(one) for one in results] == [RowError] * 4 + [Prepared]
+    assert [str(one) for one in results[:2]] == ["text is not a text: 5", "has no text"]
+
+
+def test_requests_of_records() -> None:
+    task: Any = open_task("tag")
+    assert task.request({"tokens": ["a", "b"], "ner_tags": [0, 0]}, {}) == {"text": "a b"}
+    assert task.request({"w": ["a"], "text": "z"}, {"words": "w"}) == {"text": "a"}
+    assert task.request({"text": "a b"}, {}) == {"text": "a b"}
+
+
+def test_a_folder_without_names_is_refused(tmp_path: Path) -> None:
+    from qkit.core.errors import ModelError
+
+    with pytest.raises(ModelError, match="so the tags have no names"):
+        open_task("tag").service(tmp_path, 8)
