@@ -118,8 +118,8 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
     """qkit's trainer on random rows, and the callback that watches its second step."""
     import random_model
 
+    from qkit.core import memory_watch
     from qkit.plugins.task import open_task
-    from qkit.train import memory_watch
     from qkit.train.fast.heap import trim_between_layers
     from qkit.train.trainer import trainer_class
     from qkit.train.trainers import sft
@@ -179,11 +179,12 @@ def planned(result: dict[str, Any]) -> dict[str, Any]:
 
     from qkit.core.device import detect
     from qkit.plan import plan as plan_plan
+    from qkit.plan._known import Known
     from qkit.plan._overhead import KERNELS
 
     with tempfile.TemporaryDirectory() as scratch:
         how = recipe_of(result, random_model.write_config(result["config"], Path(scratch)))
-        items = plan_plan.predicted_items(how, detect(), result["labelled_tokens"])
+        items = plan_plan.predicted_items(how, detect(), Known(result["labelled_tokens"]))
     items.pop(KERNELS, None)  # a point's batches are all of one shape
     peak = sum(items.values())
     return {

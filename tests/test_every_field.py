@@ -101,7 +101,7 @@ Place = tuple[str, str]
 TABLE: dict[str, Line | Place] = {
     "Recipe.task": ("evaluate/stage.py", "open_task(run.recipe.task)"),
     "Recipe.seed": (trainer, {"seed": 7}),
-    "Recipe.method": ("train/methods.py", "recipe.method"),
+    "Recipe.method": ("model/adapters/methods.py", "recipe.method"),
     "Recipe.micro_batches": (planned, {"micro_batches": 4}, {"data.batch_tokens": 8192}),
     "Model.source": (planned, {"model.source": "Qwen/Qwen2.5-3B"}),
     "Model.revision": ("model/source.py", "model.revision"),
@@ -122,16 +122,16 @@ TABLE: dict[str, Line | Place] = {
     "Lora.target_parameters": ("model/adapters/targets.py", "target_parameters"),
     "Lora.use_rslora": (adapter, {"lora.use_rslora": True}),
     **{
-        f"Bottleneck.{name}": ("train/methods.py", "**recipe.bottleneck.model_dump()")
+        f"Bottleneck.{name}": ("model/adapters/methods.py", "**recipe.bottleneck.model_dump()")
         for name in schema.Bottleneck.model_fields
     },
-    "Recipe.peft": ("train/methods.py", "recipe.peft.items()"),
+    "Recipe.peft": ("model/adapters/methods.py", "recipe.peft.items()"),
     "Head.dropout": ("model/load.py", "recipe.head.dropout"),
     "Head.pooling": ("model/load.py", "recipe.head.pooling"),
     "Head.layers": ("model/pooled_head.py", 'settings["layers"]'),
     "Head.activation": ("model/pooled_head.py", 'settings["activation"]'),
-    "Layers.frozen": ("train/methods.py", "recipe.layers.frozen"),
-    "Layers.unfreeze_steps": ("train/layers.py", "section.unfreeze_steps"),
+    "Layers.frozen": ("model/adapters/methods.py", "recipe.layers.frozen"),
+    "Layers.unfreeze_steps": ("model/adapters/layers.py", "section.unfreeze_steps"),
     "Layers.rate_decay": ("train/trainers/labelled.py", "recipe.layers.rate_decay"),
     "Loss.name": ("train/losses.py", "section.name"),
     "Loss.class_weights": ("train/losses.py", "section.class_weights"),

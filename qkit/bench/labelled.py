@@ -31,7 +31,7 @@ from qkit.plugins.exporter import exporter
 from qkit.plugins.runtime import Encodes
 from qkit.plugins.task import Prepared, Service, Task, open_task
 from qkit.recipe.registry import MERGED
-from qkit.recipe.schema import UNMERGED, LABEL_SERVER, Recipe
+from qkit.recipe.schema import LABEL_SERVER, UNMERGED, Recipe
 from qkit.run.directory import Run
 from qkit.server.labels import program
 from qkit.server.process import Server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qkit.core.device import Device
@@ -64,6 +65,15 @@ HOST = Overhead(
 )
 
 
+# A process that trains a model with a new head: transformers' own Trainer does without trl.
+LABELLED_PROCESS = MemoryItem(
+    "process",
+    560 * MIB,
+    False,
+    "measured: the interpreter with torch, transformers and peft, and what its first steps load",
+)
+
+
 def overhead_of(device: Device) -> Overhead:
     """The overhead on a device."""
     return GPU if device.has_gpu else HOST
@@ -96,6 +106,11 @@ def segment_item(shape: Shape, four_bit: bool) -> MemoryItem:
         f"below that in shared segments of {SHARED_SEGMENT // MIB} MiB"
     )
     return MemoryItem("allocator", unused, False, formula)
+
+
+def segments(blocks: Iterable[int]) -> int:
+    """Bytes of the unused ends of the segments of these blocks."""
+    return sum(segment_bytes(block) - block for block in blocks)
 
 
 def segment_bytes(block: int) -> int:

@@ -231,10 +231,11 @@ def optimizer_item(recipe: Recipe, shape: Shape) -> MemoryItem:
     rows = learnt_rows(recipe, shape)
     size = max([computed, *(optimizer_bytes(optim, _adapter_sizes(named, rank, shape) + rows) for rank in earlier)])
     exact = shape.exact and "adamw" in optim and size == computed
-    return MemoryItem("optimizer", size, exact, _optimizer_formula(optim, sum(sizes)))
+    return MemoryItem("optimizer", size, exact, optimizer_formula(optim, sum(sizes)))
 
 
-def _optimizer_formula(optim: str, trained: int) -> str:
+def optimizer_formula(optim: str, trained: int) -> str:
+    """How many bytes the state of so many parameters takes, in words."""
     name = optim.removeprefix("paged_")
     moments = MOMENTS.get(name.partition("_")[0], 2)
     width = f"1 byte + 4 for each {STATE_BLOCK}" if name.endswith("8bit") else "4 bytes"

@@ -1,4 +1,5 @@
 """The memory plan: the memory that each stage needs, and whether it fits, before anything is loaded. Arithmetic only, without torch.
+Except for models with a new head, whose step is traced (_traced/).
 
 This module is what the rest of qkit calls. stage_memory.py computes the items of a stage, remedies.py the changes that make it fit, speed.py
 the time; sheet.py gathers all that `qkit plan` shows, and screen.py prints it.
@@ -14,11 +15,14 @@ from typing import Any
 from qkit.core.device import Device, detect
 from qkit.core.errors import ModelError, RecipeError
 from qkit.core.figures import gib
-from qkit.model.config import shape_of
 from qkit.model.shape import Shape
 from qkit.plan import gpus, stage_memory
 from qkit.plan import remedies as plan_remedies
+from qkit.plan._known import NOTHING, Known
 from qkit.plan._overhead import overhead_of
+from qkit.plan._subject import Subject, subject_of
+from qkit.plan._traced import items as traced_items
+from qkit.plan._traced.head import NewHead
 from qkit.plan.items import MemoryItem
 from qkit.plan.remedies import Remedy
 from qkit.plugins.task import open_task
@@ -63,26 +67,24 @@ class Checkpointing:
 
 
 def checkpointing(
-    recipe: Recipe, device: Device, labelled_tokens: int | None = None, device_bytes: int | None = None
+    recipe: Recipe, device: Device, known: Known = NOTHING, device_bytes: int | None = None
 ) -> Checkpointing:
     """The recipe's value; for `auto`, off if training fits without checkpointing, else on."""
     if recipe.train.gradient_checkpointing != "auto":
         return Checkpointing(bool(recipe.train.gradient_checkpointing), "set in the recipe")
     try:
-        shape = shape_of(recipe.model)
+        subject = subject_of(recipe, known)
+        limit = gpus.usable_bytes(device) if device_bytes is None else device_bytes
+        peak = peak_of(subject, device, "train", known)(_checkpointed(recipe, False))
     except ModelError:
         return Checkpointing(True, "this model cannot be planned for, and training needs less memory with it")
-    limit = gpus.usable_bytes(device) if device_bytes is None else device_bytes
-    peak = peak_of(shape, device, "train", labelled_tokens)(_checkpointed(recipe, False))
     memory = f"{gib(peak)} of the {gib(limit)} on {gpus.title(device)}"
     return Checkpointing(peak > limit, f"without it, training {'would need' if peak > limit else 'needs'} {memory}")
 
 
-def decided(
-    recipe: Recipe, device: Device, labelled_tokens: int | None = None, device_bytes: int | None = None
-) -> Recipe:
+def decided(recipe: Recipe, device: Device, known: Known = NOTHING, device_bytes: int | None = None) -> Recipe:
     """The recipe with `auto` in train.gradient_checkpointing replaced by true or false."""
-    return _checkpointed(recipe, checkpointing(recipe, device, labelled_tokens, device_bytes).on)
+    return _checkpointed(recipe, checkpointing(recipe, device, known, device_bytes).on)
 
 
 def _checkpointed(recipe: Recipe, on: bool) -> Recipe:
@@ -94,58 +96,52 @@ def plan(
     device_bytes: int | None = None,
     device: Device | None = None,
     stage: str = "train",
-    labelled_tokens: int | None = None,
+    known: Known = NOTHING,
 ) -> Plan:
     """Plan a stage on a device, by default that of this machine.
 
     Args:
         device_bytes: a limit in place of the device's memory.
-        labelled_tokens: the most tokens with loss in one batch; None: the rows are unknown, so all tokens count.
+        known: what the data stage knows of the rows; of what is unknown, the most that the recipe allows counts.
 
     Raises:
-        ModelError: the shape of the model cannot be determined, or models with a new head are not planned for.
+        ModelError: the shape of the model cannot be determined.
     """
-    need_planned(recipe)
     device = device or detect()
-    shape = shape_of(recipe.model)
+    subject = subject_of(recipe, known)
     limit = gpus.usable_bytes(device) if device_bytes is None else device_bytes
     available = _server_share(recipe, device, limit) if stage == "serve" else limit
     if stage == "train":
-        recipe = decided(recipe, device, labelled_tokens, limit)
-    items = stage_items(recipe, shape, device, stage, labelled_tokens)
+        recipe = decided(recipe, device, known, limit)
+    items = stage_items(recipe, subject, device, stage, known)
     peak = sum(item.bytes for item in items)
     without_remedies = Plan(peak <= available, gpus.title(device), available, peak, stage, items)
     if without_remedies.fits:
         return without_remedies
-    changes = plan_remedies.shortest(
-        recipe, stage, shape, device, available, peak_of(shape, device, stage, labelled_tokens)
-    )
+    changes = plan_remedies.shortest(recipe, stage, subject, device, available, peak_of(subject, device, stage, known))
     host = stage in ALSO_ON_THE_HOST and device.offloads
     elsewhere = f"run this stage in the host's memory: `QKIT_DEVICE=cpu qkit {stage} RUN`." if host else ""
     return replace(without_remedies, remedies=changes, elsewhere=elsewhere)
 
 
-def need_planned(recipe: Recipe) -> None:
-    """Raise ModelError for a head that the items do not describe: figures of another model would be worse than none."""
-    if not open_task(recipe.task).HEAD.generates:
-        raise ModelError(
-            f"the memory of models with a new head (task={recipe.task}) is measured in training, but not planned yet",
-            source=recipe.model.source,
-        )
-
-
 def stage_items(
-    recipe: Recipe, shape: Shape, device: Device, stage: str, labelled_tokens: int | None = None
+    recipe: Recipe, subject: Subject, device: Device, stage: str, known: Known = NOTHING
 ) -> tuple[MemoryItem, ...]:
-    """The items of a stage at its peak. `labelled_tokens`: as in `plan`."""
+    """The items of a stage at its peak. `known`: as in `plan`.
+
+    Raises:
+        ModelError: a model with a new head cannot be traced.
+    """
+    if isinstance(subject, NewHead):
+        return traced_items.stage_items(recipe, subject, device, stage)
     if stage == "train":
-        return stage_memory.train_items(recipe, shape, device, labelled_tokens)
-    return ITEMS[stage](recipe, shape, device)
+        return stage_memory.train_items(recipe, subject, device, known.labelled)
+    return ITEMS[stage](recipe, subject, device)
 
 
-def peak_of(shape: Shape, device: Device, stage: str, labelled_tokens: int | None) -> Callable[[Recipe], int]:
+def peak_of(subject: Subject, device: Device, stage: str, known: Known = NOTHING) -> Callable[[Recipe], int]:
     """A function from a recipe to the peak of the stage, in bytes."""
-    return lambda recipe: sum(item.bytes for item in stage_items(recipe, shape, device, stage, labelled_tokens))
+    return lambda recipe: sum(item.bytes for item in stage_items(recipe, subject, device, stage, known))
 
 
 def _server_share(recipe: Recipe, device: Device, limit: int) -> int:
@@ -153,30 +149,31 @@ def _server_share(recipe: Recipe, device: Device, limit: int) -> int:
     return int(limit * recipe.serve.gpu_memory_utilization) if device.server_arguments else limit
 
 
-def stages(recipe: Recipe, device: Device | None = None, labelled_tokens: int | None = None) -> tuple[Plan, ...]:
+def stages_with_a_plan(recipe: Recipe) -> tuple[str, ...]:
+    """The names of the stages that `stages` plans."""
+    return STAGES if open_task(recipe.task).HEAD.generates else traced_items.stages(recipe)
+
+
+def stages(recipe: Recipe, device: Device | None = None, known: Known = NOTHING) -> tuple[Plan, ...]:
     """The plans of all stages, in order. Stages in the host's memory, and `serve` if the recipe has no vLLM export, always fit."""
-    planned = [plan(recipe, None, device, stage, labelled_tokens) for stage in STAGES]
+    planned = [plan(recipe, None, device, stage, known) for stage in stages_with_a_plan(recipe)]
     served = {ALL, "vllm"} & {*recipe.export.formats}
     unlimited = HOST_STAGES if served else (*HOST_STAGES, "serve")
     return tuple(replace(p, fits=True, remedies=(), elsewhere="") if p.stage in unlimited else p for p in planned)
 
 
-def alternatives(
-    recipe: Recipe, planned: Plan, device: Device, labelled_tokens: int | None = None
-) -> tuple[Remedy, ...]:
+def alternatives(recipe: Recipe, planned: Plan, device: Device, known: Known = NOTHING) -> tuple[Remedy, ...]:
     """Every single change that lowers the peak of a plan, each on its own."""
-    shape, recipe = shape_of(recipe.model), decided(recipe, device, labelled_tokens)
-    return plan_remedies.alternatives(
-        recipe, planned.stage, shape, device, peak_of(shape, device, planned.stage, labelled_tokens)
-    )
+    subject, recipe = subject_of(recipe, known), decided(recipe, device, known)
+    peak = peak_of(subject, device, planned.stage, known)
+    return plan_remedies.alternatives(recipe, planned.stage, subject, device, peak)
 
 
-def predicted_items(recipe: Recipe, device: Device, labelled_tokens: int | None = None) -> dict[str, int]:
+def predicted_items(recipe: Recipe, device: Device, known: Known = NOTHING) -> dict[str, int]:
     """Bytes by item that the device's meter should read at the peak of training; empty if the shape of the model is unknown."""
     try:
-        need_planned(recipe)
-        recipe = decided(recipe, device, labelled_tokens)
-        items = stage_memory.train_items(recipe, shape_of(recipe.model), device, labelled_tokens)
+        recipe = decided(recipe, device, known)
+        items = stage_items(recipe, subject_of(recipe, known), device, "train", known)
     except ModelError:
         return {}
     return {item.name: item.bytes for item in items if item.name not in overhead_of(device).unmetered}

@@ -11,18 +11,21 @@ import yaml
 
 from qkit.core.device import Device
 from qkit.core.figures import MIB
-from qkit.model.shape import Shape
+from qkit.plan._subject import Subject
 from qkit.plan.speed import time_factor
-from qkit.recipe.schema import Recipe
+from qkit.plugins.task import open_task
+from qkit.recipe.schema import WHOLE, Recipe
 
 WORTH_SAYING = 16 * MIB  # a remedy that saves less is not shown
 MOST_PARTS = 64
 SMALLEST_RANK = 8
 SMALLEST_LENGTH = 256
+SMALLEST_TEXT = 32  # tokens that a head reads at once
 SHORTEST_ANSWER = 16
 
 
 IN_4_BIT = (("quantization.load_in_4bit=true",),)
+_AN_ADAPTER = (("method=lora",), ("method=lora", "quantization.load_in_4bit=true"))
 
 
 Peak = Callable[[Recipe], int]
@@ -84,7 +87,9 @@ def _parsed(text: str) -> tuple[str, str, Any]:
     return section, key, yaml.safe_load(value)
 
 
-def shortest(recipe: Recipe, stage: str, shape: Shape, device: Device, limit: int, peak: Peak) -> tuple[Remedy, ...]:
+def shortest(
+    recipe: Recipe, stage: str, subject: Subject, device: Device, limit: int, peak: Peak
+) -> tuple[Remedy, ...]:
     """The shortest list of remedies with which the peak is within `limit` bytes; if none is enough, everything that saves memory.
 
     Changes are added in order, each at the smallest sufficient level; changes that a later one makes unnecessary are removed.
@@ -100,14 +105,14 @@ def shortest(recipe: Recipe, stage: str, shape: Shape, device: Device, limit: in
             changed, now = _with(changed, level), after
     if now <= limit:
         chosen = _pruned(recipe, chosen, limit, peak)
-    return tuple(_with_savings(recipe, chosen, shape, device, peak))
+    return tuple(_with_savings(recipe, chosen, subject, device, peak))
 
 
-def alternatives(recipe: Recipe, stage: str, shape: Shape, device: Device, peak: Peak) -> tuple[Remedy, ...]:
+def alternatives(recipe: Recipe, stage: str, subject: Subject, device: Device, peak: Peak) -> tuple[Remedy, ...]:
     """Every change on its own, at its smallest level, in the order of `shortest`."""
     remedies: list[Remedy] = []
     for change in _changes(recipe, stage, device):
-        remedies += _with_savings(recipe, [(change, change.levels[0])], shape, device, peak)
+        remedies += _with_savings(recipe, [(change, change.levels[0])], subject, device, peak)
     return tuple(remedy for remedy in remedies if remedy.saves_bytes >= WORTH_SAYING)
 
 
@@ -129,12 +134,12 @@ def _pruned(recipe: Recipe, chosen: list[_Chosen], limit: int, peak: Peak) -> li
 
 
 def _with_savings(
-    recipe: Recipe, chosen: Sequence[_Chosen], shape: Shape, device: Device, peak: Peak
+    recipe: Recipe, chosen: Sequence[_Chosen], subject: Subject, device: Device, peak: Peak
 ) -> Iterator[Remedy]:
     before = peak(recipe)
     for change, level in chosen:
         changed = _with(recipe, level)
-        after, factor = peak(changed), time_factor(recipe, changed, shape, device)
+        after, factor = peak(changed), time_factor(recipe, changed, subject, device)
         yield Remedy(level, before - after, change.cost, factor, change.same_result)
         recipe, before = changed, after
 
@@ -149,7 +154,7 @@ def _changes(recipe: Recipe, stage: str, device: Device) -> Iterator[_Change]:
     elif stage in ("evaluate", "merge"):  # a merged model is measured as evaluate does
         yield from _answering(recipe)
     elif stage == "load":
-        yield from (change for change in _result_changing(recipe) if change.levels == IN_4_BIT)
+        yield from (change for change in _smaller_weights(recipe) if change.levels == IN_4_BIT)
     elif stage == "train":
         yield from _result_keeping(recipe, device)
         yield from _result_changing(recipe)
@@ -166,7 +171,7 @@ def _result_keeping(recipe: Recipe, device: Device) -> Iterator[_Change]:
     yield from _smaller_batch(recipe)
     if not recipe.train.gradient_checkpointing:
         yield _Change("the forward pass of each layer runs twice", (("train.gradient_checkpointing=true",),))
-    if device.offloads and not recipe.train.activation_offloading:
+    if device.offloads and not recipe.train.activation_offloading and _generates(recipe):
         yield _Change("activations are copied to the host and back", (("train.activation_offloading=true",),))
 
 
@@ -188,13 +193,32 @@ def _smaller_batch(recipe: Recipe) -> Iterator[_Change]:
 
 def _result_changing(recipe: Recipe) -> Iterator[_Change]:
     """Changes that alter the result."""
-    if not recipe.quantization.load_in_4bit:
-        yield _Change("the base model is quantized to 4 bits", IN_4_BIT, same_result=False)
-    yield from _halved("a smaller adapter", "lora.r", recipe.lora.r, SMALLEST_RANK, False)
-    lengths = [recipe.data.max_length // n for n in (2, 4, 8) if recipe.data.max_length // n >= SMALLEST_LENGTH]
-    sets = tuple((f"data.max_length={length}", *_shorter_batch(recipe, length)) for length in lengths)
+    if not recipe.train.bf16:
+        yield _Change("the computation is rounded to bf16", (("train.bf16=true",),), same_result=False)
+    yield from _smaller_weights(recipe)
+    if recipe.method == "lora":
+        yield from _halved("a smaller adapter", "lora.r", recipe.lora.r, SMALLEST_RANK, False)
+    sets = tuple((f"data.max_length={length}", *_shorter_batch(recipe, length)) for length in _shorter(recipe))
     if sets:
         yield _Change("longer rows are dropped or truncated", sets, same_result=False)
+
+
+def _smaller_weights(recipe: Recipe) -> Iterator[_Change]:
+    """A method that trains all weights needs them, their gradients and the optimizer's state in fp32."""
+    if recipe.method in WHOLE:
+        yield _Change("an adapter is trained in place of all weights", _AN_ADAPTER, same_result=False)
+    elif not recipe.quantization.load_in_4bit:
+        yield _Change("the base model is quantized to 4 bits", IN_4_BIT, same_result=False)
+
+
+def _shorter(recipe: Recipe) -> list[int]:
+    """Shorter values of data.max_length."""
+    least = SMALLEST_LENGTH if _generates(recipe) else SMALLEST_TEXT
+    return [recipe.data.max_length // n for n in (2, 4, 8) if recipe.data.max_length // n >= least]
+
+
+def _generates(recipe: Recipe) -> bool:
+    return open_task(recipe.task).HEAD.generates
 
 
 def _shorter_batch(recipe: Recipe, length: int) -> Iterator[str]:
@@ -205,10 +229,10 @@ def _shorter_batch(recipe: Recipe, length: int) -> Iterator[str]:
 
 def _answering(recipe: Recipe) -> Iterator[_Change]:
     section = recipe.evaluate
-    yield from _halved("smaller batches of answers", "evaluate.batch_size", section.batch_size, 1, True)
-    yield from _halved("shorter answers", "evaluate.max_new_tokens", section.max_new_tokens, SHORTEST_ANSWER, False)
-    lengths = [recipe.data.max_length // n for n in (2, 4, 8) if recipe.data.max_length // n >= SMALLEST_LENGTH]
-    if lengths:
+    if _generates(recipe):
+        yield from _halved("smaller batches of answers", "evaluate.batch_size", section.batch_size, 1, True)
+        yield from _halved("shorter answers", "evaluate.max_new_tokens", section.max_new_tokens, SHORTEST_ANSWER, False)
+    if lengths := _shorter(recipe):
         sets = tuple((f"data.max_length={length}",) for length in lengths)
         yield _Change("longer rows are dropped or truncated", sets, same_result=False)
 

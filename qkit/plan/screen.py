@@ -109,13 +109,14 @@ def _stages(sheet: Sheet) -> Table:
 def _notes(sheet: Sheet) -> Iterator[str]:
     yield ""
     if not sheet.exact:
-        why = "the model family is unknown, or added tokens may use spare rows of the embedding"
+        why = "the model family is unknown, added tokens may use spare rows of the embedding, or the labels have not been counted"
         yield f"The number of parameters, and everything derived from it, is an estimate: {why}."
     if sheet.comes_quantized:
         size = gib(sheet.parameters * BASE_BYTES)
         yield f"The base model is quantized ({sheet.comes_quantized}): qkit dequantizes it once, on the host, to {size} in the cache."
     counts = ", ".join(f"{count:,} of {length:,} tokens" for length, count in sheet.conversations)
-    yield f"{sheet.parameters:,} parameters. Conversations that a server holds at once: {counts}."
+    served = f" Conversations that a server holds at once: {counts}." if counts else ""
+    yield f"{sheet.parameters:,} parameters.{served}"
     yield f"Gradient checkpointing is {'on' if sheet.checkpointing.on else 'off'}: {sheet.checkpointing.why}."
     yield _pace(sheet.pace)
 

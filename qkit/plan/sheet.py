@@ -12,10 +12,13 @@ from qkit.core.errors import RecipeError
 from qkit.core.files import read_json
 from qkit.model import prequantized
 from qkit.model import vocabulary as model_vocabulary
-from qkit.model.config import config_of, shape_of, source_of
+from qkit.model.config import config_of, source_of
 from qkit.model.shape import Shape, parameters
 from qkit.plan import deployable, published, solve, speed, stage_memory
 from qkit.plan import plan as plan_plan
+from qkit.plan._subject import Subject, subject_of
+from qkit.plan._traced import items as traced_items
+from qkit.plan._traced.head import NewHead
 from qkit.plan.deployable import Refusal
 from qkit.plan.fixed_memory import remarks
 from qkit.plan.items import MemoryItem
@@ -24,7 +27,7 @@ from qkit.plan.published import Anchor
 from qkit.plan.remedies import Remedy
 from qkit.plan.solve import LengthTable, Question, Solved
 from qkit.plan.speed import Pace
-from qkit.plugins.task import open_task
+from qkit.plugins.task import open_task, read_labels
 from qkit.recipe import idle, load, schedule, schema
 from qkit.recipe.schema import Recipe
 
@@ -65,46 +68,70 @@ def sheet(
     device: Device | None = None,
     lengths: Sequence[Sequence[int]] = (),
     question: Question | None = None,
+    labels: int | None = None,
 ) -> Sheet:
-    """Everything about a recipe on a device, by default that of this machine. `lengths`: of the training rows, as in solve.length_table.
+    """Everything about a recipe on a device, by default that of this machine. `lengths`: of the training rows, as in solve.length_table;
+    `labels`: how many the data have.
 
     Raises:
         RecipeError: training is too short for its schedule.
         ModelError: the shape of the model cannot be determined, or qkit cannot dequantize the model.
     """
     device = device or detect()
-    shape, labelled = shape_of(recipe.model), solve.labelled_of(lengths, recipe)
-    undecided, checkpointing = recipe, plan_plan.checkpointing(recipe, device, labelled)
-    recipe = plan_plan.decided(recipe, device, labelled)
-    stages = plan_plan.stages(recipe, device, labelled)
-    if (steps := schedule.planned_steps(recipe, lengths, open_task(recipe.task).LENGTH_STEP)) is not None:
-        schedule.check(recipe.train, steps)
+    known = solve.known_of(lengths, recipe, labels)
+    subject, undecided = subject_of(recipe, known), recipe
+    recipe = plan_plan.decided(recipe, device, known)
+    stages = plan_plan.stages(recipe, device, known)
+    steps = _checked_steps(recipe, lengths)
     plan = max(stages[:2], key=lambda stage: stage.peak_bytes)
-    rows = speed.kept(lengths, recipe.data.max_length) if lengths else None
-    pace = speed.pace(recipe, shape, device, rows)
+    pace = speed.pace(recipe, subject, device, speed.kept(lengths, recipe.data.max_length) if lengths else None)
     return Sheet(
         plan=plan,
-        checkpointing=checkpointing,
-        exact=shape.exact,
-        parameters=parameters(shape),
+        checkpointing=plan_plan.checkpointing(undecided, device, known),
+        exact=subject.exact,
+        parameters=_parameters(recipe, subject),
         stages=stages,
-        conversations=_conversations(stages[-1], shape),
+        conversations=_conversations(stages[-1], subject),
         pace=replace(pace, steps=steps or pace.steps),
-        lengths=solve.length_table(lengths, undecided, device) if lengths else None,
-        alternatives=() if plan.fits else plan_plan.alternatives(recipe, plan, device, labelled),
-        anchors=published.anchors(recipe, device),
+        lengths=solve.length_table(lengths, undecided, device, labels) if lengths else None,
+        alternatives=() if plan.fits else plan_plan.alternatives(recipe, plan, device, known),
+        anchors=published.anchors(recipe, device) if isinstance(subject, Shape) else (),
         solved=solve.solve(undecided, question, device=device) if question else None,
         refused=deployable.refusals(recipe),
-        remarks=(*(text for _, text in idle.remarks(recipe)), *remarks(recipe, shape)),
+        remarks=(*(text for _, text in idle.remarks(recipe)), *_remarks(recipe, subject)),
         comes_quantized=prequantized.method(config_of(recipe.model)),
         vocabulary=model_vocabulary.without_a_row(recipe.model),
     )
 
 
-def _conversations(serve: Plan, shape: Shape) -> tuple[tuple[int, int], ...]:
-    """(tokens, how many conversations of this length the server holds at once) for each of CONVERSATIONS."""
+def _checked_steps(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> int | None:
+    """The steps of training; None if they are not known yet.
+
+    Raises:
+        RecipeError: they are too few for the schedule.
+    """
+    steps = schedule.planned_steps(recipe, lengths, open_task(recipe.task).LENGTH_STEP)
+    if steps is not None:
+        schedule.check(recipe.train, steps)
+    return steps
+
+
+def _parameters(recipe: Recipe, subject: Subject) -> int:
+    """Parameters of the model without an adapter."""
+    return traced_items.parameters(recipe, subject) if isinstance(subject, NewHead) else parameters(subject)
+
+
+def _remarks(recipe: Recipe, subject: Subject) -> tuple[str, ...]:
+    return traced_items.remarks(recipe, subject) if isinstance(subject, NewHead) else remarks(recipe, subject)
+
+
+def _conversations(serve: Plan, subject: Subject) -> tuple[tuple[int, int], ...]:
+    """(tokens, how many conversations of this length the server holds at once) for each of CONVERSATIONS; none without a model that talks."""
+    if isinstance(subject, NewHead):
+        return ()
     return tuple(
-        (length, stage_memory.conversations(serve.items, serve.device_bytes, shape, length)) for length in CONVERSATIONS
+        (length, stage_memory.conversations(serve.items, serve.device_bytes, subject, length))
+        for length in CONVERSATIONS
     )
 
 
@@ -202,7 +229,16 @@ def lengths_of(target: Path | None) -> list[list[int]]:
     """Lengths of the training rows, as the data stage wrote them to the run directory, given as such or by its recipe; [] if it has not run."""
     if target is None:
         return []
-    root = target if target.is_dir() else Path("runs") / target.stem
-    file = root / "data" / "summary.json"
+    file = _data(target) / "summary.json"
     lengths: list[list[int]] = read_json(file).get("lengths", []) if file.is_file() else []
     return lengths
+
+
+def labels_of(target: Path | None) -> int | None:
+    """How many labels the data stage counted; None if it has not run, or the task has no labels."""
+    return len(read_labels(_data(target))) or None if target else None
+
+
+def _data(target: Path) -> Path:
+    """The data folder of a run directory, given as such or by its recipe."""
+    return (target if target.is_dir() else Path("runs") / target.stem) / "data"

@@ -8,8 +8,9 @@ from typing import Literal
 
 from qkit.core.device import Device, detect
 from qkit.core.errors import RecipeError
-from qkit.model.config import shape_of
 from qkit.plan import gpus, speed
+from qkit.plan._known import Known, by_length
+from qkit.plan._subject import subject_of
 from qkit.plan.plan import Plan, decided, peak_of, plan
 from qkit.plan.remedies import Remedy, apply
 from qkit.recipe.schema import Recipe
@@ -36,12 +37,14 @@ def solve(recipe: Recipe, question: Question, device_bytes: int | None = None, d
     device = device or detect()
     if question == "card":
         return _smallest_card(recipe)
-    shape = shape_of(recipe.model)
+    if question == "rank" and recipe.method != "lora":
+        raise RecipeError(f"--solve rank: method={recipe.method} has no rank; ask for max_length, batch or card")
+    subject = subject_of(recipe)
     limit = gpus.usable_bytes(device) if device_bytes is None else device_bytes
-    peak = peak_of(shape, device, "train", None)
+    peak = peak_of(subject, device, "train")
     setter = {"max_length": with_length, "batch": _with_rows, "rank": _with_rank}[question]
     scale = LENGTH_STEP if question == "max_length" else 1
-    largest = min(LONGEST, shape.positions or LONGEST) if question == "max_length" else LONGEST
+    largest = min(LONGEST, subject.positions or LONGEST) if question == "max_length" else LONGEST
     count = _largest_that_fits(
         lambda n: peak(apply(recipe, (Remedy(setter(recipe, n * scale), 0, ""),))) <= limit, largest // scale
     )
@@ -69,7 +72,8 @@ def with_length(recipe: Recipe, length: int) -> tuple[str, ...]:
 
 
 def _with_rows(recipe: Recipe, rows: int) -> tuple[str, ...]:
-    return (f"data.batch_tokens={rows * recipe.data.max_length}",)
+    tokens = f"data.batch_tokens={rows * recipe.data.max_length}"
+    return (tokens,) if recipe.data.batch_rows is None else (tokens, f"data.batch_rows={rows}")
 
 
 def _with_rank(recipe: Recipe, rank: int) -> tuple[str, ...]:
@@ -123,7 +127,9 @@ class LengthTable:
     choices: tuple[LengthChoice, ...]
 
 
-def length_table(lengths: Sequence[Sequence[int]], recipe: Recipe, device: Device) -> LengthTable:
+def length_table(
+    lengths: Sequence[Sequence[int]], recipe: Recipe, device: Device, labels: int | None = None
+) -> LengthTable:
     """The rows that each choice of data.max_length keeps, and the memory and time that it needs.
 
     `lengths`: sorted [tokens, rows, labelled tokens], one entry per length, before long rows are dropped or cut. Rows longer than a choice
@@ -135,8 +141,13 @@ def length_table(lengths: Sequence[Sequence[int]], recipe: Recipe, device: Devic
     shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     return LengthTable(
         {name: percentile(lengths, share) for name, share in shares.items()},
-        tuple(_choice(lengths, all_rows, length, recipe, device) for length in choices),
+        tuple(_choice(lengths, all_rows, length, recipe, device, labels) for length in choices),
     )
+
+
+def known_of(lengths: Sequence[Sequence[int]], recipe: Recipe, labels: int | None = None) -> Known:
+    """What a plan needs to know of the rows. `lengths`: as in `length_table`; `labels`: how many labels the data have; 0: none."""
+    return Known(labelled_of(lengths, recipe), by_length(lengths), labels or None)
 
 
 def labelled_of(lengths: Sequence[Sequence[int]], recipe: Recipe) -> int | None:
@@ -156,14 +167,19 @@ def percentile(lengths: Sequence[Sequence[int]], share: float) -> int:
 
 
 def _choice(
-    lengths: Sequence[Sequence[int]], all_rows: speed.Rows, length: int, recipe: Recipe, device: Device
+    lengths: Sequence[Sequence[int]],
+    all_rows: speed.Rows,
+    length: int,
+    recipe: Recipe,
+    device: Device,
+    labels: int | None,
 ) -> LengthChoice:
-    shape, rows = shape_of(recipe.model), speed.kept(lengths, length)
+    rows = speed.kept(lengths, length)
     batch = max(length, recipe.data.batch_tokens)
     changed = apply(recipe, (Remedy((f"data.max_length={length}", f"data.batch_tokens={batch}"), 0, ""),))
-    labelled = labelled_of(lengths, changed)
-    changed = decided(changed, device, labelled)
-    peak = peak_of(shape, device, "train", labelled)(changed)
+    known = known_of(lengths, changed, labels)
+    subject, changed = subject_of(changed, known), decided(changed, device, known)
+    peak = peak_of(subject, device, "train", known)(changed)
     return LengthChoice(
         max_length=length,
         rows=rows.rows,
@@ -172,5 +188,5 @@ def _choice(
         labelled_share=rows.labelled / all_rows.labelled if all_rows.labelled else 0.0,
         peak_bytes=peak,
         fits=peak <= gpus.usable_bytes(device),
-        seconds=speed.pace(changed, shape, device, rows).seconds,
+        seconds=speed.pace(changed, subject, device, rows).seconds,
     )

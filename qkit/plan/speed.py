@@ -17,8 +17,11 @@ from typing import Any
 from qkit.core.device import Device
 from qkit.core.files import read_json, write_json
 from qkit.core.sources import cache_dir
-from qkit.model.shape import Shape, linear_parameters
+from qkit.model.shape import linear_parameters
 from qkit.plan import gpus
+from qkit.plan._subject import Subject
+from qkit.plan._traced import items as traced_items
+from qkit.plan._traced.head import NewHead
 from qkit.plan.fixed_memory import adapter_sizes, weight_bytes
 from qkit.recipe.schema import Recipe
 
@@ -42,12 +45,15 @@ class Pace:
         return {"how" if name == "basis" else name: value for name, value in fields.items()}
 
 
-def flops_per_token(recipe: Recipe, shape: Shape, labelled_share: float = 1.0) -> float:
+def flops_per_token(recipe: Recipe, shape: Subject, labelled_share: float = 1.0) -> float:
     """FLOPs to train on one token: the forward pass, and the backward pass, which computes no gradients of frozen weights.
 
     Each pass takes two FLOPs per weight; with checkpointing, the forward pass runs twice. Gradients of the adapter's weights are computed as
     well. Under a causal mask, a token attends to half of a row on average. `labelled_share`: share of the tokens that the head runs on.
+    Of a model with a new head, all are counted in a trace of its largest batch.
     """
+    if isinstance(shape, NewHead):
+        return traced_items.flops_per_token(recipe, shape)
     passes = 3 if recipe.train.gradient_checkpointing else 2
     active = linear_parameters(shape) + len(shape.sparse) * shape.active_experts * 3 * shape.hidden * shape.expert_width
     head = 2 * 2 * shape.vocabulary * shape.hidden * labelled_share
@@ -59,7 +65,7 @@ def flops_per_token(recipe: Recipe, shape: Shape, labelled_share: float = 1.0) -
     return 2 * passes * active + head + adapter + attention
 
 
-def batch_seconds(recipe: Recipe, shape: Shape, card: gpus.Card, labelled_share: float = 1.0) -> float | None:
+def batch_seconds(recipe: Recipe, shape: Subject, card: gpus.Card, labelled_share: float = 1.0) -> float | None:
     """A lower bound on the seconds per batch on a card; None for a card without bf16.
 
     Each pass of each micro-batch reads all weights; 4-bit weights are also written and read in bf16.
@@ -67,12 +73,19 @@ def batch_seconds(recipe: Recipe, shape: Shape, card: gpus.Card, labelled_share:
     if card.bf16_flops is None:
         return None
     passes = (3 if recipe.train.gradient_checkpointing else 2) * recipe.micro_batches
-    unpacked = 2 * 2 * linear_parameters(shape) if recipe.quantization.load_in_4bit else 0
     arithmetic = recipe.data.batch_tokens * flops_per_token(recipe, shape, labelled_share) / card.bf16_flops
-    return max(arithmetic, passes * (weight_bytes(recipe, shape) + unpacked) / card.bandwidth)
+    return max(arithmetic, passes * _bytes_read(recipe, shape) / card.bandwidth)
 
 
-def time_factor(before: Recipe, after: Recipe, shape: Shape, device: Device) -> float:
+def _bytes_read(recipe: Recipe, shape: Subject) -> int:
+    """Bytes of weights that a pass reads, and writes and reads where they are unpacked."""
+    if isinstance(shape, NewHead):
+        return traced_items.weight_bytes(recipe, shape)
+    unpacked = 2 * 2 * linear_parameters(shape) if recipe.quantization.load_in_4bit else 0
+    return weight_bytes(recipe, shape) + unpacked
+
+
+def time_factor(before: Recipe, after: Recipe, shape: Subject, device: Device) -> float:
     """Training time per token with the recipe `after`, as a multiple of that with `before`."""
     card = gpus.find(device)
     if card is not None and card.bf16_flops is not None:
@@ -82,7 +95,7 @@ def time_factor(before: Recipe, after: Recipe, shape: Shape, device: Device) -> 
     return flops_per_token(after, shape) / flops_per_token(before, shape)
 
 
-def pace(recipe: Recipe, shape: Shape, device: Device, rows: Rows | None) -> Pace:
+def pace(recipe: Recipe, shape: Subject, device: Device, rows: Rows | None) -> Pace:
     """Speed and time of training: estimated from earlier runs on this device, else the bound of the card."""
     share = rows.labelled / rows.tokens if rows and rows.tokens else 1.0
     flops = flops_per_token(recipe, shape, share)
@@ -147,7 +160,7 @@ def _work(recipe: Recipe, rows: Rows | None) -> tuple[int | None, int | None]:
 # --- earlier runs ----------------------------------------------------------------------------------------------------
 
 
-def remember(recipe: Recipe, shape: Shape, device: Device, tokens_per_second: float, labelled_share: float) -> None:
+def remember(recipe: Recipe, shape: Subject, device: Device, tokens_per_second: float, labelled_share: float) -> None:
     """Store the speed of a finished training run for later plans. `tokens_per_second`: without padding."""
     record = _records()
     speeds = [*record.get(device.name, []), tokens_per_second * flops_per_token(recipe, shape, labelled_share)]

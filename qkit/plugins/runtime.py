@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 SPAN = ("start_logits", "end_logits")  # the outputs of a head on answers
+ENCODER_TOKENS = 4096  # padding included, of a forward pass of a model that reads whole texts
 PREFILL_TOKENS = 8192  # of prompts, padding included, that a model in this process reads at once
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.batching import within_budget
 from qkit.core.device import released
 from qkit.core.memory_meter import PeakMeter
-from qkit.plugins.runtime import Encodes, TextRow, joined
+from qkit.plugins.runtime import ENCODER_TOKENS, Encodes, TextRow, joined
 from qkit.tasks._encoder.collate import padded
 from qkit.tasks._encoder.tagging import transitions
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-BATCH_TOKENS = 4096  # of a forward pass, padding included
 WINDOW = 4096  # rows that are sorted by length together
 
 
@@ -35,7 +34,7 @@ class TorchEncoder(Encodes):
             window = rows[begin : begin + WINDOW]
             order = sorted(range(len(window)), key=lambda index: len(window[index].input_ids))
             results: list[NDArray[np.float32] | None] = [None] * len(window)
-            for batch in within_budget((len(window[index].input_ids) for index in order), BATCH_TOKENS):
+            for batch in within_budget((len(window[index].input_ids) for index in order), ENCODER_TOKENS):
                 places = [order[place] for place in batch]
                 for index, values in zip(places, self._forward([window[index] for index in places]), strict=True):
                     results[index] = values

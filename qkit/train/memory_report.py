@@ -1,24 +1,27 @@
 """The measured memory of training next to its plan, by item where possible: train/memory.json.
 
-memory_watch.py tracks every tensor of one step, which gives bytes by item at the peak of that step. The meter reads the whole run, including
-memory of libraries and allocators, which belongs to no item.
+core/memory_watch.py tracks every tensor of one step, which gives bytes by item at the peak of that step. The meter reads the whole run,
+including memory of libraries and allocators, which belongs to no item.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qkit.core import memory_watch
 from qkit.core.batching import part_sizes
 from qkit.core.device import Device
 from qkit.core.memory_meter import PeakMeter
 from qkit.plan import fit
 from qkit.plan import plan as plan_plan
+from qkit.plan._known import Known
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Peak
-from qkit.train import memory_watch
+from qkit.train.trainer import lengths
 
 REST = "the rest (activations, logits, working space, the process)"
 
@@ -51,28 +54,39 @@ class TrainingMemory:
         )
 
 
-def measured(recipe: Recipe, device: Device, meter: PeakMeter, watcher: Any, labelled: int) -> TrainingMemory:
-    """The memory of a finished training run. `labelled`: the most tokens with loss in a batch."""
-    alive = watcher.alive.items() if watcher.alive else {}
+def measured(recipe: Recipe, device: Device, meter: PeakMeter, watcher: Any, known: Known) -> TrainingMemory:
+    """The memory of a finished training run. `known`: of its rows."""
+    peak, readings = meter.peak_bytes(), meter.readings()  # before the plan, which takes memory itself
+    alive = _named(watcher.alive.items(), recipe) if watcher.alive else {}
     return TrainingMemory(
-        predicted=plan_plan.predicted_items(recipe, device, labelled),
+        predicted=plan_plan.predicted_items(recipe, device, known),
         measured=alive,
         step=watcher.step + 1 if alive else None,
-        measured_peak_bytes=meter.peak_bytes(),
+        measured_peak_bytes=peak,
         meter=meter.meter,
-        readings=meter.readings(),
+        readings=readings,
     )
 
 
-def shortage(recipe: Recipe, device: Device, meter: PeakMeter, trainer: Any, labelled: int) -> str:
+def shortage(recipe: Recipe, device: Device, meter: PeakMeter, trainer: Any, known: Known) -> str:
     """The message for training that ran out of memory. Items that persist between steps are measured; everything else is one item."""
-    planned = plan_plan.predicted_items(recipe, device, labelled)
-    held = memory_watch.standing(trainer.model, trainer.optimizer)
+    measured_peak = meter.peak_bytes()
+    planned = plan_plan.predicted_items(recipe, device, known)
+    held = _named(memory_watch.standing(trainer.model, trainer.optimizer), recipe)
     kept = {line: size for line, size in planned.items() if line in held}
     rest = {REST: sum(planned.values()) - sum(kept.values())}
-    return fit.shortage(
-        recipe, "train", device, {**kept, **rest}, {**held, REST: meter.peak_bytes() - sum(held.values())}
-    )
+    return fit.shortage(recipe, "train", device, {**kept, **rest}, {**held, REST: measured_peak - sum(held.values())})
+
+
+def _named(lines: Mapping[str, int], recipe: Recipe) -> dict[str, int]:
+    """The lines with what is trained under the plan's name for it: an adapter, or the model as trained."""
+    return {recipe.trained_as if name == "adapter" else name: size for name, size in lines.items()}
+
+
+def known_of(trainer: Any, labels: int) -> Known:
+    """What a plan needs to know, from the rows that are trained on."""
+    rows = Counter(lengths(trainer.train_dataset))
+    return Known(most_labelled(trainer), tuple(sorted(rows.items())), labels or None)
 
 
 def most_labelled(trainer: Any) -> int:

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.core import memory_watch
 from qkit.core.device import Device, detect, limit_kernel_cache, out_of_memory
 from qkit.core.errors import MissingArtifact, ModelError, OutOfMemory, RecipeError, StageFailed, short
 from qkit.core.files import need_disk, read_json, write_json
@@ -34,12 +35,14 @@ from qkit.model.config import shape_of
 from qkit.plan import deployable, fit, solve
 from qkit.plan import plan as plan_plan
 from qkit.plan import speed as plan_speed
-from qkit.plugins.task import LABELS, open_task
+from qkit.plan._known import Known
+from qkit.plan._subject import subject_of
+from qkit.plugins.task import LABELS, open_task, read_labels
 from qkit.recipe import schedule
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
 from qkit.tensors.companions import copy_tokenizer
-from qkit.train import checkpoints, memory_report, memory_watch, row_losses
+from qkit.train import checkpoints, memory_report, row_losses
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
 
@@ -84,7 +87,7 @@ def run(run: Run, out: Path) -> Peak:
     if recipe.ledger.losses:
         row_losses.write_after(out / "losses.parquet", trainer, run.progress)
     _save(trainer, folder, run, out)
-    memory = memory_report.measured(recipe, device, meter, watcher, memory_report.most_labelled(trainer))
+    memory = memory_report.measured(recipe, device, meter, watcher, _known(run, trainer))
     write_json(out / "memory.json", memory.to_dict())
     return memory.peak()
 
@@ -94,7 +97,9 @@ def _decided(run: Run, device: Device, out: Path) -> Recipe:
     if run.recipe.train.gradient_checkpointing != "auto":
         return run.recipe
     lengths = read_json(run.need("data", "summary.json")).get("lengths", [])
-    chosen = plan_plan.checkpointing(run.recipe, device, solve.labelled_of(lengths, run.recipe))
+    chosen = plan_plan.checkpointing(
+        run.recipe, device, solve.known_of(lengths, run.recipe, len(read_labels(run.folder("data"))))
+    )
     before = decisions(out).get(fit.CHECKPOINTING)
     if before is not None and before != chosen.on:
         chosen = plan_plan.Checkpointing(before, "as when this run started")
@@ -102,6 +107,10 @@ def _decided(run: Run, device: Device, out: Path) -> Recipe:
     run.progress.notify(f"train: gradient checkpointing is {'on' if chosen.on else 'off'}: {chosen.why}")
     train = run.recipe.train.model_copy(update={"gradient_checkpointing": chosen.on})
     return run.recipe.model_copy(update={"train": train})
+
+
+def _known(run: Run, trainer: Any) -> Known:
+    return memory_report.known_of(trainer, len(read_labels(run.folder("data"))))
 
 
 def _check_steps(run: Run, trainer: Any) -> None:
@@ -159,7 +168,7 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
     except Exception as error:
         if not out_of_memory(error):
             raise
-        why = memory_report.shortage(run.recipe, meter.device, meter, trainer, memory_report.most_labelled(trainer))
+        why = memory_report.shortage(run.recipe, meter.device, meter, trainer, _known(run, trainer))
         raise OutOfMemory("train", run.root, run.log("train"), f"out of memory: {_first_line(error)}; {why}") from error
     finally:
         watcher.close()
@@ -188,7 +197,8 @@ def _remember(run: Run, trainer: Any, device: Device, seconds: float, done: int)
         if steps > 1:
             speed = trainer.real_tokens * (steps - 1) / steps / seconds
             share = rows["labelled_tokens"] / rows["tokens"]
-            plan_speed.remember(run.recipe, shape_of(run.recipe.model), device, speed, share)
+            known = _known(run, trainer)
+            plan_speed.remember(run.recipe, subject_of(run.recipe, known), device, speed, share)
 
 
 def _pack_if_isolated(run: Run, trainer: Any, out: Path) -> None:

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from qkit.core import figures
+from qkit.core import figures, memory_watch
 from qkit.core.device import Device
 from qkit.model.config import from_config, shape_of
 from qkit.model.shape import Shape
 from qkit.plan import _overhead, fixed_memory, gpus, stage_memory, train_step
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
-from qkit.train import memory_watch
 
 CPU = Device("cpu", "Some CPU", 2**34, 2)
 GPU = Device("cuda", "Some GPU", 2**34, 2)

@@ -21,6 +21,7 @@ from qkit.model.shape import Linear, parameters
 from qkit.plan import fixed_memory, gpus, published, remedies, solve
 from qkit.plan import items as plan_items
 from qkit.plan import plan as plan_plan
+from qkit.plan._known import Known
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
 
@@ -151,7 +152,7 @@ def test_plan_is_what_a_step_was_measured_to_take(
         data={"batch_tokens": 1024, "max_length": 256},
         train={"gradient_checkpointing": checkpointing},
     )
-    items = plan_plan.predicted_items(how, CPU, 512)
+    items = plan_plan.predicted_items(how, CPU, Known(512))
     del items["kernels"]  # these steps had batches of one shape
     assert sum(items.values()) - items["process"] - items["allocator"] == pytest.approx(tensors_bytes, rel=0.001)
     assert sum(items.values()) == pytest.approx(resident_bytes, rel=0.03)

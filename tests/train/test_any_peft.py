@@ -13,10 +13,10 @@ from transformers import AutoModelForSequenceClassification
 from helpers.tiny_labelled import build_model, labelled_run, settings, write_rows
 from qkit import pipeline
 from qkit.core.errors import NotDeployable, RecipeError, StageFailed
+from qkit.model.adapters import methods
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
 from qkit.run.stages import stages_of
-from qkit.train import methods
 
 
 @pytest.fixture(scope="module")

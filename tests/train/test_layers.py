@@ -13,8 +13,8 @@ from helpers.tiny_labelled import build_model, labelled_run
 from qkit import pipeline
 from qkit.core.device import detect
 from qkit.core.errors import ModelError
+from qkit.model.adapters import layers
 from qkit.recipe.labels import Layers
-from qkit.train import layers
 from qkit.train.trainers import labelled
 
 pytestmark = pytest.mark.slow

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from qkit.core import device, memory_meter
+from helpers.tiny_encoders import classifier
+from qkit.core import device, memory_meter, memory_watch
+from qkit.core.memory_watch import LINES, TensorsAlive, watching
 from qkit.plugins.task import open_task
 from qkit.recipe.load import load
-from qkit.train import memory_watch
 from qkit.train.fast import heap
-from qkit.train.memory_watch import LINES, TensorsAlive, watching
 from qkit.train.trainers import sft
 
 pytestmark = pytest.mark.slow
@@ -196,17 +196,17 @@ def _once(model: Any) -> list[torch.Tensor]:
 def test_every_gradient_is_found(watched: Any) -> None:
     trainer, alive = watched
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    made = [size for size, line in zip(alive._sizes, alive._lines, strict=True) if line == "gradients"]
+    made = [size for size, line in zip(alive.log.sizes, alive.log.lines, strict=True) if line == "gradients"]
     assert sum(made) == FP32 * count
 
 
 def test_the_hooks_are_gone_afterwards(watched: Any) -> None:
     trainer, alive = watched
-    seen = len(alive._events)
+    seen = len(alive.log.events)
     loss = sum(p.square().sum() for p in trainer.model.parameters() if p.requires_grad)
     loss.backward()
     torch.zeros(100)
-    assert len([event for event in alive._events[seen:] if event >= 0]) == 0
+    assert len([event for event in alive.log.events[seen:] if event >= 0]) == 0
 
 
 def test_readings_name_their_meter() -> None:
@@ -283,3 +283,16 @@ def test_training_hands_back_between_layers(tiny_model: Path, monkeypatch: pytes
     calls.clear()
     loss.backward()
     assert len(calls) == 2  # when they are computed again
+
+
+def test_large_batches_of_texts_hand_back_before_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(heap, "trim_heap", lambda: calls.append(1))
+    for kind in ("bert", "distilbert", "modernbert"):
+        model = classifier(kind)
+        heap.trim_before_layers(model)
+        for limit, expected in ((4 * 32 * 2 * 5, 2), (4 * 32 * 2 * 5 + 1, 0)):  # two rows of five tokens in two layers
+            monkeypatch.setattr(heap, "LARGE_INPUT", limit)
+            calls.clear()
+            model(torch.ones(2, 5, dtype=torch.int64))
+            assert len(calls) == expected, kind

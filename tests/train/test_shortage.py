@@ -34,7 +34,7 @@ import os, signal, sys
 if "train" in sys.orig_argv:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from qkit.train.memory_watch import watching
+    from qkit.core.memory_watch import watching
     from qkit.train.trainer import Counted
 
     def limited(self, model, inputs, items=None, whole=Counted.training_step):

@@ -12,7 +12,6 @@ from qkit.core.errors import ModelError
 from qkit.data.inspection.view import Inspection, RowView
 from qkit.plan import screen as plan_screen
 from qkit.plan import solve
-from qkit.plan.plan import need_planned
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -144,8 +143,7 @@ def _choices(inspection: Inspection) -> Iterator[Table]:
     lengths = inspection.summary["lengths"]
     with suppress(ModelError):
         if lengths:
-            need_planned(inspection.recipe)
-            yield plan_screen.choices(solve.length_table(lengths, inspection.recipe, detect()))
+            yield plan_screen.choices(solve.length_table(lengths, inspection.recipe, detect(), len(inspection.labels)))
 
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 POOLER = "pooler"  # of BERT and its kin, between the encoder and a head on whole texts: some checkpoints have it
 
 
-def of(model: PreTrainedModel, folder: Path) -> list[str]:
-    """Names of the new modules of a model that was loaded from `folder`: the head, and the pooler if the checkpoint has none."""
+def of(model: PreTrainedModel, folder: Path | None) -> list[str]:
+    """Names of the new modules of a model that was loaded from `folder`: the head, and the pooler if the checkpoint has none.
+
+    None: the checkpoint is not here; a pooler counts as new then.
+    """
     prefix = model.base_model_prefix
     parts = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
-    stored = {name for shard in shards(folder) for name in tensor_specs(shard)}
+    stored = {name for shard in shards(folder) for name in tensor_specs(shard)} if folder else set()
     body = getattr(model, prefix, None)
     if getattr(body, POOLER, None) is not None and not any(POOLER in name for name in stored):
         parts.append(f"{prefix}.{POOLER}")

@@ -7,11 +7,13 @@ a constant, as the plan assumes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qkit.core.device import trim_heap
+from qkit.core.figures import MIB
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -26,3 +28,25 @@ def trim_between_layers(model: PreTrainedModel) -> None:
     for layer in layers[::LAYERS_BETWEEN]:  # before a layer, since recomputation stops inside the last one
         layer.register_forward_pre_hook(lambda *_: trim_heap())
     model.get_output_embeddings().register_forward_pre_hook(lambda *_: trim_heap())
+
+
+# Bytes of hidden states; of smaller batches, the gaps are small, and trimming takes a tenth of the step.
+LARGE_INPUT = MIB
+
+
+def trim_before_layers(model: nn.Module) -> None:
+    """Make a model whose weights may be in fp32 trim the heap before each layer, if the batch is large.
+
+    Gaps are larger there than between layers in bf16: without trimming, a LoRA adapter on a 6-layer encoder takes 1.4 times the memory.
+    """
+    from torch import nn
+
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for layer in max(stacks, key=len, default=nn.ModuleList()):
+        layer.register_forward_pre_hook(_trim_if_large, with_kwargs=True)
+
+
+def _trim_if_large(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    hidden = inputs[0] if inputs else named["hidden_states"]
+    if hidden.nbytes >= LARGE_INPUT:
+        trim_heap()

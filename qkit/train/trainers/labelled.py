@@ -14,11 +14,12 @@ from qkit.core.device import Device
 from qkit.core.errors import listed
 from qkit.core.files import read_json
 from qkit.model import load
-from qkit.model.adapters import new_heads
+from qkit.model.adapters import layers, methods, new_heads
 from qkit.plugins.task import Losses, open_task, read_labels
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
-from qkit.train import layers, losses, methods
+from qkit.train import losses
+from qkit.train.fast.heap import trim_before_layers
 from qkit.train.trainer import Counted
 from qkit.train.trainers import _shared
 
@@ -110,6 +111,8 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
         checkpoints_kept=recipe.train.save_total_limit,
         rate_decay=recipe.layers.rate_decay,
     )
+    if device.frees_through_malloc:
+        trim_before_layers(trainer.model)
     if recipe.layers.unfreeze_steps:
         trainer.add_callback(layers.unfreezing(trainer.model, recipe.layers))
     return trainer

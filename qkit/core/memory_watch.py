@@ -12,6 +12,7 @@ import itertools
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,46 +25,13 @@ COPIES = ("aten::_to_copy", "aten::clone")
 KEEPS_ITS_MASK = "aten::native_dropout"  # of booleans, for the backward pass
 
 
-class TensorsAlive:
-    """A log of storages made and freed on one kind of device. Each counts once, however many views it has, with all its bytes."""
+@dataclass
+class Log:
+    """Storages in the order in which they were made: the line and the bytes of each, and when each was made and freed."""
 
-    def __init__(self, device: str = "cpu") -> None:
-        self._device = device
-        self._lines: list[str] = []
-        self._sizes: list[int] = []
-        self._events: list[int] = []  # n: storage n was made; ~n: it was freed
-        self._living: dict[int, tuple[int, weakref.ref[Any]]] = {}  # address of a storage -> its number
-
-    def see(self, tensor: torch.Tensor, line: str) -> None:
-        """Count the tensor's storage under `line`, unless it is known already."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._living or tensor.device.type != self._device:
-            return
-        number = len(self._lines)
-        self._lines.append(line)
-        self._sizes.append(storage.nbytes())
-        self._events.append(number)
-        self._living[key] = (number, weakref.ref(storage, lambda _: self._freed(key)))
-
-    def _freed(self, key: int) -> None:
-        self._events.append(~self._living.pop(key)[0])
-
-    def mark(self, tensors: Iterable[torch.Tensor], line: str) -> None:
-        """Assign tensors to a line, whether they are known or not."""
-        for tensor in tensors:
-            self.see(tensor, line)
-            if entry := self._living.get(tensor.untyped_storage()._cdata):
-                self._lines[entry[0]] = line
-
-    def line_of(self, tensor: torch.Tensor) -> str | None:
-        """The line that a tensor's storage counts under; None if it is unknown."""
-        entry = self._living.get(tensor.untyped_storage()._cdata)
-        return self._lines[entry[0]] if entry else None
-
-    def alive_bytes(self) -> int:
-        """Bytes of what is alive now."""
-        return sum(self._sizes[number] for number, _ in self._living.values())
+    lines: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)  # n: storage n was made; ~n: it was freed
 
     def peak_bytes(self) -> int:
         """The most bytes alive at once."""
@@ -74,14 +42,67 @@ class TensorsAlive:
         totals = list(self._totals())
         until = totals.index(max(totals)) + 1 if totals else 0
         items = dict.fromkeys(LINES, 0)
-        for event in self._events[:until]:
+        for event in self.events[:until]:
             number = event if event >= 0 else ~event
-            items[self._lines[number]] += self._sizes[number] if event >= 0 else -self._sizes[number]
+            items[self.lines[number]] += self.sizes[number] if event >= 0 else -self.sizes[number]
         return items
 
+    def extended(self, other: Log, times: int) -> Log:
+        """The log with the difference to `other`, whose events are the same, added to each size `times` times."""
+        sizes = [size + times * (more - size) for size, more in zip(self.sizes, other.sizes, strict=True)]
+        return Log(self.lines, sizes, self.events)
+
     def _totals(self) -> Iterator[int]:
-        steps = (self._sizes[event] if event >= 0 else -self._sizes[~event] for event in self._events)
+        steps = (self.sizes[event] if event >= 0 else -self.sizes[~event] for event in self.events)
         return itertools.accumulate(steps)
+
+
+class TensorsAlive:
+    """A log of storages made and freed on one kind of device. Each counts once, however many views it has, with all its bytes."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+        self.log = Log()
+        self._living: dict[int, tuple[int, weakref.ref[Any]]] = {}  # address of a storage -> its number
+
+    def see(self, tensor: torch.Tensor, line: str) -> None:
+        """Count the tensor's storage under `line`, unless it is known already."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._living or tensor.device.type != self._device:
+            return
+        number = len(self.log.lines)
+        self.log.lines.append(line)
+        self.log.sizes.append(storage.nbytes())
+        self.log.events.append(number)
+        self._living[key] = (number, weakref.ref(storage, lambda _: self._freed(key)))
+
+    def _freed(self, key: int) -> None:
+        self.log.events.append(~self._living.pop(key)[0])
+
+    def mark(self, tensors: Iterable[torch.Tensor], line: str) -> None:
+        """Assign tensors to a line, whether they are known or not."""
+        for tensor in tensors:
+            self.see(tensor, line)
+            if entry := self._living.get(tensor.untyped_storage()._cdata):
+                self.log.lines[entry[0]] = line
+
+    def line_of(self, tensor: torch.Tensor) -> str | None:
+        """The line that a tensor's storage counts under; None if it is unknown."""
+        entry = self._living.get(tensor.untyped_storage()._cdata)
+        return self.log.lines[entry[0]] if entry else None
+
+    def alive_bytes(self) -> int:
+        """Bytes of what is alive now."""
+        return sum(self.log.sizes[number] for number, _ in self._living.values())
+
+    def peak_bytes(self) -> int:
+        """The most bytes alive at once."""
+        return self.log.peak_bytes()
+
+    def items(self) -> dict[str, int]:
+        """Bytes by line at the moment of the peak; they add up to `peak_bytes`."""
+        return self.log.items()
 
 
 @contextlib.contextmanager

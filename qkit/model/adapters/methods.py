@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import RecipeError, nearest, short
 from qkit.model import added_tokens, tokenizer
-from qkit.model.adapters import new_heads
+from qkit.model.adapters import layers, new_heads
 from qkit.plugins.task import open_task
+from qkit.recipe import schema
 from qkit.recipe.schema import BOTTLENECKS, Recipe
-from qkit.train import layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,9 +37,19 @@ def prepared(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PreTrainedM
     Raises:
         ModelError: the method has no place in this architecture.
     """
-    new = new_heads.of(base, folder)
+    return with_method(base, new_heads.of(base, folder), recipe, _added_rows(recipe.model))
+
+
+def with_method(
+    base: PreTrainedModel, new: Sequence[str], recipe: Recipe, added: Sequence[int] = ()
+) -> PreTrainedModel | PeftModel:
+    """The same, of a model that need not have weights. `new`: its new modules; `added`: rows of the embedding to train with an adapter.
+
+    Raises:
+        ModelError: as `prepared`.
+    """
     if recipe.method == "lora":
-        return new_heads.with_token_types(_with_lora(base, new, recipe))
+        return new_heads.with_token_types(_with_lora(base, new, recipe, added))
     if recipe.method in BOTTLENECKS:
         return new_heads.with_token_types(_with_bottlenecks(base, new, recipe))
     if recipe.method == "peft":
@@ -49,7 +60,7 @@ def prepared(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PreTrainedM
     return base
 
 
-def _with_lora(base: PreTrainedModel, new: list[str], recipe: Recipe) -> PeftModel:
+def _with_lora(base: PreTrainedModel, new: Sequence[str], recipe: Recipe, added: Sequence[int]) -> PeftModel:
     """A LoRA adapter on the base; the new modules are trained whole, and saved with it."""
     from peft import LoraConfig, get_peft_model
 
@@ -62,15 +73,15 @@ def _with_lora(base: PreTrainedModel, new: list[str], recipe: Recipe) -> PeftMod
         exclude_modules="|".join(
             rf"{re.escape(name)}(\..*)?" for name in new
         ),  # all-linear would put LoRA on them, too
-        modules_to_save=new,
-        trainable_token_indices=_added_rows(base, recipe),
+        modules_to_save=[*new],
+        trainable_token_indices={added_tokens.names(base)[0]: [*added]} if added else None,
         **fields,
     )
     adapted: PeftModel = get_peft_model(base, config)
     return adapted
 
 
-def _with_any(base: PreTrainedModel, new: list[str], recipe: Recipe) -> PeftModel:
+def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> PeftModel:
     """An adapter of the kind that the section `peft` names, by PEFT's own configuration of it.
 
     Raises:
@@ -86,7 +97,7 @@ def _with_any(base: PreTrainedModel, new: list[str], recipe: Recipe) -> PeftMode
             f"peft.{short(unknown[0])}: {config_class.__name__} has no such field{nearest(unknown[0], sorted(known))}"
         )
     of_head = {
-        "modules_to_save": new,
+        "modules_to_save": [*new],
         "exclude_modules": "|".join(rf"{re.escape(name)}(\..*)?" for name in new),
         "task_type": open_task(recipe.task).HEAD.peft_task_type,
     }
@@ -115,16 +126,15 @@ def peft_config_class(kind: str) -> Any:
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
 
 
-def _added_rows(base: PreTrainedModel, recipe: Recipe) -> dict[str, list[int]] | None:
+def _added_rows(section: schema.Model) -> list[int]:
     """The rows of the embedding that are trained with the adapter: those of model.add_tokens."""
-    if not recipe.model.add_tokens:
-        return None
-    words = tokenizer.with_added_tokens(recipe.model)
-    ids = sorted({int(words.convert_tokens_to_ids(token)) for token in recipe.model.add_tokens})
-    return {added_tokens.names(base)[0]: ids}
+    if not section.add_tokens:
+        return []
+    words = tokenizer.with_added_tokens(section)
+    return sorted({int(words.convert_tokens_to_ids(token)) for token in section.add_tokens})
 
 
-def _with_bottlenecks(base: PreTrainedModel, new: list[str], recipe: Recipe) -> PeftModel:
+def _with_bottlenecks(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> PeftModel:
     """Bottleneck adapters where recipe.method says; the new modules are trained whole, and saved with them."""
     from peft import get_peft_model
 
@@ -132,7 +142,7 @@ def _with_bottlenecks(base: PreTrainedModel, new: list[str], recipe: Recipe) -> 
 
     config = tuner.register()(
         task_type=open_task(recipe.task).HEAD.peft_task_type,
-        modules_to_save=new,
+        modules_to_save=[*new],
         **places.for_peft(base, recipe.method),
         **recipe.bottleneck.model_dump(),
     )

@@ -1,0 +1,190 @@
+"""Runs a training step, or a forward pass, on fake tensors and logs every tensor that it makes.
+
+For another number of rows the same operations make tensors whose sizes are linear in it, so two traces of a length are enough for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from qkit.core import memory_watch
+from qkit.core.errors import ModelError
+from qkit.core.memory_watch import STANDING, Log
+from qkit.plan._traced import kernels
+from qkit.plan._traced.head import NewHead
+from qkit.plan._traced.model import built, with_fakes
+from qkit.recipe.schema import Recipe
+
+# Rows of the two traces; one row is traced as it is, because torch treats dimensions of 1 in ways of their own.
+FEW, MORE = 2, 3
+# Of a recipe, what a trace depends on beside Setting's own fields.
+SECTIONS = ("task", "method", "lora", "bottleneck", "peft", "layers", "head", "model", "quantization")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a trace depends on, but its batch. `recipe` counts as far as `key` says."""
+
+    key: str
+    head: NewHead
+    gpu: bool
+    bf16: bool
+    checkpointing: bool
+    accumulated: bool  # whether gradients of an earlier micro-batch exist
+    trains: bool  # a training step; else a forward pass without gradients
+    recipe: Recipe = field(compare=False)
+
+
+def setting_of(recipe: Recipe, head: NewHead, gpu: bool, *, trains: bool = True) -> Setting:
+    """The setting of a recipe's training, or of a forward pass with the same model."""
+    train = recipe.train
+    return Setting(
+        key=recipe.model_dump_json(include={*SECTIONS}),
+        head=head,
+        gpu=gpu,
+        bf16=train.bf16,
+        checkpointing=trains and bool(train.gradient_checkpointing),
+        accumulated=trains and train.gradient_accumulation_steps * recipe.micro_batches > 1,
+        trains=trains,
+        recipe=recipe,
+    )
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A pass over one batch. `trained`: parameters of each tensor that is trained; `frozen`: of all others together."""
+
+    log: Log
+    flops: int
+    trained: tuple[int, ...]
+    frozen: int
+    held: tuple[int, ...]  # bytes of each tensor that is not trained
+
+    @property
+    def largest_bytes(self) -> int:
+        """Bytes of the largest tensor of the model, in fp32 if it is trained."""
+        return max((*self.held, *(4 * count for count in self.trained)))
+
+    def line(self, name: str) -> int:
+        """Bytes of a standing line, such as `weights`."""
+        return self.log.items()[name]
+
+    @property
+    def passing_bytes(self) -> int:
+        """Bytes at the peak that do not persist between steps."""
+        return sum(size for name, size in self.log.items().items() if name not in STANDING)
+
+
+@functools.lru_cache(maxsize=128)
+def traced(setting: Setting, rows: int, length: int) -> Traced:
+    """The pass over `rows` of `length` tokens each.
+
+    Raises:
+        ModelError: the model computes something that depends on the values of its tensors, or fails otherwise.
+    """
+    if rows in (1, FEW, MORE):
+        return _traced(setting, rows, length)
+    few, more = (traced(setting, count, length) for count in (FEW, MORE))
+    if few.log.events != more.log.events or few.log.lines != more.log.lines:
+        return _traced(setting, rows, length)
+    flops = few.flops + (rows - FEW) * (more.flops - few.flops)
+    return Traced(few.log.extended(more.log, rows - FEW), flops, few.trained, few.frozen, few.held)
+
+
+def _traced(setting: Setting, rows: int, length: int) -> Traced:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = built(setting.recipe, setting.head)
+    if setting.checkpointing and model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    counter = _counter()
+    try:
+        # Some modules hold tensors that are neither parameters nor buffers; these are converted when they are used.
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            log = _log(setting, with_fakes(model), _batch(setting, rows, length), counter)
+    except (
+        Exception
+    ) as error:  # of the model's own code, which may do anything: read a value, or call what has no shapes
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        message = f"{setting.head.source}: a step on tensors without data is not possible ({reason}), so its memory cannot be planned"
+        raise ModelError(message, source=setting.head.source) from error
+    parameters = list(model.parameters())
+    return Traced(
+        log,
+        counter.flops,
+        tuple(p.numel() for p in parameters if p.requires_grad),
+        sum(p.numel() for p in parameters if not p.requires_grad),
+        tuple(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
+    )
+
+
+def inputs_of(head: NewHead) -> tuple[str, ...]:
+    """Ids and mask, and token types if the model tells them apart."""
+    types = ("token_type_ids",) if head.settings.get("type_vocab_size", 0) > 1 else ()
+    return "input_ids", "attention_mask", *types
+
+
+def _batch(setting: Setting, rows: int, length: int) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.ones(rows, length, dtype=torch.long) for name in inputs_of(setting.head)}
+
+
+def _log(setting: Setting, model: Any, batch: dict[str, Any], counter: Any) -> Log:
+    """The log of the pass, as the trainer or a runtime makes it."""
+    import torch
+
+    model.train(setting.trains)
+    if setting.accumulated:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+    device = kernels.of_a_gpu(setting.bf16) if setting.gpu else contextlib.nullcontext()
+    with device, memory_watch.watching(model) as alive, counter, torch.set_grad_enabled(setting.trains):
+        numbers, count = torch.ones(len(batch["input_ids"]), dtype=torch.long), torch.ones((), dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+            outputs = list(_heads(model(**batch)))
+        loss = sum(_loss(output.float()) for output in outputs)
+        del outputs
+        if setting.trains:
+            torch.autograd.backward(loss / count)  # not the method, inside which no mode is active
+        del numbers  # of the rows, which the trainer keeps beside the batch
+    return alive.log
+
+
+def _heads(output: Any) -> Iterator[Any]:
+    """The logits: one tensor, or that of the first and that of the last token of an answer."""
+    return (value for name, value in output.items() if name.endswith("logits"))
+
+
+def _loss(logits: Any) -> Any:
+    """The sum of the cross-entropies at each position of each row."""
+    import torch
+
+    logits = logits.reshape(-1, logits.shape[-1])
+    labels = torch.zeros(len(logits), dtype=torch.long)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none").sum()
+
+
+def _counter() -> Any:
+    """A dispatch mode that adds up FLOPs, and answers what a model asks of the values of a tensor: no, or 1."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    class Counter(TorchDispatchMode):
+        flops = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return False if args[0].dtype == torch.bool else 1
+            out = func(*args, **(kwargs or {}))
+            if (count := flop_registry.get(func._overloadpacket)) is not None:
+                self.flops += count(*args, **(kwargs or {}), out_val=out)
+            return out
+
+    return Counter()
