@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.commands import _compare_labels
 from qkit.core.device import detect
 from qkit.core.errors import DataError, MissingArtifact, ParityFailed
 from qkit.core.files import read_json
@@ -30,7 +31,7 @@ from qkit.model import provenance, source
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.exporter import exporter
 from qkit.plugins.runtime import RowScores, Runtime, open_runtime
-from qkit.plugins.task import open_task
+from qkit.plugins.task import ModelHead, open_task
 from qkit.recipe.registry import MERGED
 from qkit.recipe.schema import Evaluate, Recipe, Serve, Source
 from qkit.run.directory import Run
@@ -109,6 +110,7 @@ class Comparison:
     metric: str
     score: dict[str, float]
     checks: tuple[contract.ContractCheck, ...] = ()
+    unit: str = "tokens"  # what a position of a row is; of models with labels, what their distributions are over
 
     @property
     def perplexity_a(self) -> float:
@@ -142,8 +144,8 @@ def side(text: str) -> Side:
         return Side(text, "vllm", url=root_url(text))
     path = Path(text)
     if (path / "recipe.yaml").is_file():
-        run = _generating(Run.open(path))
-        run.need("train", "adapter")
+        run = Run.open(path)
+        run.trained()
         return Side(text, "transformers", path, run=run)
     note = read_json(path / provenance.NOTE) if (path / provenance.NOTE).is_file() else {}
     if "format" in note:
@@ -161,32 +163,18 @@ def _maker(path: Path) -> Run | None:
     """The run that contains a stage's folder: RUN/merge or RUN/export/NAME. None if there is none."""
     for root in (path.resolve().parent, path.resolve().parent.parent):
         if (root / "recipe.yaml").is_file() and (root / "run.json").is_file():
-            return _generating(Run.open(root))
+            return Run.open(root)
     return None
 
 
-def _generating(run: Run) -> Run:
-    """The run, if its model generates text.
-
-    Raises:
-        DataError: it has labels.
-    """
-    if not open_task(run.recipe.task).HEAD.generates:
-        raise DataError(
-            f"{run.root}: `qkit verify A B` compares models that generate text, and not task={run.recipe.task}; `qkit verify {run.root}` "
-            "measures each of its artifacts"
-        )
-    return run
-
-
 @contextmanager
-def opened(which: Side, longest: int) -> Iterator[Runtime]:
-    """Open a side for rows of at most `longest` tokens; closed on exit."""
-    with tempfile.TemporaryDirectory(prefix="qkit-") as folder, _open(which, longest, Path(folder)) as runtime:
+def opened(which: Side, longest: int, head: ModelHead | None = None) -> Iterator[Any]:
+    """Open a side for rows of at most `longest` tokens; closed on exit. `head`: of a folder that no run made; default: on every token."""
+    with tempfile.TemporaryDirectory(prefix="qkit-") as folder, _open(which, longest, Path(folder), head) as runtime:
         yield runtime
 
 
-def _open(which: Side, longest: int, scratch: Path) -> Any:
+def _open(which: Side, longest: int, scratch: Path, head: ModelHead | None) -> Any:
     if which.url:
         running = {"url": which.url, "model": served_name(which.url), "pid": os.getpid(), "startup_seconds": 0.0}
         return open_runtime("vllm", Path(), detect(), running=running)
@@ -198,10 +186,12 @@ def _open(which: Side, longest: int, scratch: Path) -> Any:
             source.resolve(recipe.model),
             detect(),
             recipe=recipe,
-            adapter=which.run.need("train", "adapter"),
+            adapter=which.run.trained(),
         )
     if which.run is not None:
         return open_artifact(which.run, Artifact(which.export_format or MERGED, which.path), "verify")
+    if head is not None:
+        return open_runtime(which.runtime, which.path, detect(), head=head)
     serve = Serve(port=0, max_model_len=longest)
     return open_runtime(which.runtime, which.path, detect(), serve=serve, log=scratch / "vllm.log")
 
@@ -271,6 +261,9 @@ def compare(a: Side, b: Side, chosen: ComparisonRows, progress: Progress) -> Com
     Raises:
         ParityFailed: a or b returned NaN or infinite log-probabilities.
     """
+    if not open_task(chosen.task).HEAD.generates:
+        figures = _compare_labels.compare(a, b, chosen, opened, progress)
+        return Comparison(a.name, b.name, chosen.where, **figures, metric=open_task(chosen.task).METRIC, checks=())
     rows = chosen.held_out.rows
     longest = max(len(row.input_ids) for row in rows) + chosen.section.max_new_tokens
     progress.notify(f"verify: {a.description}")

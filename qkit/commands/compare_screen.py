@@ -27,9 +27,28 @@ def screen(comparison: Comparison, a: Side, b: Side) -> RenderableType:
         table.add_row(Text(label, style="dim"), Text(value))
     head = (
         f"A  {a.description}\nB  {b.description}\n"
-        f"on {comparison.rows:,} rows of {comparison.on}, {comparison.tokens:,} completion tokens\n"
+        f"on {comparison.rows:,} rows of {comparison.on}, {comparison.tokens:,} {_positions(comparison)}\n"
     )
     return Group(Text(head), table)
+
+
+def _positions(comparison: Comparison) -> str:
+    """What a distance is measured at."""
+    return "completion tokens" if comparison.unit == "tokens" else "outputs"
+
+
+def _of_tokens(comparison: Comparison) -> Iterator[tuple[str, str]]:
+    yield "same top token", f"{100 * comparison.top1:.1f} %"
+    parts = "" if comparison.parting is None else f"; the others first differ at token {comparison.parting:g} (median)"
+    yield "greedy answers", f"{comparison.identical} identical{parts}"
+    change = 100 * (comparison.perplexity_b / comparison.perplexity_a - 1)
+    yield "perplexity", f"A {comparison.perplexity_a:.4f}   B {comparison.perplexity_b:.4f}   ({change:+.2f} %)"
+
+
+def _of_labels(comparison: Comparison) -> Iterator[tuple[str, str]]:
+    yield "same most likely", f"{100 * comparison.top1:.1f} %"
+    yield "predictions", f"{comparison.identical} identical"
+    yield "loss", f"A {comparison.loss_a:.4f}   B {comparison.loss_b:.4f}   nats"
 
 
 def _lines(comparison: Comparison) -> Iterator[tuple[str, str]]:
@@ -37,11 +56,7 @@ def _lines(comparison: Comparison) -> Iterator[tuple[str, str]]:
         "KL(A || B)",
         f"mean {comparison.kl_mean:.4f}   p99 {comparison.kl_p99:.4f}   max {comparison.kl_max:.4f}   over {comparison.over}",
     )
-    yield "same top token", f"{100 * comparison.top1:.1f} %"
-    parts = "" if comparison.parting is None else f"; the others first differ at token {comparison.parting:g} (median)"
-    yield "greedy answers", f"{comparison.identical} identical{parts}"
-    change = 100 * (comparison.perplexity_b / comparison.perplexity_a - 1)
-    yield "perplexity", f"A {comparison.perplexity_a:.4f}   B {comparison.perplexity_b:.4f}   ({change:+.2f} %)"
+    yield from _of_tokens(comparison) if comparison.unit == "tokens" else _of_labels(comparison)
     if score := comparison.score:
         interval = f"interval {score['low']:+.1f} to {score['high']:+.1f}"
         yield (

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.commands.compare import Side, opened
 from qkit.core.errors import NotDeployable
 from qkit.plugins.runtime import TokenRow
+from qkit.plugins.task import open_task
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +122,10 @@ def walk(a: Side, b: Side, rows: Sequence[TokenRow], progress: Progress) -> Walk
 def need_torch(*sides: Side) -> None:
     """Raise NotDeployable if torch cannot open one of the sides."""
     for which in sides:
+        if which.run is not None and not open_task(which.run.recipe.task).HEAD.generates:
+            raise NotDeployable(
+                f"--where: {which.name} has labels; the layers of models that generate text can be compared"
+            )
         if which.url or which.runtime not in ("transformers", "vllm"):
             raise NotDeployable(
                 f"--where: {which.name} is {which.export_format or 'a server'}, and layers can only be read from models that torch opens; "
@@ -131,14 +136,14 @@ def need_torch(*sides: Side) -> None:
 def _places(a: Side, b: Side, rows: Sequence[Sequence[int]], watched: Watched) -> tuple[LayerPlace, ...]:
     """Every place that both models have, with the difference and the rounding error there."""
     with opened(_in_torch(a), ROW_TOKENS) as runtime:
-        model = runtime.model  # type: ignore[attr-defined]
+        model = runtime.model
         as_it_is = _states(model, rows, watched)
         exact = _states(model.float(), rows, watched)
         del model
     rounding = {name: difference(exact[name], as_it_is[name]) for name in exact}
     del exact
     with opened(_in_torch(b), ROW_TOKENS) as runtime:
-        other = _states(runtime.model, rows, watched)  # type: ignore[attr-defined]
+        other = _states(runtime.model, rows, watched)
     return tuple(
         LayerPlace(name, difference(as_it_is[name], other[name]), rounding[name]) for name in as_it_is if name in other
     )
