@@ -10,7 +10,6 @@ from qkit.core.errors import DataError, short
 from qkit.core.sequences import first_difference
 from qkit.measure import scores as measure_scores
 from qkit.measure.divergence import Distances
-from qkit.measure.evidence import recorded_settings
 from qkit.plugins.task import Prediction, open_task, read_labels
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def _asked(which: Any, chosen: Any, opened: Opened) -> tuple[Sequence[Prediction
             f"{chosen.where}: models with labels are compared on the held-out rows of the run that a or b belongs to"
         )
     task = open_task(chosen.task)
-    predictor = task.predictor(run.recipe, run.need("data", "summary.json").parent, recorded_settings(run))
+    predictor = task.predictor(run.recipe, run.need("data", "summary.json").parent, run.tuned())
     with opened(which, 0, task.HEAD) as runtime:
         predictions = predictor.predict(runtime, chosen.held_out.rows, lambda _: None)
         return predictions, list(task.outputs(runtime, chosen.held_out.rows))

@@ -188,4 +188,4 @@ def _write_provenance(run: Run, folder: Path, name: str, merge: Candidate | None
     note["made_from"] = run.outputs("merge")
     note["recipe_sha256"] = run.recipe.sha256()
     file.write_text(json.dumps(note, indent=1), encoding="utf-8")
-    provenance.write_purpose(folder, run.recipe)
+    provenance.write_purpose(folder, run.recipe, run.tuned())

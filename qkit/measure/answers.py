@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qkit.measure import scores
-from qkit.measure.evidence import recorded_settings
 from qkit.measure.held_out import HeldOut
 from qkit.plugins import own_metrics
 from qkit.plugins.runtime import Scores
@@ -40,7 +39,7 @@ def answered(
     `what`: progress bar label. `tuned`: settings from `Task.tune`; by default those that `evaluate` recorded of the trained model.
     """
     task = open_task(run.recipe.task)
-    settings = recorded_settings(run) if tuned is None else tuned
+    settings = run.tuned() if tuned is None else tuned
     predictor = task.predictor(run.recipe, run.need("data", "summary.json").parent, settings)
     with run.progress.bar(what, len(held_out.rows)) as bar:
         predictions = predictor.predict(runtime, held_out.rows, bar.advance)

@@ -134,13 +134,6 @@ def reference_answers(run: Run) -> list[dict[str, Any]]:
     return [answer for answer in lines if answer["artifact"] in TRAINED]
 
 
-def recorded_settings(run: Run) -> dict[str, float]:
-    """The settings of predictions that `evaluate` chose with the trained model; every artifact predicts with them."""
-    recorded = read(run.need("evaluate", "scores.json")) or {}
-    settings: dict[str, float] = recorded.get("tuned", {})
-    return settings
-
-
 KEY = "prompts"  # in a folder's qkit.json
 
 

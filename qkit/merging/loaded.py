@@ -34,7 +34,7 @@ def write_folder(run: Run, out: Path, base: Base, dtype: Dtype) -> None:
     _merged(run, folder, trained, base, dtype).save_pretrained(str(out))
     (out / LABELS).write_bytes((trained / LABELS).read_bytes())
     provenance.write_merged(out, folder, run.recipe.model.source, base, {provenance.adapter_sha256(trained): 1.0})
-    provenance.write_purpose(out, run.recipe)
+    provenance.write_purpose(out, run.recipe, run.tuned())
 
 
 def _merged(run: Run, folder: Path, trained: Path, base: Base, dtype: Dtype) -> PreTrainedModel:

@@ -79,11 +79,13 @@ class Purpose:
     format: str = "merged"
 
 
-def write_purpose(folder: Path, recipe: Recipe) -> None:
-    """Record in the folder of an artifact what `purpose_of` reads."""
+def write_purpose(folder: Path, recipe: Recipe, tuned: Mapping[str, float]) -> None:
+    """Record in the folder of an artifact what `purpose_of` reads, and with which settings it predicts. `tuned`: `Run.tuned`."""
     file = folder / NOTE
     note = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     note |= {"task": recipe.task, "max_length": recipe.data.max_length}
+    if tuned:
+        note["tuned"] = dict(tuned)
     if recipe.data.stride is not None:
         note["stride"] = recipe.data.stride
     if "max_answer_tokens" in recipe.evaluate.model_fields_set:

@@ -132,6 +132,15 @@ class Run:
         model = self.folder("train") / "model"
         return model if model.is_dir() else self.need("train", "adapter")
 
+    def tuned(self) -> dict[str, float]:
+        """The settings of predictions that `evaluate` chose with the trained model; every artifact predicts with them.
+
+        Raises:
+            MissingArtifact: nothing has been evaluated.
+        """
+        settings: dict[str, float] = read_json(self.need("evaluate", "scores.json")).get("tuned", {})
+        return settings
+
     def need(self, stage: str, name: str) -> Path:
         """A file or folder made by an earlier stage.
 

@@ -79,6 +79,17 @@ def lines_of(run: Run, artifact: str = "trained") -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_artifacts_answer_with_the_threshold_that_was_chosen(finished: Mapping[str, Run], kind: str) -> None:
+    run, task = finished[kind], open_task("answer")
+    folders = [run.folder("merge"), *(run.folder("export") / name for name in run.recipe.export.formats)]
+    chosen = run.tuned().get("threshold")
+    assert (chosen is None) == (kind == "v1") and chosen != 0
+    for folder in folders:
+        service: Any = task.service(folder, run.recipe.data.max_length)
+        assert service.threshold == chosen, folder
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_figures_are_those_of_the_predictions(finished: Mapping[str, Run], kind: str) -> None:
     run, held_out = finished[kind], ROWS[kind][:HELD_OUT]
     lines, scores = lines_of(run), read(run.folder("evaluate") / "scores.json")

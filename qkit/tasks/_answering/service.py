@@ -113,5 +113,5 @@ def open_service(folder: Path, max_length: int) -> AnswerService:
     note = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     section = Data(max_length=max_length, stride=note.get("stride"), too_long="split")
     longest = note.get("max_answer_tokens") or Evaluate().max_answer_tokens
-    threshold = 0.0 if shares(folder)[UNANSWERED] else None
+    threshold = note.get("tuned", {}).get(THRESHOLD, 0.0) if shares(folder)[UNANSWERED] else None
     return AnswerService(added_tokens.bare_tokenizer(folder, False), section, longest, threshold)
