@@ -88,14 +88,15 @@ def _askable(run: Run, task: Task, entry: Mapping[str, Any]) -> tuple[list[dict[
     pairs = [
         (request, row)
         for request, row in zip(requests, (row.windows[0] for row in held_out.rows), strict=False)
-        if is_ours or (len(request) == 1 and len(row.input_ids) < limit)
+        if is_ours or (isinstance(_input(request), str) and len(row.input_ids) < limit)
     ]
     return [request for request, _ in pairs], [row for _, row in pairs]
 
 
 def _input(request: Mapping[str, Any]) -> Any:
     """A request as an entry of `input`: one text as itself, which vLLM understands too."""
-    return next(iter(request.values())) if len(request) == 1 else dict(request)
+    text, *more = request.values()
+    return text if isinstance(text, str) and not more else dict(request)
 
 
 def _served_tokens(

@@ -51,12 +51,14 @@ class SetRow:
     """A row that is used, as checks of the whole set see it.
 
     `split`: train, validation or test; `question`: a digest of what the model reads, without case and white space; `names`: its labels.
+    `format`: in which its record was read.
     """
 
     split: str
     question: str
     names: tuple[str, ...]
     place: Place
+    format: str = ""
 
 
 # Checks over rows that tasks share. The code that examines a row describes what it finds there; these texts say what that means.

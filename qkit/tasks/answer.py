@@ -85,9 +85,10 @@ class Answer(EncoderTask):
 
     def unknown_column(self, section: Data, reads: Reads) -> str:
         """The error for a name in data.columns that nothing reads, or ""."""
-        from qkit.tasks._answering.reading import unknown_column
+        from qkit.tasks._answering.reading import COLUMNS
+        from qkit.tasks._columns import unknown_column
 
-        return unknown_column(section)
+        return unknown_column(section, COLUMNS)
 
     def known_names(self, name: str, data_format: str, reads: Reads) -> Iterable[str]:
         """The names that are read in a record."""

@@ -61,11 +61,18 @@ class Tag(EncoderTask):
 
         return tagged_words(record, section)
 
+    def data_format(self, record: Mapping[str, Any], section: Data) -> str | None:
+        """ "spans" for a text with spans, from which it follows how requests are divided into words; None for words."""
+        from qkit.tasks._encoder.tagging.records import SPANS, form_of
+
+        return SPANS if form_of(record, section) == SPANS else None
+
     def unknown_column(self, section: Data, reads: Reads) -> str:
         """The error for a name in data.columns that nothing reads, or ""."""
-        from qkit.tasks._encoder.tagging.records import unknown_column
+        from qkit.tasks._columns import unknown_column
+        from qkit.tasks._encoder.tagging.records import COLUMNS
 
-        return unknown_column(section)
+        return unknown_column(section, COLUMNS)
 
     def known_names(self, name: str, data_format: str, reads: Reads) -> Iterable[str]:
         """The names that are read in a record."""
@@ -103,7 +110,7 @@ class Tag(EncoderTask):
         return labels
 
     def labels(self, rows: Sequence[SetRow]) -> Mapping[str, Any]:
-        """O, and B and I of each type that training rows have; words with each tag, entities of each type, and the scheme of the source."""
+        """O, and B and I of each type that training rows have; with counts, the scheme of the source, and what divides a text into words."""
         from qkit.tasks._encoder.tagging.rows import labels
 
         return labels(rows)
@@ -222,10 +229,10 @@ class Tag(EncoderTask):
     WHOLE: Mapping[str, Any] = {}
 
     def request(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-        """The words of a record of any data set, or of a prepared row, as a text."""
-        from qkit.tasks._encoder.tagging.records import text_of
+        """The words of a record of any data set, or of a prepared row, as `tokens`; its text where it has no list of them."""
+        from qkit.tasks._encoder.tagging.records import request_of
 
-        return {"text": text_of(record, columns)}
+        return request_of(record, columns)
 
     def service(self, folder: Path, max_length: int) -> Any:
         """A TagService: sentences to entities, with the tokenizer and the names of the tags in the folder."""

@@ -560,6 +560,10 @@ def test_requests_are_answered(tmp_path: Path) -> None:
     assert not service.difference(found, {**found, "score": found["score"] + 1e-4}, 1e-3)
     assert "not 'fin'" not in service.difference(found, {**found, "score": found["score"] - 0.1}, 1e-3) != ""
     assert "the answer is ''" in service.difference(found, {**found, "answer": "", "score": None}, 1e-3)
+    at, off = ({**found, "no_answer": margin} for margin in (-3e-3, -5e-3))  # the threshold is 0
+    none = {"answer": "", "start": None, "end": None, "score": None, "no_answer": 3e-3}
+    assert not service.difference(at, none, 1e-3) and not service.difference(none, at, 1e-3)
+    assert service.difference(off, none, 1e-3) and service.difference(at, {**none, "no_answer": 5e-3}, 1e-3)
     (tmp_path / "labels.json").unlink()
     with pytest.raises(ModelError, match=r"labels.json is missing"):
         TASK.service(tmp_path, 12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -348,3 +349,32 @@ def test_what_labels_json_counts(model: Path, tmp_path: Path) -> None:
     tags = [tag for _, of_row in SENTENCES[8:] for tag in of_row]
     assert done.labels["rows"]["train"] == {name: tags.count(name) for name in TAGS}
     assert done.labels["rows"]["train"]["I-fruit"] == 0 and done.labels["names"] == list(TAGS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"text": "ban apple, ben.", "entities": [[4, 9, "fruit"]]}], ["ban", "apple", ",", "ben", "."]),
+        ([{"tokens": ["ban", "apple,", "ben."], "ner_tags": ["O", "B-fruit", "O"]}], ["ban", "apple,", "ben."]),
+    ],
+)
+def test_a_text_is_divided_into_the_words_of_training(
+    model: Path, tmp_path: Path, rows: list[Any], words: list[str]
+) -> None:
+    """By what labels.json says, which lies with every artifact."""
+    done = Prepared(tmp_path, model, {"source": str(write_rows(tmp_path / "rows.jsonl", rows))})
+    assert done.train[0]["words"] == words
+    shutil.copytree(model, tmp_path / "artifact")
+    shutil.copy(tmp_path / "out" / "labels.json", tmp_path / "artifact")
+    service: Any = open_task("tag").service(tmp_path / "artifact", 32)
+    for request in ({"text": "ban apple, ben."}, open_task("tag").request(done.train[0], {})):
+        (prepared,) = service.prepare([request])
+        assert [*prepared.rows[0].input_ids] == done.train[0]["input_ids"]
+        assert [*prepared.kept[0].words] == words and [*prepared.kept[0].starts] == done.train[0]["starts"]
+
+
+def test_texts_and_lists_together(model: Path, tmp_path: Path) -> None:
+    """A text without words is divided as those that had none in training."""
+    rows = [{"tokens": ["ban", "apple"], "tags": ["O", "B-fruit"]}, {"text": "apple", "spans": [[0, 5, "fruit"]]}]
+    done = Prepared(tmp_path, model, {"source": str(write_rows(tmp_path / "rows.jsonl", rows))})
+    assert done.labels["divided"] == "by kind of character"

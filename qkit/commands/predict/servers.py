@@ -36,7 +36,7 @@ class LabelServerPredictor(Predictor):
 
     def _together(self, requests: Sequence[Mapping[str, Any]]) -> list[Answer | RowError]:
         """The answers to requests that are sent as one; each alone if the server refuses one of them."""
-        inputs = [next(iter(one.values())) if len(one) == 1 else dict(one) for one in requests]
+        inputs = [_input(one) for one in requests]
         body = {"model": self.model, "input": inputs, **self.options}
         answer = self.client.send("POST", self.task.ENDPOINT, body)
         if answer.status_code == 400 and len(requests) > 1:
@@ -48,6 +48,12 @@ class LabelServerPredictor(Predictor):
 
     def close(self) -> None:
         self.client.close()
+
+
+def _input(request: Mapping[str, Any]) -> Any:
+    """A request as an entry of `input`: one text as itself, which vLLM understands too."""
+    text, *more = request.values()
+    return text if isinstance(text, str) and not more else dict(request)
 
 
 class ChatServerPredictor(Predictor):

@@ -43,7 +43,7 @@ def requests_of(body: Any, service: Service, served: str) -> list[dict[str, Any]
     inputs = given.pop(INPUT, None)
     _refuse_unknown(given, service)
     if (inputs is None) == (not fields):
-        forms = f"`{INPUT}`, or {' and '.join(f'`{name}`' for name in service.FIELDS)}"
+        forms = f"`{INPUT}`, or its fields ({', '.join(f'`{name}`' for name in service.FIELDS)})"
         raise Refused(f"a request must have either {forms}", INPUT)
     return [{**options, **one} for one in ([fields] if fields else _inputs(inputs, service))]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
-from qkit.core.errors import listed, nearest, short
+from qkit.core.errors import short
 from qkit.plugins.example import Question, RowError
 from qkit.recipe.schema import Data
+from qkit.tasks._columns import column_of, left_over, missing
 from qkit.tasks._texts import check_characters
 
 # Our names, and the columns that stand for them in public data sets; data.columns maps others
@@ -32,26 +32,22 @@ def question_of(record: Mapping[str, Any], section: Data) -> Question:
     Raises:
         RowError: a column is missing, or an answer is not in the context where the record says so.
     """
-    places = {ours: _column(ours, record, section) for ours in COLUMNS}
+    places = {ours: column_of(ours, record, section, COLUMNS) for ours in COLUMNS}
     for ours, place in places.items():
         if place is None and (ours in NEEDED or ours in section.columns):
-            raise RowError(_missing(ours, list(record), section))
+            raise RowError(missing(ours, record, section, COLUMNS))
     values = {ours: record[place] for ours, place in places.items() if place is not None}
     question, context = (_text(values[ours], str(places[ours]), section) for ours in ("question", "context"))
     texts, starts = _given(values, str(places["answers"]))
     _check_impossible(values.get("is_impossible"), texts)
     placed = _placed(texts, starts, context)
-    rest = [name for name in record if name not in {*places.values(), *BESIDE} and record[name] not in (None, "")]
-    matched = {name: [p for p in section.ignore if fnmatchcase(name, p)] for name in (*rest, *BESIDE) if name in record}
-    used = {section.columns.get(ours, ours) for ours in (section.group, section.stratify) if ours}
     return Question(
         question,
         context,
         tuple(dict.fromkeys(placed)),
         str(values.get("id") or ""),
         starts is not None or all(context.count(text) == 1 for text in texts),
-        tuple(name for name in rest if not matched[name] and name not in used),
-        tuple({p for patterns in matched.values() for p in patterns}),
+        *left_over(record, places.values(), section, BESIDE),
     )
 
 
@@ -64,30 +60,11 @@ def asked(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
     if "begins" in record:  # of a prepared row, text and pair
         return {"question": record["text"], "context": record["pair"]}
     section = Data.model_construct(columns=dict(columns))
-    places = {ours: _column(ours, record, section) for ours in ("question", "context")}
+    places = {ours: column_of(ours, record, section, COLUMNS) for ours in ("question", "context")}
     for ours, place in places.items():
         if place is None:
-            raise RowError(_missing(ours, list(record), section))
+            raise RowError(missing(ours, record, section, COLUMNS))
     return {ours: record[str(place)] for ours, place in places.items()}
-
-
-def _column(ours: str, record: Mapping[str, Any], section: Data) -> str | None:
-    """The record's column for one of COLUMNS, or None."""
-    if ours in section.columns:
-        return section.columns[ours] if section.columns[ours] in record else None
-    taken = {*section.columns.values()}
-    return next((name for name in COLUMNS[ours] if name in record and name not in taken), None)
-
-
-def _missing(ours: str, columns: Sequence[str], section: Data) -> str:
-    if ours in section.columns:
-        theirs = section.columns[ours]
-        close = nearest(theirs, columns)
-        return f"has no column {short(repr(theirs))} (data.columns maps {ours} to it){close}; it has the columns {listed(columns)}"
-    return (
-        f"has the columns {listed(columns)}; it must have a column for {ours}: {', '.join(COLUMNS[ours])}, or another that "
-        f"data.columns maps, such as {{{ours}: your_column}}"
-    )
 
 
 def _text(value: Any, column: str, section: Data) -> str:
@@ -175,15 +152,3 @@ def _misplaced(text: str, begin: int, context: str) -> str:
     if distance <= NEAR:
         return f"{said}, but at {nearest_place}: off by {distance}"
     return f"{said}, but at {nearest_place}"
-
-
-def unknown_column(section: Data) -> str:
-    """The error for the first name in data.columns that nothing reads; "" if all are read."""
-    known = sorted({*COLUMNS, *filter(None, (section.group, section.stratify))})
-    for ours, theirs in section.columns.items():
-        if ours not in known:
-            return (
-                f"data.columns maps {short(repr(ours))} to {short(repr(theirs))}, but {short(repr(ours))} is not a name that this task "
-                f"reads{nearest(ours, known)}; it reads {', '.join(known)}"
-            )
-    return ""

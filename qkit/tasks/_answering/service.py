@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+LOGITS = 4  # by which a margin changes at most where the probability of none against the answer, near 1/2, changes by 1
+
+
 class AnswerService:
     """`threshold`: see spans.THRESHOLD, None where every training question had an answer; a request may have its own."""
 
@@ -74,15 +77,24 @@ class AnswerService:
     def difference(self, expected: Mapping[str, Any], given: Mapping[str, Any], tolerance: float) -> str:
         """What differs between the answers to one request, "" if nothing does. `tolerance`: of the probability.
 
-        Of two answers that are equally likely within the tolerance, either is right; also none, where it is as good within it.
+        Of two answers that are equally likely within the tolerance, either is right; also none, where `no_answer` of both is at the
+        threshold within it.
         """
         scores = [answer["score"] for answer in (expected, given)]
         if None not in scores and not abs(scores[0] - scores[1]) <= tolerance:
             return f"the answer {short(repr(given['answer']))} has the probability {scores[1]:.4f}, not {scores[0]:.4f}"
-        tie = None not in scores and expected["answer"] != given["answer"] and abs(scores[0] - scores[1]) <= tolerance
-        if expected["answer"] != given["answer"] and not tie:
+        if expected["answer"] != given["answer"] and not (
+            None not in scores or self._at_threshold(expected, given, tolerance)
+        ):
             return f"the answer is {short(repr(given['answer']))}, not {short(repr(expected['answer']))}"
         return ""
+
+    def _at_threshold(self, expected: Mapping[str, Any], given: Mapping[str, Any], tolerance: float) -> bool:
+        """Whether either of two answers could as well be none."""
+        margins = [answer["no_answer"] for answer in (expected, given)]
+        if self.threshold is None or None in margins:
+            return False
+        return all(abs(margin - self.threshold) <= LOGITS * tolerance for margin in margins)
 
 
 def _wrong(request: Mapping[str, Any]) -> RowError | None:

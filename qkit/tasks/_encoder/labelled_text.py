@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from qkit.core.errors import listed, nearest, short
+from qkit.core.errors import short
 from qkit.plugins.example import LabelledText, RowError
 from qkit.recipe.schema import Data
+from qkit.tasks._columns import column_of, left_over, missing
 from qkit.tasks._texts import check_characters
 
 # Our names, and the columns that stand for them in public data sets; data.columns maps others
@@ -33,14 +33,6 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 KNOWN = frozenset(name for names in COLUMNS.values() for name in names)
 
 
-def column_of(ours: str, record: Mapping[str, Any], section: Data) -> str | None:
-    """The record's column for `text`, `pair` or `label`, or None."""
-    if ours in section.columns:
-        return section.columns[ours] if section.columns[ours] in record else None
-    taken = {*section.columns.values()}
-    return next((name for name in COLUMNS[ours] if name in record and name not in taken), None)
-
-
 def labelled_text(
     record: Mapping[str, Any], section: Data, read: Callable[[Any, str, Data], tuple[str, ...]] | None = None
 ) -> LabelledText:
@@ -49,17 +41,14 @@ def labelled_text(
     Raises:
         RowError: a column is missing, or a value is not a text or a label.
     """
-    places = {ours: column_of(ours, record, section) for ours in COLUMNS}
+    places = {ours: column_of(ours, record, section, COLUMNS) for ours in COLUMNS}
     for ours, place in places.items():
         if place is None and (ours != "pair" or ours in section.columns):
-            raise RowError(_missing(ours, list(record), section))
+            raise RowError(missing(ours, record, section, COLUMNS))
     text, pair = (_text(record, places[ours], section) for ours in ("text", "pair"))
     assert text is not None
     names = (read or names_of)(record[str(places["label"])], str(places["label"]), section)
-    rest = [name for name in record if name not in places.values() and record[name] not in (None, "")]
-    matched = {name: [p for p in section.ignore if fnmatchcase(name, p)] for name in rest}
-    unread = tuple(name for name, patterns in matched.items() if not patterns and not _is_used(name, section))
-    return LabelledText(text, pair, names, unread, tuple({p for found in matched.values() for p in found}))
+    return LabelledText(text, pair, names, *left_over(record, places.values(), section))
 
 
 def texts_of(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -71,27 +60,11 @@ def texts_of(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
         RowError: there is no such column.
     """
     section = Data.model_construct(columns=dict(columns))
-    places = {ours: column_of(ours, record, section) for ours in ("text", "pair")}
+    places = {ours: column_of(ours, record, section, COLUMNS) for ours in ("text", "pair")}
     for ours, place in places.items():
         if place is None and (ours == "text" or ours in columns):
-            raise RowError(_missing(ours, list(record), section))
+            raise RowError(missing(ours, record, section, COLUMNS))
     return {ours: record[place] for ours, place in places.items() if place is not None and record[place] is not None}
-
-
-def _is_used(name: str, section: Data) -> bool:
-    """Whether splits go by this column."""
-    return name in {section.columns.get(ours, ours) for ours in (section.group, section.stratify) if ours}
-
-
-def _missing(ours: str, columns: Sequence[str], section: Data) -> str:
-    if ours in section.columns:
-        theirs = section.columns[ours]
-        close = nearest(theirs, columns)
-        return f"has no column {short(repr(theirs))} (data.columns maps {ours} to it){close}; it has the columns {listed(columns)}"
-    return (
-        f"has the columns {listed(columns)}; it must have a column for {ours}: {', '.join(COLUMNS[ours])}, or another that "
-        f"data.columns maps, such as {{{ours}: your_column}}"
-    )
 
 
 def _text(record: Mapping[str, Any], column: str | None, section: Data) -> str | None:
@@ -154,15 +127,3 @@ def _label(value: Any, column: str, section: Data) -> str:
         check_characters(str(value), column, section)
         return str(value).strip()
     raise RowError(f"{column} is not a label: {short(repr(value))}")
-
-
-def unknown_column(section: Data) -> str:
-    """The error for the first name in data.columns that nothing reads; "" if all are read."""
-    known = sorted({*COLUMNS, *filter(None, (section.group, section.stratify))})
-    for ours, theirs in section.columns.items():
-        if ours not in known:
-            return (
-                f"data.columns maps {short(repr(ours))} to {short(repr(theirs))}, but {short(repr(ours))} is not a name that this task "
-                f"reads{nearest(ours, known)}; it reads {', '.join(known)}"
-            )
-    return ""

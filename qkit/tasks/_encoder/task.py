@@ -143,9 +143,10 @@ class EncoderTask:
 
     def unknown_column(self, section: Data, reads: Reads) -> str:
         """The error for a name in data.columns that nothing reads, or ""."""
-        from qkit.tasks._encoder.labelled_text import unknown_column
+        from qkit.tasks._columns import unknown_column
+        from qkit.tasks._encoder.labelled_text import COLUMNS
 
-        return unknown_column(section)
+        return unknown_column(section, COLUMNS)
 
     def known_names(self, name: str, data_format: str, reads: Reads) -> Iterable[str]:
         """The names that are read in a record."""

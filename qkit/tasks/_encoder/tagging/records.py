@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
-from qkit.core.errors import listed, nearest, short
+from qkit.core.errors import listed, short
 from qkit.plugins.example import RowError, TaggedWords
 from qkit.recipe.schema import Data
+from qkit.tasks._columns import column_of, left_over, missing, not_there
 from qkit.tasks._encoder.tagging.spans import Span, tags_of_spans
 from qkit.tasks._encoder.tagging.words import word_offsets
 from qkit.tasks._texts import check_characters
@@ -22,6 +22,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "spans": ("spans", "entities"),
 }
 KNOWN = frozenset(name for names in COLUMNS.values() for name in names)
+WORDS, SPANS = "words", "spans"
+FORMS: Mapping[str, tuple[str, str]] = {WORDS: ("words", "tags"), SPANS: ("text", "spans")}  # those first that win
 SPAN_KEYS = ("start", "end", "label")
 
 
@@ -31,40 +33,29 @@ def tagged_words(record: Mapping[str, Any], section: Data) -> TaggedWords:
     Raises:
         RowError: a column is missing, there are not as many tags as words, or a span does not fit the text.
     """
-    places = {ours: _column(ours, record, section) for ours in COLUMNS}
-    pair = next((pair for pair in (("words", "tags"), ("text", "spans")) if all(places[name] for name in pair)), None)
-    if pair is None:
+    read_in = form_of(record, section)
+    if read_in is None:
         raise RowError(_missing(record, section))
-    first, second = (str(places[name]) for name in pair)
-    read = _listed_words if pair[0] == "words" else _words_of_text
+    first, second = (str(column_of(name, record, section, COLUMNS)) for name in FORMS[read_in])
+    read = _words_of_text if read_in == SPANS else _listed_words
     words, tags = read(record[first], record[second], first, second)
     if not words:
         raise RowError(f"{first} has no words", "empty")
     check_characters(" ".join(words), first, section)
-    rest = [name for name in record if name not in (first, second) and record[name] not in (None, "")]
-    matched = {name: [p for p in section.ignore if fnmatchcase(name, p)] for name in rest}
-    unread = tuple(name for name, patterns in matched.items() if not patterns and not _is_used(name, section))
-    return TaggedWords(words, tags, unread, tuple({p for some in matched.values() for p in some}))
+    return TaggedWords(words, tags, *left_over(record, (first, second), section))
 
 
-def _column(ours: str, record: Mapping[str, Any], section: Data) -> str | None:
-    """The record's column for one of our names, or None."""
-    if ours in section.columns:
-        return section.columns[ours] if section.columns[ours] in record else None
-    taken = {*section.columns.values()}
-    return next((name for name in COLUMNS[ours] if name in record and name not in taken), None)
-
-
-def _is_used(name: str, section: Data) -> bool:
-    """Whether splits go by this column."""
-    return name in {section.columns.get(ours, ours) for ours in (section.group, section.stratify) if ours}
+def form_of(record: Mapping[str, Any], section: Data) -> str | None:
+    """Which of FORMS a record has the columns of, or None."""
+    return next(
+        (form for form, pair in FORMS.items() if all(column_of(name, record, section, COLUMNS) for name in pair)), None
+    )
 
 
 def _missing(record: Mapping[str, Any], section: Data) -> str:
     for ours, theirs in section.columns.items():
         if ours in COLUMNS and theirs not in record:
-            close = nearest(theirs, list(record))
-            return f"has no column {short(repr(theirs))} (data.columns maps {ours} to it){close}; it has the columns {listed(record)}"
+            return not_there(ours, record, section)
     return (
         f"has the columns {listed(record)}; it must have words and tags ({', '.join(COLUMNS['words'])}; {', '.join(COLUMNS['tags'])}), "
         f"or a text and spans ({', '.join(COLUMNS['text'])}; {', '.join(COLUMNS['spans'])}); data.columns maps others, such as "
@@ -142,23 +133,17 @@ def _span(span: Any, column: str) -> Span:
     )
 
 
-def text_of(record: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
-    """The sentence of a record without its tags: its words with spaces between them, or its text."""
-    for ours in ("words", "text"):
-        for name in (columns[ours],) if ours in columns else COLUMNS[ours]:
-            if name in record:
-                value = record[name]
-                return " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-    return None
+def request_of(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The `tokens` or the `text` of a record without its tags, or of a prepared row; a text is not checked.
 
+    `columns`: which of its columns these are, where they have other names than in data sets; if one is mapped, no other is read.
 
-def unknown_column(section: Data) -> str:
-    """The error for the first name in data.columns that nothing reads; "" if all are read."""
-    known = sorted({*COLUMNS, *filter(None, (section.group, section.stratify))})
-    for ours, theirs in section.columns.items():
-        if ours not in known:
-            return (
-                f"data.columns maps {short(repr(ours))} to {short(repr(theirs))}, but {short(repr(ours))} is not a name that this task "
-                f"reads{nearest(ours, known)}; it reads {', '.join(known)}"
-            )
-    return ""
+    Raises:
+        RowError: there is no such column, or its words are no list.
+    """
+    section = Data.model_construct(columns=dict(columns))
+    wanted = [ours for ours in ("words", "text") if ours in columns] or ["words", "text"]
+    for ours in wanted:
+        if place := column_of(ours, record, section, COLUMNS):
+            return {"tokens": list(_list(record[place], place))} if ours == "words" else {"text": record[place]}
+    raise RowError(missing(wanted[-1], record, section, COLUMNS))

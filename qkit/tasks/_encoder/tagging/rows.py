@@ -12,7 +12,9 @@ from qkit.core.batching import IGNORED
 from qkit.plugins.checks import SetRow
 from qkit.plugins.runtime import TextRow
 from qkit.recipe.schema import SPLITS
+from qkit.tasks._encoder.tagging.records import SPANS
 from qkit.tasks._encoder.tagging.schemes import BEGINS, NO_TYPE, OUTSIDE, Scheme, entities, parts, recognise
+from qkit.tasks._encoder.tagging.words import BY_KIND, BY_SPACE, DIVIDED
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,7 +47,8 @@ def names_of(types: Iterable[str]) -> list[str]:
 
 
 def labels(rows: Sequence[SetRow]) -> dict[str, Any]:
-    """The content of labels.json: `names`, `rows` (words with each tag by split), `entities` (of each type by split), and the `scheme` read.
+    """The content of labels.json: `names`, `rows` (words with each tag by split), `entities` (of each type by split), the `scheme` read,
+    and `divided`: what divides a raw text into words as in training, see words.DIVISIONS.
 
     Raises:
         DataError: the tags are of several schemes.
@@ -67,6 +70,7 @@ def labels(rows: Sequence[SetRow]) -> dict[str, Any]:
         },
         "entities": {split: dict(sorted(found[split].items())) for split in SPLITS},
         "scheme": str(scheme),
+        DIVIDED: BY_KIND if any(row.split == "train" and row.format == SPANS for row in rows) else BY_SPACE,
     }
 
 

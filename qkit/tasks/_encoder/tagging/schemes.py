@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from qkit.core.errors import DataError, listed
-from qkit.plugins.example import RowError
 
 OUTSIDE = "O"
 NO_TYPE = "_"
@@ -156,27 +155,6 @@ def constraint(tags: Sequence[str], scheme: Scheme) -> Constraint:
         tuple(tuple(follows(before, tag, scheme) for tag in tags) for before in tags),
         tuple(follows(tag, OUTSIDE, scheme) for tag in tags),
     )
-
-
-def to_iob2(tags: Sequence[str], scheme: Scheme) -> tuple[str, ...]:
-    """Return the tags in IOB2. Plain tags are read as types: neighbouring words of one type become one entity, as in IO.
-
-    Raises:
-        RowError: the tags violate their scheme.
-    """
-    if wrong := violations(tags, scheme):
-        raise RowError(wrong[0].message)
-    known = [parts(tag, scheme) for tag in tags]
-    return tuple(_iob2(before, tag) for before, tag in zip([(OUTSIDE, ""), *known], known, strict=False))
-
-
-def _iob2(before: tuple[str, str], tag: tuple[str, str]) -> str:
-    """A tag of a valid sequence: an entity begins where its tag says so, after an `O`, and where the type changes."""
-    position, kind = tag
-    if position == OUTSIDE:
-        return OUTSIDE
-    begins = position in BEGINS or before[0] == OUTSIDE or before[1] != kind
-    return ("B" if begins else "I") + ("" if kind == NO_TYPE else f"-{kind}")
 
 
 def entities(tags: Sequence[str]) -> tuple[Entity, ...]:

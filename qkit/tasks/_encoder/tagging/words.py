@@ -1,11 +1,13 @@
-"""Divides a text into words: runs of letters, digits and their marks; every other sign is a word of its own.
+"""Divides a text into words: at white space, or into runs of letters, digits and their marks, where every other sign is a word of its own.
 
-So a span rarely begins or ends within a word. In scripts that write no spaces between words, each sign is one.
+By the latter, a span rarely begins or ends within a word. In scripts that write no spaces between words, each sign is one.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 ALONE = (  # first and last code point of Thai and Lao, kana, and Chinese characters
@@ -19,6 +21,16 @@ def word_offsets(text: str) -> list[tuple[int, int]]:
     begins = [place for place in range(len(text)) if not text[place].isspace() and _begins(text, place)]
     bounds = [*begins, len(text)]
     return [(begin, begin + len(text[begin:end].rstrip())) for begin, end in pairwise(bounds)]
+
+
+def spaced_offsets(text: str) -> list[tuple[int, int]]:
+    """Return begin and end of what white space parts, in code points."""
+    return [match.span() for match in re.finditer(r"\S+", text)]
+
+
+DIVIDED = "divided"  # the key in labels.json, of one of DIVISIONS
+BY_KIND, BY_SPACE = "by kind of character", "at white space"
+DIVISIONS: Mapping[str, Callable[[str], list[tuple[int, int]]]] = {BY_KIND: word_offsets, BY_SPACE: spaced_offsets}
 
 
 def _begins(text: str, place: int) -> bool:
