@@ -241,7 +241,7 @@ def test_what_changes_nothing_is_let_through(client: TestClient, extra: dict[str
     ("body", "status", "param", "said"),
     [
         ({"input": "apple", "model": "other"}, 404, "model", "`other` does not exist; this server has `m`"),
-        ({}, 400, "input", "either `input`, or `text` and `pair`"),
+        ({}, 400, "input", "either `input`, or its fields (`text`, `pair`)"),
         ({"input": "apple", "text": "pear"}, 400, "input", "either"),
         ({"input": []}, 400, "input", "empty list"),
         ({"input": ["apple", " "]}, 400, "input", "`input[1]`: text is empty"),

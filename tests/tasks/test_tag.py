@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers.paths import RECIPES
+from helpers.served import serving
 from helpers.tiny_labelled import WORDS, build_model
 from helpers.tiny_tagged import TAGS, Sentence, sentences, tagged_run, write_conll
 from qkit import pipeline
@@ -312,6 +314,24 @@ def test_the_contract_finds(copied: Run, spoil: Callable[[Path], None], name: st
     checks = {check.name: check for check in label_contract.check_folder(copied, copied.folder("merge")).checks}
     assert [key for key, check in checks.items() if check.status != "ok"] == [name]
     assert said in checks[name].detail
+
+
+@pytest.mark.slow
+def test_a_server_is_checked_with_the_words_of_training(model: Path, tmp_path: Path) -> None:
+    """Also with words that contain white space."""
+    rows = [((*words, "den fin"), (*tags, "O")) for words, tags in sentences(96)]
+    sections = {"train": {"max_steps": 20, "learning_rate": 3e-3, "save_steps": 20}, "data": {"max_length": 24}}
+    run = tagged_run(tmp_path, model, given=rows, **sections, export={"formats": ["onnx-fp32"]})
+    for stage in ("data", "train", "evaluate", "merge", "export"):
+        pipeline.execute(run, stage)
+    records = held_out_of(run).records
+    requests = [open_task("tag").request(record, {}) for record in records]
+    with serving(tmp_path, run.folder("export") / "onnx-fp32", env={"VLLM_API_KEY": ""}) as running:
+        checks = label_contract.check_server(run, running.url).checks
+        answers = httpx.post(f"{running.url}/tag", json={"input": requests}, timeout=60).json()["data"]
+    assert [(check.name, check.status) for check in checks] == [("tokens", "ok"), ("labels", "ok"), ("answers", "ok")]
+    assert [answer["words"] for answer in answers] == [record["words"] for record in records]
+    assert all(answer["words"][-1] == "den fin" for answer in answers)
 
 
 # --- other ways -------------------------------------------------------------------------------------------------------

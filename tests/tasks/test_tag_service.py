@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from helpers.tiny_labelled import build_tokenizer
+from qkit.commands.predict import servers
+from qkit.measure import label_contract
 from qkit.plugins.example import RowError
 from qkit.plugins.task import Prepared, open_task
+from qkit.server.labels.requests import requests_of
 from qkit.tasks._encoder.tagging.service import TagService
 from qkit.tasks._encoder.tagging.words import BY_KIND
 
@@ -88,6 +91,16 @@ def test_tokens_are_taken_as_they_are() -> None:
     (prepared,) = service.prepare([{"tokens": ["ban", "plum pear", "ben"]}])
     (same,) = service.prepare([{"text": "ban plum pear ben"}])
     assert isinstance(prepared, Prepared) and isinstance(same, Prepared) and prepared.rows == same.rows
+
+
+@pytest.mark.parametrize("body", [{"input": [{"tokens": ["ban", "a b"]}]}, {"tokens": ["ban", "a b"]}])
+def test_a_server_reads_tokens(body: dict[str, Any]) -> None:
+    """As the serve contract and `qkit predict` send them, and in place of `input`."""
+    service = TagService(build_tokenizer(), NAMES, 32)
+    assert requests_of(body, service, "m") == [{"tokens": ["ban", "a b"]}]
+    for sent in (label_contract._input, servers._input):
+        assert sent({"tokens": ["ban", "a b"]}) == {"tokens": ["ban", "a b"]} and sent({"text": "ban"}) == "ban"
+        assert sent({"text": "ban", "pair": "ben"}) == {"text": "ban", "pair": "ben"}
 
 
 def test_an_entity_has_the_text_as_it_was_sent() -> None:
