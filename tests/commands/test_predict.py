@@ -353,3 +353,26 @@ def test_header_names_come_from_the_first_answer(tmp_path: Path) -> None:
     made.write(5, {}, {"entities": [{"type": "PER"}]})
     made.close()
     assert (tmp_path / "a.tsv").read_text() == 'line\tentities\terror\n3\t\twhy\n5\t"[{""type"": ""PER""}]"\t\n'
+
+
+def test_a_table_of_errors_gets_the_columns_of_the_first_answer_after_a_restart(tmp_path: Path) -> None:
+    odd, even = json.dumps({"text": "x" * 13, "note": 'a "b"\nc'}), json.dumps({"text": "xy", "note": ""})
+    rows = "\n".join([odd] * 5 + [even] * 3 + [odd])
+    run(tmp_path, rows, Counting(), "whole.csv", keep=("note",))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, rows, Counting(fail_after=1), "out.csv", keep=("note",))
+    assert (tmp_path / "out.csv").read_text().startswith("line,note,error\n1,")
+    result = run(tmp_path, rows, Counting(), "out.csv", keep=("note",))
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes() and result.skipped == 4
+    made = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text())))
+    assert [line["probabilities.a"] for line in made] == ["", "", "", "", "", "2", "2", "2", ""]
+
+
+def test_a_table_refuses_what_it_has_no_column_for(tmp_path: Path) -> None:
+    made = sink.Sink(str(tmp_path / "a.csv"))
+    made.write(1, {"meta": {"x": 1}}, {"label": "a"})
+    made.write(2, {"meta": None}, {"error": "why"})
+    with pytest.raises(UserError, match=r"a\.csv: record 3 has meta\.y, score, for which the table has no column"):
+        made.write(3, {"meta": {"x": 2, "y": 3}}, {"label": "b", "score": 1})
+    made.close()
+    assert (tmp_path / "a.csv").read_text() == "line,meta.x,label,error\n1,1,a,\n2,,,why\n"
