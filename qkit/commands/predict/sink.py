@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +16,35 @@ STDOUT = "-"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", *DELIMITERS)
 LINE, ERROR = "line", "error"
+
+
+def check_name(out: str) -> None:
+    """Refuse an output of another kind.
+
+    Raises:
+        UserError: its suffix is not one of SUFFIXES.
+    """
+    if out != STDOUT and Path(out).suffix not in SUFFIXES:
+        raise UserError(f"--out {out}: must end in {', '.join(SUFFIXES)}, or be - for JSON lines on standard output")
+
+
+def kept_names(columns: Sequence[str], answers: Collection[str], out: str) -> dict[str, str]:
+    """Under which name each kept column is written: its own, or `input.NAME` where a line has that name already. `answers`: keys of answers.
+
+    In a table, an answer's key may be several columns, KEY.NAME.
+
+    Raises:
+        UserError: two columns would have one name.
+    """
+    taken, is_table = {LINE, ERROR, *answers}, Path(out).suffix in DELIMITERS
+    clashes = {name for name in columns if name in taken or (is_table and name.partition(".")[0] in taken)}
+    kept = {name: f"input.{name}" if name in clashes else name for name in columns}
+    twice = {name for name in clashes if kept[name] in columns}
+    if twice:
+        raise UserError(
+            f"--keep {listed(twice)}: is written as input.NAME, which is kept too; rename one of the columns"
+        )
+    return kept
 
 
 class Sink:
@@ -35,10 +64,7 @@ class Sink:
         if out == STDOUT:
             self.file: IO[str] = sys.stdout
             return
-        if Path(out).suffix not in SUFFIXES:
-            raise UserError(
-                f"--out {out}: must end in {', '.join(SUFFIXES)}, or be - for JSON lines on standard output"
-            )
+        check_name(out)
         path = Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not overwrite:
@@ -48,7 +74,7 @@ class Sink:
     def _continue(self, path: Path) -> None:
         """Read what an earlier attempt wrote, and cut off its last line if that is not complete."""
         size, parsed = 0, None
-        for size, parsed in self._complete(path):
+        for size, parsed in self._complete(path):  # noqa: B007 (the last one counts)
             self.done += 1
             if parsed is not None:
                 self._hold(parsed)
