@@ -217,7 +217,7 @@ def _of_run(run: Path, epochs: float) -> dict[str, Any]:
         "seconds": last["seconds"],
         "steps": last["step"],
         "rows_per_second": rows * epochs / last["seconds"],
-        "trainable_parameters": memory["measured"]["adapter"] // 4,  # trained weights are fp32
+        "trainable_parameters": memory["trained_parameters"],
         "planned_peak_bytes": sum(memory["predicted"].values()) or None,  # None: not planned
         "peak_rss_bytes": memory["measured_peak_bytes"],
         "stage_seconds": {name: stage["seconds"] for name, stage in read_json(run / "run.json")["stages"].items()},

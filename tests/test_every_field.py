@@ -126,7 +126,7 @@ TABLE: dict[str, Line | Place] = {
         for name in schema.Bottleneck.model_fields
     },
     "Recipe.peft": ("model/adapters/methods.py", "recipe.peft.items()"),
-    "Head.dropout": ("model/load.py", "recipe.head.dropout"),
+    "Head.dropout": ("model/load.py", "section.dropout"),
     "Head.pooling": ("model/load.py", "recipe.head.pooling"),
     "Head.layers": ("model/pooled_head.py", 'settings["layers"]'),
     "Head.activation": ("model/pooled_head.py", 'settings["activation"]'),

@@ -122,7 +122,9 @@ def _entry(sourced: Sourced, example: Example | RowError, recipe: Recipe, task: 
         entry.key if identity.group is None else near_duplicates.digest(near_duplicates.normalized(identity.group))
     )
     entry.group = together if group is None else near_duplicates.digest(str(group))
-    entry.label = _label(value, recipe) or (identity.label if recipe.data.stratify == LABEL else None)
+    by_label = recipe.data.stratify == LABEL
+    own = by_label and not task.HEAD.generates  # the task knows its labels: numbers, for one, are not stratified by
+    entry.label = (None if own else _label(value, recipe)) or (identity.label if by_label else None)
     entry.near = near_duplicates.signature(identity.distinctive)
     return entry
 

@@ -32,10 +32,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-HEAD_KEY = "pooled_head"  # in the config.json of a model with a head that pools (pooled_head.py)
-# What the configurations of transformers call the dropout of a head
-HEAD_DROPOUTS = ("classifier_dropout", "seq_classif_dropout", "cls_dropout", "qa_dropout", "classifier_dropout_prob")
 NO_SDPA = "scaled_dot_product_attention"  # in transformers' error for a model without this attention
+HEAD_KEY = "pooled_head"  # in the config.json of a model with a head that pools (pooled_head.py)
 
 
 def load_base(folder: Path, recipe: schema.Recipe, device: Device, labels: Sequence[str] = ()) -> PreTrainedModel:
@@ -93,32 +91,61 @@ def class_of(folder: Path, head: ModelHead) -> Any:
 
 
 def _opener(folder: Path, recipe: schema.Recipe) -> Callable[..., Any]:
-    """What opens the base model, or a trained one, with the head that the recipe wants."""
-    model_class = class_of(folder, open_task(recipe.task).HEAD)
-    if recipe.head.pooling is None or HEAD_KEY in read_json(folder / "config.json"):
-        return partial(_with_dropout, model_class.from_pretrained, recipe.head.dropout)
-    return partial(_pooled, recipe.head)
-
-
-def _with_dropout(open_folder: Callable[..., Any], dropout: float | None, folder: str, **options: Any) -> Any:
-    """A model whose own head has this dropout.
+    """What opens the base model, or a trained one, with the head that the recipe wants.
 
     Raises:
-        ModelError: it has no dropout in its head.
+        ModelError: the base has a head that pools, and the recipe wants another one.
     """
-    if dropout is None:
-        return open_folder(folder, **options)
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=options.get("trust_remote_code", False))
-    keys = [key for key in HEAD_DROPOUTS if hasattr(config, key)]
-    if not keys and not hasattr(config, HEAD_KEY):
+    model_class = class_of(folder, open_task(recipe.task).HEAD)
+    stored = {} if recipe.head.pooling is None else read_json(folder / "config.json").get(HEAD_KEY)
+    if stored is None:
+        return partial(_pooled, recipe.head)
+    wanted = recipe.head.model_dump(exclude={"dropout"})
+    if stored and any(stored[name] != value for name, value in wanted.items()):
         raise ModelError(
-            f"{folder}: the head of a {config.model_type} has no dropout of its own; remove head.dropout, or set head.pooling, which gives it "
-            "a head that has",
+            f"{folder}: the model has a head of its own with {_listed(stored)}; the recipe's section head says {_listed(wanted)}: make "
+            "them the same, or use the model that it was trained from",
             source=folder,
         )
-    return open_folder(folder, **options, **dict.fromkeys(keys, dropout))
+    return partial(_with_dropout, model_class.from_pretrained, recipe.head)
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if name != "dropout")
+
+
+def _with_dropout(open_folder: Callable[..., Any], section: Head, folder: str, **options: Any) -> Any:
+    """A model whose own head has the dropout of the recipe, and the report on its weights."""
+    model, report = open_folder(folder, **options)
+    set_dropout(model, section)
+    return model, report
+
+
+def set_dropout(model: PreTrainedModel, section: Head) -> None:
+    """Set the dropout of the head, if the recipe has one.
+
+    Configurations name it in many ways, and some have a name that their head does not read: it is set where the head has it.
+
+    Raises:
+        ModelError: the head has no dropout.
+    """
+    import torch
+
+    if section.dropout is None:
+        return
+    body = f"{model.base_model_prefix}."
+    modules = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Dropout) and not name.startswith(body)
+    ]
+    if not modules:
+        raise ModelError(
+            f"head.dropout={section.dropout}: the head of a {type(model).__name__} has no dropout; remove it, or where a text has one label "
+            "set head.pooling, which gives the model a head that has"
+        )
+    for module in modules:
+        module.p = section.dropout
 
 
 def _pooled(section: Head, folder: str, **options: Any) -> Any:

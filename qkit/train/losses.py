@@ -103,7 +103,8 @@ def positive_weights(section: sections.Loss, data: Path) -> torch.Tensor | None:
     labels = json.loads((data / LABELS).read_text(encoding="utf-8"))
     if section.class_weights == "balanced":
         counts = torch.tensor([labels["rows"]["train"][name] for name in labels["names"]], dtype=torch.float32)
-        return (labels["training_rows"] - counts) / counts
+        # At least one: a label that every row has would have no weight, and its output would stay as it began
+        return (labels["training_rows"] - counts).clamp_min(1) / counts
     _need_labels(section.class_weights, labels["names"])
     return torch.tensor([section.class_weights.get(name, 1.0) for name in labels["names"]])
 

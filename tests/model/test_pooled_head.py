@@ -123,23 +123,43 @@ def test_the_body_keeps_its_weights_and_the_head_depends_on_the_seed(tmp_path: P
 # --- dropout and refusals ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "module"), [("bert", "dropout"), ("distilbert", "dropout"), ("roberta", "classifier.dropout")]
-)
-def test_dropout_of_the_head_of_the_architecture(tmp_path: Path, kind: str, module: str) -> None:
+TASKS = {
+    "classify": {"bert": "dropout", "distilbert": "dropout", "roberta": "classifier.dropout"},
+    "tag": {"bert": "dropout", "distilbert": "dropout", "modernbert": "drop", "llama": "dropout"},
+}
+
+
+def loaded(tmp_path: Path, kind: str, task: str, head: dict[str, Any]) -> Any:
     folder = build_model(tmp_path / "model", kind)
-    raw = settings(folder, write_rows(tmp_path / "rows.jsonl", []), head={"dropout": 0.37})
-    model: Any = load.load_base(folder, from_dict(raw, (), "the test"), detect(), ["a", "b"])
-    assert model.get_submodule(module).p == 0.37
+    raw = {**settings(folder, write_rows(tmp_path / "rows.jsonl", []), head=head), "task": task}
+    return load.load_base(folder, from_dict(raw, (), "the test"), detect(), ["a", "b"])
 
 
 @pytest.mark.slow
-def test_a_head_without_dropout(tmp_path: Path) -> None:
-    folder = build_model(tmp_path / "model", "llama")
-    raw = settings(folder, write_rows(tmp_path / "rows.jsonl", []), head={"dropout": 0.37})
-    with pytest.raises(ModelError, match="the head of a llama has no dropout of its own"):
-        load.load_base(folder, from_dict(raw, (), "the test"), detect(), ["a", "b"])
+@pytest.mark.parametrize(("task", "kind"), [(task, kind) for task, kinds in TASKS.items() for kind in kinds])
+def test_dropout_of_the_head_of_the_architecture(tmp_path: Path, task: str, kind: str) -> None:
+    model = loaded(tmp_path, kind, task, {"dropout": 0.37})
+    dropped = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert [name for name, rate in dropped.items() if rate == 0.37] == [TASKS[task][kind]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "kind"), [("classify", "llama"), ("answer", "bert")])
+def test_a_head_without_dropout(tmp_path: Path, task: str, kind: str) -> None:
+    with pytest.raises(ModelError, match=r"head.dropout=0.37: the head of a \w+ has no dropout; remove it"):
+        loaded(tmp_path, kind, task, {"dropout": 0.37})
+
+
+@pytest.mark.slow
+def test_a_base_with_a_head_that_pools_otherwise(tmp_path: Path) -> None:
+    run = finished(tmp_path / "first", "bert", method="full", head={"pooling": "mean"})
+    rows = write_rows(tmp_path / "rows.jsonl", [])
+    other = from_dict(settings(run.folder("merge"), rows, head={"pooling": "cls"}), (), "the test")
+    with pytest.raises(ModelError, match=r"has a head of its own with .*pooling mean; .* head says pooling cls"):
+        load.load_base(run.folder("merge"), other, detect(), ["fruit", "tree", "wood"])
+    same = from_dict(settings(run.folder("merge"), rows, head={"pooling": "mean", "dropout": 0.2}), (), "the test")
+    model: Any = load.load_base(run.folder("merge"), same, detect(), ["fruit", "tree", "wood"])
+    assert model.pooling == "mean" and model.head.dropout.p == 0.2
 
 
 @pytest.mark.parametrize(

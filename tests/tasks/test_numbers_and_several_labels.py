@@ -263,6 +263,13 @@ def test_weights_of_several_labels_are_pos_weights(tmp_path: Path) -> None:
     assert torch.allclose(smooth, binary_cross_entropy_with_logits(logits, labels * 0.8 + 0.1, reduction="none"))
 
 
+def test_a_label_of_every_row_still_counts(tmp_path: Path) -> None:
+    content = {"names": ["a", "b"], "rows": {"train": {"a": 10, "b": 2}}, "training_rows": 10}
+    (tmp_path / "labels.json").write_text(json.dumps(content), encoding="utf-8")
+    weights = losses.positive_weights(Loss(name="bce", class_weights="balanced"), tmp_path)
+    assert weights is not None and weights.tolist() == [pytest.approx(0.1), 4.0]
+
+
 def test_huber_is_linear_beyond_delta(tmp_path: Path) -> None:
     loss = losses.open_loss(Loss(name="huber", delta=0.5), tmp_path)
     errors = torch.tensor([[0.25], [3.0]])

@@ -92,3 +92,13 @@ def test_settings_that_peft_refuses_are_named(model: Path, tmp_path: Path) -> No
 def test_the_kind_must_be_said(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"method=peft needs peft\.peft_type"):
         recipe_of(tmp_path, method="peft")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_prompts_before_a_head_that_looks_for_tokens(tmp_path: Path, kind: str) -> None:
+    llama = build_model(tmp_path / "llama", "llama")
+    base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=3)
+    recipe = recipe_of(tmp_path, method="peft", peft={"peft_type": kind, "num_virtual_tokens": 4})
+    with pytest.raises(RecipeError, match="would read padding behind a prompt that was learned"):
+        methods._with_any(base, ["score"], recipe)

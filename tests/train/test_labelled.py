@@ -20,6 +20,7 @@ from helpers.training import Heard, _json
 from qkit import pipeline
 from qkit.core.device import detect
 from qkit.core.errors import StageFailed
+from qkit.model.adapters import new_heads
 from qkit.run.directory import Run
 from qkit.train import losses
 from qkit.train import stage as train_stage
@@ -211,3 +212,9 @@ def test_a_head_that_the_base_has_already_is_named(model: Path, tmp_path: Path) 
     again = Heard()
     pipeline.execute(prepared(tmp_path / "third", model, again, method="full", train={"max_steps": 2}), "train")
     assert not any("has a head already" in line for line in again.lines)
+
+
+def test_a_head_for_masked_words_is_not_one_for_labels(tmp_path: Path) -> None:
+    folder = build_model(tmp_path / "model", "modernbert", "AutoModelForMaskedLM")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert "head" in new_heads.of(model, folder) and not new_heads.stored(model, folder)

@@ -87,7 +87,7 @@ def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> Peft
     Raises:
         RecipeError: PEFT does not know the kind or a field, or cannot put it on this model.
     """
-    from peft import get_peft_model
+    from peft import PromptLearningConfig, get_peft_model
 
     config_class = peft_config_class(recipe.peft["peft_type"])
     fields = {name: value for name, value in recipe.peft.items() if name != "peft_type"}
@@ -101,12 +101,22 @@ def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> Peft
         "exclude_modules": "|".join(rf"{re.escape(name)}(\..*)?" for name in new),
         "task_type": open_task(recipe.task).HEAD.peft_task_type,
     }
+    if issubclass(config_class, PromptLearningConfig) and _finds_tokens(base):
+        raise RecipeError(
+            f"peft.peft_type={recipe.peft['peft_type']}: the head of {type(base).__name__} looks for tokens by their place in a row, and would "
+            "read padding behind a prompt that was learned; use a kind of adapter that changes layers, such as IA3"
+        )
     try:
         config = config_class(**{**{name: value for name, value in of_head.items() if name in known}, **fields})
         adapted: PeftModel = get_peft_model(base, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RecipeError(f"peft: {config_class.__name__} refuses its settings for this model: {error}") from error
     return adapted
+
+
+def _finds_tokens(base: PreTrainedModel) -> bool:
+    """Whether the head reads the last token of a decoder, or pools all tokens."""
+    return hasattr(base, "score") or hasattr(base.config, "pooled_head")
 
 
 def peft_config_class(kind: str) -> Any:

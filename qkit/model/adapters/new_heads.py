@@ -31,10 +31,14 @@ def of(model: PreTrainedModel, folder: Path | None) -> list[str]:
 
 
 def stored(model: PreTrainedModel, folder: Path) -> list[str]:
-    """Names of the modules of the head whose weights are in the checkpoint after all: it was trained for labels already."""
+    """Names of the modules of the head whose weights are all in the checkpoint: it was trained for labels already.
+
+    A part alone does not say so: the head of ModernBERT for masked words has a module of the same name as that for labels.
+    """
     parts = [name for name in of(model, folder) if name != f"{model.base_model_prefix}.{POOLER}"]
     names = {name for shard in shards(folder) for name in tensor_specs(shard)}
-    return [part for part in parts if any(name.startswith(f"{part}.") for name in names)]
+    needed = [name for name, _ in model.named_parameters() if name.startswith(tuple(f"{part}." for part in parts))]
+    return parts if names >= {*needed} else []
 
 
 def names_of(folder: Path, head: ModelHead) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
 from qkit.model.adapters import methods, new_heads
-from qkit.model.load import HEAD_DROPOUTS, HEAD_KEY
+from qkit.model.load import HEAD_KEY, set_dropout
 from qkit.plan._traced import kernels
 from qkit.plan._traced.head import NewHead
 from qkit.plugins.task import open_task
@@ -31,6 +31,7 @@ def built(recipe: Recipe, head: NewHead) -> Any:
         ModelError: transformers has no such model with this head, or the method has no place in it.
     """
     model = _bare(recipe, head)
+    set_dropout(model, recipe.head)
     new = new_heads.of(model, head.folder)
     if recipe.quantization.load_in_4bit:
         kernels.quantize(model, new, recipe.quantization)
@@ -115,15 +116,11 @@ def _config(recipe: Recipe, head: NewHead) -> Any:
 
 
 def _set_head(config: Any, section: Head) -> None:
-    """Put what the recipe says of the head into the config: a head that pools, or the dropout of the model's own."""
+    """Put a head that pools into the config, if the recipe wants one."""
     if section.pooling is not None and not hasattr(config, HEAD_KEY):
         default = getattr(config, "hidden_dropout_prob", 0.0)
         dropout = default if section.dropout is None else section.dropout
         setattr(config, HEAD_KEY, {**section.model_dump(), "dropout": dropout})
-    elif section.dropout is not None:
-        for key in HEAD_DROPOUTS:
-            if hasattr(config, key):
-                setattr(config, key, section.dropout)
 
 
 def _pooled_class() -> Any:
