@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ import pytest
 from helpers.command import qkit_here
 from helpers.labels_served import exported_run
 from helpers.served import KEY, serving
-from helpers.tiny_labelled import LABELS, text
+from helpers.tiny_labelled import LABELS, settings, text
 from qkit.commands.predict import predict as predicting
-from qkit.commands.predict import servers, sink, source
+from qkit.commands.predict import servers, sink, source, targets
+from qkit.commands.predict.job import Job
 from qkit.commands.predict.predictors import Answer, Predictor
+from qkit.commands.predict.targets import Target
 from qkit.core.errors import DataError, MissingArtifact, UserError
 from qkit.core.progress import Progress
 from qkit.plugins.example import RowError
 from qkit.plugins.task import open_task
+from qkit.recipe.load import load
 from qkit.run.directory import Run
 
 TEXTS = [text(number) for number in range(30)]
@@ -47,16 +51,22 @@ class Counting(Predictor):
         sizes = [len(request["text"]) for request in requests]
         return [RowError("is odd") if n == 13 else {"label": "a", "probabilities": {"b": 0.5, "a": n}} for n in sizes]
 
+    def names(self, example: Mapping[str, Any]) -> Collection[str]:
+        return ("label", "probabilities")
+
 
 def run(
-    tmp_path: Path, rows: str, predictor: Predictor, out: str = "out.jsonl", suffix: str = ".jsonl", **job: Any
-) -> Any:
-    """Predict a file with this content."""
+    tmp_path: Path, rows: str, predictor: Predictor, out: str = "out.jsonl", suffix: str = ".jsonl",
+    target: Mapping[str, Any] | None = None, **job: Any,
+) -> Any:  # fmt: skip
+    """Predict a file with this content. `target`: what else is known of the model."""
     file = tmp_path / f"rows{suffix}"
     file.write_text(rows, encoding="utf-8", newline="")
-    made = predicting.Job("the target", str(file), str(tmp_path / out), **{"columns": {}, **job})
+    made = Job("the target", str(file), str(tmp_path / out), **{"columns": {}, **job})
+    known: dict[str, Any] = {"weights": "w", "options": {"top_k": made.top_k}, **(target or {})}
+    model = Target("the model", "/the/target", task=open_task("classify"), open=lambda: predictor, **known)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predicting, "_of_folder", lambda *_: ("the model", open_task("classify"), predictor))
+        patch.setattr(predicting, "resolve", lambda _: model)
         return predicting.run(made, Progress())
 
 
@@ -191,7 +201,7 @@ def test_a_folder_that_does_not_say_what_it_is_for(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(ROWS)
     with pytest.raises(MissingArtifact, match="not an artifact that says what it is for"):
-        predicting.run(predicting.Job(str(tmp_path), str(file), str(tmp_path / "o.jsonl"), {}), Progress())
+        predicting.run(Job(str(tmp_path), str(file), str(tmp_path / "o.jsonl"), {}), Progress())
 
 
 # --- real models ------------------------------------------------------------------------------------------------------
@@ -302,7 +312,7 @@ def test_options_of_another_kind_of_model_are_refused(trained_run: Run, tmp_path
     done = qkit_here("predict", trained_run.root, file, "--out", tmp_path / "o.jsonl", "--top-k", 2)
     assert done.returncode == 2 and "--top-k: no effect with a model that generates text" in done.stderr
     with pytest.raises(UserError, match="--max-new-tokens: no effect with labels"):
-        predicting._check_options(predicting.Job("t", "f", "o", {}, max_new_tokens=3), labelled=True)
+        targets.check_options(Job("t", "f", "o", {}, max_new_tokens=3), open_task("classify"))
 
 
 def test_one_bad_text_does_not_fail_those_that_are_sent_with_it() -> None:
@@ -353,3 +363,133 @@ def test_header_names_come_from_the_first_answer(tmp_path: Path) -> None:
     made.write(5, {}, {"entities": [{"type": "PER"}]})
     made.close()
     assert (tmp_path / "a.tsv").read_text() == 'line\tentities\terror\n3\t\twhy\n5\t"[{""type"": ""PER""}]"\t\n'
+
+
+def test_a_table_of_errors_gets_the_columns_of_the_first_answer_after_a_restart(tmp_path: Path) -> None:
+    odd, even = json.dumps({"text": "x" * 13, "note": 'a "b"\nc'}), json.dumps({"text": "xy", "note": ""})
+    rows = "\n".join([odd] * 5 + [even] * 3 + [odd])
+    run(tmp_path, rows, Counting(), "whole.csv", keep=("note",))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, rows, Counting(fail_after=1), "out.csv", keep=("note",))
+    assert (tmp_path / "out.csv").read_text().startswith("line,note,error\n1,")
+    result = run(tmp_path, rows, Counting(), "out.csv", keep=("note",))
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes() and result.skipped == 4
+    made = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text())))
+    assert [line["probabilities.a"] for line in made] == ["", "", "", "", "", "2", "2", "2", ""]
+
+
+def test_a_table_refuses_what_it_has_no_column_for(tmp_path: Path) -> None:
+    made = sink.Sink(str(tmp_path / "a.csv"))
+    made.write(1, {"meta": {"x": 1}}, {"label": "a"})
+    made.write(2, {"meta": None}, {"error": "why"})
+    with pytest.raises(UserError, match=r"a\.csv: record 3 has meta\.y, score, for which the table has no column"):
+        made.write(3, {"meta": {"x": 2, "y": 3}}, {"label": "b", "score": 1})
+    made.close()
+    assert (tmp_path / "a.csv").read_text() == "line,meta.x,label,error\n1,1,a,\n2,,,why\n"
+
+
+def test_columns_of_the_recipe_count_where_the_file_has_them(tmp_path: Path) -> None:
+    rows = '{"body": "xy", "content": "xyz"}\n{"content": "xyz"}\n{"text": "x", "body": "xy"}\n'
+    sizes = {}
+    for name, columns in (("default", {}), ("other", {"text": "content"})):
+        run(tmp_path, rows, Counting(), f"{name}.jsonl", target={"columns": {"text": "body"}}, columns=columns)
+        sizes[name] = [line.get("probabilities", {}).get("a") for line in lines(tmp_path / f"{name}.jsonl")]
+    assert sizes == {"default": [2, 3, 2], "other": [3, 3, None]}
+    assert "has no column 'content'" in lines(tmp_path / "other.jsonl")[2]["error"]
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "known"),
+    [("classify", "txt", "text"), ("answer", "contxt", "context"), ("chat", "promt", "prompt")],
+)
+def test_a_name_that_the_task_does_not_read_is_refused(task: str, name: str, known: str) -> None:
+    with pytest.raises(UserError, match=rf"^--column maps '{name}' to 'body', .*{known}"):
+        targets.check_options(Job("t", "f", "o", {name: "body"}), open_task(task))
+    targets.check_options(Job("t", "f", "o", {known: "body"}), open_task(task))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": {"weights": "others"}}, 'weights "w", now "others"'),
+        ({"keep": ("id",)}, r'--keep \[\], now \["id"\]'),
+        ({"columns": {"text": "id"}}, r'--column \{\}, now \{"text": "id"\}'),
+        ({"top_k": 1}, "top_k -1, now 1"),
+        ({"rows": ROWS.replace("r9", "s9")}, 'sha256 of the file "[0-9a-f]+", now "[0-9a-f]+"'),
+    ],
+)
+def test_an_output_made_with_something_else_is_not_continued(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, ROWS, Counting(fail_after=1))
+    written = (tmp_path / "out.jsonl").read_bytes()
+    other = {"rows": ROWS, **change}
+    with pytest.raises(UserError, match=rf"it exists, and was made with {message}; .* set --overwrite"):
+        run(tmp_path, predictor=Counting(), **other)
+    assert (tmp_path / "out.jsonl").read_bytes() == written
+    assert run(tmp_path, ROWS, Counting()).skipped == 4
+    assert run(tmp_path, ROWS, Counting()).rows == 0  # it is known to be finished
+    assert run(tmp_path, predictor=Counting(), overwrite=True, **other).rows == 10
+    assert run(tmp_path, predictor=Counting(), **other).skipped == 10
+
+
+def test_an_output_without_its_state_is_not_continued(tmp_path: Path) -> None:
+    run(tmp_path, ROWS, Counting())
+    for damage in ("", "[]", None):
+        state = tmp_path / "out.jsonl.state"
+        state.unlink() if damage is None else state.write_text(damage)
+        with pytest.raises(
+            UserError, match=r"no out\.jsonl\.state beside it says with what it was made; .* --overwrite"
+        ):
+            run(tmp_path, ROWS, Counting())
+    (tmp_path / "out.jsonl").write_text("")
+    assert run(tmp_path, ROWS, Counting()).rows == 10
+
+
+def test_kept_columns_and_answers_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    rows = (
+        '{"text": "xxxxxxxxxxxxx", "label": "was", "line": 70, "error": 1}\n{"text": "xy", "label": "is", "line": 80}\n'
+    )
+    keep = ("label", "line", "error", "text")
+    run(tmp_path, rows, Counting(), keep=keep)
+    bad, good = lines(tmp_path / "out.jsonl")
+    kept = {"line": 1, "input.label": "was", "input.line": 70, "input.error": 1, "text": "x" * 13}
+    assert bad == {**kept, "error": "is odd"}
+    assert (good["line"], good["input.line"], good["label"], good["input.label"]) == (2, 80, "a", "is")
+    assert run(tmp_path, rows, Counting(), keep=keep).skipped == 2
+    run(tmp_path, '{"text": "xy", "probabilities.a": 3}', Counting(), "a.csv", keep=("probabilities.a",))
+    assert (tmp_path / "a.csv").read_text().startswith("line,input.probabilities.a,label,probabilities.a,")
+    with pytest.raises(UserError, match=r"--keep label: is written as input\.NAME, which is kept too"):
+        sink.kept_names(("label", "input.label"), ("label",), "a.jsonl")
+    assert Predictor.names(Counting(), {"text": "xy"}) == {"label", "probabilities"}
+
+
+def test_a_run_with_nothing_to_predict_with_says_what_it_has(tmp_path: Path) -> None:
+    recipe = settings(tmp_path / "model", tmp_path / "rows.jsonl", method="houlsby", export={"formats": ["onnx-int8"]})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    made = Run.create(tmp_path / "run", load(tmp_path / "recipe.yaml"))
+    made.save_recipe()
+    folder = made.folder("export") / "onnx-int8"
+    for file, content in (
+        (folder / "config.json", {}),
+        (made.folder("verify") / "parity.json", {"parity": {"onnx-int8": {"status": "failed"}}}),
+    ):
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(content))
+    job = Job(str(made.root), "f", "o", {})
+    with pytest.raises(
+        MissingArtifact, match=r"method=houlsby makes no merged .* onnx-int8 \(onnxruntime; failed\): .*--artifact"
+    ):
+        targets.resolve(job)
+    named = dataclasses.replace(job, artifact="onnx-int8")
+    seen = [targets.resolve(named)]
+    (folder / "model.onnx").write_text("")
+    seen.append(targets.resolve(named))
+    for digest in ("a", "b"):
+        outputs = {"export/onnx-int8/model.onnx": {"sha256": digest, "bytes": 0}}
+        (made.root / "run.json").write_text(json.dumps({"stages": {"export": {"outputs": outputs}}}))
+        seen.append(targets.resolve(named))
+    (folder / "more.txt").write_text("")
+    assert len({one.weights for one in seen}) == 4 and {one.name for one in seen} == {"onnx-int8 of run"}
+    assert targets.resolve(named).weights == seen[-1].weights

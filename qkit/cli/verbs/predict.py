@@ -28,11 +28,18 @@ Out = Annotated[
 Columns = Annotated[
     list[str] | None,
     typer.Option(
-        "--column", metavar="NAME=COLUMN", help="Which column of the file is `text`, `pair` or `prompt`. Repeatable."
+        "--column",
+        metavar="NAME=COLUMN",
+        help="Which column of the file is `text`, `pair` or `prompt`. Default: the run's data.columns. Repeatable.",
     ),
 ]
 Keep = Annotated[
-    list[str] | None, typer.Option("--keep", metavar="COLUMN", help="Copy this column into the output. Repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        metavar="COLUMN",
+        help="Copy this column into the output; as input.COLUMN if the output has that name already. Repeatable.",
+    ),
 ]
 InputFormat = Annotated[
     str, typer.Option("--format", help="Of standard input: jsonl, csv, tsv or text (a text per line).")
@@ -74,6 +81,7 @@ def predict(
 ) -> None:
     """Predict every record of a file: labels with probabilities, or answers. Continues an output that exists."""
     from qkit.commands.predict import predict as predicting
+    from qkit.commands.predict.job import Job
     from qkit.server.process import api_key
 
     is_server = target.startswith(("http://", "https://"))
@@ -82,7 +90,7 @@ def predict(
     need_effect(context, f"with {'a server' if is_server else 'a run or a folder'} and this file", used)
     if as_json and out == "-":
         raise UserError("--json: the predictions are on standard output already; write them to a file")
-    job = predicting.Job(
+    job = Job(
         target, file, out, _mapped(column), tuple(keep or ()), input_format, top_k or -1, max_new_tokens,
         artifact, model, overwrite, api_key(api_key_file),
     )  # fmt: skip

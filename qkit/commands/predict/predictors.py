@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from qkit.plugins.runtime import Encodes, Generates
 from qkit.plugins.task import Prepared, Service
 
 Answer = Mapping[str, Any]
+ANSWER_KEYS = ("answer", "finish_reason", "tool_calls", "prompt_tokens", "completion_tokens")  # of generated text
 
 
 class Predictor(ABC):
@@ -23,6 +24,11 @@ class Predictor(ABC):
     @abstractmethod
     def predict(self, requests: Sequence[Mapping[str, Any]]) -> list[Answer | RowError]:
         """The answer to each request, or why there is none."""
+
+    def names(self, example: Mapping[str, Any]) -> Collection[str]:
+        """The keys that answers can have. `example`: a request."""
+        (answer,) = self.predict([example])
+        return () if isinstance(answer, RowError) else answer.keys()
 
     def close(self) -> None:
         """Release the model."""
@@ -89,6 +95,9 @@ class ChatPredictor(Predictor):
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}
         return {"answer": text, "finish_reason": "stop" if ended else "length", **usage}
+
+    def names(self, example: Mapping[str, Any]) -> Collection[str]:
+        return ANSWER_KEYS
 
     def close(self) -> None:
         self.runtime.close()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from qkit.commands.predict.predictors import Answer, Predictor
+from qkit.commands.predict.predictors import ANSWER_KEYS, Answer, Predictor
 from qkit.plugins.example import RowError
 from qkit.plugins.task import Task
 from qkit.server.client import Client, json_at
@@ -67,6 +67,9 @@ class ChatServerPredictor(Predictor):
     def predict(self, requests: Sequence[Mapping[str, Any]]) -> list[Answer | RowError]:
         with ThreadPoolExecutor(CLIENTS) as pool:
             return list(pool.map(self._answer, requests))
+
+    def names(self, example: Mapping[str, Any]) -> Collection[str]:
+        return ANSWER_KEYS
 
     def _answer(self, request: Mapping[str, Any]) -> Answer | RowError:
         body = {"model": self.model, "temperature": 0, "max_tokens": self.max_new_tokens, **request}

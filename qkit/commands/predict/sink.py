@@ -6,16 +6,45 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from qkit.core.errors import UserError
+from qkit.core.errors import UserError, listed
 
 STDOUT = "-"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", *DELIMITERS)
 LINE, ERROR = "line", "error"
+
+
+def check_name(out: str) -> None:
+    """Refuse an output of another kind.
+
+    Raises:
+        UserError: its suffix is not one of SUFFIXES.
+    """
+    if out != STDOUT and Path(out).suffix not in SUFFIXES:
+        raise UserError(f"--out {out}: must end in {', '.join(SUFFIXES)}, or be - for JSON lines on standard output")
+
+
+def kept_names(columns: Sequence[str], answers: Collection[str], out: str) -> dict[str, str]:
+    """Under which name each kept column is written: its own, or `input.NAME` where a line has that name already. `answers`: keys of answers.
+
+    In a table, an answer's key may be several columns, KEY.NAME.
+
+    Raises:
+        UserError: two columns would have one name.
+    """
+    taken, is_table = {LINE, ERROR, *answers}, Path(out).suffix in DELIMITERS
+    clashes = {name for name in columns if name in taken or (is_table and name.partition(".")[0] in taken)}
+    kept = {name: f"input.{name}" if name in clashes else name for name in columns}
+    twice = {name for name in clashes if kept[name] in columns}
+    if twice:
+        raise UserError(
+            f"--keep {listed(twice)}: is written as input.NAME, which is kept too; rename one of the columns"
+        )
+    return kept
 
 
 class Sink:
@@ -31,13 +60,11 @@ class Sink:
         self.delimiter = DELIMITERS.get(Path(out).suffix)
         self.done, self.last, self.header = 0, 0, list[str]()
         self.held: list[Mapping[str, Any]] = []  # lines of a table before its first line without an error
+        self.only_errors = True
         if out == STDOUT:
             self.file: IO[str] = sys.stdout
             return
-        if Path(out).suffix not in SUFFIXES:
-            raise UserError(
-                f"--out {out}: must end in {', '.join(SUFFIXES)}, or be - for JSON lines on standard output"
-            )
+        check_name(out)
         path = Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not overwrite:
@@ -49,12 +76,24 @@ class Sink:
         size, parsed = 0, None
         for size, parsed in self._complete(path):  # noqa: B007 (the last one counts)
             self.done += 1
+            if parsed is not None:
+                self._hold(parsed)
         if self.delimiter and self.done:
             self.done -= 1  # the header
         if self.done and parsed is not None:
             self.last = int(parsed[LINE])
+        if self.only_errors:
+            self.header = []  # what an answer has is not in it: the first answer begins the table anew
         with path.open("r+b") as file:
             file.truncate(size)
+
+    def _hold(self, parsed: Mapping[str, Any]) -> None:
+        """Keep the lines of a table as long as all of them are errors."""
+        self.only_errors = self.only_errors and bool(self.delimiter and parsed.get(ERROR))
+        if self.only_errors:
+            self.held.append(parsed)
+        else:
+            self.held.clear()
 
     def _complete(self, path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
         """The end of each complete line in bytes, and the line; None for the header of a table."""
@@ -77,14 +116,18 @@ class Sink:
                 self.header = fields
                 self.header.index(LINE)
                 return None
-            return {LINE: int(fields[self.header.index(LINE)])}
+            return {**dict(zip(self.header, fields, strict=True)), LINE: int(fields[self.header.index(LINE)])}
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(
                 f"{path}: it exists, and holds no predictions; name another file, or set --overwrite"
             ) from None
 
     def write(self, line: int, kept: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        """Write the answer to a record, or `{"error": why there is none}`. `line`: of the record; `kept`: values of its columns."""
+        """Write the answer to a record, or `{"error": why there is none}`. `line`: of the record; `kept`: values of its columns.
+
+        Raises:
+            UserError: a table has no column for one of them.
+        """
         entry = {LINE: line, **kept, **answer}
         if not self.delimiter:
             self.file.write(json.dumps(entry, ensure_ascii=False, default=str) + "\n")
@@ -93,11 +136,14 @@ class Sink:
         else:
             self.held.append(entry)
             if ERROR not in answer:
-                self._begin_table(entry)
+                self._begin_table()
 
-    def _begin_table(self, entry: Mapping[str, Any]) -> None:
-        flat = _flat(entry)
-        self.header = [*(name for name in flat if name != ERROR), ERROR]
+    def _begin_table(self) -> None:
+        """Write the header, of all that the held lines have, and these lines. The last one has an answer, where any has."""
+        fields = [name for each in (self.held[-1], *self.held) for name in _flat(each) if name != ERROR]
+        self.header = [*dict.fromkeys(fields), ERROR]
+        self.file.seek(0)
+        self.file.truncate()  # lines of an earlier attempt are held too
         csv.writer(self.file, delimiter=self.delimiter or ",", lineterminator="\n").writerow(self.header)
         held, self.held = self.held, []
         for each in held:
@@ -105,6 +151,12 @@ class Sink:
 
     def _row(self, entry: Mapping[str, Any]) -> None:
         flat = _flat(entry)
+        beyond = [name for name, value in flat.items() if name not in self.header and value is not None]
+        if beyond:
+            raise UserError(
+                f"{self.name}: record {entry[LINE]} has {listed(beyond)}, for which the table has no column; write JSON lines "
+                "(--out FILE.jsonl)"
+            )
         fields = [_field(flat.get(name)) for name in self.header]
         csv.writer(self.file, delimiter=self.delimiter or ",", lineterminator="\n").writerow(fields)
 
@@ -115,7 +167,7 @@ class Sink:
     def close(self) -> None:
         """Write what is held, and close the file."""
         if self.held:
-            self._begin_table(self.held[0])
+            self._begin_table()
         self.flush()
         if self.file is not sys.stdout:
             self.file.close()
