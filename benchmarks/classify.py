@@ -217,7 +217,8 @@ def _of_run(run: Path, epochs: float) -> dict[str, Any]:
         "seconds": last["seconds"],
         "steps": last["step"],
         "rows_per_second": rows * epochs / last["seconds"],
-        "trainable_parameters": memory["trained_parameters"],
+        "trainable_parameters": (memory["measured"].get("trained") or memory["measured"]["adapter"])
+        // 4,  # they are fp32
         "planned_peak_bytes": sum(memory["predicted"].values()) or None,  # None: not planned
         "peak_rss_bytes": memory["measured_peak_bytes"],
         "stage_seconds": {name: stage["seconds"] for name, stage in read_json(run / "run.json")["stages"].items()},
