@@ -11,8 +11,6 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-POOLS = 8  # of an epoch, at least: of few rows, those of one length would share a batch in every epoch
-POOL_BATCHES = 50  # of a pool, at most: with so many, little of a batch is padding
 IGNORED = -100  # the label of a token that carries no loss: torch's cross_entropy skips it
 LENGTH_STEP = (
     16  # of long rows, which are padded to a multiple of this, and shuffled among those of the same padded length
@@ -66,12 +64,7 @@ class SeededBatches:
 
 
 class TokenBudgetBatches(SeededBatches):
-    """Batches of at most `most` rows whose padded size stays within `budget` tokens. `step`: rows are padded to a multiple of this.
-
-    Where any `most` rows are within the budget, rows are sorted in pools that are drawn anew each epoch: at least POOLS of them, so that a
-    row meets others from epoch to epoch, and of at most POOL_BATCHES batches. Otherwise all rows are sorted at once: only so is the number
-    of batches the same in every epoch.
-    """
+    """Batches of at most `most` rows whose padded size stays within `budget` tokens. `step`: rows are padded to a multiple of this."""
 
     def __init__(self, lengths: Sequence[int], budget: int, seed: int, step: int = LENGTH_STEP, most: float = math.inf):
         super().__init__(seed)
@@ -82,25 +75,11 @@ class TokenBudgetBatches(SeededBatches):
     def batches(self, rng: random.Random) -> list[list[int]]:
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
-        size = pool_rows(self.lengths, self.budget, self.most)
-        order = [
-            row for begin in range(0, len(order), size) for row in sorted(order[begin : begin + size], key=self._length)
-        ]
+        order.sort(key=lambda index: self.lengths[index])
         lengths = [self.lengths[index] for index in order]
         batches = [[order[place] for place in batch] for batch in within_budget(lengths, self.budget, self.most)]
         rng.shuffle(batches)
         return batches
-
-    def _length(self, row: int) -> int:
-        return self.lengths[row]
-
-
-def pool_rows(lengths: Sequence[int], budget: int, most: float) -> int:
-    """How many rows of an epoch are sorted by length together: whole batches of `most` rows; all rows where the budget limits batches, too."""
-    if not lengths or max(lengths) * most > budget:
-        return max(len(lengths), 1)
-    batches = math.ceil(len(lengths) / most)
-    return int(most) * max(1, min(batches // POOLS, POOL_BATCHES))
 
 
 def count_batches(

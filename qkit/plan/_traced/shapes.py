@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qkit.core.batching import pool_rows, within_budget
+from qkit.core.batching import within_budget
 from qkit.plan._known import Known
 from qkit.recipe.schema import Recipe
 
@@ -41,13 +41,9 @@ def _of_any_rows(recipe: Recipe) -> Iterator[BatchShape]:
 
 
 def _of_rows(recipe: Recipe, known: Known) -> Iterator[BatchShape]:
-    """The batches that training makes of rows of these lengths: shortest rows first, as long as the budget lasts; or with the longest row
-    among as many others as a batch has, where rows are sorted in pools."""
-    lengths, most = _kept(recipe, known), recipe.data.batch_rows or math.inf
-    if pool_rows(lengths, recipe.data.batch_tokens, most) < len(lengths):
-        yield BatchShape(int(min(most, len(lengths))), lengths[-1])
-        return
-    for batch in within_budget(lengths, recipe.data.batch_tokens, most):
+    """The batches that training makes of rows of these lengths: shortest rows first, as long as the budget lasts."""
+    lengths = _kept(recipe, known)
+    for batch in within_budget(lengths, recipe.data.batch_tokens, recipe.data.batch_rows or math.inf):
         yield BatchShape(len(batch), lengths[batch.stop - 1])
 
 
