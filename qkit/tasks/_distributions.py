@@ -77,3 +77,12 @@ def _rest(known: NDArray[Any], shared: NDArray[Any]) -> NDArray[np.float32]:
 
     rest: NDArray[np.float32] = np.maximum(1.0 - np.where(shared, np.exp(known), 0.0).sum(axis=1), 1e-9)
     return rest
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log-probabilities over the last axis, [..., labels] in float32."""
+    import numpy as np
+
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: NDArray[np.float32] = (shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))).astype(np.float32)
+    return result

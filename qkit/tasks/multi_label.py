@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qkit.plugins.resampling import Sample
     from qkit.plugins.runtime import Encodes, RowScores, TextRow
     from qkit.plugins.task import Loss
-    from qkit.tasks._encoder.several_labels import MultiLabeller, Rates
+    from qkit.tasks._encoder.several_labels import MultiLabeller
 
 
 class MultiLabel(EncoderTask):
@@ -86,7 +86,7 @@ class MultiLabel(EncoderTask):
 
         return (scores(row, logits) for row, logits in zip(rows, runtime.logits(rows), strict=True))
 
-    def baseline(self, data: Path) -> Rates:
+    def baseline(self, data: Path) -> Encodes:
         """A model that knows how frequent each label is, and nothing else."""
         from qkit.tasks._encoder.several_labels import open_rates
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qkit.plugins.resampling import Sample
     from qkit.plugins.runtime import Encodes, RowScores, TextRow
     from qkit.plugins.task import Loss
-    from qkit.tasks._encoder.numbers import Mean, Regressor
+    from qkit.tasks._encoder.numbers import Regressor
 
 
 class Regress(EncoderTask):
@@ -94,7 +94,7 @@ class Regress(EncoderTask):
 
         return (scores(row, logits) for row, logits in zip(rows, runtime.logits(rows), strict=True))
 
-    def baseline(self, data: Path) -> Mean:
+    def baseline(self, data: Path) -> Encodes:
         """A model that knows the mean of the training rows, and nothing else."""
         from qkit.tasks._encoder.numbers import open_mean
 

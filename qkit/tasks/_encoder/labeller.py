@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qkit.plugins.runtime import Encodes, RowScores, TextRow
 from qkit.plugins.task import Prediction
+from qkit.tasks._distributions import log_softmax
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,15 +21,6 @@ def scores(row: TextRow, logits: NDArray[np.float32]) -> RowScores:
 
     full = log_softmax(logits)[None]
     return RowScores(full[:, row.labels[0]], full.argmax(1).astype(np.int64), full, unit="labels")
-
-
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probabilities [labels] in float32."""
-    import numpy as np
-
-    shifted = logits.astype(np.float64) - logits.max()
-    result: NDArray[np.float32] = (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
-    return result
 
 
 TOP = 5  # labels whose probabilities predictions.jsonl has
@@ -76,19 +68,3 @@ def figures_of_labels(
     probabilities = np.stack([one.outputs for one in predictions])
     sample = Joined([single_label(right, said, names), calibration(right, probabilities)])
     return with_intervals(sample, confidence, seed)
-
-
-class Prior(Encodes):
-    """A model without an input: the logits are the logarithms of how many training rows have each label."""
-
-    def __init__(self, counts: Sequence[int]):
-        self.counts = counts
-
-    def logits(self, rows: Sequence[TextRow]) -> Iterator[NDArray[np.float32]]:
-        import numpy as np
-
-        prior = np.log(np.maximum(np.array(self.counts, np.float32), 1e-3))
-        return (prior for _ in rows)
-
-    def memory_bytes(self) -> int:
-        return 0

@@ -17,6 +17,7 @@ from qkit.core.errors import listed
 from qkit.plugins.checks import NAMED_ROWS, Check, SetRow
 from qkit.plugins.runtime import Encodes, RowScores, TextRow
 from qkit.plugins.task import LABELS, SCORE, Prediction
+from qkit.tasks._encoder.labels import Constant, with_lists
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,11 +56,8 @@ def _columns(rows: Sequence[SetRow]) -> list[list[float]]:
 
 def with_numbers(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The rows of a batch with their numbers in `labels`."""
-    import pyarrow as pa
-
     column = [[float(text) for text in row] for row in batch.column("names").to_pylist()]
-    place = batch.schema.get_field_index("labels")
-    return batch.set_column(place, batch.schema.field(place), pa.array(column, pa.list_(pa.float32())))
+    return with_lists(batch, "labels", column)
 
 
 def checks(rows: Sequence[SetRow]) -> Iterator[Check]:
@@ -204,23 +202,9 @@ def _arrays(
     return said, np.array([list(row) for row in references], np.float64)
 
 
-class Mean(Encodes):
-    """A model without an input: the means of the training rows."""
+def open_mean(data: Path) -> Constant:
+    """The baseline of a data folder: the means of the training rows."""
+    import numpy as np
 
-    def __init__(self, means: Sequence[float]):
-        self.means = means
-
-    def logits(self, rows: Sequence[TextRow]) -> Iterator[NDArray[np.float32]]:
-        import numpy as np
-
-        means = np.array(self.means, np.float32)
-        return (means for _ in rows)
-
-    def memory_bytes(self) -> int:
-        return 0
-
-
-def open_mean(data: Path) -> Mean:
-    """The baseline of a data folder."""
     labels: dict[str, Any] = json.loads((data / LABELS).read_text(encoding="utf-8"))
-    return Mean([labels["numbers"][name]["mean"] for name in labels["names"]])
+    return Constant(np.array([labels["numbers"][name]["mean"] for name in labels["names"]], np.float32))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.runtime import Encodes, RowScores, TextRow
 from qkit.plugins.task import LABELS, SCORE, Prediction
+from qkit.tasks._encoder.labels import Constant, with_lists
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,11 +22,8 @@ if TYPE_CHECKING:
 
 def with_ones(batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch:
     """The rows of a batch with 1 in `labels` for each of `names` that they have, and 0 for the others."""
-    import pyarrow as pa
-
     column = [[float(name in row) for name in names] for row in map(set, batch.column("names").to_pylist())]
-    place = batch.schema.get_field_index("labels")
-    return batch.set_column(place, batch.schema.field(place), pa.array(column, pa.list_(pa.float32())))
+    return with_lists(batch, "labels", column)
 
 
 def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -98,25 +96,12 @@ def micro_f1(predictions: Sequence[Collection[str]], references: Sequence[Collec
     return RowStatistics(values, lambda sums: {SCORE: ratio(2 * sums[..., 0], sums[..., 1])})
 
 
-class Rates(Encodes):
-    """A model without an input: the logit of each label's share of the training rows."""
+def open_rates(data: Path) -> Constant:
+    """The baseline of a data folder: the logit of each label's share of the training rows."""
+    import numpy as np
 
-    def __init__(self, shares: Sequence[float]):
-        self.shares = shares
-
-    def logits(self, rows: Sequence[TextRow]) -> Iterator[NDArray[np.float32]]:
-        import numpy as np
-
-        share = np.clip(np.array(self.shares, np.float64), 1e-6, 1 - 1e-6)
-        prior = np.log(share / (1 - share)).astype(np.float32)
-        return (prior for _ in rows)
-
-    def memory_bytes(self) -> int:
-        return 0
-
-
-def open_rates(data: Path) -> Rates:
-    """The baseline of a data folder."""
     labels: dict[str, Any] = json.loads((data / LABELS).read_text(encoding="utf-8"))
     counts = labels["rows"]["train"]
-    return Rates([counts[name] / labels["training_rows"] for name in labels["names"]])
+    shares = [counts[name] / labels["training_rows"] for name in labels["names"]]
+    share = np.clip(np.array(shares, np.float64), 1e-6, 1 - 1e-6)
+    return Constant(np.log(share / (1 - share)).astype(np.float32))

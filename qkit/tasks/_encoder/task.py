@@ -203,12 +203,11 @@ class EncoderTask:
 
     def with_label_ids(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch:
         """The rows with their label ids. A label that no training row has gets -1; the check `labels` fails then."""
-        import pyarrow as pa
+        from qkit.tasks._encoder.labels import with_lists
 
         ids = {name: number for number, name in enumerate(names)}
         column = [[ids.get(name, -1) for name in row] for row in batch.column("names").to_pylist()]
-        place = batch.schema.get_field_index("labels")
-        return batch.set_column(place, batch.schema.field(place), pa.array(column, pa.list_(pa.int32())))
+        return with_lists(batch, "labels", column)
 
     def set_checks(self, rows: Sequence[SetRow], recipe: Recipe) -> Iterator[Check]:
         """The checks of the labels of the whole set."""
@@ -268,10 +267,10 @@ class EncoderTask:
 
     def baseline(self, data: Path) -> Encodes:
         """A model that knows how frequent each label is, and nothing else."""
-        from qkit.tasks._encoder.labeller import Prior
+        from qkit.tasks._encoder.labels import Constant, log_counts
 
         counts = json.loads((data / LABELS).read_text(encoding="utf-8"))["rows"]["train"]
-        return Prior(tuple(counts.values()))
+        return Constant(log_counts(tuple(counts.values())))
 
     def predictor(self, recipe: Recipe, data: Path, tuned: Mapping[str, float]) -> Predictor:
         """The most likely label of each text, with its probability."""

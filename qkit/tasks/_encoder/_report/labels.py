@@ -120,6 +120,16 @@ def confused_pairs(lines: Sequence[Mapping[str, Any]]) -> list[Table]:
     return [Table(f"Most confused pairs{more}", columns, rows, sortable=True)]
 
 
+def missed_and_added(missed: Counter[str], added: Counter[str], what: str, wrongly: str) -> Table:
+    """How often each label is missed, and how often it is wrongly added. `what`: such as Type; `wrongly`: the title of the latter."""
+    names = sorted({*missed, *added}, key=lambda name: (-missed[name] - added[name], name))
+    rows: list[list[Cell | str]] = [
+        [name, *(Cell(count[name], str(count[name])) for count in (missed, added))] for name in names
+    ]
+    columns = [Column(what, "name"), Column("Missed"), Column(wrongly)]
+    return Table(f"Errors of each {what.lower()}, those with most first", columns, rows, sortable=True)
+
+
 # --- probabilities ----------------------------------------------------------------------------------------------------
 
 

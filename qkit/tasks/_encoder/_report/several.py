@@ -10,7 +10,7 @@ from typing import Any
 
 from qkit.core.figures import ABSENT, percent
 from qkit.plugins.sections import Cell, Column, Evaluated, Figure, Section, Table
-from qkit.tasks._encoder._report.labels import ERRORS, LABEL_NOTE, row_and_text, table_of_labels
+from qkit.tasks._encoder._report.labels import ERRORS, LABEL_NOTE, missed_and_added, row_and_text, table_of_labels
 
 # Micro F1 is the score
 SEVERAL_LABELS = (
@@ -57,14 +57,7 @@ def differences(lines: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
 def errors_of_labels(different: Sequence[Difference]) -> Table:
     """How often each label is missed, and how often it is wrongly added."""
     missed, added = (Counter(name for one in different for name in getattr(one, key)) for key in ("missed", "added"))
-    names = sorted({*missed, *added}, key=lambda name: (-missed[name] - added[name], name))
-    rows = [[name, *(Cell(count[name], str(count[name])) for count in (missed, added))] for name in names]
-    return Table(
-        "Errors of each label, those with most first",
-        [Column("Label", "name"), Column("Missed"), Column("Wrongly added")],
-        rows,
-        sortable=True,
-    )
+    return missed_and_added(missed, added, "Label", "Wrongly added")
 
 
 def worst_texts(different: Sequence[Difference]) -> Table:

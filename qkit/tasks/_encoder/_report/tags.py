@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qkit.plugins.sections import Cell, Column, Evaluated, Figure, Section, Table
-from qkit.tasks._encoder._report.labels import ERRORS, LABEL_NOTE, row_and_text, table_of_labels
+from qkit.plugins.sections import Column, Evaluated, Figure, Section, Table
+from qkit.tasks._encoder._report.labels import ERRORS, LABEL_NOTE, missed_and_added, row_and_text, table_of_labels
 
 # Micro F1 of entities is the score
 ENTITIES = (
@@ -54,10 +54,7 @@ def errors_of_types(different: Sequence[Difference]) -> Table:
         Counter(entity.partition(": ")[0] for one in different for entity in getattr(one, key))
         for key in ("missed", "added")
     )
-    names = sorted({*missed, *added}, key=lambda name: (-missed[name] - added[name], name))
-    rows = [[name, *(Cell(count[name], str(count[name])) for count in (missed, added))] for name in names]
-    columns = [Column("Type", "name"), Column("Missed"), Column("Wrongly found")]
-    return Table("Errors of each type, those with most first", columns, rows, sortable=True)
+    return missed_and_added(missed, added, "Type", "Wrongly found")
 
 
 def worst_sentences(different: Sequence[Difference]) -> Table:

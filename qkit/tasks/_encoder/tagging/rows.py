@@ -12,6 +12,7 @@ from qkit.core.batching import IGNORED
 from qkit.plugins.checks import SetRow
 from qkit.plugins.runtime import TextRow
 from qkit.recipe.schema import SPLITS
+from qkit.tasks._encoder.labels import with_lists
 from qkit.tasks._encoder.tagging.records import SPANS
 from qkit.tasks._encoder.tagging.schemes import BEGINS, NO_TYPE, OUTSIDE, Scheme, entities, parts, recognise
 from qkit.tasks._encoder.tagging.words import BY_KIND, BY_SPACE, DIVIDED
@@ -76,20 +77,13 @@ def labels(rows: Sequence[SetRow]) -> dict[str, Any]:
 
 def with_label_ids(batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch:
     """The rows with their tags in IOB2, and the id of a word's tag at its first token. -1 for a tag of a type that training lacks."""
-    import pyarrow as pa
-
     ids, known = {name: number for number, name in enumerate(names)}, {*names}
     tags = [in_names(row, known) for row in batch.column("names").to_pylist()]
     numbers = [[ids.get(tag, -1) for tag in row] for row in tags]
     starts, tokens = (batch.column(name).to_pylist() for name in ("starts", "input_ids"))
     by_token = [_by_token(of_row, at, len(row)) for of_row, at, row in zip(numbers, starts, tokens, strict=True)]
-    for name, values, kind in (
-        ("names", tags, pa.string()),
-        ("tag_ids", numbers, pa.int32()),
-        ("labels", by_token, pa.int32()),
-    ):
-        place = batch.schema.get_field_index(name)
-        batch = batch.set_column(place, batch.schema.field(place), pa.array(values, pa.list_(kind)))
+    for name, values in (("names", tags), ("tag_ids", numbers), ("labels", by_token)):
+        batch = with_lists(batch, name, values)
     return batch
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.runtime import Encodes, RowScores, TextRow
 from qkit.plugins.task import LABELS, Prediction
+from qkit.tasks._distributions import log_softmax
+from qkit.tasks._encoder.labels import log_counts
 from qkit.tasks._encoder.tagging.crf import Transitions, decode, marginals
 from qkit.tasks._encoder.tagging.rows import TaggedRow
 from qkit.tasks._encoder.tagging.schemes import OUTSIDE, Scheme, constraint, entities
@@ -42,7 +44,7 @@ def log_probabilities(runtime: Encodes, rows: Sequence[TaggedRow]) -> Iterator[N
     transitions = runtime.transitions()
     for part in _parts(list(emissions(runtime, rows))):
         if transitions is None:
-            yield from (_log_softmax(logits) for logits in part)
+            yield from map(log_softmax, part)
         else:
             batch, lengths = _padded(part)
             scores = marginals(_on_torch(transitions), batch, lengths).numpy()
@@ -51,14 +53,6 @@ def log_probabilities(runtime: Encodes, rows: Sequence[TaggedRow]) -> Iterator[N
 
 def _parts(rows: Sequence[NDArray[np.float32]]) -> Iterator[Sequence[NDArray[np.float32]]]:
     return (rows[begin : begin + CHUNK] for begin in range(0, len(rows), CHUNK))
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    import numpy as np
-
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: NDArray[np.float32] = (shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))).astype(np.float32)
-    return result
 
 
 def _on_torch(scores: Scored) -> Transitions:
@@ -143,7 +137,7 @@ class MostFrequent(Encodes):
     def logits(self, rows: Sequence[TextRow]) -> Iterator[NDArray[np.float32]]:
         import numpy as np
 
-        prior = np.log(np.maximum(np.array(self.counts, np.float32), 1e-3))
+        prior = log_counts(self.counts)
         return (np.tile(prior, (len(row.input_ids), 1)) for row in rows)
 
     def memory_bytes(self) -> int:

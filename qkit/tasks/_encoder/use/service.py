@@ -12,7 +12,7 @@ from qkit.model import added_tokens
 from qkit.plugins.example import RowError
 from qkit.plugins.runtime import TextRow
 from qkit.plugins.task import Prepared, read_labels
-from qkit.tasks._encoder.labeller import log_softmax
+from qkit.tasks._distributions import log_softmax
 from qkit.tasks._texts import SURROGATE
 
 if TYPE_CHECKING:
