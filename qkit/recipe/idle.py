@@ -15,8 +15,9 @@ from qkit.recipe.schema import BOTTLENECKS
 
 if TYPE_CHECKING:
     from qkit.recipe.labels import Loss
-    from qkit.recipe.schema import Data, Export, Merge, Model, Quantization, Recipe, Serve, Source, Train
+    from qkit.recipe.schema import Data, Export, Merge, Model, Quantization, Recipe, Serve, Source
     from qkit.recipe.section import Section
+    from qkit.recipe.training import Train
 
     Key = tuple[str | int, ...]
     Problems = Iterator[tuple[Key, str]]

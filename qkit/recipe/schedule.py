@@ -10,7 +10,8 @@ from qkit.core.batching import LENGTH_STEP, count_batches, packed
 from qkit.core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from qkit.recipe.schema import Recipe, Train
+    from qkit.recipe.schema import Recipe
+    from qkit.recipe.training import Train
 
 
 def steps(train: Train, batches: int) -> int:

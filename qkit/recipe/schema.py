@@ -9,11 +9,11 @@ import json
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
 from qkit.recipe.section import Dtype, Fraction, Limit, Pattern, Positive, Section, Sha256
+from qkit.recipe.training import Train
 
 ALL = "all"  # in export.formats
 
@@ -171,46 +171,6 @@ class Ledger(Section):
     """What the ledger records for each row in addition to what happened to it."""
 
     losses: bool = Field(False, description="each row's mean loss before and after training")
-
-
-def _whole_or_share(value: float) -> int | float:
-    """Reject fractions of a step: transformers would truncate 2.5 to 2."""
-    if value >= 1 and value != int(value):
-        raise PydanticCustomError("steps", "must be a whole number of steps, or a share below 1")
-    return int(value) if value >= 1 or not value else value
-
-
-def _steps_or_epochs(value: int) -> int:
-    if value == 0:
-        raise PydanticCustomError("steps", "0 steps train nothing; remove it to use train.num_train_epochs")
-    return value
-
-
-class Train(Section):
-    """trl.SFTConfig."""
-
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    warmup_steps: Annotated[int | float, Field(ge=0), AfterValidator(_whole_or_share)] = Field(
-        0, description="steps of linear warm-up; below 1, a share of all steps; the first step has a rate above 0"
-    )
-    max_steps: Annotated[int, Field(ge=-1), AfterValidator(_steps_or_epochs)] = Field(
-        -1, description="-1: determined by train.num_train_epochs"
-    )
-    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
-    gradient_accumulation_steps: Positive = 1
-    gradient_checkpointing: bool | Literal["auto"] = Field(
-        "auto",
-        description="auto: off if the plan then fits the device, otherwise on; a resumed run keeps the decision",
-    )
-    activation_offloading: bool = Field(False, description="keep activations for the backward pass in host memory")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    optim: str = "adamw_torch"
-    bf16: bool = Field(True, description="compute in bf16 where that changes little (autocast)")
-    logging_steps: Positive = 1
-    save_steps: Positive = 50
-    save_total_limit: Positive = 1
 
 
 class Evaluate(Section):
