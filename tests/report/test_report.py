@@ -212,7 +212,14 @@ def test_the_validation_rows_have_a_curve_and_the_gap_is_named(tmp_path: Path) -
                 "eval_score": 9,
             }
             file.write(json.dumps(line) + "\n")
-    record = {"metric": "loss", "best": {"step": half, "value": 0.5}, "last_step": last, "steps": 99, "restored": True}
+    record = {
+        "metric": "loss",
+        "best": {"step": half, "value": 0.5},
+        "last_step": last,
+        "steps": 99,
+        "restored": True,
+        "rows": 7,
+    }
     (run.root / "train/validation.json").write_text(json.dumps(record), encoding="utf-8")
     html = report_stage.page(run)
     assert f"The best loss is 0.5, at step {half}, and the result is the model of that step." in html
