@@ -65,6 +65,7 @@ class Screen:
                 self.interrupted, typing = True, Typing()
                 self.note(f"\n{LEAVE}")
                 continue
+            self.interrupted = False
             if (message := typing.take(line)) is not None:
                 yield message
 
@@ -78,7 +79,6 @@ class Screen:
 
     def _take(self, message: str) -> bool:
         """Answer a question or follow a command; whether the conversation goes on."""
-        self.interrupted = False
         what = read(message)
         if isinstance(what, Command):
             return self._follow(what)

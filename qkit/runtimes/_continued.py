@@ -33,7 +33,9 @@ class Continuation(ABC):
     def logits_after(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits [vocabulary] of the token after `ids`, of which there is at least one."""
         shared = min(_shared(self.ids, ids), len(ids) - 1)
-        self.ids = list(ids[: self.keep(shared)])  # so that an interrupt of what follows leaves no token that is not in the cache
+        self.ids = list(
+            ids[: self.keep(shared)]
+        )  # so that an interrupt of what follows leaves no token that is not in the cache
         new = ids[len(self.ids) :]
         logits = self.read(new)
         self.ids = list(ids)
@@ -146,7 +148,7 @@ class _InBuilt(Continuation):
         last = np.array([[0, len(new) - 1]], np.int64)
         counts = np.array([past], np.int64), np.array([len(new)], np.int64)
         logits = self.model.run(self.binding, np.array([new], np.int64), *counts, last)
-        return logits[0].astype(np.float32)
+        return np.asarray(logits[0], np.float32)
 
     def _make_room(self, tokens: int) -> None:
         if tokens <= self.room:
@@ -178,4 +180,4 @@ class _InTraced(Continuation):
         mask = np.ones((1, len(self.ids) + len(new)), np.int64)
         last = np.array([[0, len(new) - 1]], np.int64)
         logits, self.cache = self.runtime._run(np.array([new], np.int64), mask, self.cache, last)
-        return logits[0].astype(np.float32)
+        return np.asarray(logits[0], np.float32)

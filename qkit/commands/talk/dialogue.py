@@ -99,7 +99,9 @@ class Dialogue:
         before = file.read_text(encoding="utf-8") if file.exists() else ""
         lines = before.splitlines()
         if any("messages" not in _object(line) for line in lines):
-            raise UserError(f"/save {file}: it exists, and its rows are not conversations (`messages`); name another file")
+            raise UserError(
+                f"/save {file}: it exists, and its rows are not conversations (`messages`); name another file"
+            )
         with writing(file), file.open("a", encoding="utf-8") as opened:
             row = json.dumps({"messages": messages}, ensure_ascii=False)
             opened.write(f"{'' if before.endswith(chr(10)) or not before else chr(10)}{row}\n")

@@ -68,7 +68,9 @@ def opened(job: Job) -> Talk:
 
 
 def _refuse_labels(what: str, target: str) -> UserError:
-    return UserError(f"{what} gives labels, not text: `qkit predict {target} FILE --out OUT.jsonl` predicts the rows of a file")
+    return UserError(
+        f"{what} gives labels, not text: `qkit predict {target} FILE --out OUT.jsonl` predicts the rows of a file"
+    )
 
 
 # --- a server ---------------------------------------------------------------------------------------------------------
@@ -83,7 +85,9 @@ def _of_server(job: Job) -> Talk:
     if job.beside is not None:
         beside = _beside(client, entry, job.beside)
         speakers = {beside: Remote(client, beside, job.sampling), **speakers}
-    return Talk(f"{entry['id']} at {client.url}; template, stop tokens and defaults are the server's", speakers, job.system)
+    return Talk(
+        f"{entry['id']} at {client.url}; template, stop tokens and defaults are the server's", speakers, job.system
+    )
 
 
 def _beside(client: Client, entry: Mapping[str, Any], name: str) -> str:
@@ -123,7 +127,9 @@ def _of_run(job: Job, run: Run) -> Talk:
     else:
         runtime, defaults = open_artifact(run, artifact, "chat"), artifact.path
     speaker = _local(job, run, runtime, defaults)
-    return Talk(f"{artifact.name} of {run.root} ({why}) with {artifact.runtime}", {artifact.name: speaker}, _system(job, run))
+    return Talk(
+        f"{artifact.name} of {run.root} ({why}) with {artifact.runtime}", {artifact.name: speaker}, _system(job, run)
+    )
 
 
 def chosen_artifact(run: Run, name: str | None) -> tuple[Artifact, str]:
@@ -142,7 +148,9 @@ def chosen_artifact(run: Run, name: str | None) -> tuple[Artifact, str]:
     if chosen is None and name:
         raise MissingArtifact(f"{run.root}: has no artifact {short(name)}; it has {', '.join(there) or 'none yet'}")
     if chosen is None:
-        raise MissingArtifact(f"{run.root}: nothing is trained yet: `qkit run {run.root}` continues it", path=run.folder("train"))
+        raise MissingArtifact(
+            f"{run.root}: nothing is trained yet: `qkit run {run.root}` continues it", path=run.folder("train")
+        )
     kind = "named" if name else "the best here"
     return chosen, f"{kind}, {status(chosen.name) or UNVERIFIED}"
 
@@ -181,7 +189,9 @@ def _beside_base(job: Job, run: Run) -> Talk:
     from qkit.runtimes._continued import has_adapter
 
     if job.beside != BASE:
-        raise UserError(f"--beside {short(job.beside)}: beside a run only `base` answers; with the URL of a server, any of its models")
+        raise UserError(
+            f"--beside {short(job.beside)}: beside a run only `base` answers; with the URL of a server, any of its models"
+        )
     if job.artifact not in (None, run.recipe.trained_as):
         raise UserError(f"--artifact {job.artifact}: no effect with --beside base, which turns the adapter on and off")
     run.trained()
@@ -255,12 +265,18 @@ def _folder(target: str) -> Path:
     """
     path = Path(target).expanduser()
     if not path.exists() and not is_hub_id(target):
-        raise MissingArtifact(f"{short(target)}: no such run or folder; a server is a URL, such as http://127.0.0.1:8000")
+        raise MissingArtifact(
+            f"{short(target)}: no such run or folder; a server is a URL, such as http://127.0.0.1:8000"
+        )
     folder = path if path.is_dir() else model_source.resolve(Model(source=target))
     if (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{target}: an adapter without its base; give its run, or merge it with `qkit merge`", source=folder)
+        raise ModelError(
+            f"{target}: an adapter without its base; give its run, or merge it with `qkit merge`", source=folder
+        )
     if not any((folder / name).is_file() for name in ("config.json", "genai_config.json")):
-        raise ModelError(f"{target}: neither a run directory nor a model's folder (config.json is missing)", source=folder)
+        raise ModelError(
+            f"{target}: neither a run directory nor a model's folder (config.json is missing)", source=folder
+        )
     purpose = purpose_of(folder)
     if (purpose and task_has_labels(purpose.task)) or _has_label_head(folder):
         raise _refuse_labels(f"{target}: its model", target)
@@ -278,8 +294,8 @@ def _tokenizer(folder: Path, section: Model, target: str) -> Any:
 
     if not bare_tokenizer(folder, section.trust_remote_code).chat_template:
         raise ModelError(
-            f"{target}: this model has no chat template, so it was not made to talk: use its instruct version, or train it with "
-            f"model.chat_template=chatml; `qkit serve {target}` continues texts at /v1/completions, and models with labels are for `qkit predict`",
+            f"{target}: this model has no chat template: use its instruct version, or train it with "
+            f"model.chat_template=chatml; `qkit serve {target}` continues texts, and `qkit predict` is for models with labels",
             source=folder,
         )
     return model_tokenizer.load_tokenizer(folder, section)

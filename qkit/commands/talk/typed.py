@@ -76,7 +76,9 @@ def read(message: str) -> Command | str:
     name, _, rest = message.partition(" ")
     forms = {form.split()[0]: form for form in COMMANDS}
     if name not in forms:
-        raise UserError(f"{short(name)}: no such command{nearest(name, [*forms])}; /help lists them, // begins a question with a slash")
+        raise UserError(
+            f"{short(name)}: no such command{nearest(name, [*forms])}; /help lists them, // begins a question with a slash"
+        )
     if name == "/save" and not rest.strip():
         raise UserError("/save FILE: name a file, such as talk.jsonl")
     return Command(name, rest.strip())
