@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qkit.commands.talk.reply import Reply
 
 PROMPT, MORE = "> ", "... "
+# Characters that would move the cursor or worse, as pictures of them: a model may write anything.
+CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 LEAVE = "Ctrl-C again or Ctrl-D leaves"
 
 
@@ -125,7 +127,7 @@ class Screen:
             print(f"{answering.name}:")
         for piece in answering.pieces:
             if not self.as_json:
-                sys.stdout.write(piece)
+                sys.stdout.write(piece.translate(CONTROL) if self.is_terminal else piece)
                 sys.stdout.flush()
 
     def _end(self, reply: Reply) -> None:

@@ -383,6 +383,14 @@ def test_an_answer_that_was_stopped_before_it_began_does_not_count(
     assert "/save FILE" in notes.getvalue()
 
 
+def test_a_terminal_gets_no_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed(monkeypatch, "a\x1b[2J\a\u00e4")
+    screen(Dialogue({"m": Echo()}), is_terminal=True)[0].run()
+    assert capsys.readouterr().out == "a\u241b[2J\u2407\u00e4\n"
+
+
 # --- a server ---------------------------------------------------------------------------------------------------------
 
 
