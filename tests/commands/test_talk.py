@@ -5,8 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import select
+import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -405,7 +410,7 @@ def call(index: int, arguments: str, **more: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def answering(events: Sequence[Any], **entry: Any) -> Iterator[tuple[str, list[Any]]]:
-    """A server that streams these events, and what it was sent; an integer is the status of a refusal."""
+    """A server that streams these events, and what it was sent. An integer is the status of a refusal; an Event is waited for."""
     sent: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -419,8 +424,13 @@ def answering(events: Sequence[Any], **entry: Any) -> Iterator[tuple[str, list[A
             if isinstance(events[0], int):
                 self.reply(events[0], b'{"error": "no"}')
                 return
-            lines = [one if isinstance(one, str) else f"data: {json.dumps(one)}\n\n" for one in events]
-            self.reply(200, "".join(lines).encode())
+            self.send_response(200)
+            self.end_headers()
+            for one in events:
+                if isinstance(one, threading.Event):
+                    one.wait(20)
+                else:
+                    self.wfile.write((one if isinstance(one, str) else f"data: {json.dumps(one)}\n\n").encode())
 
         def reply(self, status: int, body: bytes) -> None:
             self.send_response(status)
@@ -523,6 +533,41 @@ def test_beside_an_adapter_of_a_server_its_base_answers(beside: str) -> None:
         assert [one["model"] for one in sent] == ["plain", "tuned"]
         with pytest.raises(UserError, match=r"--beside other: beside tuned, .* serves plain"):
             targets.opened(Job(url, beside="other"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+def test_a_real_terminal() -> None:
+    """Ctrl-C ends an answer that goes on for ever; the conversation goes on, and Ctrl-D leaves."""
+    import pty
+
+    ended = threading.Event()
+    main, side = pty.openpty()
+    with answering([chunk(content="so it begins"), ended, chunk("stop")]) as (url, sent):
+        argv = [sys.executable, "-m", "qkit", "chat", url]
+        with subprocess.Popen(argv, stdin=side, stdout=side, stderr=side, start_new_session=True) as process:
+            os.close(side)
+            seen = wait_for(main, "> ", "")
+            os.write(main, b"hi\n")
+            seen = wait_for(main, "so it begins", seen)
+            process.send_signal(signal.SIGINT)
+            seen = wait_for(main, "stopped", seen)
+            ended.set()
+            os.write(main, b"and now\n")
+            seen = wait_for(main, "first after", seen.partition("stopped")[2])
+            os.write(main, b"\x04")
+            assert process.wait(20) == 0
+    os.close(main)
+    assert [turn["content"] for turn in sent[1]["messages"]] == ["hi", "so it begins", "and now"]
+
+
+def wait_for(terminal: int, text: str, seen: str) -> str:
+    """What a terminal has shown once it has shown this text."""
+    deadline = time.monotonic() + 30
+    while text not in seen and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.2)[0]:
+            seen += os.read(terminal, 4096).decode(errors="replace")
+    assert text in seen, seen
+    return seen
 
 
 # --- targets that do not talk -----------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from qkit.core.errors import UserError
 app = verb_app()
 
 Folders = Annotated[
-    list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Folders with runs, or runs. Default: runs/.")
+    list[Path] | None, typer.Argument(metavar="FOLDER", help="Folders with runs, or runs. Default: runs/.")
 ]
-Doomed = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")]
+Doomed = Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]
 Days = Annotated[
     float, typer.Option("--days", min=0, help="What in qkit's cache was used within so many days is kept.")
