@@ -18,6 +18,7 @@ from helpers.command import qkit_here
 from helpers.sample import SAMPLE, open_sample
 from qkit.commands.runs import disk, garbage, listing, removal, state
 from qkit.core.errors import MissingArtifact, RunBusy, UserError
+from qkit.core.files import sha256_of
 from qkit.core.sources import mark_used
 from qkit.run.directory import Run
 from qkit.run.stages import stages_of
@@ -36,6 +37,11 @@ def copy(folder: Path, name: str) -> Run:
     manifest = run.manifest()
     for stage in stages_of(run.recipe):
         manifest["stages"].setdefault(stage.name, {"key": "k", "outputs": {}, "inputs": {}})
+    for entry in manifest["stages"].values():
+        entry["outputs"] = {}
+    file = write(root / "train" / "metrics.jsonl")
+    kept = {"sha256": sha256_of(file), "bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
+    manifest["stages"]["train"]["outputs"] = {"train/metrics.jsonl": kept}
     (root / "run.json").write_text(json.dumps(manifest))
     return run
 
@@ -310,11 +316,18 @@ def test_checkpoints_of_a_finished_training_can_go_and_those_of_another_not(tmp_
     assert found(run) == {}
     checkpoint(run.folder("train") / "checkpoints", 40)
     assert found(run) == {"train/checkpoints": "checkpoints of a finished training"}
+    before = (run.folder("train") / "metrics.jsonl").read_text()
+    write(run.folder("train") / "metrics.jsonl", "changed")
+    assert found(run) == {}
+    write(run.folder("train") / "metrics.jsonl", before)
     checkpoint(run.root / ".work" / "train" / "checkpoints", 20)
     write(run.root / ".work" / "train" / ".key", "another recipe's")
     assert [*found(run)] == ["train/checkpoints"]
     write(run.root / ".work" / "train" / ".key", run.manifest()["stages"]["train"]["key"])
     assert [*found(run)] == ["train/checkpoints", ".work/train"]
+    (run.folder("train")).rename(run.root / "moved")  # a kill before the finished folder was moved into place
+    assert found(run) == {}
+    (run.root / "moved").rename(run.folder("train"))
     forget(run, "train")
     assert found(run) == {}
     (run.root / ".work" / "train" / "checkpoints" / "checkpoint-20" / state.SEAL).unlink()

@@ -12,16 +12,20 @@ import numpy as np
 import pytest
 
 from helpers.command import qkit_here
+from helpers.exporting import job_for
+from helpers.tiny import build_tokenizer
 from qkit.commands.talk.dialogue import Dialogue
 from qkit.commands.talk.job import Job
 from qkit.commands.talk.speakers import prompt_ids
 from qkit.commands.talk.targets import opened
 from qkit.core.device import detect
 from qkit.core.files import read_lines
+from qkit.export.formats import onnx as exporter
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.runtime import open_runtime
 from qkit.run.directory import Run
 from qkit.runtimes._continued import continued
+from qkit.runtimes._onnx_traced import TracedRuntime
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
 
@@ -85,6 +89,57 @@ def test_onnx_continues_a_text(onnx_exports: dict[str, Path], variant: str) -> N
             before, after = text.computed, text.logits_after(other)
             assert text.computed - before == (4 if len(other) > 250 else 3 if len(other) > 50 else 1)
             np.testing.assert_allclose(after, continued(runtime).logits_after(other), atol=tolerance)
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+TRACED: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2},
+    "cohere2": {**WIDE, "num_key_value_heads": 1, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*TRACED])
+def test_a_traced_graph_continues_a_text(tmp_path: Path, family: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    pytest.importorskip("onnxruntime_genai")
+    torch.manual_seed(0)
+    small = {"vocab_size": 259, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
+    config = AutoConfig.for_model(family, tie_word_embeddings=False, **small, **TRACED[family])
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    exporter.export(job_for(tmp_path / "model", tmp_path / "run"), tmp_path / "onnx", "fp32")
+    with open_runtime("onnxruntime", tmp_path / "onnx", detect()) as runtime:
+        assert isinstance(runtime, TracedRuntime)
+        text, ids = continued(runtime), [3 + n * 37 % 200 for n in range(30)]
+        said: list[int] = []
+        for _ in range(6):
+            said.append(int(text.logits_after([*ids, *said]).argmax()))
+        assert said == runtime.generate([ids], 6, frozenset())[0] and text.computed == 35
+        for other, new in (([*ids, *said, 5, 6], 3), ([*ids[:20], 5, 6], 2), (ids[:12], 1)):
+            before, after = text.computed, text.logits_after(other)
+            assert text.computed - before == new
+            np.testing.assert_allclose(after, continued(runtime).logits_after(other), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_an_export_without_its_run_says_what_its_runtime_says(
+    onnx_exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its two stop tokens are those of generation_config.json."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("say a\n"))
+    done = qkit_here("chat", onnx_exports["fp32"], "--json", "--temperature", 0, "--max-tokens", 40)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    tokenizer = build_tokenizer()
+    prompt = prompt_ids(tokenizer, [{"role": "user", "content": "say a"}])
+    with open_runtime("onnxruntime", onnx_exports["fp32"], detect()) as runtime:
+        (ids,) = runtime.generate([prompt], 40, frozenset({2, 7}))
+    assert answer["answer"] == tokenizer.decode([one for one in ids if one not in (2, 7)], skip_special_tokens=True)
+    assert (answer["completion_tokens"], answer["prompt_tokens"]) == (len(ids), len(prompt))
+    assert answer["finish_reason"] == ("stop" if ids[-1] in (2, 7) else "length")
 
 
 @pytest.mark.slow
