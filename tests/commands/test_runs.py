@@ -90,10 +90,10 @@ def test_a_list_has_the_newest_first_and_fits_80_columns(tmp_path: Path, monkeyp
     assert (third, first) == ("runs/third", "runs/first") and long.startswith("\N{HORIZONTAL ELLIPSIS}")
     assert long.endswith("for-a-screen")
     assert max(map(len, done.stdout.splitlines())) <= 80 and "done" in lines[0] and "52 (42–62)" in lines[0]
-    made = json.loads(qkit_here("ls", "--json", tmp_path / "runs" / "first").stdout)
-    assert len(made) == 1 and made[0]["score"] == {"score": 52.0, "low": 42.0, "high": 62.0}
-    assert made[0]["state"]["kind"] == "done" and made[0]["bytes"] == disk.size_of(tmp_path / "runs" / "first")
-    assert (made[0]["task"], made[0]["model"], made[0]["changed_at"]) == ("chat", "tiny-llama", 1e9)
+    document = json.loads(qkit_here("ls", "--json", tmp_path / "runs" / "first").stdout)
+    assert len(document) == 1 and document[0]["score"] == {"score": 52.0, "low": 42.0, "high": 62.0}
+    assert document[0]["state"]["kind"] == "done" and document[0]["bytes"] == disk.size_of(tmp_path / "runs" / "first")
+    assert (document[0]["task"], document[0]["model"], document[0]["changed_at"]) == ("chat", "tiny-llama", 1e9)
 
 
 def test_states_of_runs(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_terminal_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, an
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     done = qkit_here("rm", root)
     assert asked == ["Delete it?"] and root.exists() is left
-    assert done.returncode == (130 if left else 0)
+    assert done.returncode == 0 and done.stdout == f"deleted: {'nothing' if left else root}\n"
 
 
 def foreign(run: Run) -> Path:
@@ -307,31 +307,31 @@ def test_what_a_killed_deletion_leaves_can_be_deleted(tmp_path: Path, monkeypatc
 # --- gc ---------------------------------------------------------------------------------------------------------------
 
 
-def found(run: Run) -> dict[str, str]:
+def leftover(run: Run) -> dict[str, str]:
     return {str(Path(one.path).relative_to(run.root)): one.why for one in garbage.leftovers([run.root], 1e9) if one.run}
 
 
 def test_checkpoints_of_a_finished_training_can_go_and_those_of_another_not(tmp_path: Path) -> None:
     run = copy(tmp_path, "r")
-    assert found(run) == {}
+    assert leftover(run) == {}
     checkpoint(run.folder("train") / "checkpoints", 40)
-    assert found(run) == {"train/checkpoints": "checkpoints of a finished training"}
+    assert leftover(run) == {"train/checkpoints": "checkpoints of a finished training"}
     before = (run.folder("train") / "metrics.jsonl").read_text()
     write(run.folder("train") / "metrics.jsonl", "changed")
-    assert found(run) == {}
+    assert leftover(run) == {}
     write(run.folder("train") / "metrics.jsonl", before)
     checkpoint(run.root / ".work" / "train" / "checkpoints", 20)
     write(run.root / ".work" / "train" / ".key", "another recipe's")
-    assert [*found(run)] == ["train/checkpoints"]
+    assert [*leftover(run)] == ["train/checkpoints"]
     write(run.root / ".work" / "train" / ".key", run.manifest()["stages"]["train"]["key"])
-    assert [*found(run)] == ["train/checkpoints", ".work/train"]
+    assert [*leftover(run)] == ["train/checkpoints", ".work/train"]
     (run.folder("train")).rename(run.root / "moved")  # a kill before the finished folder was moved into place
-    assert found(run) == {}
+    assert leftover(run) == {}
     (run.root / "moved").rename(run.folder("train"))
     forget(run, "train")
-    assert found(run) == {}
+    assert leftover(run) == {}
     (run.root / ".work" / "train" / "checkpoints" / "checkpoint-20" / state.SEAL).unlink()
-    assert found(run) == {".work/train": "what a stopped training left, without a checkpoint to resume from"}
+    assert leftover(run) == {".work/train": "what a stopped training left, without a checkpoint to resume from"}
 
 
 def test_what_stopped_stages_left_can_go(tmp_path: Path) -> None:
@@ -340,10 +340,10 @@ def test_what_stopped_stages_left_can_go(tmp_path: Path) -> None:
     write(run.root / ".work" / "merge" / "model.safetensors")
     write(run.root / ".work" / "reference" / "k" / "done.json")
     write(run.root / ".run.json.77.part")
-    assert [*found(run)] == [".work/merge", ".run.json.77.part"]
+    assert [*leftover(run)] == [".work/merge", ".run.json.77.part"]
     other = copy(tmp_path, "s")
     write(other.root / ".work" / "reference" / "k" / "done.json")
-    assert [*found(other)] == [".work/reference"]
+    assert [*leftover(other)] == [".work/reference"]
 
 
 def test_gc_deletes_only_with_yes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,11 +319,11 @@ def test_answers_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr(sys, "stdin", io.StringIO("a b\nc"))
     shown, notes = screen(Dialogue({"base": Echo(), "adapter": Echo()}), as_json=True)
     shown.run()
-    made = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(one["question"], one["model"], one["answer"]) for one in made] == [
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["question"], one["model"], one["answer"]) for one in said] == [
         ("a b", "base", "ab"), ("a b", "adapter", "ab"), ("c", "base", "c"), ("c", "adapter", "c"),
     ]  # fmt: skip
-    assert made[0]["finish_reason"] == "stop" and made[0]["completion_tokens"] == 2 and not notes.getvalue()
+    assert said[0]["finish_reason"] == "stop" and said[0]["completion_tokens"] == 2 and not notes.getvalue()
 
 
 def test_two_speakers_answer_one_after_the_other(
@@ -581,7 +581,7 @@ def test_a_server_of_labels_is_for_predict() -> None:
         targets.opened(Job(url))
 
 
-def made(folder: Path, recipe: dict[str, Any]) -> Run:
+def new_run(folder: Path, recipe: dict[str, Any]) -> Run:
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     run = Run.create(folder / "run", load(folder / "recipe.yaml"))
     run.save_recipe()
@@ -589,7 +589,7 @@ def made(folder: Path, recipe: dict[str, Any]) -> Run:
 
 
 def test_a_run_of_labels_is_for_predict(tmp_path: Path) -> None:
-    run = made(tmp_path, settings(tmp_path / "model", tmp_path / "rows.jsonl"))
+    run = new_run(tmp_path, settings(tmp_path / "model", tmp_path / "rows.jsonl"))
     done = qkit_here("chat", run.root)
     assert (
         done.returncode == 2 and f"task=classify gives labels, not text: `qkit predict {run.root} FILE" in done.stderr
@@ -598,7 +598,7 @@ def test_a_run_of_labels_is_for_predict(tmp_path: Path) -> None:
 
 def test_the_artifact_that_answers_is_the_best_that_is_there(tmp_path: Path) -> None:
     formats = {"export": {"formats": ["vllm", "onnx-fp32", "onnx-int4"]}}
-    run = made(tmp_path, {**tiny_settings(tmp_path / "m", tmp_path / "r.jsonl"), **formats})
+    run = new_run(tmp_path, {**tiny_settings(tmp_path / "m", tmp_path / "r.jsonl"), **formats})
     with pytest.raises(MissingArtifact, match="nothing is trained yet: `qkit run "):
         targets.chosen_artifact(run, None)
     seen = []

@@ -42,13 +42,12 @@ def rm(runs: Doomed, yes: Yes = False, as_json: Json = False, quiet: Quiet = Fal
     for run in doomed if not (yes and quiet) else ():
         console.stderr().print(run.text, highlight=False, soft_wrap=True)
     if not (yes or _agreed(f"Delete {'it' if len(doomed) == 1 else f'these {len(doomed)} runs'}?")):
-        raise typer.Abort
+        doomed = []
     for run in doomed:
         removal.remove(run)
     if as_json or not quiet:
-        console.show(
-            as_json, [run.to_dict() for run in doomed], lambda: f"deleted: {', '.join(run.path for run in doomed)}"
-        )
+        names = ", ".join(run.path for run in doomed)
+        console.show(as_json, [run.to_dict() for run in doomed], lambda: f"deleted: {names or 'nothing'}")
 
 
 def _agreed(question: str) -> bool:
@@ -69,8 +68,8 @@ def gc(
     """Show what no result needs: checkpoints of finished trainings, what killed stages left, what in the cache is old; --yes deletes it."""
     from qkit.commands.runs import garbage
 
-    found = garbage.leftovers(folders or [], days)
-    gone = [one for one in found if garbage.delete(one)] if yes else []
-    document = {"deleted": yes, "leftovers": [one.to_dict() for one in (gone if yes else found)]}
+    leftovers = garbage.leftovers(folders or [], days)
+    gone = [one for one in leftovers if garbage.delete(one)] if yes else []
+    document = {"deleted": yes, "leftovers": [one.to_dict() for one in (gone if yes else leftovers)]}
     if as_json or not quiet:
-        console.show(as_json, document, lambda: garbage.screen(gone if yes else found, yes))
+        console.show(as_json, document, lambda: garbage.screen(gone if yes else leftovers, yes))

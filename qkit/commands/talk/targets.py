@@ -205,15 +205,15 @@ def _beside_base(job: Job, run: Run) -> Talk:
     defaults, name = model_source.companions(run.recipe.model), run.recipe.trained_as
     speakers = {
         BASE: _local(job, run, runtime, defaults, without_adapter=True),
-        name: _local(job, run, runtime, defaults, is_owner=False),
+        name: _local(job, run, runtime, defaults, closes=False),
     }
     return Talk(f"{name} of {run.root} on its base, and the base alone, with transformers", speakers, _system(job, run))
 
 
 def _local(
-    job: Job, run: Run, runtime: Any, defaults: Path, without_adapter: bool = False, is_owner: bool = True
+    job: Job, run: Run, runtime: Any, defaults: Path, without_adapter: bool = False, closes: bool = True
 ) -> Local:
-    """`defaults`: the folder whose generation_config.json counts; `is_owner`: closing the speaker closes the runtime."""
+    """`defaults`: the folder whose generation_config.json counts; `closes`: closing the speaker closes the runtime."""
     from qkit.runtimes._continued import continued
     from qkit.server.onnx_requests import model_defaults
 
@@ -225,7 +225,7 @@ def _local(
         run.recipe.serve.max_model_len,
         job.sampling,
         model_defaults(defaults),
-        runtime.close if is_owner else lambda: None,
+        runtime.close if closes else lambda: None,
     )
 
 
