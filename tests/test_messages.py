@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qkit.commands.runs import listing, removal
+from qkit.commands.housekeeping import listing, removal
 from qkit.commands.talk import speakers, typed
 from qkit.commands.talk import targets as talk_targets
 from qkit.commands.talk.job import Job

@@ -16,7 +16,7 @@ import yaml
 
 from helpers.command import qkit_here
 from helpers.sample import SAMPLE, open_sample
-from qkit.commands.runs import disk, garbage, listing, removal, state
+from qkit.commands.housekeeping import disk, garbage, listing, removal, state
 from qkit.core.errors import MissingArtifact, RunBusy, UserError
 from qkit.core.files import sha256_of
 from qkit.core.sources import mark_used

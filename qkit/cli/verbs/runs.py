@@ -27,7 +27,7 @@ Days = Annotated[
 @app.command(epilog="Example: qkit ls runs --json")
 def ls(folders: Folders = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """List the runs below runs/, the one that changed last first: state, score of what was trained, size, age."""
-    from qkit.commands.runs import listing
+    from qkit.commands.housekeeping import listing
 
     runs = listing.listed(folders or [])
     console.show(as_json, [run.to_dict() for run in runs], lambda: listing.table(runs))
@@ -36,7 +36,7 @@ def ls(folders: Folders = None, as_json: Json = False, quiet: Quiet = False) -> 
 @app.command(epilog="Example: qkit rm runs/first runs/second")
 def rm(runs: Doomed, yes: Yes = False, as_json: Json = False, quiet: Quiet = False) -> None:
     """Delete run directories, after showing what would go. One that is running, or holds other files, is refused."""
-    from qkit.commands.runs import removal
+    from qkit.commands.housekeeping import removal
 
     doomed = removal.doomed(runs)
     for run in doomed if not (yes and quiet) else ():
@@ -66,7 +66,7 @@ def gc(
     folders: Folders = None, yes: Yes = False, days: Days = 30.0, as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """Show what no result needs: checkpoints of finished trainings, what killed stages left, what in the cache is old; --yes deletes it."""
-    from qkit.commands.runs import garbage
+    from qkit.commands.housekeeping import garbage
 
     leftovers = garbage.leftovers(folders or [], days)
     gone = [one for one in leftovers if garbage.delete(one)] if yes else []
