@@ -546,28 +546,33 @@ def test_a_real_terminal() -> None:
         argv = [sys.executable, "-m", "qkit", "chat", url]
         with subprocess.Popen(argv, stdin=side, stdout=side, stderr=side, start_new_session=True) as process:
             os.close(side)
-            seen = wait_for(main, "> ", "")
-            os.write(main, b"hi\n")
-            seen = wait_for(main, "so it begins", seen)
-            process.send_signal(signal.SIGINT)
-            seen = wait_for(main, "stopped", seen)
-            ended.set()
-            os.write(main, b"and now\n")
-            seen = wait_for(main, "first after", seen.partition("stopped")[2])
-            os.write(main, b"\x04")
-            assert process.wait(20) == 0
+            try:
+                wait_for(main, "> ")
+                os.write(main, b"hi\n")
+                wait_for(main, "so it begins")
+                process.send_signal(signal.SIGINT)
+                wait_for(main, "stopped", "> ")
+                ended.set()
+                os.write(main, b"and now\n")
+                wait_for(main, "first after", "> ")
+                os.write(main, b"\x04")  # of which only somebody who is reading takes note
+                assert process.wait(20) == 0
+            finally:
+                ended.set()
+                process.kill()
     os.close(main)
     assert [turn["content"] for turn in sent[1]["messages"]] == ["hi", "so it begins", "and now"]
 
 
-def wait_for(terminal: int, text: str, seen: str) -> str:
-    """What a terminal has shown once it has shown this text."""
-    deadline = time.monotonic() + 30
-    while text not in seen and time.monotonic() < deadline:
-        if select.select([terminal], [], [], 0.2)[0]:
-            seen += os.read(terminal, 4096).decode(errors="replace")
-    assert text in seen, seen
-    return seen
+def wait_for(terminal: int, *texts: str) -> None:
+    """Read a terminal until it has shown these texts, one after the other."""
+    seen, deadline = "", time.monotonic() + 30
+    for text in texts:
+        while text not in seen and time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.2)[0]:
+                seen += os.read(terminal, 4096).decode(errors="replace")
+        assert text in seen, seen
+        seen = seen.partition(text)[2]
 
 
 # --- targets that do not talk -----------------------------------------------------------------------------------------

@@ -116,13 +116,14 @@ def table(runs: Sequence[Listed], now: float | None = None) -> Table | str:
     for name, width in _widths(rows, shutil.get_terminal_size().columns).items():
         side: Any = "right" if name in HEADERS[4:] else "left"
         drawn.add_column(name, no_wrap=True, overflow="ellipsis", min_width=width, max_width=width, justify=side)
-    width = drawn.columns[0].max_width or 0
     for path, *cells in rows:
-        shown = (
-            path if len(path) <= width else f"\N{HORIZONTAL ELLIPSIS}{path[len(path) - width + 1 :]}"
-        )  # the end of a path tells more than its beginning
-        drawn.add_row(*map(Text, (shown, *cells)))
+        drawn.add_row(*map(Text, (_end_of(path, drawn.columns[0].max_width or 0), *cells)))
     return drawn
+
+
+def _end_of(path: str, width: int) -> str:
+    """A path in so many characters; its end tells more than its beginning."""
+    return path if len(path) <= width else f"\N{HORIZONTAL ELLIPSIS}{path[len(path) - width + 1 :]}"
 
 
 def _cells(run: Listed, now: float) -> tuple[str, ...]:
