@@ -26,13 +26,20 @@ from qkit.merging.folder import write_folder
 from qkit.model import provenance, source
 from qkit.plugins.runtime import open_runtime
 from qkit.plugins.task import open_task
-from qkit.recipe.schema import UNMERGED
+from qkit.recipe.schema import UNMERGED, WHOLE
 from qkit.run.directory import Run
 from qkit.tensors.shards import shards
 
+WHOLE_DESCRIPTION = "the trained weights, rounded: nothing was merged"
 LOST = (
     "Nothing was written. If the adapter has hardly moved (see train/metrics.jsonl), train longer or with a higher learning rate. "
     "Otherwise try another merge.base, or serve the adapter unmerged (export.formats: vllm-adapter)"
+)
+
+
+LOST_WHOLE = (
+    "Nothing was written. The weights have moved less than 16 bits can hold: train longer or with a higher learning rate (see "
+    "train/metrics.jsonl), or set merge.dtype=float32"
 )
 
 
@@ -51,6 +58,10 @@ def run(run: Run, out: Path) -> None:
         )
     folder, variants = source.resolve(run.recipe.model), candidates.merge_candidates(run.recipe)
     provenance.check_adapter(run.trained(), folder)
+    if run.recipe.method in WHOLE:
+        run.progress.notify(
+            "merge: nothing to merge: the weights themselves were trained, and are rounded and measured"
+        )
     size = sum(shard.stat().st_size for shard in shards(folder))
     need_disk(out, size * min(len(variants), 2), "merge")
     held_out = measure_held_out.held_out_of(run)
@@ -64,7 +75,7 @@ def run(run: Run, out: Path) -> None:
         finer=candidates.finer_merge(run),
         notify=lambda message: run.progress.notify(f"merge: {message}"),
     )
-    choice.refuse_lost("merged", "the merged model", LOST)
+    choice.refuse_lost("merged", "the merged model", LOST_WHOLE if run.recipe.method in WHOLE else LOST)
     _keep(choice.folder, out)
     table = choice.table(_reference_rows(run, folder, held_out, reference()))
     write_json(out / candidates.FILE, {**table, "texts": choice.result.texts})
@@ -74,7 +85,8 @@ def run(run: Run, out: Path) -> None:
 
 def _make(run: Run, out: Path, candidate: Candidate) -> Path:
     """Write one whole merged model to a folder of its own."""
-    run.progress.notify(f"merge: {candidate.name}")
+    what = f"the trained weights in {candidate.dtype or run.recipe.merge.dtypes[0]}"
+    run.progress.notify(f"merge: {what if run.recipe.method in WHOLE else candidate.name}")
     folder = candidates.folder_of(out, candidate)
     write_folder(run, folder, candidate.base, dtype=candidate.dtype)
     return folder
@@ -87,8 +99,10 @@ def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, ref
         answers = answered(run, runtime, held_out)
         scores_of_rows = open_task(run.recipe.task).outputs(runtime, held_out.rows)
         distance = candidates.merged_parity(reference, folder, scores_of_rows)
+    whole = {"description": WHOLE_DESCRIPTION} if run.recipe.method in WHOLE else {}
     return replace(
         CandidateResult.of(candidate, distance),
+        **whole,
         score=scored(run, answers, held_out, distance.heldout_loss),
         gain=gates.gain_over_reference(run, answers.grades, held_out),
         texts=answers.texts,

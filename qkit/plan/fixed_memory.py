@@ -112,7 +112,7 @@ def remarks(recipe: Recipe, shape: Shape) -> tuple[str, ...]:
     Raises:
         ModelError: a name in `target_modules` or `target_parameters` matches nothing.
     """
-    texts = list(targets.remarks(recipe.lora, shape))
+    texts = list(targets.remarks(recipe.lora, shape)) if recipe.method == "lora" else []
     if shape.eager and recipe.model.attn_implementation == "sdpa":
         texts.append(
             f"Attention is computed eagerly, with all scores in memory: transformers has no sdpa for {shape.architecture}."

@@ -22,6 +22,7 @@ from qkit.plan._known import NOTHING, Known
 from qkit.plan._overhead import overhead_of
 from qkit.plan._subject import Subject, subject_of
 from qkit.plan._traced import items as traced_items
+from qkit.plan._traced import language_items
 from qkit.plan._traced.head import NewHead
 from qkit.plan.items import MemoryItem
 from qkit.plan.remedies import Remedy
@@ -134,6 +135,8 @@ def stage_items(
     """
     if isinstance(subject, NewHead):
         return traced_items.stage_items(recipe, subject, device, stage)
+    if stage == "train" and recipe.method != "lora":
+        return language_items.train_items(recipe, subject, device, known)
     if stage == "train":
         return stage_memory.train_items(recipe, subject, device, known.labelled)
     return ITEMS[stage](recipe, subject, device)

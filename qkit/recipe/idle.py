@@ -89,6 +89,8 @@ def _methods(recipe: Recipe) -> Problems:
         fields = type(getattr(recipe, section)).model_fields
         for name in [] if used else _set(getattr(recipe, section), *fields):
             yield (section, name), f"{section}.{name} has no effect with method={recipe.method}"
+    if recipe.train.trainable and recipe.method != "full":
+        yield ("train", "trainable"), f"train.trainable has no effect with method={recipe.method}"
     if recipe.peft and recipe.method != "peft":
         yield ("peft",), f"peft has no effect with method={recipe.method}"
 

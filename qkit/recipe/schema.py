@@ -306,8 +306,9 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 42
     method: Method = Field(
         "lora",
-        description="what is trained: lora (an adapter); full (all weights); for tasks with labels also head (the new head) and "
-        "bottleneck adapters after attention and MLP (houlsby), after the MLP (pfeiffer) or beside it (parallel), or any other kind of PEFT",
+        description="what is trained: lora (an adapter); full (all weights); peft (any other kind of adapter that PEFT has); for tasks with "
+        "labels also head (the new head), and bottleneck adapters after attention and MLP (houlsby), after the MLP (pfeiffer) or beside it "
+        "(parallel)",
     )
     micro_batches: Positive = Field(
         1, description="parts in which a batch passes through the model; gradients are those of the whole batch"

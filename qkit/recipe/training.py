@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qkit.recipe.section import Positive, Section
+from qkit.recipe.section import Pattern, Positive, Section
 
 
 def _whole_or_share(value: float) -> int | float:
@@ -45,6 +45,10 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     optim: str = "adamw_torch"
     bf16: bool = Field(True, description="compute in bf16 where that changes little (autocast)")
+    trainable: tuple[Pattern, ...] = Field(
+        (),
+        description="with method=full: regular expressions, found in the names of the parameters that are trained; default: all",
+    )
     logging_steps: Positive = 1
     save_steps: Positive = 50
     save_total_limit: Positive = 1

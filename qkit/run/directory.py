@@ -35,6 +35,7 @@ ADDED = {
     "loss.delta": 1.0,
     "loss": Loss().model_dump(mode="json", exclude={"delta"}),
     "train.bf16": True,
+    "train.trainable": [],
     "data.batch_rows": None,
     "data.label_separator": None,
     "data.stride": None,

@@ -15,7 +15,7 @@ from qkit.core.errors import NotDeployable
 from qkit.model.adapters import targets
 from qkit.model.config import from_config
 from qkit.model.provenance import check_adapter
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import WHOLE, Recipe
 
 # The values of --max-lora-rank (vllm/config/lora.py, MaxLoRARanks). A server serves adapters of any rank up to its own.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -44,6 +44,8 @@ def refusal(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
             'model.add_tokens trains rows of the embedding, and vLLM refuses adapters that contain them ("is unsupported LoRA weight"): '
             "serve the merged model (export.formats: vllm), or train without added tokens (model.chat_template=plain)"
         )
+    if recipe.method in WHOLE:
+        return f"method={recipe.method} trains the weights themselves, so there is no adapter: use vllm"
     if recipe.lora.r > RANKS[-1]:
         return (
             f"lora.r={recipe.lora.r} is more than vLLM supports (--max-lora-rank is {', '.join(map(str, RANKS))}): "

@@ -1,6 +1,7 @@
 """The stage `train`: recipe -> SFTConfig + LoraConfig -> SFTTrainer -> adapter.
 
 train/adapter/        adapter_model.safetensors, adapter_config.json, and qkit.json: the base it belongs to
+train/model/          in its place where all weights are trained: a model folder in fp32, and qkit.json
 train/metrics.jsonl   one line per logged step
 train/sums.json       label counts: in the ledger, in the batches, and as the divisor of the loss
 train/packing.json    whether packed documents attend only to themselves (with data.packing)
@@ -41,7 +42,7 @@ from qkit.plugins.task import LABELS, open_task, read_labels
 from qkit.recipe import schedule
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
-from qkit.tensors.companions import copy_tokenizer
+from qkit.tensors.companions import copy_companions, copy_tokenizer
 from qkit.train import checkpoints, memory_report, row_losses
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight and two Adam moments
+WEIGHT_BYTES, STATE_BYTES = 4, 8  # of a parameter that is trained, in a checkpoint: the fp32 weight; two Adam moments
 COUNTS = "Counts"  # the name, in a checkpoint, of the callback that stores the label counts
 
 
@@ -66,7 +67,7 @@ def run(run: Run, out: Path) -> Peak:
     device = detect()
     fit.check(run.recipe, device)
     deployable.check(run.recipe)
-    if open_task(run.recipe.task).HEAD.generates:
+    if open_task(run.recipe.task).HEAD.generates and run.recipe.method == "lora":
         _check_targets(run.recipe)
     _check_names(run.recipe)
     run = Run(run.root, _decided(run, device, out), run.progress)
@@ -77,7 +78,7 @@ def run(run: Run, out: Path) -> Peak:
     with targets.patterns_of_parameters():
         trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
     at_once = recipe.train.save_total_limit + 1  # a new checkpoint is complete before an old one is deleted
-    need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
+    need_disk(out, _checkpoint_bytes(trainer.model, recipe.method in WHOLE) * at_once, "checkpoints")
     if recipe.data.packing:
         _pack_if_isolated(run, trainer, out)
     _check_steps(run, trainer)
@@ -342,9 +343,11 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole]
 
 
-def _checkpoint_bytes(trained: PreTrainedModel) -> int:
+def _checkpoint_bytes(trained: PreTrainedModel, whole: bool) -> int:
+    """Bytes of a checkpoint. `whole`: it holds the frozen weights, too."""
     parameters: int = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    return parameters * CHECKPOINT_BYTES_PER_PARAMETER
+    weights = sum(p.nbytes for p in trained.parameters()) if whole else parameters * WEIGHT_BYTES
+    return weights + parameters * STATE_BYTES
 
 
 def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
@@ -360,5 +363,7 @@ def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
     labels = run.folder("data") / LABELS
     if labels.is_file():
         shutil.copyfile(labels, trained / LABELS)
-    if recipe.method in WHOLE:
+    if recipe.method in WHOLE and open_task(recipe.task).HEAD.generates:
+        copy_companions(folder, trained, but=("config.json", provenance.NOTE))
+    elif recipe.method in WHOLE:
         copy_tokenizer(folder, trained)

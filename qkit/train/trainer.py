@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import IGNORED, LENGTH_STEP, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
+from qkit.model.adapters import layers
 from qkit.train import checkpoints, pack_isolation
 from qkit.train.fast.head import labelled_loss, row_losses
 from qkit.train.label_sums import Sums
@@ -25,7 +26,10 @@ else:
 
 
 class Counted(Base):
-    """What qkit changes in a Trainer. `train_dataset` has the columns input_ids and labels, and with `packing` pack and position."""
+    """What qkit changes in a Trainer. `train_dataset` has the columns input_ids and labels, and with `packing` pack and position.
+
+    `rate_decay`: a layer's rate / that of the layer above it.
+    """
 
     def __init__(
         self,
@@ -38,10 +42,12 @@ class Counted(Base):
         batch_rows: int | None = None,
         micro_batches: int = 1,
         checkpoints_kept: int = 1,
+        rate_decay: float = 1.0,
         **kwargs: Any,
     ):
         self.checkpoints_kept = checkpoints_kept
         self.packing = packing
+        self.rate_decay = rate_decay
         self.length_step = length_step
         self.batch_rows = batch_rows or math.inf
         self.micro_batches = micro_batches
@@ -93,6 +99,14 @@ class Counted(Base):
             total += super().training_step(model, dict(zip(inputs, part, strict=True)), num_items_in_batch)
         self.loss += total
         return total
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """transformers' own, with a rate for each layer if these differ."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.rate_decay < 1:
+            layers.set_rates(optimizer, self.model, self.rate_decay)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' schedule, except that the rate is above 0 in the first step of a warm-up and at its maximum right after the last."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import RecipeError, nearest, short
 from qkit.model import added_tokens, tokenizer
-from qkit.model.adapters import layers, new_heads
+from qkit.model.adapters import new_heads, trainable
 from qkit.plugins.task import open_task
 from qkit.recipe import schema
 from qkit.recipe.schema import BOTTLENECKS, Recipe
@@ -54,9 +54,7 @@ def with_method(
         return new_heads.with_token_types(_with_bottlenecks(base, new, recipe))
     if recipe.method == "peft":
         return new_heads.with_token_types(_with_any(base, new, recipe))
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(recipe.method == "full" or name.startswith(tuple(f"{part}." for part in new)))
-    layers.freeze(base, recipe.layers.frozen)
+    trainable.choose(base, new, recipe)
     return base
 
 

@@ -21,6 +21,8 @@ NO_SDPA = "scaled_dot_product_attention"  # in transformers' error for a model w
 
 def weights_dtype(recipe: Recipe, head: NewHead) -> str:
     """The dtype of the base model in training: that of its checkpoint if it is frozen and training computes in bf16, else fp32."""
+    if open_task(recipe.task).HEAD.generates:  # as load.py has it: the checkpoint's where its own weights are trained
+        return "float32" if not recipe.train.bf16 else head.dtype if recipe.method in WHOLE else "bfloat16"
     return head.dtype if recipe.train.bf16 and recipe.method not in WHOLE else "float32"
 
 
@@ -32,7 +34,7 @@ def built(recipe: Recipe, head: NewHead) -> Any:
     """
     model = _bare(recipe, head)
     set_dropout(model, recipe.head)
-    new = new_heads.of(model, head.folder)
+    new = () if open_task(recipe.task).HEAD.generates else new_heads.of(model, head.folder)
     if recipe.quantization.load_in_4bit:
         kernels.quantize(model, new, recipe.quantization)
     rows = len(set(recipe.model.add_tokens))

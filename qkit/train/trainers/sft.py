@@ -11,7 +11,7 @@ from qkit.core.errors import RecipeError
 from qkit.core.files import read_json
 from qkit.model import added_tokens, load
 from qkit.model import tokenizer as model_tokenizer
-from qkit.model.adapters import targets
+from qkit.model.adapters import layers, methods, targets
 from qkit.plan import plan as plan_plan
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
@@ -43,12 +43,17 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
             f"{type(base).__name__} does not support gradient checkpointing: set train.gradient_checkpointing=false (now "
             f"{recipe.train.gradient_checkpointing})"
         )
+    adapter = None
+    if recipe.method == "lora":
+        adapter = lora_config(recipe, base, added_tokens.trained_rows(base, tokenizer, recipe.model.add_tokens))
+    else:
+        base = methods.with_method(base, (), recipe)
     trainer: SFTTrainer = trainer_class()(
         model=base,
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=lora_config(recipe, base, added_tokens.trained_rows(base, tokenizer, recipe.model.add_tokens)),
+        peft_config=adapter,
         pad=read_json(run.need("data", "tokens.json"))["pad"],
         batch_tokens=recipe.data.batch_tokens,
         batch_rows=recipe.data.batch_rows,
@@ -57,8 +62,11 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         packing=recipe.data.packing,
         micro_batches=recipe.micro_batches,
         checkpoints_kept=recipe.train.save_total_limit,
+        rate_decay=recipe.layers.rate_decay,
     )
-    if recipe.model.add_tokens:
+    if recipe.layers.unfreeze_steps:
+        trainer.add_callback(layers.unfreezing(trainer.model, recipe.layers))
+    if adapter is not None and recipe.model.add_tokens:
         added_tokens.show_head(trainer.model)
     if device.frees_through_malloc:
         trim_between_layers(trainer.base_model)
@@ -75,7 +83,7 @@ def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
             max_length=None,  # the data stage has applied data.too_long; TRL would truncate answers
             dataset_kwargs={"skip_prepare_dataset": True},
             activation_offloading=recipe.train.activation_offloading,
-            **_shared.arguments(recipe, device, out),
+            **{**_shared.arguments(recipe, device, out), "bf16": recipe.train.bf16},
         )
     )
     return args
