@@ -26,7 +26,8 @@ from qkit.merging.folder import write_folder
 from qkit.model import provenance, source
 from qkit.plugins.runtime import open_runtime
 from qkit.plugins.task import open_task
-from qkit.recipe.schema import UNMERGED, WHOLE
+from qkit.recipe.registry import is_unmerged
+from qkit.recipe.schema import WHOLE
 from qkit.run.directory import Run
 from qkit.tensors.shards import shards
 
@@ -51,7 +52,7 @@ def run(run: Run, out: Path) -> None:
         ModelError: the adapter does not belong to this base, is already merged into it, or is of a kind that cannot be merged.
         ParityFailed: even the best candidate has lost the fine-tune.
     """
-    if run.recipe.method in UNMERGED:
+    if is_unmerged(run.recipe):
         raise RecipeError(
             f"method={run.recipe.method}: no weight can take up a bottleneck adapter, so there is nothing to merge; `qkit export {run.root}` "
             "makes the onnx formats of base and adapter together"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.core.files import make_folder, read_json
-from qkit.merging import loaded, whole
+from qkit.merging import any_peft, loaded, whole
 from qkit.merging.weights import merge
 from qkit.model import older_forms, provenance, source
 from qkit.model import tokenizer as model_tokenizer
@@ -41,6 +41,8 @@ def write_folder(
     section = run.recipe.merge.model_copy(update={"dtype": dtype or run.recipe.merge.dtypes[0]})
     if run.recipe.method in WHOLE:
         whole.write_rounded(folder, adapter, out, section, note, run.progress)
+    elif run.recipe.method == "peft":
+        any_peft.write_merged(folder, adapter, out, base, run.recipe, section)
     else:
         merge(folder, adapter, out, base, section, note, run.progress)  # writes a config.json of its own
     _write_tokenizer(run, out, trained_here=adapters is None)

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
 from qkit.recipe.section import Dtype, Fraction, Limit, Pattern, Positive, Section, Sha256
@@ -44,6 +46,16 @@ class Quantization(Section):
     bnb_4bit_compute_dtype: Dtype = "bfloat16"
 
 
+STARTS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")  # of lora.init_lora_weights
+
+
+def _start(value: bool | str) -> bool | str:
+    """Reject starts that PEFT does not have, or that need more than a name."""
+    if value is True or value in STARTS or re.fullmatch(r"pissa_niter_[1-9]\d*", str(value)):
+        return value
+    raise PydanticCustomError("start", "must be true, pissa_niter_N or one of {known}", {"known": ", ".join(STARTS)})
+
+
 class Lora(Section):
     """peft.LoraConfig."""
 
@@ -55,12 +67,25 @@ class Lora(Section):
         (), description="experts and routers of a mixture of experts, in addition to target_modules"
     )
     use_rslora: bool = False
+    use_dora: bool = Field(False, description="DoRA: direction and length of each weight are trained apart")
+    init_lora_weights: Annotated[bool | str, AfterValidator(_start)] = Field(
+        True,
+        description="how the adapter starts. true: at zero, as with gaussian and orthogonal; pissa, pissa_niter_N, olora: with a part of the "
+        "base, which needs 16 bits; loftq: with what 4 bits lose of the base; eva: along the directions in which its inputs vary most",
+    )
+    init_from: str | None = Field(
+        None, description="a folder with an adapter, or a run directory: training goes on from its weights"
+    )
+
+    @property
+    def takes_part_of_base(self) -> bool:
+        """Whether the adapter starts with a part of the base weights, which are then others."""
+        return str(self.init_lora_weights).startswith(("pissa", "olora"))
 
 
 Method = Literal["lora", "full", "head", "houlsby", "pfeiffer", "parallel", "peft"]
 WHOLE: tuple[Method, ...] = ("full", "head")  # the methods that leave a whole model behind, and no adapter
 BOTTLENECKS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel")
-UNMERGED: tuple[Method, ...] = (*BOTTLENECKS, "peft")  # adapters that no weight can take up, or not always
 
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized", "conll"]

@@ -46,9 +46,13 @@ def refusal(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
         )
     if recipe.method in WHOLE:
         return f"method={recipe.method} trains the weights themselves, so there is no adapter: use vllm"
-    if recipe.lora.r > RANKS[-1]:
+    if reason := _other_kind(recipe):
+        return f"{reason}: serve the merged model (export.formats: vllm)"
+    rank = recipe.lora.r * (2 if recipe.lora.takes_part_of_base else 1)
+    if rank > RANKS[-1]:
+        saved = "" if rank == recipe.lora.r else f" (with {recipe.lora.init_lora_weights} it is saved with rank {rank})"
         return (
-            f"lora.r={recipe.lora.r} is more than vLLM supports (--max-lora-rank is {', '.join(map(str, RANKS))}): "
+            f"lora.r={recipe.lora.r}{saved} is more than vLLM supports (--max-lora-rank is {', '.join(map(str, RANKS))}): "
             "lower it, or serve the merged model (export.formats: vllm)"
         )
     if parameters := [t.matrix for t in targets.planned(recipe.lora, from_config(config, "the base")) if t.parameter]:
@@ -57,6 +61,17 @@ def refusal(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
             "model (export.formats: vllm), or train other modules (lora.target_modules)"
         )
     return None
+
+
+def _other_kind(recipe: Recipe) -> str:
+    """Why what the recipe trains is no plain LoRA on 16-bit weights; "" if it is."""
+    if recipe.method == "peft":
+        return f"vLLM serves LoRA only, and method=peft trains {recipe.peft.get('peft_type')}"
+    if recipe.lora.use_dora:
+        return "vLLM does not serve DoRA (lora.use_dora) unmerged"
+    if recipe.lora.init_lora_weights == "loftq":
+        return "with lora.init_lora_weights=loftq the adapter makes up for what 4 bits lose, and vLLM serves it on 16-bit weights"
+    return ""
 
 
 def unsupported(config: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ from qkit.core.files import need_disk, read_json, write_json
 from qkit.core.memory_meter import PeakMeter
 from qkit.core.progress import Bar
 from qkit.model import provenance, source
-from qkit.model.adapters import targets
+from qkit.model.adapters import earlier, starts, targets
 from qkit.model.config import shape_of
 from qkit.plan import deployable, fit, solve
 from qkit.plan import plan as plan_plan
@@ -75,6 +75,8 @@ def run(run: Run, out: Path) -> Peak:
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
     folder = source.resolve(recipe.model)
+    if recipe.lora.init_from is not None and (unknown := earlier.check(recipe.lora, folder)):
+        run.progress.notify(f"train: warning: {unknown}")
     with targets.patterns_of_parameters():
         trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
     at_once = recipe.train.save_total_limit + 1  # a new checkpoint is complete before an old one is deleted
@@ -357,9 +359,11 @@ def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
     weights = "model*.safetensors" if recipe.method in WHOLE else "adapter_model.safetensors"
     if not any(trained.glob(weights)):
         raise MissingArtifact(f"{trained}: {weights} was not written")
+    if (start := out / "checkpoints" / starts.START).is_file():
+        starts.subtract_start(trained, start)
     quantized = source.quantized_names(trainer.base_model) if recipe.quantization.load_in_4bit else []
     names = [name.replace(".base_layer.weight", ".weight") for name in quantized]
-    provenance.write_adapter_note(trained, folder, recipe, names)
+    provenance.write_adapter_note(trained, folder, recipe, names, earlier.origin(recipe.lora))
     labels = run.folder("data") / LABELS
     if labels.is_file():
         shutil.copyfile(labels, trained / LABELS)

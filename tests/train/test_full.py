@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from helpers.command import qkit_here
@@ -22,7 +22,7 @@ from helpers.training import Heard, _json, _losses, _run
 from qkit import pipeline
 from qkit.core.device import detect
 from qkit.core.errors import NotDeployable, RecipeError
-from qkit.measure import parity
+from qkit.measure import gates, parity
 from qkit.measure import reference as measure_reference
 from qkit.measure.held_out import held_out_of
 from qkit.model.adapters import methods
@@ -232,6 +232,9 @@ def test_a_killed_training_goes_on_to_the_same_bytes(name: str, tmp_path: Path, 
     raw = {
         **tiny_settings(model, rows_file),
         **FULL,
+        "export": {"formats": ["safetensors"]},
+        "bench": {"runtimes": ["transformers"]},
+        "verify": {},
         "train": {"max_steps": 12, "save_steps": 2, "learning_rate": 1e-3},
     }
     (tmp_path / "full.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
@@ -292,7 +295,7 @@ def test_every_artifact_passes_its_gate(finished: Run) -> None:
     scores = _json(finished.folder("evaluate") / "scores.json")["scores"]
     assert scores.keys() == {"base", "trained"} and scores["trained"]["heldout_loss"] < scores["base"]["heldout_loss"]
     contract = {check["name"]: check["status"] for check in found["parity"]["merged"]["contract"]}
-    assert set(contract.values()) <= {"ok", "not checked"} and contract["stop tokens"] == "ok"
+    assert set(contract.values()) <= {"ok", "noted", "not checked"} and contract["stop tokens"] == "ok"
 
 
 @pytest.mark.slow
@@ -318,21 +321,13 @@ def test_the_reference_is_the_model_as_trained(finished: Run) -> None:
 
 
 @pytest.mark.slow
-def test_a_broken_weight_fails_the_gate(finished: Run, tmp_path: Path) -> None:
-    """One matrix as it was before training is noticed."""
-    from qkit.measure import gates
-
+def test_untrained_weights_fail_the_gate(finished: Run, tmp_path: Path) -> None:
+    """The base in the place of what was made of it."""
     rows = held_out_of(finished).rows
-    import shutil
-
-    folder = shutil.copytree(finished.folder("merge"), tmp_path / "broken")
-    weights = load_file(folder / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.weight"
-    weights[name] = load_file(Path(finished.recipe.model.source) / "model.safetensors")[name].to(weights[name].dtype)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with open_runtime("transformers", folder, detect()) as runtime:
-        found = parity.measure(measure_reference.recorded(finished, rows), runtime.score(rows))
-    assert gates.judge(gates.gate_of("merged", finished.recipe), found)
+    with open_runtime("transformers", Path(finished.recipe.model.source), detect()) as runtime:
+        distance = parity.measure(measure_reference.recorded(finished, rows), runtime.score(rows))
+    broken = gates.judge(gates.gate_of("merged", finished.recipe), distance)
+    assert {"lost", "kl_mean"} <= {breach.gate for breach in broken}
 
 
 @pytest.mark.slow

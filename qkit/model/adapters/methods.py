@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import RecipeError, nearest, short
 from qkit.model import added_tokens, tokenizer
-from qkit.model.adapters import new_heads, trainable
+from qkit.model.adapters import new_heads, starts, trainable
 from qkit.plugins.task import open_task
 from qkit.recipe import schema
 from qkit.recipe.schema import BOTTLENECKS, Recipe
@@ -62,7 +62,6 @@ def _with_lora(base: PreTrainedModel, new: Sequence[str], recipe: Recipe, added:
     """A LoRA adapter on the base; the new modules are trained whole, and saved with it."""
     from peft import LoraConfig, get_peft_model
 
-    fields = recipe.lora.model_dump(exclude={"target_modules", "target_parameters"})
     modules = recipe.lora.target_modules
     config = LoraConfig(
         task_type=open_task(recipe.task).HEAD.peft_task_type,
@@ -73,7 +72,7 @@ def _with_lora(base: PreTrainedModel, new: Sequence[str], recipe: Recipe, added:
         ),  # all-linear would put LoRA on them, too
         modules_to_save=[*new],
         trainable_token_indices={added_tokens.names(base)[0]: [*added]} if added else None,
-        **fields,
+        **starts.fields(recipe.lora),
     )
     adapted: PeftModel = get_peft_model(base, config)
     return adapted
@@ -95,8 +94,8 @@ def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> Peft
             f"peft.{short(unknown[0])}: {config_class.__name__} has no such field{nearest(unknown[0], sorted(known))}"
         )
     of_head = {
-        "modules_to_save": [*new],
-        "exclude_modules": "|".join(rf"{re.escape(name)}(\..*)?" for name in new),
+        "modules_to_save": [*new] or None,
+        "exclude_modules": "|".join(rf"{re.escape(name)}(\..*)?" for name in new) or None,
         "task_type": open_task(recipe.task).HEAD.peft_task_type,
     }
     if issubclass(config_class, PromptLearningConfig) and _finds_tokens(base):

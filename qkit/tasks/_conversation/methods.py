@@ -7,6 +7,14 @@ from collections.abc import Iterator
 from qkit.recipe.schema import WHOLE, Recipe
 
 METHODS = ("lora", "full", "peft")
+# Kinds of PEFT that are no change of a weight: the artifacts of a conversation are made of merged models.
+UNMERGEABLE = {
+    "PROMPT_TUNING": "it learns a prompt",
+    "P_TUNING": "it learns a prompt",
+    "PREFIX_TUNING": "it learns keys and values before the text",
+    "LILY": "its change depends on the input",
+    "SHADOW": "its change depends on the input",
+}
 
 Problems = Iterator[tuple[tuple[str | int, ...], str]]
 
@@ -24,6 +32,8 @@ def clashes(recipe: Recipe) -> Problems:
             f"method={recipe.method} saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
             "quantization.load_in_4bit=false, or method=lora",
         )
+    if recipe.method == "peft":
+        yield from _of_any_adapter(recipe)
     if recipe.method != "full":
         yield from _of_frozen_weights(recipe)
 
@@ -44,4 +54,33 @@ def _of_frozen_weights(recipe: Recipe) -> Problems:
         yield (
             ("train", "bf16"),
             "train.bf16=false: an adapter for conversations is trained in bf16 on 16-bit or 4-bit weights; remove it, or set method=full",
+        )
+
+
+def _of_any_adapter(recipe: Recipe) -> Problems:
+    """Kinds of PEFT that cannot be merged, and settings that another method has."""
+    kind, start = recipe.peft.get("peft_type"), str(recipe.peft.get("init_lora_weights", ""))
+    if not isinstance(kind, str):
+        yield ("peft",), "method=peft needs peft.peft_type, the kind of adapter, such as IA3 or VERA"
+        return
+    if kind in UNMERGEABLE:
+        yield (
+            ("peft", "peft_type"),
+            f"peft.peft_type={kind}: {UNMERGEABLE[kind]}, which no weight can take up, and the artifacts are made of a merged model; use IA3, or "
+            "method=lora",
+        )
+    if start.startswith(("pissa", "olora", "corda", "loftq", "eva", "lora_ga")):
+        yield (
+            ("peft", "init_lora_weights"),
+            f"peft.init_lora_weights={start} changes the base or reads data, which is done for method=lora with lora.init_lora_weights={start}",
+        )
+    if recipe.model.add_tokens:
+        yield (
+            ("model", "add_tokens"),
+            "model.add_tokens: method=peft does not train their embeddings; use method=lora or full, or remove it",
+        )
+    if recipe.lora.init_from is not None:
+        yield (
+            ("lora", "init_from"),
+            f"lora.init_from goes on with LoRA, and method=peft trains {kind}: remove one of the two",
         )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qkit.core.batching import within_budget
 from qkit.core.device import Device
 from qkit.core.errors import RecipeError
 from qkit.core.files import read_json
 from qkit.model import added_tokens, load
 from qkit.model import tokenizer as model_tokenizer
-from qkit.model.adapters import layers, methods, targets
+from qkit.model.adapters import layers, methods, starts, targets
 from qkit.plan import plan as plan_plan
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
@@ -20,9 +22,12 @@ from qkit.train.trainer import trainer_class
 from qkit.train.trainers import _shared
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-    from transformers import PreTrainedModel
+    import torch
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
+
+FIRST_ROWS = 256  # that an adapter which starts along its inputs reads
 
 
 def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrainer:
@@ -43,13 +48,9 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
             f"{type(base).__name__} does not support gradient checkpointing: set train.gradient_checkpointing=false (now "
             f"{recipe.train.gradient_checkpointing})"
         )
-    adapter = None
-    if recipe.method == "lora":
-        adapter = lora_config(recipe, base, added_tokens.trained_rows(base, tokenizer, recipe.model.add_tokens))
-    else:
-        base = methods.with_method(base, (), recipe)
+    model, adapter = _prepared(run, folder, base, tokenizer, out)
     trainer: SFTTrainer = trainer_class()(
-        model=base,
+        model=model,
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
@@ -66,11 +67,48 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     )
     if recipe.layers.unfreeze_steps:
         trainer.add_callback(layers.unfreezing(trainer.model, recipe.layers))
-    if adapter is not None and recipe.model.add_tokens:
+    if recipe.method == "lora" and recipe.model.add_tokens:
         added_tokens.show_head(trainer.model)
     if device.frees_through_malloc:
         trim_between_layers(trainer.base_model)
     return trainer
+
+
+def _prepared(
+    run: Run, folder: Path, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path
+) -> tuple[PreTrainedModel | PeftModel, LoraConfig | None]:
+    """The model to train; and the adapter that TRL still has to put on it, where it starts at zero."""
+    import transformers
+    from peft import get_peft_model
+
+    recipe = run.recipe
+    if recipe.method != "lora":
+        transformers.set_seed(recipe.seed)
+        return methods.with_method(base, (), recipe), None
+    config = lora_config(recipe, base, added_tokens.trained_rows(base, tokenizer, recipe.model.add_tokens))
+    if starts.is_plain(recipe.lora):
+        return base, config
+    transformers.set_seed(recipe.seed)
+    model: PeftModel = get_peft_model(base, config)
+    starts.begin(model, recipe.lora, folder, out / "checkpoints", functools.partial(_first_batches, run))
+    return model, None
+
+
+def _first_batches(run: Run) -> list[dict[str, torch.Tensor]]:
+    """Ids and masks of the first batches of the training rows, as they are on disk."""
+    import torch
+
+    recipe = run.recipe
+    pad = read_json(run.need("data", "tokens.json"))["pad"]
+    rows = _shared.training_rows(run.need("data", "train.parquet"), ["input_ids"])["input_ids"][:FIRST_ROWS]
+    batches = []
+    for batch in within_budget([len(row) for row in rows], recipe.data.batch_tokens):
+        ids = [torch.tensor(row) for row in rows[batch.start : batch.stop]]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(row) for row in ids])
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        batches.append({"input_ids": padded, "attention_mask": mask})
+    return batches
 
 
 def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
@@ -99,7 +137,8 @@ def lora_config(
     """
     from peft import LoraConfig
 
-    fields = recipe.lora.model_dump(exclude={"target_modules", "target_parameters"})
     named = targets.for_peft(recipe.lora, base)
     head = open_task(recipe.task).HEAD
-    return LoraConfig(task_type=head.peft_task_type, trainable_token_indices=learnt_rows, **fields, **named)
+    return LoraConfig(
+        task_type=head.peft_task_type, trainable_token_indices=learnt_rows, **starts.fields(recipe.lora), **named
+    )
