@@ -120,17 +120,21 @@ TABLE: dict[str, Line | Place] = {
     "Lora.lora_dropout": (planned, {"lora.lora_dropout": 0.1}),
     "Lora.target_modules": (planned, {"lora.target_modules": ["q_proj"]}),
     "Lora.target_parameters": ("model/adapters/targets.py", "target_parameters"),
+    "Lora.use_dora": (adapter, {"lora.use_dora": True}),
+    "Lora.init_lora_weights": (adapter, {"lora.init_lora_weights": "gaussian"}),
+    "Lora.init_from": ("model/adapters/earlier.py", "section.init_from"),
     "Lora.use_rslora": (adapter, {"lora.use_rslora": True}),
     **{
         f"Bottleneck.{name}": ("model/adapters/methods.py", "**recipe.bottleneck.model_dump()")
         for name in schema.Bottleneck.model_fields
     },
+    "Train.trainable": ("model/adapters/trainable.py", "recipe.train.trainable"),
     "Recipe.peft": ("model/adapters/methods.py", "recipe.peft.items()"),
     "Head.dropout": ("model/load.py", "section.dropout"),
     "Head.pooling": ("model/load.py", "recipe.head.pooling"),
     "Head.layers": ("model/pooled_head.py", 'settings["layers"]'),
     "Head.activation": ("model/pooled_head.py", 'settings["activation"]'),
-    "Layers.frozen": ("model/adapters/methods.py", "recipe.layers.frozen"),
+    "Layers.frozen": ("model/adapters/trainable.py", "recipe.layers.frozen"),
     "Layers.unfreeze_steps": ("model/adapters/layers.py", "section.unfreeze_steps"),
     "Layers.rate_decay": ("train/trainers/labelled.py", "recipe.layers.rate_decay"),
     "Loss.name": ("train/losses.py", "section.name"),

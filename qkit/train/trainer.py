@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,12 @@ class Counted(Base):
         folder = Path(self.args.output_dir)
         checkpoints.seal(folder / f"checkpoint-{self.state.global_step}")
         checkpoints.thin(folder, self.checkpoints_kept)
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        """Save the model of a checkpoint: an adapter as PEFT does, a whole model as it can be read back."""
+        is_adapter = hasattr(self.model, "peft_config")
+        with contextlib.nullcontext() if is_adapter else checkpoints.readable(self.model):
+            super()._save(output_dir, state_dict)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self.grad_norm = super()._get_grad_norm(model, grad_norm)

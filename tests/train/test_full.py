@@ -201,7 +201,7 @@ def test_rows_have_losses_before_and_after(tiny_model: Path, tmp_path: Path) -> 
     )
     stage.run(run, out)
     rows = _losses(out)
-    assert sum(row["after"] < row["before"] for row in rows) > len(rows) / 2
+    assert sum(row["loss_after"] < row["loss_before"] for row in rows) > len(rows) / 2
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""method=peft on a language model: every kind of adapter that PEFT has is trained, merged and near the live model; or refused before loading."""
+"""method=peft on a language model: every kind of adapter is trained, merged and near the live model; or refused before loading."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_kind_is_merged_as_it_was_trained(kind: str, tiny_model: Path, tmp_pat
     from transformers import AutoModelForCausalLM
 
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    live = torch.nn.Module.float(trainer.model.eval())
+    live = torch.nn.Module.float(trainer.base_model.eval())
     assert float((scores(whole) - scores(live)).abs().max()) < EXACT
 
 
@@ -98,7 +98,7 @@ def test_a_kind_on_4_bits_is_merged_into_dequantized_weights(kind: str, tiny_mod
     from transformers import AutoModelForCausalLM
 
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    live = trainer.model.eval()
+    live = trainer.base_model.eval()
     source.dequantize(live)
     assert float((scores(whole) - scores(torch.nn.Module.float(live))).abs().max()) < EXACT
 

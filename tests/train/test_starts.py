@@ -41,8 +41,8 @@ def scores(model: Any) -> torch.Tensor:
 
 
 def in_fp32(trainer: Any) -> Any:
-    """The model that the trainer holds, computed without rounding."""
-    model = trainer.model.eval()
+    """The model that the trainer holds, computed without rounding: inside the wrapper that computes in bf16."""
+    model = trainer.base_model.eval()
     source.dequantize(model)
     torch.nn.Module.float(model)
     return model
@@ -126,7 +126,7 @@ def test_loftq_starts_nearer_to_the_16_bit_model(tiny_model: Path, tmp_path: Pat
         model = in_fp32(trainer)
         distances[name] = sum(
             float((layer.get_base_layer().weight + layer.get_delta_weight("default") - weights[f"{key}.weight"]).norm())
-            for key, layer in starts._layers(model)
+            for key, layer in starts._layers(trainer.model)
         )
     assert distances["loftq"] < 0.8 * distances[True]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
+from qkit.core.batching import LENGTH_STEP
 from qkit.core.device import Device
 from qkit.model.shape import Shape
 from qkit.plan import train_step
@@ -60,7 +62,18 @@ def step_of(recipe: Recipe, device: Device, known: Known) -> Step:
 
 
 def _batches(recipe: Recipe, known: Known) -> tuple[BatchShape, ...]:
-    return (BatchShape(1, recipe.data.batch_tokens),) if recipe.data.packing else shapes.largest(recipe, known)
+    """The largest micro-batches; rows are padded to a multiple of LENGTH_STEP."""
+    section = recipe.data
+    if section.packing:
+        return (BatchShape(1, section.batch_tokens),)
+    longest = _padded(section.max_length)
+    padded = section.model_copy(update={"max_length": longest, "batch_tokens": max(section.batch_tokens, longest)})
+    lengths = tuple((_padded(tokens), rows) for tokens, rows in known.lengths if tokens <= section.max_length)
+    return shapes.largest(recipe.model_copy(update={"data": padded}), replace(known, lengths=lengths))
+
+
+def _padded(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 @functools.lru_cache(maxsize=16)

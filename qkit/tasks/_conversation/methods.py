@@ -66,7 +66,7 @@ def _of_any_adapter(recipe: Recipe) -> Problems:
     if kind in UNMERGEABLE:
         yield (
             ("peft", "peft_type"),
-            f"peft.peft_type={kind}: {UNMERGEABLE[kind]}, which no weight can take up, and the artifacts are made of a merged model; use IA3, or "
+            f"peft.peft_type={kind}: {UNMERGEABLE[kind]}, which no weight can take up; artifacts are made of a merged model, so use IA3, or "
             "method=lora",
         )
     if start.startswith(("pissa", "olora", "corda", "loftq", "eva", "lora_ga")):

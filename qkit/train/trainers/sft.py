@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,7 +90,9 @@ def _prepared(
     if starts.is_plain(recipe.lora):
         return base, config
     transformers.set_seed(recipe.seed)
-    model: PeftModel = get_peft_model(base, config)
+    with warnings.catch_warnings():  # about memory that EVA could save; the adapter is small
+        warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
+        model: PeftModel = get_peft_model(base, config)
     starts.begin(model, recipe.lora, folder, out / "checkpoints", functools.partial(_first_batches, run))
     return model, None
 
