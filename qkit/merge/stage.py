@@ -27,21 +27,14 @@ from qkit.model import provenance, source
 from qkit.plugins.runtime import open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.registry import is_unmerged
-from qkit.recipe.schema import WHOLE
+from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import Run
 from qkit.tensors.shards import shards
 
 WHOLE_DESCRIPTION = "the trained weights, rounded: nothing was merged"
-LOST = (
-    "Nothing was written. If the adapter has hardly moved (see train/metrics.jsonl), train longer or with a higher learning rate. "
-    "Otherwise try another merge.base, or serve the adapter unmerged (export.formats: vllm-adapter)"
-)
-
-
-LOST_WHOLE = (
-    "Nothing was written. The weights have moved less than 16 bits can hold: train longer or with a higher learning rate (see "
-    "train/metrics.jsonl), or set merge.dtype=float32"
-)
+LOST = "Nothing was written. If the {trained} hardly moved (see train/metrics.jsonl), train longer or with a higher learning rate. Otherwise {remedy}"
+MORE_BITS = "set merge.dtype=float32"
+UNMERGED = "try another merge.base, or serve the adapter unmerged (export.formats: vllm-adapter)"
 
 
 def run(run: Run, out: Path) -> None:
@@ -76,12 +69,18 @@ def run(run: Run, out: Path) -> None:
         finer=candidates.finer_merge(run),
         notify=lambda message: run.progress.notify(f"merge: {message}"),
     )
-    choice.refuse_lost("merged", "the merged model", LOST_WHOLE if run.recipe.method in WHOLE else LOST)
+    choice.refuse_lost("merged", "the merged model", _lost(run.recipe))
     _keep(choice.folder, out)
     table = choice.table(_reference_rows(run, folder, held_out, reference()))
     write_json(out / candidates.FILE, {**table, "texts": choice.result.texts})
     if table["otherwise"]:
         run.progress.notify(f"merge: {choice.candidate.name} is kept; {table['otherwise']['words']}")
+
+
+def _lost(recipe: Recipe) -> str:
+    """What to do about a merge that has lost the fine-tune."""
+    trained = "weights have" if recipe.method in WHOLE else "adapter has"
+    return LOST.format(trained=trained, remedy=UNMERGED if recipe.method == "lora" else MORE_BITS)
 
 
 def _make(run: Run, out: Path, candidate: Candidate) -> Path:
@@ -113,7 +112,10 @@ def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, ref
 def _reference_rows(run: Run, folder: Path, held_out: HeldOut, reference: Reference) -> Sequence[CandidateResult]:
     """What needs no merge: the base model, and the unmerged adapter."""
     score = read_json(run.need("evaluate", "scores.json"))["scores"][run.recipe.trained_as]
-    rows = [candidates.base_row(reference), candidates.adapter_row(reference, score)]
+    trained = candidates.adapter_row(reference, score)
+    if run.recipe.method in WHOLE:
+        trained = replace(trained, description="the trained weights, computed in bf16")
+    rows = [candidates.base_row(reference), trained]
     if run.recipe.quantization.load_in_4bit:
         rows.append(_adapter_on_16_bit(run, folder, held_out, reference))
     return rows

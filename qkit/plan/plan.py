@@ -135,7 +135,7 @@ def stage_items(
     """
     if isinstance(subject, NewHead):
         return traced_items.stage_items(recipe, subject, device, stage)
-    if stage == "train" and recipe.method != "lora":
+    if stage == "train" and language_items.is_traced(recipe):
         return language_items.train_items(recipe, subject, device, known)
     if stage == "train":
         return stage_memory.train_items(recipe, subject, device, known.labelled)

@@ -72,6 +72,20 @@ def test_a_step_of_another_adapter(tiny_model: Path, tmp_path: Path, kind: str) 
     assert tensors == pytest.approx(sum(measured.values()), rel=0.05), (planned, measured)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=["dora", "pissa"])
+def test_a_step_of_lora_that_is_more(tiny_model: Path, tmp_path: Path, lora: dict[str, Any], four_bit: bool) -> None:
+    if four_bit and "use_dora" not in lora:
+        pytest.skip("a part of the base is taken out of 16 bits only")
+    planned, measured = both(tmp_path, tiny_model, lora=lora, quantization={"load_in_4bit": four_bit})
+    assert (planned["adapter"], planned["weights"]) == pytest.approx(
+        (measured["adapter"], measured["weights"]), rel=0.01
+    )
+    tensors = sum(size for name, size in planned.items() if name not in BESIDE)
+    assert tensors == pytest.approx(sum(measured.values()), rel=0.05), (planned, measured)
+
+
 def recipe_of(**sections: Any) -> Recipe:
     data = {"max_length": 512, "batch_tokens": 512}
     return from_dict(

@@ -123,9 +123,13 @@ def test_loftq_starts_nearer_to_the_16_bit_model(tiny_model: Path, tmp_path: Pat
         exact: Any = load_reference(tiny_model, plain, detect(), None)
         torch.nn.Module.float(exact)
         weights = dict(exact.named_parameters())
-        model = in_fp32(trainer)
+        in_fp32(trainer)
         distances[name] = sum(
-            float((layer.get_base_layer().weight + layer.get_delta_weight("default") - weights[f"{key}.weight"]).norm())
+            float(
+                (layer.get_base_layer().weight + layer.get_delta_weight("default") - weights[f"{key}.weight"])
+                .norm()
+                .detach()
+            )
             for key, layer in starts._layers(trainer.model)
         )
     assert distances["loftq"] < 0.8 * distances[True]

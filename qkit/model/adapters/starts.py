@@ -75,6 +75,12 @@ def _layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
             yield name.removeprefix(PREFIX), module
 
 
+def widen(model: PeftModel) -> None:
+    """Hold the base weights that have an adapter in fp32."""
+    for _, layer in _layers(model):
+        layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.float()
+
+
 # --- a part of the base -------------------------------------------------------------------------------------------------
 
 
@@ -83,9 +89,9 @@ def _part(model: PeftModel, name: str, file: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     earlier, start = load_file(file) if file.is_file() else {}, {}
+    widen(model)
     for module_name, layer in _layers(model):
         base, keys = layer.get_base_layer().weight, (f"{module_name}{DOWN}", f"{module_name}{UP}")
-        base.data = base.data.float()
         factors = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
         if earlier:
             for key, factor in zip(keys, factors, strict=True):

@@ -25,6 +25,11 @@ from qkit.recipe.schema import Recipe
 INPUTS = 3  # ids, labels, positions
 
 
+def is_traced(recipe: Recipe) -> bool:
+    """Whether training is more than LoRA on frozen weights, whose memory is arithmetic."""
+    return recipe.method != "lora" or recipe.lora.use_dora or recipe.lora.takes_part_of_base
+
+
 def train_items(recipe: Recipe, shape: Shape, device: Device, known: Known) -> tuple[MemoryItem, ...]:
     """The items at the peak of a training step.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
-from qkit.model.adapters import methods, new_heads
+from qkit.model.adapters import methods, new_heads, starts
 from qkit.model.load import HEAD_KEY, set_dropout
 from qkit.plan._traced import kernels
 from qkit.plan._traced.head import NewHead
@@ -43,6 +43,8 @@ def built(recipe: Recipe, head: NewHead) -> Any:
     for parameter in trained.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if recipe.method == "lora" and recipe.lora.takes_part_of_base:
+        starts.widen(trained)
     return trained
 
 

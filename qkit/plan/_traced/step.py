@@ -101,9 +101,14 @@ def traced(setting: Setting, rows: int, length: int) -> Traced:
 
 
 def _traced(setting: Setting, rows: int, length: int) -> Traced:
+    with kernels.read_by_dora():
+        return _run(setting, built(setting.recipe, setting.head), rows, length)
+
+
+def _run(setting: Setting, model: Any, rows: int, length: int) -> Traced:
+    """The pass of a model that was built."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = built(setting.recipe, setting.head)
     if setting.checkpointing and model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     counter = _counter()
