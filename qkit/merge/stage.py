@@ -32,7 +32,10 @@ from qkit.run.directory import Run
 from qkit.tensors.shards import shards
 
 WHOLE_DESCRIPTION = "the trained weights, rounded: nothing was merged"
-LOST = "Nothing was written. If the {trained} hardly moved (see train/metrics.jsonl), train longer or with a higher learning rate. Otherwise {remedy}"
+LOST = (
+    "Nothing was written. If the {trained} hardly moved (see train/metrics.jsonl), train longer or with a higher learning rate. "
+    "Otherwise {remedy}"
+)
 MORE_BITS = "set merge.dtype=float32"
 UNMERGED = "try another merge.base, or serve the adapter unmerged (export.formats: vllm-adapter)"
 
