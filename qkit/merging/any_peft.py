@@ -31,14 +31,18 @@ def write_merged(folder: Path, adapter: Path, out: Path, base: Base, recipe: Rec
         quantization = recipe.quantization.model_copy(update={"load_in_4bit": False})
         recipe = recipe.model_copy(update={"quantization": quantization})
     model: Any = load_reference(folder, recipe, detect(), adapter)
+    if (
+        recipe.quantization.load_in_4bit
+    ):  # its weights are dequantized, but PEFT and config.json would still call them 4-bit
+        base_model = model.get_base_model()
+        base_model.hf_quantizer.remove_quantization_config(base_model)
+        base_model.is_loaded_in_4bit = False
     try:
         _merge(model, getattr(torch, section.dtypes[0]))
         whole = model.base_model.unload()
     except (ValueError, NotImplementedError, AttributeError) as error:
         kind = model.active_peft_config.peft_type
         raise ModelError(f"{adapter}: PEFT cannot merge an adapter of type {kind}: {error}", source=adapter) from error
-    if recipe.quantization.load_in_4bit:  # its weights are dequantized, but config.json would still call them 4-bit
-        whole.hf_quantizer.remove_quantization_config(whole)
     whole.to(getattr(torch, section.dtypes[0]))
     if wrong := [name for name, tensor in whole.named_parameters() if not bool(tensor.isfinite().all())]:
         raise ModelError(

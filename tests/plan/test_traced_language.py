@@ -38,6 +38,12 @@ def both(root: Path, tiny_model: Path, **sections: Any) -> tuple[Mapping[str, in
     return plan_plan.predicted_items(run.recipe, CPU, known), memory_report._named(watcher.alive.items(), run.recipe)
 
 
+def near(planned: Mapping[str, int], measured: Mapping[str, int]) -> None:
+    """A plan is an upper bound, and no more than 8 % above."""
+    tensors, taken = sum(size for name, size in planned.items() if name not in BESIDE), sum(measured.values())
+    assert 0.99 * taken < tensors < 1.08 * taken, (planned, measured)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
@@ -47,7 +53,7 @@ def both(root: Path, tiny_model: Path, **sections: Any) -> tuple[Mapping[str, in
         {"train": {"gradient_checkpointing": True}},
         {"train": {"trainable": ["layers.1"]}},
         {"micro_batches": 3},
-        {"data": {"packing": True, "batch_tokens": 1024}},
+        {"data": {"packing": True, "batch_tokens": 128}},
     ],
     ids=lambda sections: json.dumps(sections)[1:-1].replace('"', ""),
 )
@@ -55,8 +61,7 @@ def test_a_step_of_all_weights(tiny_model: Path, tmp_path: Path, sections: dict[
     planned, measured = both(tmp_path, tiny_model, **FULL, **sections)
     for name in ("weights", "trained", "optimizer"):
         assert planned[name] == pytest.approx(measured[name], rel=0.001), name
-    tensors = sum(size for name, size in planned.items() if name not in BESIDE)
-    assert tensors == pytest.approx(sum(measured.values()), rel=0.05), (planned, measured)
+    near(planned, measured)
 
 
 @pytest.mark.slow
@@ -68,8 +73,7 @@ def test_a_step_of_another_adapter(tiny_model: Path, tmp_path: Path, kind: str) 
     assert (planned["adapter"], planned["weights"]) == pytest.approx(
         (measured["adapter"], measured["weights"]), rel=0.01
     )
-    tensors = sum(size for name, size in planned.items() if name not in BESIDE)
-    assert tensors == pytest.approx(sum(measured.values()), rel=0.05), (planned, measured)
+    near(planned, measured)
 
 
 @pytest.mark.slow
@@ -79,11 +83,10 @@ def test_a_step_of_lora_that_is_more(tiny_model: Path, tmp_path: Path, lora: dic
     if four_bit and "use_dora" not in lora:
         pytest.skip("a part of the base is taken out of 16 bits only")
     planned, measured = both(tmp_path, tiny_model, lora=lora, quantization={"load_in_4bit": four_bit})
-    assert (planned["adapter"], planned["weights"]) == pytest.approx(
-        (measured["adapter"], measured["weights"]), rel=0.01
-    )
-    tensors = sum(size for name, size in planned.items() if name not in BESIDE)
-    assert tensors == pytest.approx(sum(measured.values()), rel=0.05), (planned, measured)
+    assert planned["adapter"] == measured["adapter"]
+    tables = 0.15 if four_bit else 0.001  # of quantization: a kilobyte for each matrix of this model, which has four
+    assert planned["weights"] == pytest.approx(measured["weights"], rel=tables)
+    near(planned, measured)
 
 
 def recipe_of(**sections: Any) -> Recipe:

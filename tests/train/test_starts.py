@@ -268,3 +268,18 @@ def test_the_merged_model_passes_its_gate(name: str, tiny_recipe: Path, tmp_path
         pipeline.execute(run, name_of_stage)
     entries = json.loads((run.folder("verify") / "parity.json").read_text(encoding="utf-8"))["parity"]
     assert {entries[artifact]["status"] for artifact in ("merged", "safetensors")} == {"passed"}, entries
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pissa", "eva", "dora"])
+def test_an_adapter_under_a_new_head_starts_so_too(name: str, tmp_path: Path) -> None:
+    from helpers.tiny_labelled import build_model, labelled_run
+
+    model = build_model(tmp_path / "bert", "bert", initializer_range=0.1)
+    section = {"r": 4, **({"use_dora": True} if name == "dora" else {"init_lora_weights": name})}
+    run = labelled_run(tmp_path, model, lora=section, train={"max_steps": 20, "learning_rate": 1e-2})
+    for name_of_stage in ("data", "train", "evaluate", "merge", "export", "verify"):
+        pipeline.execute(run, name_of_stage)
+    entries = _json(run.folder("verify") / "parity.json")["parity"]
+    assert entries["merged"]["status"] == "passed", entries
+    assert _json(run.trained() / "adapter_config.json")["r"] == (8 if name == "pissa" else 4)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.errors import RecipeError, nearest, short
+from qkit.core.errors import ModelError, RecipeError, nearest, short
 from qkit.model import added_tokens, tokenizer
 from qkit.model.adapters import new_heads, starts, trainable
 from qkit.plugins.task import open_task
@@ -60,7 +60,7 @@ def with_method(
 
 def _with_lora(base: PreTrainedModel, new: Sequence[str], recipe: Recipe, added: Sequence[int]) -> PeftModel:
     """A LoRA adapter on the base; the new modules are trained whole, and saved with it."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     modules = recipe.lora.target_modules
     config = LoraConfig(
@@ -74,8 +74,7 @@ def _with_lora(base: PreTrainedModel, new: Sequence[str], recipe: Recipe, added:
         trainable_token_indices={added_tokens.names(base)[0]: [*added]} if added else None,
         **starts.fields(recipe.lora),
     )
-    adapted: PeftModel = get_peft_model(base, config)
-    return adapted
+    return starts.put(base, config)
 
 
 def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> PeftModel:
@@ -103,10 +102,15 @@ def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> Peft
             f"peft.peft_type={recipe.peft['peft_type']}: the head of {type(base).__name__} looks for tokens by their place in a row, and would "
             "read padding behind a prompt that was learned; use a kind of adapter that changes layers, such as IA3"
         )
+    kind = recipe.peft["peft_type"]
     try:
         config = config_class(**{**{name: value for name, value in of_head.items() if name in known}, **fields})
         adapted: PeftModel = get_peft_model(base, config)
     except (ValueError, TypeError, NotImplementedError) as error:
+        if isinstance(error, NotImplementedError) and base.device.type == "meta":
+            raise ModelError(
+                f"peft.peft_type={kind} reads the weights when it is made, so its memory cannot be planned"
+            ) from error
         raise RecipeError(f"peft: {config_class.__name__} refuses its settings for this model: {error}") from error
     return adapted
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from qkit.tensors.shards import read, shards, tensor_specs
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
     Batches = Sequence[Mapping[str, torch.Tensor]]
 
@@ -40,6 +42,16 @@ def fields(section: Lora) -> dict[str, Any]:
     from peft import EvaConfig
 
     return {**given, "eva_config": EvaConfig(rho=1.0)}  # each module keeps the rank that the recipe says
+
+
+def put(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """The base with a new adapter, which does not have its first weights yet."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():  # about memory that EVA could save; the adapter is small
+        warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
+        model: PeftModel = get_peft_model(base, config)
+    return model
 
 
 def is_plain(section: Lora) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
+from qkit.model import added_tokens
 from qkit.model.adapters import methods, new_heads, starts
 from qkit.model.load import HEAD_KEY, set_dropout
 from qkit.plan._traced import kernels
@@ -34,9 +35,10 @@ def built(recipe: Recipe, head: NewHead) -> Any:
     """
     model = _bare(recipe, head)
     set_dropout(model, recipe.head)
-    new = () if open_task(recipe.task).HEAD.generates else new_heads.of(model, head.folder)
+    generates = open_task(recipe.task).HEAD.generates
+    new = () if generates else new_heads.of(model, head.folder)
     if recipe.quantization.load_in_4bit:
-        kernels.quantize(model, new, recipe.quantization)
+        kernels.quantize(model, added_tokens.names(model)[1:] if generates else new, recipe.quantization)
     rows = len(set(recipe.model.add_tokens))
     size = int(model.config.get_text_config().vocab_size)
     trained = methods.with_method(model, new, recipe, range(size - rows, size))

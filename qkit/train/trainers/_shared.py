@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.core.batching import within_budget
 from qkit.core.device import Device
-from qkit.core.files import need_disk
+from qkit.core.files import need_disk, read_json
 from qkit.core.sources import cache_dir
 from qkit.recipe.schema import Recipe
+from qkit.run.directory import Run
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
 
 
+FIRST_ROWS = 256  # that an adapter which starts along its inputs reads
 UNPACKED = 8  # Arrow bytes per byte of Parquet: ids take four bytes instead of two, and labels compress to almost nothing in Parquet
 
 
@@ -31,6 +35,23 @@ def training_rows(file: Path, columns: Sequence[str]) -> Dataset:
     need_disk(cache, file.stat().st_size * UNPACKED, "the training rows, unpacked")
     rows: Dataset = Dataset.from_parquet(str(file), columns=list(columns), cache_dir=str(cache))
     return rows
+
+
+def first_batches(run: Run) -> list[dict[str, torch.Tensor]]:
+    """Ids and masks of the first batches of the training rows, as they are on disk."""
+    import torch
+
+    recipe = run.recipe
+    pad = read_json(run.need("data", "tokens.json"))["pad"]
+    rows = training_rows(run.need("data", "train.parquet"), ["input_ids"])["input_ids"][:FIRST_ROWS]
+    batches = []
+    for batch in within_budget([len(row) for row in rows], recipe.data.batch_tokens):
+        ids = [torch.tensor(row) for row in rows[batch.start : batch.stop]]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(row) for row in ids])
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        batches.append({"input_ids": padded, "attention_mask": mask})
+    return batches
 
 
 def arguments(recipe: Recipe, device: Device, out: Path) -> dict[str, Any]:

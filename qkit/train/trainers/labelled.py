@@ -14,7 +14,7 @@ from qkit.core.device import Device
 from qkit.core.errors import listed
 from qkit.core.files import read_json
 from qkit.model import load
-from qkit.model.adapters import layers, methods, new_heads
+from qkit.model.adapters import layers, methods, new_heads, starts
 from qkit.plugins.task import Losses, open_task, read_labels
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
@@ -83,9 +83,12 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
     base = load.load_base(folder, recipe, device, read_labels(data))
     if kept := new_heads.stored(base, folder):
         run.progress.notify(f"train: {_of_kept_head(folder, kept, read_labels(data))}")
+    model: Any = methods.prepared(base, folder, recipe)
+    if recipe.method == "lora":
+        starts.begin(model, recipe.lora, folder, out / "checkpoints", partial(_shared.first_batches, run))
     trainer_class = type("Trainer", (CountedLabels, Trainer), {})
     trainer: Trainer = trainer_class(
-        model=methods.prepared(base, folder, recipe),
+        model=model,
         args=training_arguments(recipe, device, out),
         train_dataset=_shared.training_rows(data / "train.parquet", COLUMNS),
         losses=partial(of_rows.losses, loss=losses.open_loss(recipe.loss, data, base)),

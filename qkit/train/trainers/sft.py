@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkit.core.batching import within_budget
 from qkit.core.device import Device
 from qkit.core.errors import RecipeError
 from qkit.core.files import read_json
@@ -23,12 +21,9 @@ from qkit.train.trainer import trainer_class
 from qkit.train.trainers import _shared
 
 if TYPE_CHECKING:
-    import torch
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
-
-FIRST_ROWS = 256  # that an adapter which starts along its inputs reads
 
 
 def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrainer:
@@ -80,7 +75,6 @@ def _prepared(
 ) -> tuple[PreTrainedModel | PeftModel, LoraConfig | None]:
     """The model to train; and the adapter that TRL still has to put on it, where it starts at zero."""
     import transformers
-    from peft import get_peft_model
 
     recipe = run.recipe
     if recipe.method != "lora":
@@ -90,28 +84,9 @@ def _prepared(
     if starts.is_plain(recipe.lora):
         return base, config
     transformers.set_seed(recipe.seed)
-    with warnings.catch_warnings():  # about memory that EVA could save; the adapter is small
-        warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
-        model: PeftModel = get_peft_model(base, config)
-    starts.begin(model, recipe.lora, folder, out / "checkpoints", functools.partial(_first_batches, run))
+    model = starts.put(base, config)
+    starts.begin(model, recipe.lora, folder, out / "checkpoints", functools.partial(_shared.first_batches, run))
     return model, None
-
-
-def _first_batches(run: Run) -> list[dict[str, torch.Tensor]]:
-    """Ids and masks of the first batches of the training rows, as they are on disk."""
-    import torch
-
-    recipe = run.recipe
-    pad = read_json(run.need("data", "tokens.json"))["pad"]
-    rows = _shared.training_rows(run.need("data", "train.parquet"), ["input_ids"])["input_ids"][:FIRST_ROWS]
-    batches = []
-    for batch in within_budget([len(row) for row in rows], recipe.data.batch_tokens):
-        ids = [torch.tensor(row) for row in rows[batch.start : batch.stop]]
-        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
-        lengths = torch.tensor([len(row) for row in ids])
-        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-        batches.append({"input_ids": padded, "attention_mask": mask})
-    return batches
 
 
 def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
