@@ -84,7 +84,7 @@ def test_a_step_of_lora_that_is_more(tiny_model: Path, tmp_path: Path, lora: dic
         pytest.skip("a part of the base is taken out of 16 bits only")
     planned, measured = both(tmp_path, tiny_model, lora=lora, quantization={"load_in_4bit": four_bit})
     assert planned["adapter"] == measured["adapter"]
-    tables = 0.15 if four_bit else 0.001  # of quantization: a kilobyte for each matrix of this model, which has four
+    tables = 0.15 if four_bit else 0.001  # of quantization: much, beside matrices as small as these
     assert planned["weights"] == pytest.approx(measured["weights"], rel=tables)
     near(planned, measured)
 
