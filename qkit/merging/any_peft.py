@@ -62,6 +62,7 @@ def _merge(model: Any, dtype: torch.dtype) -> None:
         tensors = list(layer.get_base_layer().parameters())
         for tensor in tensors:
             tensor.data = tensor.data.float()
-        layer.merge()
+        if not layer.merged:
+            layer.merge()
         for tensor in layer.get_base_layer().parameters():
             tensor.data = tensor.data.to(dtype)

@@ -309,8 +309,25 @@ def _with_adapter(
         tuner.register()
     with targets.patterns_of_parameters():
         model = new_heads.with_token_types(PeftModel.from_pretrained(base, str(adapter)))
-    added_tokens.settle(model)
+    if method == "peft":
+        _in_full_precision(model, adapter)
+    else:
+        added_tokens.settle(model)
     return model
+
+
+def _in_full_precision(model: PeftModel, adapter: Path) -> None:
+    """Hold an adapter as it was saved. PEFT rounds what it loads into copies of 16-bit modules, such as norms that are trained."""
+    import torch
+    from peft import set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from safetensors.torch import load_file
+
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        for part in (getattr(layer, name, None) for name in layer.adapter_layer_names):
+            if isinstance(part, torch.nn.Module):
+                part.float()
+    set_peft_model_state_dict(model, load_file(adapter / lora_deltas.WEIGHTS))
 
 
 def _resize(base: PreTrainedModel, adapter: Path) -> None:

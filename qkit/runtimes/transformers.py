@@ -53,7 +53,7 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime | TorchEncod
     loaded = _reference(artifact, recipe, device, options.get("adapter"), exact)
     if not head.generates:
         return TorchEncoder(loaded, meter, autocast=recipe.train.bf16 and not exact)
-    mixed = recipe.method in WHOLE and recipe.train.bf16 and not exact
+    mixed = recipe.method in (*WHOLE, "peft") and recipe.train.bf16 and not exact
     return TransformersRuntime(loaded, meter, SCORE_TOKENS // 2 if exact else SCORE_TOKENS, autocast=mixed)
 
 
@@ -148,7 +148,7 @@ class TransformersRuntime(Runtime):
     def __init__(
         self, model: PreTrainedModel, meter: PeakMeter, score_tokens: int = SCORE_TOKENS, autocast: bool = False
     ):
-        """`autocast`: compute in bf16 from weights in fp32, as they were trained."""
+        """`autocast`: compute in bf16 from what was trained in fp32, as training did."""
         self.model = model
         self.autocast = autocast
         self.meter = meter

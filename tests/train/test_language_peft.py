@@ -66,6 +66,7 @@ def scores(model: Any) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Unsupported layer type")
+@pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor", "ignore:Sparse invariant checks")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_is_merged_as_it_was_trained(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     if kind in NOT_HERE:

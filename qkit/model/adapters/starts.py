@@ -172,6 +172,12 @@ def _along(model: PeftModel, batches: Batches) -> None:
     """Start each adapter along the directions in which its inputs vary most, over the training rows."""
     from peft import initialize_lora_eva_weights
 
-    initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
+    initialize_lora_eva_weights(model, list(batches), prepare_layer_inputs_fn=_tokens, show_progress_bar=False)
     config = model.peft_config[ADAPTER]
     config.init_lora_weights, config.eva_config = True, None  # what is saved is an ordinary adapter
+
+
+def _tokens(given: Any, places: torch.Tensor, name: str) -> torch.Tensor:
+    """What a module reads at the `places` [n, 2] that are not padding: [n, width]. A pooler reads one state of each row already."""
+    states: torch.Tensor = given[0] if isinstance(given, tuple | list) else given
+    return states if states.ndim == 2 else states[places.T.unbind()]
