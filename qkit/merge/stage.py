@@ -102,10 +102,10 @@ def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, ref
         answers = answered(run, runtime, held_out)
         scores_of_rows = open_task(run.recipe.task).outputs(runtime, held_out.rows)
         distance = candidates.merged_parity(reference, folder, scores_of_rows)
-    whole = {"description": WHOLE_DESCRIPTION} if run.recipe.method in WHOLE else {}
+    result = CandidateResult.of(candidate, distance)
     return replace(
-        CandidateResult.of(candidate, distance),
-        **whole,
+        result,
+        description=WHOLE_DESCRIPTION if run.recipe.method in WHOLE else result.description,
         score=scored(run, answers, held_out, distance.heldout_loss),
         gain=gates.gain_over_reference(run, answers.grades, held_out),
         texts=answers.texts,

@@ -31,7 +31,7 @@ from qkit.core.files import need_disk, read_json, write_json
 from qkit.core.memory_meter import PeakMeter
 from qkit.core.progress import Bar
 from qkit.model import provenance, source
-from qkit.model.adapters import earlier, starts, targets
+from qkit.model.adapters import starts, targets
 from qkit.model.config import shape_of
 from qkit.plan import deployable, fit, solve
 from qkit.plan import plan as plan_plan
@@ -43,7 +43,7 @@ from qkit.recipe import schedule
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
 from qkit.tensors.companions import copy_companions, copy_tokenizer
-from qkit.train import checkpoints, memory_report, row_losses
+from qkit.train import checkpoints, earlier_adapter, memory_report, row_losses
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
 
@@ -75,7 +75,7 @@ def run(run: Run, out: Path) -> Peak:
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
     folder = source.resolve(recipe.model)
-    if recipe.lora.init_from is not None and (unknown := earlier.check(recipe.lora, folder)):
+    if recipe.lora.init_from is not None and (unknown := earlier_adapter.check(recipe.lora, folder)):
         run.progress.notify(f"train: warning: {unknown}")
     with targets.patterns_of_parameters():
         trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
@@ -363,7 +363,7 @@ def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
         starts.subtract_start(trained, start)
     quantized = source.quantized_names(trainer.base_model) if recipe.quantization.load_in_4bit else []
     names = [name.replace(".base_layer.weight", ".weight") for name in quantized]
-    provenance.write_adapter_note(trained, folder, recipe, names, earlier.origin(recipe.lora))
+    provenance.write_adapter_note(trained, folder, recipe, names, earlier_adapter.origin(recipe.lora))
     labels = run.folder("data") / LABELS
     if labels.is_file():
         shutil.copyfile(labels, trained / LABELS)

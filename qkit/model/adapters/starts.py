@@ -100,14 +100,15 @@ def _part(model: PeftModel, name: str, file: Path) -> None:
     """Move the leading part of each base weight into its adapter. A training that resumes takes the same part again."""
     from safetensors.torch import load_file, save_file
 
-    earlier, start = load_file(file) if file.is_file() else {}, {}
+    taken = load_file(file) if file.is_file() else {}
+    start: dict[str, torch.Tensor] = {}
     widen(model)
     for module_name, layer in _layers(model):
         base, keys = layer.get_base_layer().weight, (f"{module_name}{DOWN}", f"{module_name}{UP}")
         factors = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-        if earlier:
+        if taken:
             for key, factor in zip(keys, factors, strict=True):
-                factor.data = earlier[key].to(factor.device)
+                factor.data = taken[key].to(factor.device)
             base.data -= layer.get_delta_weight(ADAPTER).float()
             continue
         layer.olora_init(ADAPTER) if name == "olora" else layer.pissa_init(ADAPTER, name)

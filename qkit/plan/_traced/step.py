@@ -23,7 +23,7 @@ from qkit.recipe.schema import Recipe
 FEW, MORE = 2, 3
 # Of a recipe, what a trace depends on beside Setting's own fields.
 SECTIONS = ("task", "method", "lora", "bottleneck", "peft", "layers", "head", "model", "quantization")
-KEY = {**dict.fromkeys(SECTIONS, True), "train": {"trainable"}}
+KEY: Any = {**dict.fromkeys(SECTIONS, True), "train": {"trainable"}}
 
 
 @dataclass(frozen=True)
