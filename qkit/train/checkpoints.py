@@ -32,11 +32,14 @@ def seal(checkpoint: Path) -> None:
 
 @contextmanager
 def readable(model: Any) -> Iterator[None]:
-    """Inside, a whole model is saved as transformers' Trainer reads it back: in one file, by the names that it has in memory.
+    """Inside, `model` is saved as transformers' Trainer reads it back: in one file, by the names that it has in memory.
 
-    By default it is saved by the names of published checkpoints, such as one tensor for each expert; the Trainer would find none of these, and
+    An adapter is saved as PEFT does. By default a model is saved by the names of published checkpoints, such as one tensor for each expert; the Trainer would find none of these, and
     go on with the experts of the base without an error.
     """
+    if hasattr(model, "peft_config"):
+        yield
+        return
     options = {"save_original_format": False, "max_shard_size": ONE_FILE}
     model.save_pretrained = functools.partial(type(model).save_pretrained, model, **options)
     try:
@@ -59,7 +62,7 @@ def newest_whole(folder: Path, notify: Callable[[str], None] = lambda _: None) -
     `notify` gets a message about each newer, damaged one.
     """
     for path in _newest_first(folder):
-        if not (why := _damage(path)):
+        if not (why := damage(path)):
             return path
         notify(f"{path.name} is incomplete ({why}); training does not resume from it")
     return None
@@ -90,7 +93,7 @@ def _is_seal(listed: Any) -> bool:
     return bool(entries) and all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries)
 
 
-def _damage(checkpoint: Path) -> str:
+def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; empty if it is complete."""
     try:
         listed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
