@@ -34,8 +34,8 @@ def seal(checkpoint: Path) -> None:
 def readable(model: Any) -> Iterator[None]:
     """Inside, `model` is saved as transformers' Trainer reads it back: in one file, by the names that it has in memory.
 
-    An adapter is saved as PEFT does. By default a model is saved by the names of published checkpoints, such as one tensor for each expert; the Trainer would find none of these, and
-    go on with the experts of the base without an error.
+    By default it is saved by the names of published checkpoints, such as one tensor for each expert; the Trainer would find none of these,
+    and go on with the experts of the base without an error. An adapter is saved as PEFT does.
     """
     if hasattr(model, "peft_config"):
         yield
