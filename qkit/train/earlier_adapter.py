@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from qkit.recipe.schema import Lora
 FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora")  # of LoraConfig: the same in the recipe
 
 
-def check(section: Lora, base: Path) -> str:
-    """Check the adapter against the recipe and the base model, before anything is loaded. Returns what to know of its base, or "".
+def check(section: Lora, base: Path, notify: Callable[[str], None]) -> None:
+    """Check the adapter, if there is one, against the recipe and the base model, before anything is loaded. Says if its base is unknown.
 
     Raises:
         MissingArtifact: there is no adapter.
         ModelError: it was trained on another base, or is already merged into this one.
         RecipeError: it is of another kind than the recipe's, or has other settings.
     """
-    folder = folder_of(str(section.init_from))
+    if section.init_from is None:
+        return
+    folder = folder_of(section.init_from)
     config: Mapping[str, Any] = read_json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise RecipeError(f"lora.init_from={section.init_from}: an adapter of type {config.get('peft_type')}, not LORA")
@@ -36,9 +38,11 @@ def check(section: Lora, base: Path) -> str:
         )
     if (folder / provenance.NOTE).is_file():
         provenance.check_adapter(folder, base)
-        return ""
+        return
     named = config.get("base_model_name_or_path")
-    return f"qkit did not make the adapter in {folder}, so its base is not checked: it names {named or 'none'}"
+    notify(
+        f"train: warning: qkit did not make the adapter in {folder}, so its base is not checked: it names {named or 'none'}"
+    )
 
 
 def origin(section: Lora) -> Mapping[str, str] | None:

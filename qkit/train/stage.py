@@ -76,8 +76,7 @@ def run(run: Run, out: Path) -> Peak:
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
     folder = source.resolve(recipe.model)
-    if recipe.lora.init_from is not None and (unknown := earlier_adapter.check(recipe.lora, folder)):
-        run.progress.notify(f"train: warning: {unknown}")
+    earlier_adapter.check(recipe.lora, folder, run.progress.notify)
     with targets.patterns_of_parameters():
         trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
     at_once = recipe.train.save_total_limit + 1  # a new checkpoint is complete before an old one is deleted

@@ -21,7 +21,7 @@ from qkit.plan import deployable
 from qkit.recipe.load import from_dict, load
 from qkit.run.directory import Run
 from qkit.run.stages import stages_of
-from qkit.tasks._conversation.methods import UNMERGEABLE
+from qkit.tasks._conversation._methods import UNMERGEABLE
 from qkit.tasks.chat import TASK
 from qkit.train import stage
 from qkit.train.trainers import open_trainer

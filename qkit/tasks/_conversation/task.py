@@ -15,7 +15,7 @@ from qkit.plugins.example import Conversation, Example, Identity, Reads, RowErro
 from qkit.plugins.sections import Evaluated, Figure, Section
 from qkit.plugins.task import ModelHead, Prediction
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
-from qkit.tasks._conversation import methods
+from qkit.tasks._conversation import _methods
 from qkit.tasks._conversation.checks.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
 from qkit.tasks._texts import windows_clashes
 
@@ -57,7 +57,7 @@ class ConversationTask:
     def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """What only tasks with labels have, and what the method cannot have."""
         for_labels = f"is for tasks with labels, and task={recipe.task} has none: remove it"
-        yield from methods.clashes(recipe)
+        yield from _methods.clashes(recipe)
         for section in ("bottleneck", "head", "loss"):
             if getattr(recipe, section) != type(getattr(recipe, section))():
                 yield (section,), f"{section} {for_labels}"

@@ -39,11 +39,8 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     columns = ["input_ids", "labels", *(("pack", "position") if recipe.data.packing else ())]
     rows = _shared.training_rows(run.need("data", "train.parquet"), columns)
     base, tokenizer = load.load_base(folder, recipe, device), model_tokenizer.load_tokenizer(folder, recipe.model)
-    if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
-        raise RecipeError(
-            f"{type(base).__name__} does not support gradient checkpointing: set train.gradient_checkpointing=false (now "
-            f"{recipe.train.gradient_checkpointing})"
-        )
+    if args.gradient_checkpointing:
+        _need_checkpointing(base, recipe)
     model, adapter = _prepared(run, folder, base, tokenizer, out)
     trainer: SFTTrainer = trainer_class()(
         model=model,
@@ -68,6 +65,15 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     if device.frees_through_malloc:
         trim_between_layers(trainer.base_model)
     return trainer
+
+
+def _need_checkpointing(base: PreTrainedModel, recipe: Recipe) -> None:
+    """Raise RecipeError if the model does not support gradient checkpointing."""
+    if not base.supports_gradient_checkpointing:
+        raise RecipeError(
+            f"{type(base).__name__} does not support gradient checkpointing: set train.gradient_checkpointing=false (now "
+            f"{recipe.train.gradient_checkpointing})"
+        )
 
 
 def _prepared(

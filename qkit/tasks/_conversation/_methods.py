@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qkit.recipe.schema import WHOLE, Recipe
+from qkit.recipe.schema import Recipe
 
 METHODS = ("lora", "full", "peft")
 # Kinds of PEFT that are no change of a weight: the artifacts of a conversation are made of merged models.
@@ -26,10 +26,10 @@ def clashes(recipe: Recipe) -> Problems:
             ("method",),
             f"method={recipe.method} is for tasks with labels, and task={recipe.task} has none: use one of {', '.join(METHODS)}",
         )
-    if recipe.method in WHOLE and recipe.quantization.load_in_4bit:
+    if recipe.method == "full" and recipe.quantization.load_in_4bit:
         yield (
             ("method",),
-            f"method={recipe.method} saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
+            "method=full saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
             "quantization.load_in_4bit=false, or method=lora",
         )
     if recipe.method == "peft":
