@@ -79,8 +79,7 @@ def run(run: Run, out: Path) -> Peak:
     earlier_adapter.check(recipe.lora, folder, run.progress.notify)
     with targets.patterns_of_parameters():
         trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
-    at_once = recipe.train.save_total_limit + 1  # a new checkpoint is complete before an old one is deleted
-    need_disk(out, _checkpoint_bytes(trainer.model, recipe.method in WHOLE) * at_once, "checkpoints")
+    _need_disk(out, trainer.model, recipe)
     if recipe.data.packing:
         _pack_if_isolated(run, trainer, out)
     _check_steps(run, trainer)
@@ -362,11 +361,13 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole]
 
 
-def _checkpoint_bytes(trained: PreTrainedModel, whole: bool) -> int:
-    """Bytes of a checkpoint. `whole`: it holds the frozen weights, too."""
-    parameters: int = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    weights = sum(p.nbytes for p in trained.parameters()) if whole else parameters * WEIGHT_BYTES
-    return weights + parameters * STATE_BYTES
+def _need_disk(out: Path, model: PreTrainedModel, recipe: Recipe) -> None:
+    """Raise DoesNotFit if the disk has too little room for the checkpoints; that of a whole model holds the frozen weights, too."""
+    parameters: int = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = recipe.method in WHOLE
+    weights = sum(p.nbytes for p in model.parameters()) if whole else parameters * WEIGHT_BYTES
+    at_once = recipe.train.save_total_limit + 1  # a new checkpoint is complete before an old one is deleted
+    need_disk(out, (weights + parameters * STATE_BYTES) * at_once, "checkpoints")
 
 
 def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
