@@ -181,4 +181,4 @@ def _along(model: PeftModel, batches: Batches) -> None:
 def _tokens(given: Any, places: torch.Tensor, name: str) -> torch.Tensor:
     """What a module reads at the `places` [n, 2] that are not padding: [n, width]. A pooler reads one state of each row already."""
     states: torch.Tensor = given[0] if isinstance(given, tuple | list) else given
-    return states if states.ndim == 2 else states[places.T.unbind()]
+    return states.contiguous() if states.ndim == 2 else states[places.T.unbind()]
