@@ -79,7 +79,7 @@ def run(run: Run, out: Path) -> Peak:
     earlier_adapter.check(recipe.lora, folder, run.progress.notify)
     with targets.patterns_of_parameters():
         trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
-    _need_disk(out, trainer.model, recipe)
+    _need_disk_for_checkpoints(trainer, recipe, evaluates, out)
     if recipe.data.packing:
         _pack_if_isolated(run, trainer, out)
     _check_steps(run, trainer)
@@ -169,9 +169,9 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
         _load_finished(trainer, checkpoint)
         return watcher
     trainer.add_callback(watcher)
+    begin = time.perf_counter()
     if run.recipe.train.eval_on_start and trainer.validation and not checkpoint:
         trainer.evaluate()
-    begin = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
@@ -322,7 +322,7 @@ def _recorder(file: Path, bar: Bar, meter: PeakMeter, trainer: SFTTrainer, resum
     """A callback that writes metrics.jsonl and advances the bar. Lines after the checkpoint that training resumes from are removed."""
     from transformers import TrainerCallback
 
-    earlier = [line for line in _lines(file) if line["step"] <= resumed_at]
+    earlier = [line for line in _lines(file) if line["step"] <= resumed_at] if resumed_at else []
     file.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
     steps_before = [line for line in earlier if "loss" in line]
     tokens_before = steps_before[-1]["tokens"] if steps_before else 0
@@ -361,13 +361,17 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole]
 
 
-def _need_disk(out: Path, model: PreTrainedModel, recipe: Recipe) -> None:
-    """Raise DoesNotFit if the disk has too little room for the checkpoints; that of a whole model holds the frozen weights, too."""
-    parameters: int = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = recipe.method in WHOLE
-    weights = sum(p.nbytes for p in model.parameters()) if whole else parameters * WEIGHT_BYTES
-    at_once = recipe.train.save_total_limit + 1  # a new checkpoint is complete before an old one is deleted
-    need_disk(out, (weights + parameters * STATE_BYTES) * at_once, "checkpoints")
+def _need_disk_for_checkpoints(trainer: Any, recipe: Recipe, evaluates: bool, out: Path) -> None:
+    """A new checkpoint is complete before an old one is deleted; the best steps take no more than one."""
+    at_once = recipe.train.save_total_limit + 1 + (evaluates and recipe.train.keeps_best)
+    need_disk(out, _checkpoint_bytes(trainer.model, recipe.method in WHOLE) * at_once, "checkpoints")
+
+
+def _checkpoint_bytes(trained: PreTrainedModel, whole: bool) -> int:
+    """Bytes of a checkpoint. `whole`: it holds the frozen weights, too."""
+    parameters: int = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in trained.parameters()) if whole else parameters * WEIGHT_BYTES
+    return weights + parameters * STATE_BYTES
 
 
 def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
