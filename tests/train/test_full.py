@@ -344,3 +344,25 @@ def test_no_adapter_is_exported(tiny_recipe: Path) -> None:
     raw["bench"] = {"runtimes": ["transformers"]}
     with pytest.raises(NotDeployable, match="method=full trains the weights themselves, so there is no adapter"):
         deployable.check(from_dict(raw, (), "the test"))
+
+
+@pytest.mark.slow
+def test_the_best_step_of_all_weights_is_restored(tiny_model: Path, tmp_path: Path, rows_file: Path) -> None:
+    raw = {**tiny_settings(tiny_model, rows_file), **FULL}
+    raw["data"]["validation"] = [{"source": str(rows_file), "rows": ":4"}]
+    raw["data"]["test"] = [{"source": str(rows_file), "rows": "4:8"}]
+    raw["data"]["train"] = [{"source": str(rows_file), "rows": "8:"}]
+    raw["train"] = {
+        "max_steps": 8,
+        "learning_rate": 3e-2,
+        "save_steps": 4,
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+    }
+    (tmp_path / "full.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    run = Run.create(tmp_path / "run", load(tmp_path / "full.yaml"))
+    for stage in ("data", "train"):
+        pipeline.execute(run, stage)
+    found = _json(run.folder("train") / "validation.json")
+    assert found["best"]["step"] in (2, 4, 6, 8), found
+    assert (run.folder("train") / "model" / "model.safetensors").is_file()
