@@ -1,5 +1,5 @@
 """The memory plan: the memory that each stage needs, and whether it fits, before anything is loaded. Arithmetic only, without torch.
-Except for models with a new head, whose step is traced (_traced/).
+Except for models with a new head, and methods other than plain LoRA, whose step is traced (_traced/).
 
 This module is what the rest of qkit calls. stage_memory.py computes the items of a stage, remedies.py the changes that make it fit, speed.py
 the time; sheet.py gathers all that `qkit plan` shows, and screen.py prints it.
