@@ -82,7 +82,7 @@ def sheet(
     subject, undecided = subject_of(recipe, known), recipe
     recipe = plan_plan.decided(recipe, device, known)
     stages = plan_plan.stages(recipe, device, known)
-    steps = _checked_steps(recipe, lengths)
+    steps = checked_steps(recipe, lengths)
     plan = max(stages[:2], key=lambda stage: stage.peak_bytes)
     pace = speed.pace(recipe, subject, device, speed.kept(lengths, recipe.data.max_length) if lengths else None)
     return Sheet(
@@ -104,7 +104,7 @@ def sheet(
     )
 
 
-def _checked_steps(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> int | None:
+def checked_steps(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> int | None:
     """The steps of training; None if they are not known yet.
 
     Raises:

@@ -55,6 +55,9 @@ class Lora(Section):
         (), description="experts and routers of a mixture of experts, in addition to target_modules"
     )
     use_rslora: bool = False
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="LoRA+: rate of B / rate of A, which is train.learning_rate; such as 16"
+    )
 
 
 Method = Literal["lora", "full", "head", "houlsby", "pfeiffer", "parallel", "peft"]

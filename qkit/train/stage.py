@@ -30,7 +30,7 @@ from qkit.core.files import need_disk, read_json, write_json
 from qkit.core.memory_meter import PeakMeter
 from qkit.core.progress import Bar
 from qkit.model import provenance, source
-from qkit.model.adapters import targets
+from qkit.model.adapters import rates, targets
 from qkit.model.config import shape_of
 from qkit.plan import deployable, fit, solve
 from qkit.plan import plan as plan_plan
@@ -42,16 +42,15 @@ from qkit.recipe import schedule
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
 from qkit.tensors.companions import copy_tokenizer
-from qkit.train import checkpoints, memory_report, row_losses
+from qkit.train import checkpoints, memory_report, optimization, row_losses
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import Trainer
     from trl import SFTTrainer
 
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight and two Adam moments
 COUNTS = "Counts"  # the name, in a checkpoint, of the callback that stores the label counts
 
 
@@ -69,6 +68,7 @@ def run(run: Run, out: Path) -> Peak:
     if open_task(run.recipe.task).HEAD.generates:
         _check_targets(run.recipe)
     _check_names(run.recipe)
+    optimization.check(run)
     run = Run(run.root, _decided(run, device, out), run.progress)
     recipe = run.recipe
     meter = PeakMeter(device)
@@ -77,7 +77,7 @@ def run(run: Run, out: Path) -> Peak:
     with targets.patterns_of_parameters():
         trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
     at_once = recipe.train.save_total_limit + 1  # a new checkpoint is complete before an old one is deleted
-    need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
+    need_disk(out, optimization.checkpoint_bytes(recipe.train, trainer.model) * at_once, "checkpoints")
     if recipe.data.packing:
         _pack_if_isolated(run, trainer, out)
     _check_steps(run, trainer)
@@ -117,10 +117,12 @@ def _check_steps(run: Run, trainer: Any) -> None:
     """Check the recipe against the number of steps, which is known only after the trainer is built.
 
     Raises:
-        RecipeError: training is too short for its schedule.
+        RecipeError: training is too short for its schedule, or nothing is trained that a rate is set for.
     """
     total, section = _total_steps(trainer), run.recipe.train
     schedule.check(section, total)
+    if trainer.rates.differ:
+        rates.grouped(trainer.model, trainer.rates)
     if section.save_steps >= total:
         run.progress.notify(
             f"train: no checkpoint before the end: train.save_steps={section.save_steps}, {total} steps"
@@ -340,11 +342,6 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         return []
     whole = [line for line in file.read_text(encoding="utf-8").split("\n")[:-1] if line]
     return [json.loads(line) for line in whole]
-
-
-def _checkpoint_bytes(trained: PreTrainedModel) -> int:
-    parameters: int = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    return parameters * CHECKPOINT_BYTES_PER_PARAMETER
 
 
 def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import IGNORED, LENGTH_STEP, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
+from qkit.model.adapters.rates import Rates, divide
+from qkit.recipe import schedule
 from qkit.train import checkpoints, pack_isolation
 from qkit.train.fast.head import labelled_loss, row_losses
 from qkit.train.label_sums import Sums
@@ -38,9 +40,11 @@ class Counted(Base):
         batch_rows: int | None = None,
         micro_batches: int = 1,
         checkpoints_kept: int = 1,
+        rates: Rates | None = None,
         **kwargs: Any,
     ):
         self.checkpoints_kept = checkpoints_kept
+        self.rates = rates
         self.packing = packing
         self.length_step = length_step
         self.batch_rows = batch_rows or math.inf
@@ -94,23 +98,27 @@ class Counted(Base):
         self.loss += total
         return total
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """transformers' own, with groups of parameters by their rate if these differ."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.rates is not None and self.rates.differ:
+            divide(optimizer, self.model, self.rates)
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' schedule, except that the rate is above 0 in the first step of a warm-up and at its maximum right after the last."""
         from torch.optim.lr_scheduler import LambdaLR
-        from transformers import get_scheduler
 
-        rising = self.args.get_warmup_steps(num_training_steps)
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if not rising:
-            return scheduler
-        optimizer = optimizer or self.optimizer
-        later = get_scheduler(self.args.lr_scheduler_type, optimizer, rising + 1, num_training_steps + 1)
-        rate = later.lr_lambdas[0]
-        self.lr_scheduler = LambdaLR(optimizer, lambda step: rate(step + 1))
-        return self.lr_scheduler
+        if self.lr_scheduler is None and self.args.lr_scheduler_type not in schedule.BY_METRIC:
+            rate = schedule.factor(self.args, num_training_steps)
+            self.lr_scheduler, self._created_lr_scheduler = LambdaLR(optimizer or self.optimizer, rate), True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Seal the checkpoint when it is complete, and only then delete older ones."""
+        """Seal the checkpoint when it is complete, and only then delete older ones. An optimizer that averages weights puts these in place."""
+        if callable(of_evaluation := getattr(self.optimizer, "eval", None)):
+            of_evaluation()
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir)
         checkpoints.seal(folder / f"checkpoint-{self.state.global_step}")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 app = verb_app()
 
 FOR_A_RECIPE = ("overrides", "memory", "card", "solve", "explain")
+FOR_A_SCHEDULE = ("overrides", "schedule")
 
 Memory = Annotated[str | None, typer.Option("--memory", metavar="24GiB", help="Plan for a device of this size.")]
 Card = Annotated[str | None, typer.Option("--card", metavar="rtx-4090", help="Plan for a known card.")]
@@ -46,6 +47,9 @@ Explain = Annotated[
     str | None,
     typer.Option("--explain", metavar="LINE", help="Show the formula of a line of the plan, with its numbers."),
 ]
+Schedule = Annotated[
+    bool, typer.Option("--schedule", help="Draw the learning rate of each step instead, for each group of parameters.")
+]
 
 
 @app.command(epilog="Example: qkit plan recipes/llama-3.1-8b-24gb.yaml --memory 24GiB")
@@ -62,6 +66,7 @@ def plan(
     length: RowLength = None,
     solve: Solve = None,
     explain: Explain = None,
+    schedule: Schedule = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -72,6 +77,10 @@ def plan(
     from qkit.plan import sheet
     from qkit.plan import solve as plan_solve
 
+    if schedule:
+        need_effect(context, "with --schedule, which needs a recipe or a run", FOR_A_SCHEDULE)
+        _show_schedule(_planned_recipe(target, overrides, sheet.Options("")), target, as_json)
+        return
     if target is not None and not model:
         need_effect(context, "with a recipe or a run, only with --model", FOR_A_RECIPE)
     if explain and solve:
@@ -86,6 +95,15 @@ def plan(
     console.show(as_json, sheet.to_dict(planned), lambda: plan_screen.screen(planned))
     if planned.short and not question:  # --solve already says what would fit
         raise typer.Exit(2)
+
+
+def _show_schedule(recipe: Recipe, target: Path | None, as_json: bool) -> None:
+    """Print how the learning rate goes."""
+    from qkit.plan import _rates, _rates_screen, sheet
+
+    with console.silence_stderr():
+        course = _rates.course(recipe, sheet.lengths_of(target), sheet.labels_of(target))
+    console.show(as_json, course.to_dict(), lambda: _rates_screen.screen(course))
 
 
 def _start_fast() -> None:

@@ -64,7 +64,7 @@ def _with_lora(base: PreTrainedModel, new: Sequence[str], recipe: Recipe, added:
     """A LoRA adapter on the base; the new modules are trained whole, and saved with it."""
     from peft import LoraConfig, get_peft_model
 
-    fields = recipe.lora.model_dump(exclude={"target_modules", "target_parameters"})
+    fields = recipe.lora.model_dump(exclude={"target_modules", "target_parameters", "loraplus_lr_ratio"})
     modules = recipe.lora.target_modules
     config = LoraConfig(
         task_type=open_task(recipe.task).HEAD.peft_task_type,

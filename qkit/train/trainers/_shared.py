@@ -45,7 +45,9 @@ def arguments(recipe: Recipe, device: Device, out: Path) -> dict[str, Any]:
         "save_strategy": "steps",
         **device.trainer_arguments,
         # The trainer would delete the old checkpoint before the new one is complete.
-        **recipe.train.model_dump(exclude={"save_total_limit", "activation_offloading", "bf16"}),
+        **recipe.train.model_dump(
+            exclude={"save_total_limit", "activation_offloading", "bf16", "embedding_learning_rate"}
+        ),
     }
 
 

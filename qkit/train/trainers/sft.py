@@ -12,6 +12,7 @@ from qkit.core.files import read_json
 from qkit.model import added_tokens, load
 from qkit.model import tokenizer as model_tokenizer
 from qkit.model.adapters import targets
+from qkit.model.adapters.rates import rates_of
 from qkit.plan import plan as plan_plan
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
@@ -57,6 +58,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         packing=recipe.data.packing,
         micro_batches=recipe.micro_batches,
         checkpoints_kept=recipe.train.save_total_limit,
+        rates=rates_of(recipe),
     )
     if recipe.model.add_tokens:
         added_tokens.show_head(trainer.model)
@@ -91,7 +93,7 @@ def lora_config(
     """
     from peft import LoraConfig
 
-    fields = recipe.lora.model_dump(exclude={"target_modules", "target_parameters"})
+    fields = recipe.lora.model_dump(exclude={"target_modules", "target_parameters", "loraplus_lr_ratio"})
     named = targets.for_peft(recipe.lora, base)
     head = open_task(recipe.task).HEAD
     return LoraConfig(task_type=head.peft_task_type, trainable_token_indices=learnt_rows, **fields, **named)

@@ -1,0 +1,39 @@
+"""Checks of schedule and optimizer before a model is loaded, and the size of a checkpoint, of which the optimizer's state is a part."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qkit.core.errors import MissingExtra
+from qkit.core.files import read_json
+from qkit.plan._optimizer_state import FP32, state_bytes, tensors_of
+from qkit.plan.sheet import checked_steps
+from qkit.recipe import optimizers
+from qkit.run.directory import Run
+
+if TYPE_CHECKING:
+    from qkit.recipe.training import Train
+
+
+def check(run: Run) -> None:
+    """Check what needs no model: the optimizer's package, and the schedule, if the rows' lengths tell the number of steps.
+
+    Raises:
+        MissingExtra: the optimizer is in a package that is not installed.
+        RecipeError: training is too short for its schedule.
+    """
+    recipe = run.recipe
+    if (package := optimizers.missing(recipe.train.optim)) is not None:
+        raise MissingExtra(
+            f"train.optim={recipe.train.optim} is in a package that is not installed: `pip install {package.pip}`; or use another "
+            "optimizer, such as adamw_torch",
+            package=package.pip,
+        )
+    if not recipe.data.packing:  # packs may turn out not to be isolated, and then the steps are others
+        checked_steps(recipe, read_json(run.need("data", "summary.json")).get("lengths", []))
+
+
+def checkpoint_bytes(train: Train, model: Any) -> int:
+    """Bytes of a checkpoint: what is trained, in fp32, and the optimizer's state."""
+    tensors = tensors_of(model)
+    return FP32 * sum(tensor.count for tensor in tensors) + state_bytes(train, tensors)
