@@ -33,7 +33,8 @@ class Optimizer:
     """An optimizer, by its name in transformers.
 
     `moments`: values that it keeps of each parameter; `layout`: in what form; `step_bytes`: of a tensor's counters. `adam`: the fields
-    train.adam_* that it takes; `args`: the entries of train.optim_args. `refused`: why qkit does not train with it; empty if it does.
+    train.adam_* that it takes; `args`: the entries of train.optim_args. `kernels`: the module whose GPU kernels it uses wherever that is
+    installed. `own_schedule`: it needs a constant rate. `refused`: why qkit does not train with it; empty if it does.
     """
 
     moments: int
@@ -42,6 +43,7 @@ class Optimizer:
     adam: tuple[str, ...] = ()
     args: Mapping[str, Rule] = field(default_factory=dict)
     package: Package | None = None
+    kernels: str = ""
     own_schedule: bool = False
     refused: str = ""
 
@@ -49,12 +51,11 @@ class Optimizer:
 BETAS = ("adam_beta1", "adam_beta2")
 ADAM = (*BETAS, "adam_epsilon")
 BITSANDBYTES, TORCHAO = Package("bitsandbytes", "bitsandbytes"), Package("torchao", "torchao")
-SCHEDULEFREE, GROKADAMW = Package("schedulefree", "schedulefree"), Package("grokadamw", "grokadamw")
-OPTIMI = Package("torch-optimi", "optimi")
+SCHEDULEFREE, OPTIMI = Package("schedulefree", "schedulefree"), Package("torch-optimi", "optimi")
 
 LOW_RANK = (
-    "it projects the gradients of whole weight matrices, and transformers gives it frozen weights as well and no train.weight_decay; "
-    "to train with less memory use method=lora, or an 8-bit optimizer"
+    "its state holds objects that torch does not read back from a checkpoint, so that no killed run could resume, and transformers gives it no "
+    "train.weight_decay; to train with less memory use method=lora, or an 8-bit optimizer"
 )
 LAYERWISE = (
     "it updates each weight in the middle of the backward pass, where gradients are neither accumulated nor clipped nor checked, and no "
@@ -119,23 +120,17 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "galore_adafactor_layerwise": _not(LAYERWISE),
     "lomo": _not(LAYERWISE),
     "adalomo": _not(LAYERWISE),
-    "grokadamw": Optimizer(
-        3,
-        package=GROKADAMW,
-        args={
-            "alpha_init": INSIDE,
-            "lamb": AT_LEAST_0,
-            "gamma": AT_LEAST_0,
-            "grokking_signal_decay_rate": AT_LEAST_0,
-            "gradient_clipping": AT_LEAST_0,
-        },
+    "grokadamw": _not(
+        "it keeps its moments outside the state that a checkpoint stores, so that a resumed run would go another way; use adamw_torch"
     ),
     "schedule_free_radam": _SCHEDULE_FREE,
     "schedule_free_adamw": _SCHEDULE_FREE,
     "schedule_free_sgd": replace(_SCHEDULE_FREE, moments=1, adam=()),
     "apollo_adamw": _not(LOW_RANK),
     "apollo_adamw_layerwise": _not(LAYERWISE),
-    "stable_adamw": Optimizer(2, adam=ADAM, package=OPTIMI, args={"max_lr": ABOVE_0, "decouple_lr": ONLY_TRUE}),
+    "stable_adamw": Optimizer(
+        2, step_bytes=4, adam=ADAM, package=OPTIMI, kernels="triton", args={"max_lr": ABOVE_0, "decouple_lr": ONLY_TRUE}
+    ),
 }
 UNKNOWN = Optimizer(2)  # of a later transformers: counted as Adam
 
@@ -159,6 +154,14 @@ def missing(name: str) -> Package | None:
 
     package = OPTIMIZERS.get(name, UNKNOWN).package
     return package if package and find_spec(package.module) is None else None
+
+
+def kernels_of_a_gpu(name: str) -> str:
+    """The module that makes an optimizer run on a GPU only, because it is installed; empty if there is none."""
+    from importlib.util import find_spec
+
+    module = OPTIMIZERS.get(name, UNKNOWN).kernels
+    return module if module and find_spec(module) is not None else ""
 
 
 def problems(train: Train) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.errors import MissingExtra
+from qkit.core.device import Device
+from qkit.core.errors import MissingExtra, RecipeError
 from qkit.core.files import read_json
 from qkit.plan._optimizer_state import FP32, state_bytes, tensors_of
 from qkit.plan.sheet import checked_steps
@@ -15,12 +16,12 @@ if TYPE_CHECKING:
     from qkit.recipe.training import Train
 
 
-def check(run: Run) -> None:
+def check(run: Run, device: Device) -> None:
     """Check what needs no model: the optimizer's package, and the schedule, if the rows' lengths tell the number of steps.
 
     Raises:
         MissingExtra: the optimizer is in a package that is not installed.
-        RecipeError: training is too short for its schedule.
+        RecipeError: the optimizer does not run on this device, or training is too short for its schedule.
     """
     recipe = run.recipe
     if (package := optimizers.missing(recipe.train.optim)) is not None:
@@ -28,6 +29,15 @@ def check(run: Run) -> None:
             f"train.optim={recipe.train.optim} is in a package that is not installed: `pip install {package.pip}`; or use another "
             "optimizer, such as adamw_torch",
             package=package.pip,
+        )
+    if not device.has_gpu and (module := optimizers.kernels_of_a_gpu(recipe.train.optim)):
+        raise RecipeError(
+            f"train.optim={recipe.train.optim} uses the GPU kernels of {module} where that is installed, as it is here, and this device is a "
+            f"CPU: use another optimizer, such as adamw_torch, or `pip uninstall {module}`"
+        )
+    if not device.has_gpu and recipe.train.optim.startswith("paged_"):
+        run.progress.notify(
+            f"train: {recipe.train.optim} is not paged on a CPU; its state takes the memory that the plan shows"
         )
     if not recipe.data.packing:  # packs may turn out not to be isolated, and then the steps are others
         checked_steps(recipe, read_json(run.need("data", "summary.json")).get("lengths", []))

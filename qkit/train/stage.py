@@ -68,7 +68,7 @@ def run(run: Run, out: Path) -> Peak:
     if open_task(run.recipe.task).HEAD.generates:
         _check_targets(run.recipe)
     _check_names(run.recipe)
-    optimization.check(run)
+    optimization.check(run, device)
     run = Run(run.root, _decided(run, device, out), run.progress)
     recipe = run.recipe
     meter = PeakMeter(device)

@@ -69,9 +69,8 @@ def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
 
 def test_every_schedule_has_rules_and_every_entry_is_one_of_transformers() -> None:
     """All entries that transformers has, but for what qkit fills in itself."""
-    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
-
     from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     assert {*get_args(Schedule)} == _scheduler_kwargs.RULES.keys()
     filled_in = {"optimizer", "last_epoch", "num_warmup_steps", "num_training_steps", "kwargs", "self"}
