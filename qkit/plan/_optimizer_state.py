@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from qkit.recipe import optimizers
 from qkit.recipe.optimizers import OPTIMIZERS, UNKNOWN, Optimizer
@@ -22,7 +23,8 @@ MAP_BYTES = (
 MAP_4BIT_BYTES = 16 * FP32
 
 
-class Tensor(NamedTuple):
+@dataclass(frozen=True)
+class Tensor:
     """A tensor that is trained. `embedding`: a whole table, which transformers keeps out of bitsandbytes' 8 bits."""
 
     shape: tuple[int, ...]

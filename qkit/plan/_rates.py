@@ -51,7 +51,7 @@ def course(recipe: Recipe, lengths: Sequence[Sequence[int]] = (), labels: int | 
         ModelError: the model's groups of parameters cannot be determined.
     """
     train = recipe.train
-    if train.lr_scheduler_type in schedule.BY_METRIC:
+    if schedule.follows_metric(train):
         raise RecipeError(
             f"--schedule: train.lr_scheduler_type={train.lr_scheduler_type} follows a metric, which is not known before training"
         )

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-WIDTH, HEIGHT = 72, 12  # of the chart, in characters, without its axes
+WIDTH, HEIGHT = 64, 13  # of the chart, in characters, without its axes
 EDGE = 9  # characters of a number on the axis
 
 

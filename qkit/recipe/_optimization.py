@@ -33,7 +33,7 @@ def mistakes(recipe: Recipe) -> Problems:
 def _metric(train: Train) -> Problems:
     if (why := schedule.without_metric(train)) is not None:
         yield ("train", "lr_scheduler_type"), why
-    elif train.lr_scheduler_type in schedule.BY_METRIC and train.warmup_steps:
+    elif schedule.follows_metric(train) and train.warmup_steps:
         yield (
             ("train", "warmup_steps"),
             f"train.warmup_steps={train.warmup_steps} has no effect with train.lr_scheduler_type={train.lr_scheduler_type}, which begins at "

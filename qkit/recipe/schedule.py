@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from qkit.core.batching import LENGTH_STEP, count_batches, packed
 from qkit.core.errors import RecipeError
 from qkit.recipe import _scheduler_kwargs
-from qkit.recipe._scheduler_kwargs import BY_METRIC
 
 if TYPE_CHECKING:
     from qkit.recipe.schema import Recipe
@@ -56,7 +55,7 @@ def factor(train: Train, total: int) -> Callable[[int], float]:
     from torch import nn, optim, zeros
     from transformers import get_scheduler
 
-    assert train.lr_scheduler_type not in BY_METRIC
+    assert not follows_metric(train)
     rising, kwargs = warmup(train, total), dict(train.lr_scheduler_kwargs or {})
     ahead = 1 if rising else 0
     if train.lr_scheduler_type == "inverse_sqrt":
@@ -66,9 +65,14 @@ def factor(train: Train, total: int) -> Callable[[int], float]:
     return lambda step: float(rate(step + ahead))
 
 
+def follows_metric(train: Train) -> bool:
+    """Whether the rate depends on a metric, and not on the number of the step. `train` may be TrainingArguments as well."""
+    return train.lr_scheduler_type in _scheduler_kwargs.BY_METRIC
+
+
 def without_metric(train: Train) -> str | None:
     """Why a schedule that follows a metric has none to follow; None if it has one, or follows none."""
-    if train.lr_scheduler_type not in BY_METRIC or getattr(train, "eval_strategy", "no") != "no":
+    if not follows_metric(train) or getattr(train, "eval_strategy", "no") != "no":
         return None
     return (
         f"train.lr_scheduler_type={train.lr_scheduler_type} lowers the rate when a metric stops improving, and needs evaluation during "

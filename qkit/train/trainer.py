@@ -29,6 +29,8 @@ else:
 class Counted(Base):
     """What qkit changes in a Trainer. `train_dataset` has the columns input_ids and labels, and with `packing` pack and position."""
 
+    lr_scheduler: Any
+
     def __init__(
         self,
         *args: Any,
@@ -110,7 +112,7 @@ class Counted(Base):
         """transformers' schedule, except that the rate is above 0 in the first step of a warm-up and at its maximum right after the last."""
         from torch.optim.lr_scheduler import LambdaLR
 
-        if self.lr_scheduler is None and self.args.lr_scheduler_type not in schedule.BY_METRIC:
+        if self.lr_scheduler is None and not schedule.follows_metric(self.args):
             rate = schedule.factor(self.args, num_training_steps)
             self.lr_scheduler, self._created_lr_scheduler = LambdaLR(optimizer or self.optimizer, rate), True
         return super().create_scheduler(num_training_steps, optimizer)
