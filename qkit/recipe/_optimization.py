@@ -9,7 +9,6 @@ from qkit.recipe import _scheduler_kwargs, optimizers, schedule
 
 if TYPE_CHECKING:
     from qkit.recipe.schema import Recipe
-    from qkit.recipe.training import Train
 
     Problems = Iterator[tuple[tuple[str | int, ...], str]]
 
@@ -21,21 +20,15 @@ def mistakes(recipe: Recipe) -> Problems:
         yield ("train", "lr_scheduler_kwargs", entry), message
     for key, message in optimizers.problems(train):
         yield ("train", key), message
-    yield from _metric(train)
+    if schedule.follows_metric(train) and train.warmup_steps:
+        yield (
+            ("train", "warmup_steps"),
+            f"train.warmup_steps={train.warmup_steps} has no effect with train.lr_scheduler_type={train.lr_scheduler_type}, which begins at "
+            "the maximum: remove it",
+        )
     if train.embedding_learning_rate is not None and recipe.layers.rate_decay < 1:
         yield (
             ("train", "embedding_learning_rate"),
             f"train.embedding_learning_rate={train.embedding_learning_rate:g} and layers.rate_decay={recipe.layers.rate_decay:g} both set the "
             "rate of the embeddings: remove one of the two",
-        )
-
-
-def _metric(train: Train) -> Problems:
-    if (why := schedule.without_metric(train)) is not None:
-        yield ("train", "lr_scheduler_type"), why
-    elif schedule.follows_metric(train) and train.warmup_steps:
-        yield (
-            ("train", "warmup_steps"),
-            f"train.warmup_steps={train.warmup_steps} has no effect with train.lr_scheduler_type={train.lr_scheduler_type}, which begins at "
-            "the maximum: remove it",
         )

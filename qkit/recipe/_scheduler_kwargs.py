@@ -35,8 +35,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         "min_lr_ratio": SHARE,
         "num_cycles": ABOVE_0,
     },
-    "reduce_lr_on_plateau": {
-        "mode": one_of("min", "max"),
+    "reduce_lr_on_plateau": {  # its `mode` is that of train.metric_for_best_model
         "factor": INSIDE,
         "patience": whole(0),
         "threshold": AT_LEAST_0,
@@ -94,6 +93,11 @@ def _end(train: Train, kwargs: Mapping[str, Any]) -> Problems:
         yield "lr_end", _not_below("lr_end", f"{end:g}" + ("" if "lr_end" in kwargs else " (the default)"), train)
 
 
+def _least(train: Train, kwargs: Mapping[str, Any]) -> Problems:
+    if kwargs.get("min_lr", 0) >= train.learning_rate:
+        yield "min_lr", _not_below("min_lr", f"{kwargs['min_lr']:g}", train)
+
+
 def _not_below(name: str, value: str, train: Train) -> str:
     return (
         f"train.lr_scheduler_kwargs.{name}={value} must be below train.learning_rate={train.learning_rate:g}, "
@@ -135,6 +139,7 @@ _RELATIONS: Mapping[str, Callable[[Train, Mapping[str, Any]], Problems]] = {
     "polynomial": _end,
     "inverse_sqrt": _timescale,
     "warmup_stable_decay": _phases,
+    "reduce_lr_on_plateau": _least,
 }
 
 

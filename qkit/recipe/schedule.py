@@ -70,16 +70,6 @@ def follows_metric(train: Train) -> bool:
     return train.lr_scheduler_type in _scheduler_kwargs.BY_METRIC
 
 
-def without_metric(train: Train) -> str | None:
-    """Why a schedule that follows a metric has none to follow; None if it has one, or follows none."""
-    if not follows_metric(train) or getattr(train, "eval_strategy", "no") != "no":
-        return None
-    return (
-        f"train.lr_scheduler_type={train.lr_scheduler_type} lowers the rate when a metric stops improving, and needs evaluation during "
-        "training; use another schedule, such as cosine or warmup_stable_decay"
-    )
-
-
 def problems(train: Train, total: int) -> Iterator[tuple[str, str]]:
     """Conflicts with a training of `total` steps, as (key in the section, message)."""
     if (rising := warmup(train, total)) and rising >= total:

@@ -9,7 +9,7 @@ from qkit.core.errors import MissingExtra, RecipeError
 from qkit.core.files import read_json
 from qkit.plan._optimizer_state import FP32, state_bytes, tensors_of
 from qkit.plan.sheet import checked_steps
-from qkit.recipe import optimizers
+from qkit.recipe import optimizers, schedule
 from qkit.run.directory import Run
 
 if TYPE_CHECKING:
@@ -41,6 +41,14 @@ def check(run: Run, device: Device) -> None:
         )
     if not recipe.data.packing:  # packs may turn out not to be isolated, and then the steps are others
         checked_steps(recipe, read_json(run.need("data", "summary.json")).get("lengths", []))
+
+
+def follow_metric(trainer: Any, train: Train) -> None:
+    """Have the rate fall with the figure that tells the best step, if the recipe's schedule follows one. The trainer evaluates rows."""
+    if schedule.follows_metric(train):
+        trainer.args.lr_scheduler_type = train.lr_scheduler_type
+        mode = "max" if trainer.args.greater_is_better else "min"
+        trainer.args.lr_scheduler_kwargs = {**train.lr_scheduler_kwargs, "mode": mode}
 
 
 def checkpoint_bytes(train: Train, model: Any) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qkit.core.batching import IGNORED, LENGTH_STEP, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
 from qkit.model.adapters.rates import Rates, divide
 from qkit.recipe import schedule
-from qkit.train import checkpoints, pack_isolation
+from qkit.train import best_step, checkpoints, pack_isolation
 from qkit.train.fast.head import labelled_loss, row_losses
 from qkit.train.label_sums import Sums
 
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from trl import SFTTrainer as LanguageBase
 else:
     Base = LanguageBase = object
+
+
+class Evaluates(Protocol):
+    """What evaluates a model during its training: validation.py."""
+
+    @property
+    def keeps_best(self) -> bool: ...
+
+    def evaluate(self, trainer: Any) -> dict[str, float]: ...
 
 
 class Counted(Base):
@@ -47,6 +56,8 @@ class Counted(Base):
     ):
         self.checkpoints_kept = checkpoints_kept
         self.rates = rates
+        self.validation: Evaluates | None = None  # validation.attach sets it
+        self.evaluation_seconds = 0.0
         self.packing = packing
         self.length_step = length_step
         self.batch_rows = batch_rows or math.inf
@@ -117,14 +128,32 @@ class Counted(Base):
             self.lr_scheduler, self._created_lr_scheduler = LambdaLR(optimizer or self.optimizer, rate), True
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Evaluate the validation rows, log the figures under transformers' names, such as eval_loss, and return them."""
+        assert self.validation is not None
+        self._use_averages()
+        return self.validation.evaluate(self)
+
+    def _use_averages(self) -> None:
+        """Have an optimizer that averages weights put these in place of the ones it trains; the next step puts those back."""
+        if callable(use := getattr(self.optimizer, "eval", None)):
+            use()
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """Keep what is trained as it is after the best step so far, if that is what is wanted."""
+        is_best: bool = super()._determine_best_metric(metrics, trial)
+        if is_best and self.validation and self.validation.keeps_best:
+            best_step.keep(self)
+        return is_best
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Seal the checkpoint when it is complete, and only then delete older ones. An optimizer that averages weights puts these in place."""
-        if callable(of_evaluation := getattr(self.optimizer, "eval", None)):
-            of_evaluation()
+        """Seal the checkpoint when it is complete, and only then delete older ones."""
+        self._use_averages()
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir)
         checkpoints.seal(folder / f"checkpoint-{self.state.global_step}")
         checkpoints.thin(folder, self.checkpoints_kept)
+        best_step.thin(folder, self.state.best_global_step)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self.grad_norm = super()._get_grad_norm(model, grad_norm)

@@ -50,7 +50,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     (WSD, {"num_decay_steps": 2, "warmup_type": "cosine"}, {}, "warmup_type=cosine has no effect"),
     (WSD, {"num_decay_steps": 2, "decay_type": "sqrt"}, {}, "must be one of linear, cosine, 1-sqrt"),
     (WSD, {"num_decay_steps": 2, "decay_type": "linear", "num_cycles": 1.0}, {}, "applies to decay_type=cosine"),
-    ("reduce_lr_on_plateau", {}, {}, "needs evaluation during training"),
+    ("reduce_lr_on_plateau", {}, {}, "needs validation rows, and there are none"),
 ]
 
 
@@ -73,7 +73,7 @@ def test_every_schedule_has_rules_and_every_entry_is_one_of_transformers() -> No
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     assert {*get_args(Schedule)} == _scheduler_kwargs.RULES.keys()
-    filled_in = {"optimizer", "last_epoch", "num_warmup_steps", "num_training_steps", "kwargs", "self"}
+    filled_in = {"optimizer", "last_epoch", "num_warmup_steps", "num_training_steps", "kwargs", "self", "mode"}
     for kind, rules in _scheduler_kwargs.RULES.items():
         function = TYPE_TO_SCHEDULER_FUNCTION[kind]
         if kind == "reduce_lr_on_plateau":

@@ -48,7 +48,7 @@ def sections(kind: str, **others: Any) -> dict[str, Any]:
 
 def logged(out: Path) -> list[float]:
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["learning_rate"] for line in lines]
+    return [entry["learning_rate"] for entry in map(json.loads, lines) if "learning_rate" in entry]
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
@@ -63,6 +63,59 @@ def test_the_plan_draws_what_a_training_logs(tiny_model: Path, tmp_path: Path, k
     assert list(drawn.rates) == logged(out)
     assert min(drawn.rates) > 0 and drawn.rates[course.warmup_steps] == max(drawn.rates) == 1e-2
     assert sorted(drawn.rates[: course.warmup_steps]) == list(drawn.rates[: course.warmup_steps])
+
+
+PLATEAUS = [
+    ({"eval_steps": None, "eval_strategy": "no"}, "needs evaluation during training, but train.eval_strategy=no"),
+    ({"warmup_steps": 2}, r"warmup_steps=2 has no effect with train\.lr_scheduler_type=reduce_lr_on_plateau"),
+    ({"lr_scheduler_kwargs": {"mode": "max"}}, "mode: .* has no such entry"),
+    ({"lr_scheduler_kwargs": {"min_lr": 0.1}}, "min_lr=0.1 must be below train.learning_rate=0.01"),
+]
+PLATEAU = {"patience": 0, "factor": 0.5, "threshold": 10.0, "threshold_mode": "abs"}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("bert"), "bert")
+
+
+def on_a_plateau(root: Path, encoder: Path, progress: Any = None, **train: Any) -> Run:
+    section = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": PLATEAU, "warmup_steps": 0}
+    section |= {"learning_rate": 1e-2, "max_steps": 8, "eval_steps": 2, "logging_steps": 1, "save_steps": 4}
+    run = labelled_run(root, encoder, progress, method="full", train={**section, **train})
+    pipeline.execute(run, "data")
+    return run
+
+
+@pytest.mark.parametrize("metric", ["loss", "score"])
+def test_a_rate_falls_on_a_plateau(tmp_path: Path, encoder: Path, metric: str) -> None:
+    """Of which a threshold makes every evaluation one after the first. Also after a stop, to the same bytes."""
+    given: dict[str, Any] = {"metric_for_best_model": metric}
+    if metric == "score":
+        given["lr_scheduler_kwargs"] = {**PLATEAU, "threshold": 200.0}
+    run = on_a_plateau(tmp_path / "whole", encoder, **given)
+    pipeline.execute(run, "train")
+    seen = logged(run.folder("train"))
+    assert seen == pytest.approx([1e-2] * 4 + [5e-3] * 2 + [2.5e-3] * 2)
+    stopped = on_a_plateau(tmp_path / "stopped", encoder, Heard(stop_at=7), **given)
+    (out := tmp_path / "stopped" / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        train_stage.run(stopped, out)
+    train_stage.run(Run(stopped.root, stopped.recipe), out)
+    assert logged(out) == seen
+    weights = "model/model.safetensors"
+    assert (out / weights).read_bytes() == (run.folder("train") / weights).read_bytes()
+
+
+def test_a_plateau_cannot_be_drawn(tmp_path: Path, encoder: Path) -> None:
+    with pytest.raises(RecipeError, match="follows a metric, which is not known before training"):
+        _rates.course(on_a_plateau(tmp_path, encoder).recipe)
+
+
+@pytest.mark.parametrize(("train", "said"), PLATEAUS)
+def test_a_plateau_of_nothing_is_refused(tmp_path: Path, encoder: Path, train: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        on_a_plateau(tmp_path, encoder, **train)
 
 
 def test_every_schedule_that_needs_no_metric_is_compared() -> None:

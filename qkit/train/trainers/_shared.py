@@ -9,12 +9,30 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.device import Device
 from qkit.core.files import need_disk
 from qkit.core.sources import cache_dir
+from qkit.recipe import schedule
 from qkit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
+# Fields of the train section that are not given to transformers: it would delete the old checkpoint before the new one is complete, and
+# evaluation is set once the rows are known (validation.py).
+OF_QKIT = {
+    "save_total_limit",
+    "activation_offloading",
+    "bf16",
+    "embedding_learning_rate",
+    "eval_strategy",
+    "eval_steps",
+    "eval_on_start",
+    "eval_rows",
+    "eval_score_rows",
+    "metric_for_best_model",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+}
 UNPACKED = 8  # Arrow bytes per byte of Parquet: ids take four bytes instead of two, and labels compress to almost nothing in Parquet
 
 
@@ -44,9 +62,12 @@ def arguments(recipe: Recipe, device: Device, out: Path) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # it would log a NaN loss as 0
         "save_strategy": "steps",
         **device.trainer_arguments,
-        # The trainer would delete the old checkpoint before the new one is complete.
-        **recipe.train.model_dump(
-            exclude={"save_total_limit", "activation_offloading", "bf16", "embedding_learning_rate"}
+        **recipe.train.model_dump(exclude=OF_QKIT),
+        # transformers takes a schedule that follows a metric together with the rows to evaluate only (optimization.py).
+        **(
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}}
+            if schedule.follows_metric(recipe.train)
+            else {}
         ),
     }
 
