@@ -82,7 +82,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_a_plateau(root: Path, encoder: Path, progress: Any = None, **train: Any) -> Run:
     section = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": PLATEAU, "warmup_steps": 0}
     section |= {"learning_rate": 1e-2, "max_steps": 8, "eval_steps": 2, "logging_steps": 1, "save_steps": 4}
-    run = labelled_run(root, encoder, progress, method="full", train={**section, **train})
+    file = str(root / "rows.jsonl")
+    data = {"train": [{"source": file, "rows": "48:"}], "validation": [{"source": file, "rows": "24:48"}]}
+    run = labelled_run(root, encoder, progress, method="full", data=data, train={**section, **train})
     pipeline.execute(run, "data")
     return run
 
