@@ -33,7 +33,8 @@ class Optimizer:
     """An optimizer, by its name in transformers.
 
     `moments`: values that it keeps of each parameter; `layout`: in what form; `step_bytes`: of a tensor's counters. `adam`: the fields
-    train.adam_* that it takes; `args`: the entries of train.optim_args. `kernels`: the module whose GPU kernels it uses wherever that is
+    train.adam_* that it takes; `args`: the entries of train.optim_args. `in_8_bits`: the same one with its
+    state in 8 bits, for a GPU. `kernels`: the module whose GPU kernels it uses wherever that is
     installed. `own_schedule`: it needs a constant rate. `refused`: why qkit does not train with it; empty if it does.
     """
 
@@ -43,6 +44,7 @@ class Optimizer:
     adam: tuple[str, ...] = ()
     args: Mapping[str, Rule] = field(default_factory=dict)
     package: Package | None = None
+    in_8_bits: str = ""
     kernels: str = ""
     own_schedule: bool = False
     refused: str = ""
@@ -63,22 +65,25 @@ LAYERWISE = (
 )
 HARDWARE = "it is for {}, which qkit does not train on"
 
-_ADAMW = Optimizer(2, step_bytes=4, adam=ADAM)  # torch counts the steps of each tensor in fp32
-_OF_BITSANDBYTES = Optimizer(2, adam=ADAM, package=BITSANDBYTES)
+_ADAMW = Optimizer(
+    2, step_bytes=4, adam=ADAM, in_8_bits="paged_adamw_8bit"
+)  # torch counts the steps of each tensor in fp32
+_OF_BITSANDBYTES = Optimizer(2, adam=ADAM, package=BITSANDBYTES, in_8_bits="paged_adamw_8bit")
 _ADEMAMIX = replace(
     _OF_BITSANDBYTES,
     moments=3,
+    in_8_bits="paged_ademamix_8bit",
     args={"alpha": ABOVE_0, "beta3": SHARE, "t_alpha": whole(1), "t_beta3": whole(1)},
 )
-_LION = replace(_OF_BITSANDBYTES, moments=1, adam=BETAS)
-_RMSPROP = Optimizer(1, package=BITSANDBYTES)
+_LION = replace(_OF_BITSANDBYTES, moments=1, adam=BETAS, in_8_bits="paged_lion_8bit")
+_RMSPROP = Optimizer(1, package=BITSANDBYTES, in_8_bits="rmsprop_bnb_8bit")
 _SCHEDULE_FREE = Optimizer(
     2, adam=ADAM, package=SCHEDULEFREE, own_schedule=True, args={"weight_lr_power": AT_LEAST_0, "r": AT_LEAST_0}
 )
 
 
 def _in_blocks(of: Optimizer) -> Optimizer:
-    return replace(of, layout="blocks")
+    return replace(of, layout="blocks", in_8_bits="")
 
 
 def _not(reason: str) -> Optimizer:
@@ -92,8 +97,8 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "adamw_torch_npu_fused": _not(HARDWARE.format("Ascend NPUs (torch_npu)")),
     "adafactor": Optimizer(1, layout="factored"),
     "adamw_anyprecision": _not("it is in torchdistx, which has no release for this torch; use adamw_torch"),
-    "adamw_torch_4bit": replace(_ADAMW, layout="torchao-4bit", package=TORCHAO),
-    "adamw_torch_8bit": replace(_ADAMW, layout="torchao-8bit", package=TORCHAO),
+    "adamw_torch_4bit": replace(_ADAMW, layout="torchao-4bit", package=TORCHAO, in_8_bits=""),
+    "adamw_torch_8bit": replace(_ADAMW, layout="torchao-8bit", package=TORCHAO, in_8_bits=""),
     "ademamix": _ADEMAMIX,
     "sgd": Optimizer(0, args={"momentum": SHARE, "dampening": SHARE, "nesterov": TRUTH}),
     "adagrad": Optimizer(1, step_bytes=4, args={"lr_decay": AT_LEAST_0, "eps": ABOVE_0}),

@@ -89,6 +89,15 @@ def test_every_name_of_transformers_has_its_line() -> None:
     assert OPTIMIZERS.keys() == {str(name.value) for name in OptimizerNames}
 
 
+def test_each_in_8_bits_takes_what_the_other_takes() -> None:
+    """So a plan may put it in the other's place, whatever else a recipe says, and saves memory."""
+    pairs = [(one, OPTIMIZERS[one.in_8_bits]) for one in OPTIMIZERS.values() if one.in_8_bits]
+    assert len(pairs) > 8
+    for one, smaller in pairs:
+        assert (one.adam, one.args, one.moments) == (smaller.adam, smaller.args, smaller.moments)
+        assert one.layout == "fp32" and smaller.layout == "blocks" and not smaller.own_schedule
+
+
 # --- what they are given ------------------------------------------------------------------------------------------------
 
 
