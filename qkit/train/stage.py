@@ -65,8 +65,7 @@ def run(run: Run, out: Path) -> Peak:
     device = detect()
     fit.check(run.recipe, device)
     deployable.check(run.recipe)
-    if open_task(run.recipe.task).HEAD.generates:
-        _check_targets(run.recipe)
+    _check_targets(run.recipe)
     _check_names(run.recipe)
     optimization.check(run, device)
     evaluates = validation.check(run)
@@ -248,6 +247,8 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
 
 def _check_targets(recipe: Recipe) -> None:
     """Raise ModelError, before anything is loaded, if a target of the recipe's lora section does not exist in the model."""
+    if not open_task(recipe.task).HEAD.generates:
+        return
     try:
         sizes = shape_of(recipe.model)
     except ModelError:  # it may still be trainable, and is checked again once loaded

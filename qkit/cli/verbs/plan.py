@@ -15,7 +15,7 @@ from qkit.cli.options import Json, MaybeTarget, Quiet, Set, need_effect, verb_ap
 from qkit.core.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
-    from qkit.plan.sheet import Options
+    from qkit.plan.sheet import Options, Sheet
     from qkit.recipe.schema import Recipe
 
 app = verb_app()
@@ -73,7 +73,6 @@ def plan(
     """Estimate memory, line by line, and time before anything is loaded. Exits with 2 if a stage does not fit."""
     _start_fast()
     from qkit.plan import plan as plan_plan
-    from qkit.plan import screen as plan_screen
     from qkit.plan import sheet
     from qkit.plan import solve as plan_solve
 
@@ -88,14 +87,21 @@ def plan(
     recipe = _planned_recipe(target, overrides, sheet.Options(model or "", quantization, rank, batch, length))
     device, question = plan_plan.device_for(card, memory), plan_solve.question(solve)
     rows = sheet.lengths_of(target), question, sheet.labels_of(target), sheet.validation_rows_of(target)
-    planned = sheet.sheet(recipe, device, *rows)
+    if _show_sheet(sheet.sheet(recipe, device, *rows), explain, as_json) and not question:
+        raise typer.Exit(2)  # with --solve, it already says what would fit
+
+
+def _show_sheet(planned: Sheet, explain: str | None, as_json: bool) -> bool:
+    """Print the plan, and return whether a stage does not fit; or print a line of it."""
+    from qkit.plan import screen as plan_screen
+    from qkit.plan import sheet
+
     if explain:
         items = sheet.explain(planned, explain)
         console.show(as_json, [item.to_dict() for item in items], lambda: plan_screen.explanation(items))
-        return
+        return False
     console.show(as_json, sheet.to_dict(planned), lambda: plan_screen.screen(planned))
-    if planned.short and not question:  # --solve already says what would fit
-        raise typer.Exit(2)
+    return bool(planned.short)
 
 
 def _show_schedule(recipe: Recipe, target: Path | None, as_json: bool) -> None:
