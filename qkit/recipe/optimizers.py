@@ -33,9 +33,9 @@ class Optimizer:
     """An optimizer, by its name in transformers.
 
     `moments`: values that it keeps of each parameter; `layout`: in what form; `step_bytes`: of a tensor's counters. `adam`: the fields
-    train.adam_* that it takes; `args`: the entries of train.optim_args. `in_8_bits`: the same one with its
-    state in 8 bits, for a GPU. `kernels`: the module whose GPU kernels it uses wherever that is
-    installed. `own_schedule`: it needs a constant rate. `refused`: why qkit does not train with it; empty if it does.
+    train.adam_* that it takes; `args`: the entries of train.optim_args. `in_8_bits`: the same one with its state in 8 bits, for a GPU.
+    `kernels`: the module whose GPU kernels it uses wherever that is installed. `compiled`: torch compiles its update. `own_schedule`: it needs
+    a constant rate. `refused`: why qkit does not train with it; empty if it does.
     """
 
     moments: int
@@ -46,6 +46,7 @@ class Optimizer:
     package: Package | None = None
     in_8_bits: str = ""
     kernels: str = ""
+    compiled: bool = False
     own_schedule: bool = False
     refused: str = ""
 
@@ -97,8 +98,8 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "adamw_torch_npu_fused": _not(HARDWARE.format("Ascend NPUs (torch_npu)")),
     "adafactor": Optimizer(1, layout="factored"),
     "adamw_anyprecision": _not("it is in torchdistx, which has no release for this torch; use adamw_torch"),
-    "adamw_torch_4bit": replace(_ADAMW, layout="torchao-4bit", package=TORCHAO, in_8_bits=""),
-    "adamw_torch_8bit": replace(_ADAMW, layout="torchao-8bit", package=TORCHAO, in_8_bits=""),
+    "adamw_torch_4bit": replace(_ADAMW, layout="torchao-4bit", package=TORCHAO, in_8_bits="", compiled=True),
+    "adamw_torch_8bit": replace(_ADAMW, layout="torchao-8bit", package=TORCHAO, in_8_bits="", compiled=True),
     "ademamix": _ADEMAMIX,
     "sgd": Optimizer(0, args={"momentum": SHARE, "dampening": SHARE, "nesterov": TRUTH}),
     "adagrad": Optimizer(1, step_bytes=4, args={"lr_decay": AT_LEAST_0, "eps": ABOVE_0}),
@@ -159,6 +160,11 @@ def missing(name: str) -> Package | None:
 
     package = OPTIMIZERS.get(name, UNKNOWN).package
     return package if package and find_spec(package.module) is None else None
+
+
+def is_compiled(name: str) -> bool:
+    """Whether torch compiles the update of an optimizer."""
+    return OPTIMIZERS.get(name, UNKNOWN).compiled
 
 
 def kernels_of_a_gpu(name: str) -> str:

@@ -38,7 +38,7 @@ from qkit.plan import speed as plan_speed
 from qkit.plan._known import Known
 from qkit.plan._subject import subject_of
 from qkit.plugins.task import LABELS, open_task, read_labels
-from qkit.recipe import schedule
+from qkit.recipe import optimizers, schedule
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
 from qkit.tensors.companions import copy_tokenizer
@@ -168,7 +168,8 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
     if checkpoint and _is_finished(trainer, checkpoint):
         _load_finished(trainer, checkpoint)
         return watcher
-    trainer.add_callback(watcher)
+    if not optimizers.is_compiled(run.recipe.train.optim):  # torch compiles nothing while tensors are watched
+        trainer.add_callback(watcher)
     begin = time.perf_counter()
     if run.recipe.train.eval_on_start and trainer.validation and not checkpoint:
         trainer.evaluate()

@@ -64,6 +64,8 @@ def after_two_steps(root: Path, model: torch.nn.Module, section: Train) -> Any:
         output_dir=str(root), optim=section.optim, optim_args=section.optim_args, report_to=[], use_cpu=True
     )
     optimizer = transformers.Trainer(model, arguments).create_optimizer()
+    if hasattr(optimizer, "train"):  # of those that average weights
+        optimizer.train()
     torch.manual_seed(0)
     for _ in range(2):
         for parameter in model.parameters():
