@@ -82,6 +82,10 @@ class Lora(Section):
         """Whether the adapter starts with a part of the base weights, which are then others."""
         return str(self.init_lora_weights).startswith(("pissa", "olora"))
 
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="LoRA+: rate of B / rate of A, which is train.learning_rate; such as 16"
+    )
+
 
 Method = Literal["lora", "full", "head", "houlsby", "pfeiffer", "parallel", "peft"]
 WHOLE: tuple[Method, ...] = ("full", "head")  # the methods that leave a whole model behind, and no adapter

@@ -31,14 +31,16 @@ class Heard(Progress):
         self.lines: list[str] = []
         self.stop_at = stop_at
         self.steps = 0.0
+        self.name = ""
 
     def notify(self, text: str) -> None:
         self.lines.append(text)
 
     @contextmanager
     def bar(self, name: str, total: float, start: float = 0) -> Iterator[Any]:
-        self.name = name
+        around, self.name = self.name, name
         yield self
+        self.name = around
 
     def advance(self, steps: float = 1, **figures: float) -> None:
         self.steps += steps if self.name == "train" else 0

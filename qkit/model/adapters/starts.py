@@ -34,7 +34,7 @@ DOWN, UP = FACTOR_KEYS[0].down, FACTOR_KEYS[0].up
 
 def fields(section: Lora) -> dict[str, Any]:
     """The fields of LoraConfig that do not depend on the model. PEFT's own start is at zero if the adapter starts otherwise."""
-    given = section.model_dump(exclude={"target_modules", "target_parameters", "init_from"})
+    given = section.model_dump(exclude={"target_modules", "target_parameters", "init_from", "loraplus_lr_ratio"})
     if section.takes_part_of_base or section.init_lora_weights == "loftq":
         return {**given, "init_lora_weights": True}
     if section.init_lora_weights != "eva":

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from qkit.core.device import Device
 from qkit.core.errors import ModelError
+from qkit.plan._optimizer_state import formula, state_bytes
 from qkit.plan._overhead import LABELLED_PROCESS, fixed_item, heap_items, overhead_of, segments
 from qkit.plan._traced import shapes
 from qkit.plan._traced.head import ASSUMED_LABELS, NewHead
 from qkit.plan._traced.model import weights_dtype
 from qkit.plan._traced.shapes import BatchShape
 from qkit.plan._traced.step import Setting, Traced, inputs_of, setting_of, traced
-from qkit.plan.fixed_memory import optimizer_bytes, optimizer_formula
 from qkit.plan.items import MemoryItem
 from qkit.plugins.runtime import ENCODER_TOKENS
 from qkit.recipe.schema import WHOLE, Recipe
@@ -89,9 +89,7 @@ def step_of(recipe: Recipe, head: NewHead, device: Device) -> Step:
 
     def step(shape: BatchShape) -> Step:
         trace = traced(setting, *shape)
-        return Step(
-            recipe, device, shape, trace, optimizer_bytes(recipe.train.optim, trace.trained), len(inputs_of(head))
-        )
+        return Step(recipe, device, shape, trace, state_bytes(recipe.train, trace.tensors), len(inputs_of(head)))
 
     return max((step(shape) for shape in shapes.largest(recipe, head.known)), key=lambda step: step.peak_bytes)
 
@@ -128,9 +126,7 @@ def train_items(recipe: Recipe, head: NewHead, device: Device) -> tuple[MemoryIt
         weights_item(recipe, head, step.trace),
         MemoryItem(name, step.trained_bytes, head.exact, parameters),
         MemoryItem("gradients", gradients, head.exact and step.at_update, _gradients(step)),
-        MemoryItem(
-            "optimizer", step.optimizer, head.exact, optimizer_formula(recipe.train.optim, sum(step.trace.trained))
-        ),
+        MemoryItem("optimizer", step.optimizer, head.exact, formula(recipe.train, trained)),
         *_passing(step),
         *_overhead(step),
     )

@@ -11,13 +11,13 @@ from qkit.core.device import Device
 from qkit.model.shape import Shape
 from qkit.plan import train_step
 from qkit.plan._known import Known
+from qkit.plan._optimizer_state import formula, state_bytes
 from qkit.plan._overhead import fixed_item, heap_items, overhead_of, segments
 from qkit.plan._traced import items, shapes
 from qkit.plan._traced.head import NewHead, model_of
 from qkit.plan._traced.items import FP32, Step
 from qkit.plan._traced.shapes import BatchShape
 from qkit.plan._traced.step import setting_of, traced
-from qkit.plan.fixed_memory import optimizer_bytes, optimizer_formula
 from qkit.plan.items import MemoryItem
 from qkit.recipe import schema
 from qkit.recipe.schema import Recipe
@@ -42,12 +42,11 @@ def train_items(recipe: Recipe, shape: Shape, device: Device, known: Known) -> t
     trained = sum(step.trace.trained)
     counted = f"{trained:,} parameters in {len(step.trace.trained):,} tensors x {FP32} bytes"
     gradients = step.trained_bytes if at_update else step.trace.log.items()["gradients"]
-    optimizer = optimizer_formula(recipe.train.optim, trained)
     return (
         items.weights_item(recipe, _head(recipe.model), step.trace),
         MemoryItem(recipe.trained_as, step.trained_bytes, True, counted),
         MemoryItem("gradients", gradients, at_update, counted if at_update else items.TRACED_GRADIENTS),
-        MemoryItem("optimizer", step.optimizer, "adamw" in recipe.train.optim, optimizer),
+        MemoryItem("optimizer", step.optimizer, "adamw" in recipe.train.optim, formula(recipe.train, trained)),
         *_passing(step, at_update, tile),
         *_overhead(step, device),
     )
@@ -61,7 +60,7 @@ def step_of(recipe: Recipe, device: Device, known: Known) -> Step:
         labelled = shape.length if known.labelled is None else min(shape.length, -(-known.labelled // shape.rows))
         setting = setting_of(recipe, head, device.has_gpu, labelled=labelled)
         trace = traced(setting, *shape)
-        return Step(recipe, device, shape, trace, optimizer_bytes(recipe.train.optim, trace.trained), INPUTS)
+        return Step(recipe, device, shape, trace, state_bytes(recipe.train, trace.tensors), INPUTS)
 
     return max(map(step, _batches(recipe, known)), key=lambda step: step.peak_bytes)
 
@@ -103,9 +102,9 @@ def _passing(step: Step, at_update: bool, tile: int) -> Iterator[MemoryItem]:
         yield MemoryItem("workspace", step.update_bytes, False, f"temporaries of {step.recipe.train.optim}")
         return
     what = f"one step of {shape.rows:,} rows x {shape.length:,} tokens"
-    formula = f"traced: every tensor at the peak of {what}{items.mode_text(step)}"
+    text = f"traced: every tensor at the peak of {what}{items.mode_text(step)}"
     logits = "a tile of the head, and the gradient of what it reads" if tile else "traced: of the positions with loss"
-    yield MemoryItem("activations", lines["activations"], False, formula)
+    yield MemoryItem("activations", lines["activations"], False, text)
     yield MemoryItem("logits", lines["logits"] + tile, False, logits)
     yield MemoryItem("workspace", lines["workspace"], False, "traced: copies of weights in another dtype")
     yield MemoryItem(

@@ -14,6 +14,7 @@ from typing import Any
 from qkit.core import memory_watch
 from qkit.core.errors import ModelError
 from qkit.core.memory_watch import STANDING, Log
+from qkit.plan._optimizer_state import Tensor, tensors_of
 from qkit.plan._traced import kernels, language
 from qkit.plan._traced.head import NewHead
 from qkit.plan._traced.model import built, with_fakes
@@ -61,13 +62,18 @@ def setting_of(
 
 @dataclass(frozen=True)
 class Traced:
-    """A pass over one batch. `trained`: parameters of each tensor that is trained; `frozen`: of all others together."""
+    """A pass over one batch. `tensors`: those that are trained; `frozen`: parameters of all others together."""
 
     log: Log
     flops: int
-    trained: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
     frozen: int
     held: tuple[int, ...]  # bytes of each tensor that is not trained
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Parameters of each tensor that is trained."""
+        return tuple(tensor.count for tensor in self.tensors)
 
     @property
     def largest_bytes(self) -> int:
@@ -97,7 +103,7 @@ def traced(setting: Setting, rows: int, length: int) -> Traced:
     if few.log.events != more.log.events or few.log.lines != more.log.lines:
         return _traced(setting, rows, length)
     flops = few.flops + (rows - FEW) * (more.flops - few.flops)
-    return Traced(few.log.extended(more.log, rows - FEW), flops, few.trained, few.frozen, few.held)
+    return Traced(few.log.extended(more.log, rows - FEW), flops, few.tensors, few.frozen, few.held)
 
 
 def _traced(setting: Setting, rows: int, length: int) -> Traced:
@@ -126,7 +132,7 @@ def _run(setting: Setting, model: Any, rows: int, length: int) -> Traced:
     return Traced(
         log,
         counter.flops,
-        tuple(p.numel() for p in parameters if p.requires_grad),
+        tensors_of(model),
         sum(p.numel() for p in parameters if not p.requires_grad),
         tuple(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
     )

@@ -10,6 +10,7 @@ from qkit.core.batching import within_budget
 from qkit.core.device import Device
 from qkit.core.files import need_disk, read_json
 from qkit.core.sources import cache_dir
+from qkit.recipe import schedule
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 
@@ -25,6 +26,7 @@ OF_QKIT = {
     "save_total_limit",
     "activation_offloading",
     "bf16",
+    "embedding_learning_rate",
     "eval_strategy",
     "eval_steps",
     "eval_on_start",
@@ -83,6 +85,12 @@ def arguments(recipe: Recipe, device: Device, out: Path) -> dict[str, Any]:
         "save_strategy": "steps",
         **device.trainer_arguments,
         **recipe.train.model_dump(exclude=OF_QKIT),
+        # transformers takes a schedule that follows a metric together with the rows to evaluate only (optimization.py).
+        **(
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}}
+            if schedule.follows_metric(recipe.train)
+            else {}
+        ),
     }
 
 

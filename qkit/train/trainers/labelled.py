@@ -15,6 +15,7 @@ from qkit.core.errors import listed
 from qkit.core.files import read_json
 from qkit.model import load
 from qkit.model.adapters import layers, methods, new_heads, starts
+from qkit.model.adapters.rates import rates_of
 from qkit.plugins.task import Losses, open_task, read_labels
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
@@ -99,7 +100,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
         collator=task.collate,
         micro_batches=recipe.micro_batches,
         checkpoints_kept=recipe.train.save_total_limit,
-        rate_decay=recipe.layers.rate_decay,
+        rates=rates_of(recipe),
     )
     if device.frees_through_malloc:
         trim_before_layers(trainer.model)

@@ -13,6 +13,7 @@ from qkit.core.files import read_json
 from qkit.model import added_tokens, load
 from qkit.model import tokenizer as model_tokenizer
 from qkit.model.adapters import layers, methods, starts, targets
+from qkit.model.adapters.rates import rates_of
 from qkit.plan import plan as plan_plan
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
@@ -56,7 +57,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         packing=recipe.data.packing,
         micro_batches=recipe.micro_batches,
         checkpoints_kept=recipe.train.save_total_limit,
-        rate_decay=recipe.layers.rate_decay,
+        rates=rates_of(recipe),
     )
     if recipe.layers.unfreeze_steps:
         trainer.add_callback(layers.unfreezing(trainer.model, recipe.layers))
