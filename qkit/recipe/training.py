@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from qkit.core.errors import nearest, short
 from qkit.recipe.section import Positive, Section
+
+TRACKERS = (  # that transformers has a callback for
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
 
 
 def _whole_or_share(value: float) -> int | float:
@@ -21,6 +39,19 @@ def _steps_or_epochs(value: int) -> int:
     if value == 0:
         raise PydanticCustomError("steps", "0 steps train nothing; remove it to use train.num_train_epochs")
     return value
+
+
+def _tracker(name: str) -> str:
+    if name not in TRACKERS:
+        text = "unknown tracker {name}{near}; transformers has {known}"
+        known = {"name": short(repr(name)), "near": nearest(name, TRACKERS), "known": ", ".join(TRACKERS)}
+        raise PydanticCustomError("tracker", text, known)
+    return name
+
+
+def _one_or_several(value: Any) -> Any:
+    """One tracker may stand without a list; transformers writes no tracker as none."""
+    return value if not isinstance(value, str) else () if value == "none" else (value,)
 
 
 class Train(Section):
@@ -48,3 +79,25 @@ class Train(Section):
     logging_steps: Positive = 1
     save_steps: Positive = 50
     save_total_limit: Positive = 1
+    report_to: Annotated[tuple[Annotated[str, AfterValidator(_tracker)], ...], BeforeValidator(_one_or_several)] = (
+        Field(
+            (), description="experiment trackers that receive recipe, figures and scores, such as [tensorboard, wandb]"
+        )
+    )
+    run_name: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="of the run in the trackers; default: the name of the run directory"
+    )
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="size of the noise on embeddings in training (NEFTune), such as 5"
+    )
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="of conversations; tasks with labels have loss.label_smoothing"
+    )
+    loss_type: Literal["nll", "dft"] = Field(
+        "nll", description="of conversations; dft: each token's loss times its probability (dynamic fine-tuning)"
+    )
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the loss needs all logits of a position. TRL's fused head has the probability of the label only."""
+        return self.label_smoothing_factor > 0

@@ -7,6 +7,7 @@ train/packing.json    whether packed documents attend only to themselves (with d
 train/losses.parquet  each row's loss before and after (with ledger.losses)
 train/memory.json     memory planned and measured, by line
 train/decided.json    the value chosen for train.gradient_checkpointing=auto
+train/trackers.json   the ids of the runs in the trackers of train.report_to
 train/checkpoints/    the last train.save_total_limit; a killed run resumes from the newest complete one
 """
 
@@ -42,6 +43,8 @@ from qkit.recipe import schedule
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
 from qkit.tensors.companions import copy_tokenizer
+from qkit.tracking import trackers
+from qkit.tracking.reporting import Reports
 from qkit.train import checkpoints, memory_report, row_losses
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
@@ -69,6 +72,7 @@ def run(run: Run, out: Path) -> Peak:
     if open_task(run.recipe.task).HEAD.generates:
         _check_targets(run.recipe)
     _check_names(run.recipe)
+    trackers.check(run.recipe)
     run = Run(run.root, _decided(run, device, out), run.progress)
     recipe = run.recipe
     meter = PeakMeter(device)
@@ -135,9 +139,12 @@ def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
         state = read_json(checkpoint / "trainer_state.json")["stateful_callbacks"]
         trainer.sums = Sums(**state[COUNTS]["attributes"])
     trainer.add_callback(_counts(run, trainer, ledger["labelled_tokens"]))
+    reports = Reports(run, out, done)
     with run.progress.bar("train", _total_steps(trainer), start=done) as bar:
         trainer.add_callback(_recorder(out / "metrics.jsonl", bar, meter, trainer, done))
+        reports.attach(trainer)
         watcher = _watched(run, trainer, meter, checkpoint)
+    reports.close(trainer.state.global_step)
     _write_sums(run, trainer, ledger, out)
     return watcher
 
@@ -330,6 +337,7 @@ def _recorder(file: Path, bar: Bar, meter: PeakMeter, trainer: SFTTrainer, resum
             }
             with file.open("a", encoding="utf-8") as sink:
                 sink.write(json.dumps(line) + "\n")
+            logs |= {name: line[name] for name in ("tokens", "tokens_per_second", "peak_bytes")}  # for the trackers
             bar.advance(args.logging_steps, loss=line["loss"], tokens_per_second=line["tokens_per_second"])
 
     return Recorder()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.batching import IGNORED, LENGTH_STEP, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
 from qkit.train import checkpoints, pack_isolation
 from qkit.train.fast.head import labelled_loss, row_losses
+from qkit.train.fast.token_loss import PLAIN, TokenLoss
 from qkit.train.label_sums import Sums
 
 if TYPE_CHECKING:
@@ -149,10 +150,14 @@ class Counted(Base):
 
 
 class CountedLanguage(Counted, LanguageBase):
-    """What qkit changes in SFTTrainer. `labelled_head`: compute the head on labelled positions only."""
+    """What qkit changes in SFTTrainer. `labelled_head`: compute the head on labelled positions only, with the loss `token_loss`.
 
-    def __init__(self, *args: Any, labelled_head: bool, **kwargs: Any):
+    Otherwise TRL computes the loss that its arguments name.
+    """
+
+    def __init__(self, *args: Any, labelled_head: bool, token_loss: TokenLoss = PLAIN, **kwargs: Any):
         self._labelled_head = labelled_head
+        self._token_loss = token_loss
         super().__init__(*args, **kwargs)
 
     def labels_in(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -170,7 +175,7 @@ class CountedLanguage(Counted, LanguageBase):
 
     def _bare_loss(self, model: Any, inputs: Any, items: Any) -> torch.Tensor:
         if self._labelled_head:
-            return labelled_loss(model, inputs, items)
+            return labelled_loss(model, inputs, items, self._token_loss)
         loss: torch.Tensor = super().compute_loss(model, inputs, num_items_in_batch=items)
         return loss
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+ELSEWHERE = ("report_to", "run_name", "loss_type", "label_smoothing_factor")  # which qkit.tracking and the loss read
 UNPACKED = 8  # Arrow bytes per byte of Parquet: ids take four bytes instead of two, and labels compress to almost nothing in Parquet
 
 
@@ -39,13 +40,13 @@ def arguments(recipe: Recipe, device: Device, out: Path) -> dict[str, Any]:
         "output_dir": str(out / "checkpoints"),
         "seed": recipe.seed,
         "per_device_train_batch_size": 1,  # batches come from the token budget
-        "report_to": [],
+        "report_to": [],  # trackers receive their events from qkit.tracking, where they may fail
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it would log a NaN loss as 0
         "save_strategy": "steps",
         **device.trainer_arguments,
         # The trainer would delete the old checkpoint before the new one is complete.
-        **recipe.train.model_dump(exclude={"save_total_limit", "activation_offloading", "bf16"}),
+        **recipe.train.model_dump(exclude={"save_total_limit", "activation_offloading", "bf16", *ELSEWHERE}),
     }
 
 

@@ -16,6 +16,7 @@ from qkit.plan import plan as plan_plan
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
+from qkit.train.fast import token_loss
 from qkit.train.trainer import trainer_class
 from qkit.train.trainers import _shared
 
@@ -53,13 +54,16 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         batch_tokens=recipe.data.batch_tokens,
         batch_rows=recipe.data.batch_rows,
         collator=task.collate,
-        labelled_head=device.uses_labelled_head,
+        labelled_head=device.uses_labelled_head or recipe.train.needs_logits,
+        token_loss=token_loss.of(recipe.train),
         packing=recipe.data.packing,
         micro_batches=recipe.micro_batches,
         checkpoints_kept=recipe.train.save_total_limit,
     )
     if recipe.model.add_tokens:
         added_tokens.show_head(trainer.model)
+    if remark := token_loss.of(recipe.train).remark:
+        run.progress.notify(f"train: {remark}; losses of rows and of held-out rows are the plain cross-entropy")
     if device.frees_through_malloc:
         trim_between_layers(trainer.base_model)
     return trainer
@@ -75,6 +79,7 @@ def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
             max_length=None,  # the data stage has applied data.too_long; TRL would truncate answers
             dataset_kwargs={"skip_prepare_dataset": True},
             activation_offloading=recipe.train.activation_offloading,
+            loss_type=recipe.train.loss_type,
             **_shared.arguments(recipe, device, out),
         )
     )
