@@ -39,6 +39,8 @@ class Guarded:
         place = trackers.PLACES.get(self.name)
         if place and place not in os.environ:
             make_folder(self._run.root / trackers.FOLDER / self.name)
+        if self.name in ("mlflow", "dagshub"):  # for mlflow's own thread, too
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", trackers.MLFLOW_RETRIES)
         self._do(self._open, done)
 
     def handle(self, event: str, args: Any, state: Any, control: Any, given: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 A tracker's callback reads the settings of a run from `args.to_dict()`, and so receives the resolved recipe with the TrainingArguments.
 
-train/trackers.json: by tracker the id under which its run is continued, and the last step.
+train/trackers.json: by tracker the id under which its run is continued, and the last step; with trackio also the settings of the run, which
+it replaces by those of the latest process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from qkit.tracking import trackers
 from qkit.tracking.guarded import Guarded
 
 FILE = "trackers.json"
+REPLACING = ("trackio",)  # a process that continues a run replaces its settings
 
 
 class Reports:
@@ -26,6 +28,7 @@ class Reports:
 
     def __init__(self, run: Run, out: Path, done: int):
         self._run = run
+        self._settings: dict[str, Any] = {}
         self._file = out / FILE
         ids = read_json(self._file)["runs"] if self._file.exists() else {}
         self._trackers = [Guarded(name, run, "train", ids.get(name)) for name in run.recipe.train.report_to]
@@ -41,7 +44,10 @@ class Reports:
     def pass_on(self, event: str, args: Any, state: Any, control: Any, given: Mapping[str, Any]) -> None:
         """Let each tracker handle an event; ids are stored as soon as they are known."""
         for tracker in self._trackers:
-            tracker.handle(event, with_recipe(args, self._run.recipe, tracker.run_name), state, control, given)
+            shown = with_recipe(args, self._run.recipe, tracker.run_name)
+            tracker.handle(event, shown, state, control, given)
+            if event == "on_train_begin" and tracker.name in REPLACING:
+                self._settings = {**given["model"].config.to_dict(), **shown.to_dict()}
         if event == "on_train_begin":
             self._store(step=None)
 
@@ -54,7 +60,8 @@ class Reports:
 
     def _store(self, step: int | None) -> None:
         runs = {tracker.name: tracker.run_id for tracker in self._trackers if tracker.run_id}
-        write_json(self._file, {"runs": runs, "step": step})
+        settings = {"settings": self._settings} if self._settings else {}
+        write_json(self._file, {"runs": runs, "step": step, **settings})
 
 
 def add_scores(run: Run, scores: Mapping[str, Any], baseline: str) -> None:
@@ -69,7 +76,8 @@ def add_scores(run: Run, scores: Mapping[str, Any], baseline: str) -> None:
     for name, run_id in kept["runs"].items():
         tracker = Guarded(name, run, "evaluate", run_id)
         tracker.open(kept["step"])
-        args, state, control = _closing_arguments(run, tracker.run_name), *_state(kept["step"])
+        told = kept.get("settings", {}) if name in REPLACING else {}
+        args, state, control = _closing_arguments(run, tracker.run_name, told), *_state(kept["step"])
         tracker.handle("on_log", args, state, control, {"logs": figures(scores, baseline)})
         tracker.handle("on_train_end", args, state, control, {})
         tracker.close()
@@ -107,14 +115,14 @@ def with_recipe(args: Any, recipe: Recipe, name: str) -> Any:
     return shown
 
 
-def _closing_arguments(run: Run, name: str) -> Any:
-    """Arguments that name the run and have no settings, which stay those of the training."""
+def _closing_arguments(run: Run, name: str, told: Mapping[str, Any]) -> Any:
+    """Arguments that name the run, with these settings alone: those of the training stay."""
     from transformers import TrainingArguments
 
     given = TrainingArguments(
         output_dir=str(run.folder("train")), report_to=[], run_name=name, project=trackers.PROJECT, use_cpu=True
     )
-    given.__class__ = type("TrainingArguments", (TrainingArguments,), {"to_dict": lambda _: {}})
+    given.__class__ = type("TrainingArguments", (TrainingArguments,), {"to_dict": lambda _: {**told}})
     return given
 
 

@@ -18,6 +18,7 @@ from qkit.core.errors import MissingExtra
 from qkit.recipe.schema import Recipe
 
 FOLDER = "trackers"  # in the run directory
+MLFLOW_RETRIES = "2"  # mlflow's 7 wait four minutes for a server that is gone, before the first step and after the last
 PROJECT = "qkit"  # the project or experiment, where the tracker's own variable names none
 MODULES: Mapping[str, tuple[str, ...]] = {  # any of them will do; kubeflow's callback needs none
     "azure_ml": ("azureml.core",),

@@ -186,7 +186,12 @@ class CountedLanguage(Counted, LanguageBase):
     def isolation(self) -> pack_isolation.IsolationResult:
         """Check whether the loss of this trainer keeps the documents of a pack apart."""
         self.model.eval()  # TRL's loss collects metrics, and keeps those of evaluation separate
-        return pack_isolation.check(self.base_model, self._replica_loss)
+        trained_with = self._token_loss, self.args.loss_type
+        self._token_loss, self.args.loss_type = PLAIN, PLAIN.kind  # the tolerances are those of the cross-entropy
+        try:
+            return pack_isolation.check(self.base_model, self._replica_loss)
+        finally:
+            self._token_loss, self.args.loss_type = trained_with
 
     def _replica_loss(self, replica: Any, inputs: Any, items: int) -> torch.Tensor:
         if not self._labelled_head and "forward" not in vars(replica):

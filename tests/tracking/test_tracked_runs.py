@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,42 +54,52 @@ def _in_tensorboard(folder: Path, name: str) -> tuple[dict[int, float], float, f
     events = EventAccumulator(str(folder / "tensorboard" / name))
     events.Reload()
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert len(losses) == len(dict(losses)) and {"train/tokens_per_second", "train/grad_norm"} <= {*events.Tags()["scalars"]}
+    assert len(losses) == len(dict(losses)) and {"train/tokens_per_second", "train/grad_norm"} <= {
+        *events.Tags()["scalars"]
+    }
     text = events.Tensors("args/text_summary")[-1].tensor_proto.string_val[0].decode()
     last = {tag: events.Scalars(tag)[-1].value for tag in ("test/score", "test/base_loss")}
     return dict(losses), last["test/score"], last["test/base_loss"], json.loads(text)["recipe.lora.r"]
 
 
 def _in_mlflow(folder: Path, name: str) -> tuple[dict[int, float], float, float, int]:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("qkit")
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert (run.info.run_name, run.info.status) == (name, "FINISHED")
-    losses = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "loss")}
-    figures = run.data.metrics
-    return losses, figures["test_score"], figures["test_base_loss"], int(run.data.params["recipe.lora.r"])
+    code = (
+        "import json, sys; from mlflow.tracking import MlflowClient; client = MlflowClient(sys.argv[1]);"
+        "(run,) = client.search_runs([client.get_experiment_by_name('qkit').experiment_id]);"
+        "losses = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, 'loss')];"
+        "print(json.dumps([run.info.run_name, run.info.status, losses, run.data.metrics, run.data.params]))"
+    )
+    stored, status, losses, figures, settings = _read(code, f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}")
+    assert (stored, status) == (name, "FINISHED") and settings["hidden_size"] == "64"
+    return dict(losses), figures["test_score"], figures["test_base_loss"], int(settings["recipe.lora.r"])
 
 
 def _in_trackio(folder: Path, name: str) -> tuple[dict[int, float], float, float, int]:
     code = (
-        "import json, trackio; (run,) = trackio.Api().runs('qkit'); from trackio.sqlite_storage import SQLiteStorage as S;"
-        "print(json.dumps([run.name, S.get_logs('qkit', run.name), S.get_run_config('qkit', run.name)], default=str))"
+        "import json, os, sys; os.environ['TRACKIO_DIR'] = sys.argv[1]; import trackio;"
+        "from trackio.sqlite_storage import SQLiteStorage as Store; (run,) = trackio.Api().runs('qkit');"
+        "print(json.dumps([run.name, Store.get_logs('qkit', run.name), Store.get_run_config('qkit', run.name)]))"
     )
-    environment = {**os.environ, "TRACKIO_DIR": str(folder / "trackio")}
-    read = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    stored, logs, config = json.loads(read.stdout.splitlines()[-1])
-    assert stored == name
-    losses = {line["train/global_step"]: line["train/loss"] for line in logs if "train/loss" in line}
-    (final,) = [line for line in logs if "test/score" in line]
-    return losses, final["test/score"], final["test/base_loss"], config["recipe.lora.r"]
+    stored, lines, settings = _read(code, str(folder / "trackio"))
+    assert stored == name and settings["hidden_size"] == 64
+    losses = {line["train/global_step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    (final,) = [line for line in lines if "test/score" in line]
+    return losses, final["test/score"], final["test/base_loss"], settings["recipe.lora.r"]
+
+
+def _read(code: str, place: str) -> Any:
+    """What a process prints that reads a tracker's files."""
+    done = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _in_wandb(folder: Path, name: str) -> tuple[dict[int, float], float, float, int]:
     records = [record for file in sorted(folder.rglob("*.wandb")) for record in _records(file)]
     runs = [record.run for record in records if record.HasField("run")]
-    assert {(run.display_name, run.project) for run in runs} == {(name, "qkit")} and len({run.run_id for run in runs}) == 1
+    assert {(run.display_name, run.project) for run in runs} == {(name, "qkit")} and len(
+        {run.run_id for run in runs}
+    ) == 1
     lines = [
         {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         for record in records
@@ -95,7 +108,9 @@ def _in_wandb(folder: Path, name: str) -> tuple[dict[int, float], float, float, 
     losses = {line["train/global_step"]: line["train/loss"] for line in lines if "train/loss" in line}
     (final,) = [line for line in lines if "test/score" in line]
     settings = [record.config for record in records if record.HasField("config")] + [run.config for run in runs]
-    (rank,) = {item.value_json for one in settings for item in one.update if "recipe.lora.r" in (item.key, *item.nested_key)}
+    (rank,) = {
+        item.value_json for one in settings for item in one.update if "recipe.lora.r" in (item.key, *item.nested_key)
+    }
     return losses, final["test/score"], final["test/base_loss"], json.loads(rank)
 
 
@@ -167,7 +182,6 @@ def test_a_training_that_is_killed_goes_on_in_the_same_run(tracker: str, tiny_re
     assert (root / ".work" / "train" / "trackers.json").is_file()
     for verb in ("train", "evaluate"):
         _command(verb, root)
-    assert "resuming from checkpoint-2" in (root / "logs" / "train.log").read_text() or True
     losses, score, base_loss, _ = READERS[tracker](root / "trackers", "run")
     expected, expected_score, expected_loss = _expected(root)
     assert losses == pytest.approx(expected, rel=1e-5)
@@ -176,17 +190,64 @@ def test_a_training_that_is_killed_goes_on_in_the_same_run(tracker: str, tiny_re
 
 def _kill_after(root: Path, steps: int) -> None:
     """Train in a process that is killed once so many steps are logged."""
-    code = (
-        "import os, signal, sys, transformers; from qkit.cli.app import main\n"
-        "step = transformers.Trainer.log\n"
-        "def log(self, logs, *given):\n"
-        "    step(self, logs, *given)\n"
-        f"    if self.state.global_step == {steps}: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"transformers.Trainer.log = log; sys.argv = ['qkit', 'train', {str(root)!r}]; main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    done = _train_until(root, steps, "os.getpid()")
     assert done.returncode == -signal.SIGKILL, done.stderr
     time.sleep(1)  # a tracker's own process may still write
+
+
+def _train_until(root: Path, steps: int, pid: object) -> subprocess.CompletedProcess[bytes]:
+    """Train in a process that kills process `pid` once so many steps are logged."""
+    code = (
+        "import os, signal, sys, transformers; from qkit.cli.app import main\n"
+        "own = transformers.Trainer.log\n"
+        "def log(self, logs, *given):\n"
+        "    own(self, logs, *given)\n"
+        f"    if self.state.global_step == {steps}: os.kill({pid}, signal.SIGKILL)\n"
+        f"transformers.Trainer.log = log; sys.argv = ['qkit', 'train', {str(root)!r}]; main()\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+
+
+def test_a_server_that_goes_in_mid_training_costs_its_figures_alone(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("mlflow") is None:
+        pytest.skip("mlflow is not installed: pip install mlflow")
+    root, address, place = tmp_path / "run", f"http://127.0.0.1:{_free_port()}", tmp_path / "served"
+    place.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    command = [sys.executable, "-m", "mlflow", "server", "--port", address.rpartition(":")[2], "--workers", "1"]
+    store = ["--backend-store-uri", f"sqlite:///{place / 'mlflow.db'}", "--artifacts-destination", str(place)]
+    with subprocess.Popen([*command, *store], cwd=place, start_new_session=True) as server:
+        try:
+            _wait_for(f"{address}/health", seconds=120)
+            _command("data", _recipe(tiny_recipe, "mlflow"), "--out", root)
+            done = _train_until(root, 3, f"-{server.pid}")  # with the processes that it started
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+    assert done.returncode == 0, done.stderr
+    assert b" ".join(done.stderr.split()).count(b"the tracker mlflow failed") == 1
+    assert len((root / "train" / "metrics.jsonl").read_text().splitlines()) == STEPS
+    assert (root / "train" / "adapter" / "adapter_model.safetensors").is_file() and not (root / "trackers").exists()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def _wait_for(url: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except OSError:
+            assert time.monotonic() < end, f"{url} did not answer"
+            time.sleep(0.2)
 
 
 def test_a_training_whose_tracker_fails_ends_with_the_same_adapter(

@@ -59,7 +59,7 @@ def test_every_tracker_of_transformers_may_be_named_and_no_other() -> None:
 def test_a_missing_package_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "_importable", lambda module: module == "tensorboardX")
     trackers.check(_recipe(report_to=["tensorboard", "kubeflow"]))
-    with pytest.raises(MissingExtra, match="pip install comet-ml wandb$") as refused:
+    with pytest.raises(MissingExtra, match=r"pip install comet-ml wandb$") as refused:
         trackers.check(_recipe(report_to=["tensorboard", "comet_ml", "wandb"]))
     assert refused.value.package == "comet-ml"
 
