@@ -195,6 +195,7 @@ TABLE: dict[str, Line | Place] = {
     "Data.test": (data, {"data.test": [{"source": "other.jsonl"}]}),
     "Data.split": (data, {"data.split": {"train": 0.5, "test": 0.5}}),
     "Data.stride": ("tasks/_answering/windows.py", "section.stride"),
+    "Data.weight": ("data/prepare.py", "recipe.data.weight"),
     "Data.label_separator": ("tasks/_encoder/labelled_text.py", "section.label_separator"),
     "Data.group": (data, {"data.group": "user"}, {"data.split": {"train": 0.5, "test": 0.5}}),
     "Data.stratify": (data, {"data.stratify": "topic"}, {"data.split": {"train": 0.5, "test": 0.5}}),

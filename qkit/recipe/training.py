@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qkit.core.errors import nearest, short
+from qkit.core.errors import nearest
 from qkit.recipe.section import Positive, Section
 
 TRACKERS = (  # that transformers has a callback for
@@ -43,9 +43,8 @@ def _steps_or_epochs(value: int) -> int:
 
 def _tracker(name: str) -> str:
     if name not in TRACKERS:
-        text = "unknown tracker {name}{near}; transformers has {known}"
-        known = {"name": short(repr(name)), "near": nearest(name, TRACKERS), "known": ", ".join(TRACKERS)}
-        raise PydanticCustomError("tracker", text, known)
+        known = {"near": nearest(name, TRACKERS), "known": ", ".join(TRACKERS)}
+        raise PydanticCustomError("tracker", "unknown to transformers{near}; it has {known}", known)
     return name
 
 
@@ -96,8 +95,3 @@ class Train(Section):
     loss_type: Literal["nll", "dft"] = Field(
         "nll", description="of conversations; dft: each token's loss times its probability (dynamic fine-tuning)"
     )
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether the loss needs all logits of a position. TRL's fused head has the probability of the label only."""
-        return self.label_smoothing_factor > 0

@@ -43,6 +43,7 @@ ADDED = {
     "data.batch_rows": None,
     "data.label_separator": None,
     "data.stride": None,
+    "data.weight": None,
     "evaluate.max_answer_tokens": 30,
     "evaluate.metrics": [],
 }

@@ -228,11 +228,13 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
         "drawn_labelled_tokens": sums.drawn,
         "divided_by": sums.divided_by,
         "in_batches": sums.in_batches,
+        **({} if sums.drawn_weight is None else {"drawn_weight": sums.drawn_weight}),
     }
     write_json(out / "sums.json", counts)
+    weigh = "" if sums.drawn_weight is None else f", which weigh {sums.drawn_weight:,.6g}"
     run.progress.notify(
         f"train: {ledger['labelled_tokens']:,} labelled tokens in the ledger, {epochs:.4g} epochs: {sums.drawn:,} in the sampled "
-        f"rows = {sums.in_batches:,} in the batches = {sums.divided_by:,} in the divisors of the loss"
+        f"rows = {sums.in_batches:,} in the batches{weigh} = {sums.divided_by:,} in the divisors of the loss"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import IGNORED, LENGTH_STEP, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
-from qkit.train import checkpoints, pack_isolation
+from qkit.train import checkpoints, pack_isolation, row_weights
 from qkit.train.fast.head import labelled_loss, row_losses
 from qkit.train.fast.token_loss import PLAIN, TokenLoss
 from qkit.train.label_sums import Sums
@@ -55,6 +55,8 @@ class Counted(Base):
         self.collator = collator
         super().__init__(*args, data_collator=self.collate, **kwargs)
         self.labelled_tokens, self._label_checksums = label_counts(self.train_dataset)
+        self.row_weights = row_weights.of_rows(self.train_dataset)
+        self.sums.drawn_weight = None if self.row_weights is None else 0.0
         # The losses divide by num_items_in_batch, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
         # In bf16, where TRL keeps the adapter, small optimizer steps round to zero; autocast computes in bf16 anyway.
@@ -66,8 +68,11 @@ class Counted(Base):
         """A batch or a pack, with the numbers of its rows."""
         import torch
 
-        batch = self.collator(rows, self.pad, self.packing)
-        return {**batch, "rows": torch.tensor([row["row"] for row in rows])}
+        batch = {**self.collator(rows, self.pad, self.packing), "rows": torch.tensor([row["row"] for row in rows])}
+        if self.row_weights is None:
+            return batch
+        weights = [row[row_weights.COLUMN] for row in rows]
+        return {**batch, "weights": row_weights.of_batch(weights, batch, self.packing)}
 
     def batches(self) -> SeededBatches:
         """The batch sampler, at its first epoch: packs, or batches by token budget."""
@@ -94,6 +99,12 @@ class Counted(Base):
             total += super().training_step(model, dict(zip(inputs, part, strict=True)), num_items_in_batch)
         self.loss += total
         return total
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the loss is divided by: the labels of the accumulated batch, or their weights."""
+        if self.row_weights is None or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        return row_weights.divisor(batch_samples).to(device)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' schedule, except that the rate is above 0 in the first step of a warm-up and at its maximum right after the last."""
@@ -135,9 +146,11 @@ class Counted(Base):
         self.sums.drawn += sum(self.labelled_tokens[row] for row in rows)
         self.sums.drawn_checksum += sum(self._label_checksums[row] for row in rows)
         self.sums.in_batches += len(labels)
+        if self.row_weights is not None:
+            self.sums.drawn_weight += sum(self.labelled_tokens[row] * self.row_weights[row] for row in rows)
         self.sums.in_batches_checksum += int(labels.sum())
         if self.accelerator.sync_gradients:
-            self.sums.divided_by += int(items)
+            self.sums.divided_by += int(items) if self.row_weights is None else float(items)
 
     def labels_in(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The labels of a batch that carry loss, [labels]: ids; or the sum of the bits of each row's numbers, [rows]."""

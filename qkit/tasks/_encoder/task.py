@@ -350,7 +350,7 @@ def _of_train(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     if train.loss_type != "nll":
         yield (
             ("train", "loss_type"),
-            f"train.loss_type={train.loss_type} {for_chats} remove it, and see the section loss",
+            f"train.loss_type={train.loss_type} {for_chats} see the section loss",
         )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from qkit.core.batching import IGNORED
 from qkit.model.load import scaled
 from qkit.train.fast.token_loss import PLAIN, TokenLoss
+from qkit.train.row_weights import at
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +33,13 @@ def labelled_loss(
 ) -> torch.Tensor:
     """Mean loss over labelled tokens: their sum divided by `items`, the labels of the whole accumulated batch.
 
-    `batch`: from `collate` or `collate_pack`. `items` None: the number of labels in this batch.
+    `batch`: from `collate` or `collate_pack`; with `weights`, those of the losses. `items` None: the number of labels in this batch.
     """
     rows, places = _labelled(batch["labels"])
-    total = _losses(model, _hidden(model, batch), batch["labels"], rows, places, loss).sum()
-    return total / (len(rows) if items is None else items)
+    losses = _losses(model, _hidden(model, batch), batch["labels"], rows, places, loss)
+    if "weights" in batch:
+        losses = losses[: len(rows)] * at(batch["weights"], rows, places + 1)
+    return losses.sum() / (len(rows) if items is None else items)
 
 
 def row_losses(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from qkit.core.device import Device
 from qkit.core.files import need_disk
 from qkit.core.sources import cache_dir
 from qkit.recipe.schema import Recipe
+from qkit.train import row_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,6 +33,11 @@ def training_rows(file: Path, columns: Sequence[str]) -> Dataset:
     need_disk(cache, file.stat().st_size * UNPACKED, "the training rows, unpacked")
     rows: Dataset = Dataset.from_parquet(str(file), columns=list(columns), cache_dir=str(cache))
     return rows
+
+
+def weight(recipe: Recipe) -> list[str]:
+    """The column of the rows' weights, if the recipe has them."""
+    return [] if recipe.data.weight is None else [row_weights.COLUMN]
 
 
 def arguments(recipe: Recipe, device: Device, out: Path) -> dict[str, Any]:

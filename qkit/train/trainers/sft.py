@@ -37,6 +37,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     recipe, task = run.recipe, open_task(run.recipe.task)
     args = sft_config(recipe, device, out)
     columns = ["input_ids", "labels", *(("pack", "position") if recipe.data.packing else ())]
+    columns += _shared.weight(recipe)
     rows = _shared.training_rows(run.need("data", "train.parquet"), columns)
     base, tokenizer = load.load_base(folder, recipe, device), model_tokenizer.load_tokenizer(folder, recipe.model)
     if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
@@ -54,7 +55,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         batch_tokens=recipe.data.batch_tokens,
         batch_rows=recipe.data.batch_rows,
         collator=task.collate,
-        labelled_head=device.uses_labelled_head or recipe.train.needs_logits,
+        labelled_head=device.uses_labelled_head or recipe.needs_losses,
         token_loss=token_loss.of(recipe.train),
         packing=recipe.data.packing,
         micro_batches=recipe.micro_batches,
