@@ -43,6 +43,12 @@ class Guarded:
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", trackers.MLFLOW_RETRIES)
         self._do(self._open, done)
 
+    def handles(self, event: str) -> bool:
+        """Whether the callback does anything at an event: most of a step's are nothing to a tracker."""
+        from transformers import TrainerCallback
+
+        return not self._failed and getattr(type(self._callback), event) is not getattr(TrainerCallback, event)
+
     def handle(self, event: str, args: Any, state: Any, control: Any, given: Mapping[str, Any]) -> None:
         """Let the callback handle an event of the trainer."""
         self._do(lambda: getattr(self._callback, event)(args, state, control, **given))

@@ -43,7 +43,7 @@ class Reports:
 
     def pass_on(self, event: str, args: Any, state: Any, control: Any, given: Mapping[str, Any]) -> None:
         """Let each tracker handle an event; ids are stored as soon as they are known."""
-        for tracker in self._trackers:
+        for tracker in [tracker for tracker in self._trackers if tracker.handles(event)]:
             shown = with_recipe(args, self._run.recipe, tracker.run_name)
             tracker.handle(event, shown, state, control, given)
             if event == "on_train_begin" and tracker.name in REPLACING:

@@ -200,7 +200,7 @@ class CountedLanguage(Counted, LanguageBase):
         """Check whether the loss of this trainer keeps the documents of a pack apart."""
         self.model.eval()  # TRL's loss collects metrics, and keeps those of evaluation separate
         trained_with = self._token_loss, self.args.loss_type
-        self._token_loss, self.args.loss_type = PLAIN, PLAIN.kind  # the tolerances are those of the cross-entropy
+        self._token_loss, self.args.loss_type = PLAIN, PLAIN.name  # the tolerances are those of the cross-entropy
         try:
             return pack_isolation.check(self.base_model, self._replica_loss)
         finally:

@@ -18,13 +18,37 @@ from qkit import pipeline
 from qkit.core.batching import IGNORED
 from qkit.core.device import detect
 from qkit.core.errors import StageFailed
+from qkit.data.entry import Sourced
+from qkit.data.prepare import weight_of
+from qkit.data.read import Record
 from qkit.model import source
+from qkit.plugins.example import RowError
+from qkit.recipe.load import from_dict
 from qkit.train import row_weights
 from qkit.train import stage as train_stage
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import labelled, sft
 
 WEIGHTS = [1.0 + 0.25 * (number % 7) for number in range(len(LENGTHS))]
+
+
+@pytest.mark.parametrize("given", [None, "", 0, -1, "much", True, float("inf"), float("nan"), [2]])
+def test_a_training_row_needs_a_number_above_zero(given: Any) -> None:
+    row = {} if given is None else {"importance": given}
+    with pytest.raises(RowError, match="data.weight=weight: must be a number above 0") as refused:
+        _weight_of(row)
+    assert refused.value.rule == "malformed"
+
+
+def test_weights_are_read_from_the_column_that_is_mapped() -> None:
+    assert _weight_of({"importance": "2.5", "weight": 9}) == 2.5 and _weight_of({"importance": 3}) == 3.0
+    assert _weight_of({}, pool="test") == 1.0 and _weight_of({"importance": 4}, pool="validation") == 4.0
+
+
+def _weight_of(row: dict[str, Any], pool: str = "train") -> float:
+    data = {"train": [{"source": "org/rows"}], "weight": "weight", "columns": {"weight": "importance"}}
+    recipe = from_dict({"task": "chat", "model": {"source": "org/model"}, "data": data}, (), "the test")
+    return weight_of(Sourced(pool, 0, Record("rows.jsonl", 1, row)), recipe)
 
 
 def _batch(weights: Any, labels: Any, packing: bool = False, **more: Any) -> dict[str, torch.Tensor]:

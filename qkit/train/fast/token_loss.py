@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """`kind`: nll, the cross-entropy; or dft, that times the token's probability, through which no gradient flows.
+    """`name`: nll, the cross-entropy; or dft, that times the token's probability, through which no gradient flows.
 
     `smoothing`: the share of the label's weight that is spread evenly over the whole vocabulary.
     """
 
-    kind: str = "nll"
+    name: str = "nll"
     smoothing: float = 0.0
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -32,12 +32,12 @@ class TokenLoss:
         from torch.nn.functional import cross_entropy
 
         losses = cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED, label_smoothing=self.smoothing)
-        return losses * (-losses.detach()).exp() if self.kind == "dft" else losses
+        return losses * (-losses.detach()).exp() if self.name == "dft" else losses
 
     @property
     def remark(self) -> str:
         """How the logged loss differs from the cross-entropy; empty if it does not."""
-        if self.kind == "dft":
+        if self.name == "dft":
             return "the logged loss is that of train.loss_type=dft, each token's cross-entropy times its probability"
         if self.smoothing:
             return f"the logged loss is smoothed (train.label_smoothing_factor={self.smoothing:g})"

@@ -36,9 +36,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
 
     recipe, task = run.recipe, open_task(run.recipe.task)
     args = sft_config(recipe, device, out)
-    columns = ["input_ids", "labels", *(("pack", "position") if recipe.data.packing else ())]
-    columns += _shared.weight(recipe)
-    rows = _shared.training_rows(run.need("data", "train.parquet"), columns)
+    rows = _shared.training_rows(run.need("data", "train.parquet"), _columns(recipe))
     base, tokenizer = load.load_base(folder, recipe, device), model_tokenizer.load_tokenizer(folder, recipe.model)
     if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
         raise RecipeError(
@@ -63,11 +61,20 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     )
     if recipe.model.add_tokens:
         added_tokens.show_head(trainer.model)
-    if remark := token_loss.of(recipe.train).remark:
-        run.progress.notify(f"train: {remark}; losses of rows and of held-out rows are the plain cross-entropy")
+    _say_loss(run)
     if device.frees_through_malloc:
         trim_between_layers(trainer.base_model)
     return trainer
+
+
+def _columns(recipe: Recipe) -> list[str]:
+    packs = ("pack", "position") if recipe.data.packing else ()
+    return ["input_ids", "labels", *packs, *_shared.weight(recipe)]
+
+
+def _say_loss(run: Run) -> None:
+    if remark := token_loss.of(run.recipe.train).remark:
+        run.progress.notify(f"train: {remark}; losses of rows and of held-out rows are the plain cross-entropy")
 
 
 def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
