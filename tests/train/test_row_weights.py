@@ -35,7 +35,7 @@ WEIGHTS = [1.0 + 0.25 * (number % 7) for number in range(len(LENGTHS))]
 @pytest.mark.parametrize("given", [None, "", 0, -1, "much", True, float("inf"), float("nan"), [2]])
 def test_a_training_row_needs_a_number_above_zero(given: Any) -> None:
     row = {} if given is None else {"importance": given}
-    with pytest.raises(RowError, match="data.weight=weight: must be a number above 0") as refused:
+    with pytest.raises(RowError, match=r"data\.weight=weight: must be a number above 0") as refused:
         _weight_of(row)
     assert refused.value.rule == "malformed"
 
