@@ -34,8 +34,8 @@ class Guarded:
         """The name of the run in the tracker; trackio knows a run by nothing else."""
         return self.run_id if self.name == "trackio" and self.run_id else wanted_name(self._run)
 
-    def open(self, done: int) -> None:
-        """Open the callback, after `done` steps. tensorboard and trackio, which know runs by name, get a name that no other run has."""
+    def open(self, done: int | None) -> None:
+        """Open the callback; `done`: steps before the training goes on, None: it does not. tensorboard and trackio, which know runs by name, get a name that no other run has."""
         place = trackers.PLACES.get(self.name)
         if place and place not in os.environ:
             make_folder(self._run.root / trackers.FOLDER / self.name)
@@ -76,13 +76,13 @@ class Guarded:
             )
             return None
 
-    def _open(self, done: int) -> None:
+    def _open(self, done: int | None) -> None:
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-        folder = self._run.root / trackers.FOLDER / self.name
         if self.name == "tensorboard":
+            folder, void = self._run.root.absolute() / trackers.FOLDER / self.name, done if self.run_id else None
             self.run_id = self.run_id or _free(wanted_name(self._run), lambda name: (folder / name).exists())
-            self._callback = INTEGRATION_TO_CALLBACK[self.name](_writer(folder / self.run_id, done))
+            self._callback = INTEGRATION_TO_CALLBACK[self.name](_writer(folder / self.run_id, void))
             return
         self._callback = INTEGRATION_TO_CALLBACK[self.name]()
         if self.name == "trackio":
@@ -118,8 +118,12 @@ def _in_trackio(name: str) -> bool:
         return False
 
 
-def _writer(folder: Path, done: int) -> Any:
-    """A writer of event files, which tells TensorBoard to leave out what was written of steps after `done` before a kill."""
+def _writer(folder: Path, done: int | None) -> Any:
+    """A writer of event files. `done`: the steps after which TensorBoard leaves out what was written before a kill; None: it leaves out nothing.
+
+    In a folder of the user's own there may be other runs, whose steps have the same numbers.
+    """
     module = "torch.utils.tensorboard" if importlib.util.find_spec("tensorboard") else "tensorboardX"
     where = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", folder)).expanduser()
-    return importlib.import_module(module).SummaryWriter(log_dir=str(where), purge_step=done + 1)
+    void = None if done is None or where != folder else done + 1
+    return importlib.import_module(module).SummaryWriter(log_dir=str(where), purge_step=void)

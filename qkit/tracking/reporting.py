@@ -75,7 +75,7 @@ def add_scores(run: Run, scores: Mapping[str, Any], baseline: str) -> None:
     kept = read_json(file)
     for name, run_id in kept["runs"].items():
         tracker = Guarded(name, run, "evaluate", run_id)
-        tracker.open(kept["step"])
+        tracker.open(None)
         told = kept.get("settings", {}) if name in REPLACING else {}
         args, state, control = _closing_arguments(run, tracker.run_name, told), *_state(kept["step"])
         tracker.handle("on_log", args, state, control, {"logs": figures(scores, baseline)})

@@ -33,6 +33,8 @@ RESUMED = 2  # the step of the checkpoint that a killed training resumes from
 
 def _recipe(tiny_recipe: Path, tracker: str, **train: Any) -> Path:
     settings = yaml.safe_load(tiny_recipe.read_text(encoding="utf-8"))
+    rows = settings["data"]["test"][0]["source"]
+    settings["data"] |= {"train": [{"source": rows, "rows": "8:"}], "validation": [{"source": rows, "rows": "4:8"}]}
     settings["train"] |= {"max_steps": STEPS, "report_to": [tracker], **train}
     tiny_recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return tiny_recipe
@@ -42,7 +44,11 @@ def _expected(run: Path) -> tuple[dict[int, float], float, float]:
     """The loss of each step, the score and the base model's loss, as qkit's own files have them."""
     lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
     scores = json.loads((run / "evaluate" / "scores.json").read_text())["scores"]
-    return {line["step"]: line["loss"] for line in lines}, scores["adapter"]["score"], scores["base"]["heldout_loss"]
+    return (
+        {line["step"]: line["loss"] for line in lines if "loss" in line},
+        scores["adapter"]["score"],
+        scores["base"]["heldout_loss"],
+    )
 
 
 # --- readers: what a tracker has of its one run, as (losses by step, score, the base's loss, lora.r of the recipe) ------------
@@ -55,7 +61,7 @@ def _in_tensorboard(folder: Path, name: str) -> tuple[dict[int, float], float, f
     events = EventAccumulator(str(folder / "tensorboard" / name))
     events.Reload()
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert len(losses) == len(dict(losses)) and {"train/tokens_per_second", "train/grad_norm"} <= {
+    assert len(losses) == len(dict(losses)) and {"train/tokens_per_second", "train/grad_norm", "eval/loss"} <= {
         *events.Tags()["scalars"]
     }
     text = events.Tensors("args/text_summary")[-1].tensor_proto.string_val[0].decode()
@@ -231,7 +237,8 @@ def test_a_server_that_goes_in_mid_training_costs_its_figures_alone(
                 os.killpg(server.pid, signal.SIGKILL)
     assert done.returncode == 0, done.stderr
     assert b" ".join(done.stderr.split()).count(b"the tracker mlflow failed") == 1
-    assert len((root / "train" / "metrics.jsonl").read_text().splitlines()) == STEPS
+    losses = [json.loads(line).get("loss") for line in (root / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert len([loss for loss in losses if loss is not None]) == STEPS
     assert (root / "train" / "adapter" / "adapter_model.safetensors").is_file() and not (root / "trackers").exists()
 
 
@@ -251,6 +258,23 @@ def _wait_for(url: str, seconds: float) -> None:
         except OSError:
             assert time.monotonic() < end, f"{url} did not answer"
             time.sleep(0.2)
+
+
+def test_runs_in_one_folder_of_the_users_own_leave_each_other_alone(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    recipe = load(_recipe(tiny_recipe, "tensorboard"))
+    for name in ("one", "two"):
+        run = Run.create(tmp_path / name, recipe)
+        for stage in ("data", "train"):
+            pipeline.execute(run, stage)
+        assert not (run.root / "trackers").exists()
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [*range(1, STEPS + 1)] * 2
 
 
 def test_a_training_whose_tracker_fails_ends_with_the_same_adapter(
