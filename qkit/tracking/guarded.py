@@ -35,7 +35,10 @@ class Guarded:
         return self.run_id if self.name == "trackio" and self.run_id else wanted_name(self._run)
 
     def open(self, done: int | None) -> None:
-        """Open the callback; `done`: steps before the training goes on, None: it does not. tensorboard and trackio, which know runs by name, get a name that no other run has."""
+        """Open the callback. `done`: steps before the training goes on, None if only scores are to come.
+
+        tensorboard and trackio, which know runs by name, get a name that no other run has.
+        """
         place = trackers.PLACES.get(self.name)
         if place and place not in os.environ:
             make_folder(self._run.root / trackers.FOLDER / self.name)
@@ -119,7 +122,7 @@ def _in_trackio(name: str) -> bool:
 
 
 def _writer(folder: Path, done: int | None) -> Any:
-    """A writer of event files. `done`: the steps after which TensorBoard leaves out what was written before a kill; None: it leaves out nothing.
+    """A writer of event files. `done`: the steps after which TensorBoard leaves out what was written before a kill; None: nothing.
 
     In a folder of the user's own there may be other runs, whose steps have the same numbers.
     """
