@@ -22,8 +22,10 @@ import yaml
 from helpers.command import qkit
 from helpers.training import Heard
 from qkit import pipeline
+from qkit.core.errors import MissingExtra
 from qkit.recipe.load import load
 from qkit.run.directory import Run
+from qkit.tracking import trackers
 
 pytestmark = pytest.mark.slow
 
@@ -258,6 +260,16 @@ def _wait_for(url: str, seconds: float) -> None:
         except OSError:
             assert time.monotonic() < end, f"{url} did not answer"
             time.sleep(0.2)
+
+
+def test_a_missing_package_stops_a_run_before_its_first_stage(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "_importable", lambda module: False)
+    run = Run.create(tmp_path / "run", load(_recipe(tiny_recipe, "swanlab")))
+    with pytest.raises(MissingExtra, match=r"pip install swanlab$"):
+        pipeline.run_all(run)
+    assert list(run.root.iterdir()) == []
 
 
 def test_runs_in_one_folder_of_the_users_own_leave_each_other_alone(
