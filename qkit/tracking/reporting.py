@@ -31,7 +31,9 @@ class Reports:
         self._settings: dict[str, Any] = {}
         self._file = out / FILE
         ids = read_json(self._file)["runs"] if self._file.exists() else {}
-        self._trackers = [Guarded(name, run, "train", ids.get(name)) for name in run.recipe.train.report_to]
+        self._trackers = [
+            Guarded(name, run, "train", ids.get(name)) for name in dict.fromkeys(run.recipe.train.report_to)
+        ]
         for tracker in self._trackers:
             tracker.open(done)
 
