@@ -72,7 +72,6 @@ def run(run: Run, out: Path) -> Peak:
     if open_task(run.recipe.task).HEAD.generates:
         _check_targets(run.recipe)
     _check_names(run.recipe)
-    trackers.check(run.recipe)
     evaluates = validation.check(run)
     run = Run(run.root, _decided(run, device, out), run.progress)
     recipe = run.recipe
@@ -263,7 +262,8 @@ def _check_targets(recipe: Recipe) -> None:
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Raise RecipeError for an optimizer or an attention that transformers does not know."""
+    """Raise RecipeError for an optimizer or an attention that transformers does not know, MissingExtra for a tracker that is not installed."""
+    trackers.check(recipe)
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.training_args import OptimizerNames
 
