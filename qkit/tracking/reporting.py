@@ -9,6 +9,7 @@ it replaces by those of the latest process.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ class Reports:
 
     def __init__(self, run: Run, out: Path, done: int):
         self._run = run
-        self._settings: dict[str, Any] = {}
         self._file = out / FILE
-        ids = read_json(self._file)["runs"] if self._file.exists() else {}
+        before = read_json(self._file) if self._file.exists() else {"runs": {}}
+        self._settings: dict[str, Any] = before.get("settings", {})
+        ids = before["runs"]
         self._trackers = [
             Guarded(name, run, "train", ids.get(name)) for name in dict.fromkeys(run.recipe.train.report_to)
         ]
@@ -49,7 +51,8 @@ class Reports:
             shown = with_recipe(args, self._run.recipe, tracker.run_name)
             tracker.handle(event, shown, state, control, given)
             if event == "on_train_begin" and tracker.name in REPLACING:
-                self._settings = {**given["model"].config.to_dict(), **shown.to_dict()}
+                told = {**given["model"].config.to_dict(), **shown.to_dict()}
+                self._settings = json.loads(json.dumps(told, default=str))
         if event == "on_train_begin":
             self._store(step=None)
 

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from helpers.command import qkit
+from helpers.tiny_labelled import build_model, labelled_run
 from helpers.training import Heard
 from qkit import pipeline
 from qkit.core.errors import MissingExtra
@@ -260,6 +261,28 @@ def _wait_for(url: str, seconds: float) -> None:
         except OSError:
             assert time.monotonic() < end, f"{url} did not answer"
             time.sleep(0.2)
+
+
+def test_a_task_with_labels_has_its_own_figures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = build_model(tmp_path / "bert", "bert")
+    train = {"max_steps": 2, "report_to": "tensorboard", "run_name": "labels/one"}
+    run = labelled_run(tmp_path, folder, method="full", train=train)
+    for stage in ("data", "train", "evaluate"):
+        pipeline.execute(run, stage)
+    events = EventAccumulator(str(run.root / "trackers" / "tensorboard" / "labels_one"))
+    events.Reload()
+    scores = json.loads((run.folder("evaluate") / "scores.json").read_text())["scores"]
+    for tag, figure in (
+        ("test/score", scores["trained"]["score"]),
+        ("test/majority_score_low", scores["majority"]["low"]),
+        ("test/loss", scores["trained"]["heldout_loss"]),
+        *((f"test/{name}", value["value"]) for name, value in scores["trained"]["metrics"].items() if ":" not in name),
+    ):
+        (event,) = events.Scalars(tag)
+        assert (event.step, event.value) == (2, pytest.approx(figure, rel=1e-5)), tag
+    assert not [tag for tag in events.Tags()["scalars"] if ":" in tag]
 
 
 def test_a_missing_package_stops_a_run_before_its_first_stage(
