@@ -194,7 +194,7 @@ def test_a_training_that_is_killed_goes_on_in_the_same_run(tracker: str, tiny_re
         _command(verb, root)
     losses, score, base_loss, _ = READERS[tracker](root / "trackers", "run")
     expected, expected_score, expected_loss = _expected(root)
-    if tracker == "wandb":  # its offline files lag behind, and its process ends with ours
+    if tracker != "tensorboard":  # others write from a thread or process of their own, which the kill ends
         expected = {step: loss for step, loss in expected.items() if step > RESUMED or step in losses}
     assert losses == pytest.approx(expected, rel=1e-5)
     assert (score, base_loss) == (pytest.approx(expected_score), pytest.approx(expected_loss))
