@@ -1,0 +1,71 @@
+"""The base model of a first recipe, where the user names none; and what a named one needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qkit.core.device import Device
+from qkit.core.errors import DataError, ModelError
+from qkit.core.figures import gib
+from qkit.plan import gpus
+from qkit.plan import plan as plan_plan
+from qkit.plugins.first_recipe import Base, Chosen
+from qkit.plugins.task import Task, open_task
+from qkit.recipe import schema
+from qkit.recipe.load import from_dict
+
+
+def base_for(task: str, device: Device, longest: int) -> Base:
+    """The task's model for any machine; on a GPU the largest of its larger ones whose training fits. `longest`: tokens of a row."""
+    start = open_task(task).START
+    for source in start.larger if device.has_gpu else ():
+        if (peak := _peak_of(task, source, device, longest)) is not None:
+            memory = f"{gib(peak)} of the {gib(gpus.usable_bytes(device))} on {gpus.title(device)}"
+            why = f"the largest of {len(start.larger)} sizes whose training fits: {memory}"
+            return Base(source, why)
+    return start.base
+
+
+def _peak_of(task: str, source: str, device: Device, longest: int) -> int | None:
+    """Bytes that training takes at its peak; None if they do not fit."""
+    data = {"train": [{"source": "rows.jsonl"}], "max_length": longest, "batch_tokens": max(2048, longest)}
+    planned = plan_plan.plan(
+        from_dict({"task": task, "model": {"source": source}, "data": data}, (), "qkit init"), device=device
+    )
+    return planned.peak_bytes if planned.fits else None
+
+
+def named(source: str) -> Base:
+    """A base model that the user names."""
+    return Base(source, "named on the command line")
+
+
+def section(base: Base, task: Task) -> dict[str, Chosen]:
+    """The section `model`: the source, and a chat template where a model for conversations has none."""
+    values: dict[str, Chosen] = {"source": (base.source, base.why)}
+    if base.sha256:
+        values["sha256"] = (base.sha256, "of the package that holds it")
+    if task.HEAD.generates and base != task.START.base and _lacks_template(base):
+        values["chat_template"] = ("plain", "the model has none; this one writes turns in plain words")
+    return values
+
+
+def _lacks_template(base: Base) -> bool:
+    """Whether the tokenizer of a model has no chat template; False if it cannot be had."""
+    from qkit.model.tokenizer import with_added_tokens
+
+    try:
+        return not with_added_tokens(schema.Model(source=base.source)).chat_template
+    except (ModelError, DataError):
+        return False
+
+
+def longest_row(raw: Mapping[str, Any]) -> int | None:
+    """The most tokens that the model's config allows; None if it says nothing, or cannot be had."""
+    from qkit.model.tokenizer import max_positions
+
+    try:
+        return max_positions(schema.Model(**raw["model"]))
+    except (ModelError, DataError):
+        return None
