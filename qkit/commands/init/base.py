@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qkit.core.device import Device
@@ -10,10 +10,13 @@ from qkit.core.errors import DataError, ModelError
 from qkit.core.figures import gib
 from qkit.plan import gpus
 from qkit.plan import plan as plan_plan
+from qkit.plugins.example import Conversation, Example
 from qkit.plugins.first_recipe import Base, Chosen
 from qkit.plugins.task import Task, open_task
 from qkit.recipe import schema
 from qkit.recipe.load import from_dict
+
+MARKERS = ("<|im_start|>", "<|im_end|>")  # of turns, in the template chatml
 
 
 def base_for(task: str, device: Device, longest: int) -> Base:
@@ -41,24 +44,38 @@ def named(source: str) -> Base:
     return Base(source, "named on the command line")
 
 
-def section(base: Base, task: Task) -> dict[str, Chosen]:
-    """The section `model`: the source, and a chat template where a model for conversations has none."""
+def section(base: Base, task: Task, examples: Sequence[Example]) -> dict[str, Chosen]:
+    """The section `model`: the source, and a chat template where the model's own does not do for the conversations."""
     values: dict[str, Chosen] = {"source": (base.source, base.why)}
     if base.sha256:
         values["sha256"] = (base.sha256, "of the package that holds it")
-    if task.HEAD.generates and base != task.START.base and _lacks_template(base):
-        values["chat_template"] = ("plain", "the model has none; this one writes turns in plain words")
+    with_tools = any(isinstance(example, Conversation) and _has_tools(example) for example in examples)
+    if task.HEAD.generates and (with_tools or base != task.START.base):
+        values |= _template(base, with_tools)
     return values
 
 
-def _lacks_template(base: Base) -> bool:
-    """Whether the tokenizer of a model has no chat template; False if it cannot be had."""
+def _has_tools(conversation: Conversation) -> bool:
+    return bool(conversation.tools) or any(turn.get("tool_calls") for turn in conversation.messages)
+
+
+def _template(base: Base, with_tools: bool) -> dict[str, Chosen]:
+    """A template that ships with qkit, if the model has none, or none that shows tools; nothing if the model cannot be had."""
     from qkit.model.tokenizer import with_added_tokens
 
     try:
-        return not with_added_tokens(schema.Model(source=base.source)).chat_template
+        tokenizer = with_added_tokens(schema.Model(source=base.source, sha256=base.sha256))
     except (ModelError, DataError):
-        return False
+        return {}
+    own = str(tokenizer.chat_template or "")
+    if own and not (with_tools and "tool" not in own):
+        return {}
+    if not with_tools:
+        return {"chat_template": ("plain", "the model has none; this one writes turns in plain words")}
+    why = "it shows tools, which the model's own leaves out" if own else "the model has none; this one shows tools"
+    lacking = [token for token in MARKERS if token not in tokenizer.get_vocab()]
+    added = {"add_tokens": (lacking, "that the template writes; their embeddings are trained")} if lacking else {}
+    return {"chat_template": ("chatml", why), **added}
 
 
 def longest_row(raw: Mapping[str, Any]) -> int | None:

@@ -15,6 +15,7 @@ from qkit.core.errors import ModelError
 from qkit.core.figures import gib, percent
 from qkit.plan import deployable, sheet, solve
 from qkit.plan import plan as plan_plan
+from qkit.plan._known import Known
 from qkit.plugins.first_recipe import Base, Chosen, Size
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe, Serve
@@ -67,7 +68,7 @@ def begin(dataset: Dataset, reading: Reading, base: Base) -> Draft:
         data["ignore"] = (list(reading.ignore), "columns that nothing reads")
     return {
         "task": (reading.candidate.task, suggestion.why),
-        "model": base_model.section(base, task),
+        "model": base_model.section(base, task, reading.examples),
         "data": {**data, **suggestion.data, **_clean(dataset, reading)},
     }
 
@@ -215,11 +216,20 @@ def _planned(
                 memory = f"{gib(planned.peak_bytes)} of the {gib(planned.device_bytes)} on {planned.device}"
                 if planned.fits:
                     tried["data"]["batch_tokens"] = (tokens, f"training needs {memory}, by the plan")
+                    tried["train"].update(_checkpointing(recipe, device, known))
                     return Composed(tried, f"training needs {memory}", True, parameters)
                 last = tried
     except ModelError as error:
         return Composed(last, f"not planned: {error}", True, parameters)
     return Composed(last, f"training does not fit: {memory}", False, parameters)
+
+
+def _checkpointing(recipe: Recipe, device: Device, known: Known) -> dict[str, Chosen]:
+    """What `auto` comes to here, where the recipe leaves it to the plan."""
+    if recipe.train.gradient_checkpointing != "auto":
+        return {}
+    decided = plan_plan.checkpointing(recipe, device, known)
+    return {"gradient_checkpointing": ("auto", f"{'on' if decided.on else 'off'} here: {decided.why}")}
 
 
 def _with_batch(draft: Draft, tokens: int, why: str, checkpointed: bool = False) -> Draft:

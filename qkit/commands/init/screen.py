@@ -8,7 +8,6 @@ from pathlib import Path
 from qkit.commands.init import init
 from qkit.commands.init.init import Proposal
 from qkit.core.errors import printable, short
-from qkit.plan import gpus
 
 NAMED = 8  # labels
 
@@ -31,7 +30,7 @@ def _lines(proposal: Proposal, file: Path) -> Iterator[str]:
         more = f" and {len(proposal.labels) - NAMED} more" if len(proposal.labels) > NAMED else ""
         yield f"labels    {short(shown)}{more}"
     yield f"model     {proposal.base.source}: {proposal.base.why}"
-    yield f"machine   {gpus.title(proposal.device)}: {proposal.composed.planned}"
+    yield f"machine   {proposal.composed.planned}"
     yield from (f"look      {trouble}" for trouble in proposal.troubles)
     for check in proposal.checks or ():
         yield f"fails     check {check['name']}: {check['message']}; {check['remedy']}"

@@ -66,8 +66,9 @@ def _question_and_answer(table: Table) -> Suggestion | None:
     why = f"{asked.name} and {answered.name} read as question and answer"
     if more := (table.named(MORE) if asked is instruction else None):
         columns = {"instruction": asked.name, "input": more.name, "output": answered.name}
-        return Suggestion(LIKELY, why, columns)
-    return Suggestion(LIKELY, why, {"prompt": asked.name, "completion": answered.name})
+        return Suggestion(CERTAIN, why, columns)
+    sure = CERTAIN if asked is instruction else LIKELY
+    return Suggestion(sure, why, {"prompt": asked.name, "completion": answered.name})
 
 
 def _both_text(asked: Column | None, answered: Column | None) -> bool:

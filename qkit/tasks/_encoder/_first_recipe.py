@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from qkit.plugins.first_recipe import CERTAIN, LIKELY, POSSIBLE, Base, Chosen, Column, Size, Start, Suggestion, Table
+from qkit.plugins.first_recipe import CERTAIN, LIKELY, Base, Chosen, Column, Size, Start, Suggestion, Table
 from qkit.recipe.schema import Method
 from qkit.tasks._encoder.labelled_text import COLUMNS
 
@@ -54,13 +54,15 @@ def _of_label(table: Table, sure_of: Callable[[Column], tuple[int, str]]) -> Sug
     if text is None:
         return None
     used = {text.name, pair.name if pair else None}
-    for column, has_name in _label_columns(table, used):
-        sure, why = sure_of(column)
-        if sure:
-            columns = {"text": text.name, **({"pair": pair.name} if pair else {}), "label": column.name}
-            sure -= (not is_named) + (not has_name)
-            return Suggestion(max(sure, POSSIBLE), f"{column.name} has {why}", columns, column.name)
-    return None
+    able = [(column, has_name, *sure_of(column)) for column, has_name in _label_columns(table, used)]
+    able = [one for one in able if one[2] > (not is_named) + (not one[1])]
+    if not able:
+        return None
+    label, has_name, sure, why = able[0]
+    columns = {"text": text.name, **({"pair": pair.name} if pair else {}), "label": label.name}
+    others = [] if has_name else [column.name for column, *_ in able[1:]]
+    also = f"; {' and '.join(others)} could be the label as well, in data.columns" if others else ""
+    return Suggestion(sure - (not is_named) - (not has_name), f"{label.name} has {why}{also}", columns, label.name)
 
 
 def _texts(table: Table) -> tuple[Column | None, Column | None, bool]:
@@ -86,15 +88,19 @@ def _sure_of_classes(column: Column) -> tuple[int, str]:
     if not column.is_label or separator_in(column) is not None or column.characters > MOST_LETTERS:
         return 0, ""
     why = f"{len(column.counts)} distinct values in {len(column.values):,} records"
-    if column.numbers is not None:
-        few = column.is_whole and len(column.counts) <= FEW and column.repeats
-        return (_of_whole(column) if few else 0), why
-    return (CERTAIN if column.repeats else 0), why
+    if not column.repeats:
+        return 0, ""
+    return (CERTAIN if column.numbers is None else _of_whole(column)), why
 
 
 def _of_whole(column: Column) -> int:
-    """Numbers under the name of a measure may be classes as well."""
-    return LIKELY if column.name.lower() in SCORES and len(column.counts) > 2 else CERTAIN
+    """Ids of classes; many numbers that are no ids, and those under the name of a measure, may be measures as well."""
+    if not column.is_whole:
+        return 0
+    may_measure = column.name.lower() in SCORES and len(column.counts) > 2
+    if {*column.counts} == {*map(str, range(len(column.counts)))} and not may_measure:
+        return CERTAIN
+    return LIKELY if may_measure or len(column.counts) > FEW else CERTAIN
 
 
 def _sure_of_several(column: Column) -> tuple[int, str]:
@@ -114,14 +120,14 @@ def _is_json_list(text: str) -> bool:
 
 
 def separator_in(column: Column) -> str | None:
-    """The sign that separates labels in the cells of a column: its parts are short, and fewer than the cells that they make."""
+    """The sign that separates labels in the cells of a column: its parts are short, and no more than the cells that they make."""
     if not column.is_text or all(_is_json_list(value) for value in column.values):
         return None
     for sign in SEPARATORS:
         parts = [part.strip() for value in column.values for part in value.split(sign) if part.strip()]
         parted = sum(sign in value for value in column.values)
         short = parts and sum(map(len, parts)) <= MOST_LETTERS * len(parts)
-        if short and parted >= PARTED * len(column.values) and len({*parts}) < len({*column.values}):
+        if short and parted >= PARTED * len(column.values) and len({*parts}) <= len({*column.values}):
             return sign
     return None
 
@@ -137,7 +143,8 @@ def _sure_of_numbers(column: Column) -> tuple[int, str]:
         return CERTAIN, why
     if column.name.lower() in SCORES and len(column.counts) > 2:
         return LIKELY, why
-    return (LIKELY if len(column.counts) > FEW else 0), why
+    is_ids = {*column.counts} == {*map(str, range(len(column.counts)))}
+    return (LIKELY if len(column.counts) > FEW and not is_ids else 0), why
 
 
 # --- values to start with ---------------------------------------------------------------------------------------------
