@@ -120,11 +120,12 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Base:
-    """A base model to start with, and why. `sha256`: of its wheel, for a pypi: source."""
+    """A base model to start with, and why. `sha256`: of its wheel, for a pypi: source; `parameters`: how many, where that is known."""
 
     source: str
     why: str
     sha256: str | None = None
+    parameters: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,27 +16,27 @@ from qkit.plugins.task import Task, open_task
 from qkit.recipe import schema
 from qkit.recipe.load import from_dict
 
+ROOM = 0.9  # the share of the memory that training of a model which nobody chose may take
 MARKERS = ("<|im_start|>", "<|im_end|>")  # of turns, in the template chatml
 
 
 def base_for(task: str, device: Device, longest: int) -> Base:
-    """The task's model for any machine; on a GPU the largest of its larger ones whose training fits. `longest`: tokens of a row."""
+    """The task's model for any machine; on a GPU the largest of its larger ones whose stages fit. `longest`: tokens of a row."""
     start = open_task(task).START
     for source in start.larger if device.has_gpu else ():
         if (peak := _peak_of(task, source, device, longest)) is not None:
-            memory = f"{gib(peak)} of the {gib(gpus.usable_bytes(device))} on {gpus.title(device)}"
-            why = f"the largest of {len(start.larger)} sizes whose training fits: {memory}"
-            return Base(source, why)
+            memory = f"training needs {gib(peak)} of the {gib(gpus.usable_bytes(device))} on {gpus.title(device)}"
+            return Base(source, f"the largest of {len(start.larger)} sizes of which every stage fits: {memory}")
     return start.base
 
 
 def _peak_of(task: str, source: str, device: Device, longest: int) -> int | None:
-    """Bytes that training takes at its peak; None if they do not fit."""
+    """Bytes that training takes at its peak; None if it does not fit with room to spare, or if another stage does not."""
     data = {"train": [{"source": "rows.jsonl"}], "max_length": longest, "batch_tokens": max(2048, longest)}
-    planned = plan_plan.plan(
-        from_dict({"task": task, "model": {"source": source}, "data": data}, (), "qkit init"), device=device
-    )
-    return planned.peak_bytes if planned.fits else None
+    raw = {"task": task, "model": {"source": source}, "data": data, "export": {"formats": ["vllm"]}}
+    stages = plan_plan.stages(from_dict({**raw, "bench": {"runtimes": []}}, (), "qkit init"), device)
+    peak = next(stage.peak_bytes for stage in stages if stage.stage == "train")
+    return peak if all(stage.fits for stage in stages) and peak <= ROOM * gpus.usable_bytes(device) else None
 
 
 def named(source: str) -> Base:

@@ -153,27 +153,32 @@ def is_unscored(reading: Reading) -> bool:
 
 
 def compose(
-    draft: Draft, reading: Reading, lengths: Lengths, labels: int | None, device: Device, longest: int | None
+    draft: Draft,
+    reading: Reading,
+    base: Base,
+    lengths: Lengths,
+    labels: int | None,
+    device: Device,
+    longest: int | None,
 ) -> Composed:
     """The whole recipe. `labels`: how many the data have; `longest`: the most tokens of a row that the model takes."""
-    task = reading.task
+    start = reading.task.START
     length = max_length(reading, lengths, longest)
     draft = {**draft, "data": {**draft["data"], "max_length": length}}
-    batches = [tokens for tokens in task.START.batches if tokens >= length[0]] or [length[0]]
+    batches = [tokens for tokens in start.batches if tokens >= length[0]] or [length[0]]
     probe = {**draft, "data": {**draft["data"], "batch_tokens": (batches[-1], "")}}
-    parameters = _parameters(recipe_of(probe), device, lengths, labels)
+    parameters = _parameters(recipe_of(probe), device, lengths, labels) or base.parameters
     rows = round(lengths.count * draft["data"].get("split", ({"train": 1.0}, ""))[0]["train"])
     size = Size(rows, parameters, device.has_gpu)
     whole = {
         "task": draft["task"],
         "model": draft["model"],
-        "method": task.START.method(size),
+        "method": start.method(size),
         "data": draft["data"],
-        **{name: dict(section) for name, section in task.START.settings(size).items()},
+        **{name: dict(section) for name, section in start.settings(size).items()},
         **_answers(reading, lengths, length[0]),
     }
-    whole = _deployable(whole)
-    return _planned(whole, batches, lengths, labels, device, parameters)
+    return _planned(_deployable(whole), batches, lengths, labels, device, parameters)
 
 
 def _parameters(recipe: Recipe, device: Device, lengths: Lengths, labels: int | None) -> int | None:

@@ -83,7 +83,7 @@ def propose(
     seen = list(troubles.troubles(dataset, reading))
     for share in LARGER_TESTS:
         whole = {**draft, "data": {**draft["data"], **compose.split(dataset, reading, share)}}
-        composed = compose.compose(whole, reading, measured, len(counts) or None, device, longest)
+        composed = compose.compose(whole, reading, base, measured, len(counts) or None, device, longest)
         proposal = Proposal(dataset, reading, base, measured, counts, device, composed, tuple(seen))
         if measured.reason or not dataset.is_whole:
             return proposal

