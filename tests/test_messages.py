@@ -96,6 +96,7 @@ def messages(folder: Path) -> dict[str, str]:
     (folder / "other").mkdir()
     (folder / "other" / "file").write_text("")
     (folder / "damaged.json").write_text("{")
+    (folder / "rows.jsonl").write_text("{}")
     task = open_task("chat")
     found = {
         f"recipe: {name}": _of(lambda c=c: from_dict(json.loads(json.dumps(RECIPE)), c, "r.yaml"))
@@ -110,6 +111,7 @@ def messages(folder: Path) -> dict[str, str]:
     places: dict[str, Callable[[], object]] = {
         "recipe: a key twice": lambda: load(folder / "twice.yaml"),
         "recipe: a list": lambda: load(folder / "list.yaml"),
+        "recipe: a data file": lambda: load(folder / "rows.jsonl"),
         "recipe: missing": lambda: load(folder / "no.yaml"),
         "run: not one": lambda: Run.open(folder / "other"),
         "run: other files": lambda: Run.create(folder / "other", from_dict(dict(RECIPE), [], "r.yaml")),

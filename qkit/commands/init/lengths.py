@@ -58,6 +58,8 @@ def measure(raw: Mapping[str, Any], reading: Reading, progress: Progress) -> Len
         summary = inspection_view.inspect(recipe, progress).summary
     except (ModelError, MissingExtra) as error:
         return estimate(reading, str(error))
+    except ModuleNotFoundError as error:
+        return estimate(reading, f"{error.name} is not installed: pip install 'qkit[train]'")
     if not summary["lengths"]:
         raise DataError(f"{data['train'][0]['source']}: no row is left to train on; see `qkit inspect`")
     return Lengths(summary["lengths"])
