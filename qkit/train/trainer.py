@@ -52,6 +52,7 @@ class Counted(Base):
         self.checkpoints_kept = checkpoints_kept
         self.validation: Evaluates | None = None  # validation.attach sets it
         self.evaluation_seconds = 0.0
+        self.best_step_here: int | None = None  # that this process has kept
         self.packing = packing
         self.length_step = length_step
         self.batch_rows = batch_rows or math.inf
