@@ -76,10 +76,9 @@ def _number(value: Any) -> float | None:
 
 @dataclass(frozen=True)
 class Table:
-    """The records of a data set, or its first ones, and their columns. `source`: settings of its entry in data.train, such as a format."""
+    """The records of a data set, or its first ones, and their columns."""
 
     records: Sequence[Mapping[str, Any]]
-    source: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def columns(self) -> Mapping[str, Column]:

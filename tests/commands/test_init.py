@@ -20,7 +20,7 @@ from helpers.command import qkit_here
 from helpers.shapes import SHAPES
 from qkit.cli.verbs import init as verb
 from qkit.commands.init import base as base_model
-from qkit.commands.init import compose, examples, init, lengths, reading
+from qkit.commands.init import compose, dataset, examples, init, lengths, reading
 from qkit.commands.init.dataset import Dataset, open_dataset
 from qkit.commands.init.init import Proposal
 from qkit.commands.init.reading import Candidate
@@ -143,7 +143,7 @@ def test_records_that_cannot_be_read_are_left_out_and_said(tmp_path: Path) -> No
     file.write_text(file.read_text() + "{\n")
     proposal = proposed(file)
     recipe, text = written(proposal, tmp_path)
-    assert recipe.data.clean.malformed == "drop" and "2 cannot be read, the first:" in text
+    assert recipe.data.clean.malformed == "drop" and "2 of 14 cannot be used, the first:" in text
     assert len(proposal.troubles) == 2
 
 
@@ -160,6 +160,48 @@ def test_folders_with_splits(tmp_path: Path) -> None:
         "test.jsonl",
     ]
     assert recipe.data.split is None
+
+
+def test_a_saved_data_set_with_splits(tmp_path: Path) -> None:
+    from datasets import Dataset as Rows
+    from datasets import DatasetDict
+
+    rows = Rows.from_list([{"text": shapes.review(n), "label": n % 2} for n in range(12)])
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+    DatasetDict({"other": rows}).save_to_disk(tmp_path / "untrained")
+    recipe, _ = written(proposed(tmp_path / "saved"), tmp_path)
+    assert [source.split for source in (*recipe.data.train, *recipe.data.test)] == ["train", "test"]
+    with pytest.raises(DataError, match="has no split train; it has other"):
+        open_dataset(str(tmp_path / "untrained"))
+
+
+@pytest.mark.parametrize(
+    ("configs", "splits", "sources"),
+    [
+        (["default"], ["train", "test"], {"train": {"split": "train"}, "test": {"split": "test"}}),
+        (
+            ["main"],
+            ["train", "val"],
+            {"train": {"name": "main", "split": "train"}, "validation": {"name": "main", "split": "val"}},
+        ),
+        (["plain"], ["rows"], {"train": {"name": "plain", "split": "rows"}}),
+        (["de", "en"], ["train"], "has several configurations (de, en)"),
+    ],
+)
+def test_the_splits_of_a_hub_data_set(
+    configs: list[str], splits: list[str], sources: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: configs)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: splits)
+    if isinstance(sources, str):
+        with pytest.raises(DataError, match=re.escape(sources)):
+            dataset._on_the_hub("org/rows")
+    else:
+        assert dataset._on_the_hub("org/rows") == {
+            split: {"source": "org/rows", **entry} for split, entry in sources.items()
+        }
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from helpers.shapes import SHAPES
+from helpers.command import qkit_here
+from helpers.shapes import SHAPES, answered, asked, jsonl, review
 from helpers.tiny_labelled import build_model
 from qkit import pipeline
 from qkit.commands.init import base, init, reading
 from qkit.commands.init.dataset import open_dataset
 from qkit.commands.init.init import Proposal
+from qkit.core.progress import Progress
 from qkit.plugins.task import open_task
 from qkit.recipe.load import load
 from qkit.run.directory import Run
@@ -60,3 +62,36 @@ def test_the_recipe_trains(name: str, tmp_path: Path, tiny_model: Path, encoder:
     pipeline.execute(run, "data")
     pipeline.execute(run, "train")
     assert run.manifest()["stages"]["train"]["status"] == "done"
+
+
+def test_a_check_that_fails_is_named(tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe is written all the same, and the command ends with 2."""
+    monkeypatch.chdir(tmp_path)
+    jsonl("one.jsonl", [{"text": review(n), "label": "a"} for n in range(20)])(tmp_path)
+    done = qkit_here("init", "one.jsonl", "--model", encoder)
+    assert done.returncode == 2 and (tmp_path / "one.yaml").is_file()
+    assert "fails     check labels: the training rows have 1 label (a)" in done.stdout
+
+
+def test_few_rows_leave_one_to_score(tmp_path: Path, tiny_model: Path) -> None:
+    """A split by hash may leave a small share without rows; a larger one is taken then."""
+    for count in (3, 5, 8):
+        file = jsonl(f"{count}.jsonl", [{"prompt": asked(n), "completion": answered(n)} for n in range(count)])(
+            tmp_path
+        )
+        dataset = open_dataset(str(file))
+        candidate = reading.choose(dataset, reading.candidates(dataset.table), None)
+        proposal = init.propose(dataset, candidate, base.named(str(tiny_model)))
+        _, has_rows = init._tried(proposal, Progress())
+        assert has_rows and not proposal.checks, (count, proposal.composed.draft["data"]["split"])
+
+
+def test_what_is_measured_is_every_row_uncut(tmp_path: Path, tiny_model: Path) -> None:
+    """A token a byte, and the marks of the template: the longest row is beyond what the recipe allows."""
+    rows = [{"prompt": asked(n), "completion": "x" * (3000 if n == 7 else 20)} for n in range(30)]
+    dataset = open_dataset(str(jsonl("rows.jsonl", rows)(tmp_path)))
+    candidate = reading.choose(dataset, reading.candidates(dataset.table), None)
+    proposal = init.propose(dataset, candidate, base.named(str(tiny_model)))
+    assert proposal.lengths.count == 30 and proposal.lengths.percentiles()["max"] > 3000
+    value, why = proposal.composed.draft["data"]["max_length"]
+    assert value == 512 and "29 of 30 rows (96.7 %)" in why and "left out, and named" in why

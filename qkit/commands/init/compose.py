@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from qkit.commands.init import base as base_model
@@ -23,6 +23,8 @@ from qkit.recipe.schema import Recipe, Serve
 UNPLANNED = (ModelError, ModuleNotFoundError)  # the model cannot be had, or what its plan needs is not installed
 Draft = dict[str, Any]  # section -> key -> Chosen, or key -> Chosen
 
+MALFORMED = "malformed"
+STRICT = (MALFORMED, "roles")  # rules of data.clean that stop at a record
 STEP = 16  # max_length is a multiple of this many tokens
 SHORTEST = 32
 FEW, MANY = 200, 20_000  # rows: without validation rows of their own; with a fixed number of held-out rows
@@ -40,7 +42,6 @@ class Composed:
     planned: str
     fits: bool = True
     parameters: int | None = None
-    refused: tuple[str, ...] = field(default=())
 
 
 def raw_of(draft: Draft) -> dict[str, Any]:
@@ -75,13 +76,13 @@ def begin(dataset: Dataset, reading: Reading, base: Base) -> Draft:
 
 
 def _clean(dataset: Dataset, reading: Reading) -> dict[str, Chosen]:
-    """Records that cannot be read are left out, where they are few."""
-    bad = len(reading.unread) + len(dataset.broken)
-    reasons = [*dataset.broken, *(f"record {place + 1} {why}" for place, why in reading.unread)]
-    hard = [reason for reason in reasons if "empty" not in reason]
-    if not hard or bad > len(reading.examples):
+    """Records that the usual rules would stop at are left out, where others are left."""
+    stops = [(MALFORMED, reason) for reason in dataset.broken]
+    stops += [(one.rule, f"record {one.place + 1} {one.reason}") for one in reading.unread if one.rule in STRICT]
+    if not stops:
         return {}
-    return {"clean": ({"malformed": "drop"}, f"{len(hard)} cannot be read, the first: {hard[0]}")}
+    why = f"{len(stops):,} of {len(dataset.table.records) + len(dataset.broken):,} cannot be used, the first: {stops[0][1]}"
+    return {"clean": (dict.fromkeys(sorted({rule for rule, _ in stops}), "drop"), why)}
 
 
 # --- held-out rows ----------------------------------------------------------------------------------------------------

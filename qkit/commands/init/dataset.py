@@ -76,7 +76,7 @@ def _opened(text: str) -> Dataset:
         raise DataError(f"{text}: has no records{short(first)}; it must hold examples")
     is_whole = len(records) + len(broken) <= LIMIT
     reasons = [f"{name}: {why}" for name, (_, why) in chosen.items()]
-    return Dataset(text, entries, reasons, Table(records[:LIMIT], settings), broken, is_whole)
+    return Dataset(text, entries, reasons, Table(records[:LIMIT]), broken, is_whole)
 
 
 def _sources(text: str) -> tuple[dict[str, dict[str, Any]], dict[str, Chosen]]:

@@ -26,8 +26,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """A record that a task cannot read: its place, counted from 0, the reason, and the rule of data.clean that it falls under."""
+
+    place: int
+    reason: str
+    rule: str
+
+
+@dataclass(frozen=True)
 class Reading:
-    """How a task reads a data set: the section data's `columns` and `ignore`; and what it could not read, as (record, reason).
+    """How a task reads a data set: the section data's `columns` and `ignore`; and what it could not read.
 
     `examples`: of the records that it reads, as the task makes them.
     """
@@ -36,7 +45,7 @@ class Reading:
     columns: Mapping[str, str]
     ignore: Sequence[str]
     examples: Sequence[Example]
-    unread: Sequence[tuple[int, str]]
+    unread: Sequence[Unread]
 
     @property
     def task(self) -> Task:
@@ -101,9 +110,11 @@ def read_as(dataset: Dataset, candidate: Candidate) -> Reading:
         try:
             examples.append(task.example(record, None, "auto", section))
         except RowError as error:
-            unread.append((place, str(error)))
+            unread.append(Unread(place, str(error), error.rule))
     if not examples:
-        raise DataError(f"{dataset.name}: task={candidate.task} can read no record: the first {short(unread[0][1])}")
+        raise DataError(
+            f"{dataset.name}: task={candidate.task} can read no record: the first {short(unread[0].reason)}"
+        )
     names = dict.fromkeys(name for example in examples for name in example.unread)
     ignored = [name for name in names if name in dataset.table.columns and name not in VARIABLES]
     return Reading(candidate, columns, ignored, examples, unread)

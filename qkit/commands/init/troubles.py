@@ -32,11 +32,12 @@ def troubles(dataset: Dataset, reading: Reading) -> Iterator[str]:
     if dataset.broken:
         yield f"{len(dataset.broken):,} lines are no records; the first: {short(dataset.broken[0])}"
     if reading.unread:
-        place, why = reading.unread[0]
-        yield f"{len(reading.unread):,} of {len(records):,} records cannot be used; the first is record {place + 1}: {short(why)}"
+        first, count = reading.unread[0], f"{len(reading.unread):,} of {len(records):,}"
+        yield f"{count} records cannot be used; the first is record {first.place + 1}: {short(first.reason)}"
     for name in dict.fromkeys(reading.candidate.suggestion.columns.values()):
         column = dataset.table.columns.get(name)
-        if column is not None and column.empty:
+        matters = bool(reading.unread) or name == reading.candidate.suggestion.label
+        if column is not None and column.empty and matters:
             yield f"{name} is empty in {column.empty:,} of {len(records):,} records"
     if repeats := _repeats(dataset):
         yield f"{repeats:,} of {len(records):,} records ({percent(repeats / len(records))}) repeat an earlier one, and are left out"

@@ -87,7 +87,8 @@ def _label_columns(table: Table, used: set[str | None]) -> Iterator[tuple[Column
 def _sure_of_classes(column: Column) -> tuple[int, str]:
     if not column.is_label or _sure_of_several(column)[0] or column.characters > MOST_LETTERS:
         return 0, ""
-    why = f"{len(column.counts)} distinct values in {len(column.values):,} records"
+    distinct = f"{len(column.counts)} distinct value{'s' if len(column.counts) > 1 else ''}"
+    why = f"{distinct} in {len(column.values):,} records"
     if not column.repeats:
         return 0, ""
     return (CERTAIN if column.numbers is None else _of_whole(column)), why
