@@ -222,6 +222,15 @@ SHAPES: Mapping[str, Shape] = {
         "chat",
         source={"sample_by": "paragraph"},
     ),
+    "one text": Shape(plain("one.txt", f"{answered(1)}\n"), "chat"),
+    "articles and summaries": Shape(
+        jsonl("news.jsonl", each(lambda n: {"article": review(n) * 3, "summary": answered(n)})),
+        "chat",
+        {"prompt": "article", "completion": "summary"},
+    ),
+    "token ids": Shape(
+        jsonl("ids.jsonl", each(lambda n: {"input_ids": [5, 6, 7 + n], "labels": [-100, 6, 7 + n]})), "chat"
+    ),
     "sentiment": Shape(
         table("reviews.csv", each(lambda n: {"text": review(n), "label": ("bad", "good")[n % 2]})), "classify"
     ),

@@ -94,8 +94,10 @@ def split(dataset: Dataset, reading: Reading, test: float | None = None) -> dict
         return {}
     count = len(reading.examples)
     if is_unscored(reading):
-        why = "plain text has no answers to score: rows are held out for the loss alone"
-        return {} if "validation" in dataset.sources else {"split": ({"train": 0.9, "validation": 0.1}, why)}
+        why = "these rows have no answers to score: rows are held out for the loss alone"
+        return (
+            {} if "validation" in dataset.sources or count < 2 else {"split": ({"train": 0.9, "validation": 0.1}, why)}
+        )
     chosen, why = _shares(count, dataset.is_whole, reading.task.READS_VALIDATION)
     if test is not None:
         chosen, why = (
@@ -151,7 +153,7 @@ def _answers(reading: Reading, lengths: Lengths, value: int) -> Draft:
 
 def is_unscored(reading: Reading) -> bool:
     """Whether its rows have no answer to score."""
-    return any(name in reading.task.UNSCORED for name in reading.candidate.suggestion.columns)
+    return reading.format in reading.task.UNSCORED
 
 
 def compose(

@@ -38,10 +38,13 @@ class Unread:
 class Reading:
     """How a task reads a data set: the section data's `columns` and `ignore`; and what it could not read.
 
+    `format`: of its first record, as the task names it; None for the task's own.
+
     `examples`: of the records that it reads, as the task makes them.
     """
 
     candidate: Candidate
+    format: str | None
     columns: Mapping[str, str]
     ignore: Sequence[str]
     examples: Sequence[Example]
@@ -117,7 +120,8 @@ def read_as(dataset: Dataset, candidate: Candidate) -> Reading:
         )
     names = dict.fromkeys(name for example in examples for name in example.unread)
     ignored = [name for name in names if name in dataset.table.columns and name not in VARIABLES]
-    return Reading(candidate, columns, ignored, examples, unread)
+    data_format = task.data_format(dataset.table.records[0], section)
+    return Reading(candidate, data_format, columns, ignored, examples, unread)
 
 
 def texts_in(value: Any) -> int:

@@ -35,6 +35,6 @@ def _lines(proposal: Proposal, file: Path) -> Iterator[str]:
     for check in proposal.checks or ():
         yield f"fails     check {check['name']}: {check['message']}; {check['remedy']}"
     if not proposal.is_scored:
-        yield "look      plain text has no answers to score, which `qkit run` needs: it also needs questions with answers in data.test"
+        yield "look      these rows have no answers to score, which `qkit run` needs: it also needs questions with answers in data.test"
     yield f"written   {file}"
     yield "next      " + "\n          ".join(proposal.commands(file))

@@ -10,8 +10,19 @@ from qkit.plugins.first_recipe import CERTAIN, LIKELY, POSSIBLE, Base, Chosen, C
 from qkit.recipe.schema import Data, Method
 from qkit.tasks._conversation import formats
 
-ASKED = ("prompt", "question", "query", "input", "instruction", "user", "human", "source")
-ANSWERED = ("completion", "response", "answer", "output", "reply", "assistant", "target", "chosen")
+ASKED = ("prompt", "question", "query", "input", "instruction", "user", "human", "source", "article", "document")
+ANSWERED = (
+    "completion",
+    "response",
+    "answer",
+    "output",
+    "reply",
+    "assistant",
+    "target",
+    "chosen",
+    "summary",
+    "highlights",
+)
 MORE = ("context", "input")  # beside an instruction
 LISTED = {"role": "messages", "from": "conversations"}  # a key of every turn -> our name for the column
 TELLING = 100  # records that tell a format
