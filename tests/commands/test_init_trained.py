@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,15 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("models") / "bert", "bert")
 
 
+@pytest.fixture(scope="module")
+def chat(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with places for a conversation with tools, a token for each byte."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("models") / "chat")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    return folder
+
+
 def proposed(name: str, folder: Path, chat: Path, encoder: Path) -> Proposal:
     dataset = open_dataset(str(SHAPES[name].write(folder)))
     candidate = reading.choose(dataset, reading.candidates(dataset.table), None)
@@ -44,8 +55,8 @@ def proposed(name: str, folder: Path, chat: Path, encoder: Path) -> Proposal:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_recipe_passes_its_own_checks(name: str, tmp_path: Path, tiny_model: Path, encoder: Path) -> None:
-    proposal = proposed(name, tmp_path, tiny_model, encoder)
+def test_the_recipe_passes_its_own_checks(name: str, tmp_path: Path, chat: Path, encoder: Path) -> None:
+    proposal = proposed(name, tmp_path, chat, encoder)
     unknown = {"unknown"}  # the encoder's tokenizer knows the words of other tests
     failed = {check["name"] for check in proposal.checks or ()} - unknown
     assert proposal.checks is not None and not failed, proposal.checks
@@ -55,8 +66,8 @@ def test_the_recipe_passes_its_own_checks(name: str, tmp_path: Path, tiny_model:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_the_recipe_trains(name: str, tmp_path: Path, tiny_model: Path, encoder: Path) -> None:
-    proposal = proposed(name, tmp_path, tiny_model, encoder)
+def test_the_recipe_trains(name: str, tmp_path: Path, chat: Path, encoder: Path) -> None:
+    proposal = proposed(name, tmp_path, chat, encoder)
     init.write(proposal, tmp_path / "first.yaml")
     run = Run.create(tmp_path / "run", load(tmp_path / "first.yaml", ["train.max_steps=2", "train.warmup_steps=0"]))
     pipeline.execute(run, "data")
