@@ -30,7 +30,7 @@ def _lines(proposal: Proposal, file: Path) -> Iterator[str]:
         more = f" and {len(proposal.labels) - NAMED} more" if len(proposal.labels) > NAMED else ""
         yield f"labels    {short(shown)}{more}"
     yield f"model     {proposal.base.source}: {proposal.base.why}"
-    yield f"machine   {proposal.composed.planned}"
+    yield f"machine   {short(proposal.composed.planned)}"
     yield from (f"look      {trouble}" for trouble in proposal.troubles)
     for check in proposal.checks or ():
         yield f"fails     check {check['name']}: {check['message']}; {check['remedy']}"
