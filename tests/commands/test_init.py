@@ -175,6 +175,20 @@ def test_a_saved_data_set_with_splits(tmp_path: Path) -> None:
         open_dataset(str(tmp_path / "untrained"))
 
 
+@pytest.mark.parametrize("secret", [False, True])
+def test_validation_rows_take_the_place_of_a_test_set(secret: bool, tmp_path: Path) -> None:
+    """Where there is none, or its labels are secret."""
+    rows = [{"text": shapes.review(n), "label": "ab"[n % 2]} for n in range(12)]
+    for name in ("train", "validation"):
+        shapes.jsonl(f"{name}.jsonl", rows)(tmp_path)
+    if secret:
+        shapes.jsonl("test.jsonl", [{"text": row["text"], "label": None} for row in rows])(tmp_path)
+    (tmp_path / "out").mkdir()
+    recipe, _ = written(proposed(tmp_path), tmp_path / "out")
+    assert [Path(source.source).name for source in recipe.data.test] == ["validation.jsonl"]
+    assert recipe.data.validation == () and recipe.data.split is None
+
+
 @pytest.mark.parametrize(
     ("configs", "splits", "sources"),
     [

@@ -95,17 +95,13 @@ def split(dataset: Dataset, reading: Reading, test: float | None = None) -> dict
     count = len(reading.examples)
     if is_unscored(reading):
         why = "these rows have no answers to score: rows are held out for the loss alone"
-        return (
-            {} if "validation" in dataset.sources or count < 2 else {"split": ({"train": 0.9, "validation": 0.1}, why)}
-        )
+        return {"split": ({"train": 0.9, "validation": 0.1}, why)} if count > 1 else {}
     chosen, why = _shares(count, dataset.is_whole, reading.task.READS_VALIDATION)
     if test is not None:
         chosen, why = (
             {**chosen, "test": test},
             f"{count:,} records: with a smaller share, a split would be left without rows",
         )
-    if "validation" in dataset.sources:
-        chosen["validation"] = 0.0
     shares = {name: share for name, share in chosen.items() if share}
     return {"split": ({"train": round(1 - sum(shares.values()), 3), **shares}, why)}
 

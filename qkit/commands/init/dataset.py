@@ -14,11 +14,12 @@ from qkit.core.errors import DataError, MissingExtra, short
 from qkit.core.files import read_json
 from qkit.core.sources import HubId, locate
 from qkit.data.read import Broken, read
-from qkit.plugins.first_recipe import Chosen, Table
+from qkit.plugins.first_recipe import Chosen, Table, is_empty
 from qkit.recipe.schema import SPLITS, Source
 from qkit.run.source_files import SUFFIXES, data_files, saved_kind
 
 LIMIT = 20_000  # records that are looked at
+FIRST = 50  # records of held-out rows that are
 NAMES = {  # what the files of a folder, and the splits of a data set, are called
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -65,8 +66,8 @@ def _opened(text: str) -> Dataset:
     sources, chosen = _sources(text)
     settings = {name: value for name, (value, _) in chosen.items()}
     entries = {split: {**entry, **settings} for split, entry in sources.items()}
-    records, broken = [], []
-    for record in islice(read(Source(**entries["train"])), LIMIT + 1):
+    train, records, broken = entries["train"], [], []
+    for record in islice(read(Source(**train)), LIMIT + 1):
         if isinstance(record, Broken):
             broken.append(f"{record.place} {record.reason}")
         else:
@@ -76,7 +77,24 @@ def _opened(text: str) -> Dataset:
         raise DataError(f"{text}: has no records{short(first)}; it must hold examples")
     is_whole = len(records) + len(broken) <= LIMIT
     reasons = [f"{name}: {why}" for name, (_, why) in chosen.items()]
-    return Dataset(text, entries, reasons, Table(records[:LIMIT]), broken, is_whole)
+    table = Table(records[:LIMIT])
+    return Dataset(text, {"train": train, **_held_out(entries, table)}, reasons, table, broken, is_whole)
+
+
+def _held_out(entries: Mapping[str, Mapping[str, Any]], table: Table) -> dict[str, Mapping[str, Any]]:
+    """The held-out sources whose rows have what training rows have: the labels of a test set may be kept secret.
+
+    Without a test set the validation rows take its place: the result is scored on data.test.
+    """
+    usable = {split: entry for split, entry in entries.items() if split != "train" and _has_all(entry, table)}
+    return {"test": usable["validation"]} if [*usable] == ["validation"] else usable
+
+
+def _has_all(entry: Mapping[str, Any], table: Table) -> bool:
+    """Whether no column that training rows fill is empty in the first rows of a source."""
+    rows = [record.value for record in islice(read(Source(**entry)), FIRST) if not isinstance(record, Broken)]
+    wanted = [column.name for column in table.columns.values() if column.values and not column.empty]
+    return bool(rows) and all(any(not is_empty(row.get(name)) for row in rows) for name in wanted)
 
 
 def _sources(text: str) -> tuple[dict[str, dict[str, Any]], dict[str, Chosen]]:
