@@ -61,6 +61,7 @@ CHANGES = {
     "a score of no rows": ["data.validation=[{source: v.jsonl}]", "train.metric_for_best_model=score"],
     "a hash of a hub id": [f"model.sha256={'a' * 64}"],
     "streaming a file": ["data.train=[{source: rows.jsonl, streaming: true}]"],
+    "a delimiter of JSON lines": ["data.train=[{source: rows.jsonl, delimiter: ';'}]"],
     "not an override": ["train.max_steps"],
     "not a section": ["task.name=x"],
 }
