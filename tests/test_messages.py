@@ -122,6 +122,7 @@ CHANGES = {
     "loftq on 16 bits": ["lora.init_lora_weights=loftq", "quantization.load_in_4bit=false"],
     "a start of no name": ["lora.init_lora_weights=pisa"],
     "two starts": ["lora.init_lora_weights=eva", "lora.init_from=runs/first"],
+    "a delimiter of JSON lines": ["data.train=[{source: rows.jsonl, delimiter: ';'}]"],
     "not an override": ["train.max_steps"],
     "not a section": ["task.name=x"],
 }
@@ -157,6 +158,7 @@ def messages(folder: Path) -> dict[str, str]:
     (folder / "other").mkdir()
     (folder / "other" / "file").write_text("")
     (folder / "damaged.json").write_text("{")
+    (folder / "rows.jsonl").write_text("{}")
     task = open_task("chat")
     found = {
         f"recipe: {name}": _of(lambda c=c: from_dict(json.loads(json.dumps(RECIPE)), c, "r.yaml"))
@@ -171,6 +173,7 @@ def messages(folder: Path) -> dict[str, str]:
     places: dict[str, Callable[[], object]] = {
         "recipe: a key twice": lambda: load(folder / "twice.yaml"),
         "recipe: a list": lambda: load(folder / "list.yaml"),
+        "recipe: a data file": lambda: load(folder / "rows.jsonl"),
         "recipe: missing": lambda: load(folder / "no.yaml"),
         "run: not one": lambda: Run.open(folder / "other"),
         "run: other files": lambda: Run.create(folder / "other", from_dict(dict(RECIPE), [], "r.yaml")),

@@ -33,6 +33,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "init": Verb("init", "Write a recipe for a file of examples, with a reason for every value."),
     "doctor": Verb("doctor", "Check what works on this machine, what is missing and how to install it."),
     "plan": Verb("plan", "Estimate memory and time before anything is loaded."),
     "inspect": Verb("inspect", "Show what will be learned, row by row, and likely problems."),
@@ -88,7 +89,7 @@ app = verb_app(
     cls=LazyGroup,
     no_args_is_help=True,
     help="Fine-tune a quantized language model, deploy it, and measure the result.",
-    epilog="Start with: qkit run recipes/quickstart.yaml",
+    epilog="Start with: qkit init rows.jsonl",
 )
 
 
