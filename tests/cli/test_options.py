@@ -26,6 +26,7 @@ PLANNED = {"overrides", "memory", "card", "solve", "explain"}
 STAGE = {"overrides", "out"}
 SERVED = {"overrides", "out", "runtime", "artifact", "name", "adapter", "runtime_adapters", "api_key_file", "force"}
 PREDICTED = {"out", "column", "keep", "top_k", "max_new_tokens", "overwrite"}
+TALKED = {"system", "beside", "temperature", "top_p", "top_k", "max_tokens", "seed"}
 # A way of using a verb -> the options that it reads. `child` and the like, which every way has, are left out.
 WAYS: dict[str, tuple[list[str], set[str]]] = {
     "init": (["init", "rows.jsonl"], {"model", "task", "out", "force"}),
@@ -80,6 +81,11 @@ WAYS: dict[str, tuple[list[str], set[str]]] = {
         ["predict", "http://127.0.0.1:9", "f", "--out", "o.jsonl"],
         PREDICTED | {"model", "api_key_file"},
     ),
+    "chat": (["chat", "r"], TALKED | {"artifact"}),
+    "chat with a server": (["chat", "http://127.0.0.1:9"], TALKED | {"model", "api_key_file"}),
+    "ls": (["ls"], set()),
+    "rm": (["rm", "r"], {"yes"}),
+    "gc": (["gc"], {"yes", "days"}),
     "push": (["push", "f", "me/m"], {"private", "dry_run", "force"}),
     "serve": (["serve", RECIPE], SERVED | {"no_contract", "restart", "form"}),
     "print": (["serve", RECIPE, "--print", "shell"], SERVED | {"form"}),
