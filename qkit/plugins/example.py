@@ -110,7 +110,17 @@ class TaggedWords:
     ignored: tuple[str, ...] = field(default=(), compare=False)
 
 
-Example = Conversation | Text | Tokens | LabelledText | TaggedWords | Question
+@dataclass(frozen=True)
+class AnswerPair:
+    """Two answers to one prompt, of which `chosen` is preferred: two conversations that differ in their last turn only."""
+
+    chosen: Conversation
+    rejected: Conversation
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+
+
+Example = Conversation | Text | Tokens | LabelledText | TaggedWords | Question | AnswerPair
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,6 +69,15 @@ class Prediction:
     text: str
     details: Mapping[str, Any]
     outputs: Any = None
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A prepared row as it is shown to people, token by token. `labels`: -100 where there is no loss; `titles`: by place, what begins there."""
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    titles: Mapping[int, str] = field(default_factory=dict)
 
 
 class Losses(Protocol):
@@ -164,6 +173,7 @@ class Task(Protocol):
     def encoder(self, recipe: Recipe) -> Encoder: ...
     def tokenizer(self, recipe: Recipe) -> Any: ...  # that of the encoder, opened alone
     def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]: ...  # by token; -100: no loss
+    def shown(self, record: Mapping[str, Any]) -> ShownRow: ...  # `record`: the columns that are lists of ints
     def labels(
         self, rows: Sequence[SetRow]
     ) -> Mapping[str, Any]: ...  # of labels.json: names by label id ...; or nothing

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
+from qkit.recipe.preference import Preference
 from qkit.recipe.section import Dtype, Fraction, Limit, Pattern, Positive, Section, Sha256
 from qkit.recipe.training import Train
 
@@ -323,6 +324,7 @@ class Recipe(Section):
     head: Head = Head()
     layers: Layers = Layers()
     loss: Loss = Loss()
+    preference: Preference = Preference()
     data: Data
     ledger: Ledger = Ledger()
     train: Train = Train()

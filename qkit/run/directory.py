@@ -21,6 +21,7 @@ from qkit.core.files import make_folder, read_json, sha256_of, write_text, writi
 from qkit.core.progress import Progress
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
 from qkit.recipe.load import load
+from qkit.recipe.preference import Preference
 from qkit.recipe.schema import SPLITS, Recipe
 
 MANIFEST_VERSION = 1
@@ -34,6 +35,7 @@ ADDED = {
     "layers": Layers().model_dump(mode="json"),
     "loss.delta": 1.0,
     "loss": Loss().model_dump(mode="json", exclude={"delta"}),
+    "preference": Preference().model_dump(mode="json"),
     "train.bf16": True,
     "data.batch_rows": None,
     "data.label_separator": None,

@@ -37,6 +37,7 @@ TRAINING = (
     "head",
     "layers",
     "loss",
+    "preference",
     "data",
     "ledger",
     "train",

@@ -27,6 +27,12 @@ def check_characters(text: str, where: str, section: Data) -> None:
         raise RowError(f"{where} contains U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
 
 
+def preference_clashes(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """The section of pairs of answers, for a task that has none."""
+    if recipe.preference != type(recipe.preference)():
+        yield ("preference",), f"preference is for task=preference, and not for task={recipe.task}: remove it"
+
+
 def windows_clashes(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """The settings of answers in a context, for a task that has none."""
     only = f"is for task=answer, and not for task={recipe.task}: remove it"

@@ -1,7 +1,7 @@
 """Each training row's loss before the first step and after the last: train/losses.parquet.
 
 row           its number in data/train.parquet
-loss_before   mean nats per labelled token with the untrained adapter, which has no effect yet
+loss_before   mean nats per labelled token (of a pair of answers: its loss) with the untrained adapter, which has no effect yet
 loss_after    the same with the trained adapter; null until training is complete
 
 Rows are never packed here, and logits exist for a part of a batch at a time.
@@ -60,7 +60,7 @@ def mean_losses(trainer: Any, progress: Progress, name: str) -> list[float | Non
             inputs = {key: value.to(trainer.args.device) for key, value in batch.items()}
             for index, total in zip(indices, trainer.row_losses(inputs).tolist(), strict=True):
                 sums[index] = total
-    return [total / count if count else None for total, count in zip(sums, trainer.labelled_tokens, strict=True)]
+    return [total / count if count else None for total, count in zip(sums, trainer.loss_items, strict=True)]
 
 
 @contextmanager

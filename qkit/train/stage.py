@@ -225,7 +225,7 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
     write_json(out / "sums.json", counts)
     run.progress.notify(
         f"train: {ledger['labelled_tokens']:,} labelled tokens in the ledger, {epochs:.4g} epochs: {sums.drawn:,} in the sampled "
-        f"rows = {sums.in_batches:,} in the batches = {sums.divided_by:,} in the divisors of the loss"
+        f"rows = {sums.in_batches:,} in the batches = {sums.divided_by:,} {trainer.divisors}"
     )
 
 

@@ -27,6 +27,8 @@ else:
 class Counted(Base):
     """What qkit changes in a Trainer. `train_dataset` has the columns input_ids and labels, and with `packing` pack and position."""
 
+    divisors = "in the divisors of the loss"  # where the third count of labels comes from, for people
+
     def __init__(
         self,
         *args: Any,
@@ -142,6 +144,11 @@ class Counted(Base):
         """The labels of a batch that carry loss, [labels]: ids; or the sum of the bits of each row's numbers, [rows]."""
         labels = inputs["labels"]
         return _bits(labels) if labels.is_floating_point() else labels[labels != IGNORED]
+
+    @property
+    def loss_items(self) -> list[int]:
+        """By how many labels `row_losses` is divided for the mean of each row."""
+        return self.labelled_tokens
 
     def row_losses(self, inputs: Any) -> torch.Tensor:
         """The sum of each row's losses in nats, [rows] fp64; without gradients."""

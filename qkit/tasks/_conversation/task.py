@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.batching import LENGTH_STEP
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
 from qkit.plugins.sections import Evaluated, Figure, Section
-from qkit.plugins.task import ModelHead, Prediction
+from qkit.plugins.task import ModelHead, Prediction, ShownRow
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 from qkit.tasks._conversation.checks.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
-from qkit.tasks._texts import windows_clashes
+from qkit.tasks._texts import preference_clashes, windows_clashes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +64,7 @@ class ConversationTask:
         if recipe.data.label_separator is not None:
             yield ("data", "label_separator"), f"data.label_separator {for_labels}"
         yield from windows_clashes(recipe)
+        yield from self.own_clashes(recipe)
         if recipe.data.too_long == "truncate":
             yield (
                 ("data", "too_long"),
@@ -74,6 +75,10 @@ class ConversationTask:
                 ("train", "bf16"),
                 "train.bf16=false: conversations are trained in bf16 on 16-bit or 4-bit weights; remove it",
             )
+
+    def own_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """What a task of this family may have of its own: here nothing."""
+        return preference_clashes(recipe)
 
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """Those of the schema."""
@@ -149,6 +154,10 @@ class ConversationTask:
         """The labels of a prepared row."""
         labels: Sequence[int] = record["labels"]
         return labels
+
+    def shown(self, record: Mapping[str, Any]) -> ShownRow:
+        """All tokens of a prepared row."""
+        return ShownRow(record["input_ids"], self.token_labels(record))
 
     def labels(self, rows: Sequence[SetRow]) -> Mapping[str, Any]:
         """None: what is learned is text."""

@@ -14,11 +14,11 @@ from qkit.core.errors import short
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
 from qkit.plugins.sections import Evaluated, Figure, Section
-from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, read_labels
+from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, ShownRow, read_labels
 from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
 from qkit.tasks._encoder._report.labels import OF_ONE_LABEL, SINGLE_LABEL
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
-from qkit.tasks._texts import windows_clashes
+from qkit.tasks._texts import preference_clashes, windows_clashes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +66,7 @@ class EncoderTask:
     def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """What only tasks on conversations have, and what the method has no use for."""
         data, where = recipe.data, f"task={recipe.task}"
+        yield from preference_clashes(recipe)
         if not self.WINDOWS:
             yield from windows_clashes(recipe)
         if ":" not in recipe.loss.name and recipe.loss.name not in self.LOSSES:
@@ -193,6 +194,10 @@ class EncoderTask:
         from qkit.core.batching import IGNORED
 
         return [IGNORED] * len(record["input_ids"])
+
+    def shown(self, record: Mapping[str, Any]) -> ShownRow:
+        """All tokens of a prepared row."""
+        return ShownRow(record["input_ids"], self.token_labels(record))
 
     def labels(self, rows: Sequence[SetRow]) -> Mapping[str, Any]:
         """The labels of the training rows, numbers in their order and names by the alphabet, and how many rows of a split have each."""

@@ -1,0 +1,261 @@
+"""Training on pairs against TRL's own DPOTrainer, in fp32: the same losses and gradients, whatever the loss, layout and accumulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer
+
+from helpers.training import Heard
+from qkit.core.batching import IGNORED
+from qkit.recipe.preference import Preference
+from qkit.tasks._preference.collate import collate_pairs
+from qkit.train.fast.pairs import labelled_tokens
+from qkit.train.preference import layout, reference
+from qkit.train.preference.losses import LOSSES
+from qkit.train.preference.trainer import trainer_class
+
+pytestmark = pytest.mark.slow
+
+PAIRS = [
+    {"prompt": "name a colour", "chosen": "blue", "rejected": "a stone, perhaps"},
+    {"prompt": "count", "chosen": "one two three four", "rejected": "no"},
+    {"prompt": "what is the time", "chosen": "noon", "rejected": "late"},
+    {"prompt": "go", "chosen": "I went to the shop", "rejected": "I stayed at home"},
+]
+CLOSE = {"rtol": 1e-5, "atol": 1e-8}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"loss_type": name} for name in LOSSES},
+    "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 1e-3},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    "aot": {"loss_type": "aot", "label_smoothing": 0.1},
+    "beta": {"loss_type": "sigmoid", "beta": 0.7},
+    "mpo": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "ld_alpha": {"loss_type": "sigmoid", "ld_alpha": 0.3},
+    "wpo": {"loss_type": "sigmoid", "use_weighting": True},
+    "forward_kl": {"loss_type": "sigmoid", "f_divergence_type": "forward_kl"},
+    "js": {"loss_type": "hinge", "f_divergence_type": "js_divergence"},
+    "alpha": {"loss_type": "ipo", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+    "temperature": {"loss_type": "discopop", "discopop_tau": 0.2},
+}
+
+
+def _model(folder: Path, **more: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **more)
+
+
+def _adapted(folder: Path, **more: Any) -> Any:
+    """A model that is no longer the reference; always the same one."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(_model(folder, **more), lora)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data *= 0.1
+    return adapted
+
+
+def _arguments(folder: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "max_steps": 1,
+        "max_grad_norm": 0,  # gradients as they are
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-3,
+        **more,
+    }
+
+
+def _trl(model: Path, folder: Path, options: dict[str, Any], batch: int = 4, accumulation: int = 1) -> Any:
+    options = {**options, "loss_type": [options["loss_type"]]} if isinstance(options["loss_type"], str) else options
+    steps = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = DPOTrainer(
+        model=_model(model),
+        args=DPOConfig(**_arguments(folder, **steps), **options),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(str(model)),
+        peft_config=lora,
+    )
+    _copy(_adapted(model), trainer.model)
+    return trainer
+
+
+def _copy(source: Any, target: Any) -> None:
+    weights = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(weights[name])
+
+
+def _rows(trl: Any) -> Dataset:
+    """The pairs as TRL has tokenized them, in qkit's columns."""
+    rows = []
+    for row in trl.train_dataset:
+        prompt, chosen, rejected = (row[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+        rows.append(
+            {
+                "input_ids": prompt + chosen + rejected,
+                "labels": [IGNORED] * len(prompt) + chosen + rejected,
+                "start": len(prompt),
+                "rejected_start": len(prompt) + len(chosen),
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def _ours(
+    model: Path, folder: Path, rows: Dataset, section: Preference, shared: bool = True, batch: int = 4, **more: Any
+) -> Any:
+    accumulation = {"gradient_accumulation_steps": 4 // batch}
+    trainer = trainer_class()(
+        model=_adapted(model, **more.pop("load", {})),
+        args=TrainingArguments(
+            remove_unused_columns=False, **_arguments(folder, **accumulation, **more.pop("args", {}))
+        ),
+        train_dataset=rows,
+        section=section,
+        shared=shared,
+        pad=0,
+        batch_tokens=100_000,
+        batch_rows=batch,
+        collator=lambda given, pad, packed=False: collate_pairs(given, pad),
+        **more,
+    )
+    sums = reference.of_training_pairs(folder / "reference.parquet", trainer, Heard())
+    trainer.train_dataset = reference.with_reference(trainer.train_dataset, sums)
+    return trainer
+
+
+def _step(trainer: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the one optimizer step of `train()`."""
+    gradients: dict[str, torch.Tensor] = {}
+
+    class Catch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+
+    trainer.add_callback(Catch())
+    trainer.train()
+    return float(trainer.state.log_history[0]["loss"]), gradients
+
+
+def _same(ours: tuple[float, dict[str, torch.Tensor]], theirs: tuple[float, dict[str, torch.Tensor]]) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-4)  # the log rounds
+    assert ours[1].keys() == theirs[1].keys() and ours[1]
+    for name, gradient in theirs[1].items():
+        largest = float(gradient.abs().max())
+        torch.testing.assert_close(ours[1][name], gradient, rtol=1e-5, atol=1e-5 * largest, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_loss_and_gradients_are_those_of_trl(tiny_model: Path, tmp_path: Path, name: str) -> None:
+    options = OPTIONS[name]
+    trl = _trl(tiny_model, tmp_path, options)
+    ours = _ours(tiny_model, tmp_path, _rows(trl), Preference(**options))
+    _same(_step(ours), _step(trl))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["sigmoid", "mpo", "sft", "wpo"])
+def test_accumulation_changes_nothing(tiny_model: Path, tmp_path: Path, name: str, batch: int) -> None:
+    """One step of four pairs, as one batch or as several; also where lengths differ, and a loss is a mean over tokens."""
+    section = Preference(**OPTIONS[name])
+    rows = _rows(_trl(tiny_model, tmp_path, OPTIONS[name]))
+    whole = _step(_ours(tiny_model, tmp_path, rows, section))
+    _same(_step(_ours(tiny_model, tmp_path, rows, section, batch=batch)), whole)
+    _same(_step(_ours(tiny_model, tmp_path, rows, section, micro_batches=4 // batch)), whole)
+
+
+def test_trl_divides_a_step_by_its_batches(tiny_model: Path, tmp_path: Path) -> None:
+    """With a loss of single pairs and batches of one size that is the same; a mean over tokens is another number."""
+    same = [_step(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"], batch, 4 // batch)) for batch in (4, 1)]
+    _same(*same)
+    whole, parts = (_step(_trl(tiny_model, tmp_path, OPTIONS["sft"], batch, 4 // batch)) for batch in (4, 1))
+    assert parts[0] != pytest.approx(whole[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_a_prompt_that_is_computed_once_changes_nothing(tiny_model: Path, tmp_path: Path, kind: str) -> None:
+    section, rows = Preference(), _rows(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"]))
+    load = {"attn_implementation": kind}
+    once, twice = (_step(_ours(tiny_model, tmp_path, rows, section, way, load=load)) for way in (True, False))
+    _same(once, twice)
+    assert once[0] != pytest.approx(0.6931, abs=1e-3) and max(float(g.abs().max()) for g in once[1].values()) > 1e-3
+
+
+def test_checkpointing_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    section, rows = Preference(), _rows(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"]))
+    plain = _step(_ours(tiny_model, tmp_path, rows, section))
+    _same(_step(_ours(tiny_model, tmp_path, rows, section, args={"gradient_checkpointing": True})), plain)
+
+
+def test_the_base_with_its_adapter_off_is_a_separate_reference_model(tiny_model: Path, tmp_path: Path) -> None:
+    """By TRL's own function, of a second model that has never had an adapter."""
+    trl = _trl(tiny_model, tmp_path, OPTIONS["sigmoid"])
+    trainer = _ours(tiny_model, tmp_path, _rows(trl), Preference())
+    other = _model(tiny_model)
+    for row, reference_row in zip(trainer.train_dataset, trl.train_dataset, strict=True):
+        for side in ("chosen", "rejected"):
+            prompt, answer = reference_row["prompt_ids"], reference_row[f"{side}_ids"]
+            with torch.no_grad():
+                logits = other(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            expected = sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
+            assert row[f"reference_{side}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_reference_is_computed_once(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _rows(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"]))
+    first = _ours(tiny_model, tmp_path, rows, Preference())
+    known = first.train_dataset["reference_chosen"][:]
+    table = reference._read(tmp_path / "reference.parquet", len(rows))
+    reference._write(tmp_path / "reference.parquet", {row: table[row] for row in (0, 2)})  # killed half way
+    asked: list[int] = []
+    of_batch = reference._sums
+    monkeypatch.setattr(reference, "_sums", lambda trainer, some: asked.append(len(some)) or of_batch(trainer, some))
+    again = _ours(tiny_model, tmp_path, rows, Preference())
+    assert asked == [2] and again.train_dataset["reference_chosen"][:] == pytest.approx(known, rel=1e-5)
+
+
+def test_a_model_with_a_window_computes_its_prompts_twice(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = _ours(tiny_model, tmp_path, _rows(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"])), Preference())
+    assert layout.shares_prompts(trainer, tmp_path)[0]
+    assert layout.shares_prompts(trainer, tmp_path)[1] == "as when this run started"
+    (tmp_path / layout.RECORD).unlink()
+    trainer.base_model.config.sliding_window = 8
+    assert not layout.shares_prompts(trainer, tmp_path)[0]
+
+
+def test_a_layout_in_which_an_answer_sees_the_other_one_is_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qkit.train.fast import pairs
+
+    trainer = _ours(tiny_model, tmp_path, _rows(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"])), Preference())
+    monkeypatch.setattr(pairs, "mask", lambda batch, dtype: None)
+    shared, why = layout.shares_prompts(trainer, tmp_path)
+    assert not shared and "would differ" in why
+
+
+def test_the_head_gives_the_gradients_of_a_plain_one(tiny_model: Path) -> None:
+    """Also where the head itself is trained."""
+    batch = layout.probe(model := _model(tiny_model))
+    weights = list(model.model.parameters())
+    found = []
+    for trained in (True, False):
+        model.get_output_embeddings().requires_grad_(trained)
+        values = labelled_tokens(model, batch, shared=True).log_probabilities
+        scale = torch.linspace(-1, 2, len(values))
+        found.append(torch.autograd.grad((values * scale).sum(), weights))
+    for plain, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
