@@ -175,7 +175,10 @@ def columns_shown(file: Any) -> list[str]:
     """The columns of an open Parquet file of rows that are needed to show one: whatever holds tokens, and its place and labels."""
     import pyarrow as pa
 
-    fields = [(field.name, field.type.value_type if pa.types.is_list(field.type) else field.type) for field in file.schema_arrow]
+    fields = [
+        (field.name, field.type.value_type if pa.types.is_list(field.type) else field.type)
+        for field in file.schema_arrow
+    ]
     return [name for name, kind in fields if name in ("place", "names", "labels") or kind == pa.int32()]
 
 
