@@ -36,7 +36,7 @@ from qkit.recipe.schema import Data
 from qkit.report import model_card
 from qkit.run.directory import LOCK_HELD, Peak, Run, StageRecord, decisions, stage_key
 from qkit.run.environment import environment
-from qkit.run.stages import STAGES, stages_of
+from qkit.run.stages import STAGES, sections_of, stages_of
 
 if TYPE_CHECKING:
     from qkit.run.stages import Stage
@@ -73,7 +73,7 @@ def _inputs(run: Run, stage: Stage) -> dict[str, str]:
 
 
 def _key(run: Run, stage: Stage) -> str:
-    return stage_key(stage.name, run.recipe, stage.sections, _inputs(run, stage))
+    return stage_key(stage.name, run.recipe, sections_of(stage, run.recipe), _inputs(run, stage))
 
 
 def execute(run: Run, name: str) -> None:

@@ -52,8 +52,20 @@ CHANGES = {
     "a long warm-up": ["train.max_steps=4", "train.warmup_steps=10"],
     "late logs": ["train.max_steps=4", "train.logging_steps=9"],
     "constant with warm-up": ["train.lr_scheduler_type=constant", "train.warmup_steps=2"],
+    "no validation rows": ["train.early_stopping_patience=2"],
+    "no evaluation": ["data.validation=[{source: v.jsonl}]", "train.eval_strategy=no", "train.eval_steps=5"],
+    "steps of an epoch": ["data.validation=[{source: v.jsonl}]", "train.eval_strategy=epoch", "train.eval_steps=5"],
+    "steps without a number": ["data.validation=[{source: v.jsonl}]", "train.eval_strategy=steps"],
+    "a threshold alone": ["train.early_stopping_threshold=0.1"],
+    "an unknown figure": ["train.metric_for_best_model=bleu"],
+    "a score of no rows": ["train.metric_for_best_model=score"],
     "a hash of a hub id": [f"model.sha256={'a' * 64}"],
     "streaming a file": ["data.train=[{source: rows.jsonl, streaming: true}]"],
+    "packs of pairs": ["task=preference", "data.packing=true"],
+    "the loss of more than the answers": ["task=preference", "data.loss=all"],
+    "an unknown loss of pairs": ["task=preference", "preference.loss_type=dpo"],
+    "the logarithm of no smoothing": ["task=preference", "preference.loss_type=exo_pair"],
+    "pairs of a chat": ["preference.beta=0.5"],
     "not an override": ["train.max_steps"],
     "not a section": ["task.name=x"],
 }
@@ -66,6 +78,15 @@ RECORDS: Mapping[str, Any] = {
     "an empty answer": {"prompt": "a", "completion": " "},
     "two questions": {"messages": [{"role": role, "content": "a"} for role in ("user", "user", "system", "assistant")]},
     "labels of another length": {"input_ids": [1, 2], "labels": [1]},
+}
+PAIRS: Mapping[str, Any] = {
+    "no rejected answer": {"prompt": "a", "chosen": "b"},
+    "no prompt": {"chosen": "a", "rejected": "b"},
+    "no common prompt": {
+        side: [{"role": role, "content": side} for role in ("user", "assistant")] for side in ("chosen", "rejected")
+    },
+    "the same answer": {"prompt": "a", "chosen": "b", "rejected": "b"},
+    "an empty side": {"prompt": "a", "chosen": "b", "rejected": " "},
 }
 BREACHES = {
     "kl_mean": Breach("kl_mean", 0.2, 0.1),
@@ -95,9 +116,11 @@ def messages(folder: Path) -> dict[str, str]:
         for name, c in CHANGES.items()
     }
     found |= {f"row: {name}": _of(lambda r=r: task.example(r, None, "auto", Data())) for name, r in RECORDS.items()}
+    pairs = open_task("preference")
+    found |= {f"pair: {name}": _of(lambda r=r: pairs.example(r, None, "auto", Data())) for name, r in PAIRS.items()}
     found |= {
         f"check: {name}": json.dumps([kind.passes, kind.problem, kind.remedy], ensure_ascii=False)
-        for name, kind in open_task("chat").CHECKS.items()
+        for name, kind in {**task.CHECKS, **pairs.CHECKS}.items()
     }
     found |= {f"gate: {name}": breach.message for name, breach in BREACHES.items()}
     places: dict[str, Callable[[], object]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,11 @@ def read_held_out(file: Path, task: Task) -> HeldOut:
     """Read the rows of a split's Parquet file."""
     import pyarrow.parquet
 
-    records = pyarrow.parquet.read_table(file).to_pylist()
+    return of_records(pyarrow.parquet.read_table(file).to_pylist(), task)
+
+
+def of_records(records: Sequence[Mapping[str, Any]], task: Task) -> HeldOut:
+    """The rows of a split, from all columns of each."""
     asked = tuple(record for record in records if not task.continues(record))
     return HeldOut(
         rows=tuple(task.row(record) for record in records),

@@ -11,7 +11,7 @@ from qkit.plan.items import MemoryItem
 from qkit.plan.plan import Plan, refusal
 from qkit.plan.published import Anchor
 from qkit.plan.remedies import Remedy
-from qkit.plan.sheet import Sheet
+from qkit.plan.sheet import Evaluation, Sheet
 from qkit.plan.solve import LengthTable, Solved
 from qkit.plan.speed import Pace
 
@@ -119,6 +119,17 @@ def _notes(sheet: Sheet) -> Iterator[str]:
     yield f"{sheet.parameters:,} parameters.{served}"
     yield f"Gradient checkpointing is {'on' if sheet.checkpointing.on else 'off'}: {sheet.checkpointing.why}."
     yield _pace(sheet.pace)
+    if sheet.evaluation:
+        yield _evaluation(sheet.evaluation, sheet.pace.bound)
+
+
+def _evaluation(evaluation: Evaluation, bound: bool) -> str:
+    often = "Training" if evaluation.evaluations is None else f"{evaluation.evaluations:,} times, training"
+    rows = "" if evaluation.tokens is None else f", {evaluation.tokens:,} tokens"
+    text = f"{often} evaluates the validation rows{rows}"
+    if evaluation.seconds is None:
+        return f"{text}."
+    return f"{text}: their losses take {'at least' if bound else 'about'} {_duration(evaluation.seconds)}."
 
 
 def _pace(pace: Pace) -> str:

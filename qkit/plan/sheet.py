@@ -28,10 +28,19 @@ from qkit.plan.remedies import Remedy
 from qkit.plan.solve import LengthTable, Question, Solved
 from qkit.plan.speed import Pace
 from qkit.plugins.task import open_task, read_labels
-from qkit.recipe import idle, load, schedule, schema
+from qkit.recipe import idle, load, schedule, schema, validation
 from qkit.recipe.schema import Recipe
 
 CONVERSATIONS = (1024, 4096, 16384)  # lengths in tokens, for the number of conversations that a server holds at once
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How often training evaluates the validation rows, their tokens, and the time that the losses take in all; None: unknown."""
+
+    evaluations: int | None
+    tokens: int | None
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Sheet:
     refused: tuple[Refusal, ...]
     comes_quantized: str | None  # the quantization method of the base model as downloaded
     remarks: tuple[str, ...]  # warnings about recipe values without effect, and about the model
+    evaluation: Evaluation | None = None  # of the validation rows, during training
     vocabulary: str | None = None  # a warning about tokens without a row in the embedding
 
     @property
@@ -69,9 +79,10 @@ def sheet(
     lengths: Sequence[Sequence[int]] = (),
     question: Question | None = None,
     labels: int | None = None,
+    validation_rows: tuple[int, int] | None = None,
 ) -> Sheet:
     """Everything about a recipe on a device, by default that of this machine. `lengths`: of the training rows, as in solve.length_table;
-    `labels`: how many the data have.
+    `labels`: how many the data have; `validation_rows`: their number and their tokens. Without them, what is not known before the data stage.
 
     Raises:
         RecipeError: training is too short for its schedule.
@@ -82,9 +93,8 @@ def sheet(
     subject, undecided = subject_of(recipe, known), recipe
     recipe = plan_plan.decided(recipe, device, known)
     stages = plan_plan.stages(recipe, device, known)
-    steps = _checked_steps(recipe, lengths)
+    pace = _pace(recipe, subject, device, lengths)
     plan = max(stages[:2], key=lambda stage: stage.peak_bytes)
-    pace = speed.pace(recipe, subject, device, speed.kept(lengths, recipe.data.max_length) if lengths else None)
     return Sheet(
         plan=plan,
         checkpointing=plan_plan.checkpointing(undecided, device, known),
@@ -92,7 +102,8 @@ def sheet(
         parameters=_parameters(recipe, subject),
         stages=stages,
         conversations=_conversations(stages[-1], subject),
-        pace=replace(pace, steps=steps or pace.steps),
+        pace=pace,
+        evaluation=_evaluation(recipe, subject, pace, validation_rows),
         lengths=solve.length_table(lengths, undecided, device, labels) if lengths else None,
         alternatives=() if plan.fits else plan_plan.alternatives(recipe, plan, device, known),
         anchors=published.anchors(recipe, device) if isinstance(subject, Shape) else (),
@@ -104,16 +115,32 @@ def sheet(
     )
 
 
-def _checked_steps(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> int | None:
-    """The steps of training; None if they are not known yet.
+def _pace(recipe: Recipe, subject: Subject, device: Device, lengths: Sequence[Sequence[int]]) -> Pace:
+    """Speed, time and steps of training.
 
     Raises:
-        RecipeError: they are too few for the schedule.
+        RecipeError: the steps are too few for the schedule.
     """
     steps = schedule.planned_steps(recipe, lengths, open_task(recipe.task).LENGTH_STEP)
     if steps is not None:
         schedule.check(recipe.train, steps)
-    return steps
+    pace = speed.pace(recipe, subject, device, speed.kept(lengths, recipe.data.max_length) if lengths else None)
+    return replace(pace, steps=steps or pace.steps)
+
+
+def _evaluation(recipe: Recipe, subject: Subject, pace: Pace, rows: tuple[int, int] | None) -> Evaluation | None:
+    """What the evaluations cost; None if the recipe has none. `rows`: validation rows and their tokens."""
+    if recipe.train.eval_strategy == "no" or not validation.may_have_rows(recipe.data):
+        return None
+    count = validation.evaluations(recipe.train, pace.steps) if pace.steps else None
+    if rows is None or not rows[0]:
+        return Evaluation(count, None, None)
+    tokens = rows[1] * min(rows[0], recipe.train.eval_rows or rows[0]) // rows[0]
+    if not count:
+        return Evaluation(count, tokens, None)
+    return Evaluation(
+        count, tokens, speed.evaluation_seconds(pace, speed.forward_share(recipe, subject), tokens, count)
+    )
 
 
 def _parameters(recipe: Recipe, subject: Subject) -> int:
@@ -153,6 +180,7 @@ def to_dict(sheet: Sheet) -> dict[str, Any]:
         "conversations": [{"tokens": length, "at_once": count} for length, count in sheet.conversations],
         "time_seconds": sheet.pace.seconds,
         "time": sheet.pace.to_dict(),
+        "evaluation": asdict(sheet.evaluation) if sheet.evaluation else None,
         "lengths": asdict(sheet.lengths) if sheet.lengths else None,
         "alternatives": [remedy.to_dict() for remedy in sheet.alternatives],
         "anchors": [asdict(anchor) for anchor in sheet.anchors],
@@ -237,6 +265,15 @@ def lengths_of(target: Path | None) -> list[list[int]]:
 def labels_of(target: Path | None) -> int | None:
     """How many labels the data stage counted; None if it has not run, or the task has no labels."""
     return len(read_labels(_data(target))) or None if target else None
+
+
+def validation_rows_of(target: Path | None) -> tuple[int, int] | None:
+    """The number of validation rows and their tokens; None if the data stage has not run."""
+    file = _data(target) / "summary.json" if target else None
+    if file is None or not file.is_file():
+        return None
+    counts = read_json(file).get("splits", {}).get("validation", {})
+    return counts.get("rows", 0), counts.get("tokens", 0)
 
 
 def _data(target: Path) -> Path:

@@ -23,7 +23,7 @@ from qkit.plan._subject import Subject
 from qkit.plan._traced import items as traced_items
 from qkit.plan._traced.head import NewHead
 from qkit.plan.fixed_memory import adapter_sizes, weight_bytes
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import WHOLE, Recipe
 
 REMEMBERED = 8  # runs per device; their median is used
 
@@ -63,6 +63,22 @@ def flops_per_token(recipe: Recipe, shape: Subject, labelled_share: float = 1.0)
         shape.layers * 2 * 2 * shape.attention * attended * (passes + 1)
     )  # its backward pass has twice the products
     return 2 * passes * active + head + adapter + attention
+
+
+def forward_share(recipe: Recipe, shape: Subject) -> float:
+    """FLOPs of a forward pass alone / those of training, for each token. Of a traced model: a third, or half if only an adapter learns."""
+    if isinstance(shape, NewHead):
+        return 1 / 3 if recipe.method in WHOLE else 1 / 2
+    passes = 3 if recipe.train.gradient_checkpointing else 2
+    return 1 / passes
+
+
+def evaluation_seconds(pace: Pace, share: float, tokens: int, evaluations: int) -> float | None:
+    """An estimate of how long the losses of validation rows take, from the speed of training; or a lower bound, as the pace is.
+
+    `share`: `forward_share`; `tokens`: of the rows of one evaluation.
+    """
+    return tokens * evaluations * share / pace.tokens_per_second if pace.tokens_per_second else None
 
 
 def batch_seconds(recipe: Recipe, shape: Subject, card: gpus.Card, labelled_share: float = 1.0) -> float | None:

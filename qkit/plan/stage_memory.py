@@ -16,9 +16,10 @@ from qkit.model.shape import Shape, experts, linears, parameters
 from qkit.plan._overhead import HOST, fixed_item, overhead_of
 from qkit.plan.fixed_memory import ADAPTER_BYTES, BASE_BYTES, adapter_sizes, base_weights, folds, optimizer_item
 from qkit.plan.items import MemoryItem
-from qkit.plan.train_step import Moment, TrainStep, logits_formula, logits_part, moments, overhead_items, step_of
+from qkit.plan.train_step import Moment, Part, TrainStep, logits_formula, logits_part, moments, overhead_items, step_of
 from qkit.plugins.runtime import PREFILL_TOKENS
 from qkit.plugins.task import open_task
+from qkit.recipe import validation
 from qkit.recipe.schema import Recipe
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -30,6 +31,8 @@ def train_items(recipe: Recipe, shape: Shape, device: Device, labelled: int | No
     step = step_of(recipe, shape, device, labelled)
     width = DTYPE_BYTES[recipe.quantization.bnb_4bit_compute_dtype] if recipe.quantization.load_in_4bit else 0
     by_name = moments(step, _largest(shape) * width, recipe.train.optim)
+    if validation.may_have_rows(recipe.data) and validation.scores_rows(recipe):
+        by_name["answers to validation rows"] = _answering(recipe, shape, _largest(shape) * width)
     name = max(by_name, key=lambda name: by_name[name].bytes)
     peak = by_name[name]
     others = f" and {step.parameters:,} parameters of experts or routers" if step.parameters else ""
@@ -44,6 +47,12 @@ def train_items(recipe: Recipe, shape: Shape, device: Device, labelled: int | No
         _batch(step),
         *overhead_items(step, max(moment.activation_bytes for moment in by_name.values())),
     )
+
+
+def _answering(recipe: Recipe, shape: Shape, dequantized: int) -> Moment:
+    """An evaluation between two steps generates answers."""
+    parts = tuple(Part(item.name, 1, 1, item.bytes) for item in answer_items(recipe, shape))
+    return Moment(activations=parts, dequantized=dequantized)
 
 
 def _passing_items(name: str, peak: Moment, step: TrainStep) -> tuple[MemoryItem, ...]:

@@ -18,6 +18,7 @@ class Figure:
     """One of `Task.metrics` that is shown wherever a score is. `name`: there; `title`: for people; `metric`: its name on the hub.
 
     `average`: over labels, as scikit-learn names it; "" if it is no average. `share`: it runs from 0 to 1, and is shown as of 100.
+    `is_error`: less is better.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Figure:
     metric: str
     average: str = ""
     share: bool = True
+    is_error: bool = False
 
 
 @dataclass(frozen=True)

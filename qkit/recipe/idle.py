@@ -42,7 +42,7 @@ def remarks(recipe: Recipe) -> Problems:
     yield from _methods(recipe)
     yield from _quantization(recipe.quantization)
     yield from _exporting(recipe.export)
-    if not registry.reads_validation(recipe.task):
+    if recipe.train.eval_strategy == "no" and not registry.reads_validation(recipe.task):
         yield from _unread(recipe.data)
     if recipe.bench.sweep and _set(recipe.bench, "concurrency"):
         limit = ", ".join(map(str, recipe.bench.concurrency))
@@ -104,7 +104,7 @@ def _unread(data: Data) -> Problems:
     if name := "data.validation" if data.validation else share:
         yield (
             ("data", "validation"),
-            f"{name}: these rows are held out, but no stage reads them; the result is scored on data.test",
+            f"{name}: these rows are held out, but with train.eval_strategy=no no stage reads them; the result is scored on data.test",
         )
 
 

@@ -56,6 +56,12 @@ def reads_validation(name: str) -> bool:
     return name in names(TASKS) and bool(importlib.import_module(f"qkit.{TASKS}.{name}").TASK.READS_VALIDATION)
 
 
+def figure_names(name: str) -> list[str]:
+    """The figures beside the score of a task of that name."""
+    task: Any = importlib.import_module(f"qkit.{TASKS}.{name}").TASK
+    return [figure.name for figure in task.FIGURES]
+
+
 def task_has_labels(name: str) -> bool:
     """Whether a task's model has a head for labels; False for an unknown task."""
     if name not in names(TASKS):

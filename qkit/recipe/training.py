@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from qkit.recipe.section import Positive, Section
@@ -21,6 +21,11 @@ def _steps_or_epochs(value: int) -> int:
     if value == 0:
         raise PydanticCustomError("steps", "0 steps train nothing; remove it to use train.num_train_epochs")
     return value
+
+
+def _no_is_a_word(value: object) -> object:
+    """YAML reads an unquoted no as false."""
+    return "no" if value is False else value
 
 
 class Train(Section):
@@ -48,3 +53,39 @@ class Train(Section):
     logging_steps: Positive = 1
     save_steps: Positive = 50
     save_total_limit: Positive = 1
+    eval_strategy: Annotated[Literal["auto", "no", "steps", "epoch"], BeforeValidator(_no_is_a_word)] = Field(
+        "auto",
+        description="when training evaluates the validation rows; auto: every train.eval_steps if that is set, else after each epoch",
+    )
+    eval_steps: Annotated[int | float, Field(gt=0), AfterValidator(_whole_or_share)] | None = Field(
+        None, description="steps between two evaluations; below 1, a share of all steps"
+    )
+    eval_on_start: bool = Field(False, description="also evaluate before the first step")
+    eval_rows: Positive | None = Field(
+        None, description="validation rows of an evaluation, spread evenly over them; default: all"
+    )
+    eval_score_rows: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="validation rows of which an evaluation computes the task's metric as well; default: as many as of the loss, "
+        "or none if the model generates text",
+    )
+    metric_for_best_model: str = Field(
+        "loss",
+        description="what tells the best step: loss, loss/SOURCE, score, or a figure of the task, such as f1_macro",
+    )
+    load_best_model_at_end: bool | None = Field(
+        None, description="keep what was trained at the best step, not at the last; default: with early stopping"
+    )
+    early_stopping_patience: Positive | None = Field(
+        None, description="stop after this many evaluations in a row that are no better than the best"
+    )
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="by how much an evaluation must be better, to count as better"
+    )
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the result is the model of the best step."""
+        if self.load_best_model_at_end is None:
+            return self.early_stopping_patience is not None
+        return self.load_best_model_at_end

@@ -45,6 +45,8 @@ def screen(figures: Summary) -> RenderableType:
     parts: list[RenderableType] = [Text(headline(figures), style="bold"), Text(), columns]
     if (further := scored(figures, TRAINED)) and "metrics" in further:
         parts += [Text(), _further_tables(further)]
+    if figures["validation"]:
+        parts.append(Text(_validation(figures["validation"]), style="dim"))
     parts += [Text(f"{name} failed its gate: {why}", style=STYLES["failed"]) for name, why in refused(figures)]
     parts += [Text(f"{name} {OUTDATED}", style=STYLES["stale"]) for name in outdated(figures)]
     parts += [Text(f"{name}: {text}", style="dim") for name, text in remarks(figures)]
@@ -52,6 +54,14 @@ def screen(figures: Summary) -> RenderableType:
         parts += [Text(), _bench_table(figures)]
     parts += [Text(doubt, style=STYLES["stale"]) for doubt in doubts(figures)]
     return Group(*parts)
+
+
+def _validation(best: Mapping[str, Any]) -> str:
+    """The best step by the validation rows, and whether the result is that of the step."""
+    value = "unknown" if best["value"] is None else f"{best['value']:.4g}"
+    text = f"training: best validation {best['metric']} {value} at step {best['best_step']} of {best['steps']}"
+    stopped = f", stopped early at step {best['last_step']}" if best["last_step"] < best["steps"] else ""
+    return f"{text}{stopped}{', and that step is the result' if best['restored'] else ''}"
 
 
 def _stages_table(figures: Summary) -> Table:

@@ -17,12 +17,12 @@ from qkit.core import figures as core_figures
 from qkit.core import files
 from qkit.core.files import write_text
 from qkit.measure import candidates
-from qkit.plugins.task import open_task
 from qkit.recipe.registry import BASELINES, TRAINED
-from qkit.report import bench_charts, further, script, summary
+from qkit.report import bench_charts, further, script, summary, training_curves
 from qkit.report._templates import template
 from qkit.report.bench_charts import SERVER
 from qkit.report.summary import Summary
+from qkit.report.training_curves import WIDE
 from qkit.run.directory import Run
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 EXAMPLES = 10
 # The order in which kinds of example fill the page: failures are always among them, however good the run is.
 TURNS = ("fixed", "fixed", "still wrong", "broken", "fixed", "fixed", "still wrong", "broken", "fixed", "still right")
-WIDE, HALF = 800, 384  # CSS pixels of a chart that fills the column, and of one of two beside each other
+HALF = 384  # CSS pixels of a chart of which two stand beside each other
 
 
 Extent = tuple[float | None, float | None, float | None]  # value, and where its whisker begins and ends
@@ -72,7 +72,7 @@ def page(run: Run) -> str:
     sections = further.sections(run)
     manifest = run.manifest()
     data = files.read(run.folder("data") / "summary.json") or {}
-    metrics = files.read_lines(run.folder("train") / "metrics.jsonl")
+    metrics = training_curves.steps(run)
     predictions = files.read_lines(run.folder("evaluate") / "predictions.jsonl")
     is_right_or_wrong = all(isinstance(line["correct"], bool) for line in predictions)  # and not more or less so
     examples = pair_up(predictions) if is_right_or_wrong else []
@@ -90,7 +90,7 @@ def page(run: Run) -> str:
         verdict=summary.verdict(figures),
         score_chart=score_chart(figures),
         merges=merges(run),
-        training_charts=training_charts(metrics, gradients=not open_task(run.recipe.task).HEAD.generates),
+        training_charts=training_curves.charts(run),
         memory_chart=memory_chart(memory),
         speed_charts=speed_charts(figures["bench"]),
         bench_charts=bench_charts.charts_of(run),
@@ -238,41 +238,6 @@ def score_chart(figures: Summary) -> Markup | None:
 
 def _from_zero(end: float | None) -> float | None:
     return None if end is None else max(end, 0.0)
-
-
-def training_charts(metrics: Sequence[Mapping[str, Any]], gradients: bool = False) -> list[tuple[str, Markup]]:
-    """Loss and learning rate over the steps, each with its caption. Steps without a finite loss are counted.
-
-    `gradients`: their norm, too: a new head begins with large ones.
-    """
-    from qkit.report import svg
-
-    loss = _points(metrics, "loss")
-    window = max(3, len(loss) // 8 | 1)
-    smooth = svg.smoothed(loss, window) if len(loss) > window else []
-    caption = f"Loss by step; the line is the mean over {window} logged steps." if smooth else "Loss by step."
-    if lost := len(metrics) - len(loss):
-        caption += f" {lost} logged steps without a finite loss are left out."
-    rate = _points(metrics, "learning_rate")
-    charts = []
-    if loss:
-        description = f"from {loss[0][1]:.3g} at step {loss[0][0]:g} to {loss[-1][1]:.3g} at step {loss[-1][0]:g}"
-        charts.append(
-            (caption, svg.curve("loss-chart", "Training loss", description, loss, smooth, width=WIDE, height=260))
-        )
-    if rate:
-        description = f"highest {max(y for _, y in rate):g}, last {rate[-1][1]:g}"
-        chart = svg.curve("rate-chart", "Learning rate", description, rate, [], width=WIDE, height=110)
-        charts.append(("Learning rate by step.", chart))
-    if gradients and (norm := _points(metrics, "grad_norm")):
-        description = f"highest {max(y for _, y in norm):.3g}, last {norm[-1][1]:.3g}"
-        chart = svg.curve("gradient-chart", "Gradient norm", description, norm, [], width=WIDE, height=110)
-        charts.append(("Norm of the gradient by step, before it is clipped.", chart))
-    return charts
-
-
-def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
 
 
 def memory_chart(memory: Mapping[str, Any]) -> Markup | None:

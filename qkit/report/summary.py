@@ -56,6 +56,7 @@ def summary(run: Run, statuses: Mapping[str, str] | None = None) -> Summary:
         "metric": evidence.metric,
         "confidence": evidence.confidence,
         "interval": evidence.interval,
+        "validation": _validation(run),
         "scores": _scores(run, evidence.scores),
         "parity": _by_artifact(run, {**evidence.parity, **stale}, PARITY_KEYS),
         "bench": _bench(run),
@@ -67,6 +68,15 @@ def summary(run: Run, statuses: Mapping[str, str] | None = None) -> Summary:
 def _stage(name: str, entry: Mapping[str, Any] | None, statuses: Mapping[str, str]) -> dict[str, Any]:
     recorded = (entry or {}).get("status", "missing")
     return {"status": statuses.get(name, recorded), **cost_of(entry)}
+
+
+def _validation(run: Run) -> dict[str, Any] | None:
+    """The best step of training by its validation rows; null if it evaluated none."""
+    recorded = read(run.folder("train") / "validation.json")
+    if not recorded:
+        return None
+    kept = {key: recorded[key] for key in ("metric", "restored", "last_step", "steps", "rows")}
+    return {**kept, "best_step": recorded["best"]["step"], "value": recorded["best"]["value"]}
 
 
 def _scores(run: Run, entries: Mapping[str, Any]) -> dict[str, Any]:

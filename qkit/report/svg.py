@@ -118,12 +118,23 @@ def _step(row: WaterfallStep, left: float, start: float, length: float, width: f
 
 
 def curve(
-    name: str, title: str, description: str, raw: Sequence[Point], smooth: Sequence[Point], *, width: int, height: int
+    name: str,
+    title: str,
+    description: str,
+    raw: Sequence[Point],
+    smooth: Sequence[Point],
+    *,
+    width: int,
+    height: int,
+    beside: Sequence[Point] = (),
 ) -> Markup:
-    """A curve over steps: `raw` thin and grey, `smooth` on top in the accent colour, the last value at its end."""
+    """A curve over steps: `raw` thin and grey, `smooth` on top in the accent colour, the last value at its end.
+
+    `beside`: another curve, broken, with a dot at each point.
+    """
     last = f"{(smooth or raw)[-1][1]:.3g}"
     left, right, bottom, over = 56, LETTER * len(last) + 24, 24, 8
-    xs, ys = [x for x, _ in raw], [y for _, y in raw]
+    xs, ys = [x for x, _ in (*raw, *beside)], [y for _, y in (*raw, *beside)]
     y_ticks = nice_ticks(min(ys), max(ys), 4)
     low, high = min(*ys, *y_ticks), max(*ys, *y_ticks)
     x_scale = (width - left - right) / ((max(xs) - min(xs)) or 1)
@@ -138,7 +149,9 @@ def curve(
     lines = [polyline(map(place, raw), "raw" if smooth else "smooth"), polyline(map(place, smooth), "smooth")]
     end_x, end_y = place((smooth or raw)[-1])
     end = [tag("circle", class_="end", cx=end_x, cy=end_y, r=3), words(last, end_x + 9, end_y + 4.5, "value")]
-    return frame(name, title, description, width, height, [*grid, *feet, *lines, *end])
+    other = _series(Line("", beside), list(map(place, beside)), DASHES[1], joined=True) if beside else Markup()
+    dots = [tag("circle", class_="dot", cx=x, cy=y, r=3) for x, y in map(place, beside)]
+    return frame(name, title, description, width, height, [*grid, *feet, *lines, other, *dots, *end])
 
 
 DASHES = (None, "6 3", "2 3", "9 3 2 3")  # colour says nothing alone

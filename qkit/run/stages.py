@@ -68,6 +68,12 @@ STAGES: Mapping[str, Stage] = {
 }
 
 
+def sections_of(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
+    """The recipe sections that a stage depends on: training on `evaluate` as well, where the task's metric tells the best step."""
+    by_metric = recipe.train.keeps_best and not recipe.train.metric_for_best_model.startswith("loss")
+    return (*stage.sections, "evaluate") if stage.name == "train" and by_metric else stage.sections
+
+
 def stages_of(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, in order: without a vLLM export there is nothing to serve, and no weight can take up a bottleneck adapter."""
     left_out = {name for name, stage in STAGES.items() if stage.is_server and "vllm" not in recipe.export.formats}

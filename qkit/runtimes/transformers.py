@@ -55,6 +55,13 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime | TorchEncod
     return TransformersRuntime(loaded, meter, SCORE_TOKENS // 2 if exact else SCORE_TOKENS)
 
 
+def around(model: PreTrainedModel, meter: PeakMeter, recipe: Recipe) -> Runtime | TorchEncoder:
+    """A runtime for a model that is open already, such as one that is being trained; closing it leaves the model open."""
+    if open_task(recipe.task).HEAD.generates:
+        return TransformersRuntime(model, meter)
+    return TorchEncoder(model, meter, autocast=recipe.train.bf16)
+
+
 def _reference(folder: Path, recipe: Recipe, device: Device, adapter: Path | None, exact: bool) -> PreTrainedModel:
     from qkit.model import load
     from qkit.runtimes._float32 import compute_in_float32, with_float32_attention

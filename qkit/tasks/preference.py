@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.errors import MissingArtifact
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, AnswerPair, Example, Identity, Reads
 from qkit.plugins.sections import Evaluated, Section
@@ -169,28 +168,16 @@ class PreferenceTask(ConversationTask):
 
     def tune(self, runtime: Any, recipe: Recipe, data: Path) -> Mapping[str, float]:
         """Whether it is the reference itself that is measured: then by its log-probabilities alone."""
-        is_reference = recipe.method not in WHOLE and not hasattr(getattr(runtime, "model", None), "disable_adapter")
-        return {PLAIN: 1.0} if is_reference else {}
+        from qkit.tasks._preference.scoring import has_adapter
+
+        return {} if recipe.method in WHOLE or has_adapter(runtime) else {PLAIN: 1.0}
 
     def predictor(self, recipe: Recipe, data: Path, tuned: Mapping[str, float]) -> Comparer:  # type: ignore[override]  # it gives margins
-        """Compares the two answers of each pair.
-
-        Raises:
-            MissingArtifact: the stage `train` left no log-probabilities of the reference.
-        """
+        """Compares the two answers of each pair."""
         from qkit.tasks._conversation.answerer import open_answerer
-        from qkit.tasks._preference.scoring import HELD_OUT_REFERENCE, Comparer, reference_of
+        from qkit.tasks._preference.scoring import Comparer
 
-        answerer = open_answerer(recipe, data)
-        if PLAIN in tuned:
-            return Comparer(answerer, None)
-        train = data.with_name("train")
-        reference = reference_of(train)
-        if reference is None:
-            raise MissingArtifact(
-                f"{train / HELD_OUT_REFERENCE} is missing: run the stage `train` again", path=train / HELD_OUT_REFERENCE
-            )
-        return Comparer(answerer, reference)
+        return Comparer(open_answerer(recipe, data), PLAIN in tuned, data.with_name("train"))
 
     def correct(self, prediction: str, reference: Any, section: Evaluate) -> float:  # ties count half
         """1 if the chosen answer is preferred, one half if neither is."""

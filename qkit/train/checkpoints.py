@@ -41,7 +41,7 @@ def newest_whole(folder: Path, notify: Callable[[str], None] = lambda _: None) -
     `notify` gets a message about each newer, damaged one.
     """
     for path in _newest_first(folder):
-        if not (why := _damage(path)):
+        if not (why := damage(path)):
             return path
         notify(f"{path.name} is incomplete ({why}); training does not resume from it")
     return None
@@ -72,7 +72,7 @@ def _is_seal(listed: Any) -> bool:
     return bool(entries) and all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries)
 
 
-def _damage(checkpoint: Path) -> str:
+def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; empty if it is complete."""
     try:
         listed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ Rows are never packed here, and logits exist for a part of a batch at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from qkit.core.progress import Progress
 from qkit.train.trainer import lengths
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
 
@@ -49,22 +50,31 @@ def write_after(file: Path, trainer: Any, progress: Progress) -> None:
 
 def mean_losses(trainer: Any, progress: Progress, name: str) -> list[float | None]:
     """Mean nats per labelled token of each row of the trainer's data set; None for a row without labels."""
+    sums = loss_sums(trainer, trainer.train_dataset, lambda batches: progress.track(batches, name, len(batches)))
+    counts = trainer.items(trainer.train_dataset)
+    return [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+
+
+def loss_sums(
+    trainer: Any, rows: Dataset, track: Callable[[list[list[int]]], Iterable[list[int]]] = iter
+) -> list[float]:
+    """The sum of each row's losses in nats, without gradients, dropout or packing. `track`: yields the batches as they are computed."""
     import torch
 
-    rows = trainer.train_dataset
     sums = [0.0] * len(rows)
-    batches = list(TokenBudgetBatches(lengths(rows), trainer.batch_tokens, 0, trainer.length_step))
-    with _inference(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
-        for indices in progress.track(batches, name, len(batches)):
+    budget = trainer.batch_tokens // trainer.micro_batches  # no more at once than a training step holds
+    batches = list(TokenBudgetBatches(lengths(rows), budget, 0, trainer.length_step))
+    with inference(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
+        for indices in track(batches):
             batch = trainer.collator([rows[index] for index in indices], trainer.pad)
             inputs = {key: value.to(trainer.args.device) for key, value in batch.items()}
             for index, total in zip(indices, trainer.row_losses(inputs).tolist(), strict=True):
                 sums[index] = total
-    return [total / count if count else None for total, count in zip(sums, trainer.loss_items, strict=True)]
+    return sums
 
 
 @contextmanager
-def _inference(model: PreTrainedModel) -> Iterator[None]:
+def inference(model: PreTrainedModel) -> Iterator[None]:
     """No dropout and no checkpointing."""
     was_training = model.training
     model.eval()

@@ -42,7 +42,7 @@ from qkit.recipe import schedule
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
 from qkit.tensors.companions import copy_tokenizer
-from qkit.train import checkpoints, memory_report, row_losses
+from qkit.train import best_step, checkpoints, memory_report, row_losses, validation
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
 
@@ -69,6 +69,7 @@ def run(run: Run, out: Path) -> Peak:
     if open_task(run.recipe.task).HEAD.generates:
         _check_targets(run.recipe)
     _check_names(run.recipe)
+    evaluates = validation.check(run)
     run = Run(run.root, _decided(run, device, out), run.progress)
     recipe = run.recipe
     meter = PeakMeter(device)
@@ -81,9 +82,13 @@ def run(run: Run, out: Path) -> Peak:
     if recipe.data.packing:
         _pack_if_isolated(run, trainer, out)
     _check_steps(run, trainer)
+    if evaluates:
+        validation.attach(trainer, run, meter)
     if recipe.ledger.losses:
         row_losses.write_before(out / "losses.parquet", trainer, run.progress)
     watcher = _train(run, trainer, meter, out)
+    if evaluates:
+        validation.finish(trainer, out, _total_steps(trainer))
     if recipe.ledger.losses:
         row_losses.write_after(out / "losses.parquet", trainer, run.progress)
     _save(trainer, folder, run, out)
@@ -131,9 +136,10 @@ def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
     """Run the remaining steps. Returns the watcher of the second of them."""
     checkpoint = _resume_point(run, out / "checkpoints")
     done, ledger = checkpoints.step_of(checkpoint), read_json(run.need("data", "summary.json"))["splits"]["train"]
+    best_step.drop_after(out / "checkpoints", done)
     if checkpoint:
-        state = read_json(checkpoint / "trainer_state.json")["stateful_callbacks"]
-        trainer.sums = Sums(**state[COUNTS]["attributes"])
+        state = read_json(checkpoint / "trainer_state.json")
+        trainer.sums = Sums(**state["stateful_callbacks"][COUNTS]["attributes"])
     trainer.add_callback(_counts(run, trainer, ledger["labelled_tokens"]))
     with run.progress.bar("train", _total_steps(trainer), start=done) as bar:
         trainer.add_callback(_recorder(out / "metrics.jsonl", bar, meter, trainer, done))
@@ -158,10 +164,12 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
         OutOfMemory: with the item that exceeded its plan.
     """
     watcher = memory_watch.step_watcher(checkpoints.step_of(checkpoint) + 1)
-    if checkpoint and checkpoints.step_of(checkpoint) >= _total_steps(trainer):
+    if checkpoint and _is_finished(trainer, checkpoint):
         _load_finished(trainer, checkpoint)
         return watcher
     trainer.add_callback(watcher)
+    if run.recipe.train.eval_on_start and trainer.validation and not checkpoint:
+        trainer.evaluate()
     begin = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -176,6 +184,12 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
         run, trainer, meter.device, time.perf_counter() - begin - watcher.seconds, checkpoints.step_of(checkpoint)
     )
     return watcher
+
+
+def _is_finished(trainer: Any, checkpoint: Path) -> bool:
+    """Whether no step follows a checkpoint: it is that of the last, or early stopping had stopped there."""
+    had_stopped = validation.resume(trainer, read_json(checkpoint / "trainer_state.json"))
+    return had_stopped or checkpoints.step_of(checkpoint) >= _total_steps(trainer)
 
 
 def _load_finished(trainer: Any, checkpoint: Path) -> None:
@@ -194,6 +208,7 @@ def _remember(run: Run, trainer: Any, device: Device, seconds: float, done: int)
     """Store the speed of all steps except the watched one, for later plans."""
     steps, rows = trainer.state.global_step - done, read_json(run.need("data", "summary.json"))["splits"]["train"]
     with contextlib.suppress(ModelError):  # a model of unknown shape cannot be planned for
+        seconds -= trainer.evaluation_seconds
         if steps > 1:
             speed = trainer.real_tokens * (steps - 1) / steps / seconds
             share = rows["labelled_tokens"] / rows["tokens"]
@@ -308,12 +323,15 @@ def _recorder(file: Path, bar: Bar, meter: PeakMeter, trainer: SFTTrainer, resum
 
     earlier = [line for line in _lines(file) if line["step"] <= resumed_at]
     file.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
-    tokens_before = earlier[-1]["tokens"] if earlier else 0
-    seconds_before = earlier[-1]["seconds"] if earlier else 0.0
+    steps_before = [line for line in earlier if "loss" in line]
+    tokens_before = steps_before[-1]["tokens"] if steps_before else 0
+    seconds_before = steps_before[-1]["seconds"] if steps_before else 0.0
     begin = time.perf_counter()
 
     class Recorder(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "eval_loss" in logs:
+                validation.record(file, state.global_step, logs, trainer)
             if "loss" not in logs:
                 return
             seconds = time.perf_counter() - begin
@@ -324,7 +342,7 @@ def _recorder(file: Path, bar: Bar, meter: PeakMeter, trainer: SFTTrainer, resum
                 "learning_rate": float(logs["learning_rate"]),
                 "grad_norm": float(logs["grad_norm"]),
                 "tokens": tokens_before + trainer.real_tokens,
-                "tokens_per_second": trainer.real_tokens / seconds,
+                "tokens_per_second": trainer.real_tokens / (seconds - trainer.evaluation_seconds),
                 "peak_bytes": meter.peak_bytes(),
                 "seconds": seconds_before + seconds,
             }

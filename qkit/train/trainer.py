@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qkit.core.batching import IGNORED, LENGTH_STEP, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
-from qkit.train import checkpoints, pack_isolation
+from qkit.train import best_step, checkpoints, pack_isolation
 from qkit.train.fast.head import labelled_loss, row_losses
 from qkit.train.label_sums import Sums
 
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from trl import SFTTrainer as LanguageBase
 else:
     Base = LanguageBase = object
+
+
+class Evaluates(Protocol):
+    """What evaluates a model during its training: validation.py."""
+
+    @property
+    def keeps_best(self) -> bool: ...
+
+    def evaluate(self, trainer: Any) -> dict[str, float]: ...
 
 
 class Counted(Base):
@@ -43,6 +52,9 @@ class Counted(Base):
         **kwargs: Any,
     ):
         self.checkpoints_kept = checkpoints_kept
+        self.validation: Evaluates | None = None  # validation.attach sets it
+        self.evaluation_seconds = 0.0
+        self.read_rows: Callable[[Path], Dataset] | None = None  # where a row trains on more than columns of its file
         self.packing = packing
         self.length_step = length_step
         self.batch_rows = batch_rows or math.inf
@@ -111,12 +123,25 @@ class Counted(Base):
         self.lr_scheduler = LambdaLR(optimizer, lambda step: rate(step + 1))
         return self.lr_scheduler
 
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Evaluate the validation rows, log the figures under transformers' names, such as eval_loss, and return them."""
+        assert self.validation is not None
+        return self.validation.evaluate(self)
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """Keep what is trained as it is after the best step so far, if that is what is wanted."""
+        is_best: bool = super()._determine_best_metric(metrics, trial)
+        if is_best and self.validation and self.validation.keeps_best:
+            best_step.keep(self)
+        return is_best
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Seal the checkpoint when it is complete, and only then delete older ones."""
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir)
         checkpoints.seal(folder / f"checkpoint-{self.state.global_step}")
         checkpoints.thin(folder, self.checkpoints_kept)
+        best_step.thin(folder, self.state.best_global_step)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self.grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -145,10 +170,9 @@ class Counted(Base):
         labels = inputs["labels"]
         return _bits(labels) if labels.is_floating_point() else labels[labels != IGNORED]
 
-    @property
-    def loss_items(self) -> list[int]:
-        """By how many labels `row_losses` is divided for the mean of each row."""
-        return self.labelled_tokens
+    def items(self, rows: Dataset) -> list[int]:
+        """By how many labels `row_losses` of each row is divided for its mean."""
+        return label_counts(rows)[0]
 
     def row_losses(self, inputs: Any) -> torch.Tensor:
         """The sum of each row's losses in nats, [rows] fp64; without gradients."""

@@ -120,9 +120,15 @@ REMARKS = [
         {"bench": {"sweep": True, "concurrency": [1, 4]}},
         "bench.concurrency=[1, 4] has no effect with bench.sweep=true",
     ),
-    ({"data": {"validation": [ROWS]}}, "data.validation: these rows are held out, but no stage reads them"),
     (
-        {"data": {"train": [ROWS], "split": {"train": 0.8, "validation": 0.1, "test": 0.1}}},
+        {"data": {"validation": [ROWS]}, "train": {"eval_strategy": "no"}},
+        "data.validation: these rows are held out, but with train.eval_strategy=no no stage reads them",
+    ),
+    (
+        {
+            "data": {"train": [ROWS], "split": {"train": 0.8, "validation": 0.1, "test": 0.1}},
+            "train": {"eval_strategy": "no"},
+        },
         "data.split.validation=0.1: these rows are held out",
     ),
 ]
@@ -139,6 +145,7 @@ def test_the_plan_and_the_stage_say_it(tiny_model: Path, tmp_path: Path) -> None
     rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(24)), encoding="utf-8")
     settings = tiny_settings(tiny_model, rows)
     settings["data"].update(validation=[{"source": str(rows), "rows": "20:"}], max_overlap=1.0)
+    settings["train"]["eval_strategy"] = "no"
     how = from_dict(settings, (), "the test")
     ((_, text),) = idle.remarks(how)
     found = sheet.sheet(how)

@@ -52,6 +52,16 @@ def test_a_curve_of_any_points_can_be_drawn(points: list[report_svg.Point]) -> N
     assert texts(svg)[-1] == f"{points[-1][1]:.3g}"
 
 
+def test_a_curve_beside_another_is_in_the_same_frame() -> None:
+    loss, beside = [(1.0, 2.0), (9.0, 1.0)], [(4.0, 3.0), (8.0, 0.5)]
+    svg = report_svg.curve("l", "Loss", "", loss, [], width=400, height=100, beside=beside)
+    dots = [circle for circle in parsed(svg).iter("circle") if circle.attrib["class"] == "dot"]
+    high, low = (float(dot.attrib["cy"]) for dot in dots)
+    assert len(dots) == 2 and 0 < high < low < 100
+    last = next(circle for circle in parsed(svg).iter("circle") if circle.attrib["class"] == "end")
+    assert float(last.attrib["cx"]) > max(float(dot.attrib["cx"]) for dot in dots)
+
+
 @pytest.mark.parametrize("svg", [
     report_svg.bars("x", "T", "D", [Bar("<i>", 1, "&")], top=1, width=100),
     report_svg.waterfall("x", "T", "D", [WaterfallStep("<i>", 1, "&")], width=100),

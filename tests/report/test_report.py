@@ -196,6 +196,40 @@ def test_steps_without_a_finite_loss_are_counted(tmp_path: Path) -> None:
     assert "nan" not in html.split('id="loss-chart-title"')[1].split("</svg>")[0]
 
 
+def test_the_validation_rows_have_a_curve_and_the_gap_is_named(tmp_path: Path) -> None:
+    run = open_sample(tmp_path)
+    steps = [json.loads(line) for line in (run.root / "train/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    half, last = steps[len(steps) // 2]["step"], steps[-1]["step"]
+    assert steps[0]["loss"] > steps[-1]["loss"]
+    with (run.root / "train/metrics.jsonl").open("a", encoding="utf-8") as file:
+        for step, loss in ((half, 0.5), (last, 0.9)):
+            line = {
+                "step": step,
+                "epoch": 1,
+                "eval_loss": loss,
+                "eval_loss/a": loss,
+                "eval_loss/b": loss,
+                "eval_score": 9,
+            }
+            file.write(json.dumps(line) + "\n")
+    record = {
+        "metric": "loss",
+        "best": {"step": half, "value": 0.5},
+        "last_step": last,
+        "steps": 99,
+        "restored": True,
+        "rows": 7,
+    }
+    (run.root / "train/validation.json").write_text(json.dumps(record), encoding="utf-8")
+    html = report_stage.page(run)
+    assert f"The best loss is 0.5, at step {half}, and the result is the model of that step." in html
+    assert f"Early stopping ended the training at step {last} of 99." in html
+    assert f"The validation loss rises from 0.5 at step {half} to 0.9 at step {last}" in html
+    assert {"loss-chart-title", "validation-score-chart-title", "source-chart-title"} <= set(
+        re.findall(r'id="([\w-]+)"', html)
+    )
+
+
 # --- what is absent -------------------------------------------------------------------------------------------------
 
 

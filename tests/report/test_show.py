@@ -178,6 +178,22 @@ def drawn(summary: report_summary.Summary, width: int = 80) -> list[str]:
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined,no-any-return]
 
 
+def test_the_best_step_is_on_the_screen(tmp_path: Path) -> None:
+    run = open_sample(tmp_path)
+    record = {
+        "metric": "loss",
+        "best": {"step": 20, "value": 0.5},
+        "last_step": 30,
+        "steps": 40,
+        "restored": True,
+        "rows": 7,
+    }
+    (run.root / "train/validation.json").write_text(json.dumps(record), encoding="utf-8")
+    screen = "\n".join(drawn(report_summary.summary(run), 160))
+    said = "best validation loss 0.5 at step 20 of 40, stopped early at step 30, and that step is the result"
+    assert f"training: {said}" in screen
+
+
 def test_a_whole_run_fits_a_screen(tmp_path: Path) -> None:
     lines = drawn(report_summary.summary(open_sample(tmp_path)))
     assert len(lines) <= 23  # one line of 24 is the prompt's

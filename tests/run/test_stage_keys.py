@@ -11,7 +11,7 @@ from helpers.tiny import tiny_settings
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import stage_key
-from qkit.run.stages import STAGES
+from qkit.run.stages import STAGES, sections_of
 
 INPUTS = {"data/train.parquet": "0" * 64}
 # The keys of `tiny_settings`, as the last version computed them that had tasks on conversations only.
@@ -65,3 +65,16 @@ def test_the_rows_of_a_batch_are_part_of_the_data() -> None:
         for rows in (8, 16, None)
     }
     assert len(keys) == 3
+
+
+@pytest.mark.parametrize(("metric", "depends"), [("loss", False), ("score", True)])
+def test_training_depends_on_the_metric_where_that_tells_the_best_step(metric: str, depends: bool) -> None:
+    settings = tiny_settings(Path("owner/x"), Path("rows.jsonl"))
+    settings["data"]["validation"] = [{"source": "v.jsonl"}]
+    settings["train"] |= {"metric_for_best_model": metric, "eval_score_rows": 4, "early_stopping_patience": 2}
+    keys = []
+    for tokens in (8, 9):
+        settings["evaluate"]["max_new_tokens"] = tokens
+        recipe = from_dict(settings, (), "the test")
+        keys.append(stage_key("train", recipe, sections_of(STAGES["train"], recipe), INPUTS))
+    assert (keys[0] != keys[1]) is depends

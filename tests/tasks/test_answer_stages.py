@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from helpers.first_step import first_step
 from helpers.paths import ROOT
+from helpers.served import KEY, serving
 from helpers.tiny_answers import answer_run, nested, question, questions
 from helpers.tiny_labelled import build_model
 from qkit import pipeline
@@ -87,6 +89,20 @@ def test_artifacts_answer_with_the_threshold_that_was_chosen(finished: Mapping[s
     for folder in folders:
         service: Any = task.service(folder, run.recipe.data.max_length)
         assert service.threshold == chosen, folder
+
+
+def test_a_server_gives_the_answers_of_the_artifact(finished: Mapping[str, Run], tmp_path: Path) -> None:
+    """Each question alone over HTTP, long contexts in windows, and no answer where the threshold says so."""
+    run = finished["v2"]
+    with serving(tmp_path, run.root) as served:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        for line, row in zip(lines_of(run), ROWS["v2"][:HELD_OUT], strict=True):
+            body = {"question": row["question"], "context": row["context"]}
+            answer = httpx.post(f"{served.url}/answer", json={"input": body}, headers=headers, timeout=60)
+            assert answer.status_code == 200, answer.text
+            (said,) = answer.json()["data"]
+            assert said["answer"] == line["prediction"]
+    assert len({line["prediction"] for line in lines_of(run)}) > 2
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])

@@ -134,8 +134,7 @@ def _ours(
         collator=lambda given, pad, packed=False: collate_pairs(given, pad),
         **more,
     )
-    sums = reference.of_training_pairs(folder / "reference.parquet", trainer, Heard())
-    trainer.train_dataset = reference.with_reference(trainer.train_dataset, sums)
+    trainer.train_dataset = reference.with_reference(rows, folder / "reference.parquet", trainer, Heard())
     return trainer
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -18,9 +19,11 @@ from helpers.paths import RECIPES
 from helpers.tiny_pairs import pair_rows, pair_settings, write_rows
 from qkit import pipeline
 from qkit.core.errors import MissingArtifact
+from qkit.plugins.runtime import RowScores
 from qkit.plugins.task import open_task
 from qkit.recipe.load import load
 from qkit.run.directory import Run
+from qkit.tasks._preference.scoring import PairTokens
 from qkit.train.checkpoints import SEAL
 
 pytestmark = pytest.mark.slow
@@ -99,12 +102,38 @@ def test_artifacts_pass_their_gates_on_the_chosen_answers(done: Run) -> None:
     assert "Pairs of answers" in page and "are the wrong way round" in page
 
 
+class _Runtime:
+    """An artifact without an adapter."""
+
+    def score(self, rows: Any) -> Any:
+        return (RowScores(np.zeros(1, np.float32), np.zeros(1, np.int64)) for _ in rows)
+
+
+def test_validation_pairs_are_evaluated_against_the_reference(tmp_path: Path, tiny_model: Path) -> None:
+    """Their loss begins at that of the reference, and the best step is found by it and kept."""
+    run = _run(
+        tmp_path,
+        tiny_model,
+        f"data.validation=[{{source: {tmp_path / 'rows.jsonl'}, rows: ':12'}}]",
+        "train.eval_on_start=true",
+        "train.eval_steps=2",
+        "train.eval_score_rows=8",
+        "train.metric_for_best_model=score",
+    )
+    _finished(run, "data", "train")
+    figures = [line for line in _lines(run.folder("train") / "metrics.jsonl") if "eval_loss" in line]
+    assert figures[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-4) and figures[0]["eval_score"] == 50
+    assert figures[-1]["eval_loss"] < figures[0]["eval_loss"] and figures[-1]["eval_score"] > 50
+    table = pq.read_table(run.folder("train") / "reference_validation.parquet")
+    assert table.num_rows == 12
+
+
 def test_without_the_references_log_probabilities_nothing_is_measured(done: Run, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "tokens.json").write_text((done.folder("data") / "tokens.json").read_text(encoding="utf-8"))
     with pytest.raises(MissingArtifact, match=r"reference_test\.parquet is missing: run the stage `train` again"):
-        open_task("preference").predictor(done.recipe, data, {})
+        open_task("preference").predictor(done.recipe, data, {}).predict(_Runtime(), [PairTokens([1, 2], 1, [3])])
 
 
 def test_a_killed_training_goes_on_to_the_same_result(tmp_path: Path, tiny_model: Path) -> None:

@@ -78,7 +78,8 @@ def plan(
         raise UserError("--solve: no effect with --explain, which shows the lines of one plan; use one of the two")
     recipe = _planned_recipe(target, overrides, sheet.Options(model or "", quantization, rank, batch, length))
     device, question = plan_plan.device_for(card, memory), plan_solve.question(solve)
-    planned = sheet.sheet(recipe, device, sheet.lengths_of(target), question, sheet.labels_of(target))
+    rows = sheet.lengths_of(target), question, sheet.labels_of(target), sheet.validation_rows_of(target)
+    planned = sheet.sheet(recipe, device, *rows)
     if explain:
         items = sheet.explain(planned, explain)
         console.show(as_json, [item.to_dict() for item in items], lambda: plan_screen.explanation(items))

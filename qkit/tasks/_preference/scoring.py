@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.core.errors import MissingArtifact
 from qkit.plugins.resampling import RowStatistics, Sample, with_intervals
 from qkit.plugins.runtime import TokenRow
 from qkit.plugins.sections import Figure
@@ -28,7 +29,7 @@ ANSWERED = 16  # held-out prompts that are answered, for the length of answers a
 MARGIN, KL, LENGTH = "margin", "kl_to_reference", "answer_tokens"
 PAIR_FIGURES = (
     Figure(MARGIN, "mean margin of the log-ratios (nats)", "margin", share=False),
-    Figure(KL, "mean KL to the reference (nats per token)", "kl", share=False),
+    Figure(KL, "mean KL to the reference (nats per token)", "kl", share=False, is_error=True),
     Figure(LENGTH, "mean tokens of an answer", "answer_tokens", share=False),
 )
 
@@ -59,17 +60,22 @@ def log_probabilities(
 
 @dataclass(frozen=True)
 class Comparer:
-    """`reference`: the reference's log-probabilities of the held-out pairs, or None if it is the reference itself that is measured."""
+    """`plain`: it is the reference itself that is measured. `train`: the folder of the stage `train`."""
 
     answerer: Answerer
-    reference: Sequence[tuple[float, float]] | None
+    plain: bool
+    train: Path
 
     def predict(
         self, runtime: Any, rows: Sequence[PairTokens], advance: Callable[[int], None] = lambda _: None
     ) -> list[Prediction]:
-        """For each pair, how much more the chosen answer is preferred, in nats; of the first few also what the model answers."""
+        """For each pair, how much more the chosen answer is preferred, in nats; of the first few also what the model answers.
+
+        Raises:
+            MissingArtifact: the stage `train` left no log-probabilities of the reference.
+        """
         sums = log_probabilities(runtime, rows, advance)
-        reference = self.reference or [(0.0, 0.0)] * len(rows)
+        reference = self._reference(runtime, rows)
         answers = self._answers(runtime, rows[:ANSWERED])
         divergences = divergence_from_reference(runtime, answers)
         predictions = []
@@ -84,6 +90,15 @@ class Comparer:
             predictions.append(Prediction(f"{margin:+.6g}", details, outputs))
         return predictions
 
+    def _reference(self, runtime: Any, rows: Sequence[PairTokens]) -> list[tuple[float, float]]:
+        """The reference's log-probabilities: of a model with an adapter, without it; else as recorded of the held-out pairs."""
+        if self.plain:
+            return [(0.0, 0.0)] * len(rows)
+        if has_adapter(runtime):
+            with runtime.model.disable_adapter():
+                return log_probabilities(runtime, rows)
+        return recorded(self.train)
+
     def _answers(self, runtime: Any, rows: Sequence[PairTokens]) -> list[TokenRow]:
         given = self.answerer.predict(runtime, rows)
         return [
@@ -91,17 +106,21 @@ class Comparer:
         ]
 
 
+def has_adapter(runtime: Any) -> bool:
+    """Whether it runs the reference with an adapter on it, that can be turned off."""
+    return hasattr(getattr(runtime, "model", None), "disable_adapter")
+
+
 def divergence_from_reference(runtime: Any, answers: Sequence[TokenRow]) -> list[float]:
     """KL(model || reference) in nats per token of each answer, at its tokens; nothing where the runtime holds no reference."""
     from qkit.tasks._distributions import divergence
 
-    model: Any = getattr(runtime, "model", None)
-    if not hasattr(model, "disable_adapter"):
+    if not has_adapter(runtime):
         return []
     means = []
     for row in answers:
         ours = next(iter(runtime.score([row])))
-        with model.disable_adapter():
+        with runtime.model.disable_adapter():
             theirs = next(iter(runtime.score([row])))
         means.append(float(divergence(ours, theirs).mean()))
     return means
@@ -137,12 +156,12 @@ def _mean(name: str) -> Callable[[NDArray[np.float64]], Mapping[str, NDArray[np.
     return lambda sums: {name: sums[..., 0] / sums[..., 1]}
 
 
-def reference_of(train: Path) -> list[tuple[float, float]] | None:
+def recorded(train: Path) -> list[tuple[float, float]]:
     """The reference's log-probabilities of the held-out pairs, from the folder of the stage `train`."""
     import pyarrow.parquet as pq
 
     file = train / HELD_OUT_REFERENCE
     if not file.is_file():
-        return None
+        raise MissingArtifact(f"{file} is missing: run the stage `train` again", path=file)
     table = pq.read_table(file)
     return list(zip(table["chosen"].to_pylist(), table["rejected"].to_pylist(), strict=True))

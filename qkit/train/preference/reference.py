@@ -1,7 +1,8 @@
 """The log-probabilities of the reference model: the base with the adapter off. Computed once, before the first step.
 
 reference.parquet        row, chosen, rejected: of each training pair, in nats, summed over labelled tokens (weighted by preference.ld_alpha)
-reference_test.parquet   the same of the held-out pairs, by the runtime that evaluates
+reference_*.parquet      the same of the validation pairs, where training evaluates them; and of the held-out pairs (reference_test), by the
+                         runtime that evaluates
 
 A run that is killed meanwhile goes on from the last part that was written.
 """
@@ -15,20 +16,29 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import TokenBudgetBatches
 from qkit.core.progress import Progress
+from qkit.tasks._preference.collate import REFERENCE
+from qkit.tasks._preference.scoring import log_probabilities
 from qkit.train.fast.pairs import labelled_tokens
 from qkit.train.preference.trainer import side_sums
 from qkit.train.trainer import lengths
 
 if TYPE_CHECKING:
-    pass
+    from datasets import Dataset
 
 BATCHES_A_PART = 64  # batches between two writes
 NAMES = ("chosen", "rejected")
 
 
-def of_training_pairs(file: Path, trainer: Any, progress: Progress) -> list[tuple[float, float]]:
-    """Those of the trainer's pairs, by row: from the file where it has them, else computed with the trainer's model, and written."""
-    rows = trainer.train_dataset
+def with_reference(rows: Dataset, file: Path, trainer: Any, progress: Progress) -> Dataset:
+    """Pairs with the columns that collate_pairs reads. They come from the file, or are computed with the trainer's model and written there."""
+    sums = _of_pairs(rows, file, trainer, progress)
+    for place, name in enumerate(REFERENCE):
+        rows = rows.add_column(name, [one[place] for one in sums])
+    return rows
+
+
+def _of_pairs(rows: Dataset, file: Path, trainer: Any, progress: Progress) -> list[tuple[float, float]]:
+    """Those of some pairs, by row."""
     known = _read(file, len(rows))
     missing = [row for row in range(len(rows)) if row not in known]
     if not missing:
@@ -73,21 +83,10 @@ def adapter_off(model: Any) -> AbstractContextManager[Any]:
 
 def of_held_out_pairs(file: Path, trainer: Any, rows: Sequence[Any], runtime: Any, progress: Progress) -> None:
     """Write those of the held-out pairs, unless a killed run already has. `runtime`: on the trainer's model; `rows`: what it scores."""
-    from qkit.tasks._preference.scoring import log_probabilities
-
     if len(_read(file, len(rows))) == len(rows):
         return
     with _as_reference(trainer.model), progress.bar("reference of held-out pairs", len(rows)) as bar:
         _write(file, dict(enumerate(log_probabilities(runtime, rows, bar.advance))))
-
-
-def with_reference(rows: Any, reference: Sequence[tuple[float, float]]) -> Any:
-    """The training pairs with the columns that collate_pairs reads."""
-    from qkit.tasks._preference.collate import REFERENCE
-
-    for place, name in enumerate(REFERENCE):
-        rows = rows.add_column(name, [sums[place] for sums in reference])
-    return rows
 
 
 def _read(file: Path, rows: int) -> dict[int, tuple[float, float]]:

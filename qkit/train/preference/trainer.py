@@ -12,6 +12,7 @@ from qkit.train.trainer import Counted
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
 
 
 class CountedPairs(Counted):
@@ -67,10 +68,9 @@ class CountedPairs(Counted):
         self._per_pair = chosen / max(self._pairs, 1)
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    @property
-    def loss_items(self) -> list[int]:
+    def items(self, rows: Dataset) -> list[int]:
         """A row is a pair, and has one loss."""
-        return [1] * len(self.labelled_tokens)
+        return [1] * len(rows)
 
     def row_losses(self, inputs: Any) -> torch.Tensor:
         """The loss of each pair, [rows] fp64; without gradients."""

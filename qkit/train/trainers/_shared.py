@@ -15,6 +15,22 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+# Fields of the train section that are not given to transformers: it would delete the old checkpoint before the new one is complete, and
+# evaluation is set once the rows are known (validation.py).
+OF_QKIT = {
+    "save_total_limit",
+    "activation_offloading",
+    "bf16",
+    "eval_strategy",
+    "eval_steps",
+    "eval_on_start",
+    "eval_rows",
+    "eval_score_rows",
+    "metric_for_best_model",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+}
 UNPACKED = 8  # Arrow bytes per byte of Parquet: ids take four bytes instead of two, and labels compress to almost nothing in Parquet
 
 
@@ -44,8 +60,7 @@ def arguments(recipe: Recipe, device: Device, out: Path) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # it would log a NaN loss as 0
         "save_strategy": "steps",
         **device.trainer_arguments,
-        # The trainer would delete the old checkpoint before the new one is complete.
-        **recipe.train.model_dump(exclude={"save_total_limit", "activation_offloading", "bf16"}),
+        **recipe.train.model_dump(exclude=OF_QKIT),
     }
 
 

@@ -14,6 +14,8 @@ from qkit.plan import plan as plan_plan
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
+from qkit.tasks._preference.collate import whole
+from qkit.tasks._preference.scoring import HELD_OUT_REFERENCE
 from qkit.train.preference import layout, reference
 from qkit.train.preference.trainer import trainer_class
 from qkit.train.trainers import _shared, sft
@@ -68,13 +70,15 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
 
 
 def add_reference(run: Run, trainer: Any, out: Path) -> None:
-    """Give the trainer's pairs the reference's log-probabilities, and write those of the held-out ones."""
+    """Give the trainer's pairs the reference's log-probabilities, those of a validation file when it is read, and write those held out."""
     from qkit.measure.held_out import held_out_of
     from qkit.runtimes.transformers import TransformersRuntime
-    from qkit.tasks._preference.scoring import HELD_OUT_REFERENCE
 
-    sums = reference.of_training_pairs(out / "reference.parquet", trainer, run.progress)
-    trainer.train_dataset = reference.with_reference(trainer.train_dataset, sums)
+    def with_reference(rows: Dataset, name: str) -> Dataset:
+        return reference.with_reference(rows, out / name, trainer, run.progress)
+
+    trainer.train_dataset = with_reference(trainer.train_dataset, "reference.parquet")
+    trainer.read_rows = lambda file: with_reference(pairs_of(file), f"reference_{file.stem}.parquet")
     held_out = held_out_of(run).rows if (run.folder("data") / "test.parquet").is_file() else ()
     if held_out:
         runtime = TransformersRuntime(trainer.model, cast(Any, None))  # a meter of its own would reset the run's
@@ -84,8 +88,6 @@ def add_reference(run: Run, trainer: Any, out: Path) -> None:
 def pairs_of(file: Path) -> Dataset:
     """The training pairs, each as one row."""
     from datasets import Features, List, Value
-
-    from qkit.tasks._preference.collate import whole
 
     rows = _shared.training_rows(file, STORED)
     ids, place = List(Value("int32")), Value("int32")

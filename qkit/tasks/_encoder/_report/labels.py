@@ -18,8 +18,8 @@ SINGLE_LABEL = (
     Figure("precision_macro", "macro precision", "precision", "macro"),
     Figure("recall_macro", "macro recall", "recall", "macro"),
     Figure("f1_weighted", "weighted F1", "f1", "weighted"),
-    Figure("ece", "calibration error", "expected_calibration_error", share=False),
-    Figure("brier", "Brier score", "brier_score", share=False),
+    Figure("ece", "calibration error", "expected_calibration_error", share=False, is_error=True),
+    Figure("brier", "Brier score", "brier_score", share=False, is_error=True),
 )
 OF_ONE_LABEL = Figure("f1", "F1", "f1")
 OF_LABEL = ("precision", "recall", "f1")

@@ -11,8 +11,8 @@ from qkit.tasks._encoder._report.labels import ERRORS, row_and_text
 
 # R2 is the score
 NUMBERS = (
-    Figure("rmse", "root mean squared error", "rmse", share=False),
-    Figure("mae", "mean absolute error", "mae", share=False),
+    Figure("rmse", "root mean squared error", "rmse", share=False, is_error=True),
+    Figure("mae", "mean absolute error", "mae", share=False, is_error=True),
     Figure("pearson", "Pearson correlation", "pearsonr", share=False),
     Figure("spearman", "Spearman correlation", "spearmanr", share=False),
 )

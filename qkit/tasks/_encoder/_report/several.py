@@ -18,7 +18,7 @@ SEVERAL_LABELS = (
     Figure("precision_micro", "micro precision", "precision", "micro"),
     Figure("recall_micro", "micro recall", "recall", "micro"),
     Figure("exact_match", "all labels right", "exact_match"),
-    Figure("hamming_loss", "wrong decisions", "hamming_loss"),
+    Figure("hamming_loss", "wrong decisions", "hamming_loss", is_error=True),
 )
 NONE = "(none)"
 
