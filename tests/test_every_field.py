@@ -146,8 +146,12 @@ TABLE: dict[str, Line | Place] = {
     "Preference.loss_weights": ("recipe/preference.py", "self.loss_weights"),
     **{f"Preference.{name}": ("train/preference/losses.py", f"section.{name}") for name in PREFERENCE},
     **{
-        f"Preference.{name}": ("train/preference/trainer.py", f"self.section.{name}")
-        for name in ("ld_alpha", "use_weighting")
+        f"Preference.{name}": ("train/preference/trainer.py", words)
+        for name, words in (("ld_alpha", 'section, "ld_alpha"'), ("use_weighting", "self.section.use_weighting"))
+    },
+    **{
+        f"Feedback.{name}": ("train/preference/rated.py", f"self.section.{name}")
+        for name in schema.Feedback.model_fields
     },
     "Source.source": (data, {"data.train": [{"source": "other.jsonl"}]}),
     "Source.name": ("data/read.py", "load_dataset(name, source.name"),
@@ -320,6 +324,7 @@ def _fields() -> list[str]:
         "layers",
         "loss",
         "preference",
+        "feedback",
         "data",
         "ledger",
         "train",

@@ -120,7 +120,17 @@ class AnswerPair:
     ignored: tuple[str, ...] = field(default=(), compare=False)
 
 
-Example = Conversation | Text | Tokens | LabelledText | TaggedWords | Question | AnswerPair
+@dataclass(frozen=True)
+class RatedConversation:
+    """A conversation whose last turn is good (`desirable`) or bad."""
+
+    conversation: Conversation
+    desirable: bool
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+
+
+Example = Conversation | Text | Tokens | LabelledText | TaggedWords | Question | AnswerPair | RatedConversation
 
 
 @dataclass(frozen=True)

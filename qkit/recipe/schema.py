@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from qkit.recipe.feedback import Feedback
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
 from qkit.recipe.preference import Preference
 from qkit.recipe.section import Dtype, Fraction, Limit, Pattern, Positive, Section, Sha256
@@ -325,6 +326,7 @@ class Recipe(Section):
     layers: Layers = Layers()
     loss: Loss = Loss()
     preference: Preference = Preference()
+    feedback: Feedback = Feedback()
     data: Data
     ledger: Ledger = Ledger()
     train: Train = Train()

@@ -19,6 +19,7 @@ from typing import Any
 from qkit.core.errors import MissingArtifact, RunBusy
 from qkit.core.files import make_folder, read_json, sha256_of, write_text, writing
 from qkit.core.progress import Progress
+from qkit.recipe.feedback import Feedback
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
 from qkit.recipe.load import load
 from qkit.recipe.preference import Preference
@@ -35,6 +36,7 @@ ADDED = {
     "layers": Layers().model_dump(mode="json"),
     "loss.delta": 1.0,
     "loss": Loss().model_dump(mode="json", exclude={"delta"}),
+    "feedback": Feedback().model_dump(mode="json"),
     "preference": Preference().model_dump(mode="json"),
     "train.bf16": True,
     "train.eval_strategy": "auto",

@@ -38,6 +38,7 @@ TRAINING = (
     "layers",
     "loss",
     "preference",
+    "feedback",
     "data",
     "ledger",
     "train",

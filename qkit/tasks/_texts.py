@@ -27,10 +27,12 @@ def check_characters(text: str, where: str, section: Data) -> None:
         raise RowError(f"{where} contains U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
 
 
-def preference_clashes(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """The section of pairs of answers, for a task that has none."""
-    if recipe.preference != type(recipe.preference)():
-        yield ("preference",), f"preference is for task=preference, and not for task={recipe.task}: remove it"
+def preference_clashes(recipe: Recipe, own: str = "") -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """The sections of pairs of answers and of rated ones, each for the task of its name; `own`: the one that a task has."""
+    for name in ("preference", "feedback"):
+        section = getattr(recipe, name)
+        if name != own and section != type(section)():
+            yield (name,), f"{name} is for task={name}, and not for task={recipe.task}: remove it"
 
 
 def windows_clashes(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

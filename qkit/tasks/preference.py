@@ -11,9 +11,10 @@ from qkit.plugins.example import NO_MORE, AnswerPair, Example, Identity, Reads
 from qkit.plugins.sections import Evaluated, Section
 from qkit.plugins.task import Prediction, ShownRow
 from qkit.recipe import preference
-from qkit.recipe.schema import WHOLE, Data, Evaluate, Recipe
+from qkit.recipe.schema import Data, Evaluate, Recipe
 from qkit.tasks._conversation.task import ConversationTask
 from qkit.tasks._preference.checks import PAIR_CHECKS
+from qkit.tasks._preference.recipes import compared_clashes, rate
 from qkit.tasks._preference.scoring import PAIR_FIGURES
 
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     from qkit.plugins.resampling import Sample
     from qkit.tasks._preference.encoder import PairEncoder
     from qkit.tasks._preference.scoring import Comparer, PairTokens
-
-# trl.DPOConfig's rate is for all weights; an adapter needs more steps of its size to move a log-probability as far.
-RATE_OF_ALL_WEIGHTS, RATE_OF_AN_ADAPTER = 1e-6, 1e-5
-PLAIN = "plain"  # a setting of predictions: 1 if the reference itself is measured
 
 
 class PreferenceTask(ConversationTask):
@@ -42,28 +39,12 @@ class PreferenceTask(ConversationTask):
         """Values that have no meaning for pairs."""
         data, where = recipe.data, f"task={recipe.task}"
         yield from preference.problems(recipe.preference)
-        if data.packing:
-            yield (
-                ("data", "packing"),
-                f"data.packing=true is not for {where}: a row is a pair, whose parts attend apart; remove it",
-            )
-        if data.loss != "completion":
-            yield (
-                ("data", "loss"),
-                f"data.loss={data.loss} is not for {where}: only the two answers of a pair are compared; remove it",
-            )
+        yield from compared_clashes(recipe, "preference")
         if data.too_long not in ("drop", "truncate_prompt"):
             yield (
                 ("data", "too_long"),
                 f"data.too_long={data.too_long} is not for {where}: it would cut two answers in different places; use drop or truncate_prompt",
             )
-        if recipe.lora.lora_dropout:
-            yield (
-                ("lora", "lora_dropout"),
-                f"lora.lora_dropout={recipe.lora.lora_dropout:g}: {where} compares the model with a reference that has no dropout: remove it",
-            )
-        if recipe.train.activation_offloading:
-            yield ("train", "activation_offloading"), f"train.activation_offloading=true is not for {where}: remove it"
         yield from _of_a_batch(recipe)
         for split in ("train", "validation", "test"):
             for index, source in enumerate(getattr(data, split)):
@@ -76,7 +57,7 @@ class PreferenceTask(ConversationTask):
 
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """A rate for small changes of a trained model."""
-        return {"train": {"learning_rate": RATE_OF_ALL_WEIGHTS if raw.get("method") in WHOLE else RATE_OF_AN_ADAPTER}}
+        return rate(raw)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -168,14 +149,14 @@ class PreferenceTask(ConversationTask):
 
     def tune(self, runtime: Any, recipe: Recipe, data: Path) -> Mapping[str, float]:
         """Whether it is the reference itself that is measured: then by its log-probabilities alone."""
-        from qkit.tasks._preference.scoring import has_adapter
+        from qkit.tasks._preference.scoring import plain_or_not
 
-        return {} if recipe.method in WHOLE or has_adapter(runtime) else {PLAIN: 1.0}
+        return plain_or_not(runtime, recipe)
 
     def predictor(self, recipe: Recipe, data: Path, tuned: Mapping[str, float]) -> Comparer:  # type: ignore[override]  # it gives margins
         """Compares the two answers of each pair."""
         from qkit.tasks._conversation.answerer import open_answerer
-        from qkit.tasks._preference.scoring import Comparer
+        from qkit.tasks._preference.scoring import PLAIN, Comparer
 
         return Comparer(open_answerer(recipe, data), PLAIN in tuned, data.with_name("train"))
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
+from helpers.first_pairs import adapted, arguments, copy_adapter, model_of, same, step
 from helpers.training import Heard
 from qkit.core.batching import IGNORED
 from qkit.recipe.preference import Preference
@@ -29,7 +30,6 @@ PAIRS = [
     {"prompt": "what is the time", "chosen": "noon", "rejected": "late"},
     {"prompt": "go", "chosen": "I went to the shop", "rejected": "I stayed at home"},
 ]
-Step = tuple[float, dict[str, torch.Tensor]]  # loss and gradients by name
 OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"loss_type": name} for name in LOSSES},
     "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 1e-3},
@@ -48,56 +48,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 EXPONENTIALS, ROUNDED = ("discopop", "forward_kl", "temperature", "alpha"), 3e-5
 
 
-def _model(folder: Path, **more: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **more)
-
-
-def _adapted(folder: Path, **more: Any) -> Any:
-    """A model that is no longer the reference; always the same one."""
-    torch.manual_seed(0)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    adapted = get_peft_model(_model(folder, **more), lora)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data *= 0.1
-    return adapted
-
-
-def _arguments(folder: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "max_steps": 1,
-        "max_grad_norm": 0,  # gradients as they are
-        "logging_steps": 1,
-        "gradient_checkpointing": False,
-        "learning_rate": 1e-3,
-        **more,
-    }
-
-
 def _trl(model: Path, folder: Path, options: dict[str, Any], batch: int = 4, accumulation: int = 1) -> Any:
     options = {**options, "loss_type": [options["loss_type"]]} if isinstance(options["loss_type"], str) else options
     steps = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = DPOTrainer(
-        model=_model(model),
-        args=DPOConfig(**_arguments(folder, **steps), **options),
+        model=model_of(model),
+        args=DPOConfig(**arguments(folder, **steps), **options),
         train_dataset=Dataset.from_list(PAIRS),
         processing_class=AutoTokenizer.from_pretrained(str(model)),
         peft_config=lora,
     )
-    _copy(_adapted(model), trainer.model)
+    copy_adapter(adapted(model), trainer.model)
     return trainer
-
-
-def _copy(source: Any, target: Any) -> None:
-    weights = dict(source.named_parameters())
-    for name, parameter in target.named_parameters():
-        if parameter.requires_grad:
-            parameter.data.copy_(weights[name])
 
 
 def _rows(trl: Any) -> Dataset:
@@ -121,9 +84,9 @@ def _ours(
 ) -> Any:
     accumulation = {"gradient_accumulation_steps": 4 // batch}
     trainer = trainer_class()(
-        model=_adapted(model, **more.pop("load", {})),
+        model=adapted(model, **more.pop("load", {})),
         args=TrainingArguments(
-            remove_unused_columns=False, **_arguments(folder, **accumulation, **more.pop("args", {}))
+            remove_unused_columns=False, **arguments(folder, **accumulation, **more.pop("args", {}))
         ),
         train_dataset=rows,
         section=section,
@@ -138,36 +101,12 @@ def _ours(
     return trainer
 
 
-def _step(trainer: Any) -> Step:
-    """Loss and gradients of the one optimizer step of `train()`."""
-    gradients: dict[str, torch.Tensor] = {}
-
-    class Catch(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
-
-    trainer.add_callback(Catch())
-    trainer.train()
-    return float(trainer.state.log_history[0]["loss"]), gradients
-
-
-def _same(ours: Step, theirs: Step, tolerance: float = 1e-5) -> None:
-    """The same loss, and gradients that differ by at most `tolerance` of their length, taken together."""
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
-    assert ours[1].keys() == theirs[1].keys() and ours[1]
-    length, difference = (
-        float(sum(gradient.double().square().sum() for gradient in gradients.values())) ** 0.5
-        for gradients in (theirs[1], {name: ours[1][name] - gradient for name, gradient in theirs[1].items()})
-    )
-    assert length > 0 and difference <= tolerance * length, difference / length
-
-
 @pytest.mark.parametrize("name", OPTIONS)
 def test_loss_and_gradients_are_those_of_trl(tiny_model: Path, tmp_path: Path, name: str) -> None:
     options = OPTIONS[name]
     trl = _trl(tiny_model, tmp_path, options)
     ours = _ours(tiny_model, tmp_path, _rows(trl), Preference(**options))
-    _same(_step(ours), _step(trl), ROUNDED if name in EXPONENTIALS else 1e-5)
+    same(step(ours), step(trl), ROUNDED if name in EXPONENTIALS else 1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -176,16 +115,16 @@ def test_accumulation_changes_nothing(tiny_model: Path, tmp_path: Path, name: st
     """One step of four pairs, as one batch or as several; also where lengths differ, and a loss is a mean over tokens."""
     section = Preference(**OPTIONS[name])
     rows = _rows(_trl(tiny_model, tmp_path, OPTIONS[name]))
-    whole = _step(_ours(tiny_model, tmp_path, rows, section))
-    _same(_step(_ours(tiny_model, tmp_path, rows, section, batch=batch)), whole)
-    _same(_step(_ours(tiny_model, tmp_path, rows, section, micro_batches=4 // batch)), whole)
+    whole = step(_ours(tiny_model, tmp_path, rows, section))
+    same(step(_ours(tiny_model, tmp_path, rows, section, batch=batch)), whole)
+    same(step(_ours(tiny_model, tmp_path, rows, section, micro_batches=4 // batch)), whole)
 
 
 def test_trl_divides_a_step_by_its_batches(tiny_model: Path, tmp_path: Path) -> None:
     """With a loss of single pairs and batches of one size that is the same; a mean over tokens is another number."""
-    same = [_step(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"], batch, 4 // batch)) for batch in (4, 1)]
-    _same(*same)
-    whole, parts = (_step(_trl(tiny_model, tmp_path, OPTIONS["sft"], batch, 4 // batch)) for batch in (4, 1))
+    same = [step(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"], batch, 4 // batch)) for batch in (4, 1)]
+    same(*same)
+    whole, parts = (step(_trl(tiny_model, tmp_path, OPTIONS["sft"], batch, 4 // batch)) for batch in (4, 1))
     assert parts[0] != pytest.approx(whole[0], rel=1e-3)
 
 
@@ -193,22 +132,22 @@ def test_trl_divides_a_step_by_its_batches(tiny_model: Path, tmp_path: Path) -> 
 def test_a_prompt_that_is_computed_once_changes_nothing(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     section, rows = Preference(), _rows(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"]))
     load = {"attn_implementation": kind}
-    once, twice = (_step(_ours(tiny_model, tmp_path, rows, section, way, load=load)) for way in (True, False))
-    _same(once, twice)
+    once, twice = (step(_ours(tiny_model, tmp_path, rows, section, way, load=load)) for way in (True, False))
+    same(once, twice)
     assert once[0] != pytest.approx(0.6931, abs=1e-3) and max(float(g.abs().max()) for g in once[1].values()) > 1e-3
 
 
 def test_checkpointing_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
     section, rows = Preference(), _rows(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"]))
-    plain = _step(_ours(tiny_model, tmp_path, rows, section))
-    _same(_step(_ours(tiny_model, tmp_path, rows, section, args={"gradient_checkpointing": True})), plain)
+    plain = step(_ours(tiny_model, tmp_path, rows, section))
+    same(step(_ours(tiny_model, tmp_path, rows, section, args={"gradient_checkpointing": True})), plain)
 
 
 def test_the_base_with_its_adapter_off_is_a_separate_reference_model(tiny_model: Path, tmp_path: Path) -> None:
     """By TRL's own function, of a second model that has never had an adapter."""
     trl = _trl(tiny_model, tmp_path, OPTIONS["sigmoid"])
     trainer = _ours(tiny_model, tmp_path, _rows(trl), Preference())
-    other = _model(tiny_model)
+    other = model_of(tiny_model)
     for row, reference_row in zip(trainer.train_dataset, trl.train_dataset, strict=True):
         for side in ("chosen", "rejected"):
             prompt, answer = reference_row["prompt_ids"], reference_row[f"{side}_ids"]
@@ -253,7 +192,7 @@ def test_a_layout_in_which_an_answer_sees_the_other_one_is_refused(
 
 def test_the_head_gives_the_gradients_of_a_plain_one(tiny_model: Path) -> None:
     """Also where the head itself is trained."""
-    batch = layout.probe(model := _model(tiny_model))
+    batch = layout.probe(model := model_of(tiny_model))
     weights = list(model.model.parameters())
     found = []
     for trained in (True, False):

@@ -36,3 +36,15 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torc
     if REFERENCE[0] in rows[0]:
         kept["reference"] = torch.tensor([[row[name] for name in REFERENCE] for row in rows])
     return kept
+
+
+def collate_rated(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tensor]:
+    """The same of rated answers: `scored` [rows, longest] are the labels of both answers, `labels` those of the row's own alone.
+
+    `desirable`: [rows], 1 for a good answer.
+    """
+    import torch
+
+    batch = collate_pairs(rows, pad)
+    scored = collate([{**row, "labels": row["scored"]} for row in rows], pad)["labels"]
+    return {**batch, "scored": scored, "desirable": torch.tensor([row["desirable"] for row in rows])}

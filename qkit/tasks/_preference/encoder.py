@@ -74,8 +74,8 @@ class Result:
 
 
 @dataclass(frozen=True)
-class PairEncoder:
-    """`each`: the encoder of each side."""
+class OfConversations:
+    """What encoders of conversations in pairs or with ratings have of the plain one, `each`."""
 
     recipe: Recipe
     each: ConversationEncoder
@@ -94,6 +94,27 @@ class PairEncoder:
     def vocabulary(self) -> int:
         """Rows of the embedding."""
         return self.each.vocabulary
+
+    def special_tokens(self) -> dict[str, Any]:
+        """The content of tokens.json."""
+        return self.each.special_tokens()
+
+    def description(self, tokens: Mapping[str, Any]) -> dict[str, str]:
+        """The name of the chat template, and the tokens that end a turn and pad."""
+        return self.each.description(tokens)
+
+    def ids_in_every_row(self, tokens: Mapping[str, Any]) -> set[int]:
+        """Ids that every data set uses."""
+        return self.each.ids_in_every_row(tokens)
+
+    def setup_checks(self, tokens: Mapping[str, Any]) -> Iterator[Check]:
+        """The checks of template and tokenizer as a whole."""
+        return self.each.setup_checks(tokens)
+
+
+@dataclass(frozen=True)
+class PairEncoder(OfConversations):
+    """Encodes both sides of a pair as one row."""
 
     def encode(self, examples: Sequence[Example | RowError]) -> list[Result]:
         """The row of each pair, or the error that drops it; all texts are tokenized in one call."""
@@ -159,22 +180,6 @@ class PairEncoder:
             "rejected_labels": row.rejected_labels,
             "rejected": row.rejected.answer,
         }
-
-    def special_tokens(self) -> dict[str, Any]:
-        """The content of tokens.json."""
-        return self.each.special_tokens()
-
-    def description(self, tokens: Mapping[str, Any]) -> dict[str, str]:
-        """The name of the chat template, and the tokens that end a turn and pad."""
-        return self.each.description(tokens)
-
-    def ids_in_every_row(self, tokens: Mapping[str, Any]) -> set[int]:
-        """Ids that every data set uses."""
-        return self.each.ids_in_every_row(tokens)
-
-    def setup_checks(self, tokens: Mapping[str, Any]) -> Iterator[Check]:
-        """The checks of template and tokenizer as a whole."""
-        return self.each.setup_checks(tokens)
 
 
 def open_pair_encoder(recipe: Recipe) -> PairEncoder:

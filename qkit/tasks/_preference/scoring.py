@@ -16,6 +16,7 @@ from qkit.plugins.resampling import RowStatistics, Sample, with_intervals
 from qkit.plugins.runtime import TokenRow
 from qkit.plugins.sections import Figure
 from qkit.plugins.task import SCORE, Prediction
+from qkit.recipe.schema import WHOLE, Recipe
 from qkit.tasks._conversation.answerer import Answerer
 
 if TYPE_CHECKING:
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
 
     from qkit.plugins.runtime import Scores
 
+PLAIN = "plain"  # a setting of predictions: 1 if the reference itself is measured
 HELD_OUT_REFERENCE = "reference_test.parquet"  # in the folder of the stage `train`
 ANSWERED = 16  # held-out prompts that are answered, for the length of answers and their divergence from the reference
 MARGIN, KL, LENGTH = "margin", "kl_to_reference", "answer_tokens"
-PAIR_FIGURES = (
-    Figure(MARGIN, "mean margin of the log-ratios (nats)", "margin", share=False),
+REWARD_FIGURES = (
     Figure(KL, "mean KL to the reference (nats per token)", "kl", share=False, is_error=True),
     Figure(LENGTH, "mean tokens of an answer", "answer_tokens", share=False),
 )
+PAIR_FIGURES = (Figure(MARGIN, "mean margin of the log-ratios (nats)", "margin", share=False), *REWARD_FIGURES)
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,16 @@ class PairTokens(TokenRow):
 
 
 def log_probabilities(
-    runtime: Scores, rows: Sequence[PairTokens], advance: Callable[[int], None] = lambda _: None
+    runtime: Scores, rows: Sequence[TokenRow], advance: Callable[[int], None] = lambda _: None
 ) -> list[tuple[float, float]]:
-    """The summed log-probability of each chosen and each rejected answer, in nats."""
+    """The summed log-probability of each answer, and of the rejected one where a row has one (else 0), in nats."""
+    others = [row.other for row in rows if isinstance(row, PairTokens)]
     sums: list[float] = []
-    for row in runtime.score([*rows, *(row.other for row in rows)]):
+    for row in runtime.score([*rows, *others]):
         sums.append(float(row.targets.sum(dtype="float64")))
         if len(sums) <= len(rows):
             advance(1)
-    return list(zip(sums[: len(rows)], sums[len(rows) :], strict=True))
+    return list(zip(sums[: len(rows)], sums[len(rows) :] if others else [0.0] * len(rows), strict=True))
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Comparer:
     train: Path
 
     def predict(
-        self, runtime: Any, rows: Sequence[PairTokens], advance: Callable[[int], None] = lambda _: None
+        self, runtime: Any, rows: Sequence[TokenRow], advance: Callable[[int], None] = lambda _: None
     ) -> list[Prediction]:
         """For each pair, how much more the chosen answer is preferred, in nats; of the first few also what the model answers.
 
@@ -90,7 +93,7 @@ class Comparer:
             predictions.append(Prediction(f"{margin:+.6g}", details, outputs))
         return predictions
 
-    def _reference(self, runtime: Any, rows: Sequence[PairTokens]) -> list[tuple[float, float]]:
+    def _reference(self, runtime: Any, rows: Sequence[TokenRow]) -> list[tuple[float, float]]:
         """The reference's log-probabilities: of a model with an adapter, without it; else as recorded of the held-out pairs."""
         if self.plain:
             return [(0.0, 0.0)] * len(rows)
@@ -99,11 +102,16 @@ class Comparer:
                 return log_probabilities(runtime, rows)
         return recorded(self.train)
 
-    def _answers(self, runtime: Any, rows: Sequence[PairTokens]) -> list[TokenRow]:
+    def _answers(self, runtime: Any, rows: Sequence[TokenRow]) -> list[TokenRow]:
         given = self.answerer.predict(runtime, rows)
         return [
             TokenRow([*row.prompt, *one.details["token_ids"]], row.start) for row, one in zip(rows, given, strict=True)
         ]
+
+
+def plain_or_not(runtime: Any, recipe: Recipe) -> Mapping[str, float]:
+    """The setting of predictions that says whether it is the reference itself that is measured."""
+    return {} if recipe.method in WHOLE or has_adapter(runtime) else {PLAIN: 1.0}
 
 
 def has_adapter(runtime: Any) -> bool:
@@ -144,6 +152,38 @@ def accuracy(predictions: Sequence[str]) -> Sample:
     import numpy as np
 
     return RowStatistics(np.array([[preferred(text), 1.0] for text in predictions]), _mean(SCORE))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Rewards of good and of bad answers. `wins`: [good, bad], 1 where the good one has the higher reward, one half where they are the same.
+    `good`, `bad`: their rows."""
+
+    wins: NDArray[np.float64]
+    good: NDArray[np.int64]
+    bad: NDArray[np.int64]
+
+    @property
+    def rows(self) -> int:
+        return len(self.good) + len(self.bad)
+
+    def figures(self, weights: NDArray[np.float64]) -> Mapping[str, NDArray[np.float64]]:
+        """The area under the curve of each resample; NaN where it has one kind of answer only."""
+        import numpy as np
+
+        good, bad = weights[..., self.good], weights[..., self.bad]
+        with np.errstate(invalid="ignore"):
+            area = ((good @ self.wins) * bad).sum(-1) / (good.sum(-1) * bad.sum(-1))
+        return {SCORE: area}
+
+
+def ranking(predictions: Sequence[str], references: Sequence[bool]) -> Sample:
+    """The rewards of answers, as a sample of rated ones."""
+    import numpy as np
+
+    rewards, good = np.array([float(text) for text in predictions]), np.array(references, bool)
+    differences = rewards[good][:, None] - rewards[~good][None, :]
+    return Ranking((np.sign(differences) + 1) / 2, np.flatnonzero(good), np.flatnonzero(~good))
 
 
 def preferred(prediction: str) -> float:

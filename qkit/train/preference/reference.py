@@ -18,7 +18,6 @@ from qkit.core.batching import TokenBudgetBatches
 from qkit.core.progress import Progress
 from qkit.tasks._preference.collate import REFERENCE
 from qkit.tasks._preference.scoring import log_probabilities
-from qkit.train.fast.pairs import labelled_tokens
 from qkit.train.preference.trainer import side_sums
 from qkit.train.trainer import lengths
 
@@ -59,8 +58,8 @@ def _sums(trainer: Any, rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, 
 
     batch = {key: value.to(trainer.args.device) for key, value in trainer.collator(rows, trainer.pad).items()}
     with torch.no_grad(), trainer.accelerator.autocast():
-        tokens = labelled_tokens(trainer.base_model, batch, trainer.shared)
-    return [(one, other) for one, other in side_sums(tokens, len(rows), trainer.section.ld_alpha).tolist()]
+        tokens = trainer.tokens(batch)
+    return [(one, other) for one, other in side_sums(tokens, len(rows), trainer.ld_alpha).tolist()]
 
 
 @contextmanager

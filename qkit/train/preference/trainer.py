@@ -25,6 +25,7 @@ class CountedPairs(Counted):
 
     def __init__(self, *args: Any, section: Preference, shared: bool, **kwargs: Any):
         self.section = section
+        self.ld_alpha: float | None = getattr(section, "ld_alpha", None)  # rated answers have none
         self.shared = shared
         self._pairs = 0  # of the step
         self._per_pair = 1.0  # labelled tokens of chosen answers per pair of the step
@@ -35,10 +36,14 @@ class CountedPairs(Counted):
     ) -> torch.Tensor:
         """The sum of the pairs' losses, divided by the pairs of the whole accumulated batch."""
         with self.accelerator.autocast():
-            tokens = labelled_tokens(self.base_model, inputs, self.shared)
+            tokens = self.tokens(inputs)
         count = len(inputs["starts"])
         per_pair = tokens.log_probabilities.new_full((count,), self._per_pair)
         return self.losses(tokens, inputs, per_pair).sum() / (self._pairs or count)
+
+    def tokens(self, inputs: Mapping[str, torch.Tensor]) -> LabelledTokens:
+        """The log-probabilities of both answers of each pair."""
+        return labelled_tokens(self.base_model, inputs, self.shared)
 
     def losses(
         self, tokens: LabelledTokens, inputs: Mapping[str, torch.Tensor], per_token: torch.Tensor
@@ -47,7 +52,7 @@ class CountedPairs(Counted):
         count = len(inputs["starts"])
         lengths = tokens.by_side(tokens.log_probabilities.new_ones(len(tokens.pairs)), count)
         compared = Compared(
-            model=side_sums(tokens, count, self.section.ld_alpha),
+            model=side_sums(tokens, count, self.ld_alpha),
             reference=inputs["reference"],
             tokens=lengths,
             plain=tokens.by_side(tokens.log_probabilities, count)[:, CHOSEN],
@@ -74,7 +79,7 @@ class CountedPairs(Counted):
 
     def row_losses(self, inputs: Any) -> torch.Tensor:
         """The loss of each pair, [rows] fp64; without gradients."""
-        tokens = labelled_tokens(self.base_model, inputs, self.shared)
+        tokens = self.tokens(inputs)
         lengths = tokens.by_side(tokens.log_probabilities.new_ones(len(tokens.pairs)), len(inputs["starts"]))
         return self.losses(tokens, inputs, lengths[:, CHOSEN].clamp(min=1)).double()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,8 +30,26 @@ if TYPE_CHECKING:
 STORED = ("input_ids", "labels", "start", "rejected_ids", "rejected_labels")
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What differs between pairs and rated answers: the trainer, its section of the recipe, and how a file becomes rows."""
+
+    trainer: Any
+    section: Any
+    read: Callable[[Path], Dataset]
+
+
 def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
     """The trainer on the run's pairs, with the reference's log-probabilities computed.
+
+    Raises:
+        RecipeError: the model does not support gradient checkpointing.
+    """
+    return built(run, folder, device, out, Kind(trainer_class(), run.recipe.preference, pairs_of))
+
+
+def built(run: Run, folder: Path, device: Device, out: Path, kind: Kind) -> Trainer:
+    """The same for a kind of rows.
 
     Raises:
         RecipeError: the model does not support gradient checkpointing.
@@ -45,12 +65,12 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
             f"{recipe.train.gradient_checkpointing})"
         )
     model = with_adapter(recipe, base, tokenizer)
-    trainer: Any = trainer_class()(
+    trainer: Any = kind.trainer(
         model=model,
         args=args,
-        train_dataset=pairs_of(run.need("data", "train.parquet")),
+        train_dataset=kind.read(run.need("data", "train.parquet")),
         processing_class=tokenizer,
-        section=recipe.preference,
+        section=kind.section,
         shared=False,
         pad=read_json(run.need("data", "tokens.json"))["pad"],
         batch_tokens=recipe.data.batch_tokens,
@@ -65,12 +85,12 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
     run.progress.notify(
         f"train: a prompt is computed {'once' if trainer.shared else 'twice'} for its two answers: {why}"
     )
-    add_reference(run, trainer, out)
+    add_reference(run, trainer, out, kind)
     return cast("Trainer", trainer)
 
 
-def add_reference(run: Run, trainer: Any, out: Path) -> None:
-    """Give the trainer's pairs the reference's log-probabilities, those of a validation file when it is read, and write those held out."""
+def add_reference(run: Run, trainer: Any, out: Path, kind: Kind) -> None:
+    """Give the trainer's rows the reference's log-probabilities, those of a validation file when it is read, and write those held out."""
     from qkit.measure.held_out import held_out_of
     from qkit.runtimes.transformers import TransformersRuntime
 
@@ -78,7 +98,7 @@ def add_reference(run: Run, trainer: Any, out: Path) -> None:
         return reference.with_reference(rows, out / name, trainer, run.progress)
 
     trainer.train_dataset = with_reference(trainer.train_dataset, "reference.parquet")
-    trainer.read_rows = lambda file: with_reference(pairs_of(file), f"reference_{file.stem}.parquet")
+    trainer.read_rows = lambda file: with_reference(kind.read(file), f"reference_{file.stem}.parquet")
     held_out = held_out_of(run).rows if (run.folder("data") / "test.parquet").is_file() else ()
     if held_out:
         runtime = TransformersRuntime(trainer.model, cast(Any, None))  # a meter of its own would reset the run's
