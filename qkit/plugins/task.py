@@ -149,6 +149,7 @@ class Task(Protocol):
     SCORED_IN_PARTS: Collection[
         str
     ]  # data formats of which all rows of a held-out record are scored, not only its first
+    ANSWERS_ARE_SCORED: bool  # predictions are what a model generates; else only `predictor` makes them
     READS_VALIDATION: bool  # whether `tune` chooses anything on validation rows
     CHECKS: Mapping[str, Kind]  # over rows, in the order in which they are shown
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]]  # milder forms of one of them: name -> (check, its texts)

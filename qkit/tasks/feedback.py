@@ -29,6 +29,7 @@ class FeedbackTask(ConversationTask):
     TRAINER = "feedback"
     UNSCORED: frozenset[str] = frozenset()
     SCORED_IN_PARTS: frozenset[str] = frozenset()
+    ANSWERS_ARE_SCORED = False
     FIGURES = REWARD_FIGURES
 
     def own_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -33,6 +33,7 @@ class PreferenceTask(ConversationTask):
     CHECKS = PAIR_CHECKS
     UNSCORED: frozenset[str] = frozenset()
     SCORED_IN_PARTS: frozenset[str] = frozenset()
+    ANSWERS_ARE_SCORED = False
     FIGURES = PAIR_FIGURES
 
     def own_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

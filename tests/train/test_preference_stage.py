@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from helpers.command import qkit_here
 from helpers.paths import RECIPES
 from helpers.tiny_pairs import pair_rows, pair_settings, write_rows
 from qkit import pipeline
@@ -100,6 +101,14 @@ def test_artifacts_pass_their_gates_on_the_chosen_answers(done: Run) -> None:
     )
     page = (done.folder("report") / "index.html").read_text(encoding="utf-8")
     assert "Pairs of answers" in page and "are the wrong way round" in page
+
+
+def test_two_artifacts_are_compared_without_a_score(done: Run) -> None:
+    """Generated answers are no pairs: only the distance of the two is told."""
+    told = qkit_here("verify", done.root, done.folder("merge"), "--json")
+    assert told.returncode == 0, told.stderr
+    document = json.loads(told.stdout)
+    assert document["kl_mean"] < 0.05 and not document["score"] and document["identical"] > 0
 
 
 class _Runtime:

@@ -49,6 +49,7 @@ class ConversationTask:
     LESSER_CHECKS = LESSER_CHECKS
     UNSCORED = frozenset({"text", "tokenized"})  # data formats without a question to answer
     SCORED_IN_PARTS = frozenset({"text"})
+    ANSWERS_ARE_SCORED = True
     READS_VALIDATION = False
     FIGURES: Sequence[Figure] = ()
     LABEL_FIGURE: Figure | None = None

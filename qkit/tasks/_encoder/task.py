@@ -55,6 +55,7 @@ class EncoderTask:
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]] = {}
     UNSCORED: frozenset[str] = frozenset()
     SCORED_IN_PARTS: frozenset[str] = frozenset()
+    ANSWERS_ARE_SCORED = False
     READS_VALIDATION = False
     FIGURES: Sequence[Figure] = SINGLE_LABEL
     LABEL_FIGURE: Figure | None = OF_ONE_LABEL
