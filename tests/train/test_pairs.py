@@ -170,8 +170,15 @@ def test_the_reference_is_computed_once(tiny_model: Path, tmp_path: Path, monkey
     assert asked == [2] and again.train_dataset["reference_chosen"][:] == pytest.approx(known, rel=1e-5)
 
 
+def _with_prompts(tokens: int) -> Dataset:
+    """Two pairs of random tokens with prompts of this length, and answers of 40 tokens."""
+    ids = [[3 + (7 * place + number) % 250 for place in range(tokens + 80)] for number in range(2)]
+    rows = [{"input_ids": one, "labels": [IGNORED] * tokens + one[tokens:]} for one in ids]
+    return Dataset.from_list([{**row, "start": tokens, "rejected_start": tokens + 40} for row in rows])
+
+
 def test_a_model_with_a_window_computes_its_prompts_twice(tiny_model: Path, tmp_path: Path) -> None:
-    trainer = _ours(tiny_model, tmp_path, _rows(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"])), Preference())
+    trainer = _ours(tiny_model, tmp_path, _with_prompts(60), Preference())
     assert layout.shares_prompts(trainer, tmp_path)[0]
     assert layout.shares_prompts(trainer, tmp_path)[1] == "as when this run started"
     (tmp_path / layout.RECORD).unlink()
@@ -179,12 +186,20 @@ def test_a_model_with_a_window_computes_its_prompts_twice(tiny_model: Path, tmp_
     assert not layout.shares_prompts(trainer, tmp_path)[0]
 
 
+def test_short_prompts_are_computed_twice(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = _ours(tiny_model, tmp_path, _with_prompts(2), Preference())
+    shared, why = layout.shares_prompts(trainer, tmp_path)
+    assert not shared and "prompts as short as these" in why
+    trainer.train_dataset = _with_prompts(400)
+    assert 1 < layout.speedup(trainer) < 2
+
+
 def test_a_layout_in_which_an_answer_sees_the_other_one_is_refused(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qkit.train.fast import pairs
 
-    trainer = _ours(tiny_model, tmp_path, _rows(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"])), Preference())
+    trainer = _ours(tiny_model, tmp_path, _with_prompts(60), Preference())
     monkeypatch.setattr(pairs, "mask", lambda batch, dtype: None)
     shared, why = layout.shares_prompts(trainer, tmp_path)
     assert not shared and "would differ" in why

@@ -1,4 +1,7 @@
-"""Decides whether a pair passes through the model with its prompt once: where it gives the losses and gradients of two plain rows.
+"""Decides whether a pair passes through the model with its prompt once: where that is quicker than two plain rows, and gives their losses.
+
+It is quicker unless prompts are short. Fewer tokens pass through the weights, but with a mask every token is compared with all of the pair, and
+without one only with those before it in its own row. On a CPU, this estimate is within 0.1 of what a layer takes.
 
 Models whose layers do not take any mask (recurrent ones, those with a window, some kinds of attention) would let the rejected answer see the
 chosen one, or something else than the prompt. No list of architectures decides, but a pair of random tokens.
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.files import read_json, write_json
 from qkit.train.fast.pairs import MASKED, labelled_tokens
+from qkit.train.trainer import lengths
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +24,7 @@ RECORD = "pairs.json"  # in the folder of the stage `train`: what was decided, f
 PROMPT, ANSWERS = 24, (9, 14)  # tokens of the pair that decides
 # Nats of a token's log-probability: two orders of the same sum differ by less in bf16, and an answer that is seen changes it by more.
 TOLERANCE = 0.25
+LEAST = 1.02  # times as fast
 SHARE = 0.2  # of the difference that seeing the other answer makes
 
 
@@ -43,10 +48,34 @@ def _decided(trainer: Any) -> tuple[bool, str]:
     kinds = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - {"full_attention"}
     if kinds or (window and getattr(model.config.get_text_config(), "use_sliding_window", True)):
         return False, "some of its layers see a window only"
+    factor = speedup(trainer)
+    if factor < LEAST:
+        return False, f"with prompts as short as these, once would take {1 / factor:.2f} times as long"
     difference, leak = _differences(trainer)
     if difference <= max(SHARE * leak, 0.0) and difference <= TOLERANCE:
-        return True, f"the losses of a probe differ by {difference:.2g} nats from those of two rows"
+        return (
+            True,
+            f"that is estimated {factor:.2f} times as fast, and a probe differs by {difference:.2g} nats from two rows",
+        )
     return False, f"the losses of a probe would differ by {difference:.2g} nats from those of two rows"
+
+
+def speedup(trainer: Any) -> float:
+    """The time that the trainer's pairs take as two rows each / the time as one, by the multiplications of a forward pass."""
+    import numpy as np
+    from torch import nn
+
+    decoder, rows = trainer.base_model.get_decoder(), trainer.train_dataset
+    linear = [part for part in decoder.modules() if isinstance(part, nn.Linear)]
+    weights = sum(part.in_features * part.out_features for part in linear)
+    config = trainer.base_model.config.get_text_config()
+    width = config.hidden_size * config.num_hidden_layers
+    starts, rejected = (np.array(rows[name][:], np.float64) for name in ("start", "rejected_start"))
+    whole = np.array(lengths(rows), np.float64)
+    other = whole - rejected + starts
+    once = whole @ (weights + 2 * width * whole)
+    apart = rejected @ (weights + width * rejected) + other @ (weights + width * other)
+    return float(apart / once)
 
 
 def _differences(trainer: Any) -> tuple[float, float]:
