@@ -129,7 +129,7 @@ def _evaluation(evaluation: Evaluation, bound: bool) -> str:
     text = f"{often} evaluates the validation rows{rows}"
     if evaluation.seconds is None:
         return f"{text}."
-    return f"{text}: their losses take {'at least' if bound else 'about'} {_duration(evaluation.seconds)}."
+    return f"{text}: that takes {'at least' if bound else 'about'} {_duration(evaluation.seconds)}, without any answers that it generates."
 
 
 def _pace(pace: Pace) -> str:

@@ -36,7 +36,7 @@ CONVERSATIONS = (1024, 4096, 16384)  # lengths in tokens, for the number of conv
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How often training evaluates the validation rows, their tokens, and the time that the losses take in all; None: unknown."""
+    """How often training evaluates the validation rows, their tokens, and the time of all but the answers that it generates; None: unknown."""
 
     evaluations: int | None
     tokens: int | None
@@ -103,7 +103,7 @@ def sheet(
         stages=stages,
         conversations=_conversations(stages[-1], subject),
         pace=pace,
-        evaluation=_evaluation(recipe, subject, pace, validation_rows),
+        evaluation=_evaluation(recipe, subject, pace, validation_rows, _batches(recipe, lengths)),
         lengths=solve.length_table(lengths, undecided, device, labels) if lengths else None,
         alternatives=() if plan.fits else plan_plan.alternatives(recipe, plan, device, known),
         anchors=published.anchors(recipe, device) if isinstance(subject, Shape) else (),
@@ -128,19 +128,26 @@ def _pace(recipe: Recipe, subject: Subject, device: Device, lengths: Sequence[Se
     return replace(pace, steps=steps or pace.steps)
 
 
-def _evaluation(recipe: Recipe, subject: Subject, pace: Pace, rows: tuple[int, int] | None) -> Evaluation | None:
-    """What the evaluations cost; None if the recipe has none. `rows`: validation rows and their tokens."""
-    if recipe.train.eval_strategy == "no" or not validation.may_have_rows(recipe.data):
+def _batches(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> int | None:
+    """The batches of an epoch; None if they are not known yet."""
+    return schedule.planned_batches(recipe, lengths, open_task(recipe.task).LENGTH_STEP)
+
+
+def _evaluation(
+    recipe: Recipe, subject: Subject, pace: Pace, rows: tuple[int, int] | None, batches: int | None
+) -> Evaluation | None:
+    """What the evaluations cost; None if there are none. `rows`: validation rows and their tokens; `batches`: of an epoch."""
+    if not validation.evaluates(recipe) or (rows is not None and not rows[0]):
         return None
-    count = validation.evaluations(recipe.train, pace.steps) if pace.steps else None
-    if rows is None or not rows[0]:
+    count = validation.evaluations(recipe.train, pace.steps, batches) if pace.steps else None
+    if rows is None:
         return Evaluation(count, None, None)
     tokens = rows[1] * min(rows[0], recipe.train.eval_rows or rows[0]) // rows[0]
     if not count:
         return Evaluation(count, tokens, None)
-    return Evaluation(
-        count, tokens, speed.evaluation_seconds(pace, speed.forward_share(recipe, subject), tokens, count)
-    )
+    predicts = not open_task(recipe.task).HEAD.generates and validation.scores_rows(recipe)  # each row once more
+    share = speed.forward_share(recipe, subject) * (1 + predicts)
+    return Evaluation(count, tokens, speed.evaluation_seconds(pace, share, tokens, count))
 
 
 def _parameters(recipe: Recipe, subject: Subject) -> int:

@@ -74,9 +74,9 @@ def forward_share(recipe: Recipe, shape: Subject) -> float:
 
 
 def evaluation_seconds(pace: Pace, share: float, tokens: int, evaluations: int) -> float | None:
-    """An estimate of how long the losses of validation rows take, from the speed of training; or a lower bound, as the pace is.
+    """An estimate of how long forward passes over validation rows take, from the speed of training; or a lower bound, as the pace is.
 
-    `share`: `forward_share`; `tokens`: of the rows of one evaluation.
+    `share`: `forward_share`; `tokens`: of one evaluation.
     """
     return tokens * evaluations * share / pace.tokens_per_second if pace.tokens_per_second else None
 

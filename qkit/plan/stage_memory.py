@@ -31,7 +31,7 @@ def train_items(recipe: Recipe, shape: Shape, device: Device, labelled: int | No
     step = step_of(recipe, shape, device, labelled)
     width = DTYPE_BYTES[recipe.quantization.bnb_4bit_compute_dtype] if recipe.quantization.load_in_4bit else 0
     by_name = moments(step, _largest(shape) * width, recipe.train.optim)
-    if validation.may_have_rows(recipe.data) and validation.scores_rows(recipe):
+    if validation.evaluates(recipe) and validation.scores_rows(recipe):
         by_name["answers to validation rows"] = _answering(recipe, shape, _largest(shape) * width)
     name = max(by_name, key=lambda name: by_name[name].bytes)
     peak = by_name[name]

@@ -28,16 +28,20 @@ def planned_steps(recipe: Recipe, lengths: Sequence[Sequence[int]], length_step:
     """
     if recipe.train.max_steps > 0:
         return recipe.train.max_steps
+    batches = planned_batches(recipe, lengths, length_step)
+    return steps(recipe.train, batches) if batches else None
+
+
+def planned_batches(recipe: Recipe, lengths: Sequence[Sequence[int]], length_step: int = LENGTH_STEP) -> int | None:
+    """Batches of an epoch, as far as recipe and lengths tell; None if unknown. `lengths`, `length_step`: as of `planned_steps`."""
     beyond = any(entry[0] > recipe.data.max_length for entry in lengths)
     if not lengths or (beyond and recipe.data.too_long != "drop"):
         return None
     rows = [(entry[0], entry[1]) for entry in lengths if entry[0] <= recipe.data.max_length]
     if recipe.data.packing:
         each = [tokens for tokens, count in rows for _ in range(count)]
-        batches = 1 + max((pack for pack, _ in packed(each, recipe.data.batch_tokens)), default=-1)
-    else:
-        batches = count_batches(rows, recipe.data.batch_tokens, length_step, recipe.data.batch_rows or math.inf)
-    return steps(recipe.train, batches) if batches else None
+        return 1 + max((pack for pack, _ in packed(each, recipe.data.batch_tokens)), default=-1)
+    return count_batches(rows, recipe.data.batch_tokens, length_step, recipe.data.batch_rows or math.inf)
 
 
 def warmup(train: Train, total: int) -> int:

@@ -26,6 +26,17 @@ def may_have_rows(data: Data) -> bool:
     return bool(data.validation or (data.split and data.split.validation))
 
 
+def evaluates(recipe: Recipe) -> bool:
+    """Whether training evaluates, if the data stage leaves validation rows."""
+    return recipe.train.eval_strategy != "no" and may_have_rows(recipe.data)
+
+
+def depends_on_metric(train: Train) -> bool:
+    """Whether what is trained depends on the task's metric: it tells the best step, or when to stop."""
+    by_loss = train.metric_for_best_model == LOSS or train.metric_for_best_model.startswith(OF_SOURCE)
+    return not by_loss and (train.keeps_best or train.early_stopping_patience is not None)
+
+
 def clashes(recipe: Recipe) -> Problems:
     """Conflicts, as (key, message)."""
     train = recipe.train
@@ -63,6 +74,9 @@ def wanted(train: Train) -> list[str]:
         "eval_strategy": train.eval_strategy in ("steps", "epoch"),
         "eval_steps": train.eval_steps is not None,
         "eval_on_start": train.eval_on_start,
+        "eval_rows": train.eval_rows is not None,
+        "eval_score_rows": bool(train.eval_score_rows),
+        "metric_for_best_model": train.metric_for_best_model != LOSS,
         "early_stopping_patience": train.early_stopping_patience is not None,
         "load_best_model_at_end": bool(train.load_best_model_at_end),
     }
@@ -106,8 +120,12 @@ def interval(train: Train, total: int, batches: int | None) -> int | None:
     return None if batches is None else math.ceil(batches / train.gradient_accumulation_steps)
 
 
-def evaluations(train: Train, total: int) -> int:
-    """How often a training of `total` steps evaluates: at its interval, or as often as it has epochs, and after the last step."""
-    each = interval(train, total, None)
-    count = math.ceil(total / each) if each else math.ceil(train.num_train_epochs) if train.max_steps < 0 else 1
-    return count + train.eval_on_start
+def evaluations(train: Train, total: int, batches: int | None) -> int | None:
+    """How often a training of `total` steps evaluates: at its interval, and after the last step; None if that is not known.
+
+    `batches`: of an epoch; None: unknown.
+    """
+    each = interval(train, total, batches)
+    if each is not None:
+        return math.ceil(total / each) + train.eval_on_start
+    return math.ceil(train.num_train_epochs) + train.eval_on_start if train.max_steps < 0 else None

@@ -58,8 +58,11 @@ def screen(figures: Summary) -> RenderableType:
 
 def _validation(best: Mapping[str, Any]) -> str:
     """The best step by the validation rows, and whether the result is that of the step."""
-    value = "unknown" if best["value"] is None else f"{best['value']:.4g}"
-    text = f"training: best validation {best['metric']} {value} at step {best['best_step']} of {best['steps']}"
+    if best["value"] is None:
+        return f"training: no evaluation gave a finite {best['metric']}"
+    text = (
+        f"training: best validation {best['metric']} {best['value']:.4g} at step {best['best_step']} of {best['steps']}"
+    )
     stopped = f", stopped early at step {best['last_step']}" if best["last_step"] < best["steps"] else ""
     return f"{text}{stopped}{', and that step is the result' if best['restored'] else ''}"
 

@@ -68,6 +68,8 @@ def _words(logged: Lines, validation: Mapping[str, Any]) -> str:
     if not validation:
         return ""
     best = validation["best"]
+    if best["value"] is None:
+        return f" No evaluation gave a finite {validation['metric']}."
     text = f" The best {validation['metric']} is {best['value']:.4g}, at step {best['step']}"
     text += ", and the result is the model of that step." if validation["restored"] else "."
     if validation["last_step"] < validation["steps"]:

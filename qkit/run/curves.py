@@ -16,7 +16,7 @@ def evaluations(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[float, float
 
 def gap(metrics: Sequence[Mapping[str, Any]], is_restored: bool) -> str:
     """What to know where the two losses part; "" where they do not. `is_restored`: the result is the best step's."""
-    points = evaluations(metrics)
+    points = [point for point in evaluations(metrics) if point[0] > 0]  # no loss was logged before the first step
     if len(points) < 2:
         return ""
     (best_step, best), (last_step, last) = min(points, key=lambda point: point[1]), points[-1]

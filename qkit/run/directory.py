@@ -255,11 +255,11 @@ class Run:
     def hash_outputs(self, stage: str) -> dict[str, Output]:
         """Hash the files in a stage's work folder, by the path that `commit` gives them.
 
-        Checkpoints (only needed to resume) and the model card (which later stages extend) are left out.
+        Checkpoints and the best step (only needed to resume) and the model card (which later stages extend) are left out.
         """
         work = self.root / ".work" / stage
         files = sorted(p.relative_to(work) for p in work.rglob("*") if p.is_file())
-        kept = (p for p in files if "checkpoints" not in p.parts and p.name not in (KEY, "README.md"))
+        kept = (p for p in files if not {"checkpoints", "best"} & {*p.parts} and p.name not in (KEY, "README.md"))
         return {str(Path(stage) / p): _output(work / p) for p in kept}
 
     # --- working in it ------------------------------------------------------------------------------------------

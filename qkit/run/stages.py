@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qkit.recipe import validation
 from qkit.recipe.schema import UNMERGED, Recipe
 
 
@@ -70,9 +71,9 @@ STAGES: Mapping[str, Stage] = {
 
 
 def sections_of(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
-    """The recipe sections that a stage depends on: training on `evaluate` as well, where the task's metric tells the best step."""
-    by_metric = recipe.train.keeps_best and not recipe.train.metric_for_best_model.startswith("loss")
-    return (*stage.sections, "evaluate") if stage.name == "train" and by_metric else stage.sections
+    """The recipe sections that a stage depends on: training on `evaluate` as well, where the task's metric decides what is trained."""
+    by_metric = stage.name == "train" and validation.depends_on_metric(recipe.train)
+    return (*stage.sections, "evaluate") if by_metric else stage.sections
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:

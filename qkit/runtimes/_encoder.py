@@ -22,10 +22,13 @@ WINDOW = 4096  # rows that are sorted by length together
 
 
 class TorchEncoder(Encodes):
-    """Logits of a transformers model. `autocast`: compute in bf16 as training does."""
+    """Logits of a transformers model. `autocast`: compute in bf16 as training does; `batch_tokens`: at most in a pass."""
 
-    def __init__(self, model: PreTrainedModel, meter: PeakMeter, autocast: bool = False):
+    def __init__(
+        self, model: PreTrainedModel, meter: PeakMeter, autocast: bool = False, batch_tokens: int = ENCODER_TOKENS
+    ):
         self.model = model
+        self.batch_tokens = batch_tokens
         self.meter = meter
         self.autocast = autocast
 
@@ -34,7 +37,7 @@ class TorchEncoder(Encodes):
             window = rows[begin : begin + WINDOW]
             order = sorted(range(len(window)), key=lambda index: len(window[index].input_ids))
             results: list[NDArray[np.float32] | None] = [None] * len(window)
-            for batch in within_budget((len(window[index].input_ids) for index in order), ENCODER_TOKENS):
+            for batch in within_budget((len(window[index].input_ids) for index in order), self.batch_tokens):
                 places = [order[place] for place in batch]
                 for index, values in zip(places, self._forward([window[index] for index in places]), strict=True):
                     results[index] = values

@@ -11,7 +11,7 @@ from qkit.core.device import Device, released
 from qkit.core.errors import ModelError
 from qkit.core.memory_meter import PeakMeter
 from qkit.model.load import scaled
-from qkit.plugins.runtime import PREFILL_TOKENS, RowScores, Runtime, TokenRow
+from qkit.plugins.runtime import ENCODER_TOKENS, PREFILL_TOKENS, RowScores, Runtime, TokenRow
 from qkit.plugins.task import ModelHead, open_task
 from qkit.runtimes._encoder import TorchEncoder
 from qkit.tasks._encoder.tagging import transitions
@@ -56,10 +56,11 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime | TorchEncod
 
 
 def around(model: PreTrainedModel, meter: PeakMeter, recipe: Recipe) -> Runtime | TorchEncoder:
-    """A runtime for a model that is open already, such as one that is being trained; closing it leaves the model open."""
+    """A runtime for a model that is being trained; it scores no more tokens at once than a step trains on."""
+    tokens = recipe.data.batch_tokens // recipe.micro_batches
     if open_task(recipe.task).HEAD.generates:
-        return TransformersRuntime(model, meter)
-    return TorchEncoder(model, meter, autocast=recipe.train.bf16)
+        return TransformersRuntime(model, meter, min(tokens, SCORE_TOKENS))
+    return TorchEncoder(model, meter, recipe.train.bf16, min(tokens, ENCODER_TOKENS))
 
 
 def _reference(folder: Path, recipe: Recipe, device: Device, adapter: Path | None, exact: bool) -> PreTrainedModel:

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from qkit.core.errors import MissingArtifact
 from qkit.core.files import read_json
 from qkit.train import checkpoints
 
@@ -18,17 +19,19 @@ CPU_TOLERANCE, GPU_TOLERANCE = 1e-9, 1e-4
 
 
 def keep(trainer: Any) -> None:
-    """Save what is trained as the best so far."""
+    """Save what is trained as the best so far, as a checkpoint does."""
     folder = _folder(Path(trainer.args.output_dir)) / f"step-{trainer.state.global_step}"
     shutil.rmtree(folder, ignore_errors=True)
-    trainer.model.save_pretrained(str(folder))
+    folder.mkdir(parents=True)
+    trainer._save(str(folder))
     checkpoints.seal(folder)
+    trainer.best_step_here = trainer.state.global_step
     thin(Path(trainer.args.output_dir), trainer.state.global_step)
 
 
 def thin(checkpoint_folder: Path, best: int | None) -> None:
     """Delete the steps that are no longer the best for any checkpoint. `best`: the best so far."""
-    states = checkpoint_folder.glob("checkpoint-*/trainer_state.json")
+    states = [path / "trainer_state.json" for path in checkpoints.sealed(checkpoint_folder)]
     needed = {best, *(read_json(state).get("best_global_step") for state in states)}
     for path in _folder(checkpoint_folder).glob("step-*"):
         if checkpoints.step_of(path) not in needed:
@@ -46,11 +49,11 @@ def restore(trainer: Any) -> None:
     """Give the model what was trained at the best step.
 
     Raises:
-        FileNotFoundError: it was not kept, or is damaged.
+        MissingArtifact: it is damaged, or not there.
     """
     folder = _folder(Path(trainer.args.output_dir)) / f"step-{trainer.state.best_global_step}"
     if why := checkpoints.damage(folder):
-        raise FileNotFoundError(f"{folder}: {why}")
+        raise MissingArtifact(f"{folder}: {why}; `qkit train` from the beginning makes it again")
     trainer._load_from_checkpoint(str(folder))
 
 

@@ -29,10 +29,15 @@ def seal(checkpoint: Path) -> None:
 
 def thin(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` sealed checkpoints; one that is still being written is not sealed and does not count."""
-    kept = [path for path in _newest_first(folder) if (path / SEAL).is_file()][:keep]
+    kept = sealed(folder)[:keep]
     for path in _newest_first(folder):
         if path not in kept:
             shutil.rmtree(path)
+
+
+def sealed(folder: Path) -> list[Path]:
+    """The checkpoints that were written to their end, the newest first."""
+    return [path for path in _newest_first(folder) if (path / SEAL).is_file()]
 
 
 def newest_whole(folder: Path, notify: Callable[[str], None] = lambda _: None) -> Path | None:

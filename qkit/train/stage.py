@@ -77,8 +77,7 @@ def run(run: Run, out: Path) -> Peak:
     folder = source.resolve(recipe.model)
     with targets.patterns_of_parameters():
         trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
-    at_once = recipe.train.save_total_limit + 1  # a new checkpoint is complete before an old one is deleted
-    need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
+    _need_disk_for_checkpoints(trainer, recipe, evaluates, out)
     if recipe.data.packing:
         _pack_if_isolated(run, trainer, out)
     _check_steps(run, trainer)
@@ -168,9 +167,9 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
         _load_finished(trainer, checkpoint)
         return watcher
     trainer.add_callback(watcher)
+    begin = time.perf_counter()
     if run.recipe.train.eval_on_start and trainer.validation and not checkpoint:
         trainer.evaluate()
-    begin = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
@@ -321,7 +320,7 @@ def _recorder(file: Path, bar: Bar, meter: PeakMeter, trainer: SFTTrainer, resum
     """A callback that writes metrics.jsonl and advances the bar. Lines after the checkpoint that training resumes from are removed."""
     from transformers import TrainerCallback
 
-    earlier = [line for line in _lines(file) if line["step"] <= resumed_at]
+    earlier = [line for line in _lines(file) if line["step"] <= resumed_at] if resumed_at else []
     file.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
     steps_before = [line for line in earlier if "loss" in line]
     tokens_before = steps_before[-1]["tokens"] if steps_before else 0
@@ -358,6 +357,12 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         return []
     whole = [line for line in file.read_text(encoding="utf-8").split("\n")[:-1] if line]
     return [json.loads(line) for line in whole]
+
+
+def _need_disk_for_checkpoints(trainer: Any, recipe: Recipe, evaluates: bool, out: Path) -> None:
+    """A new checkpoint is complete before an old one is deleted; the best steps take no more than one."""
+    at_once = recipe.train.save_total_limit + 1 + (evaluates and recipe.train.keeps_best)
+    need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
 
 
 def _checkpoint_bytes(trained: PreTrainedModel) -> int:

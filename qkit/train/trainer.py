@@ -55,6 +55,7 @@ class Counted(Base):
         self.validation: Evaluates | None = None  # validation.attach sets it
         self.evaluation_seconds = 0.0
         self.read_rows: Callable[[Path], Dataset] | None = None  # where a row trains on more than columns of its file
+        self.best_step_here: int | None = None  # that this process has kept
         self.packing = packing
         self.length_step = length_step
         self.batch_rows = batch_rows or math.inf

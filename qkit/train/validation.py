@@ -95,8 +95,25 @@ class Validation:
         figures = {asked.SCORE: scores.percent(said.grades)}
         best = recipe.train.metric_for_best_model
         if best not in (asked.LOSS, asked.SCORE) and not best.startswith(asked.OF_SOURCE):
-            figures[best] = answers.further_figures(self.run, said, self.scored)[best]["value"]
+            figures[best] = self._figure(best, said)
         return figures
+
+    def _figure(self, name: str, said: answers.Answers) -> float:
+        """One of the task's figures beside its score.
+
+        Raises:
+            RecipeError: these rows do not have it.
+        """
+        assert self.scored is not None
+        data, section, seed = self.run.folder("data"), self.run.recipe.evaluate, self.run.recipe.seed
+        task = open_task(self.run.recipe.task)
+        figures = task.metrics(said.predictions, self.scored.references, data, section, seed)
+        if name not in figures:
+            raise RecipeError(
+                f"train.metric_for_best_model={name}: the {len(self.scored.asked)} validation rows that are scored do not have this figure; "
+                "give it more rows (train.eval_score_rows), or name another"
+            )
+        return float(figures[name]["value"])
 
 
 def check(run: Run) -> bool:
@@ -128,10 +145,11 @@ def attach(trainer: Any, run: Run, meter: PeakMeter) -> None:
     columns = [name for name in trainer.train_dataset.column_names if name not in OF_PACKS]
     rows = trainer.read_rows(file) if trainer.read_rows else _shared.training_rows(file, columns)
     sources = _sources(run.need("data", "ledger.parquet"))
+    chosen = list(range(len(rows)))
     if recipe.train.eval_rows is not None and recipe.train.eval_rows < len(rows):
-        chosen = _spread(_records(file), recipe, recipe.train.eval_rows)
+        chosen = _spread(_records(file), sources, recipe, recipe.train.eval_rows)
         rows, sources = rows.select(chosen), [sources[row] for row in chosen]
-    scored = _scored(file, recipe, len(rows))
+    scored = _scored(file, chosen, sources, recipe)
     trainer.validation = Validation(run, meter, rows, trainer.items(rows), sources, scored)
     trainer.eval_dataset = rows
     trainer.args.eval_strategy = "steps"  # of epochs, too: a run that resumes at the end of one evaluates it
@@ -162,23 +180,31 @@ def _records(file: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _scored(file: Path, recipe: Recipe, rows: int) -> HeldOut | None:
-    """The rows that are predicted, spread evenly over the validation rows."""
+def _scored(file: Path, chosen: Sequence[int], sources: Sequence[str], recipe: Recipe) -> HeldOut | None:
+    """Those of the chosen rows that are predicted. `sources`: of each chosen row."""
     if not asked.scores_rows(recipe):
         return None
-    records = _records(file)
-    most = rows if recipe.train.eval_score_rows is None else min(rows, recipe.train.eval_score_rows)
-    return of_records([records[row] for row in _spread(records, recipe, most)], open_task(recipe.task))
+    every = _records(file)
+    records = [every[row] for row in chosen]
+    most = recipe.train.eval_score_rows
+    if most is not None and most < len(records):
+        records = [records[row] for row in _spread(records, sources, recipe, most)]
+    return of_records(records, open_task(recipe.task))
 
 
-def _spread(records: Sequence[Mapping[str, Any]], recipe: Recipe, most: int) -> list[int]:
-    """At least one and about `most` row numbers, evenly spread; rows of one prediction stay together."""
+def _spread(records: Sequence[Mapping[str, Any]], sources: Sequence[str], recipe: Recipe, most: int) -> list[int]:
+    """About `most` row numbers, evenly spread over each source and at least one of it; rows of one prediction stay together."""
     task = open_task(recipe.task)
     begins = [row for row, record in enumerate(records) if not task.continues(record)]
-    ends = [*begins[1:], len(records)]
-    count = max(1, len(begins) * most // len(records))
-    groups = [number * len(begins) // count for number in range(count)]
-    return [row for group in groups for row in range(begins[group], ends[group])]
+    ends = dict(zip(begins, [*begins[1:], len(records)], strict=True))
+    by_source: defaultdict[str, list[int]] = defaultdict(list)
+    for begin in begins:
+        by_source[sources[begin]].append(begin)
+    chosen = []
+    for of_source in by_source.values():
+        count = max(1, len(of_source) * most // len(records))
+        chosen += [of_source[number * len(of_source) // count] for number in range(count)]
+    return [row for begin in sorted(chosen) for row in range(begin, ends[begin])]
 
 
 def _sources(ledger: Path) -> list[str]:
@@ -206,18 +232,19 @@ def is_greater_better(recipe: Recipe) -> bool:
 
 
 def _callbacks(recipe: Recipe) -> Iterator[Any]:
-    """Callbacks of the trainer: evaluation after the last step, and early stopping."""
+    """Callbacks of the trainer: its interval, and early stopping."""
     from transformers import EarlyStoppingCallback, TrainerCallback
 
-    class AtTheEnd(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_evaluate |= state.global_step >= state.max_steps
+    class Interval(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """A checkpoint of an earlier version has another interval, which transformers would keep."""
+            state.eval_steps = args.eval_steps
 
     class Patience(EarlyStoppingCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             """transformers' own warns that nothing restores the best step, which qkit does."""
 
-    yield AtTheEnd()
+    yield Interval()
     if recipe.train.early_stopping_patience is not None:
         yield Patience(recipe.train.early_stopping_patience, recipe.train.early_stopping_threshold)
 
@@ -252,7 +279,7 @@ def finish(trainer: Any, out: Path, total: int) -> None:
     name = section.metric_for_best_model
     record: dict[str, Any] = {
         "metric": name,
-        "best": {"step": state.best_global_step, "value": state.best_metric},
+        "best": {"step": state.best_global_step, "value": state.best_metric if state.best_global_step else None},
         "last_step": state.global_step,
         "steps": total,
         "restored": section.keeps_best,
@@ -263,6 +290,8 @@ def finish(trainer: Any, out: Path, total: int) -> None:
         record["again"] = _restored(trainer, name)
     write_json(out / VALIDATION, record)
     run.progress.notify(f"train: {_told(record)}")
+    if words := _of_start(record, read_lines(out / "metrics.jsonl"), is_greater_better(run.recipe)):
+        run.progress.notify(f"train: warning: {words}")
     if words := curves.gap(read_lines(out / "metrics.jsonl"), section.keeps_best):
         run.progress.notify(f"train: warning: {words}")
 
@@ -276,18 +305,29 @@ def _restored(trainer: Any, name: str) -> float:
         )
     best_step.restore(trainer)
     again: float = trainer.validation.figures(trainer)[name]
-    if not best_step.is_same(best, again, trainer.validation.meter.device.has_gpu):
-        raise StageFailed(
-            "train",
-            run.root,
-            run.log("train"),
-            f"what was saved at step {trainer.state.best_global_step} gives a {name} of {again!r}, and not {best!r} as when it was trained",
-        )
+    if best_step.is_same(best, again, trainer.validation.meter.device.has_gpu):
+        return again
+    text = f"what was saved at step {trainer.state.best_global_step} gives a {name} of {again!r}, and not {best!r} as when it was trained"
+    if trainer.best_step_here == trainer.state.best_global_step:
+        raise StageFailed("train", run.root, run.log("train"), text)
+    # Before a kill it may have been another processor, or another number of threads, which round otherwise.
+    run.progress.notify(f"train: warning: {text}, before training was interrupted")
     return again
+
+
+def _of_start(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], more: bool) -> str:
+    """What to know if no step was better than the model before the first one, which is no step to go back to."""
+    name, best = record["metric"], record["best"]["value"]
+    start = next((line.get(f"eval_{name}") for line in metrics if line["step"] == 0 and "eval_loss" in line), None)
+    if start is None or best is None or (best > start if more else best < start):
+        return ""
+    return f"no step is better than the model before training, which has a {name} of {start:.6g}"
 
 
 def _told(record: Mapping[str, Any]) -> str:
     best, last = record["best"], record["last_step"]
+    if best["value"] is None:
+        return f"warning: no evaluation gave a finite {record['metric']}"
     stopped = f", stopped early at step {last} of {record['steps']}" if last < record["steps"] else f" of {last} steps"
     kept = f"; that step is kept, and gives {record['again']:.6g} again" if record["restored"] else ""
     return f"validation: best {record['metric']} {best['value']:.6g} at step {best['step']}{stopped}{kept}"

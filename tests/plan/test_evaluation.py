@@ -46,9 +46,7 @@ def test_the_time_of_evaluations_is_a_share_of_that_of_training() -> None:
     assert share == pytest.approx(4 * 1500 / (4 * 12800) * speed.forward_share(how, None), rel=1e-6)  # type: ignore[arg-type]
     drawn = io.StringIO()
     Console(width=300, file=drawn).print(screen.screen(made))
-    assert (
-        "4 times, training evaluates the validation rows, 1,500 tokens: their losses take at least" in drawn.getvalue()
-    )
+    assert "4 times, training evaluates the validation rows, 1,500 tokens: that takes at least" in drawn.getvalue()
 
 
 def test_fewer_rows_are_fewer_tokens_and_no_rows_are_unknown() -> None:
@@ -66,7 +64,13 @@ def test_evaluations_are_counted_with_that_after_the_last_step(steps: float, tot
     train = recipe(eval_steps=steps).train
     each = validation.interval(train, total, None)
     assert each is not None
-    assert validation.evaluations(train, total) == len({*range(each, total + 1, each), total}) == times
+    assert validation.evaluations(train, total, None) == len({*range(each, total + 1, each), total}) == times
+
+
+def test_epochs_of_a_training_of_so_many_steps_are_counted() -> None:
+    counted = planned(recipe(max_steps=100)).evaluation  # an epoch has (100 x 64 + 50 x 128) / 256 = 50 batches
+    assert counted is not None and counted.evaluations == 2
+    assert planned(recipe(max_steps=100), (0, 0)).evaluation is None
 
 
 def test_answers_of_an_evaluation_count_where_they_take_more_than_a_step() -> None:

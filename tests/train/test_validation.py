@@ -25,6 +25,7 @@ from qkit.model import source
 from qkit.plugins.runtime import open_runtime
 from qkit.plugins.task import open_task
 from qkit.recipe.load import from_dict
+from qkit.report import stage as report_stage
 from qkit.run.directory import Run
 from qkit.train import best_step
 
@@ -242,6 +243,33 @@ def test_few_rows_of_many_are_evaluated(bert: Path, tmp_path: Path) -> None:
     pipeline.execute(run, "train")
     assert _json(run.folder("train") / "validation.json")["rows"] == 10
     assert all(line["eval_score"] * 5 % 100 == 0 for line in evaluations(run))
+
+
+def test_each_source_has_a_row_among_few(tiny_model: Path, tmp_path: Path) -> None:
+    run = chat_run(tmp_path, tiny_model, eval_steps=2, eval_rows=3, metric_for_best_model="loss/other")
+    pipeline.execute(run, "train")
+    assert all({"eval_loss/rows", "eval_loss/other"} <= line.keys() for line in evaluations(run))
+
+
+def test_a_figure_that_the_rows_do_not_have_is_named(bert: Path, tmp_path: Path) -> None:
+    """Of one row there is no correlation."""
+    rows = [{"text": row["text"], "label": float(number % 3)} for number, row in enumerate(labelled_rows(96))]
+    train = {**EVALUATED, "metric_for_best_model": "pearson", "eval_score_rows": 1}
+    heard = Heard()
+    run = prepared(tmp_path, bert, heard, rows, task="regress", train=train)
+    pipeline.execute(run, "train")
+    assert _json(run.folder("train") / "validation.json")["best"] == {"step": None, "value": None}
+    assert any("no evaluation gave a finite pearson" in line for line in heard.lines)
+    assert "No evaluation gave a finite pearson." in report_stage.page(run)
+
+
+def test_a_training_that_makes_it_worse_is_named(bert: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    train = {"max_steps": 4, "learning_rate": 1.0, "eval_steps": 2, "eval_on_start": True}
+    run = prepared(tmp_path, bert, heard, noisy_rows(96), train=train)
+    pipeline.execute(run, "train")
+    assert [line["step"] for line in evaluations(run)] == [0, 2, 4]
+    assert any("no step is better than the model before training" in line for line in heard.lines)
 
 
 def test_without_validation_rows_nothing_is_evaluated(bert: Path, tmp_path: Path) -> None:

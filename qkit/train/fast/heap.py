@@ -26,8 +26,14 @@ def trim_between_layers(model: PreTrainedModel) -> None:
         model.get_decoder(), "layers", ()
     )  # other families name them differently: then only before the head
     for layer in layers[::LAYERS_BETWEEN]:  # before a layer, since recomputation stops inside the last one
-        layer.register_forward_pre_hook(lambda *_: trim_heap())
-    model.get_output_embeddings().register_forward_pre_hook(lambda *_: trim_heap())
+        layer.register_forward_pre_hook(_trim_unless_decoding)
+    model.get_output_embeddings().register_forward_pre_hook(_trim_unless_decoding)
+
+
+def _trim_unless_decoding(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Not for one token of each row, as when answers are generated: trimming would take longer than the layers."""
+    if not inputs or inputs[0].dim() < 3 or inputs[0].shape[1] > 1:
+        trim_heap()
 
 
 # Bytes of hidden states; of smaller batches, the gaps are small, and trimming takes a tenth of the step.
