@@ -27,11 +27,11 @@ def check_characters(text: str, where: str, section: Data) -> None:
         raise RowError(f"{where} contains U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
 
 
-def preference_clashes(recipe: Recipe, own: str = "") -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """The sections of pairs of answers and of rated ones, each for the task of its name; `own`: the one that a task has."""
+def preference_clashes(recipe: Recipe, section: str = "") -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """The sections of pairs of answers and of rated ones, each for the task of its name; `section`: the one that the task has."""
     for name in ("preference", "feedback"):
-        section = getattr(recipe, name)
-        if name != own and section != type(section)():
+        values = getattr(recipe, name)
+        if name != section and values != type(values)():
             yield (name,), f"{name} is for task={name}, and not for task={recipe.task}: remove it"
 
 

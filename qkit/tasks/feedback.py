@@ -32,7 +32,7 @@ class FeedbackTask(ConversationTask):
     ANSWERS_ARE_SCORED = False
     FIGURES = REWARD_FIGURES
 
-    def own_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    def further_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """Values that have no meaning for rated answers."""
         yield from compared_clashes(recipe, "feedback")
         section = recipe.feedback

@@ -36,7 +36,7 @@ class PreferenceTask(ConversationTask):
     ANSWERS_ARE_SCORED = False
     FIGURES = PAIR_FIGURES
 
-    def own_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    def further_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """Values that have no meaning for pairs."""
         data, where = recipe.data, f"task={recipe.task}"
         yield from preference.problems(recipe.preference)

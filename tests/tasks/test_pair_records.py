@@ -16,6 +16,8 @@ from qkit.core.errors import RecipeError
 from qkit.core.progress import Progress
 from qkit.data import stage as data_stage
 from qkit.data.inspection import page, screen, view
+from qkit.plan import gpus
+from qkit.plan.remedies import _changes
 from qkit.plugins.checks import Place, SetRow
 from qkit.plugins.example import AnswerPair, Reads, RowError
 from qkit.plugins.task import open_task
@@ -273,6 +275,21 @@ def test_what_makes_no_sense_is_named_before_anything_is_loaded(changes: dict[st
     with pytest.raises(RecipeError) as caught:
         from_dict(raw, overrides, "test")
     assert words in str(caught.value)
+
+
+def test_no_remedy_for_memory_is_one_that_the_task_has_no_use_for() -> None:
+    raw = {"task": "preference", "model": {"source": "org/none"}, "data": {"train": [{"source": "x.jsonl"}]}}
+    card = gpus.device("rtx-4090")
+    told = {}
+    for loss in ("sigmoid", "aot"):
+        recipe = from_dict(raw, [f"preference.loss_type={loss}", "data.batch_tokens=8192"], "test")
+        told[loss] = {
+            text.partition("=")[0]
+            for change in _changes(recipe, "train", card)
+            for level in change.levels
+            for text in level
+        }
+    assert told["sigmoid"] - told["aot"] == {"micro_batches"} and "train.activation_offloading" not in told["sigmoid"]
 
 
 def test_the_rate_is_one_for_small_changes() -> None:

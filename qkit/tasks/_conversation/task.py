@@ -65,7 +65,7 @@ class ConversationTask:
         if recipe.data.label_separator is not None:
             yield ("data", "label_separator"), f"data.label_separator {for_labels}"
         yield from windows_clashes(recipe)
-        yield from self.own_clashes(recipe)
+        yield from self.further_clashes(recipe)
         if recipe.data.too_long == "truncate":
             yield (
                 ("data", "too_long"),
@@ -77,8 +77,8 @@ class ConversationTask:
                 "train.bf16=false: conversations are trained in bf16 on 16-bit or 4-bit weights; remove it",
             )
 
-    def own_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """What a task of this family may have of its own: here nothing."""
+    def further_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """Further values that the task has no use for, by default the sections of others."""
         return preference_clashes(recipe)
 
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:

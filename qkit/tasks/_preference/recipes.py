@@ -17,10 +17,10 @@ def rate(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"train": {"learning_rate": RATE_OF_ALL_WEIGHTS if raw.get("method") in WHOLE else RATE_OF_AN_ADAPTER}}
 
 
-def compared_clashes(recipe: Recipe, own: str) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Values that have no meaning where answers are compared under a model and its reference. `own`: the section that the task has."""
+def compared_clashes(recipe: Recipe, section: str) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Values that have no meaning where answers are compared under a model and its reference. `section`: the one that the task has."""
     data, where = recipe.data, f"task={recipe.task}"
-    yield from preference_clashes(recipe, own)
+    yield from preference_clashes(recipe, section)
     if data.packing:
         yield ("data", "packing"), f"data.packing=true is not for {where}: the answers of a row attend apart; remove it"
     if data.loss != "completion":

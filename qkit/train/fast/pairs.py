@@ -45,8 +45,8 @@ def labelled_tokens(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], s
     pairs, places = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
     sides = (places >= batch["starts"][pairs, 1]).long()
     hidden = (_shared_states if shared else _separate_states)(model, batch, pairs, places, sides)
-    found = _head(model, hidden, batch["labels"][pairs, places])
-    return LabelledTokens(found[0], pairs, sides, _ranks(pairs * 2 + sides), found[1])
+    log_probabilities, squares = _head(model, hidden, batch["labels"][pairs, places])
+    return LabelledTokens(log_probabilities, pairs, sides, _ranks(pairs * 2 + sides), squares)
 
 
 def _ranks(groups: torch.Tensor) -> torch.Tensor:
@@ -150,8 +150,8 @@ def _head(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -
     head = model.get_output_embeddings()
     if not hidden.requires_grad or any(parameter.requires_grad for parameter in head.parameters()):
         return _scored(model, hidden, targets)
-    found: tuple[torch.Tensor, torch.Tensor] = _function().apply(hidden, targets, model)
-    return found
+    scores: tuple[torch.Tensor, torch.Tensor] = _function().apply(hidden, targets, model)
+    return scores
 
 
 def _scored(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
