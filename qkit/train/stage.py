@@ -5,6 +5,7 @@ train/metrics.jsonl   one line per logged step
 train/sums.json       label counts: in the ledger, in the batches, and as the divisor of the loss
 train/packing.json    whether packed documents attend only to themselves (with data.packing)
 train/losses.parquet  each row's loss before and after (with ledger.losses)
+train/reference*.parquet, pairs.json   of tasks that compare answers with a reference: its log-probabilities, and how a pair is computed
 train/memory.json     memory planned and measured, by line
 train/decided.json    the value chosen for train.gradient_checkpointing=auto
 train/checkpoints/    the last train.save_total_limit; a killed run resumes from the newest complete one

@@ -7,6 +7,7 @@ Reference: two plain rows, and TRL's DPOTrainer, in tests/train/test_pairs.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -169,6 +170,7 @@ def _scored(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor)
     return torch.cat([one for one, _ in parts]), torch.cat([square for _, square in parts])
 
 
+@functools.cache
 def _function() -> Any:
     """The head as a function whose gradients are computed with its values. A function, to import torch no sooner than needed."""
     import torch
