@@ -50,6 +50,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "lora-mean": {"method": "lora", "head": {"pooling": "mean"}},
 }
 CONFIDENCE = 0.95
+TIMES = ("seconds", "rows_per_second", "stage_seconds")  # what other work on the machine changes
 
 
 def main() -> None:
@@ -70,7 +71,10 @@ def main() -> None:
         name = f"{way} {rows} {seed}"
         if name not in record["cells"]:
             with tempfile.TemporaryDirectory() as folder:
-                record["cells"][name] = _measured(way, rows, seed, given, Path(folder))
+                figures = _measured(way, rows, seed, given, Path(folder))
+            record["cells"][name] = {
+                key: value for key, value in figures.items() if not (given.beside and key in TIMES)
+            }
             print(name, json.dumps(record["cells"][name]), file=sys.stderr, flush=True)
             write_json(file, record)
     write_text(file.with_suffix(".md"), table(record["cells"]))
@@ -92,6 +96,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", nargs="*", default=[], metavar="ROWS=EPOCHS", help="all=3, and 20 over fewer rows")
     parser.add_argument("--learning-rates", nargs="*", default=[], metavar="METHOD=RATE", help=f"default: {RATES}")
     parser.add_argument("--scikit-learn", type=Path, help="a python that has scikit-learn; without it, no TF-IDF")
+    parser.add_argument("--beside", action="store_true", help="other work runs on the machine: keep no times")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     given = parser.parse_args()
     given.train, given.test = given.train.resolve(), given.test.resolve()
@@ -242,8 +247,8 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
             rows,
             way,
             f"{middle['trainable_parameters']:,}",
-            f"{median(cell['seconds'] for cell in same):.1f}",
-            f"{median(cell['rows_per_second'] for cell in same):.0f}",
+            _median("seconds", same, ".1f"),
+            _median("rows_per_second", same, ".0f"),
             planned,
             f"{middle['peak_rss_bytes'] / 1e6:.0f}",
             f"{middle['accuracy']:.3f}",
@@ -251,6 +256,12 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
         )
         lines.append(f"| {' | '.join(fields)} |")
     return "\n".join(lines) + "\n"
+
+
+def _median(name: str, cells: Sequence[dict[str, Any]], form: str) -> str:
+    """Of the cells that were measured alone."""
+    values = [cell[name] for cell in cells if name in cell]
+    return f"{median(values):{form}}" if values else "–"
 
 
 def int_or_0(text: str) -> int:
