@@ -134,7 +134,7 @@ def test_the_recipe_on_a_tiny_model(tmp_path: Path, tiny_model: Path) -> None:
         *("export.formats=[onnx-fp32]", "bench.runtimes=[transformers]"),
     ]
     run = Run.create(tmp_path / "first", load(RECIPES / "feedback.yaml", overrides))
-    for stage in ("data", "train", "evaluate", "merge", "export", "verify", "report"):
+    for stage in ("data", "train", "evaluate", "merge", "export", "verify"):
         pipeline.execute(run, stage)
     losses = pq.read_table(run.folder("train") / "losses.parquet").to_pydict()
     assert losses["loss_before"] == pytest.approx([0.5] * 52, abs=1e-6)
