@@ -131,8 +131,8 @@ def _qkit(recipe: Recipe, way: str, folder: Path) -> Any:
     from datasets import Dataset
 
     from qkit.plugins.task import open_task
+    from qkit.train._preference.trainer import trainer_class
     from qkit.train.fast.heap import trim_between_layers
-    from qkit.train.preference.trainer import trainer_class
     from qkit.train.trainers import preference
 
     base_folder = source.resolve(recipe.model)
@@ -155,7 +155,7 @@ def _qkit(recipe: Recipe, way: str, folder: Path) -> Any:
 def _qkit_batch(trainer: Any, rows: Sequence[Mapping[str, Any]], way: str) -> dict[str, Any]:
     import torch
 
-    from qkit.train.preference import reference
+    from qkit.train._preference import reference
 
     with reference._as_reference(trainer.model):
         sums = reference._sums(trainer, rows)

@@ -14,6 +14,7 @@ from qkit.core.figures import MIB
 from qkit.plan._subject import Subject
 from qkit.plan.speed import time_factor
 from qkit.plugins.task import open_task
+from qkit.recipe.optimizers import OPTIMIZERS, UNKNOWN
 from qkit.recipe.schema import WHOLE, Recipe
 
 WORTH_SAYING = 16 * MIB  # a remedy that saves less is not shown
@@ -170,8 +171,9 @@ def _makes_sense(recipe: Recipe, level: Sequence[str]) -> bool:
 
 def _result_keeping(recipe: Recipe, device: Device) -> Iterator[_Change]:
     """Changes that keep the effective batch size and the result, the fastest first."""
-    if device.offloads and not recipe.train.optim.endswith("8bit"):
-        yield _Change("8-bit optimizer state, nearly the same result", (("train.optim=paged_adamw_8bit",),))
+    smaller = OPTIMIZERS.get(recipe.train.optim, UNKNOWN).in_8_bits
+    if device.offloads and smaller:
+        yield _Change("8-bit optimizer state, nearly the same result", ((f"train.optim={smaller}",),))
     if recipe.quantization.load_in_4bit and not recipe.quantization.bnb_4bit_use_double_quant:
         yield _Change(
             "slight rounding of the quantization constants", (("quantization.bnb_4bit_use_double_quant=true",),)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.sources import is_hub_id
-from qkit.recipe import registry, schedule
+from qkit.recipe import _optimization, registry, schedule
 from qkit.recipe.schema import BOTTLENECKS
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def remarks(recipe: Recipe) -> Problems:
 def mistakes(recipe: Recipe) -> Problems:
     """Errors, as (key, message): what has no effect, why, and what to do."""
     yield from _steps(recipe.train)
+    yield from _optimization.mistakes(recipe)
     yield from _serving(recipe.serve)
     yield from _merging(recipe.merge)
     yield from _loss(recipe.loss)
@@ -89,6 +90,8 @@ def _methods(recipe: Recipe) -> Problems:
         fields = type(getattr(recipe, section)).model_fields
         for name in [] if used else _set(getattr(recipe, section), *fields):
             yield (section, name), f"{section}.{name} has no effect with method={recipe.method}"
+    if recipe.train.trainable and recipe.method != "full":
+        yield ("train", "trainable"), f"train.trainable has no effect with method={recipe.method}"
     if recipe.peft and recipe.method != "peft":
         yield ("peft",), f"peft has no effect with method={recipe.method}"
 
@@ -111,7 +114,7 @@ def _unread(data: Data) -> Problems:
 def _steps(train: Train) -> Problems:
     if train.max_steps > 0:
         for key, text in schedule.problems(train, train.max_steps):
-            yield ("train", key), text
+            yield ("train", *key.split(".")), text
     if train.lr_scheduler_type == "constant" and train.warmup_steps:
         yield (
             ("train", "warmup_steps"),

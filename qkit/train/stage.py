@@ -1,6 +1,7 @@
 """The stage `train`: recipe -> SFTConfig + LoraConfig -> SFTTrainer -> adapter.
 
 train/adapter/        adapter_model.safetensors, adapter_config.json, and qkit.json: the base it belongs to
+train/model/          in its place where all weights are trained: a model folder in fp32, and qkit.json
 train/metrics.jsonl   one line per logged step
 train/sums.json       label counts: in the ledger, in the batches, and as the divisor of the loss
 train/packing.json    whether packed documents attend only to themselves (with data.packing)
@@ -31,7 +32,7 @@ from qkit.core.files import need_disk, read_json, write_json
 from qkit.core.memory_meter import PeakMeter
 from qkit.core.progress import Bar
 from qkit.model import provenance, source
-from qkit.model.adapters import targets
+from qkit.model.adapters import rates, starts, targets
 from qkit.model.config import shape_of
 from qkit.plan import deployable, fit, solve
 from qkit.plan import plan as plan_plan
@@ -39,20 +40,20 @@ from qkit.plan import speed as plan_speed
 from qkit.plan._known import Known
 from qkit.plan._subject import subject_of
 from qkit.plugins.task import LABELS, open_task, read_labels
-from qkit.recipe import schedule
+from qkit.recipe import optimizers, schedule
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
-from qkit.tensors.companions import copy_tokenizer
-from qkit.train import best_step, checkpoints, memory_report, row_losses, validation
+from qkit.tensors.companions import copy_companions, copy_tokenizer
+from qkit.train import best_step, checkpoints, earlier_adapter, memory_report, optimization, row_losses, validation
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import Trainer
     from trl import SFTTrainer
 
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight and two Adam moments
+WEIGHT_BYTES, STATE_BYTES = 4, 8  # of a parameter that is trained, in a checkpoint: the fp32 weight; two Adam moments
 COUNTS = "Counts"  # the name, in a checkpoint, of the callback that stores the label counts
 
 
@@ -67,15 +68,17 @@ def run(run: Run, out: Path) -> Peak:
     device = detect()
     fit.check(run.recipe, device)
     deployable.check(run.recipe)
-    if open_task(run.recipe.task).HEAD.generates:
+    if open_task(run.recipe.task).HEAD.generates and run.recipe.method == "lora":
         _check_targets(run.recipe)
     _check_names(run.recipe)
+    optimization.check(run, device)
     evaluates = validation.check(run)
     run = Run(run.root, _decided(run, device, out), run.progress)
     recipe = run.recipe
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
     folder = source.resolve(recipe.model)
+    earlier_adapter.check(recipe.lora, folder, run.progress.notify)
     with targets.patterns_of_parameters():
         trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
     _need_disk_for_checkpoints(trainer, recipe, evaluates, out)
@@ -84,6 +87,7 @@ def run(run: Run, out: Path) -> Peak:
     _check_steps(run, trainer)
     if evaluates:
         validation.attach(trainer, run, meter)
+        optimization.follow_metric(trainer, recipe.train)
     if recipe.ledger.losses:
         row_losses.write_before(out / "losses.parquet", trainer, run.progress)
     watcher = _train(run, trainer, meter, out)
@@ -122,10 +126,12 @@ def _check_steps(run: Run, trainer: Any) -> None:
     """Check the recipe against the number of steps, which is known only after the trainer is built.
 
     Raises:
-        RecipeError: training is too short for its schedule.
+        RecipeError: training is too short for its schedule, or nothing is trained that a rate is set for.
     """
     total, section = _total_steps(trainer), run.recipe.train
     schedule.check(section, total)
+    if trainer.rates.differ:
+        rates.grouped(trainer.model, trainer.rates)
     if section.save_steps >= total:
         run.progress.notify(
             f"train: no checkpoint before the end: train.save_steps={section.save_steps}, {total} steps"
@@ -167,7 +173,8 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
     if checkpoint and _is_finished(trainer, checkpoint):
         _load_finished(trainer, checkpoint)
         return watcher
-    trainer.add_callback(watcher)
+    if not optimizers.is_compiled(run.recipe.train.optim):  # torch compiles nothing while tensors are watched
+        trainer.add_callback(watcher)
     begin = time.perf_counter()
     if run.recipe.train.eval_on_start and trainer.validation and not checkpoint:
         trainer.evaluate()
@@ -246,6 +253,8 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
 
 def _check_targets(recipe: Recipe) -> None:
     """Raise ModelError, before anything is loaded, if a target of the recipe's lora section does not exist in the model."""
+    if not open_task(recipe.task).HEAD.generates or recipe.method != "lora":
+        return
     try:
         sizes = shape_of(recipe.model)
     except ModelError:  # it may still be trainable, and is checked again once loaded
@@ -363,12 +372,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 def _need_disk_for_checkpoints(trainer: Any, recipe: Recipe, evaluates: bool, out: Path) -> None:
     """A new checkpoint is complete before an old one is deleted; the best steps take no more than one."""
     at_once = recipe.train.save_total_limit + 1 + (evaluates and recipe.train.keeps_best)
-    need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
-
-
-def _checkpoint_bytes(trained: PreTrainedModel) -> int:
-    parameters: int = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    return parameters * CHECKPOINT_BYTES_PER_PARAMETER
+    need_disk(out, optimization.checkpoint_bytes(recipe, trainer.model) * at_once, "checkpoints")
 
 
 def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
@@ -378,11 +382,15 @@ def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
     weights = "model*.safetensors" if recipe.method in WHOLE else "adapter_model.safetensors"
     if not any(trained.glob(weights)):
         raise MissingArtifact(f"{trained}: {weights} was not written")
+    if (start := out / "checkpoints" / starts.START).is_file():
+        starts.subtract_start(trained, start)
     quantized = source.quantized_names(trainer.base_model) if recipe.quantization.load_in_4bit else []
     names = [name.replace(".base_layer.weight", ".weight") for name in quantized]
-    provenance.write_adapter_note(trained, folder, recipe, names)
+    provenance.write_adapter_note(trained, folder, recipe, names, earlier_adapter.origin(recipe.lora))
     labels = run.folder("data") / LABELS
     if labels.is_file():
         shutil.copyfile(labels, trained / LABELS)
-    if recipe.method in WHOLE:
+    if recipe.method in WHOLE and open_task(recipe.task).HEAD.generates:
+        copy_companions(folder, trained, but=("config.json", provenance.NOTE))
+    elif recipe.method in WHOLE:
         copy_tokenizer(folder, trained)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qkit.core.batching import IGNORED, LENGTH_STEP, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
+from qkit.model.adapters.rates import Rates, divide
+from qkit.recipe import schedule
 from qkit.train import best_step, checkpoints, pack_isolation
 from qkit.train.fast.head import labelled_loss, row_losses
 from qkit.train.label_sums import Sums
@@ -37,6 +39,7 @@ class Counted(Base):
     """What qkit changes in a Trainer. `train_dataset` has the columns input_ids and labels, and with `packing` pack and position."""
 
     divisors = "in the divisors of the loss"  # where the third count of labels comes from, for people
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -49,9 +52,11 @@ class Counted(Base):
         batch_rows: int | None = None,
         micro_batches: int = 1,
         checkpoints_kept: int = 1,
+        rates: Rates | None = None,
         **kwargs: Any,
     ):
         self.checkpoints_kept = checkpoints_kept
+        self.rates = rates
         self.validation: Evaluates | None = None  # validation.attach sets it
         self.evaluation_seconds = 0.0
         self.read_rows: Callable[[Path], Dataset] | None = None  # where a row trains on more than columns of its file
@@ -109,25 +114,33 @@ class Counted(Base):
         self.loss += total
         return total
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """transformers' own, with groups of parameters by their rate if these differ."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.rates is not None and self.rates.differ:
+            divide(optimizer, self.model, self.rates)
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' schedule, except that the rate is above 0 in the first step of a warm-up and at its maximum right after the last."""
         from torch.optim.lr_scheduler import LambdaLR
-        from transformers import get_scheduler
 
-        rising = self.args.get_warmup_steps(num_training_steps)
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if not rising:
-            return scheduler
-        optimizer = optimizer or self.optimizer
-        later = get_scheduler(self.args.lr_scheduler_type, optimizer, rising + 1, num_training_steps + 1)
-        rate = later.lr_lambdas[0]
-        self.lr_scheduler = LambdaLR(optimizer, lambda step: rate(step + 1))
-        return self.lr_scheduler
+        if self.lr_scheduler is None and not schedule.follows_metric(self.args):
+            rate = schedule.factor(self.args, num_training_steps)
+            self.lr_scheduler, self._created_lr_scheduler = LambdaLR(optimizer or self.optimizer, rate), True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Evaluate the validation rows, log the figures under transformers' names, such as eval_loss, and return them."""
         assert self.validation is not None
+        self._use_averages()
         return self.validation.evaluate(self)
+
+    def _use_averages(self) -> None:
+        """Have an optimizer that averages weights put these in place of the ones it trains; the next step puts those back."""
+        if callable(use := getattr(self.optimizer, "eval", None)):
+            use()
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
         """Keep what is trained as it is after the best step so far, if that is what is wanted."""
@@ -138,11 +151,17 @@ class Counted(Base):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Seal the checkpoint when it is complete, and only then delete older ones."""
+        self._use_averages()
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir)
         checkpoints.seal(folder / f"checkpoint-{self.state.global_step}")
         checkpoints.thin(folder, self.checkpoints_kept)
         best_step.thin(folder, self.state.best_global_step)
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        """Save the model of a checkpoint so that it can be read back."""
+        with checkpoints.readable(self.model):
+            super()._save(output_dir, state_dict)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self.grad_norm = super()._get_grad_norm(model, grad_norm)

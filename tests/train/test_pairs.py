@@ -17,10 +17,10 @@ from helpers.training import Heard
 from qkit.core.batching import IGNORED
 from qkit.recipe.preference import Preference
 from qkit.tasks._preference.collate import collate_pairs
+from qkit.train._preference import layout, reference
+from qkit.train._preference.losses import LOSSES
+from qkit.train._preference.trainer import trainer_class
 from qkit.train.fast.pairs import labelled_tokens
-from qkit.train.preference import layout, reference
-from qkit.train.preference.losses import LOSSES
-from qkit.train.preference.trainer import trainer_class
 
 pytestmark = pytest.mark.slow
 

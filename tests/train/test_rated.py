@@ -24,7 +24,7 @@ from qkit.recipe.feedback import Feedback
 from qkit.recipe.load import load
 from qkit.run.directory import Run
 from qkit.tasks._preference.collate import collate_rated
-from qkit.train.preference import rated, reference
+from qkit.train._preference import rated, reference
 
 pytestmark = pytest.mark.slow
 

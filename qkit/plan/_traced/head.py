@@ -64,9 +64,18 @@ def new_head(recipe: Recipe, known: Known = NOTHING) -> NewHead:
     Raises:
         ModelError: the model cannot be found.
     """
-    config, folder = config_of(recipe.model), _folder(recipe.model)
+    return model_of(recipe.model, known)
+
+
+def model_of(section: schema.Model, known: Known = NOTHING) -> NewHead:
+    """A base model.
+
+    Raises:
+        ModelError: the model cannot be found.
+    """
+    config, folder = config_of(section), _folder(section)
     text = json.dumps(dict(config), sort_keys=True)
-    return NewHead(recipe.model.source, text, folder, _dtype(config, folder), known)
+    return NewHead(section.source, text, folder, _dtype(config, folder), known)
 
 
 def _folder(section: schema.Model) -> Path | None:

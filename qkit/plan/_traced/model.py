@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.errors import ModelError
-from qkit.model.adapters import methods, new_heads
+from qkit.model import added_tokens
+from qkit.model.adapters import methods, new_heads, starts
 from qkit.model.load import HEAD_KEY, set_dropout
 from qkit.plan._traced import kernels
 from qkit.plan._traced.head import NewHead
@@ -21,6 +22,8 @@ NO_SDPA = "scaled_dot_product_attention"  # in transformers' error for a model w
 
 def weights_dtype(recipe: Recipe, head: NewHead) -> str:
     """The dtype of the base model in training: that of its checkpoint if it is frozen and training computes in bf16, else fp32."""
+    if open_task(recipe.task).HEAD.generates:  # as load.py has it: the checkpoint's where its own weights are trained
+        return "float32" if not recipe.train.bf16 else head.dtype if recipe.method in WHOLE else "bfloat16"
     return head.dtype if recipe.train.bf16 and recipe.method not in WHOLE else "float32"
 
 
@@ -32,15 +35,18 @@ def built(recipe: Recipe, head: NewHead) -> Any:
     """
     model = _bare(recipe, head)
     set_dropout(model, recipe.head)
-    new = new_heads.of(model, head.folder)
+    generates = open_task(recipe.task).HEAD.generates
+    new = () if generates else new_heads.of(model, head.folder)
     if recipe.quantization.load_in_4bit:
-        kernels.quantize(model, new, recipe.quantization)
+        kernels.quantize(model, added_tokens.names(model)[1:] if generates else new, recipe.quantization)
     rows = len(set(recipe.model.add_tokens))
     size = int(model.config.get_text_config().vocab_size)
     trained = methods.with_method(model, new, recipe, range(size - rows, size))
     for parameter in trained.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if recipe.method == "lora" and recipe.lora.takes_part_of_base:
+        starts.widen(trained)
     return trained
 
 

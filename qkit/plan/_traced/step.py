@@ -14,7 +14,8 @@ from typing import Any
 from qkit.core import memory_watch
 from qkit.core.errors import ModelError
 from qkit.core.memory_watch import STANDING, Log
-from qkit.plan._traced import kernels
+from qkit.plan._optimizer_state import Tensor, tensors_of
+from qkit.plan._traced import kernels, language
 from qkit.plan._traced.head import NewHead
 from qkit.plan._traced.model import built, with_fakes
 from qkit.recipe.schema import Recipe
@@ -23,6 +24,7 @@ from qkit.recipe.schema import Recipe
 FEW, MORE = 2, 3
 # Of a recipe, what a trace depends on beside Setting's own fields.
 SECTIONS = ("task", "method", "lora", "bottleneck", "peft", "layers", "head", "model", "quantization")
+KEY: Any = {**dict.fromkeys(SECTIONS, True), "train": {"trainable"}}
 
 
 @dataclass(frozen=True)
@@ -36,33 +38,42 @@ class Setting:
     checkpointing: bool
     accumulated: bool  # whether gradients of an earlier micro-batch exist
     trains: bool  # a training step; else a forward pass without gradients
+    labelled: int | None  # tokens of a row with a loss, of a language model; None: the model has a new head
     recipe: Recipe = field(compare=False)
 
 
-def setting_of(recipe: Recipe, head: NewHead, gpu: bool, *, trains: bool = True) -> Setting:
-    """The setting of a recipe's training, or of a forward pass with the same model."""
+def setting_of(
+    recipe: Recipe, head: NewHead, gpu: bool, *, trains: bool = True, labelled: int | None = None
+) -> Setting:
+    """The setting of a recipe's training, or of a forward pass with the same model. `labelled`: as in Setting."""
     train = recipe.train
     return Setting(
-        key=recipe.model_dump_json(include={*SECTIONS}),
+        key=recipe.model_dump_json(include=KEY),
         head=head,
         gpu=gpu,
         bf16=train.bf16,
         checkpointing=trains and bool(train.gradient_checkpointing),
         accumulated=trains and train.gradient_accumulation_steps * recipe.micro_batches > 1,
         trains=trains,
+        labelled=labelled,
         recipe=recipe,
     )
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A pass over one batch. `trained`: parameters of each tensor that is trained; `frozen`: of all others together."""
+    """A pass over one batch. `tensors`: those that are trained; `frozen`: parameters of all others together."""
 
     log: Log
     flops: int
-    trained: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
     frozen: int
     held: tuple[int, ...]  # bytes of each tensor that is not trained
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Parameters of each tensor that is trained."""
+        return tuple(tensor.count for tensor in self.tensors)
 
     @property
     def largest_bytes(self) -> int:
@@ -92,13 +103,18 @@ def traced(setting: Setting, rows: int, length: int) -> Traced:
     if few.log.events != more.log.events or few.log.lines != more.log.lines:
         return _traced(setting, rows, length)
     flops = few.flops + (rows - FEW) * (more.flops - few.flops)
-    return Traced(few.log.extended(more.log, rows - FEW), flops, few.trained, few.frozen, few.held)
+    return Traced(few.log.extended(more.log, rows - FEW), flops, few.tensors, few.frozen, few.held)
 
 
 def _traced(setting: Setting, rows: int, length: int) -> Traced:
+    with kernels.read_by_dora():
+        return _run(setting, built(setting.recipe, setting.head), rows, length)
+
+
+def _run(setting: Setting, model: Any, rows: int, length: int) -> Traced:
+    """The pass of a model that was built."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = built(setting.recipe, setting.head)
     if setting.checkpointing and model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     counter = _counter()
@@ -116,7 +132,7 @@ def _traced(setting: Setting, rows: int, length: int) -> Traced:
     return Traced(
         log,
         counter.flops,
-        tuple(p.numel() for p in parameters if p.requires_grad),
+        tensors_of(model),
         sum(p.numel() for p in parameters if not p.requires_grad),
         tuple(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
     )
@@ -131,6 +147,8 @@ def inputs_of(head: NewHead) -> tuple[str, ...]:
 def _batch(setting: Setting, rows: int, length: int) -> dict[str, Any]:
     import torch
 
+    if setting.labelled is not None:
+        return language.batch(setting.recipe, rows, length)
     return {name: torch.ones(rows, length, dtype=torch.long) for name in inputs_of(setting.head)}
 
 
@@ -144,12 +162,18 @@ def _log(setting: Setting, model: Any, batch: dict[str, Any], counter: Any) -> L
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
     device = kernels.of_a_gpu(setting.bf16) if setting.gpu else contextlib.nullcontext()
-    with device, memory_watch.watching(model) as alive, counter, torch.set_grad_enabled(setting.trains):
+    width = None if setting.labelled is None else model.get_output_embeddings().weight.shape[0]
+    watch = memory_watch.watching(model, vocabulary=width)
+    with device, watch as alive, counter, torch.set_grad_enabled(setting.trains):
         numbers, count = torch.ones(len(batch["input_ids"]), dtype=torch.long), torch.ones((), dtype=torch.long)
         with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
-            outputs = list(_heads(model(**batch)))
-        loss = sum(_loss(output.float()) for output in outputs)
-        del outputs
+            if setting.labelled is not None:
+                loss = language.loss(model, batch, setting.labelled, tiles=setting.gpu)
+            else:
+                outputs = list(_heads(model(**batch)))
+        if setting.labelled is None:
+            loss = sum(_loss(output.float()) for output in outputs)
+            del outputs
         if setting.trains:
             torch.autograd.backward(loss / count)  # not the method, inside which no mode is active
         del numbers  # of the rows, which the trainer keeps beside the batch

@@ -15,6 +15,7 @@ from qkit.plugins.example import Conversation, Example, Identity, Reads, RowErro
 from qkit.plugins.sections import Evaluated, Figure, Section
 from qkit.plugins.task import ModelHead, Prediction, ShownRow
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
+from qkit.tasks._conversation import _methods
 from qkit.tasks._conversation.checks.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
 from qkit.tasks._texts import preference_clashes, windows_clashes
 
@@ -55,11 +56,10 @@ class ConversationTask:
     LABEL_FIGURE: Figure | None = None
 
     def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """What only tasks with labels have."""
+        """What only tasks with labels have, and what the method cannot have."""
         for_labels = f"is for tasks with labels, and task={recipe.task} has none: remove it"
-        if recipe.method != "lora":
-            yield ("method",), f"method={recipe.method} {for_labels}"
-        for section in ("bottleneck", "head", "layers", "loss"):
+        yield from _methods.clashes(recipe)
+        for section in ("bottleneck", "head", "loss"):
             if getattr(recipe, section) != type(getattr(recipe, section))():
                 yield (section,), f"{section} {for_labels}"
         if recipe.data.label_separator is not None:
@@ -70,11 +70,6 @@ class ConversationTask:
             yield (
                 ("data", "too_long"),
                 f"data.too_long=truncate {for_labels} (truncate_prompt keeps the end of a conversation)",
-            )
-        if not recipe.train.bf16:
-            yield (
-                ("train", "bf16"),
-                "train.bf16=false: conversations are trained in bf16 on 16-bit or 4-bit weights; remove it",
             )
 
     def further_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qkit.core.device import Device
 from qkit.run.directory import Run
-from qkit.train.preference import rated
+from qkit.train._preference import rated
 from qkit.train.trainers import _shared, preference
 
 if TYPE_CHECKING:

@@ -12,14 +12,15 @@ from qkit.core.errors import RecipeError
 from qkit.core.files import read_json
 from qkit.model import added_tokens, load
 from qkit.model import tokenizer as model_tokenizer
+from qkit.model.adapters.rates import rates_of
 from qkit.plan import plan as plan_plan
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.tasks._preference.collate import whole
 from qkit.tasks._preference.scoring import HELD_OUT_REFERENCE
-from qkit.train.preference import layout, reference
-from qkit.train.preference.trainer import trainer_class
+from qkit.train._preference import layout, reference
+from qkit.train._preference.trainer import trainer_class
 from qkit.train.trainers import _shared, sft
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def built(run: Run, folder: Path, device: Device, out: Path, kind: Kind) -> Trai
         collator=task.collate,
         micro_batches=recipe.micro_batches,
         checkpoints_kept=recipe.train.save_total_limit,
+        rates=rates_of(recipe),
     )
     if device.frees_through_malloc:
         trim_between_layers(trainer.base_model)
@@ -138,6 +140,6 @@ def training_arguments(recipe: Recipe, device: Device, out: Path) -> TrainingArg
     from transformers import TrainingArguments
 
     recipe = plan_plan.decided(recipe, device)
-    given = _shared.arguments(recipe, device, out)
+    given = {**_shared.arguments(recipe, device, out), "bf16": recipe.train.bf16}
     args: TrainingArguments = _shared.on_one_device(TrainingArguments(remove_unused_columns=False, **given))
     return args

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qkit.recipe.preference import Preference
+from qkit.train._preference.losses import Compared, pair_losses
 from qkit.train.fast.pairs import CHOSEN, LabelledTokens, labelled_tokens
-from qkit.train.preference.losses import Compared, pair_losses
 from qkit.train.trainer import Counted
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from qkit.core.batching import TokenBudgetBatches
 from qkit.core.progress import Progress
 from qkit.tasks._preference.collate import REFERENCE
 from qkit.tasks._preference.scoring import log_probabilities
-from qkit.train.preference.trainer import side_sums
+from qkit.train._preference.trainer import side_sums
 from qkit.train.trainer import lengths
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import IGNORED
+from qkit.train._preference.trainer import CountedPairs, side_sums
 from qkit.train.fast.pairs import CHOSEN, REJECTED, LabelledTokens, labelled_tokens
-from qkit.train.preference.trainer import CountedPairs, side_sums
 
 if TYPE_CHECKING:
     import torch
