@@ -119,6 +119,7 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
     import random_model
 
     from qkit.core import memory_watch
+    from qkit.model.adapters import methods
     from qkit.plugins.task import open_task
     from qkit.train.fast.heap import trim_between_layers
     from qkit.train.trainer import trainer_class
@@ -128,12 +129,14 @@ def _trainer(point: dict[str, Any], scratch: Path, device: Any) -> tuple[Any, An
     config = sft.sft_config(how, device, scratch)
     config.save_strategy = "no"
     base = random_model.build(scratch / "model", how, device)
+    if how.method == "full":
+        methods.with_method(base, (), how)
     trainer = trainer_class()(
         model=base,
         args=config,
         train_dataset=_rows(point),
         processing_class=_tokenizer(),
-        peft_config=sft.lora_config(how, base),
+        peft_config=sft.lora_config(how, base) if how.method == "lora" else None,
         pad=0,
         batch_tokens=how.data.batch_tokens,
         collator=open_task(how.task).collate,

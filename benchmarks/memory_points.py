@@ -70,7 +70,7 @@ def _point(shape: str, **changed: Any) -> dict[str, Any]:
 
 def cpu_points() -> list[dict[str, Any]]:
     """From 15M to 8B on a CPU: every shape once as usual, then one thing after the other changed."""
-    return [*_small(), *_middle(), *large_points()]
+    return [*_small(), *_whole(), *_middle(), *large_points()]
 
 
 def _small() -> Iterator[dict[str, Any]]:
@@ -87,6 +87,13 @@ def _small() -> Iterator[dict[str, Any]]:
     yield _point("qwen2-60M", dropout=0.05)
     yield _point("qwen2-60M", accumulation=2)
     yield _point("qwen2-60M", optimizer="sgd")
+
+
+def _whole() -> Iterator[dict[str, Any]]:
+    """All weights are trained, in fp32."""
+    for shape in ("llama-15M", "qwen2-60M", "gemma2-80M"):
+        yield _point(shape, method="full", quantization="bf16")
+    yield _point("qwen2-60M", method="full", quantization="bf16", checkpointing=True)
 
 
 def _middle() -> Iterator[dict[str, Any]]:
@@ -137,6 +144,7 @@ def recipe_of(point: dict[str, Any], folder: Path) -> Recipe:
     return Recipe.model_validate(
         {
             "task": "chat",
+            "method": point.get("method", "lora"),
             "model": {"source": str(folder), "attn_implementation": point.get("attention", "sdpa")},
             "quantization": {
                 "load_in_4bit": quantized,

@@ -21,7 +21,7 @@ from qkit.core import device
 from qkit.core.errors import UserError
 from qkit.measure import scores
 from qkit.model import config, load
-from qkit.plan import gpus, sheet
+from qkit.plan import _rates, gpus, sheet
 from qkit.plan import plan as plan_plan
 from qkit.recipe import idle, schema
 from qkit.recipe.load import from_dict
@@ -48,6 +48,11 @@ def planned(how: Recipe) -> Any:
 
 def trainer(how: Recipe) -> Any:
     return sft.sft_config(how, device.detect(), Path("out")).to_dict()
+
+
+def course(how: Recipe) -> Any:
+    """How the learning rate goes, for each group of parameters."""
+    return _rates.course(how.model_copy(update={"train": how.train.model_copy(update={"max_steps": 9})})).to_dict()
 
 
 def adapter(how: Recipe) -> Any:
@@ -97,6 +102,11 @@ Probe = Callable[[Recipe], Any]
 Line = tuple[Probe, dict[str, Any]] | tuple[Probe, dict[str, Any], dict[str, Any]]
 Place = tuple[str, str]
 
+PREFERENCE = (
+    *("loss_type", "beta", "label_smoothing", "discopop_tau"),
+    *("f_divergence_type", "f_alpha_divergence_coef"),
+)
+
 # By section and field: a probe, the change, and what else must be set before and after; or the file that reads it, and by which words.
 TABLE: dict[str, Line | Place] = {
     "Recipe.task": ("evaluate/stage.py", "open_task(run.recipe.task)"),
@@ -120,24 +130,39 @@ TABLE: dict[str, Line | Place] = {
     "Lora.lora_dropout": (planned, {"lora.lora_dropout": 0.1}),
     "Lora.target_modules": (planned, {"lora.target_modules": ["q_proj"]}),
     "Lora.target_parameters": ("model/adapters/targets.py", "target_parameters"),
+    "Lora.use_dora": (adapter, {"lora.use_dora": True}),
+    "Lora.init_lora_weights": (adapter, {"lora.init_lora_weights": "gaussian"}),
+    "Lora.init_from": ("model/adapters/earlier.py", "section.init_from"),
     "Lora.use_rslora": (adapter, {"lora.use_rslora": True}),
+    "Lora.loraplus_lr_ratio": (course, {"lora.loraplus_lr_ratio": 8.0}),
     **{
         f"Bottleneck.{name}": ("model/adapters/methods.py", "**recipe.bottleneck.model_dump()")
         for name in schema.Bottleneck.model_fields
     },
+    "Train.trainable": ("model/adapters/trainable.py", "recipe.train.trainable"),
     "Recipe.peft": ("model/adapters/methods.py", "recipe.peft.items()"),
     "Head.dropout": ("model/load.py", "section.dropout"),
     "Head.pooling": ("model/load.py", "recipe.head.pooling"),
     "Head.layers": ("model/pooled_head.py", 'settings["layers"]'),
     "Head.activation": ("model/pooled_head.py", 'settings["activation"]'),
-    "Layers.frozen": ("model/adapters/methods.py", "recipe.layers.frozen"),
+    "Layers.frozen": ("model/adapters/trainable.py", "recipe.layers.frozen"),
     "Layers.unfreeze_steps": ("model/adapters/layers.py", "section.unfreeze_steps"),
-    "Layers.rate_decay": ("train/trainers/labelled.py", "recipe.layers.rate_decay"),
+    "Layers.rate_decay": ("model/adapters/rates.py", "recipe.layers.rate_decay"),
     "Loss.name": ("train/losses.py", "section.name"),
     "Loss.class_weights": ("train/losses.py", "section.class_weights"),
     "Loss.label_smoothing": ("train/losses.py", "section.label_smoothing"),
     "Loss.delta": ("train/losses.py", "section.delta"),
     "Loss.gamma": ("train/losses.py", "section.gamma"),
+    "Preference.loss_weights": ("recipe/preference.py", "self.loss_weights"),
+    **{f"Preference.{name}": ("train/_preference/losses.py", f"section.{name}") for name in PREFERENCE},
+    **{
+        f"Preference.{name}": ("train/_preference/trainer.py", words)
+        for name, words in (("ld_alpha", 'section, "ld_alpha"'), ("use_weighting", "self.section.use_weighting"))
+    },
+    **{
+        f"Feedback.{name}": ("train/_preference/rated.py", f"self.section.{name}")
+        for name in schema.Feedback.model_fields
+    },
     "Source.source": (data, {"data.train": [{"source": "other.jsonl"}]}),
     "Source.name": ("data/read.py", "load_dataset(name, source.name"),
     "Source.split": ("data/read.py", "source.split"),
@@ -153,6 +178,7 @@ TABLE: dict[str, Line | Place] = {
     "Source.format": (data, {"data.train": [{"source": "rows.jsonl", "format": "text"}]}),
     "Source.word_column": ("data/_read_conll.py", "source.word_column"),
     "Source.tag_column": ("data/_read_conll.py", "source.tag_column"),
+    "Source.delimiter": ("data/read.py", "source.delimiter or DELIMITERS"),
     "Source.sample_by": (
         data,
         {"data.train": [{"source": "text.txt", "sample_by": "line"}]},
@@ -195,6 +221,7 @@ TABLE: dict[str, Line | Place] = {
     "Data.test": (data, {"data.test": [{"source": "other.jsonl"}]}),
     "Data.split": (data, {"data.split": {"train": 0.5, "test": 0.5}}),
     "Data.stride": ("tasks/_answering/windows.py", "section.stride"),
+    "Data.weight": ("data/prepare.py", "recipe.data.weight"),
     "Data.label_separator": ("tasks/_encoder/labelled_text.py", "section.label_separator"),
     "Data.group": (data, {"data.group": "user"}, {"data.split": {"train": 0.5, "test": 0.5}}),
     "Data.stratify": (data, {"data.stratify": "topic"}, {"data.split": {"train": 0.5, "test": 0.5}}),
@@ -224,7 +251,9 @@ TABLE: dict[str, Line | Place] = {
     "Data.clean": (data, {"data.clean": {"duplicate": "keep"}}, {"data.train": [{"source": "twice.jsonl"}]}),
     "Ledger.losses": ("train/stage.py", "recipe.ledger.losses"),
     "Train.learning_rate": (trainer, {"train.learning_rate": 1e-5}),
+    "Train.embedding_learning_rate": (course, {"train.embedding_learning_rate": 1e-5}, {"model.add_tokens": ["<a>"]}),
     "Train.lr_scheduler_type": (trainer, {"train.lr_scheduler_type": "linear"}),
+    "Train.lr_scheduler_kwargs": (course, {"train.lr_scheduler_kwargs": {"num_cycles": 1.0}}),
     "Train.warmup_steps": (trainer, {"train.warmup_steps": 0.1}),
     "Train.max_steps": (planned, {"train.max_steps": 10}),
     "Train.num_train_epochs": (trainer, {"train.num_train_epochs": 3.0}),
@@ -238,10 +267,17 @@ TABLE: dict[str, Line | Place] = {
     "Train.weight_decay": (trainer, {"train.weight_decay": 0.1}),
     "Train.max_grad_norm": (trainer, {"train.max_grad_norm": 0.3}),
     "Train.optim": (planned, {"train.optim": "paged_adamw_8bit"}),
+    "Train.optim_args": (planned, {"train.optim_args": "momentum=0.9"}, {"train.optim": "sgd"}),
+    **{f"Train.{name}": (trainer, {f"train.{name}": 0.5}) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
     "Train.bf16": ("train/trainers/labelled.py", "recipe.train.bf16"),
     "Train.logging_steps": (trainer, {"train.logging_steps": 5}),
     "Train.save_steps": (trainer, {"train.save_steps": 5}),
     "Train.save_total_limit": ("train/trainers/sft.py", "checkpoints_kept=recipe.train.save_total_limit"),
+    "Train.report_to": ("tracking/reporting.py", "run.recipe.train.report_to"),
+    "Train.run_name": ("tracking/guarded.py", "run.recipe.train.run_name"),
+    "Train.neftune_noise_alpha": (trainer, {"train.neftune_noise_alpha": 5.0}),
+    "Train.label_smoothing_factor": ("train/fast/token_loss.py", "section.label_smoothing_factor"),
+    "Train.loss_type": (trainer, {"train.loss_type": "dft"}),
     "Train.eval_strategy": ("train/validation.py", 'section.eval_strategy == "no"'),
     "Train.eval_steps": ("recipe/validation.py", "train.eval_steps is not None"),
     "Train.eval_on_start": ("train/stage.py", "run.recipe.train.eval_on_start"),
@@ -308,6 +344,8 @@ def _fields() -> list[str]:
         "head",
         "layers",
         "loss",
+        "preference",
+        "feedback",
         "data",
         "ledger",
         "train",

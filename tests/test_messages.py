@@ -55,7 +55,57 @@ CHANGES = {
     "a pattern": ["evaluate.answer_pattern=("],
     "a long warm-up": ["train.max_steps=4", "train.warmup_steps=10"],
     "late logs": ["train.max_steps=4", "train.logging_steps=9"],
+    "an entry that a schedule lacks": ["train.lr_scheduler_kwargs={num_cycle: 2}"],
+    "an entry of a schedule without any": [
+        "train.lr_scheduler_type=linear",
+        "train.lr_scheduler_kwargs={min_lr: 1.0e-6}",
+    ],
+    "a value that an entry does not take": ["train.lr_scheduler_kwargs={num_cycles: 0}"],
+    "a floor that is not said": ["train.lr_scheduler_type=cosine_with_min_lr"],
+    "a floor above the ceiling": [
+        "train.lr_scheduler_type=cosine_with_min_lr",
+        "train.lr_scheduler_kwargs={min_lr: 1.0}",
+    ],
+    "a slow root": ["train.lr_scheduler_type=inverse_sqrt"],
+    "a decay that is not said": ["train.lr_scheduler_type=warmup_stable_decay"],
+    "a long decay": [
+        "train.max_steps=10",
+        "train.warmup_steps=3",
+        "train.lr_scheduler_type=warmup_stable_decay",
+        "train.lr_scheduler_kwargs={num_decay_steps: 8}",
+    ],
+    "phases that are too short": [
+        "train.max_steps=10",
+        "train.lr_scheduler_type=warmup_stable_decay",
+        "train.lr_scheduler_kwargs={num_decay_steps: 3, num_stable_steps: 4}",
+    ],
+    "a curve of no warm-up": [
+        "train.lr_scheduler_type=warmup_stable_decay",
+        "train.lr_scheduler_kwargs={num_decay_steps: 3, warmup_type: cosine}",
+    ],
+    "cycles of a line": [
+        "train.lr_scheduler_type=warmup_stable_decay",
+        "train.lr_scheduler_kwargs={num_decay_steps: 3, decay_type: linear, num_cycles: 1}",
+    ],
+    "many restarts": [
+        "train.max_steps=10",
+        "train.lr_scheduler_type=cosine_with_restarts",
+        "train.lr_scheduler_kwargs={num_cycles: 30}",
+    ],
+    "a plateau without a metric": ["train.lr_scheduler_type=reduce_lr_on_plateau"],
+    "a low-rank optimizer": ["train.optim=galore_adamw"],
+    "a layerwise optimizer": ["train.optim=lomo"],
+    "an optimizer of a TPU": ["train.optim=adamw_torch_xla"],
+    "an optimizer without a schedule": ["train.optim=schedule_free_adamw"],
+    "betas of SGD": ["train.optim=sgd", "train.adam_beta1=0.8"],
+    "an argument that an optimizer lacks": ["train.optim=sgd", "train.optim_args=momentun=0.9"],
+    "a value that an argument does not take": ["train.optim=sgd", "train.optim_args=momentum=2"],
+    "Nesterov without momentum": ["train.optim=sgd", "train.optim_args=nesterov=true"],
     "constant with warm-up": ["train.lr_scheduler_type=constant", "train.warmup_steps=2"],
+    "an unknown tracker": ["train.report_to=[tensorbord]"],
+    "smoothing and dft": ["train.loss_type=dft", "train.label_smoothing_factor=0.1"],
+    "smoothing of labels": ["task=classify", "train.label_smoothing_factor=0.1"],
+    "dft of labels": ["task=classify", "train.loss_type=dft"],
     "no validation rows": ["train.early_stopping_patience=2"],
     "no evaluation": ["data.validation=[{source: v.jsonl}]", "train.eval_strategy=no", "train.eval_steps=5"],
     "steps of an epoch": ["data.validation=[{source: v.jsonl}]", "train.eval_strategy=epoch", "train.eval_steps=5"],
@@ -65,6 +115,23 @@ CHANGES = {
     "a score of no rows": ["data.validation=[{source: v.jsonl}]", "train.metric_for_best_model=score"],
     "a hash of a hub id": [f"model.sha256={'a' * 64}"],
     "streaming a file": ["data.train=[{source: rows.jsonl, streaming: true}]"],
+    "packs of pairs": ["task=preference", "data.packing=true"],
+    "the loss of more than the answers": ["task=preference", "data.loss=all"],
+    "an unknown loss of pairs": ["task=preference", "preference.loss_type=dpo"],
+    "the logarithm of no smoothing": ["task=preference", "preference.loss_type=exo_pair"],
+    "pairs of a chat": ["preference.beta=0.5"],
+    "all weights in 4 bits": ["method=full"],
+    "a method of labels": ["method=head"],
+    "named weights without method=full": ["train.trainable=[norm]"],
+    "an adapter in fp32": ["train.bf16=false"],
+    "layers without method=full": ["layers.frozen=2"],
+    "a kind that is not said": ["method=peft"],
+    "a prompt": ["method=peft", "peft={peft_type: PROMPT_TUNING}"],
+    "pissa on 4 bits": ["lora.init_lora_weights=pissa"],
+    "loftq on 16 bits": ["lora.init_lora_weights=loftq", "quantization.load_in_4bit=false"],
+    "a start of no name": ["lora.init_lora_weights=pisa"],
+    "two starts": ["lora.init_lora_weights=eva", "lora.init_from=runs/first"],
+    "a delimiter of JSON lines": ["data.train=[{source: rows.jsonl, delimiter: ';'}]"],
     "not an override": ["train.max_steps"],
     "not a section": ["task.name=x"],
 }
@@ -77,6 +144,15 @@ RECORDS: Mapping[str, Any] = {
     "an empty answer": {"prompt": "a", "completion": " "},
     "two questions": {"messages": [{"role": role, "content": "a"} for role in ("user", "user", "system", "assistant")]},
     "labels of another length": {"input_ids": [1, 2], "labels": [1]},
+}
+PAIRS: Mapping[str, Any] = {
+    "no rejected answer": {"prompt": "a", "chosen": "b"},
+    "no prompt": {"chosen": "a", "rejected": "b"},
+    "no common prompt": {
+        side: [{"role": role, "content": side} for role in ("user", "assistant")] for side in ("chosen", "rejected")
+    },
+    "the same answer": {"prompt": "a", "chosen": "b", "rejected": "b"},
+    "an empty side": {"prompt": "a", "chosen": "b", "rejected": " "},
 }
 BREACHES = {
     "kl_mean": Breach("kl_mean", 0.2, 0.1),
@@ -100,6 +176,7 @@ def messages(folder: Path) -> dict[str, str]:
     (folder / "other").mkdir()
     (folder / "other" / "file").write_text("")
     (folder / "damaged.json").write_text("{")
+    (folder / "rows.jsonl").write_text("{}")
     files_of_folders = {
         "adapter/adapter_config.json": "{}",
         "labels/config.json": '{"architectures": ["BertForSequenceClassification"]}',
@@ -117,14 +194,17 @@ def messages(folder: Path) -> dict[str, str]:
         for name, c in CHANGES.items()
     }
     found |= {f"row: {name}": _of(lambda r=r: task.example(r, None, "auto", Data())) for name, r in RECORDS.items()}
+    pairs = open_task("preference")
+    found |= {f"pair: {name}": _of(lambda r=r: pairs.example(r, None, "auto", Data())) for name, r in PAIRS.items()}
     found |= {
         f"check: {name}": json.dumps([kind.passes, kind.problem, kind.remedy], ensure_ascii=False)
-        for name, kind in open_task("chat").CHECKS.items()
+        for name, kind in {**task.CHECKS, **pairs.CHECKS}.items()
     }
     found |= {f"gate: {name}": breach.message for name, breach in BREACHES.items()}
     places: dict[str, Callable[[], object]] = {
         "recipe: a key twice": lambda: load(folder / "twice.yaml"),
         "recipe: a list": lambda: load(folder / "list.yaml"),
+        "recipe: a data file": lambda: load(folder / "rows.jsonl"),
         "recipe: missing": lambda: load(folder / "no.yaml"),
         "run: not one": lambda: Run.open(folder / "other"),
         "run: other files": lambda: Run.create(folder / "other", from_dict(dict(RECIPE), [], "r.yaml")),

@@ -30,8 +30,8 @@ from qkit.model.provenance import Purpose
 from qkit.plugins.exporter import exporter
 from qkit.plugins.runtime import Encodes
 from qkit.plugins.task import Prepared, Service, Task, open_task
-from qkit.recipe.registry import MERGED
-from qkit.recipe.schema import LABEL_SERVER, UNMERGED, Recipe
+from qkit.recipe.registry import MERGED, is_unmerged
+from qkit.recipe.schema import LABEL_SERVER, Recipe
 from qkit.run.directory import Run
 from qkit.server.labels import program
 from qkit.server.process import Server
@@ -46,7 +46,7 @@ ERROR_CHARACTERS = 300
 def default_runtimes(recipe: Recipe) -> list[str]:
     """What `qkit bench RUN` measures where the recipe names nothing: the merged model, every export, and the server."""
     exports = [name for name in recipe.export.formats if exporter(name).RUNTIME == RUNTIME]
-    merged = [] if recipe.method in UNMERGED else ["transformers"]
+    merged = [] if is_unmerged(recipe) else ["transformers"]
     return [*merged, *exports, *([LABEL_SERVER] if exports else [])]
 
 

@@ -30,8 +30,7 @@ from qkit.plan import deployable
 from qkit.plugins.exporter import Job, exporter
 from qkit.plugins.runtime import open_runtime
 from qkit.plugins.task import open_task
-from qkit.recipe.registry import split
-from qkit.recipe.schema import UNMERGED
+from qkit.recipe.registry import is_unmerged, split
 from qkit.run.directory import Run
 
 # Server formats that transformers can open too: quant_method in config.json -> the package that this needs.
@@ -88,7 +87,7 @@ def disk_share(names: Sequence[str]) -> float:
 def job(run: Run) -> Job:
     """The inputs of the exporters for a run."""
     base = source.resolve(run.recipe.model)
-    is_merged = run.recipe.method not in UNMERGED
+    is_merged = not is_unmerged(run.recipe)
     return Job(
         merged=run.need("merge", "config.json").parent if is_merged else base,
         base=base,
@@ -104,7 +103,7 @@ def _make(run: Run, out: Path, name: str) -> tuple[Candidate | None, dict[str, A
     """Make one format. Returns the merge that it was made from, if any, and the table of candidates if there was a choice."""
     variant = split(name)[1]
     exporter(name).export(job(run), out / name, variant)
-    if run.recipe.method in UNMERGED:
+    if is_unmerged(run.recipe):
         return None, None
     kept = candidates.chosen_merge(run)
     others = candidates.other_merges(run)

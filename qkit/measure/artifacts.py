@@ -13,8 +13,7 @@ from qkit.merging.folder import dtype_of
 from qkit.plugins.exporter import exporter
 from qkit.plugins.runtime import open_runtime
 from qkit.plugins.task import open_task
-from qkit.recipe.registry import MERGED, split
-from qkit.recipe.schema import UNMERGED
+from qkit.recipe.registry import MERGED, is_unmerged, split
 from qkit.run.directory import Run
 from qkit.server.client import running_server
 
@@ -63,7 +62,7 @@ def rounding(run: Run, artifact: Artifact) -> dict[str, str]:
 def artifacts(run: Run) -> list[Artifact]:
     """The merged model, where there is one, then the exports in the recipe's order."""
     exports = [Artifact(name, run.need("export", name)) for name in run.recipe.export.formats]
-    if run.recipe.method in UNMERGED:
+    if is_unmerged(run.recipe):
         return exports
     return [Artifact(MERGED, run.need("merge", "config.json").parent), *exports]
 

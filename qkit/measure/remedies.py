@@ -134,6 +134,8 @@ def bits(variant: str) -> int:
 
 def _leave_out(run: Run, name: str) -> str:
     """The overrides without this format."""
+    if name == MERGED and run.recipe.method != "lora":
+        return "Keep more of what was trained: --set merge.dtype=float32"
     if name == MERGED:
         return f"Serve the adapter without merging it: {_with_formats(run, ['vllm-adapter'])}"
     return f"Leave it out: {_with_formats(run, [other for other in run.recipe.export.formats if other != name])}"

@@ -26,14 +26,18 @@ from qkit.merging.folder import write_folder
 from qkit.model import provenance, source
 from qkit.plugins.runtime import open_runtime
 from qkit.plugins.task import open_task
-from qkit.recipe.schema import UNMERGED
+from qkit.recipe.registry import is_unmerged
+from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import Run
 from qkit.tensors.shards import shards
 
+WHOLE_DESCRIPTION = "the trained weights, rounded: nothing was merged"
 LOST = (
-    "Nothing was written. If the adapter has hardly moved (see train/metrics.jsonl), train longer or with a higher learning rate. "
-    "Otherwise try another merge.base, or serve the adapter unmerged (export.formats: vllm-adapter)"
+    "Nothing was written. If the {trained} hardly moved (see train/metrics.jsonl), train longer or with a higher learning rate. "
+    "Otherwise {remedy}"
 )
+MORE_BITS = "set merge.dtype=float32"
+UNMERGED = "try another merge.base, or serve the adapter unmerged (export.formats: vllm-adapter)"
 
 
 def run(run: Run, out: Path) -> None:
@@ -44,13 +48,17 @@ def run(run: Run, out: Path) -> None:
         ModelError: the adapter does not belong to this base, is already merged into it, or is of a kind that cannot be merged.
         ParityFailed: even the best candidate has lost the fine-tune.
     """
-    if run.recipe.method in UNMERGED:
+    if is_unmerged(run.recipe):
         raise RecipeError(
             f"method={run.recipe.method}: no weight can take up a bottleneck adapter, so there is nothing to merge; `qkit export {run.root}` "
             "makes the onnx formats of base and adapter together"
         )
     folder, variants = source.resolve(run.recipe.model), candidates.merge_candidates(run.recipe)
     provenance.check_adapter(run.trained(), folder)
+    if run.recipe.method in WHOLE:
+        run.progress.notify(
+            "merge: nothing to merge: the weights themselves were trained, and are rounded and measured"
+        )
     size = sum(shard.stat().st_size for shard in shards(folder))
     need_disk(out, size * min(len(variants), 2), "merge")
     held_out = measure_held_out.held_out_of(run)
@@ -64,7 +72,7 @@ def run(run: Run, out: Path) -> None:
         finer=candidates.finer_merge(run),
         notify=lambda message: run.progress.notify(f"merge: {message}"),
     )
-    choice.refuse_lost("merged", "the merged model", LOST)
+    choice.refuse_lost("merged", "the merged model", _lost(run.recipe))
     _keep(choice.folder, out)
     table = choice.table(_reference_rows(run, folder, held_out, reference()))
     write_json(out / candidates.FILE, {**table, "texts": choice.result.texts})
@@ -72,9 +80,16 @@ def run(run: Run, out: Path) -> None:
         run.progress.notify(f"merge: {choice.candidate.name} is kept; {table['otherwise']['words']}")
 
 
+def _lost(recipe: Recipe) -> str:
+    """What to do about a merge that has lost the fine-tune."""
+    trained = "weights have" if recipe.method in WHOLE else "adapter has"
+    return LOST.format(trained=trained, remedy=UNMERGED if recipe.method == "lora" else MORE_BITS)
+
+
 def _make(run: Run, out: Path, candidate: Candidate) -> Path:
     """Write one whole merged model to a folder of its own."""
-    run.progress.notify(f"merge: {candidate.name}")
+    what = f"the trained weights in {candidate.dtype or run.recipe.merge.dtypes[0]}"
+    run.progress.notify(f"merge: {what if run.recipe.method in WHOLE else candidate.name}")
     folder = candidates.folder_of(out, candidate)
     write_folder(run, folder, candidate.base, dtype=candidate.dtype)
     return folder
@@ -87,8 +102,10 @@ def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, ref
         answers = answered(run, runtime, held_out)
         scores_of_rows = open_task(run.recipe.task).outputs(runtime, held_out.rows)
         distance = candidates.merged_parity(reference, folder, scores_of_rows)
+    result = CandidateResult.of(candidate, distance)
     return replace(
-        CandidateResult.of(candidate, distance),
+        result,
+        description=WHOLE_DESCRIPTION if run.recipe.method in WHOLE else result.description,
         score=scored(run, answers, held_out, distance.heldout_loss),
         gain=gates.gain_over_reference(run, answers.grades, held_out),
         texts=answers.texts,
@@ -98,7 +115,10 @@ def measure(run: Run, candidate: Candidate, folder: Path, held_out: HeldOut, ref
 def _reference_rows(run: Run, folder: Path, held_out: HeldOut, reference: Reference) -> Sequence[CandidateResult]:
     """What needs no merge: the base model, and the unmerged adapter."""
     score = read_json(run.need("evaluate", "scores.json"))["scores"][run.recipe.trained_as]
-    rows = [candidates.base_row(reference), candidates.adapter_row(reference, score)]
+    trained = candidates.adapter_row(reference, score)
+    if run.recipe.method in WHOLE:
+        trained = replace(trained, description="the trained weights, computed in bf16")
+    rows = [candidates.base_row(reference), trained]
     if run.recipe.quantization.load_in_4bit:
         rows.append(_adapter_on_16_bit(run, folder, held_out, reference))
     return rows

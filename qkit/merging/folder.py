@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qkit.core.files import make_folder, read_json
-from qkit.merging import loaded
+from qkit.merging import any_peft, loaded, whole
 from qkit.merging.weights import merge
 from qkit.model import older_forms, provenance, source
 from qkit.model import tokenizer as model_tokenizer
 from qkit.plugins.task import open_task
-from qkit.recipe.schema import Base
+from qkit.recipe.schema import WHOLE, Base
 from qkit.recipe.section import Dtype
 from qkit.run.directory import Run
 from qkit.tensors.companions import copy_companions
@@ -22,7 +22,7 @@ from qkit.tensors.companions import copy_companions
 def write_folder(
     run: Run, out: Path, base: Base, adapters: Mapping[str, float] | None = None, dtype: Dtype | None = None
 ) -> None:
-    """Merge the run's adapter into its base's weights, as `base` says, and write the new folder `out`.
+    """Merge the run's adapter into its base's weights, as `base` says, and write the new folder `out`; where all weights were trained, these.
 
     `adapters`: hashes and weights of the adapters that the run's was combined from. `dtype`: of the weights; None: the recipe's first dtype.
 
@@ -39,7 +39,12 @@ def write_folder(
     make_folder(out)
     copy_companions(folder, out)
     section = run.recipe.merge.model_copy(update={"dtype": dtype or run.recipe.merge.dtypes[0]})
-    merge(folder, adapter, out, base, section, note, run.progress)  # writes a config.json of its own
+    if run.recipe.method in WHOLE:
+        whole.write_rounded(folder, adapter, out, section, note, run.progress)
+    elif run.recipe.method == "peft":
+        any_peft.write_merged(folder, adapter, out, base, run.recipe, section)
+    else:
+        merge(folder, adapter, out, base, section, note, run.progress)  # writes a config.json of its own
     _write_tokenizer(run, out, trained_here=adapters is None)
     older_forms.settle(out, source.companions(run.recipe.model))
     if (tokens := run.folder("data") / "tokens.json").is_file():

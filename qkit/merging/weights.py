@@ -53,13 +53,19 @@ def merge(
     """
     several = adapter_sum.is_several(adapter)
     merged = SumMerge(folder, adapter, base, note) if several else TensorMerge(folder, Deltas(adapter), base, note)
+    write_tensors(folder, merged, out, section, progress)
+    merged.check_all_used()
+    write_config(folder, out, section.dtypes[0], merged.output)
+
+
+def write_tensors(
+    folder: Path, merged: TensorMerge | SumMerge, out: Path, section: schema.Merge, progress: Progress | None
+) -> None:
+    """Write merged tensors to `out`, in the first dtype that `section` lists. `folder`: of the weights that they were made from."""
     dtype = section.dtypes[0]
     specs = {name: {**spec, "dtype": kept_dtype(spec["dtype"], dtype)} for name, spec in merged.specs.items()}
     with (progress or Progress()).bar("merge", len(specs)) as bar:
-        rounded = _rounded(folder, dtype, merged, merged.tensors(bar))
-        write_model(out, specs, rounded, section.max_shard_bytes)
-    merged.check_all_used()
-    write_config(folder, out, dtype, merged.output)
+        write_model(out, specs, _rounded(folder, dtype, merged, merged.tensors(bar)), section.max_shard_bytes)
 
 
 @dataclass(frozen=True)

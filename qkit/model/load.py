@@ -36,16 +36,22 @@ NO_SDPA = "scaled_dot_product_attention"  # in transformers' error for a model w
 HEAD_KEY = "pooled_head"  # in the config.json of a model with a head that pools (pooled_head.py)
 
 
-def load_base(folder: Path, recipe: schema.Recipe, device: Device, labels: Sequence[str] = ()) -> PreTrainedModel:
+def load_base(
+    folder: Path, recipe: schema.Recipe, device: Device, labels: Sequence[str] = (), trained: bool = False
+) -> PreTrainedModel:
     """Load the base model as training uses it: in 4 bit if the recipe says so, the rest in bf16, or as it is under a new head.
 
-    `labels`: names by label id, for a task whose head is new; the head's first weights depend on the recipe's seed.
+    `labels`: names by label id, for a task whose head is new; the head's first weights depend on the recipe's seed. `trained`: the folder holds
+    what training made of all weights, which are in fp32.
 
     Raises:
         ModelError: some weights are missing from the folder.
     """
     head = open_task(recipe.task).HEAD
-    options: dict[str, Any] = {"attn_implementation": recipe.model.attn_implementation, **_of_head(recipe, labels)}
+    options: dict[str, Any] = {
+        "attn_implementation": recipe.model.attn_implementation,
+        **_of_head(recipe, labels, trained),
+    }
     if recipe.quantization.load_in_4bit:
         options["quantization_config"] = quantization_config(recipe.quantization, new_heads.names_of(folder, head))
     options |= {"device_map": device.device_map, "trust_remote_code": recipe.model.trust_remote_code}
@@ -65,7 +71,7 @@ def load_base(folder: Path, recipe: schema.Recipe, device: Device, labels: Seque
     return loaded
 
 
-def _of_head(recipe: schema.Recipe, labels: Sequence[str]) -> dict[str, Any]:
+def _of_head(recipe: schema.Recipe, labels: Sequence[str], trained: bool) -> dict[str, Any]:
     """The arguments of `from_pretrained` that depend on the task's head; the first weights of a new one depend on the recipe's seed."""
     import torch
     import transformers
@@ -73,10 +79,20 @@ def _of_head(recipe: schema.Recipe, labels: Sequence[str]) -> dict[str, Any]:
     task = open_task(recipe.task)
     if task.HEAD.generates:
         # Not from its file, which transformers may reject; qkit sets decoding itself.
-        return {"dtype": torch.bfloat16, "generation_config": transformers.GenerationConfig()}
+        return {"dtype": _dtype(recipe, trained), "generation_config": transformers.GenerationConfig()}
     transformers.set_seed(recipe.seed)
     dtype = "auto" if _stays_in_16_bit(recipe) else torch.float32
     return {"dtype": dtype, "pad_token_id": tokenizer.padding_of(recipe.model), **task.head_config(labels)}
+
+
+def _dtype(recipe: schema.Recipe, trained: bool) -> Any:
+    """The dtype of a language model. Where its own weights are trained, they start as the checkpoint has them; the trainer makes fp32 of those
+    that it trains, and the others keep every bit."""
+    import torch
+
+    if recipe.method not in schema.WHOLE:
+        return torch.bfloat16
+    return "auto" if recipe.train.bf16 and not trained else torch.float32
 
 
 def class_of(folder: Path, head: ModelHead) -> Any:
@@ -262,7 +278,10 @@ def load_reference(folder: Path, recipe: schema.Recipe, device: Device, trained:
 
     if trained is not None and provenance.is_whole(trained):
         provenance.check_adapter(trained, folder)
-        return load_base(trained, recipe, device, read_labels(trained)).eval()
+        whole = load_base(trained, recipe, device, read_labels(trained), trained=True)
+        if open_task(recipe.task).HEAD.generates:
+            whole.config.use_cache = True
+        return whole.eval()
     base = load_base(folder, recipe, device, read_labels(trained) if trained else ())
     if recipe.quantization.load_in_4bit:
         dequantize(base)
@@ -290,8 +309,25 @@ def _with_adapter(
         tuner.register()
     with targets.patterns_of_parameters():
         model = new_heads.with_token_types(PeftModel.from_pretrained(base, str(adapter)))
-    added_tokens.settle(model)
+    if method == "peft":
+        _in_full_precision(model, adapter)
+    else:
+        added_tokens.settle(model)
     return model
+
+
+def _in_full_precision(model: PeftModel, adapter: Path) -> None:
+    """Hold an adapter as it was saved. PEFT rounds what it loads into copies of 16-bit modules, such as norms that are trained."""
+    import torch
+    from peft import set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from safetensors.torch import load_file
+
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        for part in (getattr(layer, name, None) for name in layer.adapter_layer_names):
+            if isinstance(part, torch.nn.Module):
+                part.float()
+    set_peft_model_state_dict(model, load_file(adapter / lora_deltas.WEIGHTS))
 
 
 def _resize(base: PreTrainedModel, adapter: Path) -> None:

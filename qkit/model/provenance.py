@@ -105,13 +105,17 @@ def purpose_of(folder: Path) -> Purpose | None:
 # --- which base an adapter belongs to -------------------------------------------------------------------------------
 
 
-def write_adapter_note(adapter: Path, folder: Path, recipe: Recipe, quantized: list[str]) -> None:
-    """Record in an adapter's folder what it was trained on. `quantized`: names of the weights held in 4 bit."""
+def write_adapter_note(
+    adapter: Path, folder: Path, recipe: Recipe, quantized: list[str], init_from: Mapping[str, str] | None = None
+) -> None:
+    """Record in an adapter's folder what it was trained on. `quantized`: names of the weights held in 4 bit; `init_from`: the adapter that
+    training began with."""
     note = {
         "base": recipe.model.source,
         "base_fingerprint": fingerprint(folder),
         "quantization": recipe.quantization.model_dump(mode="json"),
         "quantized": quantized,
+        **({"init_from": dict(init_from)} if init_from else {}),
     }
     (adapter / NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
 

@@ -20,7 +20,9 @@ from qkit.model.shape import (
     linears,
     vector_parameters,
 )
+from qkit.plan._optimizer_state import SMALLEST_8BIT, Tensor, formula, state_bytes
 from qkit.plan.items import MemoryItem
+from qkit.recipe.optimizers import OPTIMIZERS, UNKNOWN
 from qkit.recipe.schema import Recipe
 
 BLOCK = 64  # bitsandbytes: weights that share one absmax
@@ -31,13 +33,6 @@ OFFSET_BYTES = 4  # per matrix, with double quantization: the mean that is subtr
 
 BASE_BYTES = 2  # tensors that are not quantized are loaded in bf16
 ADAPTER_BYTES = 4  # the adapter is trained in fp32
-
-# Values that an optimizer keeps per trained parameter: in fp32, or, in 8-bit optimizers and for matrices of at least 4,096 values, in
-# 8 bits with one fp32 absmax per 256 values.
-MOMENTS = {"adamw": 2, "adam": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "sgd": 0, "adagrad": 1}
-SMALLEST_8BIT = 4096
-STATE_BLOCK = 256
-STEP_BYTES = 4  # torch's own Adam counts its steps in an fp32 scalar per matrix
 
 
 def quantized_bytes(weights: int, double_quant: bool) -> int:
@@ -112,7 +107,7 @@ def remarks(recipe: Recipe, shape: Shape) -> tuple[str, ...]:
     Raises:
         ModelError: a name in `target_modules` or `target_parameters` matches nothing.
     """
-    texts = list(targets.remarks(recipe.lora, shape))
+    texts = list(targets.remarks(recipe.lora, shape)) if recipe.method == "lora" else []
     if shape.eager and recipe.model.attn_implementation == "sdpa":
         texts.append(
             f"Attention is computed eagerly, with all scores in memory: transformers has no sdpa for {shape.architecture}."
@@ -197,55 +192,40 @@ def _layers_modules(of: Sequence[Target]) -> list[Linear]:
 
 
 def adapter_sizes(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
-    """Trained parameters by matrix: A is r x inputs, B is outputs x r; then the rows of added tokens."""
-    return _adapter_sizes(targets.names(recipe.lora), recipe.lora.r, shape) + learnt_rows(recipe, shape)
+    """Trained parameters by matrix, as `adapter_tensors`."""
+    return tuple(tensor.count for tensor in adapter_tensors(recipe, shape))
 
 
-def learnt_rows(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
-    """Parameters of the rows of added tokens, which are trained in full: in the embedding, and in the head if it is not tied."""
+def adapter_tensors(recipe: Recipe, shape: Shape) -> tuple[Tensor, ...]:
+    """The trained matrices: A is r x inputs, B is outputs x r; then the rows of added tokens."""
+    return _adapter_tensors(targets.names(recipe.lora), recipe.lora.r, shape) + learnt_rows(recipe, shape)
+
+
+def learnt_rows(recipe: Recipe, shape: Shape) -> tuple[Tensor, ...]:
+    """The rows of added tokens, which are trained in full: in the embedding, and in the head if it is not tied."""
     rows = len(set(recipe.model.add_tokens))
-    return (rows * shape.hidden,) * (1 if shape.tied else 2) if rows else ()
+    return (Tensor((rows, shape.hidden)),) * (1 if shape.tied else 2) if rows else ()
 
 
 @functools.lru_cache(maxsize=256)
-def _adapter_sizes(named: Names, rank: int, shape: Shape) -> tuple[int, ...]:
-    return tuple(size for target in targets.planned_for(named, shape) for size in target.sizes(rank))
-
-
-@functools.lru_cache(maxsize=256)
-def optimizer_bytes(optim: str, sizes: tuple[int, ...]) -> int:
-    """Bytes of optimizer state for matrices of these sizes. An unknown optimizer counts as Adam."""
-    name = optim.removeprefix("paged_")
-    moments = MOMENTS.get(name.partition("_")[0], 2)
-    if not name.endswith("8bit"):
-        steps = STEP_BYTES * len(sizes) if name.startswith("adamw_torch") else 0
-        return moments * 4 * sum(sizes) + steps
-    return sum(moments * (n + 4 * -(-n // STATE_BLOCK) if n >= SMALLEST_8BIT else 4 * n) for n in sizes)
+def _adapter_tensors(named: Names, rank: int, shape: Shape) -> tuple[Tensor, ...]:
+    return tuple(Tensor(factor) for target in targets.planned_for(named, shape) for factor in target.factors(rank))
 
 
 def optimizer_item(recipe: Recipe, shape: Shape) -> MemoryItem:
     """The optimizer state. It is not below that of any smaller rank, although a matrix of 4,096 values switches from fp32 to 8 bits."""
-    optim, named, sizes = recipe.train.optim, targets.names(recipe.lora), adapter_sizes(recipe, shape)
-    computed = optimizer_bytes(optim, sizes)
+    train, named, tensors = recipe.train, targets.names(recipe.lora), adapter_tensors(recipe, shape)
+    computed = state_bytes(train, tensors)
     earlier = [rank for rank in _last_in_fp32(recipe, shape) if rank < recipe.lora.r]
     rows = learnt_rows(recipe, shape)
-    size = max([computed, *(optimizer_bytes(optim, _adapter_sizes(named, rank, shape) + rows) for rank in earlier)])
-    exact = shape.exact and "adamw" in optim and size == computed
-    return MemoryItem("optimizer", size, exact, optimizer_formula(optim, sum(sizes)))
-
-
-def optimizer_formula(optim: str, trained: int) -> str:
-    """How many bytes the state of so many parameters takes, in words."""
-    name = optim.removeprefix("paged_")
-    moments = MOMENTS.get(name.partition("_")[0], 2)
-    width = f"1 byte + 4 for each {STATE_BLOCK}" if name.endswith("8bit") else "4 bytes"
-    paged = "; in managed memory, which CUDA may move to the host" if optim.startswith("paged_") else ""
-    return f"{optim}: {trained:,} parameters x {moments} moments x {width}{paged}"
+    size = max([computed, *(state_bytes(train, _adapter_tensors(named, rank, shape) + rows) for rank in earlier)])
+    exact = shape.exact and train.optim in OPTIMIZERS and size == computed
+    return MemoryItem("optimizer", size, exact, formula(train, sum(tensor.count for tensor in tensors)))
 
 
 def _last_in_fp32(recipe: Recipe, shape: Shape) -> frozenset[int]:
-    """For each width, the highest rank at which its matrices are too small for 8 bits. Only {0} if the optimizer is not an 8-bit one."""
-    if not recipe.train.optim.endswith("8bit"):
+    """For each width, the highest rank at which its matrices are too small for 8 bits. Only {0} if the optimizer never uses 8."""
+    if OPTIMIZERS.get(recipe.train.optim, UNKNOWN).layout in ("fp32", "factored"):
         return frozenset({0})
     return _last_ranks(targets.names(recipe.lora), shape)
 

@@ -1,5 +1,5 @@
 """The memory plan: the memory that each stage needs, and whether it fits, before anything is loaded. Arithmetic only, without torch.
-Except for models with a new head, whose step is traced (_traced/).
+Except for models with a new head, and methods other than plain LoRA, whose step is traced (_traced/).
 
 This module is what the rest of qkit calls. stage_memory.py computes the items of a stage, remedies.py the changes that make it fit, speed.py
 the time; sheet.py gathers all that `qkit plan` shows, and screen.py prints it.
@@ -22,6 +22,7 @@ from qkit.plan._known import NOTHING, Known
 from qkit.plan._overhead import overhead_of
 from qkit.plan._subject import Subject, subject_of
 from qkit.plan._traced import items as traced_items
+from qkit.plan._traced import language_items
 from qkit.plan._traced.head import NewHead
 from qkit.plan.items import MemoryItem
 from qkit.plan.remedies import Remedy
@@ -134,6 +135,8 @@ def stage_items(
     """
     if isinstance(subject, NewHead):
         return traced_items.stage_items(recipe, subject, device, stage)
+    if stage == "train" and language_items.is_traced(recipe):
+        return language_items.train_items(recipe, subject, device, known)
     if stage == "train":
         return stage_memory.train_items(recipe, subject, device, known.labelled)
     return ITEMS[stage](recipe, subject, device)

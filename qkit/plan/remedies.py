@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import yaml
@@ -14,6 +14,7 @@ from qkit.core.figures import MIB
 from qkit.plan._subject import Subject
 from qkit.plan.speed import time_factor
 from qkit.plugins.task import open_task
+from qkit.recipe.optimizers import OPTIMIZERS, UNKNOWN
 from qkit.recipe.schema import WHOLE, Recipe
 
 WORTH_SAYING = 16 * MIB  # a remedy that saves less is not shown
@@ -156,14 +157,23 @@ def _changes(recipe: Recipe, stage: str, device: Device) -> Iterator[_Change]:
     elif stage == "load":
         yield from (change for change in _smaller_weights(recipe) if change.levels == IN_4_BIT)
     elif stage == "train":
-        yield from _result_keeping(recipe, device)
-        yield from _result_changing(recipe)
+        for change in (*_result_keeping(recipe, device), *_result_changing(recipe)):
+            if levels := tuple(level for level in change.levels if _makes_sense(recipe, level)):
+                yield replace(change, levels=levels)
+
+
+def _makes_sense(recipe: Recipe, level: Sequence[str]) -> bool:
+    """Whether the task has a use for what a change sets."""
+    task = open_task(recipe.task)
+    before, after = ({key for key, _ in task.clashes(one)} for one in (recipe, _with(recipe, level)))
+    return after <= before
 
 
 def _result_keeping(recipe: Recipe, device: Device) -> Iterator[_Change]:
     """Changes that keep the effective batch size and the result, the fastest first."""
-    if device.offloads and not recipe.train.optim.endswith("8bit"):
-        yield _Change("8-bit optimizer state, nearly the same result", (("train.optim=paged_adamw_8bit",),))
+    smaller = OPTIMIZERS.get(recipe.train.optim, UNKNOWN).in_8_bits
+    if device.offloads and smaller:
+        yield _Change("8-bit optimizer state, nearly the same result", ((f"train.optim={smaller}",),))
     if recipe.quantization.load_in_4bit and not recipe.quantization.bnb_4bit_use_double_quant:
         yield _Change(
             "slight rounding of the quantization constants", (("quantization.bnb_4bit_use_double_quant=true",),)

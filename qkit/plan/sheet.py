@@ -115,15 +115,25 @@ def sheet(
     )
 
 
+def checked_steps(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> int | None:
+    """The steps of training; None if they are not known yet.
+
+    Raises:
+        RecipeError: they are too few for the schedule.
+    """
+    steps = schedule.planned_steps(recipe, lengths, open_task(recipe.task).LENGTH_STEP)
+    if steps is not None:
+        schedule.check(recipe.train, steps)
+    return steps
+
+
 def _pace(recipe: Recipe, subject: Subject, device: Device, lengths: Sequence[Sequence[int]]) -> Pace:
     """Speed, time and steps of training.
 
     Raises:
         RecipeError: the steps are too few for the schedule.
     """
-    steps = schedule.planned_steps(recipe, lengths, open_task(recipe.task).LENGTH_STEP)
-    if steps is not None:
-        schedule.check(recipe.train, steps)
+    steps = checked_steps(recipe, lengths)
     pace = speed.pace(recipe, subject, device, speed.kept(lengths, recipe.data.max_length) if lengths else None)
     return replace(pace, steps=steps or pace.steps)
 

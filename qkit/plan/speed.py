@@ -46,7 +46,8 @@ class Pace:
 
 
 def flops_per_token(recipe: Recipe, shape: Subject, labelled_share: float = 1.0) -> float:
-    """FLOPs to train on one token: the forward pass, and the backward pass, which computes no gradients of frozen weights.
+    """FLOPs to train on one token: the forward pass, and the backward pass, which computes no gradients of frozen weights; with method=full
+    all count as trained.
 
     Each pass takes two FLOPs per weight; with checkpointing, the forward pass runs twice. Gradients of the adapter's weights are computed as
     well. Under a causal mask, a token attends to half of a row on average. `labelled_share`: share of the tokens that the head runs on.
@@ -54,15 +55,15 @@ def flops_per_token(recipe: Recipe, shape: Subject, labelled_share: float = 1.0)
     """
     if isinstance(shape, NewHead):
         return traced_items.flops_per_token(recipe, shape)
-    passes = 3 if recipe.train.gradient_checkpointing else 2
+    passes, whole = 3 if recipe.train.gradient_checkpointing else 2, recipe.method == "full"
     active = linear_parameters(shape) + len(shape.sparse) * shape.active_experts * 3 * shape.hidden * shape.expert_width
-    head = 2 * 2 * shape.vocabulary * shape.hidden * labelled_share
-    adapter = 2 * (passes + 1) * sum(adapter_sizes(recipe, shape))
+    head = 2 * (2 + whole) * shape.vocabulary * shape.hidden * labelled_share
+    adapter = 0 if whole else 2 * (passes + 1) * sum(adapter_sizes(recipe, shape))
     attended = min(recipe.data.max_length, shape.window or recipe.data.max_length) / 2
     attention = (
         shape.layers * 2 * 2 * shape.attention * attended * (passes + 1)
     )  # its backward pass has twice the products
-    return 2 * passes * active + head + adapter + attention
+    return 2 * (passes + whole) * active + head + adapter + attention
 
 
 def forward_share(recipe: Recipe, shape: Subject) -> float:

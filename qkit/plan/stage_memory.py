@@ -20,7 +20,7 @@ from qkit.plan.train_step import Moment, Part, TrainStep, logits_formula, logits
 from qkit.plugins.runtime import PREFILL_TOKENS
 from qkit.plugins.task import open_task
 from qkit.recipe import validation
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import WHOLE, Recipe
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 BATCH_BYTES = 3 * 8  # per token: id, label and position, each int64
@@ -89,6 +89,8 @@ def _batch(step: TrainStep) -> MemoryItem:
 def load_items(recipe: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, ...]:
     """The weights as training holds them, and the largest matrix before it is quantized."""
     tensor = _largest(shape) if recipe.quantization.load_in_4bit else 0
+    if recipe.method in WHOLE:
+        return *_whole(shape), fixed_item(overhead_of(device))
     return (
         base_weights(shape, recipe.quantization.load_in_4bit, recipe.quantization.bnb_4bit_use_double_quant),
         MemoryItem(
@@ -111,14 +113,24 @@ def evaluate_items(recipe: Recipe, shape: Shape, device: Device) -> tuple[Memory
     logits = f"bound: a row of {recipe.data.max_length:,} tokens x {outputs:,} x (2 + 4 + 4) bytes"
     folded = folds(recipe, shape).layer_bytes
     whole = MemoryItem("experts", folded, False, "bound: the experts of one layer with their adapters added, in bf16")
-    return (
+    held = (
         MemoryItem("weights", count * BASE_BYTES, shape.exact, f"{count:,} parameters x 2 bytes: dequantized once"),
         MemoryItem("adapter", trained * ADAPTER_BYTES, shape.exact, f"{trained:,} parameters x 4 bytes"),
         *([whole] if folded else []),
+    )
+    copies = MemoryItem("copies", count * BASE_BYTES, False, f"{count:,} parameters x 2 bytes: made by autocast")
+    return (
+        *((*_whole(shape), copies) if recipe.method in WHOLE else held),
         *(item if answering else replace(item, bytes=0) for item in answers),
         MemoryItem("logits", 0 if answering else scored, False, logits),
         fixed_item(overhead_of(device)),
     )
+
+
+def _whole(shape: Shape) -> tuple[MemoryItem]:
+    """The weights of a model that was trained itself."""
+    count = parameters(shape)
+    return (MemoryItem("weights", count * ADAPTER_BYTES, shape.exact, f"{count:,} parameters x 4 bytes"),)
 
 
 def answer_items(recipe: Recipe, shape: Shape) -> tuple[MemoryItem, ...]:
@@ -151,7 +163,7 @@ def reference_items(recipe: Recipe, shape: Shape, device: Device) -> tuple[Memor
     folded = 2 * folds(recipe, shape).layer_bytes
     outputs = open_task(recipe.task).head_outputs(recipe, shape.vocabulary)
     scored = recipe.data.max_length * outputs * (4 + 4 + 4)
-    return (
+    held = (
         MemoryItem("weights", count * BASE_BYTES, shape.exact, f"{count:,} parameters x 2 bytes: dequantized once"),
         MemoryItem(
             "float32",
@@ -165,6 +177,9 @@ def reference_items(recipe: Recipe, shape: Shape, device: Device) -> tuple[Memor
             if folded
             else []
         ),
+    )
+    return (
+        *(_whole(shape) if recipe.method in WHOLE else held),
         MemoryItem(
             "logits",
             scored,

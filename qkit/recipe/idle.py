@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.core.sources import is_hub_id
-from qkit.recipe import registry, schedule
+from qkit.recipe import _optimization, registry, schedule
 from qkit.recipe.schema import BOTTLENECKS
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FITTED = ("vllm-w4a16", "vllm-w8a8")  # the export formats that use export.method and its calibration rows
 FREE_TEXT = ("chat",)  # the tasks whose answers are free text, which a pattern can cut
 CONLL_SUFFIXES = (".conll", ".iob", ".iob2", ".bio", ".bioes")  # of files with columns of words and tags
+TABLES = (".csv", ".tsv")  # the files that delimiter divides
 TEXT = (".txt", ".md")  # the files that sample_by divides
 ONE_LINERS = (
     "messages",
@@ -39,6 +40,9 @@ ONE_LINERS = (
 def remarks(recipe: Recipe) -> Problems:
     """Warnings, as (key, message): shown by the plan and by the stage that would have used the value."""
     yield from _epochs(recipe.train)
+    if recipe.train.run_name is not None and not recipe.train.report_to:
+        name = f"train.run_name={recipe.train.run_name}"
+        yield ("train", "run_name"), f"{name} names a run in the trackers, but train.report_to has none"
     yield from _methods(recipe)
     yield from _quantization(recipe.quantization)
     yield from _exporting(recipe.export)
@@ -52,6 +56,12 @@ def remarks(recipe: Recipe) -> Problems:
 def mistakes(recipe: Recipe) -> Problems:
     """Errors, as (key, message): what has no effect, why, and what to do."""
     yield from _steps(recipe.train)
+    yield from _optimization.mistakes(recipe)
+    if recipe.train.loss_type == "dft" and recipe.train.label_smoothing_factor:
+        yield (
+            ("train", "label_smoothing_factor"),
+            f"train.label_smoothing_factor={recipe.train.label_smoothing_factor:g} has no effect with train.loss_type=dft: remove one",
+        )
     yield from _serving(recipe.serve)
     yield from _merging(recipe.merge)
     yield from _loss(recipe.loss)
@@ -89,6 +99,8 @@ def _methods(recipe: Recipe) -> Problems:
         fields = type(getattr(recipe, section)).model_fields
         for name in [] if used else _set(getattr(recipe, section), *fields):
             yield (section, name), f"{section}.{name} has no effect with method={recipe.method}"
+    if recipe.train.trainable and recipe.method != "full":
+        yield ("train", "trainable"), f"train.trainable has no effect with method={recipe.method}"
     if recipe.peft and recipe.method != "peft":
         yield ("peft",), f"peft has no effect with method={recipe.method}"
 
@@ -111,7 +123,7 @@ def _unread(data: Data) -> Problems:
 def _steps(train: Train) -> Problems:
     if train.max_steps > 0:
         for key, text in schedule.problems(train, train.max_steps):
-            yield ("train", key), text
+            yield ("train", *key.split(".")), text
     if train.lr_scheduler_type == "constant" and train.warmup_steps:
         yield (
             ("train", "warmup_steps"),
@@ -207,6 +219,9 @@ def _source(source: Source, where: Sequence[str | int]) -> Problems:
             (*where, name),
             _only(f"{dotted}.{name}", str(getattr(source, name)), "CoNLL files (format: conll)", source.source),
         )
+    if _set(source, "delimiter") and path.suffix and path.suffix.lower() not in TABLES:
+        tables = f"tables ({', '.join(TABLES)})"
+        yield (*where, "delimiter"), _only(f"{dotted}.delimiter", repr(source.delimiter), tables, source.source)
     if _set(source, "sample_by") and path.suffix and path.suffix.lower() not in TEXT and not is_hub_id(source.source):
         message = _only(f"{dotted}.sample_by", source.sample_by, f"text files ({', '.join(TEXT)})", source.source)
         yield (*where, "sample_by"), message

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qkit.recipe.schema import BOTTLENECKS
+
 PACKAGE = Path(__file__).parent.parent
 TASKS, FORMATS, RUNTIMES = "tasks", "export.formats", "runtimes"  # the folders, as Python imports them
 BASELINES = (
@@ -68,6 +70,12 @@ def task_has_labels(name: str) -> bool:
         return False
     task: Any = importlib.import_module(f"qkit.{TASKS}.{name}").TASK
     return not task.HEAD.generates
+
+
+def is_unmerged(recipe: Any) -> bool:
+    """Whether an adapter stays beside its base: no weight can take up a bottleneck, nor every kind of PEFT on a new head. The kinds that
+    language models are trained with are merged."""
+    return recipe.method in BOTTLENECKS or (recipe.method == "peft" and task_has_labels(recipe.task))
 
 
 def split(name: str) -> tuple[str, str]:

@@ -6,12 +6,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
+from qkit.recipe.feedback import Feedback
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
+from qkit.recipe.preference import Preference
 from qkit.recipe.section import Dtype, Fraction, Limit, Pattern, Positive, Section, Sha256
 from qkit.recipe.training import Train
 
@@ -44,6 +48,16 @@ class Quantization(Section):
     bnb_4bit_compute_dtype: Dtype = "bfloat16"
 
 
+STARTS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")  # of lora.init_lora_weights
+
+
+def _start(value: bool | str) -> bool | str:
+    """Reject starts that PEFT does not have, or that need more than a name."""
+    if value is True or value in STARTS or re.fullmatch(r"pissa_niter_[1-9]\d*", str(value)):
+        return value
+    raise PydanticCustomError("start", "must be true, pissa_niter_N or one of {known}", {"known": ", ".join(STARTS)})
+
+
 class Lora(Section):
     """peft.LoraConfig."""
 
@@ -55,12 +69,29 @@ class Lora(Section):
         (), description="experts and routers of a mixture of experts, in addition to target_modules"
     )
     use_rslora: bool = False
+    use_dora: bool = Field(False, description="DoRA: direction and length of each weight are trained apart")
+    init_lora_weights: Annotated[bool | str, AfterValidator(_start)] = Field(
+        True,
+        description="how the adapter starts. true: at zero, as with gaussian and orthogonal; pissa, pissa_niter_N, olora: with a part of the "
+        "base, which needs 16 bits; loftq: with what 4 bits lose of the base; eva: along the directions in which its inputs vary most",
+    )
+    init_from: str | None = Field(
+        None, description="a folder with an adapter, or a run directory: training goes on from its weights"
+    )
+
+    @property
+    def takes_part_of_base(self) -> bool:
+        """Whether the adapter starts with a part of the base weights, which are then others."""
+        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="LoRA+: rate of B / rate of A, which is train.learning_rate; such as 16"
+    )
 
 
 Method = Literal["lora", "full", "head", "houlsby", "pfeiffer", "parallel", "peft"]
 WHOLE: tuple[Method, ...] = ("full", "head")  # the methods that leave a whole model behind, and no adapter
 BOTTLENECKS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel")
-UNMERGED: tuple[Method, ...] = (*BOTTLENECKS, "peft")  # adapters that no weight can take up, or not always
 
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized", "conll"]
@@ -85,6 +116,9 @@ class Source(Section):
         0, description="of a CoNLL file: the column of the words, counted from 0, or with -1 from the end"
     )
     tag_column: int = Field(-1, description="of a CoNLL file: the column of the tags")
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+        None, description="what parts the columns of a .csv or .tsv file; default: a comma, or a tab"
+    )
     sample_by: Literal["line", "paragraph", "document"] = Field(
         "document", description="unit of a text file that becomes a row"
     )
@@ -142,6 +176,9 @@ class Data(Section):
     )
     ignore: tuple[str, ...] = Field(
         (), description="columns, and keys such as messages.id, that are deliberately not read; * matches any text"
+    )
+    weight: str | None = Field(
+        None, description="a column of numbers above 0: how much a training row's loss counts, relative to other rows"
     )
     label_separator: str | None = Field(
         None, description="what parts the labels in a text such as spam|urgent (multi_label); a list needs none"
@@ -306,8 +343,9 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 42
     method: Method = Field(
         "lora",
-        description="what is trained: lora (an adapter); full (all weights); for tasks with labels also head (the new head) and "
-        "bottleneck adapters after attention and MLP (houlsby), after the MLP (pfeiffer) or beside it (parallel), or any other kind of PEFT",
+        description="what is trained: lora (an adapter); full (all weights); peft (any other kind of adapter that PEFT has); for tasks with "
+        "labels also head (the new head), and bottleneck adapters after attention and MLP (houlsby), after the MLP (pfeiffer) or beside it "
+        "(parallel)",
     )
     micro_batches: Positive = Field(
         1, description="parts in which a batch passes through the model; gradients are those of the whole batch"
@@ -323,6 +361,8 @@ class Recipe(Section):
     head: Head = Head()
     layers: Layers = Layers()
     loss: Loss = Loss()
+    preference: Preference = Preference()
+    feedback: Feedback = Feedback()
     data: Data
     ledger: Ledger = Ledger()
     train: Train = Train()
@@ -337,6 +377,11 @@ class Recipe(Section):
     def trained_as(self) -> str:
         """The name of what training makes, among the artifacts."""
         return "trained" if self.method in WHOLE else "adapter"
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether training needs the logits or the losses of each label, which TRL's fused head does not give."""
+        return self.train.label_smoothing_factor > 0 or self.data.weight is not None
 
     def sha256(self) -> str:
         """Hash of the resolved recipe: equivalent files have the same hash."""

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qkit.recipe.section import Positive, Section
+from qkit.core.errors import nearest
+from qkit.recipe._rules import as_number
+from qkit.recipe.section import Pattern, Positive, Section
+
+TRACKERS = (  # that transformers has a callback for
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
 
 
 def _whole_or_share(value: float) -> int | float:
@@ -23,16 +42,53 @@ def _steps_or_epochs(value: int) -> int:
     return value
 
 
+def _tracker(name: str) -> str:
+    if name not in TRACKERS:
+        known = {"near": nearest(name, TRACKERS), "known": ", ".join(TRACKERS)}
+        raise PydanticCustomError("tracker", "unknown to transformers{near}; it has {known}", known)
+    return name
+
+
+def _one_or_several(value: Any) -> Any:
+    """One tracker may stand without a list; transformers writes no tracker as none."""
+    return value if not isinstance(value, str) else () if value == "none" else (value,)
+
+
 def _no_is_a_word(value: object) -> object:
     """YAML reads an unquoted no as false."""
     return "no" if value is False else value
+
+
+def _numbers(value: dict[str, Any]) -> dict[str, Any]:
+    """The entries with numbers as numbers: YAML reads 1e-5, without a point, as a text."""
+    return {name: as_number(entry) if isinstance(entry, str) else entry for name, entry in value.items()}
+
+
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_min_lr",
+    "cosine_with_restarts",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+    "reduce_lr_on_plateau",
+]
 
 
 class Train(Section):
     """trl.SFTConfig."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    embedding_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of embeddings and language-model head, where they are trained; default: train.learning_rate"
+    )
+    lr_scheduler_type: Schedule = "cosine"
+    lr_scheduler_kwargs: Annotated[dict[str, Any], AfterValidator(_numbers)] = Field(
+        default_factory=dict, description="what the schedule needs beside the warm-up, such as min_lr_rate"
+    )
     warmup_steps: Annotated[int | float, Field(ge=0), AfterValidator(_whole_or_share)] = Field(
         0, description="steps of linear warm-up; below 1, a share of all steps; the first step has a rate above 0"
     )
@@ -49,10 +105,37 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     optim: str = "adamw_torch"
+    optim_args: Annotated[str, Field(pattern=r"^[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*$")] | None = Field(
+        None, description="what only this optimizer has, such as momentum=0.9,nesterov=true"
+    )
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     bf16: bool = Field(True, description="compute in bf16 where that changes little (autocast)")
+    trainable: tuple[Pattern, ...] = Field(
+        (),
+        description="with method=full: regular expressions, found in the names of the parameters that are trained; default: all",
+    )
     logging_steps: Positive = 1
     save_steps: Positive = 50
     save_total_limit: Positive = 1
+    report_to: Annotated[tuple[Annotated[str, AfterValidator(_tracker)], ...], BeforeValidator(_one_or_several)] = (
+        Field(
+            (), description="experiment trackers that receive recipe, figures and scores, such as [tensorboard, wandb]"
+        )
+    )
+    run_name: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="of the run in the trackers; default: the name of the run directory"
+    )
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="size of the noise on embeddings in training (NEFTune), such as 5"
+    )
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="of conversations; tasks with labels have loss.label_smoothing"
+    )
+    loss_type: Literal["nll", "dft"] = Field(
+        "nll", description="of conversations; dft: each token's loss times its probability (dynamic fine-tuning)"
+    )
     eval_strategy: Annotated[Literal["auto", "no", "steps", "epoch"], BeforeValidator(_no_is_a_word)] = Field(
         "auto",
         description="when training evaluates the validation rows; auto: every train.eval_steps if that is set, else after each epoch",

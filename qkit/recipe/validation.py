@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qkit.core.errors import nearest, short
-from qkit.recipe import registry
+from qkit.recipe import registry, schedule
 
 if TYPE_CHECKING:
     from qkit.recipe.schema import Data, Recipe
@@ -71,6 +71,7 @@ def clashes(recipe: Recipe) -> Problems:
 def wanted(train: Train) -> list[str]:
     """The fields whose values make no sense without evaluation."""
     asked = {
+        "lr_scheduler_type": schedule.follows_metric(train),
         "eval_strategy": train.eval_strategy in ("steps", "epoch"),
         "eval_steps": train.eval_steps is not None,
         "eval_on_start": train.eval_on_start,

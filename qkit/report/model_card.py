@@ -21,8 +21,8 @@ from qkit.merging.folder import dtype_of
 from qkit.model.provenance import NOTE, is_traced
 from qkit.plugins.sections import Table
 from qkit.plugins.task import open_task
-from qkit.recipe.registry import MERGED, TRAINED
-from qkit.recipe.schema import UNMERGED, WHOLE, Recipe, Serve
+from qkit.recipe.registry import MERGED, TRAINED, is_unmerged
+from qkit.recipe.schema import WHOLE, Recipe, Serve
 from qkit.report import further, summary
 from qkit.report._templates import template
 from qkit.run.directory import Run
@@ -44,7 +44,7 @@ def write(run: Run) -> None:
     merged = run.folder("merge")
     if merged.is_dir():
         write_text(merged / FILE, render(run))
-    elif run.recipe.method not in UNMERGED:
+    elif not is_unmerged(run.recipe):
         raise MissingArtifact(f"{merged} is missing: `qkit merge {run.root}` makes it")
     for folder in sorted(run.folder("export").glob("*/")):
         write_text(folder / FILE, render(run, folder.name))
@@ -218,7 +218,7 @@ def _method(recipe: Recipe) -> str:
         return "the new head alone"
     if recipe.method == "peft":
         return ", ".join(f"{name} {value}" for name, value in recipe.peft.items())
-    if recipe.method in UNMERGED:
+    if is_unmerged(recipe):
         adapter = recipe.bottleneck
         return f"bottlenecks ({recipe.method}), reduction factor {adapter.reduction_factor}, {adapter.non_linearity}"
     section, modules = recipe.lora, recipe.lora.target_modules

@@ -12,8 +12,8 @@ from typing import Any
 from qkit.core.figures import ABSENT, trimmed
 from qkit.core.files import read
 from qkit.measure.evidence import STALE, cost_of, read_evidence
-from qkit.recipe.registry import BASELINES, MERGED, TRAINED
-from qkit.recipe.schema import UNMERGED, Recipe
+from qkit.recipe.registry import BASELINES, MERGED, TRAINED, is_unmerged
+from qkit.recipe.schema import Recipe
 from qkit.report.further import figures_of
 from qkit.run.directory import Run
 from qkit.run.stages import STAGES
@@ -170,7 +170,7 @@ def trained_how(recipe: Recipe) -> str:
     """What was trained, for people: `an adapter of rank 16`, `all weights`."""
     if recipe.method == "peft":
         return f"an adapter of PEFT's kind {recipe.peft['peft_type']}"
-    if recipe.method in UNMERGED:
+    if is_unmerged(recipe):
         return f"{recipe.method} bottleneck adapters (reduction factor {recipe.bottleneck.reduction_factor})"
     return {"full": "all weights", "head": "its new head alone"}.get(
         recipe.method, f"an adapter of rank {recipe.lora.r}"

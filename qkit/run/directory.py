@@ -19,8 +19,10 @@ from typing import Any
 from qkit.core.errors import MissingArtifact, RunBusy
 from qkit.core.files import make_folder, read_json, sha256_of, write_text, writing
 from qkit.core.progress import Progress
+from qkit.recipe.feedback import Feedback
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
 from qkit.recipe.load import load
+from qkit.recipe.preference import Preference
 from qkit.recipe.schema import SPLITS, Recipe
 
 MANIFEST_VERSION = 1
@@ -34,7 +36,25 @@ ADDED = {
     "layers": Layers().model_dump(mode="json"),
     "loss.delta": 1.0,
     "loss": Loss().model_dump(mode="json", exclude={"delta"}),
+    "feedback": Feedback().model_dump(mode="json"),
+    "preference": Preference().model_dump(mode="json"),
     "train.bf16": True,
+    "train.trainable": [],
+    "lora.use_dora": False,
+    "lora.init_lora_weights": True,
+    "lora.init_from": None,
+    "train.embedding_learning_rate": None,
+    "train.lr_scheduler_kwargs": {},
+    "train.optim_args": None,
+    "train.adam_beta1": 0.9,
+    "train.adam_beta2": 0.999,
+    "train.adam_epsilon": 1e-8,
+    "lora.loraplus_lr_ratio": None,
+    "train.report_to": [],
+    "train.run_name": None,
+    "train.neftune_noise_alpha": None,
+    "train.label_smoothing_factor": 0.0,
+    "train.loss_type": "nll",
     "train.eval_strategy": "auto",
     "train.eval_steps": None,
     "train.eval_on_start": False,
@@ -47,10 +67,11 @@ ADDED = {
     "data.batch_rows": None,
     "data.label_separator": None,
     "data.stride": None,
+    "data.weight": None,
     "evaluate.max_answer_tokens": 30,
     "evaluate.metrics": [],
 }
-ADDED_TO_SOURCES = {"word_column": 0, "tag_column": -1}  # the same of each data set
+ADDED_TO_SOURCES = {"word_column": 0, "tag_column": -1, "delimiter": None}  # the same of each data set
 KEY = ".key"  # in a work folder: the stage key that the work belongs to
 DECIDED = "decided.json"  # in a stage's folder: its decisions where the recipe says `auto`, by recipe key
 LOCK_HELD = "QKIT_RUN_LOCK"  # set for a stage that `qkit run` starts: it uses its parent's lock

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qkit.recipe import validation
-from qkit.recipe.schema import UNMERGED, Recipe
+from qkit.recipe.registry import is_unmerged
+from qkit.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ TRAINING = (
     "head",
     "layers",
     "loss",
+    "preference",
+    "feedback",
     "data",
     "ledger",
     "train",
@@ -77,5 +80,5 @@ def sections_of(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
 def stages_of(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, in order: without a vLLM export there is nothing to serve, and no weight can take up a bottleneck adapter."""
     left_out = {name for name, stage in STAGES.items() if stage.is_server and "vllm" not in recipe.export.formats}
-    left_out |= {"merge"} if recipe.method in UNMERGED else set()
+    left_out |= {"merge"} if is_unmerged(recipe) else set()
     return [stage for name, stage in STAGES.items() if name not in left_out]

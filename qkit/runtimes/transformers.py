@@ -13,6 +13,7 @@ from qkit.core.memory_meter import PeakMeter
 from qkit.model.load import scaled
 from qkit.plugins.runtime import ENCODER_TOKENS, PREFILL_TOKENS, RowScores, Runtime, TokenRow
 from qkit.plugins.task import ModelHead, open_task
+from qkit.recipe.schema import WHOLE
 from qkit.runtimes._encoder import TorchEncoder
 from qkit.tasks._encoder.tagging import transitions
 
@@ -52,7 +53,8 @@ def open(artifact: Path, device: Device, **options: Any) -> Runtime | TorchEncod
     loaded = _reference(artifact, recipe, device, options.get("adapter"), exact)
     if not head.generates:
         return TorchEncoder(loaded, meter, autocast=recipe.train.bf16 and not exact)
-    return TransformersRuntime(loaded, meter, SCORE_TOKENS // 2 if exact else SCORE_TOKENS)
+    mixed = recipe.method in (*WHOLE, "peft") and recipe.train.bf16 and not exact
+    return TransformersRuntime(loaded, meter, SCORE_TOKENS // 2 if exact else SCORE_TOKENS, autocast=mixed)
 
 
 def around(model: PreTrainedModel, meter: PeakMeter, recipe: Recipe) -> Runtime | TorchEncoder:
@@ -151,8 +153,12 @@ class TransformersRuntime(Runtime):
 
     prefill_tokens = PREFILL_TOKENS
 
-    def __init__(self, model: PreTrainedModel, meter: PeakMeter, score_tokens: int = SCORE_TOKENS):
+    def __init__(
+        self, model: PreTrainedModel, meter: PeakMeter, score_tokens: int = SCORE_TOKENS, autocast: bool = False
+    ):
+        """`autocast`: compute in bf16 from what was trained in fp32, as training did."""
         self.model = model
+        self.autocast = autocast
         self.meter = meter
         self.score_tokens = score_tokens
 
@@ -161,16 +167,21 @@ class TransformersRuntime(Runtime):
     ) -> Iterator[dict[int, int]]:
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), self._precision():
             yield from _decode(self.model, prompts, max_new_tokens, stop)
 
     def score(self, rows: Sequence[TokenRow]) -> Iterator[RowScores]:
         import torch
 
         for batch in within_budget([len(row.input_ids) for row in rows], self.score_tokens):
-            with torch.inference_mode():
+            with torch.inference_mode(), self._precision():
                 scores = list(_score(self.model, rows[batch.start : batch.stop]))
             yield from scores
+
+    def _precision(self) -> Any:
+        import torch
+
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast)
 
     def memory_bytes(self) -> int:
         return self.meter.peak_bytes()

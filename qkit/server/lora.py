@@ -15,7 +15,7 @@ from qkit.core.errors import NotDeployable
 from qkit.model.adapters import targets
 from qkit.model.config import from_config
 from qkit.model.provenance import check_adapter
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import WHOLE, Recipe
 
 # The values of --max-lora-rank (vllm/config/lora.py, MaxLoRARanks). A server serves adapters of any rank up to its own.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -44,9 +44,15 @@ def refusal(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
             'model.add_tokens trains rows of the embedding, and vLLM refuses adapters that contain them ("is unsupported LoRA weight"): '
             "serve the merged model (export.formats: vllm), or train without added tokens (model.chat_template=plain)"
         )
-    if recipe.lora.r > RANKS[-1]:
+    if recipe.method in WHOLE:
+        return f"method={recipe.method} trains the weights themselves, so there is no adapter: use vllm"
+    if reason := _other_kind(recipe):
+        return f"{reason}: serve the merged model (export.formats: vllm)"
+    rank = recipe.lora.r * (2 if recipe.lora.takes_part_of_base else 1)
+    if rank > RANKS[-1]:
+        saved = "" if rank == recipe.lora.r else f" (with {recipe.lora.init_lora_weights} it is saved with rank {rank})"
         return (
-            f"lora.r={recipe.lora.r} is more than vLLM supports (--max-lora-rank is {', '.join(map(str, RANKS))}): "
+            f"lora.r={recipe.lora.r}{saved} is more than vLLM supports (--max-lora-rank is {', '.join(map(str, RANKS))}): "
             "lower it, or serve the merged model (export.formats: vllm)"
         )
     if parameters := [t.matrix for t in targets.planned(recipe.lora, from_config(config, "the base")) if t.parameter]:
@@ -55,6 +61,17 @@ def refusal(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
             "model (export.formats: vllm), or train other modules (lora.target_modules)"
         )
     return None
+
+
+def _other_kind(recipe: Recipe) -> str:
+    """Why what the recipe trains is no plain LoRA on 16-bit weights; "" if it is."""
+    if recipe.method == "peft":
+        return f"vLLM serves LoRA only, and method=peft trains {recipe.peft.get('peft_type')}"
+    if recipe.lora.use_dora:
+        return "vLLM does not serve DoRA (lora.use_dora) unmerged"
+    if recipe.lora.init_lora_weights == "loftq":
+        return "with lora.init_lora_weights=loftq the adapter makes up for what 4 bits lose, and vLLM serves it on 16-bit weights"
+    return ""
 
 
 def unsupported(config: Mapping[str, Any]) -> list[str]:

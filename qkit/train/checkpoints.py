@@ -5,15 +5,18 @@ A kill during a save, a full disk or a power cut leaves truncated files, on whic
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qkit.core.files import sha256_of, write_json
 
+ONE_FILE = "100TB"
 SEAL = "files.json"  # in a checkpoint: each of its files with size and sha256
 
 
@@ -25,6 +28,24 @@ def seal(checkpoint: Path) -> None:
         if file.is_file() and file.name != SEAL
     }
     write_json(checkpoint / SEAL, listed)
+
+
+@contextmanager
+def readable(model: Any) -> Iterator[None]:
+    """Inside, `model` is saved as transformers' Trainer reads it back: in one file, by the names that it has in memory.
+
+    By default it is saved by the names of published checkpoints, such as one tensor for each expert; the Trainer would find none of these,
+    and go on with the experts of the base without an error. An adapter is saved as PEFT does.
+    """
+    if hasattr(model, "peft_config"):
+        yield
+        return
+    options = {"save_original_format": False, "max_shard_size": ONE_FILE}
+    model.save_pretrained = functools.partial(type(model).save_pretrained, model, **options)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 def thin(folder: Path, keep: int) -> None:

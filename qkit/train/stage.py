@@ -1,12 +1,15 @@
 """The stage `train`: recipe -> SFTConfig + LoraConfig -> SFTTrainer -> adapter.
 
 train/adapter/        adapter_model.safetensors, adapter_config.json, and qkit.json: the base it belongs to
+train/model/          in its place where all weights are trained: a model folder in fp32, and qkit.json
 train/metrics.jsonl   one line per logged step
 train/sums.json       label counts: in the ledger, in the batches, and as the divisor of the loss
 train/packing.json    whether packed documents attend only to themselves (with data.packing)
 train/losses.parquet  each row's loss before and after (with ledger.losses)
+train/reference*.parquet, pairs.json   of tasks that compare answers with a reference: its log-probabilities, and how a pair is computed
 train/memory.json     memory planned and measured, by line
 train/decided.json    the value chosen for train.gradient_checkpointing=auto
+train/trackers.json   the ids of the runs in the trackers of train.report_to
 train/checkpoints/    the last train.save_total_limit; a killed run resumes from the newest complete one
 """
 
@@ -14,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import math
 import shutil
 import time
@@ -28,9 +30,8 @@ from qkit.core.device import Device, detect, limit_kernel_cache, out_of_memory
 from qkit.core.errors import MissingArtifact, ModelError, OutOfMemory, RecipeError, StageFailed, short
 from qkit.core.files import need_disk, read_json, write_json
 from qkit.core.memory_meter import PeakMeter
-from qkit.core.progress import Bar
 from qkit.model import provenance, source
-from qkit.model.adapters import targets
+from qkit.model.adapters import rates, starts, targets
 from qkit.model.config import shape_of
 from qkit.plan import deployable, fit, solve
 from qkit.plan import plan as plan_plan
@@ -38,20 +39,29 @@ from qkit.plan import speed as plan_speed
 from qkit.plan._known import Known
 from qkit.plan._subject import subject_of
 from qkit.plugins.task import LABELS, open_task, read_labels
-from qkit.recipe import schedule
+from qkit.recipe import optimizers, schedule
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
-from qkit.tensors.companions import copy_tokenizer
-from qkit.train import best_step, checkpoints, memory_report, row_losses, validation
+from qkit.tensors.companions import copy_companions, copy_tokenizer
+from qkit.tracking import trackers
+from qkit.tracking.reporting import Reports
+from qkit.train import (
+    _earlier_adapter,
+    _metrics,
+    best_step,
+    checkpoints,
+    memory_report,
+    optimization,
+    row_losses,
+    validation,
+)
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
-    from trl import SFTTrainer
+    from transformers import Trainer
 
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight and two Adam moments
 COUNTS = "Counts"  # the name, in a checkpoint, of the callback that stores the label counts
 
 
@@ -64,17 +74,13 @@ def run(run: Run, out: Path) -> Peak:
     """
     limit_kernel_cache()
     device = detect()
-    fit.check(run.recipe, device)
-    deployable.check(run.recipe)
-    if open_task(run.recipe.task).HEAD.generates:
-        _check_targets(run.recipe)
-    _check_names(run.recipe)
-    evaluates = validation.check(run)
+    evaluates = _check(run, device)
     run = Run(run.root, _decided(run, device, out), run.progress)
     recipe = run.recipe
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
     folder = source.resolve(recipe.model)
+    _earlier_adapter.check(recipe.lora, folder, run.progress.notify)
     with targets.patterns_of_parameters():
         trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
     _need_disk_for_checkpoints(trainer, recipe, evaluates, out)
@@ -83,6 +89,7 @@ def run(run: Run, out: Path) -> Peak:
     _check_steps(run, trainer)
     if evaluates:
         validation.attach(trainer, run, meter)
+        optimization.follow_metric(trainer, recipe.train)
     if recipe.ledger.losses:
         row_losses.write_before(out / "losses.parquet", trainer, run.progress)
     watcher = _train(run, trainer, meter, out)
@@ -94,6 +101,16 @@ def run(run: Run, out: Path) -> Peak:
     memory = memory_report.measured(recipe, device, meter, watcher, _known(run, trainer))
     write_json(out / "memory.json", memory.to_dict())
     return memory.peak()
+
+
+def _check(run: Run, device: Device) -> bool:
+    """Raise an error for what cannot be trained, before anything is loaded. Returns whether training evaluates."""
+    fit.check(run.recipe, device)
+    deployable.check(run.recipe)
+    _check_targets(run.recipe)
+    _check_names(run.recipe)
+    optimization.check(run, device)
+    return validation.check(run)
 
 
 def _decided(run: Run, device: Device, out: Path) -> Recipe:
@@ -121,10 +138,12 @@ def _check_steps(run: Run, trainer: Any) -> None:
     """Check the recipe against the number of steps, which is known only after the trainer is built.
 
     Raises:
-        RecipeError: training is too short for its schedule.
+        RecipeError: training is too short for its schedule, or nothing is trained that a rate is set for.
     """
     total, section = _total_steps(trainer), run.recipe.train
     schedule.check(section, total)
+    if trainer.rates.differ:
+        rates.grouped(trainer.model, trainer.rates)
     if section.save_steps >= total:
         run.progress.notify(
             f"train: no checkpoint before the end: train.save_steps={section.save_steps}, {total} steps"
@@ -140,9 +159,12 @@ def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
         state = read_json(checkpoint / "trainer_state.json")
         trainer.sums = Sums(**state["stateful_callbacks"][COUNTS]["attributes"])
     trainer.add_callback(_counts(run, trainer, ledger["labelled_tokens"]))
+    reports = Reports(run, out, done)
     with run.progress.bar("train", _total_steps(trainer), start=done) as bar:
-        trainer.add_callback(_recorder(out / "metrics.jsonl", bar, meter, trainer, done))
+        trainer.add_callback(_metrics.recorder(out / "metrics.jsonl", bar, meter, trainer, done))
+        reports.attach(trainer)
         watcher = _watched(run, trainer, meter, checkpoint)
+    reports.close(trainer.state.global_step)
     _write_sums(run, trainer, ledger, out)
     return watcher
 
@@ -166,7 +188,8 @@ def _watched(run: Run, trainer: Any, meter: PeakMeter, checkpoint: Path | None) 
     if checkpoint and _is_finished(trainer, checkpoint):
         _load_finished(trainer, checkpoint)
         return watcher
-    trainer.add_callback(watcher)
+    if not optimizers.is_compiled(run.recipe.train.optim):  # torch compiles nothing while tensors are watched
+        trainer.add_callback(watcher)
     begin = time.perf_counter()
     if run.recipe.train.eval_on_start and trainer.validation and not checkpoint:
         trainer.evaluate()
@@ -235,16 +258,20 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
         "drawn_labelled_tokens": sums.drawn,
         "divided_by": sums.divided_by,
         "in_batches": sums.in_batches,
+        **({} if sums.drawn_weight is None else {"drawn_weight": sums.drawn_weight}),
     }
     write_json(out / "sums.json", counts)
+    weigh = "" if sums.drawn_weight is None else f", which weigh {sums.drawn_weight:,.6g}"
     run.progress.notify(
         f"train: {ledger['labelled_tokens']:,} labelled tokens in the ledger, {epochs:.4g} epochs: {sums.drawn:,} in the sampled "
-        f"rows = {sums.in_batches:,} in the batches = {sums.divided_by:,} in the divisors of the loss"
+        f"rows = {sums.in_batches:,} in the batches{weigh} = {sums.divided_by:,} {trainer.divisors}"
     )
 
 
 def _check_targets(recipe: Recipe) -> None:
     """Raise ModelError, before anything is loaded, if a target of the recipe's lora section does not exist in the model."""
+    if not open_task(recipe.task).HEAD.generates or recipe.method != "lora":
+        return
     try:
         sizes = shape_of(recipe.model)
     except ModelError:  # it may still be trainable, and is checked again once loaded
@@ -253,7 +280,8 @@ def _check_targets(recipe: Recipe) -> None:
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Raise RecipeError for an optimizer or an attention that transformers does not know."""
+    """Raise RecipeError for an optimizer or an attention that transformers does not know, MissingExtra for a tracker that is not installed."""
+    trackers.check(recipe)
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.training_args import OptimizerNames
 
@@ -316,58 +344,10 @@ def _divergence(trainer: Any, step: int) -> str:
     )
 
 
-def _recorder(file: Path, bar: Bar, meter: PeakMeter, trainer: SFTTrainer, resumed_at: int) -> Any:
-    """A callback that writes metrics.jsonl and advances the bar. Lines after the checkpoint that training resumes from are removed."""
-    from transformers import TrainerCallback
-
-    earlier = [line for line in _lines(file) if line["step"] <= resumed_at] if resumed_at else []
-    file.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
-    steps_before = [line for line in earlier if "loss" in line]
-    tokens_before = steps_before[-1]["tokens"] if steps_before else 0
-    seconds_before = steps_before[-1]["seconds"] if steps_before else 0.0
-    begin = time.perf_counter()
-
-    class Recorder(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "eval_loss" in logs:
-                validation.record(file, state.global_step, logs, trainer)
-            if "loss" not in logs:
-                return
-            seconds = time.perf_counter() - begin
-            line = {
-                "step": state.global_step,
-                "epoch": logs["epoch"],
-                "loss": float(logs["loss"]),
-                "learning_rate": float(logs["learning_rate"]),
-                "grad_norm": float(logs["grad_norm"]),
-                "tokens": tokens_before + trainer.real_tokens,
-                "tokens_per_second": trainer.real_tokens / (seconds - trainer.evaluation_seconds),
-                "peak_bytes": meter.peak_bytes(),
-                "seconds": seconds_before + seconds,
-            }
-            with file.open("a", encoding="utf-8") as sink:
-                sink.write(json.dumps(line) + "\n")
-            bar.advance(args.logging_steps, loss=line["loss"], tokens_per_second=line["tokens_per_second"])
-
-    return Recorder()
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    if not file.exists():
-        return []
-    whole = [line for line in file.read_text(encoding="utf-8").split("\n")[:-1] if line]
-    return [json.loads(line) for line in whole]
-
-
 def _need_disk_for_checkpoints(trainer: Any, recipe: Recipe, evaluates: bool, out: Path) -> None:
     """A new checkpoint is complete before an old one is deleted; the best steps take no more than one."""
     at_once = recipe.train.save_total_limit + 1 + (evaluates and recipe.train.keeps_best)
-    need_disk(out, _checkpoint_bytes(trainer.model) * at_once, "checkpoints")
-
-
-def _checkpoint_bytes(trained: PreTrainedModel) -> int:
-    parameters: int = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    return parameters * CHECKPOINT_BYTES_PER_PARAMETER
+    need_disk(out, optimization.checkpoint_bytes(recipe, trainer.model) * at_once, "checkpoints")
 
 
 def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
@@ -377,11 +357,15 @@ def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
     weights = "model*.safetensors" if recipe.method in WHOLE else "adapter_model.safetensors"
     if not any(trained.glob(weights)):
         raise MissingArtifact(f"{trained}: {weights} was not written")
+    if (start := out / "checkpoints" / starts.START).is_file():
+        starts.subtract_start(trained, start)
     quantized = source.quantized_names(trainer.base_model) if recipe.quantization.load_in_4bit else []
     names = [name.replace(".base_layer.weight", ".weight") for name in quantized]
-    provenance.write_adapter_note(trained, folder, recipe, names)
+    provenance.write_adapter_note(trained, folder, recipe, names, _earlier_adapter.origin(recipe.lora))
     labels = run.folder("data") / LABELS
     if labels.is_file():
         shutil.copyfile(labels, trained / LABELS)
-    if recipe.method in WHOLE:
+    if recipe.method in WHOLE and open_task(recipe.task).HEAD.generates:
+        copy_companions(folder, trained, but=("config.json", provenance.NOTE))
+    elif recipe.method in WHOLE:
         copy_tokenizer(folder, trained)

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qkit.core.batching import IGNORED, LENGTH_STEP, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
-from qkit.train import best_step, checkpoints, pack_isolation
+from qkit.model.adapters.rates import Rates, divide
+from qkit.recipe import schedule
+from qkit.train import best_step, checkpoints, pack_isolation, row_weights
 from qkit.train.fast.head import labelled_loss, row_losses
+from qkit.train.fast.token_loss import PLAIN, TokenLoss
 from qkit.train.label_sums import Sums
 
 if TYPE_CHECKING:
@@ -36,6 +39,9 @@ class Evaluates(Protocol):
 class Counted(Base):
     """What qkit changes in a Trainer. `train_dataset` has the columns input_ids and labels, and with `packing` pack and position."""
 
+    divisors = "in the divisors of the loss"  # where the third count of labels comes from, for people
+    lr_scheduler: Any
+
     def __init__(
         self,
         *args: Any,
@@ -47,11 +53,14 @@ class Counted(Base):
         batch_rows: int | None = None,
         micro_batches: int = 1,
         checkpoints_kept: int = 1,
+        rates: Rates | None = None,
         **kwargs: Any,
     ):
         self.checkpoints_kept = checkpoints_kept
+        self.rates = rates
         self.validation: Evaluates | None = None  # validation.attach sets it
         self.evaluation_seconds = 0.0
+        self.read_rows: Callable[[Path], Dataset] | None = None  # where a row trains on more than columns of its file
         self.best_step_here: int | None = None  # that this process has kept
         self.packing = packing
         self.length_step = length_step
@@ -66,19 +75,21 @@ class Counted(Base):
         self.collator = collator
         super().__init__(*args, data_collator=self.collate, **kwargs)
         self.labelled_tokens, self._label_checksums = label_counts(self.train_dataset)
+        self.row_weights = row_weights.of_rows(self.train_dataset)
+        self.sums.drawn_weight = None if self.row_weights is None else 0.0
         # The losses divide by num_items_in_batch, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
-        # In bf16, where TRL keeps the adapter, small optimizer steps round to zero; autocast computes in bf16 anyway.
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        _train_in_fp32(self.model)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch or a pack, with the numbers of its rows."""
         import torch
 
-        batch = self.collator(rows, self.pad, self.packing)
-        return {**batch, "rows": torch.tensor([row["row"] for row in rows])}
+        batch = {**self.collator(rows, self.pad, self.packing), "rows": torch.tensor([row["row"] for row in rows])}
+        if self.row_weights is None:
+            return batch
+        weights = [row[row_weights.COLUMN] for row in rows]
+        return {**batch, "weights": row_weights.of_batch(weights, batch, self.packing)}
 
     def batches(self) -> SeededBatches:
         """The batch sampler, at its first epoch: packs, or batches by token budget."""
@@ -106,25 +117,39 @@ class Counted(Base):
         self.loss += total
         return total
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """transformers' own, with groups of parameters by their rate if these differ."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.rates is not None and self.rates.differ:
+            divide(optimizer, self.model, self.rates)
+        return optimizer
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the loss is divided by: the labels of the accumulated batch, or their weights."""
+        if self.row_weights is None or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        return row_weights.divisor(batch_samples).to(device)
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' schedule, except that the rate is above 0 in the first step of a warm-up and at its maximum right after the last."""
         from torch.optim.lr_scheduler import LambdaLR
-        from transformers import get_scheduler
 
-        rising = self.args.get_warmup_steps(num_training_steps)
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if not rising:
-            return scheduler
-        optimizer = optimizer or self.optimizer
-        later = get_scheduler(self.args.lr_scheduler_type, optimizer, rising + 1, num_training_steps + 1)
-        rate = later.lr_lambdas[0]
-        self.lr_scheduler = LambdaLR(optimizer, lambda step: rate(step + 1))
-        return self.lr_scheduler
+        if self.lr_scheduler is None and not schedule.follows_metric(self.args):
+            rate = schedule.factor(self.args, num_training_steps)
+            self.lr_scheduler, self._created_lr_scheduler = LambdaLR(optimizer or self.optimizer, rate), True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Evaluate the validation rows, log the figures under transformers' names, such as eval_loss, and return them."""
         assert self.validation is not None
+        self._use_averages()
         return self.validation.evaluate(self)
+
+    def _use_averages(self) -> None:
+        """Have an optimizer that averages weights put these in place of the ones it trains; the next step puts those back."""
+        if callable(use := getattr(self.optimizer, "eval", None)):
+            use()
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
         """Keep what is trained as it is after the best step so far, if that is what is wanted."""
@@ -135,11 +160,17 @@ class Counted(Base):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Seal the checkpoint when it is complete, and only then delete older ones."""
+        self._use_averages()
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir)
         checkpoints.seal(folder / f"checkpoint-{self.state.global_step}")
         checkpoints.thin(folder, self.checkpoints_kept)
         best_step.thin(folder, self.state.best_global_step)
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        """Save the model of a checkpoint so that it can be read back."""
+        with checkpoints.readable(self.model):
+            super()._save(output_dir, state_dict)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self.grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -159,14 +190,20 @@ class Counted(Base):
         self.sums.drawn += sum(self.labelled_tokens[row] for row in rows)
         self.sums.drawn_checksum += sum(self._label_checksums[row] for row in rows)
         self.sums.in_batches += len(labels)
+        if self.row_weights is not None:
+            self.sums.drawn_weight += sum(self.labelled_tokens[row] * self.row_weights[row] for row in rows)
         self.sums.in_batches_checksum += int(labels.sum())
         if self.accelerator.sync_gradients:
-            self.sums.divided_by += int(items)
+            self.sums.divided_by += int(items) if self.row_weights is None else float(items)
 
     def labels_in(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The labels of a batch that carry loss, [labels]: ids; or the sum of the bits of each row's numbers, [rows]."""
         labels = inputs["labels"]
         return _bits(labels) if labels.is_floating_point() else labels[labels != IGNORED]
+
+    def items(self, rows: Dataset) -> list[int]:
+        """By how many labels `row_losses` of each row is divided for its mean."""
+        return label_counts(rows)[0]
 
     def row_losses(self, inputs: Any) -> torch.Tensor:
         """The sum of each row's losses in nats, [rows] fp64; without gradients."""
@@ -174,10 +211,14 @@ class Counted(Base):
 
 
 class CountedLanguage(Counted, LanguageBase):
-    """What qkit changes in SFTTrainer. `labelled_head`: compute the head on labelled positions only."""
+    """What qkit changes in SFTTrainer. `labelled_head`: compute the head on labelled positions only, with the loss `token_loss`.
 
-    def __init__(self, *args: Any, labelled_head: bool, **kwargs: Any):
+    Otherwise TRL computes the loss that its arguments name.
+    """
+
+    def __init__(self, *args: Any, labelled_head: bool, token_loss: TokenLoss = PLAIN, **kwargs: Any):
         self._labelled_head = labelled_head
+        self._token_loss = token_loss
         super().__init__(*args, **kwargs)
 
     def labels_in(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -195,7 +236,7 @@ class CountedLanguage(Counted, LanguageBase):
 
     def _bare_loss(self, model: Any, inputs: Any, items: Any) -> torch.Tensor:
         if self._labelled_head:
-            return labelled_loss(model, inputs, items)
+            return labelled_loss(model, inputs, items, self._token_loss)
         loss: torch.Tensor = super().compute_loss(model, inputs, num_items_in_batch=items)
         return loss
 
@@ -206,12 +247,24 @@ class CountedLanguage(Counted, LanguageBase):
     def isolation(self) -> pack_isolation.IsolationResult:
         """Check whether the loss of this trainer keeps the documents of a pack apart."""
         self.model.eval()  # TRL's loss collects metrics, and keeps those of evaluation separate
-        return pack_isolation.check(self.base_model, self._replica_loss)
+        trained_with = self._token_loss, self.args.loss_type
+        self._token_loss, self.args.loss_type = PLAIN, PLAIN.name  # the tolerances are those of the cross-entropy
+        try:
+            return pack_isolation.check(self.base_model, self._replica_loss)
+        finally:
+            self._token_loss, self.args.loss_type = trained_with
 
     def _replica_loss(self, replica: Any, inputs: Any, items: int) -> torch.Tensor:
         if not self._labelled_head and "forward" not in vars(replica):
             add_trl_head(replica)
         return self._bare_loss(replica, inputs, items)
+
+
+def _train_in_fp32(model: Any) -> None:
+    """In bf16, where TRL keeps the adapter, small optimizer steps round to zero; autocast computes in bf16 anyway."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def trainer_class() -> Any:

@@ -31,8 +31,7 @@ from qkit.measure.scores import Grades
 from qkit.plugins.exporter import is_exact
 from qkit.plugins.runtime import RowScores, Runtime, TokenRow, open_runtime
 from qkit.plugins.task import open_task
-from qkit.recipe.registry import MERGED
-from qkit.recipe.schema import UNMERGED
+from qkit.recipe.registry import MERGED, is_unmerged
 from qkit.run.directory import Run
 
 EXACT_ROWS = 32  # a wrong graph shows in every row, and each row more is scored by a second model, in fp32
@@ -79,7 +78,7 @@ def run(run: Run, out: Path) -> None:
 
 def _rounding(run: Run) -> dict[str, Any]:
     """The entry of the reference model computed in bf16: a distance that rounding alone causes. It has no gate."""
-    if run.recipe.method in UNMERGED:  # nothing was merged, and so nothing measured beside it
+    if is_unmerged(run.recipe):  # nothing was merged, and so nothing measured beside it
         return {}
     rows = candidates.read_table(run)["beside"]
     parity = next((row["parity"] for row in rows if row["name"] == candidates.ADAPTER), None)
@@ -151,9 +150,7 @@ def _source(run: Run, artifact: Artifact, rows: Sequence[TokenRow]) -> Iterator[
     if not is_exact(artifact.name):
         yield ()
         return
-    if (
-        run.recipe.method in UNMERGED
-    ):  # the file is made from base and adapter, which the reference model computes in fp32
+    if is_unmerged(run.recipe):  # the file is made from base and adapter, which the reference model computes in fp32
         yield measure_reference.recorded(run, measure_held_out.held_out_of(run).rows).scores[: len(rows)]
         return
     merged, task = run.need("merge", "config.json").parent, open_task(run.recipe.task)

@@ -29,6 +29,8 @@ PREDICTED = {"out", "column", "keep", "top_k", "max_new_tokens", "overwrite"}
 TALKED = {"system", "beside", "temperature", "top_p", "top_k", "max_tokens", "seed"}
 # A way of using a verb -> the options that it reads. `child` and the like, which every way has, are left out.
 WAYS: dict[str, tuple[list[str], set[str]]] = {
+    "init": (["init", "rows.jsonl"], {"model", "task", "out", "force"}),
+    "init an example": (["init", "--example", "quickstart"], {"out", "force", "example"}),
     "doctor": (["doctor"], {"make"}),
     "plan a recipe": (["plan", RECIPE], PLANNED),
     "plan a model": (["plan", "--model", "m"], PLANNED | {"model", "quantization", "rank", "batch", "length"}),
@@ -92,7 +94,7 @@ WAYS: dict[str, tuple[list[str], set[str]]] = {
     "adapters unload": (["adapters", "unload", "n"], {"url", "api_key_file"}),
 }
 # Which way of using a verb an option itself chooses.
-CHOOSING = {"run", "charts", "server", "form", "base", "model", "row", "make"}
+CHOOSING = {"run", "charts", "server", "form", "base", "model", "row", "make", "example"}
 
 
 GROUPS = {"adapters", "bench"}

@@ -31,14 +31,16 @@ class Heard(Progress):
         self.lines: list[str] = []
         self.stop_at = stop_at
         self.steps = 0.0
+        self.name = ""
 
     def notify(self, text: str) -> None:
         self.lines.append(text)
 
     @contextmanager
     def bar(self, name: str, total: float, start: float = 0) -> Iterator[Any]:
-        self.name = name
+        around, self.name = self.name, name
         yield self
+        self.name = around
 
     def advance(self, steps: float = 1, **figures: float) -> None:
         self.steps += steps if self.name == "train" else 0
@@ -60,15 +62,13 @@ def _labelled() -> int:
     return sum(label != IGNORED for row in _rows() for label in row["labels"])
 
 
-def _run(
-    root: Path, tiny_model: Path, progress: Progress | None = None, **sections: dict[str, Any]
-) -> tuple[Run, Path]:
-    """A run directory whose `data` is there, and the folder to train in. `sections`: what the recipe says otherwise."""
+def _run(root: Path, tiny_model: Path, progress: Progress | None = None, **sections: Any) -> tuple[Run, Path]:
+    """A run directory whose `data` is there, and the folder to train in. `sections`: what the recipe says otherwise; or a value."""
     settings = tiny_settings(tiny_model, root / "rows.jsonl")
     settings["train"] = {"num_train_epochs": 2, "max_steps": -1, "learning_rate": 1e-2}
     settings["data"]["batch_tokens"] = CAPACITY
     for name, section in sections.items():
-        settings.setdefault(name, {}).update(section)
+        settings[name] = {**settings.get(name, {}), **section} if isinstance(section, dict) else section
     (root / "data").mkdir(parents=True, exist_ok=True)
     (root / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     recipe = load(root / "recipe.yaml")

@@ -18,12 +18,13 @@ from qkit.core.errors import ModelError, UserError
 from qkit.core.figures import GIB, MIB
 from qkit.model.config import known_models, shape_of
 from qkit.model.shape import Linear, parameters
-from qkit.plan import fixed_memory, gpus, published, remedies, solve
+from qkit.plan import _optimizer_state, fixed_memory, gpus, published, remedies, solve
 from qkit.plan import items as plan_items
 from qkit.plan import plan as plan_plan
 from qkit.plan._known import Known
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
+from qkit.recipe.training import Train
 
 CPU = Device("cpu", "Some CPU", 16 * GIB, 2)
 RTX_4090 = gpus.device("rtx-4090")
@@ -121,15 +122,17 @@ def test_peft_trains_as_many_parameters(tiny_model: Path) -> None:
         ("adamw_torch", 8 * 9096 + 2 * 4),  # and a step count for each matrix
         ("adamw_torch_fused", 8 * 9096 + 2 * 4),
         ("paged_adamw_32bit", 8 * 9096),
-        ("paged_adamw_8bit", 2 * (8192 + 4 * 32) + 8 * 904),  # matrices below 4,096 values stay in fp32
-        ("adamw_bnb_8bit", 2 * (8192 + 4 * 32) + 8 * 904),
-        ("lion_8bit", 8192 + 4 * 32 + 4 * 904),
+        ("paged_adamw_8bit", 2 * (8192 + 4 * 32 + 1024) + 8 * 904),  # matrices below 4,096 values stay in fp32
+        ("adamw_bnb_8bit", 2 * (8192 + 4 * 32 + 1024) + 8 * 904),  # and a table of the 256 values for each moment
+        ("lion_8bit", 8192 + 4 * 32 + 1024 + 4 * 904),
+        ("adafactor", 4 * (64 + 128 + 8 + 113) + 2 * 4),  # a row and a column of each
         ("sgd", 0),
         ("someone_elses", 8 * 9096),
     ],
 )
 def test_optimizer_state(optim: str, expected: int) -> None:
-    assert fixed_memory.optimizer_bytes(optim, (8192, 904)) == expected
+    tensors = _optimizer_state.Tensor((64, 128)), _optimizer_state.Tensor((8, 113))
+    assert _optimizer_state.state_bytes(Train(optim=optim), tensors) == expected
 
 
 # --- measured -------------------------------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ from qkit.core.device import detect
 from qkit.core.errors import StageFailed
 from qkit.model.adapters import new_heads
 from qkit.run.directory import Run
-from qkit.train import losses
-from qkit.train import stage as train_stage
+from qkit.train import _metrics, losses
 from qkit.train.trainers import labelled
 
 pytestmark = pytest.mark.slow
@@ -160,13 +159,15 @@ if "train" in sys.orig_argv:
 """
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "head", "gradual"])
+@pytest.mark.parametrize("method", ["lora", "full", "head", "gradual", "lora+", "embeddings"])
 def test_a_killed_training_goes_on_to_the_same_bytes(with_dropout: Path, tmp_path: Path, method: str) -> None:
+    slow = {"embedding_learning_rate": 1e-4, "optim": "lion_8bit"} if method == "embeddings" else {}
     sections: dict[str, Any] = {
-        "method": "full" if method == "gradual" else method,
+        "method": {"gradual": "full", "embeddings": "full", "lora+": "lora"}.get(method, method),
         **({"layers": {"unfreeze_steps": 4, "rate_decay": 0.8}} if method == "gradual" else {}),
         **({"lora": {"lora_dropout": 0.1}} if method == "lora" else {}),
-        "train": {"max_steps": 12, "save_steps": 3, "gradient_accumulation_steps": 2},
+        **({"lora": {"lora_dropout": 0.1, "loraplus_lr_ratio": 8.0}} if method == "lora+" else {}),
+        "train": {"max_steps": 12, "save_steps": 3, "gradient_accumulation_steps": 2, **slow},
     }
     straight, cut = (prepared(tmp_path / name, with_dropout, **sections) for name in ("straight", "cut"))
     pipeline.execute(straight, "train")
@@ -179,10 +180,10 @@ def test_a_killed_training_goes_on_to_the_same_bytes(with_dropout: Path, tmp_pat
     heard = Heard()
     pipeline.execute(Run.create(cut.root, cut.recipe, heard), "train")
     assert "train: resuming from checkpoint-6" in heard.lines
-    weights = "adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors"
+    weights = "adapter/adapter_model.safetensors" if "lora" in method else "model/model.safetensors"
     assert (cut.folder("train") / weights).read_bytes() == (straight.folder("train") / weights).read_bytes()
     assert _json(cut.folder("train") / "sums.json") == _json(straight.folder("train") / "sums.json")
-    lines = [train_stage._lines(run.folder("train") / "metrics.jsonl") for run in (straight, cut)]
+    lines = [_metrics.lines(run.folder("train") / "metrics.jsonl") for run in (straight, cut)]
     assert [[line["step"], line["loss"]] for line in lines[0]] == [[line["step"], line["loss"]] for line in lines[1]]
 
 

@@ -12,7 +12,8 @@ from qkit.export._onnx import builder
 from qkit.model.load import class_of, load_reference
 from qkit.plugins.exporter import Job
 from qkit.plugins.task import LABELS, open_task
-from qkit.recipe.schema import UNMERGED, Recipe
+from qkit.recipe.registry import is_unmerged
+from qkit.recipe.schema import Recipe
 from qkit.tasks._encoder.tagging import transitions
 from qkit.tensors.companions import copy_tokenizer
 
@@ -56,7 +57,7 @@ def loaded(job: Job) -> PreTrainedModel:
     import torch
 
     head = open_task(job.recipe.task).HEAD
-    if job.recipe.method in UNMERGED:
+    if is_unmerged(job.recipe):
         return _as_one(load_reference(job.base, job.recipe, detect(), job.adapter).float(), job.recipe)
     model = class_of(job.merged, head).from_pretrained(str(job.merged), dtype=torch.float32)
     transitions.add_stored(model, job.merged)

@@ -11,7 +11,6 @@ from qkit.core.errors import ModelError
 from qkit.recipe.labels import Layers
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
     from transformers import PreTrainedModel, TrainerCallback
 
 EMBEDDINGS = "embed"  # in the names of most embeddings of transformers, and of the norms and projections behind them
@@ -68,19 +67,6 @@ def freeze(model: PreTrainedModel, frozen: int) -> None:
     for name, parameter in model.named_parameters():
         if by_name[name] <= frozen:
             parameter.requires_grad_(False)
-
-
-def set_rates(optimizer: Optimizer, model: PreTrainedModel, decay: float) -> None:
-    """Divide the optimizer's groups by depth: each has the rate of the one above it times `decay`. The group of the head comes first."""
-    by_name = depths(model)
-    top = max(by_name.values())
-    by_parameter = {parameter: by_name[name] for name, parameter in model.named_parameters()}
-    optimizer.param_groups = [
-        {**group, "params": parameters, "lr": group["lr"] * decay ** (top - depth)}
-        for depth in range(top, -1, -1)
-        for group in optimizer.param_groups
-        if (parameters := [one for one in group["params"] if by_parameter[one] == depth])
-    ]
 
 
 def unfreezing(model: PreTrainedModel, section: Layers) -> TrainerCallback:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.errors import RecipeError, nearest, short
+from qkit.core.errors import ModelError, RecipeError, nearest, short
 from qkit.model import added_tokens, tokenizer
-from qkit.model.adapters import layers, new_heads
+from qkit.model.adapters import new_heads, starts, trainable
 from qkit.plugins.task import open_task
 from qkit.recipe import schema
 from qkit.recipe.schema import BOTTLENECKS, Recipe
@@ -54,17 +54,14 @@ def with_method(
         return new_heads.with_token_types(_with_bottlenecks(base, new, recipe))
     if recipe.method == "peft":
         return new_heads.with_token_types(_with_any(base, new, recipe))
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(recipe.method == "full" or name.startswith(tuple(f"{part}." for part in new)))
-    layers.freeze(base, recipe.layers.frozen)
+    trainable.choose(base, new, recipe)
     return base
 
 
 def _with_lora(base: PreTrainedModel, new: Sequence[str], recipe: Recipe, added: Sequence[int]) -> PeftModel:
     """A LoRA adapter on the base; the new modules are trained whole, and saved with it."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    fields = recipe.lora.model_dump(exclude={"target_modules", "target_parameters"})
     modules = recipe.lora.target_modules
     config = LoraConfig(
         task_type=open_task(recipe.task).HEAD.peft_task_type,
@@ -75,10 +72,9 @@ def _with_lora(base: PreTrainedModel, new: Sequence[str], recipe: Recipe, added:
         ),  # all-linear would put LoRA on them, too
         modules_to_save=[*new],
         trainable_token_indices={added_tokens.names(base)[0]: [*added]} if added else None,
-        **fields,
+        **starts.fields(recipe.lora),
     )
-    adapted: PeftModel = get_peft_model(base, config)
-    return adapted
+    return starts.put(base, config)
 
 
 def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> PeftModel:
@@ -97,8 +93,8 @@ def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> Peft
             f"peft.{short(unknown[0])}: {config_class.__name__} has no such field{nearest(unknown[0], sorted(known))}"
         )
     of_head = {
-        "modules_to_save": [*new],
-        "exclude_modules": "|".join(rf"{re.escape(name)}(\..*)?" for name in new),
+        "modules_to_save": [*new] or None,
+        "exclude_modules": "|".join(rf"{re.escape(name)}(\..*)?" for name in new) or None,
         "task_type": open_task(recipe.task).HEAD.peft_task_type,
     }
     if issubclass(config_class, PromptLearningConfig) and _finds_tokens(base):
@@ -106,10 +102,15 @@ def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> Peft
             f"peft.peft_type={recipe.peft['peft_type']}: the head of {type(base).__name__} looks for tokens by their place in a row, and would "
             "read padding behind a prompt that was learned; use a kind of adapter that changes layers, such as IA3"
         )
+    kind = recipe.peft["peft_type"]
     try:
         config = config_class(**{**{name: value for name, value in of_head.items() if name in known}, **fields})
         adapted: PeftModel = get_peft_model(base, config)
     except (ValueError, TypeError, NotImplementedError) as error:
+        if isinstance(error, NotImplementedError) and base.device.type == "meta":
+            raise ModelError(
+                f"peft.peft_type={kind} reads the weights when it is made, so its memory cannot be planned"
+            ) from error
         raise RecipeError(f"peft: {config_class.__name__} refuses its settings for this model: {error}") from error
     return adapted
 

@@ -39,8 +39,13 @@ class Target:
 
     def sizes(self, rank: int) -> tuple[int, int]:
         """Number of parameters of its two factors (down, up)."""
+        (width, inputs), (outputs, _) = self.factors(rank)
+        return width * inputs, width * outputs
+
+    def factors(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns of its two factors (down, up)."""
         width = rank * self.times * (self.matrix.experts or 1)
-        return width * self.matrix.inputs, width * self.matrix.outputs
+        return (width, self.matrix.inputs), (self.matrix.outputs, width)
 
 
 class Names(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from qkit.core.errors import ModelError
 from qkit.core.sources import HubId, locate, unzipped
 from qkit.model.config import config_of, known_models
 from qkit.plan._known import NOTHING, Known
+from qkit.plugins.task import open_task
 from qkit.recipe import schema
 from qkit.recipe.schema import Recipe
 from qkit.tensors.shards import SHARDS, TORCH_NAMES, shards, tensor_specs
@@ -64,9 +65,21 @@ def new_head(recipe: Recipe, known: Known = NOTHING) -> NewHead:
     Raises:
         ModelError: the model cannot be found.
     """
-    config, folder = config_of(recipe.model), _folder(recipe.model)
+    outputs = open_task(recipe.task).head_outputs(recipe, 0)
+    if known.labels is None and outputs > 1:  # the task has as many outputs whatever the data are
+        known = replace(known, labels=outputs)
+    return model_of(recipe.model, known)
+
+
+def model_of(section: schema.Model, known: Known = NOTHING) -> NewHead:
+    """A base model.
+
+    Raises:
+        ModelError: the model cannot be found.
+    """
+    config, folder = config_of(section), _folder(section)
     text = json.dumps(dict(config), sort_keys=True)
-    return NewHead(recipe.model.source, text, folder, _dtype(config, folder), known)
+    return NewHead(section.source, text, folder, _dtype(config, folder), known)
 
 
 def _folder(section: schema.Model) -> Path | None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from qkit.core.device import Device
 from qkit.core.errors import ModelError
+from qkit.plan._optimizer_state import formula, state_bytes
 from qkit.plan._overhead import LABELLED_PROCESS, fixed_item, heap_items, overhead_of, segments
 from qkit.plan._traced import shapes
 from qkit.plan._traced.head import ASSUMED_LABELS, NewHead
 from qkit.plan._traced.model import weights_dtype
 from qkit.plan._traced.shapes import BatchShape
 from qkit.plan._traced.step import Setting, Traced, inputs_of, setting_of, traced
-from qkit.plan.fixed_memory import optimizer_bytes, optimizer_formula
 from qkit.plan.items import MemoryItem
 from qkit.plugins.runtime import ENCODER_TOKENS
 from qkit.recipe.schema import WHOLE, Recipe
@@ -23,6 +23,7 @@ A_CPU = Device("cpu", "", 0, 1)  # for what does not depend on the device
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP32, INT64 = 4, 8
 PASSING = ("activations", "logits", "workspace", "batch")  # lines of a trace that do not persist between steps
+TRACED_GRADIENTS = "traced: those that exist at the peak of the step"
 UPDATE_COPIES = 2  # torch's own Adam on a CPU, tensor by tensor: the root of the second moment, and that divided
 # The peak resident size of the exporters, as a multiple of the fp32 weights, without a bare process.
 ONNX_COPIES = {"fp32": 5, "int8": 6}
@@ -65,8 +66,12 @@ class Step:
     @property
     def at_update(self) -> bool:
         """Whether the peak is the optimizer's update, when the activations are gone and all gradients are there."""
-        passing = sum(self.trace.log.items().values()) - self.trace.line("weights") - self.trace.line("adapter")
-        return self.trained_bytes + self.update_bytes > passing
+        return self.trained_bytes + self.update_bytes > self.passing
+
+    @property
+    def passing(self) -> int:
+        """Bytes at the peak of the pass besides the model: gradients, activations, working space."""
+        return sum(self.trace.log.items().values()) - self.trace.line("weights") - self.trace.line("adapter")
 
     @property
     def peak_bytes(self) -> int:
@@ -84,9 +89,7 @@ def step_of(recipe: Recipe, head: NewHead, device: Device) -> Step:
 
     def step(shape: BatchShape) -> Step:
         trace = traced(setting, *shape)
-        return Step(
-            recipe, device, shape, trace, optimizer_bytes(recipe.train.optim, trace.trained), len(inputs_of(head))
-        )
+        return Step(recipe, device, shape, trace, state_bytes(recipe.train, trace.tensors), len(inputs_of(head)))
 
     return max((step(shape) for shape in shapes.largest(recipe, head.known)), key=lambda step: step.peak_bytes)
 
@@ -120,12 +123,10 @@ def train_items(recipe: Recipe, head: NewHead, device: Device) -> tuple[MemoryIt
     lines = step.trace.log.items()
     gradients = step.trained_bytes if step.at_update else lines["gradients"]
     return (
-        _weights(recipe, head, step.trace),
+        weights_item(recipe, head, step.trace),
         MemoryItem(name, step.trained_bytes, head.exact, parameters),
         MemoryItem("gradients", gradients, head.exact and step.at_update, _gradients(step)),
-        MemoryItem(
-            "optimizer", step.optimizer, head.exact, optimizer_formula(recipe.train.optim, sum(step.trace.trained))
-        ),
+        MemoryItem("optimizer", step.optimizer, head.exact, formula(recipe.train, trained)),
         *_passing(step),
         *_overhead(step),
     )
@@ -138,7 +139,8 @@ def _assumed(head: NewHead) -> str:
     return f"; {', '.join(parts)}" if parts else ""
 
 
-def _weights(recipe: Recipe, head: NewHead, trace: Traced) -> MemoryItem:
+def weights_item(recipe: Recipe, head: NewHead, trace: Traced) -> MemoryItem:
+    """The weights that are not trained."""
     dtype = weights_dtype(recipe, head)
     count, size = trace.frozen, trace.line("weights")
     if recipe.quantization.load_in_4bit:
@@ -153,7 +155,7 @@ def _weights(recipe: Recipe, head: NewHead, trace: Traced) -> MemoryItem:
 def _gradients(step: Step) -> str:
     if step.at_update:
         return f"{sum(step.trace.trained):,} parameters x {FP32} bytes"
-    return "traced: those that exist at the peak of the step"
+    return TRACED_GRADIENTS
 
 
 def _passing(step: Step) -> Iterator[MemoryItem]:
@@ -165,12 +167,13 @@ def _passing(step: Step) -> Iterator[MemoryItem]:
         return
     what = f"one step of {shape.rows:,} rows x {shape.length:,} tokens"
     activations = lines["activations"] + lines["logits"]
-    yield MemoryItem("activations", activations, False, f"traced: every tensor at the peak of {what}{_mode(step)}")
+    yield MemoryItem("activations", activations, False, f"traced: every tensor at the peak of {what}{mode_text(step)}")
     yield MemoryItem("workspace", lines["workspace"], False, "traced: copies of weights in another dtype")
     yield MemoryItem("batch", lines["batch"] + step.waiting_bytes, False, f"traced: ids and masks of {what}")
 
 
-def _mode(step: Step) -> str:
+def mode_text(step: Step) -> str:
+    """How the step computes, as the end of a formula."""
     parts = ["in bf16" if step.recipe.train.bf16 else "in fp32"]
     parts += ["with gradient checkpointing"] if step.recipe.train.gradient_checkpointing else []
     return f", {' '.join(parts)}"
@@ -196,7 +199,7 @@ def load_items(recipe: Recipe, head: NewHead, device: Device) -> tuple[MemoryIte
     size = trace.largest_bytes if changed else 0
     why = "the largest tensor before it is quantized or cast" if changed else "nothing: the checkpoint has this dtype"
     return (
-        _weights(recipe, head, trace),
+        weights_item(recipe, head, trace),
         MemoryItem(recipe.trained_as, sum(trace.trained) * FP32, head.exact, f"{sum(trace.trained):,} parameters"),
         MemoryItem("workspace", size, False, f"estimate: {why}"),
         _process(device),
@@ -248,7 +251,7 @@ def _forward_items(recipe: Recipe, head: NewHead, device: Device) -> tuple[Memor
     lines, trained = trace.log.items(), sum(trace.trained)
     passing = sum(lines[name] for name in PASSING)
     return (
-        _weights(recipe, head, trace),
+        weights_item(recipe, head, trace),
         MemoryItem(recipe.trained_as, trained * FP32, head.exact, f"{trained:,} parameters x {FP32} bytes"),
         MemoryItem(
             "activations",

@@ -142,6 +142,21 @@ def _four_bit_class() -> Any:
     return FourBitLinear
 
 
+@contextlib.contextmanager
+def read_by_dora() -> Iterator[None]:
+    """Let DoRA, inside, read these layers' weights, as it reads bitsandbytes' own: it measures their lengths."""
+    from peft.tuners.lora import dora
+
+    before = dora.dequantize_module_weight
+    dora.dequantize_module_weight = lambda module: (
+        module.dequantized() if isinstance(module, _four_bit_class()) else before(module)
+    )
+    try:
+        yield
+    finally:
+        dora.dequantize_module_weight = before
+
+
 @functools.cache
 def _product_class() -> Any:
     import torch

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import LENGTH_STEP
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
+from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.plugins.sections import Evaluated, Figure, Section
-from qkit.plugins.task import ModelHead, Prediction
+from qkit.plugins.task import ModelHead, Prediction, ShownRow
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
+from qkit.tasks._conversation import _methods
+from qkit.tasks._conversation._first_recipe import START
 from qkit.tasks._conversation.checks.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
-from qkit.tasks._texts import windows_clashes
+from qkit.tasks._texts import preference_clashes, windows_clashes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,35 +52,45 @@ class ConversationTask:
     LESSER_CHECKS = LESSER_CHECKS
     UNSCORED = frozenset({"text", "tokenized"})  # data formats without a question to answer
     SCORED_IN_PARTS = frozenset({"text"})
+    ANSWERS_ARE_SCORED = True
     READS_VALIDATION = False
     FIGURES: Sequence[Figure] = ()
     LABEL_FIGURE: Figure | None = None
 
     def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """What only tasks with labels have."""
+        """What only tasks with labels have, and what the method cannot have."""
         for_labels = f"is for tasks with labels, and task={recipe.task} has none: remove it"
-        if recipe.method != "lora":
-            yield ("method",), f"method={recipe.method} {for_labels}"
-        for section in ("bottleneck", "head", "layers", "loss"):
+        yield from _methods.clashes(recipe)
+        for section in ("bottleneck", "head", "loss"):
             if getattr(recipe, section) != type(getattr(recipe, section))():
                 yield (section,), f"{section} {for_labels}"
         if recipe.data.label_separator is not None:
             yield ("data", "label_separator"), f"data.label_separator {for_labels}"
         yield from windows_clashes(recipe)
+        yield from self.further_clashes(recipe)
         if recipe.data.too_long == "truncate":
             yield (
                 ("data", "too_long"),
                 f"data.too_long=truncate {for_labels} (truncate_prompt keeps the end of a conversation)",
             )
-        if not recipe.train.bf16:
-            yield (
-                ("train", "bf16"),
-                "train.bf16=false: conversations are trained in bf16 on 16-bit or 4-bit weights; remove it",
-            )
+
+    def further_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """Further values that the task has no use for, by default the sections of others."""
+        return preference_clashes(recipe)
 
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """Those of the schema."""
         return {}
+
+    # --- init ---------------------------------------------------------------------------------------------------------
+
+    START = START
+
+    def suggestion(self, table: Table) -> Suggestion | None:
+        """How the records of a data set are conversations, or text; None if they are neither."""
+        from qkit.tasks._conversation._first_recipe import of_conversations
+
+        return of_conversations(table)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -149,6 +162,10 @@ class ConversationTask:
         """The labels of a prepared row."""
         labels: Sequence[int] = record["labels"]
         return labels
+
+    def shown(self, record: Mapping[str, Any]) -> ShownRow:
+        """All tokens of a prepared row."""
+        return ShownRow(record["input_ids"], self.token_labels(record))
 
     def labels(self, rows: Sequence[SetRow]) -> Mapping[str, Any]:
         """None: what is learned is text."""

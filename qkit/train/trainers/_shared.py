@@ -6,21 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.core.batching import within_budget
 from qkit.core.device import Device
-from qkit.core.files import need_disk
+from qkit.core.files import need_disk, read_json
 from qkit.core.sources import cache_dir
+from qkit.recipe import schedule
 from qkit.recipe.schema import Recipe
+from qkit.run.directory import Run
+from qkit.train import row_weights
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
 
 
+FIRST_ROWS = 256  # that an adapter which starts along its inputs reads
 # Fields of the train section that are not given to transformers: it would delete the old checkpoint before the new one is complete, and
-# evaluation is set once the rows are known (validation.py).
+# evaluation is set once the rows are known (validation.py); trackers and the loss are qkit's own.
 OF_QKIT = {
     "save_total_limit",
     "activation_offloading",
     "bf16",
+    "embedding_learning_rate",
     "eval_strategy",
     "eval_steps",
     "eval_on_start",
@@ -30,6 +37,11 @@ OF_QKIT = {
     "load_best_model_at_end",
     "early_stopping_patience",
     "early_stopping_threshold",
+    "trainable",
+    "report_to",
+    "run_name",
+    "loss_type",
+    "label_smoothing_factor",
 }
 UNPACKED = 8  # Arrow bytes per byte of Parquet: ids take four bytes instead of two, and labels compress to almost nothing in Parquet
 
@@ -49,18 +61,46 @@ def training_rows(file: Path, columns: Sequence[str]) -> Dataset:
     return rows
 
 
+def first_batches(run: Run) -> list[dict[str, torch.Tensor]]:
+    """Ids and masks of the first batches of the training rows, as they are on disk."""
+    import torch
+
+    recipe = run.recipe
+    pad = read_json(run.need("data", "tokens.json"))["pad"]
+    rows = training_rows(run.need("data", "train.parquet"), ["input_ids"])["input_ids"][:FIRST_ROWS]
+    batches = []
+    for batch in within_budget([len(row) for row in rows], recipe.data.batch_tokens):
+        ids = [torch.tensor(row) for row in rows[batch.start : batch.stop]]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(row) for row in ids])
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        batches.append({"input_ids": padded, "attention_mask": mask})
+    return batches
+
+
+def weight(recipe: Recipe) -> list[str]:
+    """The column of the rows' weights, if the recipe has them."""
+    return [] if recipe.data.weight is None else [row_weights.COLUMN]
+
+
 def arguments(recipe: Recipe, device: Device, out: Path) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments, with the settings that qkit's rows and the device need; what only TRL knows is left out."""
     return {
         "output_dir": str(out / "checkpoints"),
         "seed": recipe.seed,
         "per_device_train_batch_size": 1,  # batches come from the token budget
-        "report_to": [],
+        "report_to": [],  # trackers receive their events from qkit.tracking, where they may fail
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it would log a NaN loss as 0
         "save_strategy": "steps",
         **device.trainer_arguments,
         **recipe.train.model_dump(exclude=OF_QKIT),
+        # transformers takes a schedule that follows a metric together with the rows to evaluate only (optimization.py).
+        **(
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}}
+            if schedule.follows_metric(recipe.train)
+            else {}
+        ),
     }
 
 

@@ -14,7 +14,8 @@ from qkit.core.device import Device
 from qkit.core.errors import listed
 from qkit.core.files import read_json
 from qkit.model import load
-from qkit.model.adapters import layers, methods, new_heads
+from qkit.model.adapters import layers, methods, new_heads, starts
+from qkit.model.adapters.rates import rates_of
 from qkit.plugins.task import Losses, open_task, read_labels
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
@@ -32,42 +33,30 @@ COLUMNS = ("input_ids", "token_type_ids", "labels")
 
 
 class CountedLabels(Counted):
-    """What qkit changes in a Trainer whose rows have labels. `losses`: (outputs of the model, batch) -> losses [rows].
-
-    `rate_decay`: a layer's rate / that of the layer above it.
-    """
+    """What qkit changes in a Trainer whose rows have labels. `losses`: (outputs of the model, batch) -> losses [rows]."""
 
     def __init__(
         self,
         *args: Any,
         losses: Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor],
-        rate_decay: float = 1.0,
         **kwargs: Any,
     ):
         self._losses = losses
-        self._rate_decay = rate_decay
         super().__init__(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The sum of the losses, divided by the labels of the whole accumulated batch: the same gradient whatever the accumulation."""
-        total = self._losses(model(**_of_model(inputs)), inputs).sum()
+        losses = self._losses(model(**_of_model(inputs)), inputs)
+        total = (losses * inputs["weights"] if "weights" in inputs else losses).sum()
         return total / (len(self.labels_in(inputs)) if num_items_in_batch is None else num_items_in_batch)
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """transformers' own, with a rate for each layer if these differ."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if is_new and self._rate_decay < 1:
-            layers.set_rates(optimizer, self.model, self._rate_decay)
-        return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """transformers counts every number of a row, where the row counts as one."""
         import torch
 
-        if not batch_samples or not batch_samples[0]["labels"].is_floating_point():
+        if self.row_weights is not None or not batch_samples or not batch_samples[0]["labels"].is_floating_point():
             return super()._get_num_items_in_batch(batch_samples, device)
         return torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
 
@@ -96,11 +85,14 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
     base = load.load_base(folder, recipe, device, read_labels(data))
     if kept := new_heads.stored(base, folder):
         run.progress.notify(f"train: {_of_kept_head(folder, kept, read_labels(data))}")
+    model: Any = methods.prepared(base, folder, recipe)
+    if recipe.method == "lora":
+        starts.begin(model, recipe.lora, folder, out / "checkpoints", partial(_shared.first_batches, run))
     trainer_class = type("Trainer", (CountedLabels, Trainer), {})
     trainer: Trainer = trainer_class(
-        model=methods.prepared(base, folder, recipe),
+        model=model,
         args=training_arguments(recipe, device, out),
-        train_dataset=_shared.training_rows(data / "train.parquet", COLUMNS),
+        train_dataset=_shared.training_rows(data / "train.parquet", [*COLUMNS, *_shared.weight(recipe)]),
         losses=partial(of_rows.losses, loss=losses.open_loss(recipe.loss, data, base)),
         pad=pad,
         batch_tokens=recipe.data.batch_tokens,
@@ -109,7 +101,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
         collator=task.collate,
         micro_batches=recipe.micro_batches,
         checkpoints_kept=recipe.train.save_total_limit,
-        rate_decay=recipe.layers.rate_decay,
+        rates=rates_of(recipe),
     )
     if device.frees_through_malloc:
         trim_before_layers(trainer.model)
