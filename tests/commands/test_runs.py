@@ -334,6 +334,14 @@ def test_checkpoints_of_a_finished_training_can_go_and_those_of_another_not(tmp_
     assert leftover(run) == {".work/train": "what a stopped training left, without a checkpoint to resume from"}
 
 
+def test_the_best_step_of_a_finished_training_can_go_and_a_run_with_a_tracker_too(tmp_path: Path) -> None:
+    run = copy(tmp_path, "r")
+    write(run.folder("train") / "best" / "step-4" / "weights")
+    write(run.root / "trackers" / "tensorboard" / "events")
+    assert leftover(run) == {"train/best": "the best step of a finished training"}
+    assert [one.path for one in removal.doomed([run.root])] == [str(run.root)]
+
+
 def test_what_stopped_stages_left_can_go(tmp_path: Path) -> None:
     run = copy(tmp_path, "r")
     forget(run, "verify")

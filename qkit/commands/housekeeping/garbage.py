@@ -16,6 +16,10 @@ from qkit.run.directory import KEY, Run
 
 # Folders of the cache, and what is one thing there: it is made or downloaded again when it is needed.
 CACHED = {"models": "*", "wheels": "*", "datasets": "*/*", "inspect": "*"}
+RESUMED_FROM = {
+    "checkpoints": "checkpoints",
+    "best": "the best step",
+}  # in the stage's folder: only a killed training needs them
 UNFINISHED = (".making-", ".download-", ".made-")  # folders that a killed process was filling
 DAY = 86400.0
 
@@ -66,9 +70,9 @@ def _of_run(root: Path) -> Iterator[Leftover]:
     run = state.opened(root)
     if isinstance(run, state.State) or state.is_running(root):
         return
-    checkpoints = run.folder("train") / "checkpoints"
-    if checkpoints.is_dir() and _trained(run):
-        yield _leftover(checkpoints, "checkpoints of a finished training", run)
+    for name, what in RESUMED_FROM.items():
+        if (run.folder("train") / name).is_dir() and _trained(run):
+            yield _leftover(run.folder("train") / name, f"{what} of a finished training", run)
     for path in sorted((root / ".work").glob("*")):
         if why := _why(path, run):
             yield _leftover(path, why, run)

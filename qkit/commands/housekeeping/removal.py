@@ -12,8 +12,9 @@ from qkit.commands.housekeeping.listing import size_text
 from qkit.core.errors import MissingArtifact, RunBusy, UserError, listed
 from qkit.run.directory import OWN_FILES
 from qkit.run.stages import STAGES
+from qkit.tracking import trackers
 
-KNOWN = {*STAGES, *OWN_FILES, "recipe.yaml", "run.json"}
+KNOWN = {*STAGES, *OWN_FILES, trackers.FOLDER, "recipe.yaml", "run.json"}
 
 
 @dataclass(frozen=True)
