@@ -37,6 +37,7 @@ from qkit.report import model_card
 from qkit.run.directory import LOCK_HELD, Peak, Run, StageRecord, decisions, stage_key
 from qkit.run.environment import environment
 from qkit.run.stages import STAGES, sections_of, stages_of
+from qkit.tracking import trackers
 
 if TYPE_CHECKING:
     from qkit.run.stages import Stage
@@ -175,6 +176,7 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
 
     Raises:
         RecipeError: before any stage, if the recipe holds out no rows to score the result on.
+        MissingExtra: before any stage, if the package of a tracker is missing.
         DataError: before training, if the data stage left no such rows.
         NotDeployable: before any stage, if a format of the recipe is known not to work.
         StageFailed, UserError: as reported by the stage's process.
@@ -184,6 +186,7 @@ def run_all(run: Run, options: Sequence[str] = (), fit: bool = False) -> list[st
     plan_fit.check(run.recipe, detect())
     _check_held_out(run.recipe.data)
     deployable.check(run.recipe)
+    trackers.check(run.recipe)
     with run.locked():
         run.save_recipe()
         run.refresh_mtimes()

@@ -33,6 +33,26 @@ class Log:
     sizes: list[int] = field(default_factory=list)
     events: list[int] = field(default_factory=list)  # n: storage n was made; ~n: it was freed
 
+    def changes(self) -> Changes:
+        """What was made and freed, without which of equal storages it was."""
+        steps = ((event, 1) if event >= 0 else (~event, -1) for event in self.events)
+        return Changes(tuple((self.lines[number], sign * self.sizes[number]) for number, sign in steps))
+
+    def peak_bytes(self) -> int:
+        """The most bytes alive at once."""
+        return self.changes().peak_bytes()
+
+    def items(self) -> dict[str, int]:
+        """Bytes by line at the moment of the peak; they add up to `peak_bytes`."""
+        return self.changes().items()
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The line of each storage that is made or freed, in order, and its bytes, which are negative where it is freed."""
+
+    steps: tuple[tuple[str, int], ...]
+
     def peak_bytes(self) -> int:
         """The most bytes alive at once."""
         return max(self._totals(), default=0)
@@ -42,19 +62,19 @@ class Log:
         totals = list(self._totals())
         until = totals.index(max(totals)) + 1 if totals else 0
         items = dict.fromkeys(LINES, 0)
-        for event in self.events[:until]:
-            number = event if event >= 0 else ~event
-            items[self.lines[number]] += self.sizes[number] if event >= 0 else -self.sizes[number]
+        for line, size in self.steps[:until]:
+            items[line] += size
         return items
 
-    def extended(self, other: Log, times: int) -> Log:
-        """The log with the difference to `other`, whose events are the same, added to each size `times` times."""
-        sizes = [size + times * (more - size) for size, more in zip(self.sizes, other.sizes, strict=True)]
-        return Log(self.lines, sizes, self.events)
+    def extended(self, other: Changes, times: int) -> Changes | None:
+        """The difference to `other` added to each size `times` times; None if the two do not make and free the same."""
+        if [(line, size > 0) for line, size in self.steps] != [(line, size > 0) for line, size in other.steps]:
+            return None
+        pairs = zip(self.steps, other.steps, strict=True)
+        return Changes(tuple((line, size + times * (more - size)) for (line, size), (_, more) in pairs))
 
     def _totals(self) -> Iterator[int]:
-        steps = (self.sizes[event] if event >= 0 else -self.sizes[~event] for event in self.events)
-        return itertools.accumulate(steps)
+        return itertools.accumulate(size for _, size in self.steps)
 
 
 class TensorsAlive:

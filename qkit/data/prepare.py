@@ -5,22 +5,24 @@ What takes memory (ids, texts) leaves as an Arrow batch; what decisions need (di
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
+from qkit.core.errors import short
 from qkit.core.process import kill_when_parent_dies
 from qkit.data import near_duplicates
 from qkit.data.entry import Entry, Sourced
 from qkit.data.read import Broken, Record
 from qkit.plugins.example import Example, RowError
 from qkit.plugins.task import Encoder, Task, open_task
-from qkit.recipe.schema import Recipe
+from qkit.recipe.schema import Data, Recipe
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,30 +56,29 @@ class Worker:
         examples = [self._recognise(sourced) for sourced in chunk]
         results = self.encoder.encode(examples)
         entries: list[Entry] = []
-        columns: dict[str, list[Any]] = {name: [] for name in (*self.task.columns(), PLACE)}
+        columns: dict[str, list[Any]] = {name: [] for name in schema(self.task, self.recipe.data).names}
         for sourced, example, result in zip(chunk, examples, results, strict=True):
             entry = _entry(sourced, example, self.recipe, self.task)
             if isinstance(example, RowError) or result.error is not None:
                 assert result.error is not None
                 entries.append(_dropped(entry, result.error))
                 continue
+            weight = {} if self.recipe.data.weight is None else {WEIGHT: weight_of(sourced, self.recipe)}
             for part, row in enumerate(result.rows):
                 entries.append(self._checked(entry, part, row))
-                self._append(columns, row, example, entry.place)
-        return Prepared(_batch(columns, self.task), entries)
+                for name, value in {**self.encoder.columns(row, example), PLACE: entry.place, **weight}.items():
+                    columns[name].append(value)
+        return Prepared(_batch(columns, schema(self.task, self.recipe.data)), entries)
 
     def _recognise(self, sourced: Sourced) -> Example | RowError:
         record = sourced.record
         if isinstance(record, Broken):
             return RowError(record.reason)
         try:
+            weight_of(sourced, self.recipe)
             return self.task.example(record.value, record.accepted, record.format, self.recipe.data, self.encoder.reads)
         except RowError as error:
             return error
-
-    def _append(self, columns: dict[str, list[Any]], row: Any, example: Example, place: str) -> None:
-        for name, value in {**self.encoder.columns(row, example), PLACE: place}.items():
-            columns[name].append(value)
 
     def _checked(self, entry: Entry, part: int, row: Any) -> Entry:
         """The entry of a row, with what the checks find in it."""
@@ -148,6 +149,25 @@ def value_of(value: Mapping[str, Any], column: str | None, recipe: Recipe) -> An
     return None if field_value == "" else field_value
 
 
+def weight_of(sourced: Sourced, recipe: Recipe) -> float:
+    """How much a record counts in the loss; 1 without data.weight, or where a held-out record has no number.
+
+    Raises:
+        RowError: a training record has none, or one that is not above 0.
+    """
+    column, record = recipe.data.weight, sourced.record
+    if column is None or isinstance(record, Broken):
+        return 1.0
+    given = value_of(record.value, column, recipe)
+    if given is None and sourced.pool != "train":
+        return 1.0
+    with suppress(TypeError, ValueError, OverflowError):
+        number = math.nan if isinstance(given, bool) else float(given)
+        if 0 < number < math.inf:
+            return number
+    raise RowError(f"data.weight={short(column)}: must be a number above 0, and is {short(repr(given))}")
+
+
 def _dropped(entry: Entry, error: RowError) -> Entry:
     """An entry that is not used; its length is known where that is the reason."""
     row = getattr(error, "row", None)
@@ -159,21 +179,22 @@ def _dropped(entry: Entry, error: RowError) -> Entry:
 # --- Arrow ------------------------------------------------------------------------------------------------------------
 
 PLACE = "place"  # source and line of a row
+WEIGHT = "weight"  # with data.weight
 
 
-def schema(task: Task) -> pa.Schema:
+def schema(task: Task, section: Data) -> pa.Schema:
     """What a split's Parquet file holds besides `pack` and `position`."""
     import pyarrow as pa
 
     types = {"int32": pa.int32(), "string": pa.string(), "float": pa.float32()}
     types |= {f"list<{name}>": pa.list_(kind) for name, kind in types.items()}
-    return pa.schema([(name, types[kind]) for name, kind in {**task.columns(), PLACE: "string"}.items()])
+    columns = {**task.columns(), PLACE: "string", **({} if section.weight is None else {WEIGHT: "float"})}
+    return pa.schema([(name, types[kind]) for name, kind in columns.items()])
 
 
-def _batch(columns: dict[str, list[Any]], task: Task) -> pa.RecordBatch:
+def _batch(columns: dict[str, list[Any]], fields: pa.Schema) -> pa.RecordBatch:
     import pyarrow as pa
 
-    fields = schema(task)
     arrays = [
         _list_array(columns[field.name])
         if field.type == pa.list_(pa.int32())

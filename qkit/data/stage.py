@@ -30,7 +30,7 @@ from qkit.data.read import Record, read
 from qkit.data.select import Decision, select
 from qkit.plugins.checks import Place, SetRow
 from qkit.plugins.task import LABELS, Task
-from qkit.recipe.schema import SPLITS, Recipe
+from qkit.recipe.schema import SPLITS, Data, Recipe
 from qkit.run.directory import Run
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     ledger = make_ledger(decisions, recipe)
     labelled = _set_rows(decisions)
     labels = worker.task.labels(labelled)
-    _write_splits(ledger, entries, worker.task, labels.get("names", ()), out)
+    _write_splits(ledger, entries, worker.task, labels.get("names", ()), recipe.data, out)
     write_ledger(ledger, out / "ledger.parquet")
     counts = data_summary.split_counts(decisions)
     checks: list[Check] = [
@@ -117,7 +117,7 @@ def _candidates(worker: Worker, file: Path, progress: Progress) -> Iterator[Entr
     candidate, record = 0, -1
     with progress.bar("tokenize", None) as bar, pa.OSFile(str(file), "wb") as sink:
         options = pa.ipc.IpcWriteOptions(compression="lz4")
-        with pa.ipc.new_file(sink, data_prepare.schema(worker.task), options=options) as writer:
+        with pa.ipc.new_file(sink, data_prepare.schema(worker.task, worker.recipe.data), options=options) as writer:
             for chunk in data_prepare.prepared(worker, _records(worker.recipe), detect().cores):
                 writer.write_batch(chunk.batch)
                 for entry in chunk.entries:
@@ -153,7 +153,7 @@ def _records(recipe: Recipe) -> Iterator[Sourced]:
 
 
 def _write_splits(
-    ledger: Sequence[LedgerRow], entries: Sequence[Entry], task: Task, names: Sequence[str], out: Path
+    ledger: Sequence[LedgerRow], entries: Sequence[Entry], task: Task, names: Sequence[str], section: Data, out: Path
 ) -> None:
     """The rows of each split, batch by batch, out of the file of all candidates."""
     import pyarrow as pa
@@ -161,7 +161,7 @@ def _write_splits(
 
     rows = [row for row, entry in zip(ledger, entries, strict=True) if entry.candidate >= 0]
     packs = [pa.field("pack", pa.int32()), pa.field("position", pa.int32())]
-    schema = pa.schema([*data_prepare.schema(task), *packs])
+    schema = pa.schema([*data_prepare.schema(task, section), *packs])
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(pq.ParquetWriter(out / f"{split}.parquet", schema, compression="zstd"))

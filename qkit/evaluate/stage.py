@@ -21,6 +21,7 @@ from qkit.model import source
 from qkit.plugins.runtime import Scores, open_runtime
 from qkit.plugins.task import open_task
 from qkit.run.directory import Run
+from qkit.tracking.reporting import add_scores
 
 
 def run(run: Run, out: Path) -> None:
@@ -38,18 +39,17 @@ def run(run: Run, out: Path) -> None:
             scores[name], lines, grades[name] = _evaluate(run, name, runtime, held_out, tuned)
         predictions += lines
     section = run.recipe.evaluate
-    write_json(
-        out / "scores.json",
-        {
-            "metric": task.METRIC,
-            "confidence": section.confidence,
-            "interval": f"percentile bootstrap over rows, {measure_scores.RESAMPLES} resamples; exact binomial where all rows agree",
-            "scores": scores,
-            "gain": _gain(run, grades),
-            **({"tuned": tuned} if tuned else {}),  # with the trained model, which comes last
-        },
-    )
+    table = {
+        "metric": task.METRIC,
+        "confidence": section.confidence,
+        "interval": f"percentile bootstrap over rows, {measure_scores.RESAMPLES} resamples; exact binomial where all rows agree",
+        "scores": scores,
+        "gain": _gain(run, grades),
+        **({"tuned": tuned} if tuned else {}),  # with the trained model, which comes last
+    }
+    write_json(out / "scores.json", table)
     write_text(out / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
+    add_scores(run, table, task.BASELINE)
 
 
 def _opened(run: Run, name: str) -> Any:

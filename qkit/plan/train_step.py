@@ -102,7 +102,7 @@ def step_of(recipe: Recipe, shape: Shape, device: Device, labelled: int | None) 
         four_bit=recipe.quantization.load_in_4bit,
         learns_rows=bool(recipe.model.add_tokens),
         accumulated=recipe.train.gradient_accumulation_steps * recipe.micro_batches > 1,
-        labelled_head=device.uses_labelled_head,
+        labelled_head=device.uses_labelled_head or recipe.needs_losses,
         overhead=overhead,
     )
 

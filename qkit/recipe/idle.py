@@ -39,6 +39,9 @@ ONE_LINERS = (
 def remarks(recipe: Recipe) -> Problems:
     """Warnings, as (key, message): shown by the plan and by the stage that would have used the value."""
     yield from _epochs(recipe.train)
+    if recipe.train.run_name is not None and not recipe.train.report_to:
+        name = f"train.run_name={recipe.train.run_name}"
+        yield ("train", "run_name"), f"{name} names a run in the trackers, but train.report_to has none"
     yield from _methods(recipe)
     yield from _quantization(recipe.quantization)
     yield from _exporting(recipe.export)
@@ -53,6 +56,11 @@ def mistakes(recipe: Recipe) -> Problems:
     """Errors, as (key, message): what has no effect, why, and what to do."""
     yield from _steps(recipe.train)
     yield from _optimization.mistakes(recipe)
+    if recipe.train.loss_type == "dft" and recipe.train.label_smoothing_factor:
+        yield (
+            ("train", "label_smoothing_factor"),
+            f"train.label_smoothing_factor={recipe.train.label_smoothing_factor:g} has no effect with train.loss_type=dft: remove one",
+        )
     yield from _serving(recipe.serve)
     yield from _merging(recipe.merge)
     yield from _loss(recipe.loss)

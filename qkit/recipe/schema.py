@@ -13,9 +13,8 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from qkit.recipe.feedback import Feedback
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
-from qkit.recipe.preference import Preference
+from qkit.recipe.preference import Feedback, Preference
 from qkit.recipe.section import Dtype, Fraction, Limit, Pattern, Positive, Section, Sha256
 from qkit.recipe.training import Train
 
@@ -173,6 +172,9 @@ class Data(Section):
     )
     ignore: tuple[str, ...] = Field(
         (), description="columns, and keys such as messages.id, that are deliberately not read; * matches any text"
+    )
+    weight: str | None = Field(
+        None, description="a column of numbers above 0: how much a training row's loss counts, relative to other rows"
     )
     label_separator: str | None = Field(
         None, description="what parts the labels in a text such as spam|urgent (multi_label); a list needs none"
@@ -371,6 +373,11 @@ class Recipe(Section):
     def trained_as(self) -> str:
         """The name of what training makes, among the artifacts."""
         return "trained" if self.method in WHOLE else "adapter"
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether training needs the logits or the losses of each label, which TRL's fused head does not give."""
+        return self.train.label_smoothing_factor > 0 or self.data.weight is not None
 
     def sha256(self) -> str:
         """Hash of the resolved recipe: equivalent files have the same hash."""

@@ -7,8 +7,26 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from qkit.core.errors import nearest
 from qkit.recipe._rules import as_number
 from qkit.recipe.section import Pattern, Positive, Section
+
+TRACKERS = (  # that transformers has a callback for
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
 
 
 def _whole_or_share(value: float) -> int | float:
@@ -22,6 +40,18 @@ def _steps_or_epochs(value: int) -> int:
     if value == 0:
         raise PydanticCustomError("steps", "0 steps train nothing; remove it to use train.num_train_epochs")
     return value
+
+
+def _tracker(name: str) -> str:
+    if name not in TRACKERS:
+        known = {"near": nearest(name, TRACKERS), "known": ", ".join(TRACKERS)}
+        raise PydanticCustomError("tracker", "unknown to transformers{near}; it has {known}", known)
+    return name
+
+
+def _one_or_several(value: Any) -> Any:
+    """One tracker may stand without a list; transformers writes no tracker as none."""
+    return value if not isinstance(value, str) else () if value == "none" else (value,)
 
 
 def _no_is_a_word(value: object) -> object:
@@ -89,6 +119,23 @@ class Train(Section):
     logging_steps: Positive = 1
     save_steps: Positive = 50
     save_total_limit: Positive = 1
+    report_to: Annotated[tuple[Annotated[str, AfterValidator(_tracker)], ...], BeforeValidator(_one_or_several)] = (
+        Field(
+            (), description="experiment trackers that receive recipe, figures and scores, such as [tensorboard, wandb]"
+        )
+    )
+    run_name: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="of the run in the trackers; default: the name of the run directory"
+    )
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="size of the noise on embeddings in training (NEFTune), such as 5"
+    )
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="of conversations; tasks with labels have loss.label_smoothing"
+    )
+    loss_type: Literal["nll", "dft"] = Field(
+        "nll", description="of conversations; dft: each token's loss times its probability (dynamic fine-tuning)"
+    )
     eval_strategy: Annotated[Literal["auto", "no", "steps", "epoch"], BeforeValidator(_no_is_a_word)] = Field(
         "auto",
         description="when training evaluates the validation rows; auto: every train.eval_steps if that is set, else after each epoch",

@@ -19,10 +19,9 @@ from typing import Any
 from qkit.core.errors import MissingArtifact, RunBusy
 from qkit.core.files import make_folder, read_json, sha256_of, write_text, writing
 from qkit.core.progress import Progress
-from qkit.recipe.feedback import Feedback
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
 from qkit.recipe.load import load
-from qkit.recipe.preference import Preference
+from qkit.recipe.preference import Feedback, Preference
 from qkit.recipe.schema import SPLITS, Recipe
 
 MANIFEST_VERSION = 1
@@ -50,6 +49,11 @@ ADDED = {
     "train.adam_beta2": 0.999,
     "train.adam_epsilon": 1e-8,
     "lora.loraplus_lr_ratio": None,
+    "train.report_to": [],
+    "train.run_name": None,
+    "train.neftune_noise_alpha": None,
+    "train.label_smoothing_factor": 0.0,
+    "train.loss_type": "nll",
     "train.eval_strategy": "auto",
     "train.eval_steps": None,
     "train.eval_on_start": False,
@@ -62,6 +66,7 @@ ADDED = {
     "data.batch_rows": None,
     "data.label_separator": None,
     "data.stride": None,
+    "data.weight": None,
     "evaluate.max_answer_tokens": 30,
     "evaluate.metrics": [],
 }

@@ -39,7 +39,7 @@ def not_there(ours: str, record: Mapping[str, Any], section: Data) -> str:
 
 def unknown_column(section: Data, table: Table) -> str:
     """The error for the first name in data.columns that nothing reads; "" if all are read."""
-    known = sorted({*table, *filter(None, (section.group, section.stratify))})
+    known = sorted({*table, *filter(None, (section.group, section.stratify, section.weight))})
     for ours, theirs in section.columns.items():
         if ours not in known:
             return (
@@ -58,8 +58,9 @@ def left_over(
     """
     rest = [name for name in record if name in beside or (name not in read and record[name] not in (None, ""))]
     matched = {name: [pattern for pattern in section.ignore if fnmatchcase(name, pattern)] for name in rest}
-    splits = {section.columns.get(ours, ours) for ours in (section.group, section.stratify) if ours}
+    named = (section.group, section.stratify, section.weight)
+    elsewhere = {section.columns.get(ours, ours) for ours in named if ours}
     unread = tuple(
-        name for name, patterns in matched.items() if not patterns and name not in splits and name not in beside
+        name for name, patterns in matched.items() if not patterns and name not in elsewhere and name not in beside
     )
     return unread, tuple({pattern for patterns in matched.values() for pattern in patterns})

@@ -9,6 +9,7 @@ train/losses.parquet  each row's loss before and after (with ledger.losses)
 train/reference*.parquet, pairs.json   of tasks that compare answers with a reference: its log-probabilities, and how a pair is computed
 train/memory.json     memory planned and measured, by line
 train/decided.json    the value chosen for train.gradient_checkpointing=auto
+train/trackers.json   the ids of the runs in the trackers of train.report_to
 train/checkpoints/    the last train.save_total_limit; a killed run resumes from the newest complete one
 """
 
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import math
 import shutil
 import time
@@ -30,7 +30,6 @@ from qkit.core.device import Device, detect, limit_kernel_cache, out_of_memory
 from qkit.core.errors import MissingArtifact, ModelError, OutOfMemory, RecipeError, StageFailed, short
 from qkit.core.files import need_disk, read_json, write_json
 from qkit.core.memory_meter import PeakMeter
-from qkit.core.progress import Bar
 from qkit.model import provenance, source
 from qkit.model.adapters import rates, starts, targets
 from qkit.model.config import shape_of
@@ -44,16 +43,25 @@ from qkit.recipe import optimizers, schedule
 from qkit.recipe.schema import WHOLE, Recipe
 from qkit.run.directory import DECIDED, Peak, Run, decisions
 from qkit.tensors.companions import copy_companions, copy_tokenizer
-from qkit.train import best_step, checkpoints, earlier_adapter, memory_report, optimization, row_losses, validation
+from qkit.tracking import trackers
+from qkit.tracking.reporting import Reports
+from qkit.train import (
+    _earlier_adapter,
+    _metrics,
+    best_step,
+    checkpoints,
+    memory_report,
+    optimization,
+    row_losses,
+    validation,
+)
 from qkit.train.label_sums import Sums
 from qkit.train.trainers import open_trainer
 
 if TYPE_CHECKING:
     from transformers import Trainer
-    from trl import SFTTrainer
 
 
-WEIGHT_BYTES, STATE_BYTES = 4, 8  # of a parameter that is trained, in a checkpoint: the fp32 weight; two Adam moments
 COUNTS = "Counts"  # the name, in a checkpoint, of the callback that stores the label counts
 
 
@@ -66,19 +74,13 @@ def run(run: Run, out: Path) -> Peak:
     """
     limit_kernel_cache()
     device = detect()
-    fit.check(run.recipe, device)
-    deployable.check(run.recipe)
-    if open_task(run.recipe.task).HEAD.generates and run.recipe.method == "lora":
-        _check_targets(run.recipe)
-    _check_names(run.recipe)
-    optimization.check(run, device)
-    evaluates = validation.check(run)
+    evaluates = _check(run, device)
     run = Run(run.root, _decided(run, device, out), run.progress)
     recipe = run.recipe
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
     folder = source.resolve(recipe.model)
-    earlier_adapter.check(recipe.lora, folder, run.progress.notify)
+    _earlier_adapter.check(recipe.lora, folder, run.progress.notify)
     with targets.patterns_of_parameters():
         trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
     _need_disk_for_checkpoints(trainer, recipe, evaluates, out)
@@ -99,6 +101,16 @@ def run(run: Run, out: Path) -> Peak:
     memory = memory_report.measured(recipe, device, meter, watcher, _known(run, trainer))
     write_json(out / "memory.json", memory.to_dict())
     return memory.peak()
+
+
+def _check(run: Run, device: Device) -> bool:
+    """Raise an error for what cannot be trained, before anything is loaded. Returns whether training evaluates."""
+    fit.check(run.recipe, device)
+    deployable.check(run.recipe)
+    _check_targets(run.recipe)
+    _check_names(run.recipe)
+    optimization.check(run, device)
+    return validation.check(run)
 
 
 def _decided(run: Run, device: Device, out: Path) -> Recipe:
@@ -147,9 +159,12 @@ def _train(run: Run, trainer: Any, meter: PeakMeter, out: Path) -> Any:
         state = read_json(checkpoint / "trainer_state.json")
         trainer.sums = Sums(**state["stateful_callbacks"][COUNTS]["attributes"])
     trainer.add_callback(_counts(run, trainer, ledger["labelled_tokens"]))
+    reports = Reports(run, out, done)
     with run.progress.bar("train", _total_steps(trainer), start=done) as bar:
-        trainer.add_callback(_recorder(out / "metrics.jsonl", bar, meter, trainer, done))
+        trainer.add_callback(_metrics.recorder(out / "metrics.jsonl", bar, meter, trainer, done))
+        reports.attach(trainer)
         watcher = _watched(run, trainer, meter, checkpoint)
+    reports.close(trainer.state.global_step)
     _write_sums(run, trainer, ledger, out)
     return watcher
 
@@ -243,11 +258,13 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
         "drawn_labelled_tokens": sums.drawn,
         "divided_by": sums.divided_by,
         "in_batches": sums.in_batches,
+        **({} if sums.drawn_weight is None else {"drawn_weight": sums.drawn_weight}),
     }
     write_json(out / "sums.json", counts)
+    weigh = "" if sums.drawn_weight is None else f", which weigh {sums.drawn_weight:,.6g}"
     run.progress.notify(
         f"train: {ledger['labelled_tokens']:,} labelled tokens in the ledger, {epochs:.4g} epochs: {sums.drawn:,} in the sampled "
-        f"rows = {sums.in_batches:,} in the batches = {sums.divided_by:,} {trainer.divisors}"
+        f"rows = {sums.in_batches:,} in the batches{weigh} = {sums.divided_by:,} {trainer.divisors}"
     )
 
 
@@ -263,7 +280,8 @@ def _check_targets(recipe: Recipe) -> None:
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Raise RecipeError for an optimizer or an attention that transformers does not know."""
+    """Raise RecipeError for an optimizer or an attention that transformers does not know, MissingExtra for a tracker that is not installed."""
+    trackers.check(recipe)
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.training_args import OptimizerNames
 
@@ -326,49 +344,6 @@ def _divergence(trainer: Any, step: int) -> str:
     )
 
 
-def _recorder(file: Path, bar: Bar, meter: PeakMeter, trainer: SFTTrainer, resumed_at: int) -> Any:
-    """A callback that writes metrics.jsonl and advances the bar. Lines after the checkpoint that training resumes from are removed."""
-    from transformers import TrainerCallback
-
-    earlier = [line for line in _lines(file) if line["step"] <= resumed_at] if resumed_at else []
-    file.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
-    steps_before = [line for line in earlier if "loss" in line]
-    tokens_before = steps_before[-1]["tokens"] if steps_before else 0
-    seconds_before = steps_before[-1]["seconds"] if steps_before else 0.0
-    begin = time.perf_counter()
-
-    class Recorder(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "eval_loss" in logs:
-                validation.record(file, state.global_step, logs, trainer)
-            if "loss" not in logs:
-                return
-            seconds = time.perf_counter() - begin
-            line = {
-                "step": state.global_step,
-                "epoch": logs["epoch"],
-                "loss": float(logs["loss"]),
-                "learning_rate": float(logs["learning_rate"]),
-                "grad_norm": float(logs["grad_norm"]),
-                "tokens": tokens_before + trainer.real_tokens,
-                "tokens_per_second": trainer.real_tokens / (seconds - trainer.evaluation_seconds),
-                "peak_bytes": meter.peak_bytes(),
-                "seconds": seconds_before + seconds,
-            }
-            with file.open("a", encoding="utf-8") as sink:
-                sink.write(json.dumps(line) + "\n")
-            bar.advance(args.logging_steps, loss=line["loss"], tokens_per_second=line["tokens_per_second"])
-
-    return Recorder()
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    if not file.exists():
-        return []
-    whole = [line for line in file.read_text(encoding="utf-8").split("\n")[:-1] if line]
-    return [json.loads(line) for line in whole]
-
-
 def _need_disk_for_checkpoints(trainer: Any, recipe: Recipe, evaluates: bool, out: Path) -> None:
     """A new checkpoint is complete before an old one is deleted; the best steps take no more than one."""
     at_once = recipe.train.save_total_limit + 1 + (evaluates and recipe.train.keeps_best)
@@ -386,7 +361,7 @@ def _save(trainer: Trainer, folder: Path, run: Run, out: Path) -> None:
         starts.subtract_start(trained, start)
     quantized = source.quantized_names(trainer.base_model) if recipe.quantization.load_in_4bit else []
     names = [name.replace(".base_layer.weight", ".weight") for name in quantized]
-    provenance.write_adapter_note(trained, folder, recipe, names, earlier_adapter.origin(recipe.lora))
+    provenance.write_adapter_note(trained, folder, recipe, names, _earlier_adapter.origin(recipe.lora))
     labels = run.folder("data") / LABELS
     if labels.is_file():
         shutil.copyfile(labels, trained / LABELS)

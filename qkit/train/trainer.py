@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qkit.core.batching import IGNORED, LENGTH_STEP, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
 from qkit.model.adapters.rates import Rates, divide
 from qkit.recipe import schedule
-from qkit.train import best_step, checkpoints, pack_isolation
+from qkit.train import best_step, checkpoints, pack_isolation, row_weights
 from qkit.train.fast.head import labelled_loss, row_losses
+from qkit.train.fast.token_loss import PLAIN, TokenLoss
 from qkit.train.label_sums import Sums
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Counted(Base):
     """What qkit changes in a Trainer. `train_dataset` has the columns input_ids and labels, and with `packing` pack and position."""
 
     divisors = "in the divisors of the loss"  # where the third count of labels comes from, for people
+    read_rows: Callable[[Path], Dataset] | None = None  # where a row trains on more than columns of its file
     lr_scheduler: Any
 
     def __init__(
@@ -59,7 +61,6 @@ class Counted(Base):
         self.rates = rates
         self.validation: Evaluates | None = None  # validation.attach sets it
         self.evaluation_seconds = 0.0
-        self.read_rows: Callable[[Path], Dataset] | None = None  # where a row trains on more than columns of its file
         self.best_step_here: int | None = None  # that this process has kept
         self.packing = packing
         self.length_step = length_step
@@ -74,6 +75,8 @@ class Counted(Base):
         self.collator = collator
         super().__init__(*args, data_collator=self.collate, **kwargs)
         self.labelled_tokens, self._label_checksums = label_counts(self.train_dataset)
+        self.row_weights = row_weights.of_rows(self.train_dataset)
+        self.sums.drawn_weight = None if self.row_weights is None else 0.0
         # The losses divide by num_items_in_batch, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
         # In bf16, where TRL keeps the adapter, small optimizer steps round to zero; autocast computes in bf16 anyway.
@@ -85,8 +88,11 @@ class Counted(Base):
         """A batch or a pack, with the numbers of its rows."""
         import torch
 
-        batch = self.collator(rows, self.pad, self.packing)
-        return {**batch, "rows": torch.tensor([row["row"] for row in rows])}
+        batch = {**self.collator(rows, self.pad, self.packing), "rows": torch.tensor([row["row"] for row in rows])}
+        if self.row_weights is None:
+            return batch
+        weights = [row[row_weights.COLUMN] for row in rows]
+        return {**batch, "weights": row_weights.of_batch(weights, batch, self.packing)}
 
     def batches(self) -> SeededBatches:
         """The batch sampler, at its first epoch: packs, or batches by token budget."""
@@ -121,6 +127,12 @@ class Counted(Base):
         if is_new and self.rates is not None and self.rates.differ:
             divide(optimizer, self.model, self.rates)
         return optimizer
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the loss is divided by: the labels of the accumulated batch, or their weights."""
+        if self.row_weights is None or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        return row_weights.divisor(batch_samples).to(device)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' schedule, except that the rate is above 0 in the first step of a warm-up and at its maximum right after the last."""
@@ -181,9 +193,11 @@ class Counted(Base):
         self.sums.drawn += sum(self.labelled_tokens[row] for row in rows)
         self.sums.drawn_checksum += sum(self._label_checksums[row] for row in rows)
         self.sums.in_batches += len(labels)
+        if self.row_weights is not None:
+            self.sums.drawn_weight += sum(self.labelled_tokens[row] * self.row_weights[row] for row in rows)
         self.sums.in_batches_checksum += int(labels.sum())
         if self.accelerator.sync_gradients:
-            self.sums.divided_by += int(items)
+            self.sums.divided_by += int(items) if self.row_weights is None else float(items)
 
     def labels_in(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The labels of a batch that carry loss, [labels]: ids; or the sum of the bits of each row's numbers, [rows]."""
@@ -200,10 +214,14 @@ class Counted(Base):
 
 
 class CountedLanguage(Counted, LanguageBase):
-    """What qkit changes in SFTTrainer. `labelled_head`: compute the head on labelled positions only."""
+    """What qkit changes in SFTTrainer. `labelled_head`: compute the head on labelled positions only, with the loss `token_loss`.
 
-    def __init__(self, *args: Any, labelled_head: bool, **kwargs: Any):
+    Otherwise TRL computes the loss that its arguments name.
+    """
+
+    def __init__(self, *args: Any, labelled_head: bool, token_loss: TokenLoss = PLAIN, **kwargs: Any):
         self._labelled_head = labelled_head
+        self._token_loss = token_loss
         super().__init__(*args, **kwargs)
 
     def labels_in(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -221,7 +239,7 @@ class CountedLanguage(Counted, LanguageBase):
 
     def _bare_loss(self, model: Any, inputs: Any, items: Any) -> torch.Tensor:
         if self._labelled_head:
-            return labelled_loss(model, inputs, items)
+            return labelled_loss(model, inputs, items, self._token_loss)
         loss: torch.Tensor = super().compute_loss(model, inputs, num_items_in_batch=items)
         return loss
 
@@ -232,7 +250,12 @@ class CountedLanguage(Counted, LanguageBase):
     def isolation(self) -> pack_isolation.IsolationResult:
         """Check whether the loss of this trainer keeps the documents of a pack apart."""
         self.model.eval()  # TRL's loss collects metrics, and keeps those of evaluation separate
-        return pack_isolation.check(self.base_model, self._replica_loss)
+        trained_with = self._token_loss, self.args.loss_type
+        self._token_loss, self.args.loss_type = PLAIN, PLAIN.name  # the tolerances are those of the cross-entropy
+        try:
+            return pack_isolation.check(self.base_model, self._replica_loss)
+        finally:
+            self._token_loss, self.args.loss_type = trained_with
 
     def _replica_loss(self, replica: Any, inputs: Any, items: int) -> torch.Tensor:
         if not self._labelled_head and "forward" not in vars(replica):

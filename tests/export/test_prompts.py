@@ -59,8 +59,9 @@ def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
     from pyarrow import parquet
 
     from qkit.data.prepare import schema
+    from qkit.recipe.schema import Data
 
-    fields = [schema(open_task("chat")).field(name) for name in ("input_ids", "start", "messages", "tools")]
+    fields = [schema(open_task("chat"), Data()).field(name) for name in ("input_ids", "start", "messages", "tools")]
     parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), folder / "train.parquet")
     return folder / "train.parquet"
 

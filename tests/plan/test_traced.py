@@ -24,6 +24,7 @@ from qkit.plan import gpus, remedies, sheet, solve, speed
 from qkit.plan import plan as plan_plan
 from qkit.plan._known import Known
 from qkit.plan._traced import items, shapes, step
+from qkit.plan._traced import model as traced_model
 from qkit.plan._traced.head import new_head
 from qkit.recipe.load import from_dict
 from qkit.recipe.schema import Recipe
@@ -321,3 +322,49 @@ def test_plan_and_inspect_as_programs(models: Any, tmp_path: Path) -> None:
     assert (before["exact"], after["exact"]) == (False, True)
     assert after["peak_bytes"] < before["peak_bytes"]  # no row has 32 tokens
     assert "train fits" in printed("plan", "recipe.yaml")
+
+
+# --- many layers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "sections"),
+    [
+        ("bert", {"method": "full"}),
+        ("bert", {"method": "full", "layers": {"frozen": 2}}),
+        ("bert", {"method": "lora", "train": {"gradient_checkpointing": True}}),
+        ("bert", {"method": "pfeiffer"}),
+        ("distilbert", {"method": "head"}),
+        ("roberta", {"method": "lora"}),
+        ("llama", {"method": "lora", "quantization": {"load_in_4bit": True}}),
+        ("llama", {"method": "full", "train": {"gradient_accumulation_steps": 2}}),
+    ],
+)
+def test_a_deep_model_is_what_three_short_ones_say(tmp_path: Path, kind: str, sections: dict[str, Any]) -> None:
+    name = {"distilbert": "n_layers"}.get(kind, "num_hidden_layers")
+    folder = build_model(tmp_path / kind, kind, **{name: 9})
+    recipe = from_dict(settings(folder, tmp_path / "rows.jsonl", **sections), (), "the test")
+    setting = step.setting_of(recipe, new_head(recipe, COUNTED), False)
+    deep = step._deepened(setting, 3, 11, step.SHALLOW + recipe.layers.frozen, 9)
+    whole = step._run(setting, None, 3, 11)
+    assert deep is not None
+    assert dataclasses.replace(deep, log=whole.log) == whole
+    assert sorted(deep.log.steps) == sorted(whole.log.steps) and deep.log.items() == whole.log.items()
+
+
+def test_layers_of_several_kinds_are_all_traced(tmp_path: Path) -> None:
+    folder = build_model(tmp_path / "modernbert", "modernbert", num_hidden_layers=7)
+    recipe = from_dict(settings(folder, tmp_path / "rows.jsonl", method="full"), (), "the test")
+    head = new_head(recipe, COUNTED)
+    assert traced_model.layers_of(recipe, head) is None
+
+
+def test_an_adapter_on_some_layers_is_not_that_of_all(tmp_path: Path) -> None:
+    folder = build_model(tmp_path / "bert", "bert", num_hidden_layers=9)
+    rows = tmp_path / "rows.jsonl"
+    recipe = from_dict(
+        settings(folder, rows, method="lora", lora={"target_modules": r".*layer\.[0357]\..*query"}), (), "the test"
+    )
+    setting = step.setting_of(recipe, new_head(recipe, COUNTED), False)
+    assert step._deepened(setting, 3, 11, step.SHALLOW, 9) is None
+    assert len(step._traced(setting, 3, 11).trained) == len(step._run(setting, None, 3, 11).trained)

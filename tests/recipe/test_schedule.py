@@ -19,6 +19,7 @@ from qkit.plan import sheet
 from qkit.recipe import schedule
 from qkit.recipe.load import load
 from qkit.recipe.schema import Recipe
+from qkit.train import _metrics
 from qkit.train import stage as train_stage
 from qkit.train.trainers import sft
 
@@ -72,7 +73,7 @@ def test_a_training_has_these_rates_and_goes_on_with_them(tiny_model: Path, tmp_
         train_stage.run(run, out)
     again, _ = _run(tmp_path, tiny_model, **settings)
     train_stage.run(again, out)
-    seen = [line["learning_rate"] / 1e-2 for line in train_stage._lines(out / "metrics.jsonl")]
+    seen = [line["learning_rate"] / 1e-2 for line in _metrics.lines(out / "metrics.jsonl")]
     assert seen == pytest.approx(RATES["linear", 3, 8])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -17,6 +20,7 @@ from qkit.plugins.task import open_task
 from qkit.tasks._conversation.collate import collate
 from qkit.train.fast import head
 from qkit.train.fast.head import labelled_loss, row_losses
+from qkit.train.fast.token_loss import PLAIN, TokenLoss
 from qkit.train.trainer import trainer_class
 
 pytestmark = pytest.mark.slow
@@ -103,6 +107,7 @@ def _trainer(
     way: str,
     labelled_head: bool,
     micro_batches: int = 1,
+    token_loss: TokenLoss = PLAIN,
     **more: Any,
 ) -> Any:
     budget, capacity, accumulation = WAYS[way]
@@ -116,6 +121,7 @@ def _trainer(
         batch_tokens=budget,
         collator=open_task("chat").collate,
         labelled_head=labelled_head,
+        token_loss=token_loss,
         packing=capacity is not None,
         micro_batches=micro_batches,
         **_common(tiny_model),
@@ -195,6 +201,103 @@ def test_the_check_of_isolation_goes_the_trainers_own_way(
 
     monkeypatch.setattr(LlamaModel, "forward", seeing)
     assert trainer.isolation().verdict == "does not hold"
+
+
+# --- other losses -----------------------------------------------------------------------------------------------------
+
+LOSSES = {
+    "smoothed": (TokenLoss(smoothing=0.2), {"label_smoothing_factor": 0.2}),
+    "dft": (TokenLoss("dft"), {"loss_type": "dft"}),
+}
+
+
+@pytest.fixture(scope="module")
+def other(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """TRL's own path with each of these losses, one row at a time."""
+    found = {}
+    for name, (_, given) in LOSSES.items():
+        folder = tmp_path_factory.mktemp(name)
+        settings = _settings(folder, per_device_train_batch_size=1, gradient_accumulation_steps=len(ROWS), **given)
+        with warnings.catch_warnings():  # TRL will give up smoothing
+            warnings.simplefilter("ignore", FutureWarning)
+            found[name] = _step(SFTTrainer(args=settings, train_dataset=Dataset.from_list(ROWS), **_common(tiny_model)))
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_other_losses_are_those_of_trl(
+    plain: Any, other: Any, tiny_model: Path, tmp_path: Path, name: str, way: str
+) -> None:
+    trainer = _trainer(tiny_model, tmp_path, ROWS, way, True, token_loss=LOSSES[name][0])
+    _assert_same(_step(trainer), other[name])
+    assert trainer.sums.drawn == trainer.sums.in_batches == trainer.sums.divided_by
+    assert abs(other[name][0] - plain["completion"][0]) > 1e-3 * plain["completion"][0]
+
+
+@pytest.mark.parametrize("way", ["1 x 8", "8 x 1", "packs"])
+def test_dft_on_trls_head_is_the_same(other: Any, tiny_model: Path, tmp_path: Path, way: str) -> None:
+    _assert_same(_step(_trainer(tiny_model, tmp_path, ROWS, way, False, loss_type="dft")), other["dft"])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_rows_and_isolation_are_of_the_plain_loss(tiny_model: Path, tmp_path: Path, name: str) -> None:
+    trainer = _trainer(tiny_model, tmp_path, ROWS, "packs", True, token_loss=LOSSES[name][0])
+    batch = collate(ROWS, 0)
+    with torch.no_grad():
+        assert torch.equal(trainer.row_losses(batch), row_losses(trainer.base_model, batch))
+    verdict, usual = trainer.isolation(), _trainer(tiny_model, tmp_path, ROWS, "packs", True).isolation()
+    assert verdict.holds and verdict == usual
+    assert trainer._token_loss == LOSSES[name][0]
+
+
+# --- noise on embeddings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labelled_head", [True, False], ids=["qkit's head", "TRL's head"])
+@pytest.mark.parametrize("way", ["some", "packs"])
+def test_noise_is_that_of_neftune_and_in_training_only(
+    tiny_model: Path, tmp_path: Path, way: str, labelled_head: bool
+) -> None:
+    """The same step as the cross-entropy of a plain model on the embeddings that were seen."""
+    trainer = _trainer(tiny_model, tmp_path, ROWS, way, labelled_head, neftune_noise_alpha=5.0)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    batches: list[dict[str, torch.Tensor]] = []
+    embedding, own = trainer.model.get_input_embeddings(), trainer.compute_loss
+
+    def kept(model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+        batches.append({name: tensor.clone() for name, tensor in inputs.items()})
+        if len(batches) == 1:  # after NEFTune's own hook
+            embedding.register_forward_hook(lambda _, given, output: seen.append((given[0], output.detach())))
+        return own(model, inputs, *given, **named)
+
+    trainer.compute_loss = kept
+    start = copy.deepcopy(trainer.base_model)
+    vars(start).pop("forward", None)  # TRL's, which is bound to the model that is trained
+    found = _step(trainer)
+    assert len(seen) == len(batches) == WAYS[way][2]
+    items = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+    total = 0.0
+    for (ids, noisy), batch in zip(seen, batches, strict=True):
+        noise = noisy - embedding.weight.detach()[ids]
+        limit = 5.0 / (noisy.shape[1] * noisy.shape[2]) ** 0.5
+        assert 0.95 * limit < float(noise.abs().max()) <= limit * 1.0001 and abs(float(noise.mean())) < limit / 20
+        logits = start(inputs_embeds=noisy, position_ids=batch["position_ids"][:1], use_cache=False).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / items
+        loss.backward()
+        total += float(loss.detach())
+    gradients = {name: p.grad for name, p in start.named_parameters() if p.grad is not None}
+    found_too = {name.removeprefix("base_model.model."): gradient for name, gradient in found[1].items()}
+    _assert_same((found[0], found_too), (total, {name: gradients[name] for name in found_too}))
+
+
+def test_noise_is_gone_after_training(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = _trainer(tiny_model, tmp_path, ROWS, "some", True, neftune_noise_alpha=5.0)
+    batch, embedding = collate(ROWS, 0), trainer.model.get_input_embeddings()
+    trainer.train()
+    clean = embedding.weight[batch["input_ids"]]
+    assert torch.equal(trainer.model.train().get_input_embeddings()(batch["input_ids"]), clean)
+    assert not embedding._forward_hooks and not hasattr(embedding, "neftune_noise_alpha")
 
 
 def test_padding_on_the_right_is_not_seen(tiny_model: Path) -> None:

@@ -22,8 +22,7 @@ from qkit.core.device import detect
 from qkit.core.errors import StageFailed
 from qkit.model.adapters import new_heads
 from qkit.run.directory import Run
-from qkit.train import losses
-from qkit.train import stage as train_stage
+from qkit.train import _metrics, losses
 from qkit.train.trainers import labelled
 
 pytestmark = pytest.mark.slow
@@ -184,7 +183,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(with_dropout: Path, tmp_pat
     weights = "adapter/adapter_model.safetensors" if "lora" in method else "model/model.safetensors"
     assert (cut.folder("train") / weights).read_bytes() == (straight.folder("train") / weights).read_bytes()
     assert _json(cut.folder("train") / "sums.json") == _json(straight.folder("train") / "sums.json")
-    lines = [train_stage._lines(run.folder("train") / "metrics.jsonl") for run in (straight, cut)]
+    lines = [_metrics.lines(run.folder("train") / "metrics.jsonl") for run in (straight, cut)]
     assert [[line["step"], line["loss"]] for line in lines[0]] == [[line["step"], line["loss"]] for line in lines[1]]
 
 

@@ -22,7 +22,7 @@ from qkit.recipe.load import from_dict, load
 from qkit.recipe.schema import Lora, Recipe
 from qkit.run.directory import Run
 from qkit.tasks.chat import TASK
-from qkit.train import earlier_adapter, stage
+from qkit.train import _earlier_adapter, stage
 from qkit.train.trainers import open_trainer
 
 PLAIN = {"load_in_4bit": False}
@@ -219,7 +219,7 @@ def test_training_goes_on_from_an_adapter(first: Run, tiny_model: Path, tmp_path
 def test_other_settings_are_one_message(first: Run, tiny_model: Path, section: Any, said: str) -> None:
     how = Lora(**{"r": 4, "lora_alpha": 8, "init_from": str(first.root), **section})
     with pytest.raises(RecipeError, match=said):
-        earlier_adapter.check(how, tiny_model, print)
+        _earlier_adapter.check(how, tiny_model, print)
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_other_modules_are_named(first: Run, tiny_model: Path, tmp_path: Path) -
 def test_another_base_is_refused(first: Run, other_model: Path, tmp_path: Path) -> None:
     how = Lora(r=4, lora_alpha=8, init_from=str(first.root))
     with pytest.raises(ModelError, match="this adapter was trained on"):
-        earlier_adapter.check(how, other_model, print)
+        _earlier_adapter.check(how, other_model, print)
 
 
 @pytest.mark.slow
@@ -244,7 +244,7 @@ def test_an_adapter_of_peft_goes_on_unchecked(first: Run, tiny_model: Path, tmp_
     folder = shutil.copytree(first.trained(), tmp_path / "theirs")
     (folder / "qkit.json").unlink()
     said: list[str] = []
-    earlier_adapter.check(Lora(r=4, lora_alpha=8, init_from=str(folder)), tiny_model, said.append)
+    _earlier_adapter.check(Lora(r=4, lora_alpha=8, init_from=str(folder)), tiny_model, said.append)
     assert len(said) == 1 and "its base is not checked" in said[0]
 
 

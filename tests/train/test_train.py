@@ -20,7 +20,7 @@ from qkit.plan import gpus
 from qkit.recipe.load import load
 from qkit.run.directory import Run
 from qkit.tasks._conversation.collate import collate
-from qkit.train import checkpoints, memory_report
+from qkit.train import _metrics, checkpoints, memory_report
 from qkit.train import stage as train_stage
 from qkit.train.fast import head
 from qkit.train.trainers import sft
@@ -347,7 +347,7 @@ def test_a_run_that_was_killed_after_its_last_step_makes_no_other(
         with pytest.raises(KeyboardInterrupt):
             train_stage.run(killed, out)
     train_stage.run(Run(killed.root, killed.recipe), out)
-    steps = [[line["step"] for line in train_stage._lines(folder / "metrics.jsonl")] for folder in (straight, out)]
+    steps = [[line["step"] for line in _metrics.lines(folder / "metrics.jsonl")] for folder in (straight, out)]
     assert steps[0] == steps[1] == list(range(1, len(steps[0]) + 1))
     assert _json(out / "sums.json") == _json(straight / "sums.json")
     assert _losses(out) == _losses(straight)

@@ -27,13 +27,15 @@ def weights_dtype(recipe: Recipe, head: NewHead) -> str:
     return head.dtype if recipe.train.bf16 and recipe.method not in WHOLE else "float32"
 
 
-def built(recipe: Recipe, head: NewHead) -> Any:
+def built(recipe: Recipe, head: NewHead, layers: int | None = None) -> Any:
     """The model as the trainer has it, on the meta device: with what recipe.method trains, in fp32, and 4-bit layers if the recipe says so.
+
+    `layers`: how many of its layers it has; None: all.
 
     Raises:
         ModelError: transformers has no such model with this head, or the method has no place in it.
     """
-    model = _bare(recipe, head)
+    model = _bare(recipe, head, layers)
     set_dropout(model, recipe.head)
     generates = open_task(recipe.task).HEAD.generates
     new = () if generates else new_heads.of(model, head.folder)
@@ -72,12 +74,22 @@ def with_fakes(model: Any) -> Any:
     return model
 
 
-def _bare(recipe: Recipe, head: NewHead) -> Any:
+def layers_of(recipe: Recipe, head: NewHead) -> int | None:
+    """The number of layers, if the config does not tell some of them from others; else None."""
+    text = _config(recipe, head).get_text_config()
+    layers = getattr(text, "num_hidden_layers", None)
+    kinds = getattr(text, "layer_types", None) or ()
+    return layers if isinstance(layers, int) and len(set(kinds)) < 2 else None
+
+
+def _bare(recipe: Recipe, head: NewHead, layers: int | None) -> Any:
     """The base model and its new head; with eager attention if it has no other."""
     import torch
     import transformers
 
     config, section = _config(recipe, head), recipe.head
+    if layers is not None:
+        _shorten(config.get_text_config(), layers)
     pools = section.pooling is not None or hasattr(config, HEAD_KEY)
     model_class = _pooled_class() if pools else getattr(transformers, open_task(recipe.task).HEAD.auto_class)
     build = model_class._from_config if pools else model_class.from_config
@@ -119,6 +131,13 @@ def _config(recipe: Recipe, head: NewHead) -> Any:
     config.pad_token_id = text.pad_token_id = text.pad_token_id or 0
     text.vocab_size += len(set(recipe.model.add_tokens))
     return config
+
+
+def _shorten(config: Any, layers: int) -> None:
+    """Leave so many layers."""
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.num_hidden_layers = layers
 
 
 def _set_head(config: Any, section: Head) -> None:

@@ -1,27 +1,30 @@
 """Runs a training step, or a forward pass, on fake tensors and logs every tensor that it makes.
 
-For another number of rows the same operations make tensors whose sizes are linear in it, so two traces of a length are enough for all.
+For another number of rows the same operations make tensors whose sizes are linear in it, so two traces of a length are enough for all. Of a
+model with many equal layers, three short ones are traced: what each layer adds is the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from qkit.core import memory_watch
 from qkit.core.errors import ModelError
-from qkit.core.memory_watch import STANDING, Log
+from qkit.core.memory_watch import STANDING, Changes, Log
 from qkit.plan._optimizer_state import Tensor, tensors_of
-from qkit.plan._traced import kernels, language
+from qkit.plan._traced import depth, kernels, language
 from qkit.plan._traced.head import NewHead
-from qkit.plan._traced.model import built, with_fakes
+from qkit.plan._traced.model import built, layers_of, with_fakes
 from qkit.recipe.schema import Recipe
 
 # Rows of the two traces; one row is traced as it is, because torch treats dimensions of 1 in ways of their own.
 FEW, MORE = 2, 3
+SHALLOW = 2  # layers of the shortest model: a single one would be the first and the last
 # Of a recipe, what a trace depends on beside Setting's own fields.
 SECTIONS = ("task", "method", "lora", "bottleneck", "peft", "layers", "head", "model", "quantization")
 KEY: Any = {**dict.fromkeys(SECTIONS, True), "train": {"trainable"}}
@@ -64,7 +67,7 @@ def setting_of(
 class Traced:
     """A pass over one batch. `tensors`: those that are trained; `frozen`: parameters of all others together."""
 
-    log: Log
+    log: Changes
     flops: int
     tensors: tuple[Tensor, ...]
     frozen: int
@@ -100,18 +103,73 @@ def traced(setting: Setting, rows: int, length: int) -> Traced:
     if rows in (1, FEW, MORE):
         return _traced(setting, rows, length)
     few, more = (traced(setting, count, length) for count in (FEW, MORE))
-    if few.log.events != more.log.events or few.log.lines != more.log.lines:
+    if (log := few.log.extended(more.log, rows - FEW)) is None:
         return _traced(setting, rows, length)
     flops = few.flops + (rows - FEW) * (more.flops - few.flops)
-    return Traced(few.log.extended(more.log, rows - FEW), flops, few.tensors, few.frozen, few.held)
+    return Traced(log, flops, few.tensors, few.frozen, few.held)
 
 
 def _traced(setting: Setting, rows: int, length: int) -> Traced:
+    """The pass of the model: from three models with few of its layers if these are alike, else of all of it."""
+    layers = layers_of(setting.recipe, setting.head)
+    shallow = setting.recipe.layers.frozen + SHALLOW
+    if layers is not None and layers > shallow + 2 and (deep := _deepened(setting, rows, length, shallow, layers)):
+        return deep
+    return _run(setting, None, rows, length)
+
+
+def _deepened(setting: Setting, rows: int, length: int, shallow: int, layers: int) -> Traced | None:
+    """The pass of a model with `layers`, from those of models with `shallow` and one and two more; None if layers are not alike."""
+    try:
+        one, two, three = (_run(setting, shallow + more, rows, length) for more in (0, 1, 2))
+    except ModelError:
+        return None
+    more = layers - shallow
+    log = _extended(one.log, two.log, three.log, more)
+    tensors = depth.extended(one.tensors, two.tensors, three.tensors, more)
+    held = depth.extended(one.held, two.held, three.held, more)
+    if log is None or tensors is None or held is None or three.flops - two.flops != two.flops - one.flops:
+        return None
+    if (tensors, held) != _tensors(setting):  # of all layers: some may be of another kind
+        return None
+    flops, frozen = (
+        first + more * (second - first) for first, second in ((one.flops, two.flops), (one.frozen, two.frozen))
+    )
+    return Traced(log, flops, tuple(tensors), frozen, tuple(held))
+
+
+def _extended(one: Changes, two: Changes, three: Changes, layers: int) -> Changes | None:
+    """The changes of a model with `layers` more layers than the first of the three."""
+    parts = [_parts(log) for log in (one, two, three)]
+    if len({len(of_log) for of_log in parts}) > 1:
+        return None
+    made = [depth.extended(first, second, third, layers) for first, second, third in zip(*parts, strict=True)]
+    return None if None in made else Changes(tuple(step for part in made for step in part or ()))
+
+
+def _parts(log: Changes) -> list[list[tuple[str, int]]]:
+    """What is there before the pass, line by line, and then the pass: each has layers of its own."""
+    begin = next((place for place, (line, _) in enumerate(log.steps) if line not in STANDING), len(log.steps))
+    standing = [list(group) for _, group in itertools.groupby(log.steps[:begin], key=lambda step: step[0])]
+    return [*standing, list(log.steps[begin:])]
+
+
+@functools.lru_cache(maxsize=32)
+def _tensors(setting: Setting) -> tuple[list[Tensor], list[int]]:
+    """The tensors of the whole model that are trained, and the bytes of each other one."""
     with kernels.read_by_dora():
-        return _run(setting, built(setting.recipe, setting.head), rows, length)
+        model = built(setting.recipe, setting.head)
+    held = [p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad]
+    return list(tensors_of(model)), held
 
 
-def _run(setting: Setting, model: Any, rows: int, length: int) -> Traced:
+def _run(setting: Setting, layers: int | None, rows: int, length: int) -> Traced:
+    """The pass of the model; with so many of its layers, if not None."""
+    with kernels.read_by_dora():
+        return _passed(setting, built(setting.recipe, setting.head, layers), rows, length)
+
+
+def _passed(setting: Setting, model: Any, rows: int, length: int) -> Traced:
     """The pass of a model that was built."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -121,7 +179,7 @@ def _run(setting: Setting, model: Any, rows: int, length: int) -> Traced:
     try:
         # Some modules hold tensors that are neither parameters nor buffers; these are converted when they are used.
         with FakeTensorMode(allow_non_fake_inputs=True):
-            log = _log(setting, with_fakes(model), _batch(setting, rows, length), counter)
+            log = _log(setting, with_fakes(model), _batch(setting, rows, length), counter).changes()
     except (
         Exception
     ) as error:  # of the model's own code, which may do anything: read a value, or call what has no shapes

@@ -198,7 +198,7 @@ def note_columns(
     record: Mapping[str, Any], taken: Set[str], section: Data, notes: Notes, example: Example, accepted: Any = None
 ) -> None:
     """Note the columns that neither the format (`taken` are its) nor the template nor the recipe reads."""
-    names = [*(example.variables if isinstance(example, Conversation) else ()), section.group]
+    names = [*(example.variables if isinstance(example, Conversation) else ()), section.group, section.weight]
     names += [section.stratify] if section.split is not None else []
     used = taken | {section.columns.get(name, name) for name in names if name is not None}
     used |= {"id"} if accepted is not None else set()
@@ -276,7 +276,7 @@ def _not_recognised(record: Mapping[str, Any], section: Data) -> str:
 
 def unknown_column(section: Data, reads: Reads) -> str:
     """The error for the first name in data.columns that nothing reads and that would have no effect; "" if all are read."""
-    known = sorted({*KNOWN, *reads.variables, *filter(None, (section.group, section.stratify))})
+    known = sorted({*KNOWN, *reads.variables, *filter(None, (section.group, section.stratify, section.weight))})
     for ours, theirs in section.columns.items():
         if ours not in known:
             close = difflib.get_close_matches(ours, known, n=1)

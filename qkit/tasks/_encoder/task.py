@@ -99,6 +99,7 @@ class EncoderTask:
         for section, field in (("data", "system"), ("model", "chat_template")):
             if getattr(getattr(recipe, section), field) is not None:
                 yield (section, field), f"{section}.{field} is for conversations, and {where} has none: remove it"
+        yield from _of_train(recipe)
         yield from _of_method(recipe)
         yield from _of_head(recipe, self.HEAD)
 
@@ -345,6 +346,18 @@ class EncoderTask:
         from qkit.tasks._encoder.use.service import LabelService, open_service
 
         return open_service(LabelService, folder, max_length)
+
+
+def _of_train(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    train, for_chats = recipe.train, f"is for conversations: for task={recipe.task}"
+    if factor := train.label_smoothing_factor:
+        key, text = "label_smoothing_factor", f"{factor:g} {for_chats} set loss.label_smoothing={factor:g}"
+        yield ("train", key), f"train.{key}={text}"
+    if train.loss_type != "nll":
+        yield (
+            ("train", "loss_type"),
+            f"train.loss_type={train.loss_type} {for_chats} see the section loss",
+        )
 
 
 def _of_method(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

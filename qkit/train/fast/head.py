@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from qkit.core.batching import IGNORED
 from qkit.model.load import scaled
+from qkit.train.fast.token_loss import PLAIN, TokenLoss
+from qkit.train.row_weights import at
 
 if TYPE_CHECKING:
     import torch
@@ -24,15 +26,20 @@ POSITIONS_AT_ONCE = (
 
 
 def labelled_loss(
-    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], items: torch.Tensor | int | None
+    model: PreTrainedModel,
+    batch: Mapping[str, torch.Tensor],
+    items: torch.Tensor | int | None,
+    loss: TokenLoss = PLAIN,
 ) -> torch.Tensor:
-    """Mean cross-entropy over labelled tokens: their sum divided by `items`, the labels of the whole accumulated batch.
+    """Mean loss over labelled tokens: their sum divided by `items`, the labels of the whole accumulated batch.
 
-    `batch`: from `collate` or `collate_pack`. `items` None: the number of labels in this batch.
+    `batch`: from `collate` or `collate_pack`; with `weights`, those of the losses. `items` None: the number of labels in this batch.
     """
     rows, places = _labelled(batch["labels"])
-    total = _losses(model, _hidden(model, batch), batch["labels"], rows, places).sum()
-    return total / (len(rows) if items is None else items)
+    losses = _losses(model, _hidden(model, batch), batch["labels"], rows, places, loss)
+    if "weights" in batch:
+        losses = losses[: len(rows)] * at(batch["weights"], rows, places + 1)
+    return losses.sum() / (len(rows) if items is None else items)
 
 
 def row_losses(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -65,15 +72,20 @@ def _hidden(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.
 
 
 def _losses(
-    model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, places: torch.Tensor
+    model: PreTrainedModel,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    rows: torch.Tensor,
+    places: torch.Tensor,
+    loss: TokenLoss = PLAIN,
 ) -> torch.Tensor:
-    """Cross-entropy of the token after each of `places`: [places], padded with zeros to a multiple of POSITIONS_STEP.
+    """The loss of the token after each of `places`: [places], padded with zeros to a multiple of POSITIONS_STEP.
 
     The padding keeps the number of distinct shapes that the head computes small.
     """
-    from torch.nn.functional import cross_entropy, pad
+    from torch.nn.functional import pad
 
     filler = -len(rows) % POSITIONS_STEP
     targets = pad(labels[rows, places + 1], (0, filler), value=IGNORED)
     logits = model.get_output_embeddings()(hidden[pad(rows, (0, filler)), pad(places, (0, filler))])
-    return cross_entropy(scaled(model, logits.float()), targets, reduction="none", ignore_index=IGNORED)
+    return loss(scaled(model, logits.float()), targets)

@@ -13,6 +13,7 @@ from qkit.core.sources import cache_dir
 from qkit.recipe import schedule
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
+from qkit.train import row_weights
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 FIRST_ROWS = 256  # that an adapter which starts along its inputs reads
 # Fields of the train section that are not given to transformers: it would delete the old checkpoint before the new one is complete, and
-# evaluation is set once the rows are known (validation.py).
+# evaluation is set once the rows are known (validation.py); trackers and the loss are qkit's own.
 OF_QKIT = {
     "save_total_limit",
     "activation_offloading",
@@ -37,6 +38,10 @@ OF_QKIT = {
     "early_stopping_patience",
     "early_stopping_threshold",
     "trainable",
+    "report_to",
+    "run_name",
+    "loss_type",
+    "label_smoothing_factor",
 }
 UNPACKED = 8  # Arrow bytes per byte of Parquet: ids take four bytes instead of two, and labels compress to almost nothing in Parquet
 
@@ -73,13 +78,18 @@ def first_batches(run: Run) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
+def weight(recipe: Recipe) -> list[str]:
+    """The column of the rows' weights, if the recipe has them."""
+    return [] if recipe.data.weight is None else [row_weights.COLUMN]
+
+
 def arguments(recipe: Recipe, device: Device, out: Path) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments, with the settings that qkit's rows and the device need; what only TRL knows is left out."""
     return {
         "output_dir": str(out / "checkpoints"),
         "seed": recipe.seed,
         "per_device_train_batch_size": 1,  # batches come from the token budget
-        "report_to": [],
+        "report_to": [],  # trackers receive their events from qkit.tracking, where they may fail
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it would log a NaN loss as 0
         "save_strategy": "steps",

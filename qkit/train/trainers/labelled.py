@@ -48,14 +48,15 @@ class CountedLabels(Counted):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The sum of the losses, divided by the labels of the whole accumulated batch: the same gradient whatever the accumulation."""
-        total = self._losses(model(**_of_model(inputs)), inputs).sum()
+        losses = self._losses(model(**_of_model(inputs)), inputs)
+        total = (losses * inputs["weights"] if "weights" in inputs else losses).sum()
         return total / (len(self.labels_in(inputs)) if num_items_in_batch is None else num_items_in_batch)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """transformers counts every number of a row, where the row counts as one."""
         import torch
 
-        if not batch_samples or not batch_samples[0]["labels"].is_floating_point():
+        if self.row_weights is not None or not batch_samples or not batch_samples[0]["labels"].is_floating_point():
             return super()._get_num_items_in_batch(batch_samples, device)
         return torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
 
@@ -91,7 +92,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
     trainer: Trainer = trainer_class(
         model=model,
         args=training_arguments(recipe, device, out),
-        train_dataset=_shared.training_rows(data / "train.parquet", COLUMNS),
+        train_dataset=_shared.training_rows(data / "train.parquet", [*COLUMNS, *_shared.weight(recipe)]),
         losses=partial(of_rows.losses, loss=losses.open_loss(recipe.loss, data, base)),
         pad=pad,
         batch_tokens=recipe.data.batch_tokens,

@@ -18,6 +18,7 @@ from qkit.plan import plan as plan_plan
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
+from qkit.train.fast import token_loss
 from qkit.train.trainer import trainer_class
 from qkit.train.trainers import _shared
 
@@ -37,8 +38,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
 
     recipe, task = run.recipe, open_task(run.recipe.task)
     args = sft_config(recipe, device, out)
-    columns = ["input_ids", "labels", *(("pack", "position") if recipe.data.packing else ())]
-    rows = _shared.training_rows(run.need("data", "train.parquet"), columns)
+    rows = _shared.training_rows(run.need("data", "train.parquet"), _columns(recipe))
     base, tokenizer = load.load_base(folder, recipe, device), model_tokenizer.load_tokenizer(folder, recipe.model)
     if args.gradient_checkpointing:
         _need_checkpointing(base, recipe)
@@ -53,7 +53,8 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         batch_tokens=recipe.data.batch_tokens,
         batch_rows=recipe.data.batch_rows,
         collator=task.collate,
-        labelled_head=device.uses_labelled_head,
+        labelled_head=device.uses_labelled_head or recipe.needs_losses,
+        token_loss=token_loss.of(recipe.train),
         packing=recipe.data.packing,
         micro_batches=recipe.micro_batches,
         checkpoints_kept=recipe.train.save_total_limit,
@@ -63,6 +64,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
         trainer.add_callback(layers.unfreezing(trainer.model, recipe.layers))
     if recipe.method == "lora" and recipe.model.add_tokens:
         added_tokens.show_head(trainer.model)
+    _say_loss(run)
     if device.frees_through_malloc:
         trim_between_layers(trainer.base_model)
     return trainer
@@ -96,6 +98,16 @@ def _prepared(
     return model, None
 
 
+def _columns(recipe: Recipe) -> list[str]:
+    packs = ("pack", "position") if recipe.data.packing else ()
+    return ["input_ids", "labels", *packs, *_shared.weight(recipe)]
+
+
+def _say_loss(run: Run) -> None:
+    if remark := token_loss.of(run.recipe.train).remark:
+        run.progress.notify(f"train: {remark}; losses of rows and of held-out rows are the plain cross-entropy")
+
+
 def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
     """SFTConfig from the recipe's train section, with the settings that qkit's rows and the device need."""
     from trl import SFTConfig
@@ -106,6 +118,7 @@ def sft_config(recipe: Recipe, device: Device, out: Path) -> SFTConfig:
             max_length=None,  # the data stage has applied data.too_long; TRL would truncate answers
             dataset_kwargs={"skip_prepare_dataset": True},
             activation_offloading=recipe.train.activation_offloading,
+            loss_type=recipe.train.loss_type,
             **{**_shared.arguments(recipe, device, out), "bf16": recipe.train.bf16},
         )
     )
