@@ -37,7 +37,7 @@ SLOW_FIXTURES = {"whole_run", "trained_run", "onnx_exports"}
 # Files that share a fixture of the session that is dear to make are run by the same worker.
 TOGETHER = {
     "whole_run": ("test_pipeline.py", "test_merge.py"),
-    "onnx_exports": ("test_onnx.py", "test_serve_onnx.py"),
+    "onnx_exports": ("test_onnx.py", "test_serve_onnx.py", "test_talk_models.py"),
 }
 
 

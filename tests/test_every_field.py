@@ -178,6 +178,7 @@ TABLE: dict[str, Line | Place] = {
     "Source.format": (data, {"data.train": [{"source": "rows.jsonl", "format": "text"}]}),
     "Source.word_column": ("data/_read_conll.py", "source.word_column"),
     "Source.tag_column": ("data/_read_conll.py", "source.tag_column"),
+    "Source.delimiter": ("data/read.py", "source.delimiter or DELIMITERS"),
     "Source.sample_by": (
         data,
         {"data.train": [{"source": "text.txt", "sample_by": "line"}]},

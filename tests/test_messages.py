@@ -12,6 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qkit.commands.housekeeping import listing, removal
+from qkit.commands.talk import speakers, typed
+from qkit.commands.talk import targets as talk_targets
+from qkit.commands.talk.job import Job
 from qkit.core import files, sources
 from qkit.core.errors import QkitError, listed, nearest
 from qkit.measure.evidence import Breach
@@ -127,6 +131,7 @@ CHANGES = {
     "loftq on 16 bits": ["lora.init_lora_weights=loftq", "quantization.load_in_4bit=false"],
     "a start of no name": ["lora.init_lora_weights=pisa"],
     "two starts": ["lora.init_lora_weights=eva", "lora.init_from=runs/first"],
+    "a delimiter of JSON lines": ["data.train=[{source: rows.jsonl, delimiter: ';'}]"],
     "not an override": ["train.max_steps"],
     "not a section": ["task.name=x"],
 }
@@ -171,6 +176,18 @@ def messages(folder: Path) -> dict[str, str]:
     (folder / "other").mkdir()
     (folder / "other" / "file").write_text("")
     (folder / "damaged.json").write_text("{")
+    (folder / "rows.jsonl").write_text("{}")
+    files_of_folders = {
+        "adapter/adapter_config.json": "{}",
+        "labels/config.json": '{"architectures": ["BertForSequenceClassification"]}',
+        "begun/recipe.yaml": json.dumps(RECIPE),
+        "foreign/recipe.yaml": json.dumps(RECIPE),
+        "foreign/run.json": "{}",
+        "foreign/notes.txt": "",
+    }
+    for name, content in files_of_folders.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
     task = open_task("chat")
     found = {
         f"recipe: {name}": _of(lambda c=c: from_dict(json.loads(json.dumps(RECIPE)), c, "r.yaml"))
@@ -187,6 +204,7 @@ def messages(folder: Path) -> dict[str, str]:
     places: dict[str, Callable[[], object]] = {
         "recipe: a key twice": lambda: load(folder / "twice.yaml"),
         "recipe: a list": lambda: load(folder / "list.yaml"),
+        "recipe: a data file": lambda: load(folder / "rows.jsonl"),
         "recipe: missing": lambda: load(folder / "no.yaml"),
         "run: not one": lambda: Run.open(folder / "other"),
         "run: other files": lambda: Run.create(folder / "other", from_dict(dict(RECIPE), [], "r.yaml")),
@@ -198,6 +216,17 @@ def messages(folder: Path) -> dict[str, str]:
         "file: damaged": lambda: files.read(folder / "damaged.json"),
         "plan: unknown card": lambda: gpus.device("rtx-9999"),
         "plan: memory": lambda: plan_plan.device_for(None, "much"),
+        "talk: unknown command": lambda: typed.read("/rege a"),
+        "talk: no file": lambda: typed.read("/save"),
+        "talk: no parameter": lambda: speakers.parameters({"top_p": 0}),
+        "talk: nothing there": lambda: talk_targets.opened(Job(str(folder / "nothing"))),
+        "talk: no model": lambda: talk_targets.opened(Job(str(folder / "other"))),
+        "talk: an adapter": lambda: talk_targets.opened(Job(str(folder / "adapter"))),
+        "talk: labels": lambda: talk_targets.opened(Job(str(folder / "labels"))),
+        "talk: a run without a model": lambda: talk_targets.opened(Job(str(folder / "begun"))),
+        "runs: nothing there": lambda: listing.roots([folder / "nothing"]),
+        "runs: not one": lambda: removal.doomed([folder / "other"]),
+        "runs: other files": lambda: removal.doomed([folder / "foreign"]),
         "nearest": lambda: nearest("optimm", ["optim"]),
         "listed": lambda: listed(["b", "a"]),
     }

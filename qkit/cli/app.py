@@ -33,6 +33,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "init": Verb("init", "Write a recipe for a file of examples, with a reason for every value."),
     "doctor": Verb("doctor", "Check what works on this machine, what is missing and how to install it."),
     "plan": Verb("plan", "Estimate memory and time before anything is loaded."),
     "inspect": Verb("inspect", "Show what will be learned, row by row, and likely problems."),
@@ -48,8 +49,12 @@ VERBS = {
     "bench": Verb("bench", "Stage: measure latency, throughput, memory and cost of each runtime."),
     "report": Verb("stages", "Stage: write the run's HTML page and its model card."),
     "predict": Verb("predict", "Predict every record of a file with a run, an artifact or a server."),
+    "chat": Verb("chat", "Talk to a run, a model's folder or a server in the terminal."),
     "push": Verb("push", "Upload a model folder to the Hugging Face hub."),
     "adapters": Verb("adapters", "List, load and unload the adapters of a running server."),
+    "ls": Verb("runs", "List the runs: state, score, size, age."),
+    "rm": Verb("runs", "Delete runs, after showing what would go."),
+    "gc": Verb("runs", "Delete what no result needs: checkpoints of finished trainings, leftovers, old cache."),
 }
 
 
@@ -88,7 +93,7 @@ app = verb_app(
     cls=LazyGroup,
     no_args_is_help=True,
     help="Fine-tune a quantized language model, deploy it, and measure the result.",
-    epilog="Start with: qkit run recipes/quickstart.yaml",
+    epilog="Start with: qkit init rows.jsonl",
 )
 
 

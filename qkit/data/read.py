@@ -187,7 +187,7 @@ def _from_file(file: Path, name: str, source: Source) -> Numbered:
         elif suffix in LOADERS:
             yield from _from_datasets(LOADERS[suffix], file, source)
         elif suffix in DELIMITERS:
-            yield from _from_csv(file, name, DELIMITERS[suffix])
+            yield from _from_csv(file, name, source.delimiter or DELIMITERS[suffix])
         elif suffix in JSON_SUFFIXES:
             yield from from_json(file, name, whole=suffix == ".json")
         else:

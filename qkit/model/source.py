@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qkit.core.errors import ModelError
 from qkit.core.files import sha256_of
 from qkit.core.network import reaching_hub
-from qkit.core.sources import HubId, cache_dir, locate, unzipped
+from qkit.core.sources import HubId, cache_dir, locate, mark_used, unzipped
 from qkit.model import added_tokens, older_forms, prequantized
 from qkit.model.gguf import rope as gguf_rope
 from qkit.model.gguf import tokenizer as gguf_tokenizer
@@ -90,6 +90,7 @@ def _from_gguf(file: Path) -> Path:
 def _cached(target: Path, make: Callable[[Path], None]) -> Path:
     """The folder `target` in the cache. If it is missing, `make` fills a temporary folder, which is renamed when complete."""
     if target.exists():
+        mark_used(target)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as temporary:

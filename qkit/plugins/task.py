@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, Reads, RowError
+from qkit.plugins.first_recipe import Start, Suggestion, Table
 from qkit.plugins.sections import Evaluated, Figure, Section
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 
@@ -160,6 +161,13 @@ class Task(Protocol):
         self, recipe: Recipe
     ) -> Iterator[tuple[tuple[str | int, ...], str]]: ...  # values without a meaning here
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]: ...  # section -> values where a recipe has none
+
+    # init
+    START: Start  # what a first recipe starts with
+
+    def suggestion(
+        self, table: Table
+    ) -> Suggestion | None: ...  # how the task would read these records; None: not at all
 
     # data: record -> example -> rows
     def example(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FITTED = ("vllm-w4a16", "vllm-w8a8")  # the export formats that use export.method and its calibration rows
 FREE_TEXT = ("chat",)  # the tasks whose answers are free text, which a pattern can cut
 CONLL_SUFFIXES = (".conll", ".iob", ".iob2", ".bio", ".bioes")  # of files with columns of words and tags
+TABLES = (".csv", ".tsv")  # the files that delimiter divides
 TEXT = (".txt", ".md")  # the files that sample_by divides
 ONE_LINERS = (
     "messages",
@@ -218,6 +219,9 @@ def _source(source: Source, where: Sequence[str | int]) -> Problems:
             (*where, name),
             _only(f"{dotted}.{name}", str(getattr(source, name)), "CoNLL files (format: conll)", source.source),
         )
+    if _set(source, "delimiter") and path.suffix and path.suffix.lower() not in TABLES:
+        tables = f"tables ({', '.join(TABLES)})"
+        yield (*where, "delimiter"), _only(f"{dotted}.delimiter", repr(source.delimiter), tables, source.source)
     if _set(source, "sample_by") and path.suffix and path.suffix.lower() not in TEXT and not is_hub_id(source.source):
         message = _only(f"{dotted}.sample_by", source.sample_by, f"text files ({', '.join(TEXT)})", source.source)
         yield (*where, "sample_by"), message

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from qkit.core.errors import LINE, Problem, RecipeError, nearest, short
 from qkit.recipe.checks import clashes
+from qkit.recipe.idle import CONLL_SUFFIXES, TEXT
 from qkit.recipe.registry import task_defaults
 from qkit.recipe.schema import Recipe
 from qkit.recipe.section import Section
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from qkit.recipe.checks import Key
 
 
+JSON = ".json"  # of data, and perhaps of a recipe: YAML reads both
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", *TEXT, *CONLL_SUFFIXES)
 MAX_PROBLEMS = 20  # in a message: a file that is not a recipe has thousands
 
 
@@ -31,7 +34,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: with every problem: file, line, key, what is wrong, the nearest valid key.
     """
     if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe; `recipes/quickstart.yaml` is an example to start from")
+        raise RecipeError(f"{path}: no such recipe; `qkit init --example quickstart` writes one to start from")
+    if path.suffix.lower() in DATA_SUFFIXES:
+        raise _is_data(path)
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -43,11 +48,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     ]
     if duplicates:
         raise _recipe_error(duplicates)
+    if path.suffix.lower() == JSON and not (isinstance(raw, dict) and "model" in raw):
+        raise _is_data(path)
     if not isinstance(raw, dict):
         raise RecipeError(
             f"{path}: a recipe must be a mapping of sections (model, data, train ...), got {short(repr(raw))}"
         )
     return from_dict(raw, overrides, str(path), {key: f"{path}:{line}" for key, line in _lines(node)})
+
+
+def _is_data(path: Path) -> RecipeError:
+    return RecipeError(f"{path}: is a data file, not a recipe; `qkit init {path}` writes a recipe for it")
 
 
 def from_dict(

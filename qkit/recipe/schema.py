@@ -115,6 +115,9 @@ class Source(Section):
         0, description="of a CoNLL file: the column of the words, counted from 0, or with -1 from the end"
     )
     tag_column: int = Field(-1, description="of a CoNLL file: the column of the tags")
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+        None, description="what parts the columns of a .csv or .tsv file; default: a comma, or a tab"
+    )
     sample_by: Literal["line", "paragraph", "document"] = Field(
         "document", description="unit of a text file that becomes a row"
     )

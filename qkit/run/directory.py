@@ -70,7 +70,7 @@ ADDED = {
     "evaluate.max_answer_tokens": 30,
     "evaluate.metrics": [],
 }
-ADDED_TO_SOURCES = {"word_column": 0, "tag_column": -1}  # the same of each data set
+ADDED_TO_SOURCES = {"word_column": 0, "tag_column": -1, "delimiter": None}  # the same of each data set
 KEY = ".key"  # in a work folder: the stage key that the work belongs to
 DECIDED = "decided.json"  # in a stage's folder: its decisions where the recipe says `auto`, by recipe key
 LOCK_HELD = "QKIT_RUN_LOCK"  # set for a stage that `qkit run` starts: it uses its parent's lock

@@ -76,6 +76,13 @@ class Client:
         """The answer to a request that must succeed."""
         return self.expect_ok(self.send(method, path, body))
 
+    def streamed(self, path: str, body: Any) -> Iterator[bytes]:
+        """The parts of the answer to a POST as they arrive; it must succeed. Closing the iterator early closes the connection."""
+        with self._translated("does not answer"), self._http.stream("POST", path, json=body) as answer:
+            if answer.status_code != 200:
+                answer.read()
+            yield from self.expect_ok(answer).iter_bytes()
+
     def expect_ok(self, answer: httpx.Response) -> httpx.Response:
         """`answer`, if its status is 200; otherwise its text is in the error."""
         if answer.status_code == 200:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.errors import short
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, Question, Reads
+from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.plugins.sections import Evaluated, Section
 from qkit.plugins.task import ModelHead, Prediction, Service
 from qkit.recipe.schema import Data, Evaluate, Recipe
 from qkit.tasks._answering.report import ANSWERS, BETWEEN
 from qkit.tasks._answering.set_checks import QUESTION_CHECKS
+from qkit.tasks._encoder._first_recipe import start_of
 from qkit.tasks._encoder.task import EncoderTask
 
 if TYPE_CHECKING:
@@ -72,6 +74,14 @@ class Answer(EncoderTask):
         """Those of texts with labels, and windows of 384 tokens."""
         defaults = super().defaults(raw)
         return {**defaults, "data": {**defaults["data"], "too_long": "split", "max_length": 384}}
+
+    START = start_of(384, "divided into windows, which get one prediction")
+
+    def suggestion(self, table: Table) -> Suggestion | None:
+        """How the records of a data set are questions on contexts; None if they are not."""
+        from qkit.tasks._answering.first_recipe import of_answers
+
+        return of_answers(table)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 

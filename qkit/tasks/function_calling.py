@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from qkit.core.errors import listed, short
 from qkit.plugins.example import NO_MORE, Conversation, Example, Reads, RowError, without_thinking
+from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.recipe.schema import Data, Evaluate
 from qkit.tasks._conversation.task import ConversationTask
 
@@ -168,6 +169,10 @@ class FunctionCallingTask(ConversationTask):
     """Rows of the leaderboard; a prediction is correct if it is an accepted call."""
 
     METRIC = "exact call match"
+
+    def suggestion(self, table: Table) -> Suggestion | None:
+        """None: the answers are in a file of their own, which a data set does not name."""
+        return None
 
     def example(
         self, record: Mapping[str, Any], accepted: Any, data_format: str, section: Data, reads: Reads = NO_MORE

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, Example, Reads
+from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.plugins.sections import Evaluated, Section
 from qkit.plugins.task import ModelHead, Prediction, Service, read_labels
 from qkit.recipe.schema import Data, Evaluate, Recipe
@@ -33,6 +34,12 @@ class MultiLabel(EncoderTask):
     LOSSES = ("bce",)
     SEVERAL = True
     FIGURES = SEVERAL_LABELS
+
+    def suggestion(self, table: Table) -> Suggestion | None:
+        """How the records of a data set are texts with any number of labels; None if they are not."""
+        from qkit.tasks._encoder._first_recipe import of_several_labels
+
+        return of_several_labels(table)
 
     def example(
         self, record: Mapping[str, Any], accepted: Any, data_format: str, section: Data, reads: Reads = NO_MORE

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, Reads
+from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.plugins.sections import Evaluated, Section
 from qkit.plugins.task import ModelHead, Prediction, Service, read_labels
 from qkit.recipe.schema import Data, Evaluate, Recipe
@@ -35,6 +36,12 @@ class Regress(EncoderTask):
     LOSSES = ("mse", "huber")
     FIGURES = NUMBERS
     LABEL_FIGURE = None
+
+    def suggestion(self, table: Table) -> Suggestion | None:
+        """How the records of a data set are texts with numbers; None if they are not."""
+        from qkit.tasks._encoder._first_recipe import of_numbers
+
+        return of_numbers(table)
 
     def example(
         self, record: Mapping[str, Any], accepted: Any, data_format: str, section: Data, reads: Reads = NO_MORE

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, Reads, TaggedWords
+from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.plugins.sections import Evaluated, Section
 from qkit.plugins.task import ModelHead, Prediction, read_labels
 from qkit.recipe.schema import Data, Evaluate, Recipe
+from qkit.tasks._encoder._first_recipe import start_of
 from qkit.tasks._encoder._report.tags import ENTITIES
 from qkit.tasks._encoder.tagging.checks import ROW_CHECKS
 from qkit.tasks._encoder.task import EncoderTask
@@ -50,6 +52,14 @@ class Tag(EncoderTask):
                 f"peft.peft_type={kind} puts tokens before a text, and task=tag reads its tokens by their places: use PREFIX_TUNING, IA3 "
                 "or method=lora",
             )
+
+    START = start_of(512, "cut between words")
+
+    def suggestion(self, table: Table) -> Suggestion | None:
+        """How the records of a data set are words with tags; None if they are not."""
+        from qkit.tasks._encoder.tagging._first_recipe import of_tags
+
+        return of_tags(table)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import pytest
 
 from qkit.run.stages import STAGES
 
-VERBS = ["doctor", "plan", "inspect", "run", "show", *STAGES]
+VERBS = ["init", "doctor", "plan", "inspect", "run", "show", "chat", "ls", "rm", "gc", *STAGES]
 
 
 @pytest.mark.parametrize("verb", VERBS)

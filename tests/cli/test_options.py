@@ -26,8 +26,11 @@ PLANNED = {"overrides", "memory", "card", "solve", "explain"}
 STAGE = {"overrides", "out"}
 SERVED = {"overrides", "out", "runtime", "artifact", "name", "adapter", "runtime_adapters", "api_key_file", "force"}
 PREDICTED = {"out", "column", "keep", "top_k", "max_new_tokens", "overwrite"}
+TALKED = {"system", "beside", "temperature", "top_p", "top_k", "max_tokens", "seed"}
 # A way of using a verb -> the options that it reads. `child` and the like, which every way has, are left out.
 WAYS: dict[str, tuple[list[str], set[str]]] = {
+    "init": (["init", "rows.jsonl"], {"model", "task", "out", "force"}),
+    "init an example": (["init", "--example", "quickstart"], {"out", "force", "example"}),
     "doctor": (["doctor"], {"make"}),
     "plan a recipe": (["plan", RECIPE], PLANNED),
     "plan a model": (["plan", "--model", "m"], PLANNED | {"model", "quantization", "rank", "batch", "length"}),
@@ -78,6 +81,11 @@ WAYS: dict[str, tuple[list[str], set[str]]] = {
         ["predict", "http://127.0.0.1:9", "f", "--out", "o.jsonl"],
         PREDICTED | {"model", "api_key_file"},
     ),
+    "chat": (["chat", "r"], TALKED | {"artifact"}),
+    "chat with a server": (["chat", "http://127.0.0.1:9"], TALKED | {"model", "api_key_file"}),
+    "ls": (["ls"], set()),
+    "rm": (["rm", "r"], {"yes"}),
+    "gc": (["gc"], {"yes", "days"}),
     "push": (["push", "f", "me/m"], {"private", "dry_run", "force"}),
     "serve": (["serve", RECIPE], SERVED | {"no_contract", "restart", "form"}),
     "print": (["serve", RECIPE, "--print", "shell"], SERVED | {"form"}),
@@ -86,7 +94,7 @@ WAYS: dict[str, tuple[list[str], set[str]]] = {
     "adapters unload": (["adapters", "unload", "n"], {"url", "api_key_file"}),
 }
 # Which way of using a verb an option itself chooses.
-CHOOSING = {"run", "charts", "server", "form", "base", "model", "row", "make"}
+CHOOSING = {"run", "charts", "server", "form", "base", "model", "row", "make", "example"}
 
 
 GROUPS = {"adapters", "bench"}

@@ -18,6 +18,8 @@ from helpers.sse import serving
 from qkit.bench import any_server
 from qkit.bench.tool import COMPLETIONS
 from qkit.commands import compare
+from qkit.commands.talk import targets
+from qkit.commands.talk.job import Job
 from qkit.core.errors import ModelError, ServerError, UserError
 from qkit.core.files import write_json
 from qkit.core.network import reaching
@@ -65,7 +67,11 @@ def listed(url: str, run: Run) -> Any:
     return adapters.Endpoint(url).list()
 
 
-ASKING = (bench, bench_of_a_name, verify, stop_tokens, compared, compared_later, listed)
+def talked_to(url: str, run: Run) -> Any:
+    return targets.opened(Job(url))
+
+
+ASKING = (bench, bench_of_a_name, verify, stop_tokens, compared, compared_later, listed, talked_to)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

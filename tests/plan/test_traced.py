@@ -226,6 +226,12 @@ def test_counted_labels_replace_the_assumption(models: Any) -> None:
     assert "10 labels assumed" in str(plan_plan.plan(how, device=CPU).items)
 
 
+def test_a_head_whose_outputs_are_known_needs_no_labels(models: Any) -> None:
+    """Before the data stage: the begin and the end of an answer, whatever the data are."""
+    how = recipe(models("bert"), task="answer", method="head")
+    assert items_of(how, known=Known())["trained"] == 4 * 2 * 33
+
+
 def test_a_checkpoint_that_is_not_here_has_no_pooler(models: Any) -> None:
     how = recipe(models("bert"))
     here = new_head(how, COUNTED)

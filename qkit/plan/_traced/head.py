@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from qkit.core.errors import ModelError
 from qkit.core.sources import HubId, locate, unzipped
 from qkit.model.config import config_of, known_models
 from qkit.plan._known import NOTHING, Known
+from qkit.plugins.task import open_task
 from qkit.recipe import schema
 from qkit.recipe.schema import Recipe
 from qkit.tensors.shards import SHARDS, TORCH_NAMES, shards, tensor_specs
@@ -64,6 +65,9 @@ def new_head(recipe: Recipe, known: Known = NOTHING) -> NewHead:
     Raises:
         ModelError: the model cannot be found.
     """
+    outputs = open_task(recipe.task).head_outputs(recipe, 0)
+    if known.labels is None and outputs > 1:  # the task has as many outputs whatever the data are
+        known = replace(known, labels=outputs)
     return model_of(recipe.model, known)
 
 

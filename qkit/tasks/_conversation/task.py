@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import LENGTH_STEP
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
+from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.plugins.sections import Evaluated, Figure, Section
 from qkit.plugins.task import ModelHead, Prediction, ShownRow
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 from qkit.tasks._conversation import _methods
+from qkit.tasks._conversation._first_recipe import START
 from qkit.tasks._conversation.checks.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
 from qkit.tasks._texts import preference_clashes, windows_clashes
 
@@ -79,6 +81,16 @@ class ConversationTask:
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """Those of the schema."""
         return {}
+
+    # --- init ---------------------------------------------------------------------------------------------------------
+
+    START = START
+
+    def suggestion(self, table: Table) -> Suggestion | None:
+        """How the records of a data set are conversations, or text; None if they are neither."""
+        from qkit.tasks._conversation._first_recipe import of_conversations
+
+        return of_conversations(table)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from qkit.core.errors import short
 from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
+from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.plugins.sections import Evaluated, Figure, Section
 from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, ShownRow, read_labels
 from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
+from qkit.tasks._encoder._first_recipe import start_of
 from qkit.tasks._encoder._report.labels import OF_ONE_LABEL, SINGLE_LABEL
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
 from qkit.tasks._texts import preference_clashes, windows_clashes
@@ -124,6 +126,16 @@ class EncoderTask:
             # Not part of `qkit run`; `qkit bench RUN` measures every format. An answer is one text, and takes milliseconds.
             "bench": {"runtimes": [], "concurrency": [1, 8, 32], "output_tokens": 1, "rounds": 32},
         }
+
+    # --- init ---------------------------------------------------------------------------------------------------------
+
+    START = start_of(512, "cut at their end")
+
+    def suggestion(self, table: Table) -> Suggestion | None:
+        """How the records of a data set are texts with one label; None if they are not."""
+        from qkit.tasks._encoder._first_recipe import of_one_label
+
+        return of_one_label(table)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
