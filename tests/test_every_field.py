@@ -102,6 +102,11 @@ Probe = Callable[[Recipe], Any]
 Line = tuple[Probe, dict[str, Any]] | tuple[Probe, dict[str, Any], dict[str, Any]]
 Place = tuple[str, str]
 
+PREFERENCE = (
+    *("loss_type", "beta", "label_smoothing", "discopop_tau"),
+    *("f_divergence_type", "f_alpha_divergence_coef"),
+)
+
 # By section and field: a probe, the change, and what else must be set before and after; or the file that reads it, and by which words.
 TABLE: dict[str, Line | Place] = {
     "Recipe.task": ("evaluate/stage.py", "open_task(run.recipe.task)"),
@@ -148,6 +153,16 @@ TABLE: dict[str, Line | Place] = {
     "Loss.label_smoothing": ("train/losses.py", "section.label_smoothing"),
     "Loss.delta": ("train/losses.py", "section.delta"),
     "Loss.gamma": ("train/losses.py", "section.gamma"),
+    "Preference.loss_weights": ("recipe/preference.py", "self.loss_weights"),
+    **{f"Preference.{name}": ("train/_preference/losses.py", f"section.{name}") for name in PREFERENCE},
+    **{
+        f"Preference.{name}": ("train/_preference/trainer.py", words)
+        for name, words in (("ld_alpha", 'section, "ld_alpha"'), ("use_weighting", "self.section.use_weighting"))
+    },
+    **{
+        f"Feedback.{name}": ("train/_preference/rated.py", f"self.section.{name}")
+        for name in schema.Feedback.model_fields
+    },
     "Source.source": (data, {"data.train": [{"source": "other.jsonl"}]}),
     "Source.name": ("data/read.py", "load_dataset(name, source.name"),
     "Source.split": ("data/read.py", "source.split"),
@@ -329,6 +344,8 @@ def _fields() -> list[str]:
         "head",
         "layers",
         "loss",
+        "preference",
+        "feedback",
         "data",
         "ledger",
         "train",

@@ -115,6 +115,11 @@ CHANGES = {
     "a score of no rows": ["data.validation=[{source: v.jsonl}]", "train.metric_for_best_model=score"],
     "a hash of a hub id": [f"model.sha256={'a' * 64}"],
     "streaming a file": ["data.train=[{source: rows.jsonl, streaming: true}]"],
+    "packs of pairs": ["task=preference", "data.packing=true"],
+    "the loss of more than the answers": ["task=preference", "data.loss=all"],
+    "an unknown loss of pairs": ["task=preference", "preference.loss_type=dpo"],
+    "the logarithm of no smoothing": ["task=preference", "preference.loss_type=exo_pair"],
+    "pairs of a chat": ["preference.beta=0.5"],
     "all weights in 4 bits": ["method=full"],
     "a method of labels": ["method=head"],
     "named weights without method=full": ["train.trainable=[norm]"],
@@ -139,6 +144,15 @@ RECORDS: Mapping[str, Any] = {
     "an empty answer": {"prompt": "a", "completion": " "},
     "two questions": {"messages": [{"role": role, "content": "a"} for role in ("user", "user", "system", "assistant")]},
     "labels of another length": {"input_ids": [1, 2], "labels": [1]},
+}
+PAIRS: Mapping[str, Any] = {
+    "no rejected answer": {"prompt": "a", "chosen": "b"},
+    "no prompt": {"chosen": "a", "rejected": "b"},
+    "no common prompt": {
+        side: [{"role": role, "content": side} for role in ("user", "assistant")] for side in ("chosen", "rejected")
+    },
+    "the same answer": {"prompt": "a", "chosen": "b", "rejected": "b"},
+    "an empty side": {"prompt": "a", "chosen": "b", "rejected": " "},
 }
 BREACHES = {
     "kl_mean": Breach("kl_mean", 0.2, 0.1),
@@ -180,9 +194,11 @@ def messages(folder: Path) -> dict[str, str]:
         for name, c in CHANGES.items()
     }
     found |= {f"row: {name}": _of(lambda r=r: task.example(r, None, "auto", Data())) for name, r in RECORDS.items()}
+    pairs = open_task("preference")
+    found |= {f"pair: {name}": _of(lambda r=r: pairs.example(r, None, "auto", Data())) for name, r in PAIRS.items()}
     found |= {
         f"check: {name}": json.dumps([kind.passes, kind.problem, kind.remedy], ensure_ascii=False)
-        for name, kind in open_task("chat").CHECKS.items()
+        for name, kind in {**task.CHECKS, **pairs.CHECKS}.items()
     }
     found |= {f"gate: {name}": breach.message for name, breach in BREACHES.items()}
     places: dict[str, Callable[[], object]] = {

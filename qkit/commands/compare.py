@@ -283,7 +283,8 @@ def compare(a: Side, b: Side, chosen: ComparisonRows, progress: Progress) -> Com
 def _answers(which: Side, runtime: Runtime, chosen: ComparisonRows) -> list[list[int]]:
     """Greedy answers. For a run's reference model on the run's held-out rows, they are read from its evaluation."""
     run = which.run if which.is_reference and chosen.held_out_of is which.run else None
-    if run is not None and (run.folder("evaluate") / "predictions.jsonl").is_file():
+    recorded = run is not None and open_task(run.recipe.task).ANSWERS_ARE_SCORED
+    if run is not None and recorded and (run.folder("evaluate") / "predictions.jsonl").is_file():
         return [line["token_ids"] for line in evidence.reference_answers(run)]
     section, prompts = chosen.section, [row.prompt for row in chosen.held_out.rows]
     return runtime.generate(prompts, section.max_new_tokens, chosen.stop, section.batch_size)
@@ -327,11 +328,10 @@ def _comparison(
 def _scores(
     a: Side, b: Side, chosen: ComparisonRows, answers_a: Sequence[Sequence[int]], answers_b: Sequence[Sequence[int]]
 ) -> dict[str, float]:
-    """Both scores in percent, and the difference with a paired interval; empty if neither side has a tokenizer to decode the answers."""
-    tokenizer = _tokenizer(a) or _tokenizer(b)
-    if tokenizer is None:
+    """Both scores in percent, and the difference with a paired interval; empty if answers are not scored, or nothing can decode them."""
+    tokenizer, task = _tokenizer(a) or _tokenizer(b), open_task(chosen.task)
+    if tokenizer is None or not task.ANSWERS_ARE_SCORED:
         return {}
-    task = open_task(chosen.task)
     grades = [
         measure_scores.grade(
             tokenizer.batch_decode(answers, skip_special_tokens=True), chosen.held_out, task, chosen.section

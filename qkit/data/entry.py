@@ -23,7 +23,7 @@ class Entry:
 
     `record` counts records from 0, `candidate` the rows of the candidates file (-1: it has none). `key`: digest of the normalized prompt;
     `near`: MinHash signature. `names`: the labels of the row. `unread`: names in the record that nothing reads; `ignored`: the patterns of
-    data.ignore that match one.
+    data.ignore that match one. `about`: what checks of the whole set need beside.
     """
 
     pool: str
@@ -48,6 +48,7 @@ class Entry:
     findings: tuple[tuple[str, str], ...] = ()
     unread: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    about: Any = None
 
     @property
     def place(self) -> str:

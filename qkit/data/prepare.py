@@ -95,6 +95,7 @@ class Worker:
             names=row.names,
             truncated_by=row.whole_tokens - len(row.input_ids),
             findings=tuple(findings.items()),
+            about=getattr(row, "about", None),
         )
 
 

@@ -101,7 +101,7 @@ def prepare(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
 def _set_rows(decisions: Sequence[Decision]) -> list[SetRow]:
     """The rows that are used, for checks of the whole set."""
     return [
-        SetRow(decision.split, entry.key, entry.names, Place(entry.source, entry.line), entry.format)
+        SetRow(decision.split, entry.key, entry.names, Place(entry.source, entry.line), entry.format, entry.about)
         for decision in decisions
         if decision.used and (entry := decision.entry).part == 0
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import yaml
@@ -157,8 +157,16 @@ def _changes(recipe: Recipe, stage: str, device: Device) -> Iterator[_Change]:
     elif stage == "load":
         yield from (change for change in _smaller_weights(recipe) if change.levels == IN_4_BIT)
     elif stage == "train":
-        yield from _result_keeping(recipe, device)
-        yield from _result_changing(recipe)
+        for change in (*_result_keeping(recipe, device), *_result_changing(recipe)):
+            if levels := tuple(level for level in change.levels if _makes_sense(recipe, level)):
+                yield replace(change, levels=levels)
+
+
+def _makes_sense(recipe: Recipe, level: Sequence[str]) -> bool:
+    """Whether the task has a use for what a change sets."""
+    task = open_task(recipe.task)
+    before, after = ({key for key, _ in task.clashes(one)} for one in (recipe, _with(recipe, level)))
+    return after <= before
 
 
 def _result_keeping(recipe: Recipe, device: Device) -> Iterator[_Change]:

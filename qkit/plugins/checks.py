@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 NAMED_ROWS = 5  # how many of the rows that it found a check names
 
@@ -51,7 +52,7 @@ class SetRow:
     """A row that is used, as checks of the whole set see it.
 
     `split`: train, validation or test; `question`: a digest of what the model reads, without case and white space; `names`: its labels.
-    `format`: in which its record was read.
+    `format`: in which its record was read; `about`: what else the task's own checks of the whole set need, from `about` of its row.
     """
 
     split: str
@@ -59,6 +60,7 @@ class SetRow:
     names: tuple[str, ...]
     place: Place
     format: str = ""
+    about: Any = None
 
 
 # Checks over rows that tasks share. The code that examines a row describes what it finds there; these texts say what that means.

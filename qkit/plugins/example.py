@@ -110,7 +110,27 @@ class TaggedWords:
     ignored: tuple[str, ...] = field(default=(), compare=False)
 
 
-Example = Conversation | Text | Tokens | LabelledText | TaggedWords | Question
+@dataclass(frozen=True)
+class AnswerPair:
+    """Two answers to one prompt, of which `chosen` is preferred: two conversations that differ in their last turn only."""
+
+    chosen: Conversation
+    rejected: Conversation
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class RatedConversation:
+    """A conversation whose last turn is good (`desirable`) or bad."""
+
+    conversation: Conversation
+    desirable: bool
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+
+
+Example = Conversation | Text | Tokens | LabelledText | TaggedWords | Question | AnswerPair | RatedConversation
 
 
 @dataclass(frozen=True)

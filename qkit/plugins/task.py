@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,6 +70,15 @@ class Prediction:
     text: str
     details: Mapping[str, Any]
     outputs: Any = None
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A prepared row as it is shown to people, token by token. `labels`: -100 where there is no loss; `titles`: by place, what begins there."""
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    titles: Mapping[int, str] = field(default_factory=dict)
 
 
 class Losses(Protocol):
@@ -141,6 +150,7 @@ class Task(Protocol):
     SCORED_IN_PARTS: Collection[
         str
     ]  # data formats of which all rows of a held-out record are scored, not only its first
+    ANSWERS_ARE_SCORED: bool  # predictions are what a model generates; else only `predictor` makes them
     READS_VALIDATION: bool  # whether `tune` chooses anything on validation rows
     CHECKS: Mapping[str, Kind]  # over rows, in the order in which they are shown
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]]  # milder forms of one of them: name -> (check, its texts)
@@ -172,6 +182,7 @@ class Task(Protocol):
     def encoder(self, recipe: Recipe) -> Encoder: ...
     def tokenizer(self, recipe: Recipe) -> Any: ...  # that of the encoder, opened alone
     def token_labels(self, record: Mapping[str, Any]) -> Sequence[int]: ...  # by token; -100: no loss
+    def shown(self, record: Mapping[str, Any]) -> ShownRow: ...  # `record`: the columns that are lists of ints
     def labels(
         self, rows: Sequence[SetRow]
     ) -> Mapping[str, Any]: ...  # of labels.json: names by label id ...; or nothing

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qkit.core.errors import nearest, short
-from qkit.recipe import adapters, idle, validation
+from qkit.recipe import idle, validation
 from qkit.recipe.registry import MERGED, TASKS, accepts, format_names, names, task_clashes, task_has_labels
 from qkit.recipe.schema import ALL, LABEL_SERVER
 

@@ -13,7 +13,9 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from qkit.recipe.feedback import Feedback
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
+from qkit.recipe.preference import Preference
 from qkit.recipe.section import Dtype, Fraction, Limit, Pattern, Positive, Section, Sha256
 from qkit.recipe.training import Train
 
@@ -359,6 +361,8 @@ class Recipe(Section):
     head: Head = Head()
     layers: Layers = Layers()
     loss: Loss = Loss()
+    preference: Preference = Preference()
+    feedback: Feedback = Feedback()
     data: Data
     ledger: Ledger = Ledger()
     train: Train = Train()

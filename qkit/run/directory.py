@@ -19,8 +19,10 @@ from typing import Any
 from qkit.core.errors import MissingArtifact, RunBusy
 from qkit.core.files import make_folder, read_json, sha256_of, write_text, writing
 from qkit.core.progress import Progress
+from qkit.recipe.feedback import Feedback
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
 from qkit.recipe.load import load
+from qkit.recipe.preference import Preference
 from qkit.recipe.schema import SPLITS, Recipe
 
 MANIFEST_VERSION = 1
@@ -34,6 +36,8 @@ ADDED = {
     "layers": Layers().model_dump(mode="json"),
     "loss.delta": 1.0,
     "loss": Loss().model_dump(mode="json", exclude={"delta"}),
+    "feedback": Feedback().model_dump(mode="json"),
+    "preference": Preference().model_dump(mode="json"),
     "train.bf16": True,
     "train.trainable": [],
     "lora.use_dora": False,

@@ -39,6 +39,8 @@ TRAINING = (
     "head",
     "layers",
     "loss",
+    "preference",
+    "feedback",
     "data",
     "ledger",
     "train",

@@ -27,6 +27,14 @@ def check_characters(text: str, where: str, section: Data) -> None:
         raise RowError(f"{where} contains U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
 
 
+def preference_clashes(recipe: Recipe, section: str = "") -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """The sections of pairs of answers and of rated ones, each for the task of its name; `section`: the one that the task has."""
+    for name in ("preference", "feedback"):
+        values = getattr(recipe, name)
+        if name != section and values != type(values)():
+            yield (name,), f"{name} is for task={name}, and not for task={recipe.task}: remove it"
+
+
 def windows_clashes(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """The settings of answers in a context, for a task that has none."""
     only = f"is for task=answer, and not for task={recipe.task}: remove it"

@@ -1,7 +1,7 @@
 """Each training row's loss before the first step and after the last: train/losses.parquet.
 
 row           its number in data/train.parquet
-loss_before   mean nats per labelled token with the untrained adapter, which has no effect yet
+loss_before   mean nats per labelled token (of a pair of answers: its loss) with the untrained adapter, which has no effect yet
 loss_after    the same with the trained adapter; null until training is complete
 
 Rows are never packed here, and logits exist for a part of a batch at a time.
@@ -51,7 +51,8 @@ def write_after(file: Path, trainer: Any, progress: Progress) -> None:
 def mean_losses(trainer: Any, progress: Progress, name: str) -> list[float | None]:
     """Mean nats per labelled token of each row of the trainer's data set; None for a row without labels."""
     sums = loss_sums(trainer, trainer.train_dataset, lambda batches: progress.track(batches, name, len(batches)))
-    return [total / count if count else None for total, count in zip(sums, trainer.labelled_tokens, strict=True)]
+    counts = trainer.items(trainer.train_dataset)
+    return [total / count if count else None for total, count in zip(sums, counts, strict=True)]
 
 
 def loss_sums(

@@ -6,6 +6,7 @@ train/metrics.jsonl   one line per logged step
 train/sums.json       label counts: in the ledger, in the batches, and as the divisor of the loss
 train/packing.json    whether packed documents attend only to themselves (with data.packing)
 train/losses.parquet  each row's loss before and after (with ledger.losses)
+train/reference*.parquet, pairs.json   of tasks that compare answers with a reference: its log-probabilities, and how a pair is computed
 train/memory.json     memory planned and measured, by line
 train/decided.json    the value chosen for train.gradient_checkpointing=auto
 train/trackers.json   the ids of the runs in the trackers of train.report_to
@@ -263,7 +264,7 @@ def _write_sums(run: Run, trainer: Any, ledger: Mapping[str, int], out: Path) ->
     weigh = "" if sums.drawn_weight is None else f", which weigh {sums.drawn_weight:,.6g}"
     run.progress.notify(
         f"train: {ledger['labelled_tokens']:,} labelled tokens in the ledger, {epochs:.4g} epochs: {sums.drawn:,} in the sampled "
-        f"rows = {sums.in_batches:,} in the batches{weigh} = {sums.divided_by:,} in the divisors of the loss"
+        f"rows = {sums.in_batches:,} in the batches{weigh} = {sums.divided_by:,} {trainer.divisors}"
     )
 
 

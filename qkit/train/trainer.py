@@ -39,6 +39,7 @@ class Evaluates(Protocol):
 class Counted(Base):
     """What qkit changes in a Trainer. `train_dataset` has the columns input_ids and labels, and with `packing` pack and position."""
 
+    divisors = "in the divisors of the loss"  # where the third count of labels comes from, for people
     lr_scheduler: Any
 
     def __init__(
@@ -59,6 +60,7 @@ class Counted(Base):
         self.rates = rates
         self.validation: Evaluates | None = None  # validation.attach sets it
         self.evaluation_seconds = 0.0
+        self.read_rows: Callable[[Path], Dataset] | None = None  # where a row trains on more than columns of its file
         self.best_step_here: int | None = None  # that this process has kept
         self.packing = packing
         self.length_step = length_step
@@ -77,10 +79,7 @@ class Counted(Base):
         self.sums.drawn_weight = None if self.row_weights is None else 0.0
         # The losses divide by num_items_in_batch, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
-        # In bf16, where TRL keeps the adapter, small optimizer steps round to zero; autocast computes in bf16 anyway.
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        _train_in_fp32(self.model)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch or a pack, with the numbers of its rows."""
@@ -202,6 +201,10 @@ class Counted(Base):
         labels = inputs["labels"]
         return _bits(labels) if labels.is_floating_point() else labels[labels != IGNORED]
 
+    def items(self, rows: Dataset) -> list[int]:
+        """By how many labels `row_losses` of each row is divided for its mean."""
+        return label_counts(rows)[0]
+
     def row_losses(self, inputs: Any) -> torch.Tensor:
         """The sum of each row's losses in nats, [rows] fp64; without gradients."""
         raise NotImplementedError
@@ -255,6 +258,13 @@ class CountedLanguage(Counted, LanguageBase):
         if not self._labelled_head and "forward" not in vars(replica):
             add_trl_head(replica)
         return self._bare_loss(replica, inputs, items)
+
+
+def _train_in_fp32(model: Any) -> None:
+    """In bf16, where TRL keeps the adapter, small optimizer steps round to zero; autocast computes in bf16 anyway."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def trainer_class() -> Any:

@@ -31,7 +31,6 @@ from qkit.run import curves
 from qkit.run.directory import Run
 from qkit.runtimes import transformers as live
 from qkit.train import best_step, row_losses
-from qkit.train.trainer import label_counts
 from qkit.train.trainers import _shared
 
 if TYPE_CHECKING:
@@ -144,13 +143,14 @@ def attach(trainer: Any, run: Run, meter: PeakMeter) -> None:
     """Have a trainer evaluate the validation rows, with the columns that it trains on."""
     recipe, file = run.recipe, run.need("data", "validation.parquet")
     columns = [name for name in trainer.train_dataset.column_names if name not in OF_PACKS]
-    rows, sources = _shared.training_rows(file, columns), _sources(run.need("data", "ledger.parquet"))
+    rows = trainer.read_rows(file) if trainer.read_rows else _shared.training_rows(file, columns)
+    sources = _sources(run.need("data", "ledger.parquet"))
     chosen = list(range(len(rows)))
     if recipe.train.eval_rows is not None and recipe.train.eval_rows < len(rows):
         chosen = _spread(_records(file), sources, recipe, recipe.train.eval_rows)
         rows, sources = rows.select(chosen), [sources[row] for row in chosen]
     scored = _scored(file, chosen, sources, recipe)
-    trainer.validation = Validation(run, meter, rows, label_counts(rows)[0], sources, scored)
+    trainer.validation = Validation(run, meter, rows, trainer.items(rows), sources, scored)
     trainer.eval_dataset = rows
     trainer.args.eval_strategy = "steps"  # of epochs, too: a run that resumes at the end of one evaluates it
     batches = len(trainer.batches())

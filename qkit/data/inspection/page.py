@@ -12,8 +12,8 @@ from qkit.chat import template
 from qkit.core.batching import IGNORED
 from qkit.core.files import write_text
 from qkit.data.inspection.screen import histogram, suspects
-from qkit.data.inspection.view import Inspection, token_texts
-from qkit.plugins.task import open_task
+from qkit.data.inspection.view import Inspection, columns_shown, token_texts
+from qkit.plugins.task import ShownRow, open_task
 from qkit.recipe.schema import SPLITS
 
 ROWS = 2000  # of each split: about 3 MB of page for rows of 300 tokens
@@ -61,20 +61,26 @@ def _rows(inspection: Inspection, split: str, tokenizer: Any) -> Iterator[dict[s
 
     task, special = open_task(inspection.recipe.task), frozenset(template.special_ids(tokenizer).values())
     with pq.ParquetFile(inspection.folder / f"{split}.parquet") as opened:
-        batches = opened.iter_batches(READ, columns=["input_ids", "labels", "place"])
+        batches = opened.iter_batches(READ, columns=columns_shown(opened))
         rows = (row for batch in batches for row in batch.to_pylist())
         for row in islice(rows, ROWS):
-            labelled = {**row, "labels": task.token_labels(row)}
-            segments = list(_segments(labelled, special, tokenizer))
-            yield {"place": row["place"], "tokens": len(row["input_ids"]), "segments": segments}
+            shown = task.shown(row)
+            segments = list(_segments(shown, special, tokenizer))
+            yield {"place": row["place"], "tokens": len(shown.input_ids), "segments": segments}
 
 
-def _segments(row: Mapping[str, Any], special: frozenset[int], tokenizer: Any) -> Iterator[Segment]:
-    """Tokens of one kind in a row, as one text."""
+def _segments(row: ShownRow, special: frozenset[int], tokenizer: Any) -> Iterator[Segment]:
+    """Tokens of one kind in a row, as one text; before a part that has a title, the title."""
     last: Segment | None = None
-    texts = token_texts(tokenizer, row["input_ids"])
-    for token, label, text in zip(row["input_ids"], row["labels"], texts, strict=True):
+    texts = token_texts(tokenizer, row.input_ids)
+    for place, (token, label, text) in enumerate(zip(row.input_ids, row.labels, texts, strict=True)):
         kind = int(label != IGNORED) + 2 * (token in special)
+        titled = place in row.titles
+        if titled and last:
+            yield last
+        if titled:
+            yield [0, f"\n[{row.titles[place]}] "]
+            last = None
         if last is None or last[0] != kind:
             if last:
                 yield last

@@ -170,6 +170,9 @@ def suspects(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _suspects(checks: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
     from rich.text import Text
 
+    yield from (
+        Text(plain(check["message"]), style="dim") for check in checks if check["status"] == "pass" and check["found"]
+    )
     suspicious = suspects(checks)
     if not suspicious:
         yield Text("no problems found", style="green")
@@ -198,7 +201,9 @@ def row_screen(view: RowView) -> RenderableType:
 
     loss = f"label {', '.join(view.names)}" if view.names else f"{sum(view.loss_mask)} carry loss"
     body = Text(f"{view.split} row {view.row} ({view.place}): {len(view.input_ids)} tokens, {loss}\n\n")
-    for text, trained, special in zip(view.texts, view.loss_mask, view.special, strict=True):
+    for place, (text, trained, special) in enumerate(zip(view.texts, view.loss_mask, view.special, strict=True)):
+        if place in view.titles:
+            body.append(f"\n[{view.titles[place]}] ", style="bold")
         color = "magenta" if special else "green" if trained else "dim"
         body.append(plain(text), style=f"{color} underline" if trained else color)
     body.append("\n\n")

@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class Inspection:
 class RowView:
     """One row, token by token. `texts`: what each token reads as (a character split over several is with the first of them).
 
-    `loss_mask`: 1 where a token carries loss; `special`: 1 where it is a special token. `names`: the labels of the whole text.
+    `loss_mask`: 1 where a token carries loss; `special`: 1 where it is a special token. `names`: the labels of the whole text. `titles`: what
+    begins at a token, by its place, where a row has several parts.
     """
 
     split: str
@@ -61,6 +62,7 @@ class RowView:
     loss_mask: tuple[int, ...]
     special: tuple[int, ...]
     names: tuple[str, ...] = ()
+    titles: Mapping[int, str] = field(default_factory=dict)
 
 
 def inspect(recipe: Recipe, progress: Progress) -> Inspection:
@@ -153,7 +155,8 @@ def row(inspection: Inspection, split: str, number: int) -> RowView:
 
 def view(task: Task, tokenizer: Any, stored: Mapping[str, Any], split: str, number: int) -> RowView:
     """A row of a split's parquet file with its tokens as text."""
-    ids = stored["input_ids"]
+    shown = task.shown(stored)
+    ids = shown.input_ids
     special = frozenset(template.special_ids(tokenizer).values())
     return RowView(
         split=split,
@@ -161,17 +164,29 @@ def view(task: Task, tokenizer: Any, stored: Mapping[str, Any], split: str, numb
         place=stored["place"],
         input_ids=tuple(ids),
         texts=tuple(token_texts(tokenizer, ids)),
-        loss_mask=tuple(int(label != IGNORED) for label in task.token_labels(stored)),
+        loss_mask=tuple(int(label != IGNORED) for label in shown.labels),
         special=tuple(int(token in special) for token in ids),
         names=tuple(stored.get("names") or ()),
+        titles=shown.titles,
     )
+
+
+def columns_shown(file: Any) -> list[str]:
+    """The columns of an open Parquet file of rows that are needed to show one: whatever holds tokens, and its place and labels."""
+    import pyarrow as pa
+
+    fields = [
+        (field.name, field.type.value_type if pa.types.is_list(field.type) else field.type)
+        for field in file.schema_arrow
+    ]
+    return [name for name, kind in fields if name in ("place", "names", "labels") or kind == pa.int32()]
 
 
 def _read_row(file: Path, number: int) -> Mapping[str, Any]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as opened:
-        columns = [name for name in ("input_ids", "labels", "place", "names") if name in opened.schema_arrow.names]
+        columns = columns_shown(opened)
         for group in range(opened.num_row_groups):
             rows = opened.metadata.row_group(group).num_rows
             if number < rows:

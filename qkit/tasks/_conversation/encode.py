@@ -262,13 +262,13 @@ def _end_of_turn(ids: Sequence[int], begin: int, end: int | None) -> int:
 
 def _without_oldest_turns(renderer: Renderer, draft: Draft, row: EncodedRow, section: Data) -> EncodedRow:
     """The row without its oldest exchanges, but with its system turn."""
-    for cut, shorter in _shortened(draft.conversation, draft.last):
+    for cut, shorter in shortened(draft.conversation, draft.last):
         again = _draft(renderer, shorter, [turn - cut for turn in draft.prompts if turn > cut])
-        shortened = label_row(renderer, again, renderer.encode(again.texts), section.loss)
-        if len(shortened.input_ids) <= section.max_length:
-            gone = row.whole_tokens - len(shortened.input_ids)
+        fewer = label_row(renderer, again, renderer.encode(again.texts), section.loss)
+        if len(fewer.input_ids) <= section.max_length:
+            gone = row.whole_tokens - len(fewer.input_ids)
             finding = ("prompt_cut", f"its oldest turns are removed: {gone} of {row.whole_tokens} tokens")
-            return replace(shortened, whole_tokens=row.whole_tokens, findings=(*shortened.findings, finding))
+            return replace(fewer, whole_tokens=row.whole_tokens, findings=(*fewer.findings, finding))
     raise Refused(
         f"has {row.whole_tokens} tokens; even its last question and answer alone exceed data.max_length={section.max_length}",
         "length",
@@ -276,7 +276,7 @@ def _without_oldest_turns(renderer: Renderer, draft: Draft, row: EncodedRow, sec
     )
 
 
-def _shortened(example: Conversation, last: int) -> Iterator[tuple[int, Conversation]]:
+def shortened(example: Conversation, last: int) -> Iterator[tuple[int, Conversation]]:
     """Ever shorter conversations up to `last`, which begin at later user turns but keep the system turn; with the number of turns removed."""
     head = sum(message["role"] in ("system", "developer") for message in example.messages[:1])
     for begin in range(head + 1, last):

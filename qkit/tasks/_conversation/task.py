@@ -14,12 +14,12 @@ from qkit.core.batching import LENGTH_STEP
 from qkit.plugins.example import Conversation, Example, Identity, Reads, RowError, Text, Tokens
 from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.plugins.sections import Evaluated, Figure, Section
-from qkit.plugins.task import ModelHead, Prediction
+from qkit.plugins.task import ModelHead, Prediction, ShownRow
 from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 from qkit.tasks._conversation import _methods
 from qkit.tasks._conversation._first_recipe import START
 from qkit.tasks._conversation.checks.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
-from qkit.tasks._texts import windows_clashes
+from qkit.tasks._texts import preference_clashes, windows_clashes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +52,7 @@ class ConversationTask:
     LESSER_CHECKS = LESSER_CHECKS
     UNSCORED = frozenset({"text", "tokenized"})  # data formats without a question to answer
     SCORED_IN_PARTS = frozenset({"text"})
+    ANSWERS_ARE_SCORED = True
     READS_VALIDATION = False
     FIGURES: Sequence[Figure] = ()
     LABEL_FIGURE: Figure | None = None
@@ -66,11 +67,16 @@ class ConversationTask:
         if recipe.data.label_separator is not None:
             yield ("data", "label_separator"), f"data.label_separator {for_labels}"
         yield from windows_clashes(recipe)
+        yield from self.further_clashes(recipe)
         if recipe.data.too_long == "truncate":
             yield (
                 ("data", "too_long"),
                 f"data.too_long=truncate {for_labels} (truncate_prompt keeps the end of a conversation)",
             )
+
+    def further_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """Further values that the task has no use for, by default the sections of others."""
+        return preference_clashes(recipe)
 
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """Those of the schema."""
@@ -156,6 +162,10 @@ class ConversationTask:
         """The labels of a prepared row."""
         labels: Sequence[int] = record["labels"]
         return labels
+
+    def shown(self, record: Mapping[str, Any]) -> ShownRow:
+        """All tokens of a prepared row."""
+        return ShownRow(record["input_ids"], self.token_labels(record))
 
     def labels(self, rows: Sequence[SetRow]) -> Mapping[str, Any]:
         """None: what is learned is text."""

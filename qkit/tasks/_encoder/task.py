@@ -15,12 +15,12 @@ from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
 from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.plugins.sections import Evaluated, Figure, Section
-from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, read_labels
+from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, ShownRow, read_labels
 from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
 from qkit.tasks._encoder._first_recipe import start_of
 from qkit.tasks._encoder._report.labels import OF_ONE_LABEL, SINGLE_LABEL
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
-from qkit.tasks._texts import windows_clashes
+from qkit.tasks._texts import preference_clashes, windows_clashes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +57,7 @@ class EncoderTask:
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]] = {}
     UNSCORED: frozenset[str] = frozenset()
     SCORED_IN_PARTS: frozenset[str] = frozenset()
+    ANSWERS_ARE_SCORED = False
     READS_VALIDATION = False
     FIGURES: Sequence[Figure] = SINGLE_LABEL
     LABEL_FIGURE: Figure | None = OF_ONE_LABEL
@@ -68,6 +69,7 @@ class EncoderTask:
     def clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """What only tasks on conversations have, and what the method has no use for."""
         data, where = recipe.data, f"task={recipe.task}"
+        yield from preference_clashes(recipe)
         if not self.WINDOWS:
             yield from windows_clashes(recipe)
         if ":" not in recipe.loss.name and recipe.loss.name not in self.LOSSES:
@@ -77,10 +79,7 @@ class EncoderTask:
             )
         shortened = "split" if self.WINDOWS else "truncate"
         if data.too_long not in ("drop", shortened):
-            yield (
-                ("data", "too_long"),
-                f"data.too_long={data.too_long} is not for {where}: use {shortened} or drop",
-            )
+            yield ("data", "too_long"), f"data.too_long={data.too_long} is not for {where}: use {shortened} or drop"
         if data.label_separator is not None and not self.SEVERAL:
             yield (
                 ("data", "label_separator"),
@@ -206,6 +205,10 @@ class EncoderTask:
         from qkit.core.batching import IGNORED
 
         return [IGNORED] * len(record["input_ids"])
+
+    def shown(self, record: Mapping[str, Any]) -> ShownRow:
+        """All tokens of a prepared row."""
+        return ShownRow(record["input_ids"], self.token_labels(record))
 
     def labels(self, rows: Sequence[SetRow]) -> Mapping[str, Any]:
         """The labels of the training rows, numbers in their order and names by the alphabet, and how many rows of a split have each."""
