@@ -51,7 +51,7 @@ VERBS = {
     "predict": Verb("predict", "Predict every record of a file with a run, an artifact or a server."),
     "chat": Verb("chat", "Talk to a run, a model's folder or a server in the terminal."),
     "push": Verb("push", "Upload a model folder to the Hugging Face hub."),
-    "adapters": Verb("adapters", "List, load and unload the adapters of a running server."),
+    "adapters": Verb("serve", "List, load and unload the adapters of a running server."),
     "ls": Verb("runs", "List the runs: state, score, size, age."),
     "rm": Verb("runs", "Delete runs, after showing what would go."),
     "gc": Verb("runs", "Delete what no result needs: checkpoints of finished trainings, leftovers, old cache."),

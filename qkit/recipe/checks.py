@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qkit.core.errors import nearest, short
-from qkit.recipe import adapters, idle, validation
+from qkit.recipe import _adapters, idle, validation
 from qkit.recipe.registry import MERGED, TASKS, accepts, format_names, names, task_clashes, task_has_labels
 from qkit.recipe.schema import ALL, LABEL_SERVER
 
@@ -50,7 +50,7 @@ def clashes(recipe: Recipe) -> Iterator[tuple[Key, str]]:
                 f"bench.runtimes contains {short(repr(runtime))}, but export.formats does not",
             )
     yield from _target_clashes(recipe)
-    yield from adapters.clashes(recipe)
+    yield from _adapters.clashes(recipe)
     yield from _split_clashes(recipe.data)
     yield from idle.mistakes(recipe)
     yield from validation.clashes(recipe)

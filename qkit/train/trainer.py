@@ -79,10 +79,7 @@ class Counted(Base):
         self.sums.drawn_weight = None if self.row_weights is None else 0.0
         # The losses divide by num_items_in_batch, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
-        # In bf16, where TRL keeps the adapter, small optimizer steps round to zero; autocast computes in bf16 anyway.
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        _train_in_fp32(self.model)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch or a pack, with the numbers of its rows."""
@@ -261,6 +258,13 @@ class CountedLanguage(Counted, LanguageBase):
         if not self._labelled_head and "forward" not in vars(replica):
             add_trl_head(replica)
         return self._bare_loss(replica, inputs, items)
+
+
+def _train_in_fp32(model: Any) -> None:
+    """In bf16, where TRL keeps the adapter, small optimizer steps round to zero; autocast computes in bf16 anyway."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def trainer_class() -> Any:

@@ -1,4 +1,4 @@
-"""`qkit serve`."""
+"""`qkit serve`, and `qkit adapters` while it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from qkit.cli import console
 from qkit.cli.opening import open_run
-from qkit.cli.options import Child, Json, KeyFile, Out, Quiet, Set, need_effect, verb_app
+from qkit.cli.options import LOCAL, Child, Json, KeyFile, Out, Quiet, Set, need_effect, verb_app
 from qkit.cli.verbs.stages import StageOptions, run_stage
 from qkit.core.errors import UserError
 from qkit.core.progress import Progress
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qkit.serve.request import ServeOptions, Serving
+    from qkit.server.adapters import Endpoint
     from qkit.server.process import Server
 
 app = verb_app()
@@ -186,3 +187,44 @@ def _print_ready(serving: Serving, server: Server, as_json: bool) -> None:
     lines = [f"serving {', '.join(serving.names)} at {place}", *snippet]
     console.show(as_json, snippets.describe(server, serving.names, purpose), lambda: "\n\n".join(lines) + "\n")
     sys.stdout.flush()
+
+
+# --- qkit adapters ----------------------------------------------------------------------------------------------------
+
+adapters_app = verb_app(no_args_is_help=True, help="List, load and unload the adapters of a running server.")
+app.add_typer(adapters_app, name="adapters", epilog="Example: qkit adapters list --url http://127.0.0.1:8000")
+
+Url = Annotated[str, typer.Option("--url", help="The URL of the server.")]
+NamedRun = Annotated[str, typer.Argument(metavar="NAME=RUN")]
+Name = Annotated[str, typer.Argument(metavar="NAME")]
+
+
+@adapters_app.command("list", epilog="Example: qkit adapters list --url http://127.0.0.1:8000")
+def adapters_list(url: Url = LOCAL, api_key_file: KeyFile = None, as_json: Json = False) -> None:
+    """List the models and adapters that the server has."""
+    models = _endpoint(url, api_key_file).list()
+    console.show(as_json, models, lambda: "\n".join(f"{m['id']}  {m['parent'] or 'base'}  {m['root']}" for m in models))
+
+
+@adapters_app.command("load", epilog="Example: qkit adapters load sql=runs/sql --url http://127.0.0.1:8000")
+def adapters_load(adapter: NamedRun, url: Url = LOCAL, api_key_file: KeyFile = None, as_json: Json = False) -> None:
+    """Load an adapter, after the same checks as `qkit serve --adapter`."""
+    from qkit.server.adapters import parse
+
+    loaded = _endpoint(url, api_key_file).load(*parse(adapter))
+    document = {"name": loaded.name, "path": str(loaded.path)}
+    console.show(as_json, document, lambda: f"{loaded.name}: loaded from {loaded.path}")
+
+
+@adapters_app.command("unload", epilog="Example: qkit adapters unload sql --url http://127.0.0.1:8000")
+def adapters_unload(name: Name, url: Url = LOCAL, api_key_file: KeyFile = None, as_json: Json = False) -> None:
+    """Unload an adapter."""
+    _endpoint(url, api_key_file).unload(name)
+    console.show(as_json, {"name": name}, lambda: f"{name}: unloaded")
+
+
+def _endpoint(url: str, key_file: Path | None) -> Endpoint:
+    from qkit.server.adapters import Endpoint
+    from qkit.server.process import api_key
+
+    return Endpoint(url, api_key(key_file))

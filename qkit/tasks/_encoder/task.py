@@ -78,10 +78,7 @@ class EncoderTask:
             )
         shortened = "split" if self.WINDOWS else "truncate"
         if data.too_long not in ("drop", shortened):
-            yield (
-                ("data", "too_long"),
-                f"data.too_long={data.too_long} is not for {where}: use {shortened} or drop",
-            )
+            yield ("data", "too_long"), f"data.too_long={data.too_long} is not for {where}: use {shortened} or drop"
         if data.label_separator is not None and not self.SEVERAL:
             yield (
                 ("data", "label_separator"),
