@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from qkit.plugins.example import RowError
-from qkit.plugins.task import ShownRow
 from qkit.recipe.schema import Data, Evaluate, Recipe
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -27,11 +25,6 @@ def check_characters(text: str, where: str, section: Data) -> None:
         sign = match.group()
         name = NAMES.get(sign) or ("half a surrogate pair" if SURROGATE.match(sign) else "a control character")
         raise RowError(f"{where} contains U+{ord(sign):04X} ({name})", "malformed" if keep else "unicode")
-
-
-def shown_whole(task: Any, record: Mapping[str, Any]) -> ShownRow:
-    """All tokens of a prepared row of a task."""
-    return ShownRow(record["input_ids"], task.token_labels(record))
 
 
 def preference_clashes(recipe: Recipe, section: str = "") -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -19,7 +19,7 @@ from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
 from qkit.tasks._conversation import _methods
 from qkit.tasks._conversation._first_recipe import START
 from qkit.tasks._conversation.checks.kinds import CONVERSATION_CHECKS, LESSER_CHECKS
-from qkit.tasks._texts import preference_clashes, shown_whole, windows_clashes
+from qkit.tasks._texts import preference_clashes, windows_clashes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -165,7 +165,7 @@ class ConversationTask:
 
     def shown(self, record: Mapping[str, Any]) -> ShownRow:
         """All tokens of a prepared row."""
-        return shown_whole(self, record)
+        return ShownRow(record["input_ids"], self.token_labels(record))
 
     def labels(self, rows: Sequence[SetRow]) -> Mapping[str, Any]:
         """None: what is learned is text."""

@@ -15,12 +15,13 @@ from qkit.plugins.checks import Check, Kind, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, LabelledText, Reads, RowError
 from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.plugins.sections import Evaluated, Figure, Section
-from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, read_labels
-from qkit.recipe.schema import WHOLE, Data, Evaluate, Gate, Recipe
+from qkit.plugins.task import LABELS, ModelHead, Prediction, Predictor, ShownRow, read_labels
+from qkit.recipe.schema import Data, Evaluate, Gate, Recipe
+from qkit.tasks._encoder import _clashes
 from qkit.tasks._encoder._first_recipe import start_of
 from qkit.tasks._encoder._report.labels import OF_ONE_LABEL, SINGLE_LABEL
 from qkit.tasks._encoder.kinds import LABELLED_CHECKS
-from qkit.tasks._texts import preference_clashes, shown_whole, windows_clashes
+from qkit.tasks._texts import preference_clashes, windows_clashes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +58,8 @@ class EncoderTask:
     LESSER_CHECKS: Mapping[str, tuple[str, Kind]] = {}
     UNSCORED: frozenset[str] = frozenset()
     SCORED_IN_PARTS: frozenset[str] = frozenset()
-    ANSWERS_ARE_SCORED = READS_VALIDATION = False
+    ANSWERS_ARE_SCORED = False
+    READS_VALIDATION = False
     FIGURES: Sequence[Figure] = SINGLE_LABEL
     LABEL_FIGURE: Figure | None = OF_ONE_LABEL
 
@@ -97,9 +99,7 @@ class EncoderTask:
         for section, field in (("data", "system"), ("model", "chat_template")):
             if getattr(getattr(recipe, section), field) is not None:
                 yield (section, field), f"{section}.{field} is for conversations, and {where} has none: remove it"
-        yield from _of_train(recipe)
-        yield from _of_method(recipe)
-        yield from _of_head(recipe, self.HEAD)
+        yield from _clashes.clashes(recipe, self.HEAD)
 
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """16-bit or finer weights, a stratified split of 80/10/10 where no held-out rows are given, and formats of encoders."""
@@ -205,7 +205,9 @@ class EncoderTask:
 
         return [IGNORED] * len(record["input_ids"])
 
-    shown = shown_whole
+    def shown(self, record: Mapping[str, Any]) -> ShownRow:
+        """All tokens of a prepared row."""
+        return ShownRow(record["input_ids"], self.token_labels(record))
 
     def labels(self, rows: Sequence[SetRow]) -> Mapping[str, Any]:
         """The labels of the training rows, numbers in their order and names by the alphabet, and how many rows of a split have each."""
@@ -352,48 +354,3 @@ class EncoderTask:
         from qkit.tasks._encoder.use.service import LabelService, open_service
 
         return open_service(LabelService, folder, max_length)
-
-
-def _of_train(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    train, for_chats = recipe.train, f"is for conversations: for task={recipe.task}"
-    if factor := train.label_smoothing_factor:
-        key, text = "label_smoothing_factor", f"{factor:g} {for_chats} set loss.label_smoothing={factor:g}"
-        yield ("train", key), f"train.{key}={text}"
-    if train.loss_type != "nll":
-        yield (
-            ("train", "loss_type"),
-            f"train.loss_type={train.loss_type} {for_chats} see the section loss",
-        )
-
-
-def _of_method(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """What the method needs, or cannot have."""
-    if recipe.method == "peft" and not isinstance(recipe.peft.get("peft_type"), str):
-        yield ("peft",), "method=peft needs peft.peft_type, the kind of adapter, such as IA3 or VERA"
-    if recipe.model.add_tokens and recipe.method not in ("lora", "full"):
-        yield (
-            ("model", "add_tokens"),
-            f"model.add_tokens: method={recipe.method} does not train their embeddings; use method=lora or full, or remove it",
-        )
-    if recipe.method in WHOLE and recipe.quantization.load_in_4bit:
-        yield (
-            ("method",),
-            f"method={recipe.method} saves a whole model, whose weights cannot be trained or saved in 4 bit: set "
-            "quantization.load_in_4bit=false, or method=lora",
-        )
-
-
-def _of_head(recipe: Recipe, head: ModelHead) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Settings of the head that nothing reads, or that this head cannot have."""
-    section = recipe.head
-    if section.pooling is not None and head.peft_task_type != "SEQ_CLS":
-        yield (
-            ("head", "pooling"),
-            f"head.pooling={section.pooling} makes one state of a text, and task={recipe.task} needs one for each token: remove it",
-        )
-    for name in ("layers", "activation"):
-        if section.pooling is None and getattr(section, name) != type(section).model_fields[name].default:
-            yield (
-                ("head", name),
-                f"head.{name}={getattr(section, name)} belongs to qkit's own head: set head.pooling, or remove it",
-            )
