@@ -11,7 +11,8 @@ from typing import Any
 
 from qkit.recipe.schema import Method
 
-CERTAIN, LIKELY, POSSIBLE = 3, 2, 1  # how sure a task is that a data set is its own
+# How sure a task is that a data set is its own; ONLY: it has columns that no other task reads.
+ONLY, CERTAIN, LIKELY, POSSIBLE = 4, 3, 2, 1
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def is_empty(value: Any) -> bool:
 class Suggestion:
     """How a task would read a data set.
 
-    `sure`: CERTAIN, LIKELY or POSSIBLE; `why`: what of the data says so; `columns`: our name -> the data set's column, of all that are read;
+    `sure`: ONLY, CERTAIN ...; `why`: what of the data says so; `columns`: our name -> the data set's column, of all that are read;
     `label`: the column that is learned, where it has labels to count; `data`: further settings of the section data, each with its reason.
     """
 

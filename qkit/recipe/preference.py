@@ -1,4 +1,6 @@
-"""The section `preference` of a recipe: how pairs of answers are compared. Only the task `preference` has it."""
+"""The sections `preference` and `feedback` of a recipe: how pairs of answers are compared, and what rated answers weigh. Each is only for
+the task of its name.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +68,15 @@ class Preference(Section):
     def weights(self) -> tuple[float, ...]:
         """The weight of each loss."""
         return self.loss_weights or (1.0,) * len(self.loss_type)
+
+
+class Feedback(Section):
+    """trl.KTOConfig: what it has beside TrainingArguments, as far as it changes the loss."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    beta: Annotated[float, Field(gt=0)] = Field(0.1, description="how dear it is to depart from the reference")
+    desirable_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the losses of good answers")
+    undesirable_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the losses of bad answers")
 
 
 def problems(section: Preference) -> Problems:

@@ -19,10 +19,9 @@ from typing import Any
 from qkit.core.errors import MissingArtifact, RunBusy
 from qkit.core.files import make_folder, read_json, sha256_of, write_text, writing
 from qkit.core.progress import Progress
-from qkit.recipe.feedback import Feedback
 from qkit.recipe.labels import Bottleneck, Head, Layers, Loss
 from qkit.recipe.load import load
-from qkit.recipe.preference import Preference
+from qkit.recipe.preference import Feedback, Preference
 from qkit.recipe.schema import SPLITS, Recipe
 
 MANIFEST_VERSION = 1

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, Example, Identity, RatedConversation, Reads
+from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.plugins.task import Prediction
 from qkit.recipe.schema import Data, Evaluate, Recipe
 from qkit.tasks._conversation.task import ConversationTask
+from qkit.tasks._preference._first_recipe import COMPARED
 from qkit.tasks._preference.recipes import compared_clashes, rate
 from qkit.tasks._preference.scoring import REWARD_FIGURES
 
@@ -51,6 +53,16 @@ class FeedbackTask(ConversationTask):
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """A rate for small changes of a trained model."""
         return rate(raw)
+
+    # --- init ---------------------------------------------------------------------------------------------------------
+
+    START = COMPARED
+
+    def suggestion(self, table: Table) -> Suggestion | None:
+        """How the records of a data set are rated answers; None if they are not."""
+        from qkit.tasks._preference._first_recipe import of_ratings
+
+        return of_ratings(table)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.plugins.checks import Check, SetRow
 from qkit.plugins.example import NO_MORE, AnswerPair, Example, Identity, Reads
+from qkit.plugins.first_recipe import Suggestion, Table
 from qkit.plugins.sections import Evaluated, Section
 from qkit.plugins.task import Prediction, ShownRow
 from qkit.recipe import preference
 from qkit.recipe.schema import Data, Evaluate, Recipe
 from qkit.tasks._conversation.task import ConversationTask
+from qkit.tasks._preference._first_recipe import COMPARED
 from qkit.tasks._preference.checks import PAIR_CHECKS
 from qkit.tasks._preference.recipes import compared_clashes, rate
 from qkit.tasks._preference.scoring import PAIR_FIGURES
@@ -59,6 +61,16 @@ class PreferenceTask(ConversationTask):
     def defaults(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """A rate for small changes of a trained model."""
         return rate(raw)
+
+    # --- init ---------------------------------------------------------------------------------------------------------
+
+    START = COMPARED
+
+    def suggestion(self, table: Table) -> Suggestion | None:
+        """How the records of a data set are pairs of answers; None if they are not."""
+        from qkit.tasks._preference._first_recipe import of_pairs
+
+        return of_pairs(table)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ class Counted(Base):
     """What qkit changes in a Trainer. `train_dataset` has the columns input_ids and labels, and with `packing` pack and position."""
 
     divisors = "in the divisors of the loss"  # where the third count of labels comes from, for people
+    read_rows: Callable[[Path], Dataset] | None = None  # where a row trains on more than columns of its file
     lr_scheduler: Any
 
     def __init__(
@@ -60,7 +61,6 @@ class Counted(Base):
         self.rates = rates
         self.validation: Evaluates | None = None  # validation.attach sets it
         self.evaluation_seconds = 0.0
-        self.read_rows: Callable[[Path], Dataset] | None = None  # where a row trains on more than columns of its file
         self.best_step_here: int | None = None  # that this process has kept
         self.packing = packing
         self.length_step = length_step

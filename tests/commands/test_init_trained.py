@@ -28,6 +28,8 @@ TRAINED = (
     "semicolons",
     "separated labels",
     "scores",
+    "pairs of answers",
+    "rated answers",
     "conll of two columns",
     "squad flat",
 )

@@ -214,6 +214,15 @@ SHAPES: Mapping[str, Shape] = {
         {"completion": "response", "prompt": "instruction"},
         data={"ignore": ("category",)},
     ),
+    "pairs of answers": Shape(
+        jsonl("dpo.jsonl", each(lambda n: {"prompt": asked(n), "chosen": answered(n), "rejected": f"No idea, {n}."})),
+        "preference",
+    ),
+    "rated answers": Shape(
+        jsonl("kto.jsonl", each(lambda n: {"prompt": asked(n), "completion": answered(n), "liked": n % 2 == 0})),
+        "feedback",
+        {"label": "liked"},
+    ),
     "lines of text": Shape(
         plain("lines.txt", "".join(f"{answered(n)}\n" for n in range(ROWS))), "chat", source={"sample_by": "line"}
     ),

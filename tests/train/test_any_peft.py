@@ -72,6 +72,7 @@ def test_a_prompt_is_not_exported(model: Path, tmp_path: Path) -> None:
     [
         ({"peft_type": "IAA3"}, "peft.peft_type=IAA3 is none of .*, did you mean 'IA3'"),
         ({"peft_type": "ADALORA"}, "peft.peft_type=ADALORA: it needs a call after each step"),
+        ({"peft_type": "P_TUNING"}, "a killed training could not go on; use PROMPT_TUNING"),
         ({"peft_type": "IA3", "target_module": ["query"]}, "IA3Config has no such field"),
     ],
 )

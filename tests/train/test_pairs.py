@@ -122,8 +122,7 @@ def test_accumulation_changes_nothing(tiny_model: Path, tmp_path: Path, name: st
 
 def test_trl_divides_a_step_by_its_batches(tiny_model: Path, tmp_path: Path) -> None:
     """With a loss of single pairs and batches of one size that is the same; a mean over tokens is another number."""
-    same = [step(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"], batch, 4 // batch)) for batch in (4, 1)]
-    same(*same)
+    same(*(step(_trl(tiny_model, tmp_path, OPTIONS["sigmoid"], batch, 4 // batch)) for batch in (4, 1)))
     whole, parts = (step(_trl(tiny_model, tmp_path, OPTIONS["sft"], batch, 4 // batch)) for batch in (4, 1))
     assert parts[0] != pytest.approx(whole[0], rel=1e-3)
 

@@ -20,8 +20,8 @@ from helpers.tiny_pairs import pair_rows, write_rows
 from helpers.training import Heard
 from qkit import pipeline
 from qkit.core.batching import IGNORED
-from qkit.recipe.feedback import Feedback
 from qkit.recipe.load import load
+from qkit.recipe.preference import Feedback
 from qkit.run.directory import Run
 from qkit.tasks._preference.collate import collate_rated
 from qkit.train._preference import rated, reference

@@ -25,6 +25,7 @@ UNTRAINABLE = {
     "ADAPTION_PROMPT": "it is for causal language models only; use IA3, or method=lora",
     "CPT": "it is for causal language models only; use PROMPT_TUNING, or method=lora",
     "CARTRIDGE": "it is for causal language models only; use PREFIX_TUNING, or method=lora",
+    "P_TUNING": "PEFT saves what its encoder computes and not the encoder, so a killed training could not go on; use PROMPT_TUNING",
     "POLY": "it needs the number of each row's task, which rows do not have; use LORA",
     "XLORA": "it mixes adapters that were trained before; use LORA",
     "MULTITASK_PROMPT_TUNING": "it needs the number of each row's task, which rows do not have; use PROMPT_TUNING",
@@ -103,6 +104,11 @@ def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> Peft
             "read padding behind a prompt that was learned; use a kind of adapter that changes layers, such as IA3"
         )
     kind = recipe.peft["peft_type"]
+    if fields.get("prefix_projection"):
+        raise RecipeError(
+            "peft.prefix_projection=true: PEFT saves what the projection computes and not the projection, so a killed training could not go "
+            "on; remove it"
+        )
     try:
         config = config_class(**{**{name: value for name, value in of_head.items() if name in known}, **fields})
         adapted: PeftModel = get_peft_model(base, config)

@@ -22,6 +22,24 @@ def compared_clashes(recipe: Recipe, section: str) -> Iterator[tuple[tuple[str |
     """Values that have no meaning where answers are compared under a model and its reference. `section`: the one that the task has."""
     data, where = recipe.data, f"task={recipe.task}"
     yield from preference_clashes(recipe, section)
+    yield from _of_adapter(recipe)
+    yield from _of_loss(recipe)
+    if data.packing:
+        yield ("data", "packing"), f"data.packing=true is not for {where}: the answers of a row attend apart; remove it"
+    if data.loss != "completion":
+        yield ("data", "loss"), f"data.loss={data.loss} is not for {where}: only its answers are compared; remove it"
+    if recipe.lora.lora_dropout:
+        yield (
+            ("lora", "lora_dropout"),
+            f"lora.lora_dropout={recipe.lora.lora_dropout:g}: {where} compares the model with a reference that has no dropout: remove it",
+        )
+    if recipe.train.activation_offloading:
+        yield ("train", "activation_offloading"), f"train.activation_offloading=true is not for {where}: remove it"
+
+
+def _of_adapter(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Adapters whose base alone would not be the reference."""
+    where = f"task={recipe.task}"
     if recipe.method != "lora":
         yield (
             ("method",),
@@ -39,14 +57,19 @@ def compared_clashes(recipe: Recipe, section: str) -> Iterator[tuple[tuple[str |
             f"lora.init_lora_weights={recipe.lora.init_lora_weights} is not for {where}: with the adapter off, the base must be the reference; "
             "use true, gaussian or orthogonal",
         )
-    if data.packing:
-        yield ("data", "packing"), f"data.packing=true is not for {where}: the answers of a row attend apart; remove it"
-    if data.loss != "completion":
-        yield ("data", "loss"), f"data.loss={data.loss} is not for {where}: only its answers are compared; remove it"
-    if recipe.lora.lora_dropout:
-        yield (
-            ("lora", "lora_dropout"),
-            f"lora.lora_dropout={recipe.lora.lora_dropout:g}: {where} compares the model with a reference that has no dropout: remove it",
-        )
-    if recipe.train.activation_offloading:
-        yield ("train", "activation_offloading"), f"train.activation_offloading=true is not for {where}: remove it"
+
+
+def _of_loss(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Settings of another loss."""
+    data, where = recipe.data, f"task={recipe.task}"
+    for key, value, default in (
+        ("train.neftune_noise_alpha", recipe.train.neftune_noise_alpha, None),
+        ("train.label_smoothing_factor", recipe.train.label_smoothing_factor, 0),
+        ("train.loss_type", recipe.train.loss_type, "nll"),
+        ("data.weight", data.weight, None),
+    ):
+        if value != default:
+            yield (
+                tuple(key.split(".")),
+                f"{key}={value} changes the loss of supervised training, and {where} has another: remove it",
+            )
