@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,15 @@ def _with_lora(base: PreTrainedModel, new: Sequence[str], recipe: Recipe, added:
     return starts.put(base, config)
 
 
+def _check_prompt(fields: Mapping[str, Any]) -> None:
+    """Raise RecipeError for a prompt that a killed training could not go on from."""
+    if fields.get("prefix_projection"):
+        raise RecipeError(
+            "peft.prefix_projection=true: PEFT saves what the projection computes and not the projection, so a killed training could not go "
+            "on; remove it"
+        )
+
+
 def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> PeftModel:
     """An adapter of the kind that the section `peft` names, by PEFT's own configuration of it.
 
@@ -93,6 +102,7 @@ def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> Peft
         raise RecipeError(
             f"peft.{short(unknown[0])}: {config_class.__name__} has no such field{nearest(unknown[0], sorted(known))}"
         )
+    _check_prompt(fields)
     of_head = {
         "modules_to_save": [*new] or None,
         "exclude_modules": "|".join(rf"{re.escape(name)}(\..*)?" for name in new) or None,
@@ -104,11 +114,6 @@ def _with_any(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> Peft
             "read padding behind a prompt that was learned; use a kind of adapter that changes layers, such as IA3"
         )
     kind = recipe.peft["peft_type"]
-    if fields.get("prefix_projection"):
-        raise RecipeError(
-            "peft.prefix_projection=true: PEFT saves what the projection computes and not the projection, so a killed training could not go "
-            "on; remove it"
-        )
     try:
         config = config_class(**{**{name: value for name, value in of_head.items() if name in known}, **fields})
         adapted: PeftModel = get_peft_model(base, config)
