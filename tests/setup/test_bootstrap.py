@@ -241,7 +241,7 @@ def test_an_unfinished_set_up_is_done_again_from_the_start(machine: Machine, ste
 def test_changed_dependencies_are_installed_into_what_is_there(machine: Machine) -> None:
     machine.set_up()
     declared = machine.target.root / "pyproject.toml"
-    declared.write_text(declared.read_text().replace('"rich>=14"', '"rich>=15"'))
+    declared.write_text(declared.read_text().replace('"rich>=14.1"', '"rich>=15"'))
     assert machine.set_up() == ["install", "uninstall"]
     with machine.target.constraints.open("a") as file:
         file.write("more==1.0\n")
