@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qkit.core import files
 from qkit.core.device import detect, out_of_memory
 from qkit.core.errors import (
     DataError,
@@ -29,6 +30,8 @@ from qkit.core.errors import (
 from qkit.core.files import make_folder, read_json, writing
 from qkit.core.memory_meter import PeakMeter
 from qkit.measure import gates
+from qkit.model import provenance
+from qkit.model.adapters import earlier
 from qkit.plan import deployable
 from qkit.plan import fit as plan_fit
 from qkit.recipe import idle
@@ -70,7 +73,20 @@ def _needs(run: Run, stage: Stage) -> list[Stage]:
 
 
 def _inputs(run: Run, stage: Stage) -> dict[str, str]:
-    return {name: digest for needed in _needs(run, stage) for name, digest in run.outputs(needed.name).items()}
+    inputs = {name: digest for needed in _needs(run, stage) for name, digest in run.outputs(needed.name).items()}
+    return inputs | (_earlier_adapter(run) if stage.name == "train" else {})
+
+
+def _earlier_adapter(run: Run) -> dict[str, str]:
+    """The content of the adapter that training begins with, so that another one under the same name counts."""
+    named = run.recipe.lora.init_from
+    if named is None:
+        return {}
+    try:
+        return {"lora.init_from": provenance.adapter_sha256(earlier.folder_of(named))}
+    except MissingArtifact:  # a finished training no longer needs it, and has recorded it
+        note = files.read(run.folder("train") / "adapter" / provenance.NOTE) or {}
+        return {"lora.init_from": note["init_from"]["sha256"]} if "init_from" in note else {}
 
 
 def _key(run: Run, stage: Stage) -> str:

@@ -104,7 +104,7 @@ def grade(texts: Sequence[str], held_out: HeldOut, task: Task, section: Evaluate
 def score(grades: Grades, heldout_loss: float, section: Evaluate, seed: int) -> Score:
     """The score, with its percentile bootstrap interval over rows, and the held-out loss."""
     value = percent(grades)
-    if grades.sample is None:
+    if grades.sample is None or set(grades.right) in ({0}, {1}):  # of rows that all agree, every resample is the same
         low, high = bootstrap(grades.right, section.confidence, seed)
     else:
         interval = intervals(grades.sample, section.confidence, seed)[SCORE]

@@ -12,6 +12,7 @@ from qkit.model.adapters.rates import Group, Rates
 from qkit.model.shape import Shape
 from qkit.plan import solve
 from qkit.plan._subject import subject_of
+from qkit.plan._traced.head import model_of
 from qkit.plan._traced.model import built
 from qkit.plan.fixed_memory import learnt_rows
 from qkit.plan.sheet import checked_steps
@@ -75,15 +76,16 @@ def _groups(recipe: Recipe, lengths: Sequence[Sequence[int]], labels: int | None
     if not of_recipe.differ:
         return [of_recipe.group()]
     subject = subject_of(recipe, solve.known_of(lengths, recipe, labels))
-    if isinstance(subject, Shape):
+    if isinstance(subject, Shape) and recipe.method not in WHOLE:
         return rates.in_order(_of_shape(recipe, subject, of_recipe), of_recipe)
-    return rates.in_order(rates.grouped(built(recipe, subject), of_recipe).values(), of_recipe)
+    head = model_of(recipe.model) if isinstance(subject, Shape) else subject
+    return rates.in_order(rates.grouped(built(recipe, head), of_recipe).values(), of_recipe)
 
 
 def _of_shape(recipe: Recipe, shape: Shape, of_recipe: Rates) -> Iterator[Group]:
-    """The groups of an adapter on a language model, or of all of its weights."""
+    """The groups of an adapter on a language model."""
     yield of_recipe.group()
     if recipe.method == "lora":
         yield of_recipe.second()
-    if recipe.method in WHOLE or learnt_rows(recipe, shape):
+    if learnt_rows(recipe, shape):
         yield of_recipe.of_embeddings()

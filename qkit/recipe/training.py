@@ -145,7 +145,7 @@ class Train(Section):
     )
     eval_on_start: bool = Field(False, description="also evaluate before the first step")
     eval_rows: Positive | None = Field(
-        None, description="validation rows of an evaluation, spread evenly over them; default: all"
+        None, description="validation rows of an evaluation, drawn from each source by the seed; default: all"
     )
     eval_score_rows: Annotated[int, Field(ge=0)] | None = Field(
         None,

@@ -32,9 +32,10 @@ def evaluates(recipe: Recipe) -> bool:
 
 
 def depends_on_metric(train: Train) -> bool:
-    """Whether what is trained depends on the task's metric: it tells the best step, or when to stop."""
+    """Whether what is trained depends on the task's metric: it tells the best step, when to stop, or when the rate falls."""
     by_loss = train.metric_for_best_model == LOSS or train.metric_for_best_model.startswith(OF_SOURCE)
-    return not by_loss and (train.keeps_best or train.early_stopping_patience is not None)
+    decides = train.keeps_best or train.early_stopping_patience is not None or schedule.follows_metric(train)
+    return decides and not by_loss
 
 
 def clashes(recipe: Recipe) -> Problems:

@@ -70,6 +70,7 @@ ADDED = {
     "evaluate.max_answer_tokens": 30,
     "evaluate.metrics": [],
 }
+UNTRAINED = ("report_to", "run_name")  # fields of the section train that change nothing that is trained
 ADDED_TO_SOURCES = {"word_column": 0, "tag_column": -1, "delimiter": None}  # the same of each data set
 KEY = ".key"  # in a work folder: the stage key that the work belongs to
 DECIDED = "decided.json"  # in a stage's folder: its decisions where the recipe says `auto`, by recipe key
@@ -346,6 +347,8 @@ def stage_key(stage: str, recipe: Recipe, sections: tuple[str, ...], inputs: Map
         section = functools.reduce(lambda found, key: found[key], above, dumped)
         if section[name] == default:
             del section[name]
+    for name in UNTRAINED:
+        dumped["train"].pop(name, None)
     for source in (source for split in SPLITS for source in dumped["data"][split]):
         for name, default in ADDED_TO_SOURCES.items():
             if source[name] == default:

@@ -14,7 +14,7 @@ from qkit.recipe.schema import Data, Evaluate, Recipe
 from qkit.tasks._conversation.task import ConversationTask
 from qkit.tasks._preference._first_recipe import COMPARED
 from qkit.tasks._preference.recipes import compared_clashes, rate
-from qkit.tasks._preference.scoring import REWARD_FIGURES
+from qkit.tasks._preference.scoring import REWARD_FIGURES, without_score
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ class FeedbackTask(ConversationTask):
     SCORED_IN_PARTS: frozenset[str] = frozenset()
     ANSWERS_ARE_SCORED = False
     FIGURES = REWARD_FIGURES
+    GATES = without_score(ConversationTask.GATES)
 
     def further_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """Values that have no meaning for rated answers."""

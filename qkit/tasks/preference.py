@@ -17,7 +17,7 @@ from qkit.tasks._conversation.task import ConversationTask
 from qkit.tasks._preference._first_recipe import COMPARED
 from qkit.tasks._preference.checks import PAIR_CHECKS
 from qkit.tasks._preference.recipes import compared_clashes, rate
-from qkit.tasks._preference.scoring import PAIR_FIGURES
+from qkit.tasks._preference.scoring import PAIR_FIGURES, without_score
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ class PreferenceTask(ConversationTask):
     SCORED_IN_PARTS: frozenset[str] = frozenset()
     ANSWERS_ARE_SCORED = False
     FIGURES = PAIR_FIGURES
+    GATES = without_score(ConversationTask.GATES)
 
     def further_clashes(self, recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """Values that have no meaning for pairs."""

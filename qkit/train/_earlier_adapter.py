@@ -6,17 +6,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qkit.core.errors import RecipeError
+from qkit.core.errors import RecipeError, listed
 from qkit.core.files import read_json
 from qkit.model import provenance
 from qkit.model.adapters.earlier import folder_of
+from qkit.plugins.task import read_labels
 from qkit.recipe.schema import Lora
 
 FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora")  # of LoraConfig: the same in the recipe
 
 
-def check(section: Lora, base: Path, notify: Callable[[str], None]) -> None:
-    """Check the adapter, if there is one, against the recipe and the base model, before anything is loaded. Says if its base is unknown.
+def check(section: Lora, base: Path, data: Path, notify: Callable[[str], None]) -> None:
+    """Check the adapter, if there is one, against the recipe, the base model and the labels in the folder `data`, before anything is loaded.
+    Says if its base is unknown.
 
     Raises:
         MissingArtifact: there is no adapter.
@@ -31,10 +33,20 @@ def check(section: Lora, base: Path, notify: Callable[[str], None]) -> None:
         raise RecipeError(f"lora.init_from={section.init_from}: an adapter of type {config.get('peft_type')}, not LORA")
     wrong = [name for name in FIELDS if config.get(name, False) != getattr(section, name)]
     if wrong:
-        theirs = " ".join(f"lora.{name}={_as_yaml(config.get(name, False))}" for name in wrong)
-        ours = ", ".join(f"{name}={_as_yaml(getattr(section, name))}" for name in wrong)
+        wanted = " ".join(f"lora.{name}={_as_yaml(config.get(name, False))}" for name in wrong)
+        written = ", ".join(f"{name}={_as_yaml(getattr(section, name))}" for name in wrong)
         raise RecipeError(
-            f"lora.init_from={section.init_from}: the recipe has {ours}, and the adapter another: set {theirs}"
+            f"lora.init_from={section.init_from}: the recipe has {written}, and the adapter another: set {wanted}"
+        )
+    if patterns := [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]:
+        raise RecipeError(
+            f"lora.init_from={section.init_from}: the adapter has {' and '.join(patterns)}, ranks or scalings of single modules, which a "
+            "recipe cannot say; merge it, and train on the merged model"
+        )
+    theirs, ours = read_labels(folder), read_labels(data)
+    if theirs and theirs != ours:
+        raise RecipeError(
+            f"lora.init_from={section.init_from}: its head is for the labels {listed(theirs)} in this order, and the data have {listed(ours)}"
         )
     if (folder / provenance.NOTE).is_file():
         provenance.check_adapter(folder, base)

@@ -80,7 +80,7 @@ def run(run: Run, out: Path) -> Peak:
     meter = PeakMeter(device)
     _warn_of_memory(run, device)
     folder = source.resolve(recipe.model)
-    _earlier_adapter.check(recipe.lora, folder, run.progress.notify)
+    _earlier_adapter.check(recipe.lora, folder, run.folder("data"), run.progress.notify)
     with targets.patterns_of_parameters():
         trainer = open_trainer(run.recipe.task).build_trainer(run, folder, device, out)
     _need_disk_for_checkpoints(trainer, recipe, evaluates, out)

@@ -73,13 +73,17 @@ class Counted(Base):
         self.pad = pad
         self.batch_tokens = batch_tokens
         self.collator = collator
+        begun = _trained_tensors(kwargs.get("model"))
         super().__init__(*args, data_collator=self.collate, **kwargs)
         self.labelled_tokens, self._label_checksums = label_counts(self.train_dataset)
         self.row_weights = row_weights.of_rows(self.train_dataset)
         self.sums.drawn_weight = None if self.row_weights is None else 0.0
         # The losses divide by num_items_in_batch, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
-        _train_in_fp32(self.model)
+        train_in_fp32(self.model)
+        for name, parameter in self.model.named_parameters() if begun else ():
+            if name in begun:
+                parameter.data = begun[name].to(parameter.device)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch or a pack, with the numbers of its rows."""
@@ -138,7 +142,11 @@ class Counted(Base):
         if self.lr_scheduler is None and not schedule.follows_metric(self.args):
             rate = schedule.factor(self.args, num_training_steps)
             self.lr_scheduler, self._created_lr_scheduler = LambdaLR(optimizer or self.optimizer, rate), True
-        return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if (floor := (self.args.lr_scheduler_kwargs or {}).get("min_lr")) and schedule.follows_metric(self.args):
+            groups = (optimizer or self.optimizer).param_groups  # each falls to the same share of its own rate
+            scheduler.min_lrs = [floor * float(group["lr"]) / self.args.learning_rate for group in groups]
+        return scheduler
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Evaluate the validation rows, log the figures under transformers' names, such as eval_loss, and return them."""
@@ -260,7 +268,14 @@ class CountedLanguage(Counted, LanguageBase):
         return self._bare_loss(replica, inputs, items)
 
 
-def _train_in_fp32(model: Any) -> None:
+def _trained_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors in fp32 of an adapter that has its first weights already: TRL rounds them to bf16 on a base in 4 bits."""
+    if not hasattr(model, "peft_config"):
+        return {}
+    return {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train_in_fp32(model: Any) -> None:
     """In bf16, where TRL keeps the adapter, small optimizer steps round to zero; autocast computes in bf16 anyway."""
     for parameter in model.parameters():
         if parameter.requires_grad:

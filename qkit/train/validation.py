@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -193,7 +194,7 @@ def _scored(file: Path, chosen: Sequence[int], sources: Sequence[str], recipe: R
 
 
 def _spread(records: Sequence[Mapping[str, Any]], sources: Sequence[str], recipe: Recipe, most: int) -> list[int]:
-    """About `most` row numbers, evenly spread over each source and at least one of it; rows of one prediction stay together."""
+    """About `most` row numbers, drawn by the seed from each source and at least one of it; rows of one prediction stay together."""
     task = open_task(recipe.task)
     begins = [row for row, record in enumerate(records) if not task.continues(record)]
     ends = dict(zip(begins, [*begins[1:], len(records)], strict=True))
@@ -203,7 +204,7 @@ def _spread(records: Sequence[Mapping[str, Any]], sources: Sequence[str], recipe
     chosen = []
     for of_source in by_source.values():
         count = max(1, len(of_source) * most // len(records))
-        chosen += [of_source[number * len(of_source) // count] for number in range(count)]
+        chosen += random.Random(recipe.seed).sample(of_source, count)
     return [row for begin in sorted(chosen) for row in range(begin, ends[begin])]
 
 

@@ -162,6 +162,33 @@ def test_folders_with_splits(tmp_path: Path) -> None:
     assert recipe.data.split is None
 
 
+def test_the_users_test_file_is_never_trained_on(tmp_path: Path) -> None:
+    for name in ("reviews_train", "reviews_test"):
+        shapes.jsonl(f"{name}.jsonl", [{"text": shapes.review(n), "label": "ab"[n % 2]} for n in range(12)])(tmp_path)
+    sources = open_dataset(str(tmp_path)).sources
+    assert {split: Path(entry["source"]).name for split, entry in sources.items()} == {
+        "train": "reviews_train.jsonl",
+        "test": "reviews_test.jsonl",
+    }
+    (tmp_path / "reviews_train.jsonl").rename(tmp_path / "data.jsonl")
+    assert Path(open_dataset(str(tmp_path)).sources["train"]["source"]).name == "data.jsonl"
+
+
+def test_shards_of_a_split_are_not_left_out(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        shapes.jsonl(f"{name}.jsonl", [{"text": shapes.review(n), "label": "ab"[n % 2]} for n in range(12)])(tmp_path)
+    with pytest.raises(DataError, match=r"each split must be one file .* train-00000-of-00002\.jsonl, train-00001"):
+        open_dataset(str(tmp_path))
+
+
+def test_a_column_with_one_value_is_no_label(tmp_path: Path) -> None:
+    rows = [{"wrote": shapes.review(n), "lang": "en", "queue": "xyz"[n % 3]} for n in range(30)]
+    shapes.jsonl("rows.jsonl", rows)(tmp_path)
+    (tmp_path / "out").mkdir()
+    recipe, _ = written(proposed(tmp_path / "rows.jsonl"), tmp_path / "out")
+    assert recipe.data.columns["label"] == "queue"
+
+
 def test_a_saved_data_set_with_splits(tmp_path: Path) -> None:
     from datasets import Dataset as Rows
     from datasets import DatasetDict

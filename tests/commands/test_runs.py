@@ -359,9 +359,11 @@ def test_gc_deletes_only_with_yes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("QKIT_CACHE", str(cache))
     run = copy(tmp_path / "runs", "r")
     checkpoint(run.folder("train") / "checkpoints", 40)
-    for name, days in (("models/old", 40), ("models/new", 1), ("models/.making-x", 2), ("wheels/old-1", 40)):
+    made = ("models/old-0123456789ab-2", "datasets/parquet/default-0123456789abcdef")
+    users = ("models/my-70b", "datasets/corp/v3")  # the cache may be a folder that has other things
+    ages = {**dict.fromkeys((*made, *users, "wheels/old-1"), 40), "models/new-0123456789ab": 1, "models/.making-x": 2}
+    for name, days in ages.items():
         write(cache / name / "file", days=days)
-    write(cache / "datasets" / "parquet" / "default-1" / "file", days=40)
     write(cache / "datasets" / "a.lock", days=40)
     write(cache / "logs" / "old.log", days=40)
     write(cache / "environments" / "e" / "file", days=40)
@@ -371,7 +373,7 @@ def test_gc_deletes_only_with_yes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     listed = json.loads(qkit_here("gc", "--json").stdout)
     paths = [
         "runs/r/train/checkpoints",
-        *(str(cache / n) for n in ("models/.making-x", "models/old", "datasets/parquet/default-1")),
+        *(str(cache / n) for n in ("models/.making-x", *made)),
     ]
     assert listed["deleted"] is False and [one["path"] for one in listed["leftovers"]] == paths
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before

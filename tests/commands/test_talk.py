@@ -179,6 +179,18 @@ def test_a_saved_conversation_is_a_row_that_qkit_trains_on(tmp_path: Path) -> No
     assert (tmp_path / "other.jsonl").read_text() == '{"text": "a"}\n'
 
 
+@pytest.mark.parametrize(("reason", "trained"), [("stopped", False), ("length", False), ("stop", None)])
+def test_an_answer_that_was_cut_off_is_saved_as_not_trained(reason: str, trained: bool | None, tmp_path: Path) -> None:
+    dialogue = Dialogue({"base": Echo()})
+    for answering in dialogue.next("a b c"):
+        list(answering.pieces)
+        answering.reply.reason = reason
+    dialogue.save(tmp_path / "talk.jsonl")
+    (row,) = map(json.loads, (tmp_path / "talk.jsonl").read_text(encoding="utf-8").splitlines())
+    assert row["messages"][-1].get("train") is trained
+    assert "train" not in dialogue.messages("base")[-1]  # no server knows the key
+
+
 @pytest.mark.parametrize(
     ("text", "names"),
     [

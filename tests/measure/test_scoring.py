@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from qkit.measure import divergence, scores
+from qkit.plugins.resampling import RowStatistics
 from qkit.plugins.runtime import RowScores
+from qkit.recipe.schema import Evaluate
 
 
 def _scores(logits: np.ndarray, top: int | None = None) -> RowScores:
@@ -51,6 +53,12 @@ def test_bootstrap_intervals() -> None:
     assert low == pytest.approx(40.2, abs=1.5) and high == pytest.approx(59.8, abs=1.5)  # the normal approximation
     assert scores.bootstrap([False] * 100, 0.95, 0) == (0.0, pytest.approx(3.62, abs=0.01))  # Clopper-Pearson
     assert scores.bootstrap([True] * 100, 0.95, 0) == (pytest.approx(96.38, abs=0.01), 100.0)
+
+
+def test_rows_that_are_all_right_have_the_exact_bound_whatever_the_score_is_computed_from() -> None:
+    sample = RowStatistics(np.ones((8, 2)), lambda sums: {"score": sums[..., 0] / sums[..., 1]})
+    score = scores.score(scores.Grades((1.0,) * 8, sample), 0.5, Evaluate(), 0)
+    assert (score.score, score.high) == (100, 100) and score.low == pytest.approx(100 * 0.025 ** (1 / 8))
 
 
 def test_a_paired_gain_is_narrower_than_two_intervals() -> None:

@@ -365,6 +365,17 @@ def test_layers_of_several_kinds_are_all_traced(tmp_path: Path) -> None:
     assert traced_model.layers_of(recipe, head) is None
 
 
+def test_an_adapter_on_upper_layers_can_be_planned(tmp_path: Path) -> None:
+    """The short models have none of them."""
+    folder = build_model(tmp_path / "bert", "bert", num_hidden_layers=9)
+    upper = r".*layer\.[78]\..*query"
+    sections: dict[str, Any] = {"method": "lora", "lora": {"target_modules": upper}}
+    for method in (sections, {"method": "full", "train": {"trainable": [r"layer\.[78]\."]}}):
+        recipe = from_dict(settings(folder, tmp_path / "rows.jsonl", **method), (), "the test")
+        setting = step.setting_of(recipe, new_head(recipe, COUNTED), False)
+        assert step._traced(setting, 3, 11).trained == step._run(setting, None, 3, 11).trained
+
+
 def test_an_adapter_on_some_layers_is_not_that_of_all(tmp_path: Path) -> None:
     folder = build_model(tmp_path / "bert", "bert", num_hidden_layers=9)
     rows = tmp_path / "rows.jsonl"

@@ -67,6 +67,15 @@ def test_the_rows_of_a_batch_are_part_of_the_data() -> None:
     assert len(keys) == 3
 
 
+def test_a_tracker_trains_nothing_anew() -> None:
+    settings = tiny_settings(Path("owner/x"), Path("rows.jsonl"))
+    keys = set()
+    for tracked in ({}, {"report_to": ["tensorboard"]}, {"report_to": ["mlflow"], "run_name": "second"}):
+        settings["train"] |= tracked
+        keys.add(key_of(from_dict(settings, (), "the test"), "train"))
+    assert len(keys) == 1
+
+
 @pytest.mark.parametrize(("metric", "depends"), [("loss", False), ("score", True)])
 def test_training_depends_on_the_metric_where_that_tells_the_best_step(metric: str, depends: bool) -> None:
     settings = tiny_settings(Path("owner/x"), Path("rows.jsonl"))

@@ -75,7 +75,7 @@ def test_evaluation_compares_with_the_reference_itself(done: Run) -> None:
     base, adapter = ([line for line in lines if line["artifact"] == name] for name in ("base", "adapter"))
     for line, row in zip(base, recorded, strict=True):
         assert (line["chosen_log_probability"], line["rejected_log_probability"]) == (row["chosen"], row["rejected"])
-        assert float(line["prediction"]) == pytest.approx(row["chosen"] - row["rejected"], abs=1e-3)
+        assert float(line["prediction"]) == 0  # against itself
     for line, row in zip(adapter, recorded, strict=True):
         reward = line["chosen_log_probability"] - row["chosen"]
         assert float(line["prediction"]) == pytest.approx(
@@ -87,9 +87,14 @@ def test_evaluation_compares_with_the_reference_itself(done: Run) -> None:
 def test_the_figures_of_an_evaluation(done: Run) -> None:
     document = _json(done.folder("evaluate") / "scores.json")
     assert document["metric"] == "preference accuracy" and document["scores"]["adapter"]["score"] > 70
-    assert {*document["scores"]["base"]["metrics"]} == {"margin", "answer_tokens"}
+    base = document["scores"]["base"]
+    assert (base["score"], base["low"], base["high"]) == (50, 50, 50)  # the reference prefers nothing to itself
+    assert {*base["metrics"]} == {"margin", "likelier_chosen", "answer_tokens"} and base["metrics"]["margin"][
+        "value"
+    ] == 0
+    assert document["gain"]["points"] == document["scores"]["adapter"]["score"] - 50
     figures = document["scores"]["adapter"]["metrics"]
-    assert {*figures} == {"margin", "kl_to_reference", "answer_tokens"}
+    assert {*figures} == {"margin", "likelier_chosen", "kl_to_reference", "answer_tokens"}
     assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in figures.values())
     assert figures["kl_to_reference"]["value"] > 0 and figures["margin"]["value"] > 0
 

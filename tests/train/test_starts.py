@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from helpers.tiny import tiny_settings
 from helpers.training import Heard, _json, _run
 from qkit import pipeline
 from qkit.core.device import detect
@@ -190,6 +191,40 @@ def first(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Run:
 
 
 @pytest.mark.slow
+def test_an_adapter_that_goes_on_on_4_bits_is_not_rounded(first: Run, tiny_model: Path, tmp_path: Path) -> None:
+    """TRL casts it to bf16 there."""
+    from peft import get_peft_model_state_dict
+
+    run, out = _run(tmp_path, tiny_model, lora={"init_from": str(first.root)})
+    assert run.recipe.quantization.load_in_4bit
+    held = get_peft_model_state_dict(open_trainer("chat").build_trainer(run, tiny_model, detect(), out).model)
+    before = load_file(first.trained() / "adapter_model.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in held.items())
+
+
+def test_another_adapter_of_the_same_name_is_another_training(tmp_path: Path) -> None:
+    folder = tmp_path / "first"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    keys = []
+    for content in (b"one", b"two"):
+        (folder / "adapter_model.safetensors").write_bytes(content)
+        settings = tiny_settings(Path("owner/x"), tmp_path / "rows.jsonl")
+        settings["lora"]["init_from"] = str(folder)
+        run = Run(tmp_path / "run", from_dict(settings, (), "the test"))
+        keys.append(pipeline._earlier_adapter(run))
+    assert keys[0] != keys[1] and len(keys[0]["lora.init_from"]) == 64
+
+
+@pytest.mark.slow
+def test_an_embedding_starts_at_zero_only(tiny_model: Path, tmp_path: Path) -> None:
+    section = {"init_lora_weights": "pissa", "target_modules": ["q_proj", "embed_tokens"]}
+    run, out = _run(tmp_path, tiny_model, lora=section, quantization=PLAIN)
+    with pytest.raises(RecipeError, match=r"embed_tokens is an embedding: take it out of lora\.target_modules"):
+        open_trainer("chat").build_trainer(run, tiny_model, detect(), out)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("as_run", [True, False])
 def test_training_goes_on_from_an_adapter(first: Run, tiny_model: Path, tmp_path: Path, as_run: bool) -> None:
     """It starts with its weights, which the merged model then contains."""
@@ -219,7 +254,7 @@ def test_training_goes_on_from_an_adapter(first: Run, tiny_model: Path, tmp_path
 def test_other_settings_are_one_message(first: Run, tiny_model: Path, section: Any, said: str) -> None:
     how = Lora(**{"r": 4, "lora_alpha": 8, "init_from": str(first.root), **section})
     with pytest.raises(RecipeError, match=said):
-        _earlier_adapter.check(how, tiny_model, print)
+        _earlier_adapter.check(how, tiny_model, tiny_model, print)
 
 
 @pytest.mark.slow
@@ -234,7 +269,7 @@ def test_other_modules_are_named(first: Run, tiny_model: Path, tmp_path: Path) -
 def test_another_base_is_refused(first: Run, other_model: Path, tmp_path: Path) -> None:
     how = Lora(r=4, lora_alpha=8, init_from=str(first.root))
     with pytest.raises(ModelError, match="this adapter was trained on"):
-        _earlier_adapter.check(how, other_model, print)
+        _earlier_adapter.check(how, other_model, tmp_path, print)
 
 
 @pytest.mark.slow
@@ -244,7 +279,7 @@ def test_an_adapter_of_peft_goes_on_unchecked(first: Run, tiny_model: Path, tmp_
     folder = shutil.copytree(first.trained(), tmp_path / "theirs")
     (folder / "qkit.json").unlink()
     said: list[str] = []
-    _earlier_adapter.check(Lora(r=4, lora_alpha=8, init_from=str(folder)), tiny_model, said.append)
+    _earlier_adapter.check(Lora(r=4, lora_alpha=8, init_from=str(folder)), tiny_model, tmp_path, said.append)
     assert len(said) == 1 and "its base is not checked" in said[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +15,13 @@ from qkit.core.errors import RunBusy
 from qkit.core.sources import cache_dir
 from qkit.run.directory import KEY, Run
 
-# Folders of the cache, and what is one thing there: it is made or downloaded again when it is needed.
-CACHED = {"models": "*", "wheels": "*", "datasets": "*/*", "inspect": "*"}
+# Folders of the cache, what is one thing there, and the names that qkit or datasets gives it: the cache may be a folder with other things.
+CACHED = {
+    "models": ("*", r"(tokens|plain)-[0-9a-f]{24}|.+-[0-9a-f]{12}(-[\w.]+)?"),
+    "wheels": ("*", r"[\w.-]+-\d[\w.+!]*"),
+    "datasets": ("*/*", r"[\w.-]+-[0-9a-f]{16}"),
+    "inspect": ("*", r"[0-9a-f]{12,64}"),
+}
 RESUMED_FROM = {
     "checkpoints": "checkpoints",
     "best": "the best step",
@@ -107,12 +113,12 @@ def _trained(run: Run) -> bool:
 
 
 def _of_cache(root: Path, days: float, now: float) -> Iterator[Leftover]:
-    for name, pattern in CACHED.items():
+    for name, (pattern, names) in CACHED.items():
         for path in sorted(path for path in (root / name).glob(pattern) if path.is_dir()):
             idle = (now - last_used(path)) / DAY
             if path.name.startswith(UNFINISHED) and idle > 1:
                 yield Leftover(str(path), "a folder that a killed process was filling", disk.size_of(path))
-            elif not path.name.startswith(".") and idle > days:
+            elif re.fullmatch(names, path.name) and idle > days:
                 yield Leftover(str(path), f"cached, not used for {idle:.0f} days", disk.size_of(path))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from qkit.commands.housekeeping import disk, state
 from qkit.commands.housekeeping.listing import size_text
 from qkit.core.errors import MissingArtifact, RunBusy, UserError, listed
-from qkit.run.directory import OWN_FILES
+from qkit.run.directory import OWN_FILES, Run
 from qkit.run.stages import STAGES
 from qkit.tracking import trackers
 
@@ -19,16 +20,20 @@ KNOWN = {*STAGES, *OWN_FILES, trackers.FOLDER, "recipe.yaml", "run.json"}
 
 @dataclass(frozen=True)
 class Doomed:
-    """A run that would go. `only_here`: it holds an adapter or a model that was trained, and no export of it."""
+    """A run that would go. `only_here`: it holds an adapter or a model that was trained, and no export of it; `needed_by`: runs beside it
+    whose recipes name something in it."""
 
     path: str
     bytes: int
     only_here: bool
+    needed_by: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """`runs/a: 1.2G; what it trained was never exported`."""
-        return f"{self.path}: {size_text(self.bytes)}{'; what it trained was never exported' if self.only_here else ''}"
+        only = "; what it trained was never exported" if self.only_here else ""
+        needed = f"; {listed(self.needed_by)} cannot do without it" if self.needed_by else ""
+        return f"{self.path}: {size_text(self.bytes)}{only}{needed}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,7 +67,17 @@ def _checked(root: Path) -> Doomed:
         raise _busy(root)
     trained = any((root / "train" / name).is_dir() for name in ("adapter", "model"))
     exported = any(path.is_dir() for path in (root / "export").glob("*"))
-    return Doomed(str(root), disk.size_of(root), trained and not exported)
+    return Doomed(str(root), disk.size_of(root), trained and not exported, tuple(_needing(root)))
+
+
+def _needing(root: Path) -> Iterator[str]:
+    """The runs beside a run whose model, or first adapter, lies in it."""
+    for other in sorted(root.resolve().parent.iterdir()):
+        run = state.opened(other) if other.name != root.name and state.is_run(other) else None
+        if isinstance(run, Run):
+            named = (run.recipe.model.source, run.recipe.lora.init_from)
+            if any(name and Path(name).resolve().is_relative_to(root.resolve()) for name in named):
+                yield other.name
 
 
 def _is_ours(name: str) -> bool:
@@ -92,4 +107,6 @@ def remove(run: Doomed) -> None:
             if path.name not in last:
                 disk.delete(path)
         disk.delete(root / "recipe.yaml")
-    disk.delete(root)
+        disk.delete(root / ".lock")
+    with contextlib.suppress(OSError):  # a run that began in the meantime keeps its folder
+        root.rmdir()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qkit.commands.init import base as base_model
-from qkit.commands.init.dataset import LIMIT, Dataset
+from qkit.commands.init.dataset import Dataset
 from qkit.commands.init.lengths import Lengths
 from qkit.commands.init.reading import Reading
 from qkit.core.device import Device
@@ -27,8 +27,7 @@ MALFORMED = "malformed"
 STRICT = (MALFORMED, "roles")  # rules of data.clean that stop at a record
 STEP = 16  # max_length is a multiple of this many tokens
 SHORTEST = 32
-FEW, MANY = 200, 20_000  # rows: without validation rows of their own; with a fixed number of held-out rows
-HELD_OUT = 2_000  # of many rows
+FEW = 200  # rows: without validation rows of their own
 MARGIN = 1.5  # of estimated lengths
 MOST_NEW_TOKENS = 512
 FEWEST_STEPS = 16  # of an epoch, for which a batch may be smaller
@@ -110,7 +109,7 @@ def _shares(count: int, is_whole: bool, needs_validation: bool) -> tuple[dict[st
     if count < FEW:
         validation = 0.1 if needs_validation else 0.0
         return {"validation": validation, "test": 0.2}, f"{count:,} records are few: a fifth to score the result on"
-    if is_whole or count < LIMIT:
+    if is_whole:
         return {"validation": 0.1, "test": 0.1}, f"of {count:,} records, by a hash of their content"
     return {"validation": 0.05, "test": 0.05}, f"more than {count:,} records: a small share is enough to score on"
 
@@ -141,7 +140,8 @@ def _answers(reading: Reading, lengths: Lengths, value: int) -> Draft:
         return {}
     if reading.candidate.suggestion.label is None and lengths.longest_answer and not is_unscored(reading):
         new = min(MOST_NEW_TOKENS, STEP * math.ceil(lengths.longest_answer / STEP))
-        draft["evaluate"] = {"max_new_tokens": (new, f"answers have up to {lengths.longest_answer:,} tokens")}
+        cut = "" if new >= lengths.longest_answer else "; longer ones are cut, and cannot be right"
+        draft["evaluate"] = {"max_new_tokens": (new, f"answers have up to {lengths.longest_answer:,} tokens{cut}")}
     if value > Serve().max_model_len:
         draft["serve"] = {"max_model_len": (value, "as data.max_length")}
     return draft

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.commands.init.layout import layout
-from qkit.core.errors import DataError, MissingExtra, short
+from qkit.core.errors import DataError, MissingExtra, listed, short
 from qkit.core.files import read_json
 from qkit.core.sources import HubId, locate
 from qkit.data.read import Broken, read
@@ -78,7 +78,14 @@ def _opened(text: str) -> Dataset:
     is_whole = len(records) + len(broken) <= LIMIT
     reasons = [f"{name}: {why}" for name, (_, why) in chosen.items()]
     table = Table(records[:LIMIT])
-    return Dataset(text, {"train": train, **_held_out(entries, table)}, reasons, table, broken, is_whole)
+    held_out = _held_out(entries, table)
+    kept = [entry["source"] for entry in held_out.values()]
+    reasons += [
+        f"{entry['source']} is not used: its rows lack what training rows have"
+        for split, entry in entries.items()
+        if split != "train" and entry["source"] not in kept
+    ]
+    return Dataset(text, {"train": train, **held_out}, reasons, table, broken, is_whole)
 
 
 def _held_out(entries: Mapping[str, Mapping[str, Any]], table: Table) -> dict[str, Mapping[str, Any]]:
@@ -109,11 +116,34 @@ def _sources(text: str) -> tuple[dict[str, dict[str, Any]], dict[str, Chosen]]:
     files = data_files(location)
     if not files:
         raise DataError(f"{text}: the folder has no data files; qkit reads {', '.join(SUFFIXES)}")
-    by_split = _by_split({file.name: re.split(r"[\W_]", file.name)[0] for file in files})
-    if "train" not in by_split:
+    by_split = _files_by_split({str(file.relative_to(location)): file.stem for file in files}, text)
+    if by_split is None:
         return {"train": {"source": text}}, layout(files[0])
     sources = {split: {"source": str(Path(text) / name)} for split, name in by_split.items()}
     return sources, layout(location / by_split["train"])
+
+
+def _files_by_split(stems: Mapping[str, str], text: str) -> dict[str, str] | None:
+    """Split -> its file, by the words of the names; None if no name says that rows are held out. `stems`: by path in the folder `text`.
+
+    Raises:
+        DataError: a split has several files, or it is not clear which file is trained on.
+    """
+    words = {name: {word.lower() for word in re.split(r"[\W_]+", stem)} for name, stem in stems.items()}
+    found = {split: sorted(name for name in words if words[name] & {*NAMES[split]}) for split in SPLITS}
+    found = {split: files for split, files in found.items() if files}
+    if not found.keys() - {"train"}:
+        return None
+    if "train" not in found:
+        found["train"] = sorted(words.keys() - {name for files in found.values() for name in files})
+    twice = [split for split, files in found.items() if len(files) != 1]
+    if twice or len({files[0] for files in found.values()}) < len(found):
+        counts = ", ".join(f"{split}: {listed(files) if files else 'none'}" for split, files in found.items())
+        raise DataError(
+            f"{text}: each split must be one file, by a name with train, validation or test in it ({counts}); put the files of a split "
+            "together, or give `qkit init` a folder with the training files alone and name the others in the recipe"
+        )
+    return {split: files[0] for split, files in found.items()}
 
 
 def _by_split(names: Mapping[str, str]) -> dict[str, str]:

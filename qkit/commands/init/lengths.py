@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qkit.commands.init.reading import Reading, texts_in
+from qkit.core.batching import IGNORED
 from qkit.core.errors import DataError, MissingExtra, ModelError
 from qkit.core.progress import Progress
 from qkit.plan.solve import percentile
@@ -20,10 +22,14 @@ SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 @dataclass(frozen=True)
 class Lengths:
-    """`rows`: [tokens, rows, labelled tokens], by rising length; `reason`: why they are estimates, "" for tokens of the tokenizer."""
+    """`rows`: [tokens, rows, labelled tokens], by rising length; `reason`: why they are estimates, "" for tokens of the tokenizer.
+
+    `longest_answer`: the most labelled tokens of a row; 0: unknown.
+    """
 
     rows: Sequence[Sequence[int]]
     reason: str = ""
+    longest_answer: int = 0
 
     @property
     def count(self) -> int:
@@ -41,11 +47,6 @@ class Lengths:
         """How many rows have at most so many tokens."""
         return sum(entry[1] for entry in self.rows if entry[0] <= limit)
 
-    @property
-    def longest_answer(self) -> int:
-        """The most labelled tokens of a row, on average over rows of a length."""
-        return max((-(-entry[2] // entry[1]) for entry in self.rows), default=0)
-
 
 def measure(raw: Mapping[str, Any], reading: Reading, progress: Progress) -> Lengths:
     """The lengths of all rows of a recipe, before any is cut; estimates if its tokenizer cannot be had."""
@@ -55,14 +56,30 @@ def measure(raw: Mapping[str, Any], reading: Reading, progress: Progress) -> Len
     data = {name: value for name, value in data.items() if name not in ("validation", "test", "too_long")}
     try:
         recipe = from_dict({**raw, "data": data}, (), "qkit init")
-        summary = inspection_view.inspect(recipe, progress).summary
+        inspection = inspection_view.inspect(recipe, progress)
     except (ModelError, MissingExtra) as error:
         return estimate(reading, str(error))
     except ModuleNotFoundError as error:
         return estimate(reading, f"{error.name} is not installed: pip install 'qkit[train]'")
+    summary = inspection.summary
     if not summary["lengths"]:
         raise DataError(f"{data['train'][0]['source']}: no row is left to train on; see `qkit inspect`")
-    return Lengths(summary["lengths"])
+    return Lengths(summary["lengths"], longest_answer=_most_labels(inspection.folder / "train.parquet"))
+
+
+def _most_labels(rows: Path) -> int:
+    """The most labels with loss of a row; 0 if its labels are none of tokens."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    if "labels" not in pq.read_schema(rows).names:
+        return 0
+    most = 0
+    for chunk in pq.read_table(rows, columns=["labels"])["labels"].chunks:
+        labelled = np.concatenate([[0], np.cumsum(chunk.values.to_numpy() != IGNORED)])
+        offsets = chunk.offsets.to_numpy()
+        most = max(most, int((labelled[offsets[1:]] - labelled[offsets[:-1]]).max(initial=0)))
+    return most
 
 
 def estimate(reading: Reading, reason: str) -> Lengths:

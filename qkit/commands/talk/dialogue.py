@@ -78,7 +78,7 @@ class Dialogue:
     def messages(self, name: str) -> list[dict[str, Any]]:
         """The conversation of a speaker so far."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, *self.turns.get(name, [])]
+        return [*system, *({key: turn[key] for key in turn if key != "train"} for turn in self.turns.get(name, []))]
 
     def reset(self, system: str | None = None) -> None:
         """Begin anew; with another system turn if one is given ("": with none)."""
@@ -88,10 +88,13 @@ class Dialogue:
     def save(self, file: Path) -> int:
         """Append the conversation with the last speaker to a .jsonl file, as a row that qkit trains on; returns the row's number.
 
+        An answer that was cut off is marked: it is not trained on.
+
         Raises:
             UserError: nothing was said, or the file is something else.
         """
-        messages = self.messages([*self.speakers][-1])
+        name = [*self.speakers][-1]
+        messages = [*self.messages(name)[: bool(self.system)], *self.turns.get(name, [])]
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError("/save: there is no answer yet")
         if file.suffix != ".jsonl":

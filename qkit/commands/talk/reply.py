@@ -46,7 +46,8 @@ class Reply:
         """The turn that a conversation continues with."""
         thinking = {"reasoning_content": self.thinking} if self.thinking else {}
         calls = {"tool_calls": self.calls} if self.calls else {}
-        return {"role": "assistant", "content": self.text, **thinking, **calls}
+        cut = {"train": False} if self.reason in (STOPPED, "length") else {}  # nobody should learn to stop there
+        return {"role": "assistant", "content": self.text, **thinking, **calls, **cut}
 
     def tool_calls(self) -> list[dict[str, Any]]:
         """The calls as {name, arguments}: those that a server has recognized, or those that the text is."""

@@ -78,8 +78,8 @@ def unfreezing(model: PreTrainedModel, section: Layers) -> TrainerCallback:
 
     assert section.unfreeze_steps is not None
     every, by_name = section.unfreeze_steps, depths(model)
-    top = max(by_name.values())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    top = max(by_name[name] for name in trained)
 
     class Unfreezing(TrainerCallback):
         """Sets what is trained before each step."""

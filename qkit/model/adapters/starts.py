@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.core.errors import ModelError
+from qkit.core.errors import ModelError, RecipeError
 from qkit.model.adapters import earlier
 from qkit.recipe.schema import Lora
 from qkit.tensors.lora_deltas import FACTOR_KEYS, PREFIX, WEIGHTS
@@ -68,6 +68,8 @@ def begin(model: PeftModel, section: Lora, folder: Path, kept: Path, batches: Ca
         ModelError: the checkpoint of the base lacks a weight by the name that the model has for it.
         RecipeError: the adapter that lora.init_from names has other tensors.
     """
+    if not is_plain(section) and section.init_from is None:
+        _need_linear(model, section)
     if section.init_from is not None:
         earlier.take(model, section)
     elif section.takes_part_of_base:
@@ -85,6 +87,18 @@ def _layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
             yield name.removeprefix(PREFIX), module
+
+
+def _need_linear(model: PeftModel, section: Lora) -> None:
+    """Raise RecipeError if the adapter changes an embedding, which starts at zero only."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_embedding_A:
+            raise RecipeError(
+                f"lora.init_lora_weights={section.init_lora_weights} is for linear modules, and {name.removeprefix(PREFIX)} is an embedding: "
+                "take it out of lora.target_modules, or remove the start"
+            )
 
 
 def widen(model: PeftModel) -> None:
@@ -109,13 +123,16 @@ def _part(model: PeftModel, name: str, file: Path) -> None:
         if taken:
             for key, factor in zip(keys, factors, strict=True):
                 factor.data = taken[key].to(factor.device)
-            base.data -= layer.get_delta_weight(ADAPTER).float()
+            down, up = factors[0].data.float(), factors[1].data.float()
+            base.data -= (layer.scaling[ADAPTER] * up) @ down  # in PEFT's order, to the last bit
             continue
         layer.olora_init(ADAPTER) if name == "olora" else layer.pissa_init(ADAPTER, name)
         start |= {key: factor.data.contiguous().cpu() for key, factor in zip(keys, factors, strict=True)}
     if start:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(start, file)
+        partial = file.with_suffix(".part")
+        save_file(start, partial)
+        partial.replace(file)
 
 
 def subtract_start(adapter: Path, file: Path) -> None:

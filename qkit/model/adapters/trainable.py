@@ -29,7 +29,7 @@ def choose(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> None:
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(recipe.method == "full" or name.startswith(starts))
     if recipe.method == "full" and recipe.train.trainable:
-        _only(base, recipe.train.trainable)
+        _only(base, recipe.train.trainable, starts)
     layers.freeze(base, recipe.layers.frozen)
     if not any(parameter.requires_grad for parameter in base.parameters()):
         raise RecipeError(
@@ -38,10 +38,11 @@ def choose(base: PreTrainedModel, new: Sequence[str], recipe: Recipe) -> None:
         )
 
 
-def _only(base: PreTrainedModel, patterns: Sequence[str]) -> None:
-    """Freeze every parameter of whose names no pattern is found in any. A tied weight has two names, and is trained if one matches."""
+def _only(base: PreTrainedModel, patterns: Sequence[str], new: tuple[str, ...]) -> None:
+    """Freeze every parameter of whose names no pattern is found in any, but for new modules. A tied weight has two names, and is trained if
+    one matches."""
     by_name = dict(base.named_parameters(remove_duplicate=False))
-    chosen: set[int] = set()
+    chosen = {id(parameter) for name, parameter in by_name.items() if name.startswith(new)}
     for pattern in patterns:
         matches = [id(parameter) for name, parameter in by_name.items() if re.search(pattern, name)]
         if not matches:

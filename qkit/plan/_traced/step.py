@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qkit.core import memory_watch
-from qkit.core.errors import ModelError
+from qkit.core.errors import ModelError, RecipeError
 from qkit.core.memory_watch import STANDING, Changes, Log
 from qkit.plan._optimizer_state import Tensor, tensors_of
 from qkit.plan._traced import depth, kernels, language
@@ -27,7 +27,7 @@ FEW, MORE = 2, 3
 SHALLOW = 2  # layers of the shortest model: a single one would be the first and the last
 # Of a recipe, what a trace depends on beside Setting's own fields.
 SECTIONS = ("task", "method", "lora", "bottleneck", "peft", "layers", "head", "model", "quantization")
-KEY: Any = {**dict.fromkeys(SECTIONS, True), "train": {"trainable"}}
+KEY: Any = {**dict.fromkeys(SECTIONS, True), "train": {"trainable"}, "data": {"packing"}}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _deepened(setting: Setting, rows: int, length: int, shallow: int, layers: in
     """The pass of a model with `layers`, from those of models with `shallow` and one and two more; None if layers are not alike."""
     try:
         one, two, three = (_run(setting, shallow + more, rows, length) for more in (0, 1, 2))
-    except ModelError:
+    except (ModelError, RecipeError, ValueError):  # such as a target that only upper layers have
         return None
     more = layers - shallow
     log = _extended(one.log, two.log, three.log, more)

@@ -80,7 +80,9 @@ def _label_columns(table: Table, used: set[str | None]) -> Iterator[tuple[Column
     lower = {name.lower().strip(): column for name, column in rest.items()}
     named = [lower[name] for name in LABELS if name in lower]
     yield from ((column, True) for column in named)
-    others = [c for c in rest.values() if c not in named and c.name.lower().strip() not in COUNTERS]
+    others = [
+        c for c in rest.values() if c not in named and c.name.lower().strip() not in COUNTERS and len(c.counts) > 1
+    ]
     yield from ((column, False) for column in sorted(others, key=lambda column: len(column.counts)))
 
 

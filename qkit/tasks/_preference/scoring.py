@@ -16,7 +16,7 @@ from qkit.plugins.resampling import RowStatistics, Sample, with_intervals
 from qkit.plugins.runtime import TokenRow
 from qkit.plugins.sections import Figure
 from qkit.plugins.task import SCORE, Prediction
-from qkit.recipe.schema import WHOLE, Recipe
+from qkit.recipe.schema import WHOLE, Gate, Recipe
 from qkit.tasks._conversation.answerer import Answerer
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from qkit.plugins.runtime import Scores
 
+ALONE = "likelier_chosen"  # the share of pairs whose chosen answer is the likelier one, by the model alone
 PLAIN = "plain"  # a setting of predictions: 1 if the reference itself is measured
 HELD_OUT_REFERENCE = "reference_test.parquet"  # in the folder of the stage `train`
 ANSWERED = 16  # held-out prompts that are answered, for the length of answers and their divergence from the reference
@@ -33,7 +34,17 @@ REWARD_FIGURES = (
     Figure(KL, "mean KL to the reference (nats per token)", "kl", share=False, is_error=True),
     Figure(LENGTH, "mean tokens of an answer", "answer_tokens", share=False),
 )
-PAIR_FIGURES = (Figure(MARGIN, "mean margin of the log-ratios (nats)", "margin", share=False), *REWARD_FIGURES)
+PAIR_FIGURES = (
+    Figure(MARGIN, "mean margin of the log-ratios (nats)", "margin", share=False),
+    Figure(ALONE, "the chosen answer is the likelier one", "accuracy"),
+    *REWARD_FIGURES,
+)
+
+
+def without_score(gates: Mapping[str, Gate]) -> dict[str, Gate]:
+    """Gates that leave the score out: an export is compared with the reference in the precision of training, so that its own rounding is part
+    of its rewards."""
+    return {kind: gate.model_copy(update={"score": None}) for kind, gate in gates.items()}
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ def log_probabilities(
 
 @dataclass(frozen=True)
 class Comparer:
-    """`plain`: it is the reference itself that is measured. `train`: the folder of the stage `train`."""
+    """`plain`: it is the reference itself that is measured, which prefers nothing to itself. `train`: the folder of the stage `train`."""
 
     answerer: Answerer
     plain: bool
@@ -78,7 +89,7 @@ class Comparer:
             MissingArtifact: the stage `train` left no log-probabilities of the reference.
         """
         sums = log_probabilities(runtime, rows, advance)
-        reference = self._reference(runtime, rows)
+        reference = sums if self.plain else self._reference(runtime, rows)
         answers = self._answers(runtime, rows[:ANSWERED])
         divergences = divergence_from_reference(runtime, answers)
         predictions = []
@@ -86,6 +97,8 @@ class Comparer:
             margin = (ours[0] - theirs[0]) - (ours[1] - theirs[1])
             details = {"chosen_log_probability": ours[0], "rejected_log_probability": ours[1]}
             outputs = {MARGIN: margin}
+            if isinstance(rows[place], PairTokens):
+                outputs[ALONE] = 1.0 if ours[0] > ours[1] else 0.5 if ours[0] == ours[1] else 0.0
             if place < len(answers):
                 outputs[LENGTH] = len(answers[place].input_ids) - answers[place].start
             if place < len(divergences):
@@ -95,8 +108,6 @@ class Comparer:
 
     def _reference(self, runtime: Any, rows: Sequence[TokenRow]) -> list[tuple[float, float]]:
         """The reference's log-probabilities: of a model with an adapter, without it; else as recorded of the held-out pairs."""
-        if self.plain:
-            return [(0.0, 0.0)] * len(rows)
         if has_adapter(runtime):
             with runtime.model.disable_adapter():
                 return log_probabilities(runtime, rows)
@@ -135,11 +146,12 @@ def divergence_from_reference(runtime: Any, answers: Sequence[TokenRow]) -> list
 
 
 def figures_of_pairs(predictions: Sequence[Prediction], confidence: float, seed: int) -> dict[str, dict[str, float]]:
-    """The mean margin; and of the pairs that were answered the mean length and divergence; with their intervals."""
+    """The mean margin, and how often the chosen answer is likelier without any reference; and of the pairs that were answered the mean length
+    and divergence; with their intervals."""
     import numpy as np
 
     figures: dict[str, dict[str, float]] = {}
-    for name in (MARGIN, KL, LENGTH):
+    for name in (MARGIN, ALONE, KL, LENGTH):
         values = [one.outputs[name] for one in predictions if name in one.outputs]
         if values:
             sample = RowStatistics(np.array([[value, 1.0] for value in values]), _mean(name))

@@ -51,7 +51,10 @@ def _decided(trainer: Any) -> tuple[bool, str]:
     factor = speedup(trainer)
     if factor < LEAST:
         return False, f"with prompts as short as these, once would take {1 / factor:.2f} times as long"
-    difference, leak = _differences(trainer)
+    try:
+        difference, leak = _differences(trainer)
+    except (RuntimeError, TypeError, ValueError) as error:  # of a model whose layers are no attention, such as Mamba's
+        return False, f"it takes no mask of this kind ({str(error).partition(chr(10))[0]})"
     if difference <= max(SHARE * leak, 0.0) and difference <= TOLERANCE:
         return (
             True,

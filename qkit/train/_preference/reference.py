@@ -43,7 +43,8 @@ def _of_pairs(rows: Dataset, file: Path, trainer: Any, progress: Progress) -> li
     if not missing:
         return [known[row] for row in range(len(rows))]
     sizes = lengths(rows)
-    sampler = TokenBudgetBatches([sizes[row] for row in missing], trainer.batch_tokens, 0, trainer.length_step)
+    budget = trainer.batch_tokens // trainer.micro_batches  # no more at once than a training step holds
+    sampler = TokenBudgetBatches([sizes[row] for row in missing], budget, 0, trainer.length_step)
     batches = [[missing[place] for place in batch] for batch in sampler]
     with _as_reference(trainer.model):
         for number, batch in enumerate(progress.track(batches, "reference", len(batches)), start=1):

@@ -21,7 +21,7 @@ from qkit.recipe.schema import Recipe
 from qkit.run.directory import Run
 from qkit.train import losses
 from qkit.train.fast.heap import trim_before_layers
-from qkit.train.trainer import Counted
+from qkit.train.trainer import Counted, train_in_fp32
 from qkit.train.trainers import _shared
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> Trainer:
         run.progress.notify(f"train: {_of_kept_head(folder, kept, read_labels(data))}")
     model: Any = methods.prepared(base, folder, recipe)
     if recipe.method == "lora":
+        train_in_fp32(model)  # a head in 16 bits would round what it begins with
         starts.begin(model, recipe.lora, folder, out / "checkpoints", partial(_shared.first_batches, run))
     trainer_class = type("Trainer", (CountedLabels, Trainer), {})
     trainer: Trainer = trainer_class(
