@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qkit.core.progress import Progress
 
@@ -20,7 +21,19 @@ def stderr(keep: bool = False) -> Console:
     """A console on stderr, without markup. With `keep`, it still writes to the terminal after fd 2 has been redirected to a log."""
     from rich.console import Console
 
-    return Console(file=os.fdopen(os.dup(2), "w") if keep else sys.stderr, markup=False)
+    return Console(file=duplicate(2) if keep else sys.stderr, markup=False)
+
+
+class _Closing(io.TextIOWrapper):
+    """A file that closes when nobody holds it any more."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def duplicate(descriptor: int) -> TextIO:
+    """What is written to it goes where the descriptor leads now, also after that is redirected."""
+    return _Closing(os.fdopen(os.dup(descriptor), "wb"))
 
 
 def show(as_json: bool, value: Any, screen: Callable[[], Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,13 @@ class Tensor:
     shape: tuple[int, ...]
     embedding: bool = False
 
-    @property
+    @functools.cached_property
     def count(self) -> int:
         """Its parameters."""
         return math.prod(self.shape)
+
+
+Kinds = tuple[tuple[Tensor, int], ...]  # tensors, and how many of each there are
 
 
 def tensors_of(model: Any) -> tuple[Tensor, ...]:
@@ -46,14 +50,19 @@ def tensors_of(model: Any) -> tuple[Tensor, ...]:
 
 def state_bytes(train: Train, tensors: Iterable[Tensor]) -> int:
     """Bytes of the optimizer's state after its first step. An optimizer of a later transformers counts as Adam."""
-    return _state_bytes(train.optim, optimizers.moments(train), tuple(tensors))
+    return state_bytes_of(train, tuple(Counter(tensors).items()))
 
 
-@functools.lru_cache(maxsize=256)
-def _state_bytes(name: str, moments: int, tensors: tuple[Tensor, ...]) -> int:
+def state_bytes_of(train: Train, kinds: Kinds) -> int:
+    """The same, of kinds of tensors: a plan asks for thousands of adapters."""
+    return _state_bytes(train.optim, optimizers.moments(train), kinds)
+
+
+@functools.lru_cache(maxsize=1024)
+def _state_bytes(name: str, moments: int, kinds: Kinds) -> int:
     optimizer = OPTIMIZERS.get(name, UNKNOWN)
-    each = sum(_tensor_bytes(optimizer, moments, tensor) + optimizer.step_bytes for tensor in tensors)
-    coded = any(is_coded(optimizer, tensor) for tensor in tensors)
+    each = sum(times * (_tensor_bytes(optimizer, moments, tensor) + optimizer.step_bytes) for tensor, times in kinds)
+    coded = any(is_coded(optimizer, tensor) for tensor, _ in kinds)
     shared = min(moments, 2) * MAP_BYTES if coded and optimizer.layout == "blocks" else 0
     return each + shared
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from qkit.model.shape import (
     linears,
     vector_parameters,
 )
-from qkit.plan._optimizer_state import SMALLEST_8BIT, Tensor, formula, state_bytes
+from qkit.plan._optimizer_state import SMALLEST_8BIT, Kinds, Tensor, formula, state_bytes_of
 from qkit.plan.items import MemoryItem
 from qkit.recipe.optimizers import OPTIMIZERS, UNKNOWN
 from qkit.recipe.schema import Recipe
@@ -146,6 +147,17 @@ def adapted(recipe: Recipe, shape: Shape) -> tuple[Target, ...]:
     return targets.planned(recipe.lora, shape)
 
 
+def adapted_counts(recipe: Recipe, shape: Shape) -> tuple[int, int]:
+    """How many modules get an adapter, and how many parameters that are no modules: experts and routers."""
+    return _adapted_counts(targets.names(recipe.lora), shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _adapted_counts(named: Names, shape: Shape) -> tuple[int, int]:
+    of = targets.planned_for(named, shape)
+    return sum(not target.parameter for target in of), sum(target.parameter for target in of)
+
+
 def adapted_inputs(recipe: Recipe, shape: Shape) -> tuple[int, int]:
     """Summed input widths of the modules with an adapter: of each module, and with an input that several modules read counted once.
 
@@ -191,14 +203,10 @@ def _layers_modules(of: Sequence[Target]) -> list[Linear]:
     return [target.matrix for target in of if not target.parameter and LAYER.match(target.matrix.name)]
 
 
-def adapter_sizes(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
-    """Trained parameters by matrix, as `adapter_tensors`."""
-    return tuple(tensor.count for tensor in adapter_tensors(recipe, shape))
-
-
-def adapter_tensors(recipe: Recipe, shape: Shape) -> tuple[Tensor, ...]:
-    """The trained matrices: A is r x inputs, B is outputs x r; then the rows of added tokens."""
-    return _adapter_tensors(targets.names(recipe.lora), recipe.lora.r, shape) + learnt_rows(recipe, shape)
+def adapter_count(recipe: Recipe, shape: Shape) -> int:
+    """Trained parameters of an adapter, with the rows of added tokens."""
+    kinds = _kinds(targets.names(recipe.lora), recipe.lora.r, shape)
+    return sum(times * tensor.count for tensor, times in kinds) + sum(row.count for row in learnt_rows(recipe, shape))
 
 
 def learnt_rows(recipe: Recipe, shape: Shape) -> tuple[Tensor, ...]:
@@ -208,19 +216,35 @@ def learnt_rows(recipe: Recipe, shape: Shape) -> tuple[Tensor, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _adapter_tensors(named: Names, rank: int, shape: Shape) -> tuple[Tensor, ...]:
-    return tuple(Tensor(factor) for target in targets.planned_for(named, shape) for factor in target.factors(rank))
+def _kinds(named: Names, rank: int, shape: Shape) -> Kinds:
+    """Each kind of tensor of an adapter, and how many there are."""
+    counts: Counter[Tensor] = Counter()
+    for target, times in _target_kinds(named, shape):
+        for factor in target.factors(rank):
+            counts[Tensor(factor)] += times
+    return tuple(counts.items())
+
+
+@functools.lru_cache(maxsize=64)
+def _target_kinds(named: Names, shape: Shape) -> tuple[tuple[Target, int], ...]:
+    """One of the targets whose factors have the same shapes, and how many of them there are."""
+    alike: dict[tuple[tuple[int, int], ...], list[Target]] = {}
+    for target in targets.planned_for(named, shape):
+        alike.setdefault(target.factors(1), []).append(target)
+    return tuple((same[0], len(same)) for same in alike.values())
 
 
 def optimizer_item(recipe: Recipe, shape: Shape) -> MemoryItem:
     """The optimizer state. It is not below that of any smaller rank, although a matrix of 4,096 values switches from fp32 to 8 bits."""
-    train, named, tensors = recipe.train, targets.names(recipe.lora), adapter_tensors(recipe, shape)
-    computed = state_bytes(train, tensors)
-    earlier = [rank for rank in _last_in_fp32(recipe, shape) if rank < recipe.lora.r]
+    train, named = recipe.train, targets.names(recipe.lora)
     rows = learnt_rows(recipe, shape)
-    size = max([computed, *(state_bytes(train, _adapter_tensors(named, rank, shape) + rows) for rank in earlier)])
-    exact = shape.exact and train.optim in OPTIMIZERS and size == computed
-    return MemoryItem("optimizer", size, exact, formula(train, sum(tensor.count for tensor in tensors)))
+
+    def computed(rank: int) -> int:
+        return state_bytes_of(train, (*_kinds(named, rank, shape), *((row, 1) for row in rows)))
+
+    size = max(computed(rank) for rank in (recipe.lora.r, *_last_in_fp32(recipe, shape)) if rank <= recipe.lora.r)
+    exact = shape.exact and train.optim in OPTIMIZERS and size == computed(recipe.lora.r)
+    return MemoryItem("optimizer", size, exact, formula(train, adapter_count(recipe, shape)))
 
 
 def _last_in_fp32(recipe: Recipe, shape: Shape) -> frozenset[int]:

@@ -22,7 +22,7 @@ from qkit.plan import gpus
 from qkit.plan._subject import Subject
 from qkit.plan._traced import items as traced_items
 from qkit.plan._traced.head import NewHead
-from qkit.plan.fixed_memory import adapter_sizes, weight_bytes
+from qkit.plan.fixed_memory import adapter_count, weight_bytes
 from qkit.recipe.schema import WHOLE, Recipe
 
 REMEMBERED = 8  # runs per device; their median is used
@@ -58,7 +58,7 @@ def flops_per_token(recipe: Recipe, shape: Subject, labelled_share: float = 1.0)
     passes, whole = 3 if recipe.train.gradient_checkpointing else 2, recipe.method == "full"
     active = linear_parameters(shape) + len(shape.sparse) * shape.active_experts * 3 * shape.hidden * shape.expert_width
     head = 2 * (2 + whole) * shape.vocabulary * shape.hidden * labelled_share
-    adapter = 0 if whole else 2 * (passes + 1) * sum(adapter_sizes(recipe, shape))
+    adapter = 0 if whole else 2 * (passes + 1) * adapter_count(recipe, shape)
     attended = min(recipe.data.max_length, shape.window or recipe.data.max_length) / 2
     attention = (
         shape.layers * 2 * 2 * shape.attention * attended * (passes + 1)

@@ -14,7 +14,7 @@ from qkit.core.device import Device
 from qkit.core.figures import MIB, mib
 from qkit.model.shape import Shape, experts, linears, parameters
 from qkit.plan._overhead import HOST, fixed_item, overhead_of
-from qkit.plan.fixed_memory import ADAPTER_BYTES, BASE_BYTES, adapter_sizes, base_weights, folds, optimizer_item
+from qkit.plan.fixed_memory import ADAPTER_BYTES, BASE_BYTES, adapter_count, base_weights, folds, optimizer_item
 from qkit.plan.items import MemoryItem
 from qkit.plan.train_step import Moment, Part, TrainStep, logits_formula, logits_part, moments, overhead_items, step_of
 from qkit.plugins.runtime import PREFILL_TOKENS
@@ -105,7 +105,7 @@ def load_items(recipe: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem
 
 def evaluate_items(recipe: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, ...]:
     """The weights, dequantized to 16 bits; then either a batch of answers or the log-probabilities of one row, whichever is larger."""
-    trained, count = sum(adapter_sizes(recipe, shape)), parameters(shape)
+    trained, count = adapter_count(recipe, shape), parameters(shape)
     answers = answer_items(recipe, shape)
     outputs = open_task(recipe.task).head_outputs(recipe, shape.vocabulary)
     scored = recipe.data.max_length * outputs * (2 + 4 + 4)
@@ -156,7 +156,7 @@ def answer_items(recipe: Recipe, shape: Shape) -> tuple[MemoryItem, ...]:
 
 def reference_items(recipe: Recipe, shape: Shape, device: Device) -> tuple[MemoryItem, ...]:
     """The reference model: weights in 16 bits; embedding, head and one layer at a time are cast to fp32."""
-    trained, count = sum(adapter_sizes(recipe, shape)), parameters(shape)
+    trained, count = adapter_count(recipe, shape), parameters(shape)
     outside = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     layer = (count - outside) // shape.layers
     wide = outside * 2 + layer * 4

@@ -12,7 +12,15 @@ from typing import NamedTuple
 from qkit.core.device import Device
 from qkit.model.shape import Shape, qk_norm_widths
 from qkit.plan._overhead import Overhead, fixed_item, heap_items, overhead_of, segment_item
-from qkit.plan.fixed_memory import ADAPTER_BYTES, BASE_BYTES, Folds, adapted, adapted_inputs, adapter_sizes, folds
+from qkit.plan.fixed_memory import (
+    ADAPTER_BYTES,
+    BASE_BYTES,
+    Folds,
+    adapted_counts,
+    adapted_inputs,
+    adapter_count,
+    folds,
+)
 from qkit.plan.items import MemoryItem
 from qkit.plugins.task import open_task
 from qkit.recipe.schema import Recipe
@@ -79,7 +87,7 @@ def is_eager(recipe: Recipe, shape: Shape) -> bool:
 def step_of(recipe: Recipe, shape: Shape, device: Device, labelled: int | None) -> TrainStep:
     """The training step of a recipe. `labelled`: tokens with loss in a micro-batch; None: unknown."""
     own, shared = adapted_inputs(recipe, shape)
-    modules, overhead, eager = adapted(recipe, shape), overhead_of(device), is_eager(recipe, shape)
+    (modules, parameters), overhead, eager = adapted_counts(recipe, shape), overhead_of(device), is_eager(recipe, shape)
     tokens = recipe.data.batch_tokens if recipe.data.packing else micro_tokens(recipe)
     return TrainStep(
         shape=shape,
@@ -87,9 +95,9 @@ def step_of(recipe: Recipe, shape: Shape, device: Device, labelled: int | None) 
         tokens=tokens,
         length=recipe.data.batch_tokens if recipe.data.packing else min(recipe.data.max_length, tokens),
         labelled=labelled,
-        trained=sum(adapter_sizes(recipe, shape)),
-        modules=sum(not target.parameter for target in modules),
-        parameters=sum(target.parameter for target in modules),
+        trained=adapter_count(recipe, shape),
+        modules=modules,
+        parameters=parameters,
         own_inputs=own,
         shared_inputs=shared,
         rank=recipe.lora.r,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qkit.core.batching import IGNORED, LENGTH_STEP, PackBatches, SeededBatches, TokenBudgetBatches, part_sizes
@@ -80,10 +81,7 @@ class Counted(Base):
         self.sums.drawn_weight = None if self.row_weights is None else 0.0
         # The losses divide by num_items_in_batch, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
-        train_in_fp32(self.model)
-        for name, parameter in self.model.named_parameters() if begun else ():
-            if name in begun:
-                parameter.data = begun[name].to(parameter.device)
+        train_in_fp32(self.model, begun)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch or a pack, with the numbers of its rows."""
@@ -275,11 +273,14 @@ def _trained_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def train_in_fp32(model: Any) -> None:
-    """In bf16, where TRL keeps the adapter, small optimizer steps round to zero; autocast computes in bf16 anyway."""
-    for parameter in model.parameters():
+def train_in_fp32(model: Any, begun: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
+    """In bf16, where TRL keeps the adapter, small optimizer steps round to zero; autocast computes in bf16 anyway.
+
+    `begun`: the values of tensors that have been rounded meanwhile.
+    """
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = begun[name].to(parameter.device) if name in begun else parameter.data.float()
 
 
 def trainer_class() -> Any:

@@ -177,7 +177,7 @@ def test_the_users_test_file_is_never_trained_on(tmp_path: Path) -> None:
 def test_shards_of_a_split_are_not_left_out(tmp_path: Path) -> None:
     for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
         shapes.jsonl(f"{name}.jsonl", [{"text": shapes.review(n), "label": "ab"[n % 2]} for n in range(12)])(tmp_path)
-    with pytest.raises(DataError, match=r"each split must be one file .* train-00000-of-00002\.jsonl, train-00001"):
+    with pytest.raises(DataError, match=r"each split must be one file.* train-00000-of-00002\.jsonl, train-00001"):
         open_dataset(str(tmp_path))
 
 

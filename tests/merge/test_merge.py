@@ -262,8 +262,15 @@ def test_quantization_config_fields_are_bitsandbytes_own() -> None:
     from trl import SFTConfig
 
     assert set(Quantization.model_fields) <= set(BitsAndBytesConfig().to_dict()) | {"load_in_4bit"}
-    assert set(schema.Lora.model_fields) <= set(LoraConfig().to_dict())
-    assert set(schema.Train.model_fields) <= set(SFTConfig.__dataclass_fields__)
+    assert set(schema.Lora.model_fields) - set(LoraConfig().to_dict()) == {"init_from", "loraplus_lr_ratio"}
+    assert set(schema.Train.model_fields) - set(SFTConfig.__dataclass_fields__) == {
+        "trainable",
+        "embedding_learning_rate",
+        "eval_rows",
+        "eval_score_rows",
+        "early_stopping_patience",
+        "early_stopping_threshold",
+    }
 
 
 def test_rows_without_a_measure_are_not_chosen() -> None:

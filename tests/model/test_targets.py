@@ -82,7 +82,7 @@ COUNTS: list[tuple[str, bool, dict[str, Any], int | None]] = [
 @pytest.mark.parametrize(("name", "mixed", "lora", "count"), COUNTS, ids=str)
 def test_plan_counts_what_peft_trains(name: str, mixed: bool, lora: dict[str, Any], count: int | None) -> None:
     how, base = _recipe(lora), weightless(name, **(MIXED if mixed else {}))
-    planned = sum(fixed_memory.adapter_sizes(how, _shape(name, mixed)))
+    planned = fixed_memory.adapter_count(how, _shape(name, mixed))
     with targets.patterns_of_parameters():
         made = get_peft_model(base, sft.lora_config(how, base))
     assert planned == sum(p.numel() for p in made.parameters() if p.requires_grad)

@@ -93,7 +93,7 @@ def test_a_layer_keeps_what_the_formula_says_to_the_byte(kind: str, attention: s
     torch.manual_seed(0)
     counted = (kept_bytes(model(kind, 4, how)) - kept_bytes(model(kind, 2, how))) / 2
     four = shape(kind, 4)
-    copies = train_step.AUTOCAST_BYTES * sum(fixed_memory.adapter_sizes(how, four)) / 4
+    copies = train_step.AUTOCAST_BYTES * fixed_memory.adapter_count(how, four) / 4
     asked = train_step.step_of(how, four, CPU, None)
     assert counted == TOKENS * sum(train_step.kept_terms(asked).values()) + train_step.norm_offset_bytes(four) + copies
 
@@ -105,7 +105,7 @@ def test_inputs_are_kept_for_adapters_only(targets: tuple[str, ...]) -> None:
     how = recipe(lora={"r": RANK, "target_modules": targets})
     counted = (kept_bytes(model("llama", 4, how)) - kept_bytes(model("llama", 2, how))) / 2
     four = shape("llama", 4)
-    copies = train_step.AUTOCAST_BYTES * sum(fixed_memory.adapter_sizes(how, four)) / 4
+    copies = train_step.AUTOCAST_BYTES * fixed_memory.adapter_count(how, four) / 4
     assert counted == TOKENS * sum(train_step.kept_terms(train_step.step_of(how, four, CPU, None)).values()) + copies
 
 
@@ -114,7 +114,7 @@ def test_a_layer_of_a_pack_keeps_its_mask_and_repeated_keys() -> None:
     positions = (torch.arange(TOKENS) % 16)[None]
     counted = (kept_bytes(model("llama", 4, how), positions) - kept_bytes(model("llama", 2, how), positions)) / 2
     four = shape("llama", 4)
-    copies = train_step.AUTOCAST_BYTES * sum(fixed_memory.adapter_sizes(how, four)) / 4
+    copies = train_step.AUTOCAST_BYTES * fixed_memory.adapter_count(how, four) / 4
     assert counted == TOKENS * sum(train_step.kept_terms(train_step.step_of(how, four, CPU, None)).values()) + copies
 
 

@@ -83,7 +83,7 @@ def test_4_bit_matrix_is_as_large_as_bitsandbytes_makes_it(size: tuple[int, int]
 
 def test_adapter_of_a_7b_has_the_known_number_of_parameters() -> None:
     how = recipe(MISTRAL)
-    assert sum(fixed_memory.adapter_sizes(how, shape_of(how.model))) == 41_943_040
+    assert fixed_memory.adapter_count(how, shape_of(how.model)) == 41_943_040
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_peft_trains_as_many_parameters(tiny_model: Path) -> None:
     how = recipe(str(tiny_model), lora={"r": 4})
     adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     trained = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), adapter)
-    assert sum(fixed_memory.adapter_sizes(how, shape_of(how.model))) == trained.get_nb_trainable_parameters()[0]
+    assert fixed_memory.adapter_count(how, shape_of(how.model)) == trained.get_nb_trainable_parameters()[0]
 
 
 @pytest.mark.parametrize(

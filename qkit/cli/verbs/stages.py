@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ def run_stage(name: str, options: StageOptions) -> None:
 
     if options.child:
         die_with_parent(reads_stdin=name == "serve")
-    terminal, stdout = console.stderr(keep=True), os.fdopen(os.dup(1), "w")
+    terminal, stdout = console.stderr(keep=True), console.duplicate(1)
     run = open_run(options.target, options.overrides, options.out, console.progress_on(terminal, options.quiet))
     begin = time.perf_counter()
     run.progress.notify(f"{name} ...")
