@@ -19,8 +19,8 @@ WITHOUT_VLLM := --set export.formats=[onnx-fp32,onnx-int4] --set bench.runtimes=
 help:
 	@echo "make quickstart   set up, then train, merge, export, check and serve a small model"
 	@echo "make demo-7b      set up, then fine-tune a 7B's shape in 4 bit for two steps: needs 8 GiB and no card"
-	@echo "make check        set up, then lint and run the quick tests: 90 seconds, before each commit"
-	@echo "make test         set up, then run all tests, with the real components: 12 minutes on 2 cores"
+	@echo "make check        set up, then lint and run the quick tests: two minutes, before each commit"
+	@echo "make test         set up, then run all tests, with the real components: 26 minutes on 2 cores"
 	@echo "make lint         set up, then ruff, mypy, the import contract and codespell"
 	@echo "make format       set up, then let ruff rewrite the code"
 	@echo "make setup        set up only"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers.tiny import tiny_settings
 from helpers.training import Heard, _json, _run
@@ -207,8 +207,8 @@ def test_another_adapter_of_the_same_name_is_another_training(tmp_path: Path) ->
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
     keys = []
-    for content in (b"one", b"two"):
-        (folder / "adapter_model.safetensors").write_bytes(content)
+    for number in range(2):
+        save_file({"a": torch.full((2,), float(number))}, folder / "adapter_model.safetensors")
         settings = tiny_settings(Path("owner/x"), tmp_path / "rows.jsonl")
         settings["lora"]["init_from"] = str(folder)
         run = Run(tmp_path / "run", from_dict(settings, (), "the test"))
