@@ -20,6 +20,11 @@ def short(text: object, limit: int = SHOWN) -> str:
     return full if len(full) <= limit else f"{full[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
+def as_yaml(value: object) -> str:
+    """A value of a recipe as YAML writes it, for a message."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def printable(text: str) -> str:
     """Text that any output can print: lone surrogates are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkit.core.errors import as_yaml
 from qkit.core.sources import is_hub_id
 from qkit.recipe import _optimization, registry, schedule
 from qkit.recipe.schema import BOTTLENECKS
@@ -142,7 +143,7 @@ def _quantization(section: Quantization) -> Problems:
     for name in _set(section, "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"):
         yield (
             ("quantization", name),
-            f"quantization.{name}={_as_yaml(getattr(section, name))} has no effect with quantization.load_in_4bit=false",
+            f"quantization.{name}={as_yaml(getattr(section, name))} has no effect with quantization.load_in_4bit=false",
         )
 
 
@@ -250,8 +251,3 @@ def _division(data: Data) -> Problems:
             ("data", "batch_rows"),
             f"data.batch_rows={data.batch_rows} has no effect with data.packing=true, where a batch is one pack: remove it",
         )
-
-
-def _as_yaml(value: object) -> str:
-    """As YAML writes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from qkit.core.errors import nearest, short
+from qkit.core.errors import as_yaml, nearest, short
 from qkit.recipe import registry, schedule
 
 if TYPE_CHECKING:
@@ -21,6 +21,11 @@ OF_SOURCE = f"{LOSS}/"  # and, with the name of a source of data.validation, its
 ADVICE = "give data.validation a source, or data.split.validation a share"
 
 
+def is_loss(name: str) -> bool:
+    """Whether a figure of train.metric_for_best_model is a loss, of all rows or of a source, and not the task's."""
+    return name == LOSS or name.startswith(OF_SOURCE)
+
+
 def may_have_rows(data: Data) -> bool:
     """Whether a recipe holds out validation rows."""
     return bool(data.validation or (data.split and data.split.validation))
@@ -33,9 +38,8 @@ def evaluates(recipe: Recipe) -> bool:
 
 def depends_on_metric(train: Train) -> bool:
     """Whether what is trained depends on the task's metric: it tells the best step, when to stop, or when the rate falls."""
-    by_loss = train.metric_for_best_model == LOSS or train.metric_for_best_model.startswith(OF_SOURCE)
     decides = train.keeps_best or train.early_stopping_patience is not None or schedule.follows_metric(train)
-    return decides and not by_loss
+    return decides and not is_loss(train.metric_for_best_model)
 
 
 def clashes(recipe: Recipe) -> Problems:
@@ -45,14 +49,14 @@ def clashes(recipe: Recipe) -> Problems:
     if named and not may_have_rows(recipe.data):
         yield (
             ("train", named[0]),
-            f"train.{named[0]}={_written(train, named[0])} needs validation rows, and there are none: {ADVICE}, or remove it",
+            f"train.{named[0]}={as_yaml(getattr(train, named[0]))} needs validation rows, and there are none: {ADVICE}, or remove it",
         )
     contrary = [name for name in named if name != "eval_strategy"]
     if train.eval_strategy == "no" and contrary:
         yield (
             ("train", contrary[0]),
-            f"train.{contrary[0]}={_written(train, contrary[0])} needs evaluation during training, but train.eval_strategy=no: remove one of "
-            "the two",
+            f"train.{contrary[0]}={as_yaml(getattr(train, contrary[0]))} needs evaluation during training, but train.eval_strategy=no: "
+            "remove one of the two",
         )
     if train.eval_strategy == "epoch" and train.eval_steps is not None:
         yield (
@@ -85,14 +89,9 @@ def wanted(train: Train) -> list[str]:
     return [name for name, is_asked in asked.items() if is_asked]
 
 
-def _written(train: Train, name: str) -> str:
-    value = getattr(train, name)
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _of_metric(recipe: Recipe) -> Problems:
     name, task = recipe.train.metric_for_best_model, recipe.task
-    if name == LOSS or name.startswith(OF_SOURCE) or task not in registry.names(registry.TASKS):
+    if is_loss(name) or task not in registry.names(registry.TASKS):
         return
     known = [LOSS, SCORE, *registry.figure_names(task)]
     if name not in known:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qkit.core.errors import RecipeError, listed
+from qkit.core.errors import RecipeError, as_yaml, listed
 from qkit.core.files import read_json
 from qkit.model import provenance
 from qkit.model.adapters.earlier import folder_of
@@ -33,8 +33,8 @@ def check(section: Lora, base: Path, data: Path, notify: Callable[[str], None]) 
         raise RecipeError(f"lora.init_from={section.init_from}: an adapter of type {config.get('peft_type')}, not LORA")
     wrong = [name for name in FIELDS if config.get(name, False) != getattr(section, name)]
     if wrong:
-        wanted = " ".join(f"lora.{name}={_as_yaml(config.get(name, False))}" for name in wrong)
-        written = ", ".join(f"{name}={_as_yaml(getattr(section, name))}" for name in wrong)
+        wanted = " ".join(f"lora.{name}={as_yaml(config.get(name, False))}" for name in wrong)
+        written = ", ".join(f"{name}={as_yaml(getattr(section, name))}" for name in wrong)
         raise RecipeError(
             f"lora.init_from={section.init_from}: the recipe has {written}, and the adapter another: set {wanted}"
         )
@@ -63,7 +63,3 @@ def origin(section: Lora) -> Mapping[str, str] | None:
         return None
     folder = folder_of(section.init_from)
     return {"folder": str(folder.resolve()), "sha256": provenance.adapter_sha256(folder)}
-
-
-def _as_yaml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -95,7 +95,7 @@ class Validation:
             said = answers.answered(self.run, runtime, self.scored, "validation rows", {})
         figures = {asked.SCORE: scores.percent(said.grades)}
         best = recipe.train.metric_for_best_model
-        if best not in (asked.LOSS, asked.SCORE) and not best.startswith(asked.OF_SOURCE):
+        if best != asked.SCORE and not asked.is_loss(best):
             figures[best] = self._figure(best, said)
         return figures
 
@@ -227,7 +227,7 @@ def _sources(ledger: Path) -> list[str]:
 def is_greater_better(recipe: Recipe) -> bool:
     """Whether more is better of the figure that tells the best step."""
     name = recipe.train.metric_for_best_model
-    if name == asked.LOSS or name.startswith(asked.OF_SOURCE):
+    if asked.is_loss(name):
         return False
     return not any(figure.is_error for figure in open_task(recipe.task).FIGURES if figure.name == name)
 
@@ -277,7 +277,7 @@ def finish(trainer: Any, out: Path, total: int) -> None:
     """
     run, state = trainer.validation.run, trainer.state
     section = run.recipe.train
-    name = section.metric_for_best_model
+    name, logged = section.metric_for_best_model, read_lines(out / "metrics.jsonl")
     record: dict[str, Any] = {
         "metric": name,
         "best": {"step": state.best_global_step, "value": state.best_metric if state.best_global_step else None},
@@ -285,15 +285,15 @@ def finish(trainer: Any, out: Path, total: int) -> None:
         "steps": total,
         "restored": section.keeps_best,
         "rows": len(trainer.validation.rows),
-        "seconds": sum(line.get(SECONDS, 0.0) for line in read_lines(out / "metrics.jsonl")),
+        "seconds": sum(line.get(SECONDS, 0.0) for line in logged),
     }
     if section.keeps_best:
         record["again"] = _restored(trainer, name)
     write_json(out / VALIDATION, record)
     run.progress.notify(f"train: {_told(record)}")
-    if words := _of_start(record, read_lines(out / "metrics.jsonl"), is_greater_better(run.recipe)):
+    if words := _of_start(record, logged, is_greater_better(run.recipe)):
         run.progress.notify(f"train: warning: {words}")
-    if words := curves.gap(read_lines(out / "metrics.jsonl"), section.keeps_best):
+    if words := curves.gap(logged, section.keeps_best):
         run.progress.notify(f"train: warning: {words}")
 
 

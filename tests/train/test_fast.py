@@ -12,9 +12,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaModel, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaModel
 from trl import SFTConfig, SFTTrainer
 
+from helpers.first_pairs import step
 from qkit.core.batching import IGNORED, TokenBudgetBatches, packed, part_sizes
 from qkit.plugins.task import open_task
 from qkit.tasks._conversation.collate import collate
@@ -77,19 +78,6 @@ def _common(tiny_model: Path) -> dict[str, Any]:
     }
 
 
-def _step(trainer: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of the one optimizer step of `train()`."""
-    gradients: dict[str, torch.Tensor] = {}
-
-    class Catch(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
-
-    trainer.add_callback(Catch())
-    trainer.train()
-    return float(trainer.state.log_history[0]["loss"]), gradients
-
-
 # How eight rows can come to one step: (token budget, capacity of a pack or none, batches that are accumulated).
 WAYS = {
     "1 x 8": (1, None, 8),
@@ -145,7 +133,7 @@ def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         settings = _settings(
             tmp_path_factory.mktemp("plain"), per_device_train_batch_size=1, gradient_accumulation_steps=len(rows)
         )
-        found[kind] = _step(SFTTrainer(args=settings, train_dataset=Dataset.from_list(rows), **_common(tiny_model)))
+        found[kind] = step(SFTTrainer(args=settings, train_dataset=Dataset.from_list(rows), **_common(tiny_model)))
     return found
 
 
@@ -156,7 +144,7 @@ def test_same_loss_and_gradients_as_trl(
     plain: Any, tiny_model: Path, tmp_path: Path, way: str, kind: str, labelled_head: bool
 ) -> None:
     trainer = _trainer(tiny_model, tmp_path, LABELS[kind], way, labelled_head)
-    _assert_same(_step(trainer), plain[kind])
+    _assert_same(step(trainer), plain[kind])
     labels = sum(label != IGNORED for row in LABELS[kind] for label in row["labels"])
     assert trainer.sums.drawn == trainer.sums.in_batches == trainer.sums.divided_by == labels
 
@@ -171,7 +159,7 @@ def test_a_batch_in_parts_is_one_batch(
     trainer.model.get_decoder().register_forward_pre_hook(
         lambda _, args, given: sizes.append(len(given["input_ids"])), with_kwargs=True
     )
-    _assert_same(_step(trainer), plain["completion"])
+    _assert_same(step(trainer), plain["completion"])
     assert sum(sizes) == len(ROWS) == trainer.state.global_step * len(ROWS)
     assert len(sizes) == {3: 3, 20: 8, 2: 6}[parts]
     assert trainer.sums.drawn == trainer.sums.in_batches == trainer.sums.divided_by
@@ -183,7 +171,7 @@ def test_checkpointing_changes_nothing(
     plain: Any, tiny_model: Path, tmp_path: Path, way: str, labelled_head: bool
 ) -> None:
     trainer = _trainer(tiny_model, tmp_path, ROWS, way, labelled_head, gradient_checkpointing=True)
-    _assert_same(_step(trainer), plain["completion"])
+    _assert_same(step(trainer), plain["completion"])
 
 
 @pytest.mark.parametrize("labelled_head", [True, False], ids=["qkit's head", "TRL's head"])
@@ -193,7 +181,7 @@ def test_the_check_of_isolation_goes_the_trainers_own_way(
     """It fires when that way leaks, and leaves the step after it as it would have been."""
     trainer = _trainer(tiny_model, tmp_path, ROWS, "packs", labelled_head)
     assert trainer.isolation().holds
-    _assert_same(_step(trainer), plain["completion"])
+    _assert_same(step(trainer), plain["completion"])
     right = LlamaModel.forward
 
     def seeing(self: Any, **given: Any) -> Any:
@@ -220,7 +208,7 @@ def other(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         settings = _settings(folder, per_device_train_batch_size=1, gradient_accumulation_steps=len(ROWS), **given)
         with warnings.catch_warnings():  # TRL will give up smoothing
             warnings.simplefilter("ignore", FutureWarning)
-            found[name] = _step(SFTTrainer(args=settings, train_dataset=Dataset.from_list(ROWS), **_common(tiny_model)))
+            found[name] = step(SFTTrainer(args=settings, train_dataset=Dataset.from_list(ROWS), **_common(tiny_model)))
     return found
 
 
@@ -230,14 +218,14 @@ def test_other_losses_are_those_of_trl(
     plain: Any, other: Any, tiny_model: Path, tmp_path: Path, name: str, way: str
 ) -> None:
     trainer = _trainer(tiny_model, tmp_path, ROWS, way, True, token_loss=LOSSES[name][0])
-    _assert_same(_step(trainer), other[name])
+    _assert_same(step(trainer), other[name])
     assert trainer.sums.drawn == trainer.sums.in_batches == trainer.sums.divided_by
     assert abs(other[name][0] - plain["completion"][0]) > 1e-3 * plain["completion"][0]
 
 
 @pytest.mark.parametrize("way", ["1 x 8", "8 x 1", "packs"])
 def test_dft_on_trls_head_is_the_same(other: Any, tiny_model: Path, tmp_path: Path, way: str) -> None:
-    _assert_same(_step(_trainer(tiny_model, tmp_path, ROWS, way, False, loss_type="dft")), other["dft"])
+    _assert_same(step(_trainer(tiny_model, tmp_path, ROWS, way, False, loss_type="dft")), other["dft"])
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -274,7 +262,7 @@ def test_noise_is_that_of_neftune_and_in_training_only(
     trainer.compute_loss = kept
     start = copy.deepcopy(trainer.base_model)
     vars(start).pop("forward", None)  # TRL's, which is bound to the model that is trained
-    found = _step(trainer)
+    found = step(trainer)
     assert len(seen) == len(batches) == WAYS[way][2]
     items = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
     total = 0.0

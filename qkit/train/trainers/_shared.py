@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.core.batching import within_budget
 from qkit.core.device import Device
+from qkit.core.errors import RecipeError
 from qkit.core.files import need_disk, read_json
 from qkit.core.sources import cache_dir
 from qkit.recipe import schedule
@@ -18,6 +19,7 @@ from qkit.train import row_weights
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 
 FIRST_ROWS = 256  # that an adapter which starts along its inputs reads
@@ -108,3 +110,12 @@ def on_one_device(args: Any) -> Any:
     """The arguments for one GPU at most: with several visible ones, the trainer would split each batch over all of them."""
     args._n_gpu = min(args.n_gpu, 1)
     return args
+
+
+def check_checkpointing(base: PreTrainedModel, args: Any, recipe: Recipe) -> None:
+    """Raise RecipeError if training is to compute layers again and the model does not support that."""
+    if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
+        raise RecipeError(
+            f"{type(base).__name__} does not support gradient checkpointing: set train.gradient_checkpointing=false (now "
+            f"{recipe.train.gradient_checkpointing})"
+        )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qkit.core.device import Device
-from qkit.core.errors import RecipeError
 from qkit.core.files import read_json
 from qkit.model import added_tokens, load
 from qkit.model import tokenizer as model_tokenizer
@@ -60,11 +59,7 @@ def built(run: Run, folder: Path, device: Device, out: Path, kind: Kind) -> Trai
     recipe, task = run.recipe, open_task(run.recipe.task)
     args = training_arguments(recipe, device, out)
     base, tokenizer = load.load_base(folder, recipe, device), model_tokenizer.load_tokenizer(folder, recipe.model)
-    if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
-        raise RecipeError(
-            f"{type(base).__name__} does not support gradient checkpointing: set train.gradient_checkpointing=false (now "
-            f"{recipe.train.gradient_checkpointing})"
-        )
+    _shared.check_checkpointing(base, args, recipe)
     model = with_adapter(recipe, base, tokenizer)
     trainer: Any = kind.trainer(
         model=model,

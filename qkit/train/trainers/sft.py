@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qkit.core.device import Device
-from qkit.core.errors import RecipeError
 from qkit.core.files import read_json
 from qkit.model import added_tokens, load
 from qkit.model import tokenizer as model_tokenizer
@@ -40,8 +39,7 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     args = sft_config(recipe, device, out)
     rows = _shared.training_rows(run.need("data", "train.parquet"), _columns(recipe))
     base, tokenizer = load.load_base(folder, recipe, device), model_tokenizer.load_tokenizer(folder, recipe.model)
-    if args.gradient_checkpointing:
-        _need_checkpointing(base, recipe)
+    _shared.check_checkpointing(base, args, recipe)
     model, adapter = _prepared(run, folder, base, tokenizer, out)
     trainer: SFTTrainer = trainer_class()(
         model=model,
@@ -68,15 +66,6 @@ def build_trainer(run: Run, folder: Path, device: Device, out: Path) -> SFTTrain
     if device.frees_through_malloc:
         trim_between_layers(trainer.base_model)
     return trainer
-
-
-def _need_checkpointing(base: PreTrainedModel, recipe: Recipe) -> None:
-    """Raise RecipeError if the model does not support gradient checkpointing."""
-    if not base.supports_gradient_checkpointing:
-        raise RecipeError(
-            f"{type(base).__name__} does not support gradient checkpointing: set train.gradient_checkpointing=false (now "
-            f"{recipe.train.gradient_checkpointing})"
-        )
 
 
 def _prepared(
